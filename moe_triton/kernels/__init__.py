@@ -1,0 +1,20 @@
+"""Triton kernels, one step per file: tensors in, tensors out.
+
+A kernel file knows nothing of ranks, processes, back ends or the environment, and defines nothing:
+what a step means stands in ``moe_triton.ref``. Each file names its launcher after the step
+(``plan``, ``gather_quant``, ...); the launchers are the names of this package.
+"""
+
+from __future__ import annotations
+
+# The repository root holds a link of this name for readers. Importing through it would make a
+# second copy of every module, and hide the unrelated distribution called `kernels`.
+if __name__ != "moe_triton.kernels":
+    raise ImportError(
+        f"these are moe_triton.kernels, found as {__name__!r} through the link at the root of the "
+        "repository: import moe_triton.kernels, or take that directory off sys.path if another "
+        "package of this name was meant",
+        name=__name__,
+    )
+
+__all__: list[str] = []
