@@ -1,0 +1,201 @@
+"""What every test shares: hypothesis profiles, poisoned memory, and the evidence report."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+# Ranks are threads or processes here, often more than there are cores; a pool of torch's threads
+# for each of them would only make them wait for one another.
+torch.set_num_threads(1)
+
+# A test that states no number of examples takes the profile's. The small profile draws the same
+# examples in every run, so that CI fails for a change and not for its luck.
+hypothesis.settings.register_profile(
+    "default", max_examples=25, deadline=None, derandomize=True, print_blob=True
+)
+hypothesis.settings.register_profile(
+    "full",
+    max_examples=500,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+PROFILE = os.environ.get("MOE_TRITON_TEST_PROFILE", "default")
+hypothesis.settings.load_profile(PROFILE)
+
+_PACKAGE_DIR = (
+    str(Path(importlib.util.find_spec("moe_triton").submodule_search_locations[0])) + os.sep
+)
+
+# Every byte 0xAA, in integers as they read it. Floats get NaN, which no later sum can hide.
+POISON = {
+    torch.uint8: 0xAA,
+    torch.int8: -0x56,
+    torch.int16: -0x5556,
+    torch.int32: -0x5555_5556,
+    torch.int64: -0x5555_5555_5555_5556,
+    torch.bool: True,
+}
+
+
+def _poisoned(allocate):
+    """Wrap an allocator of uninitialised memory: what moe_triton asks for comes back poisoned."""
+
+    @functools.wraps(allocate)
+    def allocate_and_poison(*args, **kwargs):
+        tensor = allocate(*args, **kwargs)
+        # The compiler must not see the frame below, and a traced program allocates for itself.
+        if torch.compiler.is_compiling():
+            return tensor
+        if sys._getframe(1).f_code.co_filename.startswith(_PACKAGE_DIR):
+            dtype = tensor.dtype
+            value = float("nan") if dtype.is_floating_point else POISON.get(dtype)
+            if value is not None:
+                tensor.detach().fill_(value)
+        return tensor
+
+    return allocate_and_poison
+
+
+@pytest.fixture(scope="session", autouse=True)
+def poison():
+    """Poison what moe_triton allocates without writing it, so that a row left out shows.
+
+    Set once for the whole run: the wrappers keep no state, so ranks in threads, and threads that
+    outlive a test, may call them at any time. Other callers get what torch gives; tests of 64-bit
+    addresses rely on buffers of many gigabytes that nobody touches.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in (
+            (torch, "empty"),
+            (torch, "empty_like"),
+            (torch, "empty_strided"),
+            (torch.Tensor, "new_empty"),
+        ):
+            patch.setattr(owner, name, _poisoned(getattr(owner, name)))
+        yield
+
+
+class Evidence:
+    """Collects results of the run, and what tests report, for a page to be committed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.start = time.monotonic()
+        self.records = collections.defaultdict(list)
+        self.outcomes = collections.defaultdict(collections.Counter)
+        self.seconds = collections.Counter()
+        self.skipped = []
+
+    def pytest_runtest_logreport(self, report):
+        file = report.nodeid.partition("::")[0]
+        self.seconds[file] += report.duration
+        if report.when == "call" or report.outcome != "passed":
+            # A failing teardown follows a passed call, and is one more failure.
+            self.outcomes[file][report.outcome] += 1
+        if report.skipped:
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+            self.skipped.append((report.nodeid, str(reason)))
+
+    def pytest_sessionfinish(self, exitstatus):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(self.page(int(exitstatus)), encoding="utf-8")
+
+    def page(self, exitstatus: int) -> str:
+        total = sum(self.outcomes.values(), collections.Counter())
+        lines = [
+            "# Full test run",
+            "",
+            "Written by `pytest --evidence`, which is what `make test-full` runs.",
+            "",
+            f"- {_counts(total)} in {time.monotonic() - self.start:.0f} s",
+            f"- exit status {exitstatus}, test profile {PROFILE}, {time.strftime('%Y-%m-%d')}",
+            *(f"- {fact}" for fact in _environment()),
+            "",
+            "| file | passed | failed | skipped | seconds |",
+            "| --- | ---: | ---: | ---: | ---: |",
+        ]
+        for file in sorted(self.outcomes):
+            count = self.outcomes[file]
+            lines.append(
+                f"| {file} | {count['passed']} | {count['failed']} | {count['skipped']} "
+                f"| {self.seconds[file]:.1f} |"
+            )
+        if self.skipped:
+            lines += ["", "## Skipped", "", *(f"- `{node}`: {why}" for node, why in self.skipped)]
+        for name, texts in sorted(self.records.items()):
+            lines += ["", f"## {name}", "", "\n\n".join(texts)]
+        return "\n".join(lines) + "\n"
+
+
+def _counts(count) -> str:
+    return ", ".join(f"{count[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))
+
+
+def _environment() -> list[str]:
+    packages = ("torch", "triton", "numpy", "pytest", "hypothesis")
+    versions = {d.metadata["Name"]: d.version for d in metadata.distributions()}
+    listed = ", ".join(f"{name} {versions.get(name, 'absent')}" for name in packages)
+    facts = [f"Python {platform.python_version()}, {listed}", _cpu()]
+    root = Path(__file__).parent
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=10"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return [*facts, f"revision {git.stdout.strip()}"] if git.returncode == 0 else facts
+
+
+def _cpu() -> str:
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    return f"{len(os.sched_getaffinity(0))} cores of {model}, {platform.system()}"
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--evidence",
+        metavar="PATH",
+        type=Path,
+        help="write results, versions and what tests report to this Markdown file",
+    )
+
+
+def pytest_configure(config):
+    if path := config.getoption("--evidence"):
+        config.pluginmanager.register(Evidence(path), "moe_triton-evidence")
+
+
+@pytest.fixture(scope="session")
+def record_evidence(request):
+    """``record_evidence(name, text)`` adds Markdown to the page of ``--evidence``, under a heading.
+
+    Texts of one name stand in the order they came. Without the option they are dropped.
+    """
+    evidence = request.config.pluginmanager.get_plugin("moe_triton-evidence")
+
+    def record(name: str, text: str) -> None:
+        if evidence is not None:
+            evidence.records[name].append(text)
+
+    return record

@@ -1,0 +1,93 @@
+"""The shared fixtures do what other tests rely on."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+PACKAGE = Path(importlib.util.find_spec("moe_triton").submodule_search_locations[0])
+
+
+def run_as(path: Path, code: str) -> torch.Tensor:
+    """What ``code`` leaves in ``out`` when it stands in the file ``path``."""
+    names = {"torch": torch}
+    exec(compile(code, str(path), "exec"), names)
+    return names["out"]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "torch.empty(3, 4, dtype={})",
+        "torch.empty_strided((3, 4), (8, 1), dtype={})",
+        "torch.empty_like(torch.zeros(3, 4, dtype={}))",
+        "torch.zeros(1).new_empty((3, 4), dtype={})",
+    ],
+)
+def test_memory_for_the_package_is_poisoned(call):
+    path = PACKAGE / "comm" / "anything.py"
+    for dtype in ("torch.float32", "torch.bfloat16", "torch.float8_e4m3fn"):
+        assert run_as(path, f"out = {call.format(dtype)}").isnan().all()
+    for dtype in ("uint8", "int8", "int16", "int32", "int64"):
+        out = run_as(path, f"out = {call.format('torch.' + dtype)}")
+        assert (out.contiguous().view(torch.uint8) == 0xAA).all()
+
+
+def test_memory_for_threads_of_the_package_is_poisoned():
+    results = []
+    path, code = PACKAGE / "ops.py", "out = torch.empty(8)"
+    threads = [
+        threading.Thread(target=lambda: results.append(run_as(path, code))) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4
+    assert all(result.isnan().all() for result in results)
+
+
+def test_memory_for_others_is_left_alone(tmp_path):
+    # Too large to be a recycled buffer: fresh pages, which read as zeros.
+    out = run_as(tmp_path / "test_x.py", "out = torch.empty(2**24)")
+    assert not out.isnan().any()
+
+
+_PAGE_TEST = """
+import pytest
+
+def test_good(record_evidence):
+    record_evidence("rounds", "2000 rounds were exact")
+
+@pytest.mark.skip(reason="no device")
+def test_skipped():
+    pass
+
+def test_bad():
+    raise ValueError
+"""
+
+
+def test_evidence_page(tmp_path):
+    (tmp_path / "test_page.py").write_text(_PAGE_TEST, encoding="utf-8")
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "--evidence", "sub/page.md"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        check=False,
+    )
+    page = (tmp_path / "sub" / "page.md").read_text(encoding="utf-8")
+    assert "- 1 passed, 1 failed, 1 skipped in " in page
+    assert "exit status 1" in page
+    assert "\n| test_page.py | 1 | 1 | 1 | " in page
+    assert "- `test_page.py::test_skipped`: Skipped: no device" in page
+    assert "\n## rounds\n\n2000 rounds were exact\n" in page
+    assert f"torch {torch.__version__}" in page

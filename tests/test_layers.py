@@ -1,0 +1,206 @@
+"""Imports point one way, the links at the root cannot be imported, and importing does no work."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "moe_triton"
+
+# layer -> the layers it may import, beside itself. A layer is a file or a package directly below
+# moe_triton; "" is moe_triton/__init__.py. comm gets its device steps as a table from ops, and so
+# needs neither ref nor kernels.
+ALLOWED = {
+    "errors": set(),
+    "topology": {"errors"},
+    "profile": {"errors"},
+    "backend": {"errors"},
+    "ref": {"errors"},
+    "kernels": {"errors"},
+    "comm": {"errors", "topology"},
+    "ops": {"backend", "comm", "errors", "kernels", "profile", "ref", "topology"},
+    "expert_parallel": {"errors", "ops"},
+    "testing": {"comm", "errors", "ref", "topology"},
+    "compat": {"errors", "expert_parallel", "ops"},
+    "integrations": {"errors", "expert_parallel", "ops"},
+    "emulate": {"compat", "errors"},
+    "": {"backend", "comm", "errors", "expert_parallel", "ops"},
+}
+ALLOWED["cli"] = {*ALLOWED, "cli"}
+ALLOWED["__main__"] = {"cli"}
+
+# Scripts are users: what they may import is what users may import.
+PUBLIC = {"", "compat", "errors", "integrations", "testing"}
+
+
+def imported(source: str, module: str, is_package: bool = False) -> set[str]:
+    """The dotted names below moe_triton that ``source`` imports, wherever in the file."""
+    package = module.split(".") if is_package else module.split(".")[:-1]
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import():
+                names.update(alias.name for alias in node.names)
+            case ast.ImportFrom():
+                base = package[: len(package) - node.level + 1] if node.level else []
+                base = ".".join([*base, *filter(None, [node.module])])
+                names.update(f"{base}.{alias.name}" for alias in node.names)
+            case ast.Call(
+                func=ast.Attribute(attr="import_module"), args=[ast.Constant(str(name)), *_]
+            ):
+                names.add(name)
+    return {name for name in names if name.split(".")[0] == "moe_triton"}
+
+
+def layer_of(name: str) -> str:
+    """The layer of a dotted name; a name that is no module comes from moe_triton/__init__.py."""
+    first = name.split(".")[1] if "." in name else ""
+    exists = (PACKAGE / first).is_dir() or (PACKAGE / f"{first}.py").is_file()
+    return first if exists else ""
+
+
+def sources(directory: Path) -> list[Path]:
+    return sorted(directory.rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@pytest.mark.parametrize("path", sources(PACKAGE), ids=module_of)
+def test_imports_point_one_way(path):
+    layer = layer_of(module_of(path))
+    assert layer in ALLOWED, f"{path}: add the new layer {layer!r} to the table and to the docs"
+    names = imported(path.read_text(encoding="utf-8"), module_of(path), path.name == "__init__.py")
+    wrong = {name for name in names if layer_of(name) not in ALLOWED[layer] | {layer}}
+    assert not wrong, f"{path}: {layer or 'the package'} may not import {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("directory", ["bench", "examples"])
+def test_scripts_use_the_public_package(directory):
+    for path in sources(ROOT / directory):
+        wrong = {
+            name
+            for name in imported(path.read_text(encoding="utf-8"), module_of(path))
+            if layer_of(name) not in PUBLIC or name.rpartition(".")[2].startswith("_")
+        }
+        assert not wrong, f"{path}: {sorted(wrong)} is not public"
+
+
+def test_tests_use_private_names_of_their_own_file_only():
+    for path in sources(ROOT / "tests"):
+        mirror = PACKAGE / path.relative_to(ROOT / "tests")
+        mirror = mirror.with_name(mirror.name.removeprefix("test_"))
+        for name in imported(path.read_text(encoding="utf-8"), module_of(path)):
+            owner, _, last = name.rpartition(".")
+            if last.startswith("_") and not last.endswith("__"):
+                assert owner == module_of(mirror), f"{path} imports {name}"
+
+
+@pytest.mark.parametrize(
+    "source, expected",
+    [
+        ("import moe_triton.comm.window as w", {"moe_triton.comm.window"}),
+        ("import torch, moe_triton_extras", set()),
+        ("from moe_triton import errors, recover", {"moe_triton.errors", "moe_triton.recover"}),
+        ("def f():\n    from ..errors import MoeError", {"moe_triton.errors.MoeError"}),
+        ("from . import window", {"moe_triton.comm.window"}),
+        ("importlib.import_module('moe_triton.ref')", {"moe_triton.ref"}),
+    ],
+)
+def test_imported_finds(source, expected):
+    assert imported(source, "moe_triton.comm.shm") == expected
+
+
+def test_layer_of():
+    assert layer_of("moe_triton.errors.MoeError") == "errors"
+    assert layer_of("moe_triton.kernels.plan") == "kernels"
+    assert layer_of("moe_triton.ExpertParallel") == layer_of("moe_triton") == ""
+
+
+@pytest.mark.parametrize("path", sources(PACKAGE / "kernels"), ids=module_of)
+def test_kernels_know_no_processes_and_no_environment(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    banned = ("torch.distributed", "os", "multiprocessing")
+    wrong = {n for n in names if any(n == b or n.startswith(f"{b}.") for b in banned)}
+    assert not wrong, f"{path}: {sorted(wrong)}"
+
+
+def python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("name", ["kernels", "comm"])
+def test_root_link_is_relative_and_cannot_be_imported(name):
+    link = ROOT / name
+    if not link.is_symlink():
+        pytest.skip("this checkout has no symbolic links")
+    assert link.readlink() == Path("moe_triton") / name
+    result = python(f"import {name}", ROOT)
+    assert result.returncode == 1
+    assert "ImportError" in result.stderr
+    assert f"import moe_triton.{name}" in result.stderr
+
+
+def test_no_package_below_tests():
+    found = [str(path) for path in (ROOT / "tests").rglob("__init__.py")]
+    assert not found, "tests/kernels/__init__.py would hide the distribution called `kernels`"
+
+
+_IMPORT_CHECK = """
+import os, sys, threading, time
+import torch
+before = set(sys.modules), dict(os.environ), torch.get_num_threads(), dict(vars(torch))
+start = time.process_time()
+import moe_triton
+seconds = time.process_time() - start
+new = set(sys.modules) - before[0]
+tops = {name.partition(".")[0] for name in new}
+heavy = tops & {"triton", "torch_npu", "torchair", "transformers", "vllm", "sglang", "matplotlib"}
+assert not heavy, f"imports {heavy}"
+assert not torch.distributed.is_initialized(), "made a process group"
+assert not torch.cuda.is_initialized(), "initialised a device"
+assert threading.active_count() == 1, "started a thread"
+assert dict(os.environ) == before[1], "changed the environment"
+assert torch.get_num_threads() == before[2], "changed the number of threads"
+changed = [k for k, v in before[3].items() if vars(torch).get(k) is not v]
+assert not changed, f"changed torch: {changed}"
+assert seconds < 3, f"took {seconds} s"
+"""
+
+
+def test_importing_does_no_work(tmp_path):
+    result = python(_IMPORT_CHECK, tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.full
+def test_wheel_holds_the_package_only(tmp_path):
+    """The links at the root must not become top-level packages of whoever installs this."""
+    tree = tmp_path / "tree"
+    ignore = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=ignore)
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "-w", tmp_path, tree], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"moe_triton"}
+    assert "moe_triton/py.typed" in names
+    missing = {str(path.relative_to(ROOT)) for path in sources(PACKAGE)} - set(names)
+    assert not missing
