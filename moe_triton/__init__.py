@@ -1,0 +1,46 @@
+"""MoE token dispatch and combine: Ascend's npu_moe_distribute_* operators on any device."""
+
+from __future__ import annotations
+
+from .backend import get_backend, set_backend
+from .comm import recover
+from .errors import (
+    ArgumentError,
+    ArgumentMismatchError,
+    ArgumentNameError,
+    ArgumentTypeError,
+    ArgumentValueError,
+    BrokenGroupError,
+    MissingArgumentError,
+    MoeError,
+    PeerAbortError,
+    PeerTimeoutError,
+    ReceiveOverflowError,
+    UnavailableError,
+)
+from .expert_parallel import Dispatched, ExpertParallel, Handle
+from .ops import window_bytes
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentError",
+    "ArgumentMismatchError",
+    "ArgumentNameError",
+    "ArgumentTypeError",
+    "ArgumentValueError",
+    "BrokenGroupError",
+    "Dispatched",
+    "ExpertParallel",
+    "Handle",
+    "MissingArgumentError",
+    "MoeError",
+    "PeerAbortError",
+    "PeerTimeoutError",
+    "ReceiveOverflowError",
+    "UnavailableError",
+    "get_backend",
+    "recover",
+    "set_backend",
+    "window_bytes",
+]

@@ -1,0 +1,66 @@
+"""The public all-to-all-v, over windows or torch.distributed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from ..errors import ArgumentTypeError, ArgumentValueError, MoeError
+from .groups import resolve
+from .registry import default_endpoint
+
+_OP = "all_to_all_v"
+
+
+def all_to_all_v(
+    x: torch.Tensor,
+    send_counts: Sequence[int] | torch.Tensor,
+    *,
+    group: dist.ProcessGroup | str | None = None,
+    rank: int | None = None,
+) -> tuple[torch.Tensor, list[int]]:
+    """Send consecutive rows of ``x`` to the ranks of a group, any number to each.
+
+    Args:
+        x: [N, ...] of any dtype, on the CPU; trailing shape and dtype equal on all ranks.
+        send_counts: [W] rows for rank 0, rank 1, ...; they add up to N.
+        group: a process group, a group's name, or None for the default process group.
+        rank: this rank, for an in-process group whose thread is not bound.
+
+    Returns:
+        The received rows, ordered by source rank, and how many came from each rank.
+
+    Raises:
+        ArgumentTypeError, ArgumentValueError: x or the counts are of the wrong form.
+        ArgumentMismatchError: the ranks' rows differ in size.
+        PeerAbortError, PeerTimeoutError, BrokenGroupError: as for every op.
+    """
+    found = resolve(_OP, group, rank)
+    endpoint = default_endpoint(found)
+    try:
+        counts = _check(x, send_counts, found.size)
+    except MoeError as error:
+        endpoint.reject("exchange", _OP, error)
+        raise
+    row_bytes = math.prod(x.shape[1:]) * x.itemsize
+    raw = x.contiguous().reshape(-1).view(torch.uint8).view(len(x), row_bytes)
+    received = endpoint.transport(_OP).all_to_all_v(_OP, raw, counts)
+    rows = torch.cat(received).view(x.dtype).reshape(-1, *x.shape[1:])
+    return rows, [part.numel() // row_bytes for part in received]
+
+
+def _check(x: torch.Tensor, send_counts: Sequence[int] | torch.Tensor, world: int) -> list[int]:
+    if not isinstance(x, torch.Tensor):
+        raise ArgumentTypeError(_OP, "x", "be a tensor", type(x))
+    if x.dim() == 0 or x.device.type != "cpu" or math.prod(x.shape[1:]) == 0:
+        got = f"shape {tuple(x.shape)} on {x.device}"
+        raise ArgumentValueError(_OP, "x", "have rows of at least one element, on the CPU", got)
+    counts = [int(count) for count in send_counts]
+    if len(counts) != world or min(counts) < 0 or sum(counts) != len(x):
+        raise ArgumentValueError(
+            _OP, "send_counts", f"be {world} counts that add up to {len(x)}", counts
+        )
+    return counts

@@ -1,0 +1,442 @@
+"""One rank's end of a group that shares memory: rings of slots, flags, announcements, failures.
+
+Every rank issues the same sequence of operations. Operation number i of a kind, its *epoch*, uses slot
+i % slots of that kind's windows, and each rank writes exactly one flag record per epoch to every peer:
+after its data, or as an *abort* when it cannot take part. A wait that ends early, because of an abort,
+leaves a debt: the flags of that epoch are waited for before the slot can come round again.
+
+Beside the flags, each rank *announces* every call in a control block that its peers can read: the
+arguments that must agree, or why it rejects the call. Announcements are read only when a configuration
+is new or something went wrong.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import json
+import os
+import select
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..errors import (
+    ArgumentMismatchError,
+    BrokenGroupError,
+    MoeError,
+    PeerAbortError,
+    PeerTimeoutError,
+)
+from . import atomics
+from .groups import Group
+from .memory import Block, Memory
+from .waiting import Waiter
+from .window import Arena, num_slots, ring_bytes
+
+KINDS = ("dispatch", "combine", "exchange")
+_DATA, _ABORT = 0, 1
+_SETUP, _TEARDOWN = 0, 1
+
+# An announcement: epoch, status, bytes of text, bytes of reason; then the text; then the reason.
+_ENTRY_BYTES, _TEXT, _REASON = 4096, 16, 3072
+_LIVENESS_POLLS = 64  # look for dead peers every so many polls
+
+
+@dataclasses.dataclass(frozen=True)
+class InFlight:
+    """An operation between setup and teardown.
+
+    Attributes:
+        digest: 32 bits that stand for its arguments; they travel with every flag.
+        arena: the windows it uses, None until the arguments are agreed.
+    """
+
+    digest: int = 0
+    arena: Arena | None = None
+
+
+@dataclasses.dataclass
+class Ring:
+    """The windows and counters of one kind of operation.
+
+    Attributes:
+        epochs: [2] int32, the last setup and the last teardown, beside the windows they belong to.
+        arena: all ranks' windows, None until the first call that needs them.
+        in_flight: epochs set up and not yet torn down, oldest first.
+        debts: epochs whose flags have not all been seen, with the windows they are in.
+    """
+
+    epochs: torch.Tensor
+    arena: Arena | None = None
+    in_flight: dict[int, InFlight] = dataclasses.field(default_factory=dict)
+    debts: dict[int, Arena] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Announcement:
+    """What a peer said about a call; a rank that rejected it from the start has no text."""
+
+    status: int
+    text: str
+    reason: str
+
+
+class Channel:
+    """A connected rank.
+
+    Args:
+        group: the group.
+        memory: where blocks come from.
+        blocks: every rank's control block, ``control_bytes(in_flight)`` long.
+        pids: every rank's process, or None for threads of one process.
+        in_flight: f, setups that may run ahead of teardowns.
+        timeout: seconds a wait may take.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        memory: Memory,
+        blocks: list[Block],
+        pids: list[int] | None,
+        *,
+        in_flight: int,
+        timeout: float,
+    ) -> None:
+        self.group = group
+        self.rank, self.size = group.rank, group.size
+        self.in_flight = in_flight
+        self.timeout = timeout
+        self.slots = num_slots(in_flight)
+        self.broken: str | None = None
+        self._memory = memory
+        self._control = blocks
+        self._pidfds = _open_pids(pids, self.rank)
+        self._rings = {kind: Ring(torch.zeros(2, dtype=torch.int32)) for kind in KINDS}
+        self._agreed: set[tuple[str, str]] = set()
+
+    def close(self) -> None:
+        """Give up the memory; peers that still hold it keep their mappings."""
+        for block in self._control:
+            block.release()
+        for ring in self._rings.values():
+            if ring.arena is not None:
+                _release(ring.arena)
+        for fd in self._pidfds.values():
+            os.close(fd)
+        self._pidfds = {}
+        self._rings = {}
+
+    # The life of an operation: begin, agree, (push), signal, wait, (consume), finish.
+
+    def begin(self, kind: str, op: str) -> int:
+        """Take the next epoch of ``kind``."""
+        self.raise_if_broken(op)
+        ring = self._rings[kind]
+        if len(ring.in_flight) >= self.in_flight:
+            raise MoeError(
+                op,
+                f"at most {self.in_flight} {kind} operations may be in flight, and one more was "
+                "set up; tear one down first, or ask for more with in_flight",
+            )
+        epoch = atomics.wrap(int(ring.epochs[_SETUP]) + 1)
+        debt = atomics.wrap(epoch - self.in_flight)
+        if debt in ring.debts:
+            self._see_flags(op, epoch=debt, arena=ring.debts[debt])
+            del ring.debts[debt]
+        ring.epochs[_SETUP] = epoch
+        ring.in_flight[epoch] = InFlight()
+        return epoch
+
+    def agree(
+        self, kind: str, epoch: int, op: str, arguments: Mapping[str, Any], slot_bytes: int
+    ) -> Arena:
+        """Announce the call; for new arguments, wait until all ranks announced the same.
+
+        Args:
+            kind: of operation.
+            epoch: of this call.
+            op: for error messages.
+            arguments: what must be equal on all ranks, as names and printable values.
+            slot_bytes: what a slot must hold; the windows grow when they are too small.
+
+        Returns:
+            The windows of all ranks.
+
+        Raises:
+            ArgumentMismatchError: the ranks' arguments differ.
+            PeerAbortError: a peer rejected its call.
+            PeerTimeoutError: peers did not call.
+        """
+        ring = self._rings[kind]
+        record: dict[str, Any] = {"arguments": arguments}
+        own: Block | None = None
+        if ring.arena is None or ring.arena.capacity < slot_bytes:
+            own = self._memory.allocate(ring_bytes(self.size, slot_bytes, self.in_flight))
+            record["window"] = own.handle
+        self._announce(kind, epoch, _DATA, json.dumps(record), "")
+        known = (kind, json.dumps(arguments))
+        if own is not None or known not in self._agreed:
+            try:
+                blocks = self._compare(kind, epoch, op, arguments, own)
+            except BaseException:
+                if own is not None:
+                    own.release()
+                raise
+            self._agreed.add(known)
+            if own is not None:
+                if ring.arena is not None:
+                    _release(ring.arena)
+                ring.arena = Arena(blocks, self.slots)
+        assert ring.arena is not None
+        digest = atomics.wrap(zlib.crc32(known[1].encode()))
+        ring.in_flight[epoch] = InFlight(digest, ring.arena)
+        return ring.arena
+
+    def signal(self, kind: str, epoch: int, status: int = _DATA) -> None:
+        """Write this rank's flag of ``epoch`` to every rank, after whatever it wrote before."""
+        ring = self._rings[kind]
+        operation = ring.in_flight[epoch]
+        # A call that failed before it agreed aborts in the windows that its peers know.
+        arena = operation.arena or ring.arena
+        if arena is None:
+            return
+        # Each rank starts with its neighbour, so that not all of them serve rank 0 first.
+        for step in range(self.size):
+            owner = (self.rank + 1 + step) % self.size
+            address = arena.flag_address(owner, self.slot(epoch), self.rank)
+            words = _words(address)
+            words[1], words[2] = status, operation.digest
+            atomics.store_release(address, epoch)
+
+    def wait(self, kind: str, epoch: int, op: str) -> None:
+        """Wait for all ranks' flags of ``epoch``, the oldest operation in flight.
+
+        Raises:
+            PeerAbortError, ArgumentMismatchError: a peer could not take part; the epoch is over.
+            PeerTimeoutError: peers did not come; the group is broken, but the wait may be tried again.
+        """
+        ring = self._rings[kind]
+        if next(iter(ring.in_flight), None) != epoch:
+            raise MoeError(op, f"{kind} operations must be torn down in the order of their setup")
+        arena = ring.in_flight[epoch].arena
+        assert arena is not None
+        aborted = self._see_flags(op, epoch, arena, kind=kind)
+        self.broken = None  # a retried wait that succeeds heals the group
+        arena.blocks[self.rank].release()  # every peer has opened it
+        if aborted:
+            # The culprit's own abort names the cause; these ranks only followed it.
+            self.finish(kind, epoch)
+            raise PeerAbortError(op, aborted[0], "its call failed for a reason of another rank")
+
+    def finish(self, kind: str, epoch: int) -> None:
+        """The operation is consumed: its slot may be written again."""
+        ring = self._rings[kind]
+        del ring.in_flight[epoch]
+        ring.epochs[_TEARDOWN] = epoch
+
+    def abort(self, kind: str, epoch: int, error: BaseException) -> None:
+        """Take part in ``epoch`` without data, because of ``error``."""
+        if isinstance(error, PeerTimeoutError):
+            return  # broken: nobody can be told
+        if not isinstance(error, (PeerAbortError, ArgumentMismatchError)):
+            reason = error.problem if isinstance(error, MoeError) else repr(error)
+            self._announce(kind, epoch, _ABORT, "", reason)
+        self.signal(kind, epoch, _ABORT)
+        self._end_early(kind, epoch)
+
+    def reject(self, kind: str, op: str, error: MoeError) -> None:
+        """Take the next epoch only to tell the peers that this rank rejects the call."""
+        if self.broken is None and len(self._rings[kind].in_flight) < self.in_flight:
+            self.abort(kind, self.begin(kind, op), error)
+
+    def slot(self, epoch: int) -> int:
+        """The ring slot of an epoch."""
+        return epoch % self.slots
+
+    def raise_if_broken(self, op: str) -> None:
+        """Raise ``BrokenGroupError`` when an earlier wait timed out."""
+        if self.broken is not None:
+            raise BrokenGroupError(
+                op,
+                f"group {self.group.name!r} is broken since a call timed out ({self.broken}); "
+                "call recover() on all ranks",
+            )
+
+    # Flags.
+
+    def _end_early(self, kind: str, epoch: int) -> None:
+        ring = self._rings[kind]
+        arena = ring.in_flight[epoch].arena or ring.arena
+        if arena is not None:
+            ring.debts[epoch] = arena
+        self.finish(kind, epoch)
+
+    def _see_flags(self, op: str, epoch: int, arena: Arena, kind: str | None = None) -> list[int]:
+        """Wait for all flags of ``epoch``; with ``kind``, raise as soon as an abort's cause is known.
+
+        Returns:
+            The ranks whose flag is an abort.
+        """
+        slot = self.slot(epoch)
+        missing = {
+            source: arena.flag_address(self.rank, slot, source) for source in range(self.size)
+        }
+        aborted: list[int] = []
+        waiter = Waiter(self.timeout)
+        while True:
+            for source, address in list(missing.items()):
+                ahead = atomics.wrap(atomics.load_relaxed(address) - epoch)
+                if ahead < 0:
+                    continue
+                seen = atomics.load_acquire(address)
+                if atomics.wrap(seen - epoch) > 0:
+                    self.broken = f"rank {source} overran epoch {epoch} with {seen}"
+                    raise BrokenGroupError(op, self.broken)
+                del missing[source]
+                words = _words(address)
+                if words[1] == _ABORT:
+                    aborted.append(source)
+                if kind is not None and (
+                    words[1] == _ABORT or words[2] != self._rings[kind].in_flight[epoch].digest
+                ):
+                    self._raise_cause(kind, epoch, op, source)
+            if not missing:
+                return aborted
+            self._check_peers(op, f"epoch {epoch}", tuple(missing), waiter)
+            waiter.pause()
+
+    def _raise_cause(self, kind: str, epoch: int, op: str, source: int) -> None:
+        """Raise what made ``source`` abort, if the cause is its own."""
+        said = self._heard(source, kind, epoch)
+        if said is None:
+            return
+        error: MoeError | None = None
+        if said.status == _ABORT:
+            error = PeerAbortError(op, source, said.reason)
+        else:
+            mine = self._heard(self.rank, kind, epoch)
+            assert mine is not None
+            error = _mismatch(op, mine.text, said.text, source)
+        if error is not None:
+            self._end_early(kind, epoch)
+            raise error
+
+    def _check_peers(self, op: str, what: str, missing: tuple[int, ...], waiter: Waiter) -> None:
+        """Raise when the time is up or a missing peer's process is gone."""
+        if waiter.polls % _LIVENESS_POLLS == _LIVENESS_POLLS - 1:
+            gone = tuple(rank for rank in missing if self._is_gone(rank))
+            if gone:
+                self._break(op, gone, f"the process of {_ranks(gone)} is gone ({what})")
+        if waiter.expired:
+            self._break(
+                op, missing, f"{_ranks(missing)} did not come within {self.timeout:g} s ({what})"
+            )
+
+    def _is_gone(self, rank: int) -> bool:
+        if rank not in self._pidfds:
+            return False
+        return bool(select.select([self._pidfds[rank]], [], [], 0)[0])
+
+    def _break(self, op: str, ranks: tuple[int, ...], problem: str) -> None:
+        self.broken = problem
+        raise PeerTimeoutError(op, ranks, f"{problem}, in group {self.group.name!r}")
+
+    # Announcements.
+
+    def _entry(self, rank: int, kind: str, epoch: int) -> int:
+        index = KINDS.index(kind) * self.slots + self.slot(epoch)
+        return self._control[rank].data.data_ptr() + index * _ENTRY_BYTES
+
+    def _announce(self, kind: str, epoch: int, status: int, text: str, reason: str) -> None:
+        """Publish this rank's words about ``epoch``; what it has said before stays."""
+        address = self._entry(self.rank, kind, epoch)
+        words = _words(address)
+        if words[0] != epoch:
+            words[2] = _write(address + _TEXT, text, _REASON - _TEXT)
+        words[3] = _write(address + _REASON, reason, _ENTRY_BYTES - _REASON)
+        atomics.store_release(address + 4, status)
+        atomics.store_release(address, epoch)
+
+    def _heard(self, rank: int, kind: str, epoch: int) -> Announcement | None:
+        """What ``rank`` announced about ``epoch``, or None if it has not yet."""
+        address = self._entry(rank, kind, epoch)
+        if atomics.load_acquire(address) != epoch:
+            return None
+        status = atomics.load_acquire(address + 4)
+        words = _words(address)
+        text = ctypes.string_at(address + _TEXT, words[2]).decode()
+        reason = ctypes.string_at(address + _REASON, words[3]).decode(errors="replace")
+        return Announcement(status, text, reason)
+
+    def _compare(
+        self, kind: str, epoch: int, op: str, arguments: Mapping[str, Any], own: Block | None
+    ) -> list[Block]:
+        """Wait for all announcements of ``epoch`` and compare; open the new windows, if any."""
+        mine = json.dumps({"arguments": arguments})
+        missing = set(range(self.size))
+        blocks: dict[int, Block] = {}
+        waiter = Waiter(self.timeout)
+        while missing:
+            for rank in sorted(missing):
+                said = self._heard(rank, kind, epoch)
+                if said is None:
+                    continue
+                missing.discard(rank)
+                # Whoever announced arguments has agreed to them, even if it failed afterwards: all
+                # ranks must come to the same end here, and its flag will tell of the failure.
+                if not said.text:
+                    raise PeerAbortError(op, rank, said.reason)
+                error = _mismatch(op, mine, said.text, rank)
+                if error is not None:
+                    raise error
+                if own is not None:
+                    handle = json.loads(said.text)["window"]
+                    blocks[rank] = own if rank == self.rank else self._memory.open(handle)
+            if missing:
+                self._check_peers(op, f"{kind} {epoch}", tuple(sorted(missing)), waiter)
+                waiter.pause()
+        return [blocks[rank] for rank in sorted(blocks)]
+
+
+def control_bytes(in_flight: int) -> int:
+    """Size of a control block."""
+    return len(KINDS) * num_slots(in_flight) * _ENTRY_BYTES
+
+
+def _mismatch(op: str, mine: str, theirs: str, rank: int) -> ArgumentMismatchError | None:
+    own, other = json.loads(mine)["arguments"], json.loads(theirs)["arguments"]
+    for name in [*own, *(name for name in other if name not in own)]:
+        if own.get(name) != other.get(name):
+            return ArgumentMismatchError(op, name, own.get(name), other.get(name), rank=rank)
+    return None
+
+
+def _ranks(ranks: tuple[int, ...]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {list(ranks)}"
+
+
+def _release(arena: Arena) -> None:
+    for block in arena.blocks:
+        block.release()
+
+
+def _words(address: int) -> ctypes.Array[ctypes.c_int32]:
+    """The four words of a flag record or of the head of an announcement."""
+    return (ctypes.c_int32 * 4).from_address(address)
+
+
+def _write(address: int, text: str, limit: int) -> int:
+    raw = text.encode()[:limit]
+    ctypes.memmove(address, raw, len(raw))
+    return len(raw)
+
+
+def _open_pids(pids: list[int] | None, own: int) -> dict[int, int]:
+    """Descriptors that become readable when a peer's process ends."""
+    if pids is None or not hasattr(os, "pidfd_open"):
+        return {}
+    return {rank: os.pidfd_open(pid) for rank, pid in enumerate(pids) if rank != own}

@@ -1,0 +1,357 @@
+"""Dispatch and combine over torch.distributed, for ranks that share no memory.
+
+The same steps write into a staging buffer laid out like a window, whose parts are then sent to their
+owners and received straight into the window that the steps read. A setup sends a notice to every
+rank: the arguments that must agree and the number of rows to come, or why this rank rejects the call.
+A teardown waits for all notices and, when they agree, exchanges the rows.
+
+Messages go rank to rank, not through one all-to-all: the buffers need no packing, and a rank that
+does not answer is known by name. gloo sends only some dtypes, so everything travels as bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..errors import (
+    ArgumentMismatchError,
+    BrokenGroupError,
+    MoeError,
+    PeerAbortError,
+    PeerTimeoutError,
+    UnavailableError,
+)
+from .groups import Group
+from .transport import (
+    Call,
+    Outputs,
+    Pending,
+    Received,
+    Tokens,
+    combine_bases,
+    push_tokens,
+    receive,
+    reduce_rows,
+    return_bases,
+)
+from .waiting import Waiter
+from .window import source_part
+
+_NOTICE_BYTES = 4096
+_KINDS = ("dispatch", "combine", "exchange")
+
+
+@dataclasses.dataclass
+class _Operation:
+    """One epoch of a kind: the notices under way.
+
+    Attributes:
+        notices: [W, bytes] from every rank.
+        receives: their works, by rank.
+        sends: works of what this rank sent, by rank.
+        arguments: this rank's, None when it rejected the call.
+    """
+
+    notices: torch.Tensor
+    receives: dict[int, dist.Work]
+    sends: list[tuple[int, dist.Work]]
+    arguments: Mapping[str, Any] | None
+
+
+class CollectiveTransport:
+    """The transport over a torch process group whose back end moves CPU tensors.
+
+    Args:
+        group: must have a process group.
+        in_flight: setups that may run ahead of teardowns.
+        timeout: seconds a wait may take.
+    """
+
+    name = "collective"
+
+    def __init__(self, group: Group, *, in_flight: int, timeout: float) -> None:
+        assert group.process_group is not None
+        backend = dist.get_backend(group.process_group)
+        if "gloo" not in backend:
+            raise UnavailableError(
+                "collective transport",
+                f"the process group must have a gloo back end for CPU tensors, got {backend!r}",
+            )
+        self._group = group
+        self._process_group = group.process_group
+        self._rank, self._size = group.rank, group.size
+        self._timeout = timeout
+        self._limit = in_flight
+        self._broken: str | None = None
+        self._epochs = dict.fromkeys(_KINDS, 0)
+        self._in_flight: dict[str, dict[int, _Operation]] = {kind: {} for kind in _KINDS}
+        self._debts: dict[str, list[_Operation]] = {kind: [] for kind in _KINDS}
+        self._buffers: dict[tuple[str, int], torch.Tensor] = {}
+
+    def prepare(self, call: Call, kind: str, slot_bytes: int) -> None:
+        """Compare the arguments; buffers come with the calls."""
+        epoch = self._begin(kind, call.op)
+        self._notify(kind, epoch, call.arguments, [0] * self._size)
+        self._await_notices(kind, epoch, call.op)
+        self._finish(kind, epoch)
+
+    def dispatch_setup(self, call: Call, tokens: Tokens) -> Pending:
+        """Stage the tokens and send the notices."""
+        epoch = self._begin("dispatch", call.op)
+        layout = call.config.dispatch
+        try:
+            staging = layout.view(self._buffer("dispatch send", epoch, layout.num_bytes))
+            parts = [source_part(staging, rank) for rank in range(self._size)]
+            plan, written = push_tokens(call, self._rank, tokens, parts)
+        except BaseException as error:
+            self._give_up("dispatch", epoch, error)
+            raise
+        self._notify("dispatch", epoch, call.arguments, written)
+        return Pending(call, tokens, epoch, (plan, written, parts))
+
+    def dispatch_teardown(self, pending: Pending) -> Received:
+        """Exchange the rows that the notices announced, and pack them."""
+        plan, written, parts = pending.state
+        op, layout = pending.call.op, pending.call.config.dispatch
+        coming = self._await_notices("dispatch", pending.epoch, op)
+        data = self._buffer("dispatch receive", pending.epoch, layout.num_bytes)
+        window = layout.view(data)
+        # The header of a source is one piece of memory, from its count of tokens to its weights.
+        headers = data[: self._size * layout.header_bytes].view(self._size, -1)
+        staged = self._buffer("dispatch send", pending.epoch, layout.num_bytes)
+        staged_headers = staged[: self._size * layout.header_bytes].view(self._size, -1)
+        self._transfer(
+            op,
+            send=[[staged_headers[r], parts[r].rows[: written[r]]] for r in range(self._size)],
+            receive=[[headers[r], window.rows[r, : coming[r]]] for r in range(self._size)],
+        )
+        self._finish("dispatch", pending.epoch)
+        return receive(pending.call, self._rank, pending.data, plan, written, window)
+
+    def combine_setup(self, call: Call, outputs: Outputs) -> Pending:
+        """Stage the experts' rows, one block for each rank, and send the notices."""
+        epoch = self._begin("combine", call.op)
+        config = call.config
+        try:
+            counts = torch.bincount(outputs.sources.source, minlength=self._size).tolist()
+            num_bytes = sum(counts) * config.hidden * config.dtype.itemsize
+            staging = self._buffer("combine send", epoch, num_bytes).view(config.dtype)
+            parts = list(staging.view(-1, config.hidden).split(counts))
+            call.steps.return_push(outputs.y, outputs.sources, [0] * self._size, parts)
+        except BaseException as error:
+            self._give_up("combine", epoch, error)
+            raise
+        self._notify("combine", epoch, call.arguments, counts)
+        return Pending(call, outputs, epoch, parts)
+
+    def combine_teardown(self, pending: Pending, addend: torch.Tensor | None) -> torch.Tensor:
+        """Exchange the rows, each block to its place in the window, and sum those of each token."""
+        call, outputs = pending.call, pending.data
+        layout = call.config.combine
+        coming = self._await_notices("combine", pending.epoch, call.op)
+        window = layout.view(self._buffer("combine receive", pending.epoch, layout.num_bytes))
+        bases = combine_bases(call.config, outputs.plan)
+        self._transfer(
+            call.op,
+            send=[[part] for part in pending.state],
+            receive=[[window[bases[r] : bases[r] + coming[r]]] for r in range(self._size)],
+        )
+        self._finish("combine", pending.epoch)
+        return reduce_rows(call, outputs, window, addend)
+
+    def all_to_all_v(self, op: str, x: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
+        """Send the number of rows with the notices, then the rows."""
+        epoch = self._begin("exchange", op)
+        self._notify("exchange", epoch, {"op": op, "row_bytes": x.shape[1]}, counts)
+        coming = self._await_notices("exchange", epoch, op)
+        received = [x.new_empty((rows, x.shape[1])) for rows in coming]
+        self._transfer(op, [[part] for part in x.split(counts)], [[rows] for rows in received])
+        self._finish("exchange", epoch)
+        return [rows.reshape(-1) for rows in received]
+
+    def reject(self, kind: str, op: str, error: MoeError) -> None:
+        """Send a notice of rejection in place of data."""
+        if self._broken is None and len(self._in_flight[kind]) < self._limit:
+            self._give_up(kind, self._begin(kind, op), error)
+
+    def raise_if_broken(self, op: str) -> None:
+        """Raise while the group is broken."""
+        if self._broken is not None:
+            raise BrokenGroupError(
+                op,
+                f"group {self._group.name!r} is broken since a call failed ({self._broken}); "
+                "call recover() on all ranks",
+            )
+
+    def close(self) -> None:
+        """Forget the buffers; the process group is its maker's."""
+        self._buffers.clear()
+
+    def _begin(self, kind: str, op: str) -> int:
+        self.raise_if_broken(op)
+        if len(self._in_flight[kind]) >= self._limit:
+            raise MoeError(
+                op,
+                f"at most {self._limit} {kind} operations may be in flight, and one more was set "
+                "up; tear one down first, or ask for more with in_flight",
+            )
+        while self._debts[kind]:
+            self._settle(self._debts[kind].pop(0), op)
+        self._epochs[kind] += 1
+        return self._epochs[kind]
+
+    def _finish(self, kind: str, epoch: int) -> None:
+        del self._in_flight[kind][epoch]
+
+    def _buffer(self, role: str, epoch: int, num_bytes: int) -> torch.Tensor:
+        """Bytes that are free again after as many operations as may be in flight."""
+        key = (role, epoch % self._limit)
+        if key not in self._buffers or self._buffers[key].numel() < num_bytes:
+            self._buffers[key] = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._buffers[key][:num_bytes]
+
+    def _tag(self, kind: str, epoch: int) -> int:
+        return (epoch * len(_KINDS) + _KINDS.index(kind)) % 2**30
+
+    def _notify(self, kind: str, epoch: int, arguments: Mapping[str, Any], rows: list[int]) -> None:
+        """Send every rank the arguments and the number of rows it will get."""
+        self._post(kind, epoch, [{"arguments": arguments, "rows": n} for n in rows], arguments)
+
+    def _give_up(self, kind: str, epoch: int, error: BaseException) -> None:
+        """Send every rank the reason why nothing will come."""
+        reason = error.problem if isinstance(error, MoeError) else repr(error)
+        notice = {"rejected": reason[: _NOTICE_BYTES // 8]}
+        self._post(kind, epoch, [notice] * self._size, None)
+        self._debts[kind].append(self._in_flight[kind].pop(epoch))
+
+    def _post(
+        self,
+        kind: str,
+        epoch: int,
+        notices: list[dict[str, Any]],
+        arguments: Mapping[str, Any] | None,
+    ) -> None:
+        tag = self._tag(kind, epoch)
+        incoming = torch.empty((self._size, _NOTICE_BYTES), dtype=torch.uint8)
+        operation = _Operation(incoming, {}, [], arguments)
+        for rank, notice in enumerate(notices):
+            raw = json.dumps(notice).encode().ljust(_NOTICE_BYTES)
+            outgoing = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+            if rank == self._rank:
+                incoming[rank] = outgoing
+                continue
+            operation.sends.append((rank, self._send(outgoing, rank, tag)))
+            operation.receives[rank] = self._receive(incoming[rank], rank, tag)
+        self._in_flight[kind][epoch] = operation
+
+    def _send(self, data: torch.Tensor, rank: int, tag: int = 0) -> dist.Work:
+        work = dist.isend(data, group=self._process_group, group_dst=rank, tag=tag)
+        assert work is not None
+        return work
+
+    def _receive(self, data: torch.Tensor, rank: int, tag: int = 0) -> dist.Work:
+        work = dist.irecv(data, group=self._process_group, group_src=rank, tag=tag)
+        assert work is not None
+        return work
+
+    def _settle(self, operation: _Operation, op: str) -> None:
+        """Wait for all notices of an operation."""
+        waiter = Waiter(self._timeout)
+        while operation.receives:
+            rank = next(iter(operation.receives))
+            self._wait(operation.receives[rank], rank, op, waiter)
+            del operation.receives[rank]
+        while operation.sends:
+            rank, work = operation.sends[0]
+            self._wait(work, rank, op, waiter)
+            operation.sends.pop(0)
+
+    def _await_notices(self, kind: str, epoch: int, op: str) -> list[int]:
+        """Wait for all notices of the oldest operation in flight, and compare them.
+
+        Returns:
+            The rows that each rank is going to send.
+        """
+        if next(iter(self._in_flight[kind]), None) != epoch:
+            raise MoeError(op, f"{kind} operations must be torn down in the order of their setup")
+        operation = self._in_flight[kind][epoch]
+        self._settle(operation, op)
+        notices = [json.loads(bytes(raw.numpy())) for raw in operation.notices]
+        own = notices[self._rank]["arguments"]
+        error: MoeError | None = None
+        for rank, notice in enumerate(notices):
+            if "rejected" in notice:
+                error = PeerAbortError(op, rank, notice["rejected"])
+                break
+            differing = [
+                name
+                for name in [*own, *notice["arguments"]]
+                if own.get(name) != notice["arguments"].get(name)
+            ]
+            if differing and error is None:
+                name = differing[0]
+                mine, theirs = own.get(name), notice["arguments"].get(name)
+                error = ArgumentMismatchError(op, name, mine, theirs, rank=rank)
+        if error is not None:
+            self._finish(kind, epoch)
+            raise error
+        return [notice["rows"] for notice in notices]
+
+    def _transfer(
+        self, op: str, send: list[list[torch.Tensor]], receive: list[list[torch.Tensor]]
+    ) -> None:
+        """Move tensors, some to and some from each rank, all contiguous."""
+        waiter = Waiter(self._timeout)
+        works: list[tuple[int, dist.Work]] = []
+        for step in range(1, self._size):
+            source = (self._rank - step) % self._size
+            for data in receive[source]:
+                if data.numel():
+                    works.append((source, self._receive(_as_bytes(data), source)))
+        for step in range(1, self._size):
+            target = (self._rank + step) % self._size
+            for data in send[target]:
+                if data.numel():
+                    works.append((target, self._send(_as_bytes(data), target)))
+        for own, data in zip(receive[self._rank], send[self._rank], strict=True):
+            own.copy_(data)
+        for rank, work in works:
+            self._wait(work, rank, op, waiter)
+
+    def _wait(self, work: dist.Work, rank: int, op: str, waiter: Waiter) -> None:
+        # gloo takes a zero timeout for none at all.
+        remaining = datetime.timedelta(seconds=max(waiter.remaining, 0.001))
+        try:
+            work.wait(remaining)
+        except RuntimeError as error:
+            if waiter.expired:
+                self._broken = f"rank {rank} did not come within {self._timeout:g} s"
+            else:
+                self._broken = f"the connection to rank {rank} is gone"
+            raise PeerTimeoutError(
+                op, (rank,), f"{self._broken}, in group {self._group.name!r}"
+            ) from error
+
+
+def _as_bytes(data: torch.Tensor) -> torch.Tensor:
+    return data.view(torch.uint8).reshape(-1)
+
+
+def reconnect(group: Group, timeout: float) -> Group:
+    """The same ranks in a process group of their own, after the old one failed."""
+    assert group.process_group is not None
+    ranks = dist.get_process_group_ranks(group.process_group)
+    fresh = dist.new_group(
+        ranks,
+        timeout=datetime.timedelta(seconds=timeout),
+        backend="gloo",
+        use_local_synchronization=True,
+    )
+    return dataclasses.replace(group, process_group=fresh)

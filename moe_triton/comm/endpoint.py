@@ -1,0 +1,214 @@
+"""From a group to a connected transport, chosen when the ranks first meet.
+
+"auto" means: one rank needs nothing; ranks that can write each other's memory use windows; all others
+use torch.distributed. All ranks decide from the same facts and so come to the same choice. An explicit
+choice that cannot work is an error that says why.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..errors import ArgumentMismatchError, MoeError, UnavailableError
+from . import atomics, collective
+from .channel import Channel, control_bytes
+from .groups import Group
+from .local import LocalMemory
+from .meeting import Meeting
+from .memory import Block, Memory
+from .shm import MemfdMemory, PosixMemory
+from .single import SingleTransport
+from .symmetric import SymmetricTransport
+from .transport import Transport
+
+
+class Endpoint:
+    """One rank of a group, connected when first used.
+
+    Args:
+        group: the group and this rank's place in it.
+        tag: sets apart the users of one group; equal on all ranks.
+        transport: "auto", "symmetric" or "collective".
+        in_flight: setups that may run ahead of teardowns.
+        timeout: seconds that any wait for peers may take.
+    """
+
+    def __init__(
+        self, group: Group, tag: str, *, transport: str, in_flight: int, timeout: float
+    ) -> None:
+        self.group = group
+        self.origin = group.process_group  # stays the same when recover() makes a new one
+        self._choice = group.transport if transport == "auto" else transport
+        self._in_flight = in_flight
+        self._timeout = timeout
+        self._meeting = Meeting(group, tag, timeout) if group.size > 1 else None
+        self._connected: Transport | None = SingleTransport() if group.size == 1 else None
+        self._process_group_lost = False
+        self._closed = False
+
+    @property
+    def transport_name(self) -> str | None:
+        """ "single", "symmetric" or "collective"; None before the ranks have met."""
+        return None if self._connected is None else self._connected.name
+
+    def transport(self, op: str) -> Transport:
+        """The transport; the first call meets all ranks.
+
+        Raises:
+            PeerTimeoutError: ranks did not come.
+            PeerAbortError: a rank rejected its call.
+            UnavailableError: the chosen transport cannot work between these ranks.
+            MoeError: the endpoint is closed.
+        """
+        if self._closed:
+            raise MoeError(op, f"this endpoint of group {self.group.name!r} is closed")
+        if self._connected is None:
+            self._connected = self._connect(op)
+        return self._connected
+
+    def reject(self, kind: str, op: str, error: MoeError) -> None:
+        """Tell the peers, who may be making the call right now, why this rank rejects it."""
+        if self._connected is not None:
+            self._connected.reject(kind, op, error)
+        elif self._meeting is not None:
+            self._meeting.reject(error.problem)
+
+    def recover(self, op: str) -> None:
+        """Start over with the ranks that come, after a timeout; collective.
+
+        What was in flight is lost. A rank that was restarted takes part by its first call.
+        """
+        if self._meeting is None:
+            return
+        if self._connected is not None:
+            self._process_group_lost = self._connected.name == "collective"
+            self._connected.close()
+            self._connected = None
+            self._meeting.leave()
+        self.transport(op)
+
+    def close(self) -> None:
+        """Give up the memory; the group itself is its maker's."""
+        self._closed = True
+        if self._connected is not None:
+            self._connected.close()
+            self._connected = None
+
+    def _connect(self, op: str) -> Transport:
+        assert self._meeting is not None
+        facts = self._meeting.meet(op, self._facts())
+        for name in ("transport", "in_flight"):
+            own = facts[self.group.rank][name]
+            for rank, theirs in enumerate(facts):
+                if theirs[name] != own:
+                    raise ArgumentMismatchError(op, name, own, theirs[name], rank=rank)
+        causes: list[str] = []
+        if self._choice != "collective":
+            for memory in self._memories(facts, causes):
+                channel = self._open(op, memory, facts, causes)
+                if channel is not None:
+                    return SymmetricTransport(channel)
+        if self._choice == "symmetric" or self.group.process_group is None:
+            cause = "; ".join(causes) or "the group has no torch process group"
+            raise UnavailableError(op, f"transport {self._choice!r} cannot work here: {cause}")
+        if self._process_group_lost:
+            self.group = collective.reconnect(self.group, self._timeout)
+            self._process_group_lost = False
+        return collective.CollectiveTransport(
+            self.group, in_flight=self._in_flight, timeout=self._timeout
+        )
+
+    def _facts(self) -> dict[str, Any]:
+        facts: dict[str, Any] = {"transport": self._choice, "in_flight": self._in_flight}
+        if not self.group.in_process:
+            facts |= {
+                "pid": os.getpid(),
+                "host": _read("/proc/sys/kernel/random/boot_id"),
+                "pid_namespace": _link("/proc/self/ns/pid"),
+                "shm": _device("/dev/shm"),
+                "atomics": atomics.BETWEEN_PROCESSES,
+            }
+        return facts
+
+    def _memories(self, facts: list[dict[str, Any]], causes: list[str]) -> Iterable[Memory]:
+        """The providers that may work between these ranks, best first."""
+        if self.group.in_process:
+            return [LocalMemory()]
+        if not all(fact["atomics"] for fact in facts):
+            causes.append("libstdc++ is missing, which orders memory between processes")
+            return []
+        if not facts[0]["host"] or not _same(facts, "host"):
+            causes.append("the ranks are on different hosts")
+            return []
+        memories: list[Memory] = []
+        if _same(facts, "pid_namespace"):
+            memories.append(MemfdMemory())
+        else:
+            causes.append("memfd: the ranks are in different PID namespaces")
+        if facts[0]["shm"] and _same(facts, "shm"):
+            memories.append(PosixMemory())
+        else:
+            causes.append("posix: the ranks do not share /dev/shm")
+        return memories
+
+    def _open(
+        self, op: str, memory: Memory, facts: list[dict[str, Any]], causes: list[str]
+    ) -> Channel | None:
+        """Connect through ``memory``, or add to ``causes`` why some rank could not."""
+        assert self._meeting is not None
+        own: Block | None = None
+        cause = ""
+        try:
+            own = memory.allocate(control_bytes(self._in_flight))
+        except OSError as error:
+            cause = str(error)
+        handle = None if own is None else own.handle
+        handles = self._meeting.exchange(op, f"{memory.name} handle", {"handle": handle})
+        blocks: list[Block] = []
+        try:
+            for rank, record in enumerate(handles):
+                if rank == self.group.rank and own is not None:
+                    blocks.append(own)
+                elif record["handle"] is not None:
+                    blocks.append(memory.open(record["handle"]))
+        except OSError as error:
+            cause = str(error)
+        results = self._meeting.exchange(op, f"{memory.name} opened", {"cause": cause})
+        if own is not None:
+            own.release()
+        failed = [(rank, record["cause"]) for rank, record in enumerate(results) if record["cause"]]
+        if failed:
+            rank, cause = failed[0]
+            causes.append(f"{memory.name}: {cause} on rank {rank}")
+            return None
+        pids = None if self.group.in_process else [fact["pid"] for fact in facts]
+        return Channel(
+            self.group,
+            memory,
+            blocks,
+            pids,
+            in_flight=self._in_flight,
+            timeout=self._timeout,
+        )
+
+
+def _same(facts: list[dict[str, Any]], name: str) -> bool:
+    return all(fact[name] == facts[0][name] for fact in facts)
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text().strip() if Path(path).exists() else ""
+
+
+def _link(path: str) -> str:
+    return os.readlink(path) if Path(path).exists() else ""
+
+
+def _device(path: str) -> str:
+    if not Path(path).is_dir():
+        return ""
+    status = os.stat(path)
+    return f"{status.st_dev}:{status.st_ino}"

@@ -1,0 +1,164 @@
+"""From a group's name to its ranks: torch's process groups, in-process worlds, and bare stores.
+
+Ops take a group as a ``ProcessGroup``, as the name under which torch knows one, or as a name registered
+here. A registered group needs only a ``torch.distributed.Store`` in which its ranks find each other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+
+import torch.distributed as dist
+
+from ..errors import ArgumentNameError, ArgumentValueError
+
+TRANSPORTS = ("auto", "symmetric", "collective")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """One rank's membership in a group.
+
+    Attributes:
+        name: unique in this process.
+        rank: this rank, 0 <= rank < size.
+        size: number of ranks.
+        store: where the ranks meet, its keys private to the group; None for a group of one.
+        in_process: all ranks are threads of this process.
+        process_group: torch's group, or None.
+        transport: what "auto" stands for on this group.
+    """
+
+    name: str
+    rank: int
+    size: int
+    store: dist.Store | None
+    in_process: bool = False
+    process_group: dist.ProcessGroup | None = None
+    transport: str = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Registration:
+    store: dist.Store
+    size: int
+    in_process: bool
+    rank: int | None
+    transport: str
+
+
+_registered: dict[str, _Registration] = {}
+_transports: dict[str, str] = {}  # of torch process groups, by name
+_bound = threading.local()
+
+
+def check_transport(op: str, transport: str) -> str:
+    """``transport`` itself, if it is one of the names."""
+    if transport not in TRANSPORTS:
+        raise ArgumentValueError(op, "transport", f"be one of {[*TRANSPORTS]}", repr(transport))
+    return transport
+
+
+def register(
+    name: str,
+    store: dist.Store,
+    size: int,
+    *,
+    in_process: bool = False,
+    rank: int | None = None,
+    transport: str = "auto",
+) -> None:
+    """Make ``name`` a group of ``size`` ranks that meet in ``store``.
+
+    Args:
+        name: must not be registered already.
+        store: shared by the ranks; a ``HashStore`` for threads, a file or TCP store for processes.
+        size: number of ranks.
+        in_process: the ranks are threads of this process; each call then names its rank, or its
+            thread is bound by ``bind_rank``.
+        rank: this process, when it is one rank.
+        transport: "auto", "symmetric" or "collective".
+    """
+    if name in _registered:
+        raise ArgumentNameError("register_group", "name", "not be registered already", repr(name))
+    if not in_process and rank is None:
+        raise ArgumentValueError("register_group", "rank", "be given between processes", None)
+    check_transport("register_group", transport)
+    prefixed = dist.PrefixStore(f"moe_triton/{name}", store)
+    _registered[name] = _Registration(prefixed, size, in_process, rank, transport)
+
+
+def unregister(name: str) -> None:
+    """Forget a registered group."""
+    _registered.pop(name, None)
+
+
+def bind_rank(name: str, rank: int) -> None:
+    """Let the calling thread be ``rank`` of the in-process group ``name``."""
+    if not hasattr(_bound, "ranks"):
+        _bound.ranks = {}
+    _bound.ranks[name] = rank
+
+
+def set_transport(group: dist.ProcessGroup | str, transport: str) -> None:
+    """Choose what "auto" means on one of torch's process groups."""
+    name = group if isinstance(group, str) else group.group_name
+    _transports[name] = check_transport("set_transport", transport)
+
+
+def _from_process_group(group: dist.ProcessGroup) -> Group:
+    name = group.group_name
+    store = dist.distributed_c10d._get_process_group_store(group)
+    return Group(
+        name,
+        group.rank(),
+        group.size(),
+        dist.PrefixStore("moe_triton", store),
+        process_group=group,
+        transport=_transports.get(name, "auto"),
+    )
+
+
+def resolve(
+    op: str,
+    group: dist.ProcessGroup | str | None,
+    rank: int | None = None,
+    *,
+    argument: str = "group",
+) -> Group:
+    """Find a group and this rank's place in it.
+
+    Args:
+        op: for error messages.
+        group: a process group, a name, or None for the default process group, or one rank alone
+            where torch.distributed is not initialised.
+        rank: this rank, needed for an in-process group whose thread is not bound.
+        argument: the argument's name, for error messages.
+
+    Raises:
+        ArgumentNameError: nobody registered the name.
+        ArgumentValueError: the rank is not known or out of range.
+    """
+    if group is None:
+        if not dist.is_initialized():
+            return Group("alone", 0, 1, None)
+        return _from_process_group(dist.group.WORLD)
+    if not isinstance(group, str):
+        return _from_process_group(group)
+    if group in _registered:
+        found = _registered[group]
+        bound = getattr(_bound, "ranks", {}).get(group, rank)
+        own = found.rank if found.rank is not None else bound
+        if own is None or not 0 <= own < found.size:
+            raise ArgumentValueError(op, "rank", f"be in [0, {found.size}) for {group!r}", own)
+        return Group(group, own, found.size, found.store, found.in_process, None, found.transport)
+    try:
+        process_group = dist.distributed_c10d._resolve_process_group(group)
+    except (RuntimeError, LookupError, ValueError):
+        process_group = None
+    if process_group is None:
+        raise ArgumentNameError(
+            op, argument, "name a registered or torch process group", repr(group)
+        )
+    return _from_process_group(process_group)

@@ -1,0 +1,88 @@
+"""The endpoints this process has open: one per group and rank for the functional ops, and others."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import defaultdict
+
+import torch.distributed as dist
+
+from . import groups
+from .endpoint import Endpoint
+from .groups import Group
+
+DEFAULT_TIMEOUT = 30.0  # seconds
+
+_lock = threading.Lock()  # ranks may be threads
+_defaults: dict[tuple[str, int], Endpoint] = {}
+_others: list[Endpoint] = []
+_opened: dict[tuple[str, int], itertools.count[int]] = defaultdict(itertools.count)
+
+
+def default_endpoint(group: Group) -> Endpoint:
+    """The endpoint that all functional ops of this rank share."""
+    key = (group.name, group.rank)
+    with _lock:
+        found = _defaults.get(key)
+        # A process group that was destroyed and made again may have the old name.
+        if found is not None and found.origin is group.process_group:
+            return found
+        if found is not None:
+            found.close()
+        _defaults[key] = Endpoint(
+            group, "default", transport="auto", in_flight=1, timeout=DEFAULT_TIMEOUT
+        )
+        return _defaults[key]
+
+
+def open_endpoint(group: Group, *, transport: str, in_flight: int, timeout: float) -> Endpoint:
+    """An endpoint of its own; all ranks must open theirs in the same order."""
+    with _lock:
+        number = next(_opened[group.name, group.rank])
+        endpoint = Endpoint(
+            group, f"endpoint{number}", transport=transport, in_flight=in_flight, timeout=timeout
+        )
+        _others.append(endpoint)
+        return endpoint
+
+
+def close_endpoint(endpoint: Endpoint) -> None:
+    """Close one endpoint and forget it."""
+    with _lock:
+        if endpoint in _others:
+            _others.remove(endpoint)
+    endpoint.close()
+
+
+def recover(group: dist.ProcessGroup | str, rank: int | None = None) -> None:
+    """Let the functional ops work again on a group that a timeout broke; collective.
+
+    Args:
+        group: a process group or a group's name.
+        rank: this rank, for an in-process group whose thread is not bound.
+    """
+    default_endpoint(groups.resolve("recover", group, rank)).recover("recover")
+
+
+def unregister_group(name: str) -> None:
+    """Close this process's endpoints of a registered group and forget the group."""
+    _close(name)
+    groups.unregister(name)
+
+
+def close_all() -> None:
+    """Close every endpoint of this process, before its process groups are destroyed."""
+    _close(None)
+
+
+def _close(name: str | None) -> None:
+    with _lock:
+        doomed = [key for key in _defaults if name in (None, key[0])]
+        endpoints = [_defaults.pop(key) for key in doomed]
+        endpoints += [found for found in _others if name in (None, found.group.name)]
+        _others[:] = [found for found in _others if found not in endpoints]
+        for key in [key for key in _opened if name in (None, key[0])]:
+            del _opened[key]
+    for endpoint in endpoints:
+        endpoint.close()

@@ -1,0 +1,84 @@
+"""Memory shared between the processes of one host.
+
+``MemfdMemory`` uses anonymous files: nothing has a name, so nothing can be left behind, and the size of
+/dev/shm does not matter. Peers open them through /proc, which needs the same user and PID namespace.
+``PosixMemory`` is for hosts that forbid this: named files in /dev/shm, unlinked once all peers hold them.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+from pathlib import Path
+
+import torch
+
+from .memory import Block
+
+_SHM = Path("/dev/shm")
+
+
+def _map(fd: int, num_bytes: int) -> torch.Tensor:
+    # The tensor keeps the mapping alive.
+    return torch.frombuffer(mmap.mmap(fd, num_bytes), dtype=torch.uint8)
+
+
+class MemfdMemory:
+    """Anonymous shared memory, opened by peers as /proc/<pid>/fd/<fd>."""
+
+    name = "memfd"
+
+    def allocate(self, num_bytes: int) -> Block:
+        """A zeroed block; pages are committed when they are first written."""
+        label = f"moe_triton-{secrets.token_hex(8)}"
+        fd = os.memfd_create(label, os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, num_bytes)
+            data = _map(fd, num_bytes)
+        except OSError:
+            os.close(fd)
+            raise
+        handle: dict[str, int | str] = {"pid": os.getpid(), "fd": fd, "label": label}
+        return Block(data, handle | {"bytes": num_bytes}, hide=lambda: os.close(fd))
+
+    def open(self, handle: dict[str, int | str]) -> Block:
+        """Map a peer's block; the label guards against a process or descriptor number used again."""
+        path = f"/proc/{handle['pid']}/fd/{handle['fd']}"
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            if str(handle["label"]) not in os.readlink(f"/proc/self/fd/{fd}"):
+                raise FileNotFoundError(f"{path} is no longer the block {handle['label']}")
+            return Block(_map(fd, int(handle["bytes"])), handle)
+        finally:
+            os.close(fd)
+
+
+class PosixMemory:
+    """Named shared memory in /dev/shm."""
+
+    name = "posix"
+
+    def allocate(self, num_bytes: int) -> Block:
+        """A zeroed block with a name of its own, which ``release`` removes."""
+        path = _SHM / f"moe_triton-{secrets.token_hex(8)}"
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            # fallocate, not truncate: a full /dev/shm is an error now, not a SIGBUS later.
+            os.posix_fallocate(fd, 0, num_bytes)
+            data = _map(fd, num_bytes)
+        except OSError:
+            path.unlink()
+            raise
+        finally:
+            os.close(fd)
+        handle: dict[str, int | str] = {"path": str(path), "bytes": num_bytes}
+        return Block(data, handle, hide=lambda: path.unlink(missing_ok=True))
+
+    def open(self, handle: dict[str, int | str]) -> Block:
+        """Map a peer's block."""
+        fd = os.open(str(handle["path"]), os.O_RDWR | os.O_CLOEXEC)
+        try:
+            return Block(_map(fd, int(handle["bytes"])), handle)
+        finally:
+            os.close(fd)

@@ -1,0 +1,45 @@
+"""Waiting on the host: bounded in time, polite to the other ranks that share the cores."""
+
+from __future__ import annotations
+
+import time
+
+_YIELDS = 20  # polls that only give up the core
+_FIRST_SLEEP, _LONGEST_SLEEP = 20e-6, 500e-6  # seconds
+
+
+class Waiter:
+    """The pauses of one wait.
+
+    Args:
+        timeout: seconds until ``expired``.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self.started = time.monotonic()
+        self.deadline = self.started + timeout
+        self.polls = 0
+        self._sleep = _FIRST_SLEEP
+
+    @property
+    def waited(self) -> float:
+        """Seconds since the wait began."""
+        return time.monotonic() - self.started
+
+    @property
+    def remaining(self) -> float:
+        """Seconds until the deadline, at least 0."""
+        return max(self.deadline - time.monotonic(), 0.0)
+
+    @property
+    def expired(self) -> bool:
+        return time.monotonic() >= self.deadline
+
+    def pause(self, longest: float = _LONGEST_SLEEP) -> None:
+        """Let others run: first by a yield, then for longer and longer."""
+        self.polls += 1
+        if self.polls <= _YIELDS:
+            time.sleep(0)
+            return
+        time.sleep(self._sleep)
+        self._sleep = min(self._sleep * 1.5, longest)

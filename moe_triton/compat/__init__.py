@@ -1,0 +1,1 @@
+"""Other libraries' names and argument orders for the ops of this one: translation, no logic."""

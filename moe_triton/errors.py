@@ -1,0 +1,134 @@
+"""What can go wrong, as exceptions that carry the status codes of the aclnn interface.
+
+A message has three parts: the op and the argument, the contract, and what came:
+
+    npu_moe_distribute_dispatch: expert_ids must be int32 of shape (BS, K), got torch.int64
+
+Every class is a ``MoeError`` and also the built-in exception that a caller would expect, so that
+``except ValueError`` works. ``code`` is None where the aclnn interface has no status for the case.
+"""
+
+from __future__ import annotations
+
+NULL_POINTER = 161001  # ACLNN_ERR_PARAM_NULLPTR: a required tensor is missing
+INVALID_PARAM = 161002  # ACLNN_ERR_PARAM_INVALID: a dtype or name that is not supported
+TILING_ERROR = 561002  # ACLNN_ERR_INNER_TILING_ERROR: a shape or value out of range
+
+
+class MoeError(Exception):
+    """Base of all errors of this library.
+
+    Attributes:
+        op: the op that was called.
+        argument: the argument at fault, or None.
+        code: the aclnn status code, or None.
+    """
+
+    code: int | None = None
+
+    def __init__(self, op: str, problem: str, *, argument: str | None = None) -> None:
+        super().__init__(f"{op}: {problem}")
+        self.op = op
+        self.argument = argument
+        self.problem = problem
+
+
+class ArgumentError(MoeError):
+    """An argument breaks its contract; nothing has been sent."""
+
+    def __init__(self, op: str, argument: str, contract: str, got: object) -> None:
+        super().__init__(op, f"{argument} must {contract}, got {got}", argument=argument)
+
+
+class MissingArgumentError(ArgumentError, TypeError):
+    """A required argument is None or empty."""
+
+    code = NULL_POINTER
+
+
+class ArgumentTypeError(ArgumentError, TypeError):
+    """A dtype that is not supported."""
+
+    code = INVALID_PARAM
+
+
+class ArgumentValueError(ArgumentError, ValueError):
+    """A shape, stride, device or value out of range."""
+
+    code = TILING_ERROR
+
+
+class ArgumentNameError(ArgumentError, ValueError):
+    """A group name of the wrong form, or one that nobody registered."""
+
+    code = INVALID_PARAM
+
+
+class ArgumentMismatchError(MoeError, ValueError):
+    """The ranks of a group called with different arguments; raised on every rank.
+
+    Attributes:
+        rank: the peer that differs.
+    """
+
+    code = TILING_ERROR
+
+    def __init__(self, op: str, argument: str, mine: object, theirs: object, *, rank: int) -> None:
+        super().__init__(
+            op,
+            f"{argument} must be equal on all ranks of the group, got {mine} on this rank and "
+            f"{theirs} on rank {rank}",
+            argument=argument,
+        )
+        self.rank = rank
+
+
+class PeerAbortError(MoeError, RuntimeError):
+    """A peer rejected its call; this rank's call was right. The group stays usable.
+
+    Attributes:
+        rank: the peer.
+        reason: its error, in words.
+    """
+
+    def __init__(self, op: str, rank: int, reason: str) -> None:
+        super().__init__(op, f"rank {rank} rejected this call: {reason}")
+        self.rank = rank
+        self.reason = reason
+
+
+class PeerTimeoutError(MoeError, RuntimeError):
+    """Peers did not take part in time, or are gone. The group is broken until ``recover()``.
+
+    Attributes:
+        ranks: the peers that are missing.
+    """
+
+    def __init__(self, op: str, ranks: tuple[int, ...], problem: str) -> None:
+        super().__init__(op, problem)
+        self.ranks = ranks
+
+
+class BrokenGroupError(MoeError, RuntimeError):
+    """The group is broken by an earlier timeout and has not been recovered."""
+
+
+class ReceiveOverflowError(MoeError, RuntimeError):
+    """A rank would receive more rows than ``max_recv_tokens``; raised on every rank.
+
+    Attributes:
+        rank: the first rank that overflows.
+    """
+
+    def __init__(self, op: str, rank: int, rows: int, limit: int) -> None:
+        super().__init__(
+            op,
+            f"max_recv_tokens must hold the rows of every rank, got {limit} with {rows} rows for "
+            f"rank {rank}",
+            argument="max_recv_tokens",
+        )
+        self.rank = rank
+
+
+class UnavailableError(MoeError, RuntimeError):
+    """A back end, transport or format that cannot work here, with the cause."""

@@ -1,0 +1,433 @@
+"""Expert parallelism as an object: sizes are fixed and windows allocated once, calls only move tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+
+from . import comm
+from .comm import Call, MoeConfig, Outputs, Pending, Tokens, Traffic, WindowBytes
+from .errors import ArgumentValueError, MoeError
+from .layout import Plan, Sources
+from .ops import checks, device_steps
+
+_OP = "ExpertParallel"
+_DTYPES = (torch.float16, torch.bfloat16)
+_CPU = torch.device("cpu")  # the only device whose steps exist so far
+
+
+@dataclasses.dataclass(frozen=True)
+class Handle:
+    """What combine needs of a dispatch; good for any number of combines.
+
+    Attributes:
+        expert_ids: [T, K] int32 of this rank's tokens.
+        weights: [T, K] float32, or None.
+        plan: of the tokens.
+        sources: the numbering of the received rows.
+        bases: [W] where the rows go in each source's window.
+    """
+
+    expert_ids: torch.Tensor
+    weights: torch.Tensor | None
+    plan: Plan
+    sources: Sources
+    bases: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dispatched:
+    """What a rank received.
+
+    Rows are sorted by (local expert, source rank, token): those of local expert i are
+    ``x[sum(tokens_per_expert[:i]):][:tokens_per_expert[i]]``. Rows after the last one are not written.
+
+    Attributes:
+        x: [A, H] of the model's dtype, or int8; [n, H] with ``exact``.
+        scales: [A] float32 with quant="int8", such that x * scales approximates the tokens; else None.
+        weights: [A] float32 routing weights of the rows; None without topk_weights.
+        tokens_per_expert: [L] int64.
+        num_tokens: 0-d int32, n.
+        handle: for combine.
+    """
+
+    x: torch.Tensor
+    scales: torch.Tensor | None
+    weights: torch.Tensor | None
+    tokens_per_expert: torch.Tensor
+    num_tokens: torch.Tensor
+    handle: Handle
+
+
+@dataclasses.dataclass(frozen=True)
+class DispatchPending:
+    """A dispatch between setup and teardown.
+
+    Attributes:
+        operation: the transport's part.
+        weights: [T, K] float32 as the caller gave them, or None.
+    """
+
+    operation: Pending
+    weights: torch.Tensor | None
+
+
+class ExpertParallel:
+    """Dispatch and combine for MoE layers of one shape.
+
+    All ranks construct it together and then issue the same sequence of calls; a rank without tokens
+    calls with none. One object serves any number of layers.
+
+    Args:
+        group: a ``ProcessGroup``, a group's name, or None for the default process group, or one rank
+            alone where torch.distributed is not initialised.
+        num_experts: E routed experts, a multiple of the ranks that hold them.
+        top_k: K experts per token.
+        hidden: H.
+        max_tokens: most tokens any rank dispatches in one call.
+        dtype: torch.bfloat16 or torch.float16.
+        quant: None, or "int8" to send rows quantised with a scale per row.
+        shared_experts: NS shared experts on ranks of their own.
+        shared_ranks: S ranks for them, the first of the group, a multiple of NS.
+        max_recv_tokens: rows to allocate for what a rank receives; the default holds the worst case.
+            A call that exceeds it raises on every rank.
+        exact: return exactly the received rows, at the price of reading their number on the host.
+        in_flight: dispatches, and combines, that may be set up before the first is torn down.
+        timeout: seconds any wait for peers may take.
+        transport: "auto", "symmetric" or "collective".
+        rank: this rank, for an in-process group whose thread is not bound to one.
+
+    Raises:
+        MoeError: a wrong argument, ranks that disagree, or a transport that cannot work here.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | str | None = None,
+        *,
+        num_experts: int,
+        top_k: int,
+        hidden: int,
+        max_tokens: int,
+        dtype: torch.dtype = torch.bfloat16,
+        quant: str | None = None,
+        shared_experts: int = 0,
+        shared_ranks: int = 0,
+        max_recv_tokens: int | None = None,
+        exact: bool = False,
+        in_flight: int = 1,
+        timeout: float = 30.0,
+        transport: str = "auto",
+        rank: int | None = None,
+    ) -> None:
+        resolved = comm.resolve(_OP, group, rank)
+        checks.integers(_OP, in_flight=in_flight)
+        checks.value(_OP, "in_flight", in_flight >= 1, "be at least 1", in_flight)
+        checks.value(_OP, "timeout", timeout > 0, "be positive", timeout)
+        choices = comm.TRANSPORTS
+        checks.value(_OP, "transport", transport in choices, f"be in {choices}", repr(transport))
+        self._endpoint = comm.open_endpoint(
+            resolved, transport=transport, in_flight=in_flight, timeout=timeout
+        )
+        self.rank, self.world_size = resolved.rank, resolved.size
+        self._exact, self._limit = exact, max_recv_tokens
+        self._in_flight = in_flight
+        self._traffic: Traffic | None = None
+        try:
+            self._config = self._check_sizes(
+                num_experts, top_k, hidden, max_tokens, dtype, quant, shared_experts, shared_ranks
+            )
+            self._steps = device_steps(_CPU)
+        except MoeError as error:
+            self._endpoint.reject("dispatch", _OP, error)
+            comm.close_endpoint(self._endpoint)
+            raise
+        self._arguments = {
+            "num_experts": num_experts,
+            "top_k": top_k,
+            "hidden": hidden,
+            "max_tokens": max_tokens,
+            "dtype": str(dtype),
+            "quant": quant,
+            "shared_experts": shared_experts,
+            "shared_ranks": shared_ranks,
+            "max_recv_tokens": max_recv_tokens,
+        }
+        try:
+            self._open()
+        except BaseException:
+            comm.close_endpoint(self._endpoint)
+            raise
+
+    def _check_sizes(
+        self,
+        num_experts: int,
+        top_k: int,
+        hidden: int,
+        max_tokens: int,
+        dtype: torch.dtype,
+        quant: str | None,
+        shared_experts: int,
+        shared_ranks: int,
+    ) -> MoeConfig:
+        checks.integers(
+            _OP,
+            num_experts=num_experts,
+            top_k=top_k,
+            hidden=hidden,
+            max_tokens=max_tokens,
+            shared_experts=shared_experts,
+            shared_ranks=shared_ranks,
+        )
+        names = ("num_experts", "shared_experts", "shared_ranks")
+        topology = checks.topology(
+            _OP, self.world_size, num_experts, shared_experts, shared_ranks, names=names
+        )
+        contract = f"be in [1, {num_experts}], the number of experts"
+        checks.value(_OP, "top_k", 1 <= top_k <= num_experts, contract, top_k)
+        checks.value(_OP, "hidden", hidden >= 1, "be positive", hidden)
+        checks.value(_OP, "max_tokens", max_tokens >= 0, "not be negative", max_tokens)
+        checks.value(_OP, "dtype", dtype in _DTYPES, f"be one of {[*_DTYPES]}", dtype)
+        checks.value(_OP, "quant", quant in (None, "int8"), "be None or 'int8'", repr(quant))
+        if self._limit is not None:
+            checks.integers(_OP, max_recv_tokens=self._limit)
+            checks.value(_OP, "max_recv_tokens", self._limit >= 0, "not be negative", self._limit)
+        return MoeConfig(topology, top_k, hidden, max_tokens, dtype, quant, with_weights=True)
+
+    def _open(self) -> None:
+        """Meet the ranks, compare arguments and allocate the windows."""
+        transport = self._endpoint.transport(_OP)
+        for kind, layout in (
+            ("dispatch", self._config.dispatch),
+            ("combine", self._config.combine),
+        ):
+            call = Call(_OP, self._config, self._arguments, self._steps)
+            transport.prepare(call, kind, layout.num_bytes)
+
+    # What there is on this rank.
+
+    @property
+    def num_local_experts(self) -> int:
+        """L: routed experts on this rank, or 1 on a shared rank."""
+        return self._config.topology.num_local_experts(self.rank)
+
+    @property
+    def local_experts(self) -> range:
+        """Global ids of this rank's routed experts; empty on a shared rank."""
+        return self._config.topology.local_experts(self.rank)
+
+    @property
+    def is_shared_rank(self) -> bool:
+        """Whether this rank holds a shared expert instead of routed ones."""
+        return self._config.topology.is_shared_rank(self.rank)
+
+    @property
+    def capacity(self) -> int:
+        """A: rows of ``Dispatched.x``, unless ``exact``."""
+        config = self._config
+        most = config.topology.capacity(self.rank, config.max_tokens, config.top_k)
+        return most if self._limit is None else min(most, self._limit)
+
+    @property
+    def transport(self) -> str | None:
+        """ "single", "symmetric" or "collective"; None after ``close()``."""
+        return self._endpoint.transport_name
+
+    @property
+    def window_bytes(self) -> WindowBytes:
+        """Memory set aside for windows on this rank; none unless the transport is symmetric."""
+        if self.transport != "symmetric":
+            return WindowBytes(0, 0)
+        return comm.window_bytes(self._config, in_flight=self._in_flight)
+
+    @property
+    def traffic(self) -> Traffic | None:
+        """What the last dispatch sent from this rank; None before the first."""
+        return self._traffic
+
+    # Calls.
+
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        scales: torch.Tensor | None = None,
+    ) -> Dispatched:
+        """Send each token to the ranks of its experts.
+
+        Args:
+            x: [T, H] of the object's dtype, T at most max_tokens, and 0 for an idle rank.
+            topk_ids: [T, K] int32 or int64 in [0, E), distinct within a row.
+            topk_weights: [T, K] float32; they travel along, and combine applies them.
+            scales: [NS + E, H] float32 smooth factors, only with quant="int8".
+
+        Raises:
+            ArgumentTypeError, ArgumentValueError: nothing was sent; the peers raise PeerAbortError.
+            ReceiveOverflowError: some rank received more than max_recv_tokens.
+            PeerTimeoutError: peers did not come; the group is broken until ``recover()``.
+        """
+        return self.dispatch_teardown(self.dispatch_setup(x, topk_ids, topk_weights, scales=scales))
+
+    def dispatch_setup(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        scales: torch.Tensor | None = None,
+    ) -> DispatchPending:
+        """The first half of ``dispatch``: send, and wait for nobody."""
+        op = f"{_OP}.dispatch"
+        try:
+            self._check_dispatch(op, x, topk_ids, topk_weights, scales)
+        except MoeError as error:
+            self._endpoint.reject("dispatch", op, error)
+            raise
+        # Weights have room in the window whether they come or not, so that ranks may differ.
+        weights = topk_weights
+        if weights is None:
+            weights = torch.ones(topk_ids.shape, device=x.device)
+        config, arguments = self._config, self._arguments
+        if scales is not None:
+            # Copies of a token differ, which takes larger windows from the first such call on.
+            config = dataclasses.replace(config, per_expert=True)
+            arguments = arguments | {"scales": "given"}
+        tokens = Tokens(x, topk_ids.int(), weights, scales, exact=self._exact, limit=self._limit)
+        call = Call(op, config, arguments, self._steps)
+        pending = self._endpoint.transport(op).dispatch_setup(call, tokens)
+        return DispatchPending(pending, topk_weights)
+
+    def dispatch_teardown(self, pending: DispatchPending) -> Dispatched:
+        """The second half of ``dispatch``: wait for all ranks' tokens. In the order of the setups.
+
+        After a ``PeerTimeoutError`` it may be called again, for a peer that was merely late.
+        """
+        received = self._endpoint.transport(f"{_OP}.dispatch").dispatch_teardown(pending.operation)
+        self._traffic = received.traffic
+        tokens = pending.operation.data
+        return Dispatched(
+            received.x,
+            received.scales,
+            None if pending.weights is None else received.weights,
+            received.counts.sum(1),
+            received.sources.ends[-1],
+            Handle(
+                tokens.expert_ids,
+                pending.weights,
+                received.plan,
+                received.sources,
+                received.bases,
+            ),
+        )
+
+    def combine(
+        self, y: torch.Tensor, handle: Handle, *, shared_expert_x: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Bring the experts' rows back and sum those of each token with its weights.
+
+        The sum runs in float32, experts in the order of topk_ids, then shared experts, then
+        ``shared_expert_x``, and is rounded once. Without topk_weights every weight is 1.
+
+        Args:
+            y: [A, H] or [n, H] of the object's dtype, rows as dispatch delivered them.
+            handle: of that dispatch.
+            shared_expert_x: [T, H] of the object's dtype to add with weight 1.
+
+        Returns:
+            [T, H] of the object's dtype.
+
+        Raises:
+            The errors of ``dispatch``.
+        """
+        return self.combine_teardown(self.combine_setup(y, handle), shared_expert_x=shared_expert_x)
+
+    def combine_setup(self, y: torch.Tensor, handle: Handle) -> Pending:
+        """The first half of ``combine``: send the rows back, and wait for nobody."""
+        op = f"{_OP}.combine"
+        try:
+            rows = handle.sources.source.numel()
+            checks.dtype(op, "y", y, (self._config.dtype,))
+            checks.shape(op, "y", y, (None, self._config.hidden), "(rows, H)", _CPU)
+            contract = f"have at least the {rows} rows of dispatch"
+            checks.value(op, "y", len(y) >= rows, contract, f"shape {tuple(y.shape)}")
+        except MoeError as error:
+            self._endpoint.reject("combine", op, error)
+            raise
+        outputs = Outputs(
+            y, handle.sources, handle.bases, handle.expert_ids, handle.plan, handle.weights
+        )
+        call = Call(op, self._config, self._arguments, self._steps)
+        return self._endpoint.transport(op).combine_setup(call, outputs)
+
+    def combine_teardown(
+        self, pending: Pending, *, shared_expert_x: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The second half of ``combine``: wait for all rows and sum. In the order of the setups."""
+        op = f"{_OP}.combine"
+        expected = (len(pending.data.expert_ids), self._config.hidden)
+        checks.dtype(op, "shared_expert_x", shared_expert_x, (self._config.dtype,))
+        checks.shape(op, "shared_expert_x", shared_expert_x, expected, "(T, H)", _CPU)
+        return self._endpoint.transport(op).combine_teardown(pending, shared_expert_x)
+
+    # Life and death.
+
+    def check(self) -> None:
+        """Raise ``BrokenGroupError`` if a timeout has broken the group."""
+        self._endpoint.transport(f"{_OP}.check").raise_if_broken(f"{_OP}.check")
+
+    def recover(self) -> None:
+        """Start over after a timeout, with fresh windows; collective.
+
+        Operations in flight are lost. A rank that was restarted constructs a new object instead.
+        """
+        self._endpoint.recover(f"{_OP}.recover")
+        self._open()
+
+    def close(self) -> None:
+        """Give up the windows. Peers notice when they next wait for this rank."""
+        comm.close_endpoint(self._endpoint)
+
+    def __enter__(self) -> ExpertParallel:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _check_dispatch(
+        self,
+        op: str,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        scales: torch.Tensor | None,
+    ) -> None:
+        config = self._config
+        checks.required(op, x=x, topk_ids=topk_ids)
+        checks.dtype(op, "x", x, (config.dtype,))
+        checks.dtype(op, "topk_ids", topk_ids, (torch.int32, torch.int64))
+        checks.dtype(op, "topk_weights", topk_weights, (torch.float32,))
+        checks.dtype(op, "scales", scales, (torch.float32,))
+        checks.shape(op, "x", x, (None, config.hidden), "(T, H)", _CPU)
+        most = config.max_tokens
+        contract = f"have at most max_tokens = {most} rows"
+        checks.value(op, "x", len(x) <= most, contract, f"shape {tuple(x.shape)}")
+        expected = (len(x), config.top_k)
+        checks.shape(op, "topk_ids", topk_ids, expected, "(T, K)", _CPU)
+        checks.shape(op, "topk_weights", topk_weights, expected, "(T, K)", _CPU)
+        if scales is not None:
+            contract = 'be None unless quant is "int8"'
+            checks.value(op, "scales", config.quant is not None, contract, "a tensor")
+            rows = config.topology.num_shared_experts + config.topology.num_experts
+            expected = (rows, config.hidden)
+            checks.shape(op, "scales", scales, expected, "(NS + E, H)", _CPU)
+        checks.expert_ids(op, "topk_ids", topk_ids, config.topology.num_experts)

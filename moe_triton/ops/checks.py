@@ -1,0 +1,137 @@
+"""Checks of arguments, in the order of the aclnn interface: missing, then dtype, then shape and value.
+
+Values that live in tensors are looked at only where that costs no synchronisation: on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..errors import (
+    ArgumentNameError,
+    ArgumentTypeError,
+    ArgumentValueError,
+    MissingArgumentError,
+)
+from ..topology import Topology
+
+FLOATS = (torch.float16, torch.bfloat16)
+_MAX_NAME = 127
+
+
+def required(op: str, **arguments: object) -> None:
+    """None of the arguments is None."""
+    for name, value in arguments.items():
+        if value is None:
+            raise MissingArgumentError(op, name, "be given", None)
+
+
+def reserved(op: str, **arguments: object) -> None:
+    """All arguments have the only value that is supported: None, 0 or the empty string."""
+    for name, value in arguments.items():
+        tensor = isinstance(value, torch.Tensor)
+        if tensor or value not in (None, 0, ""):
+            got = "a tensor" if tensor else repr(value)
+            raise ArgumentValueError(op, name, "be left at its default, as it is reserved", got)
+
+
+def group_names(op: str, group_ep: object, group_tp: str) -> None:
+    """group_ep is a name of legal length or a process group, and differs from group_tp."""
+    if group_ep is None or group_ep == "":
+        raise MissingArgumentError(op, "group_ep", "name a group", repr(group_ep))
+    for argument, name in (("group_ep", group_ep), ("group_tp", group_tp)):
+        if isinstance(name, str) and len(name) > _MAX_NAME:
+            contract = f"be at most {_MAX_NAME} characters long"
+            raise ArgumentNameError(op, argument, contract, f"{len(name)} characters")
+    if group_tp and group_tp == group_ep:
+        raise ArgumentValueError(op, "group_tp", "differ from group_ep", repr(group_tp))
+
+
+def dtype(op: str, name: str, tensor: torch.Tensor | None, allowed: Sequence[torch.dtype]) -> None:
+    """``tensor`` is None or a tensor of one of the dtypes."""
+    if tensor is None:
+        return
+    if not isinstance(tensor, torch.Tensor):
+        raise ArgumentTypeError(op, name, "be a tensor", type(tensor).__name__)
+    if tensor.dtype not in allowed:
+        names = " or ".join(str(one).removeprefix("torch.") for one in allowed)
+        raise ArgumentTypeError(op, name, f"be {names}", tensor.dtype)
+
+
+def integers(op: str, **arguments: object) -> None:
+    """All arguments are Python integers."""
+    for name, value in arguments.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ArgumentTypeError(op, name, "be an integer", repr(value))
+
+
+def shape(
+    op: str,
+    name: str,
+    tensor: torch.Tensor | None,
+    expected: Sequence[int | None],
+    meaning: str,
+    device: torch.device,
+) -> None:
+    """``tensor`` is None, or has the expected shape (None: any size) and is on ``device``."""
+    if tensor is None:
+        return
+    fits = tensor.dim() == len(expected) and all(
+        want is None or size == want for size, want in zip(tensor.shape, expected, strict=True)
+    )
+    if not fits:
+        sizes = ["any" if want is None else str(want) for want in expected]
+        contract = f"have shape {meaning} = ({', '.join(sizes)})"
+        raise ArgumentValueError(op, name, contract, f"shape {tuple(tensor.shape)}")
+    if tensor.device != device:
+        raise ArgumentValueError(op, name, f"be on {device}", f"a tensor on {tensor.device}")
+
+
+def value(op: str, name: str, holds: bool, contract: str, got: object) -> None:
+    """``holds``, or the value breaks its contract."""
+    if not holds:
+        raise ArgumentValueError(op, name, contract, got)
+
+
+def topology(
+    op: str,
+    world: int,
+    num_experts: int,
+    num_shared: int,
+    num_shared_ranks: int,
+    *,
+    names: tuple[str, str, str] = ("moe_expert_num", "shared_expert_num", "shared_expert_rank_num"),
+) -> Topology:
+    """The placement of the experts, if there can be one."""
+    experts, shared, ranks = names
+    value(op, ranks, 0 <= num_shared_ranks < world, f"be in [0, {world})", num_shared_ranks)
+    if num_shared_ranks == 0:
+        value(op, shared, num_shared in (0, 1), f"be 0 or 1 when {ranks} is 0", num_shared)
+        num_shared = 0
+    else:
+        value(op, shared, num_shared > 0, f"be positive when {ranks} is not 0", num_shared)
+        contract = f"be a multiple of {shared} = {num_shared}"
+        value(op, ranks, num_shared_ranks % num_shared == 0, contract, num_shared_ranks)
+    moe = world - num_shared_ranks
+    contract = f"be a positive multiple of the {moe} ranks with routed experts"
+    value(op, experts, num_experts > 0 and num_experts % moe == 0, contract, num_experts)
+    return Topology(world, num_experts, num_shared, num_shared_ranks)
+
+
+def expert_ids(op: str, name: str, ids: torch.Tensor, num_experts: int) -> None:
+    """On the CPU: ids are in [0, num_experts), and no token names an expert twice."""
+    if ids.device.type != "cpu" or ids.numel() == 0:
+        return
+    wrong = (ids < 0) | (ids >= num_experts)
+    if wrong.any():
+        token, slot = wrong.nonzero()[0].tolist()
+        got = f"{int(ids[token, slot])} for token {token}, slot {slot}"
+        raise ArgumentValueError(op, name, f"be in [0, {num_experts})", got)
+    ordered = ids.sort(dim=1).values
+    repeated = ordered[:, 1:] == ordered[:, :-1]
+    if repeated.any():
+        token, slot = repeated.nonzero()[0].tolist()
+        got = f"{int(ordered[token, slot])} twice for token {token}"
+        raise ArgumentValueError(op, name, "name distinct experts for each token", got)
