@@ -1,7 +1,7 @@
 """Which code runs the device steps: detection, override, and the reason why one cannot.
 
-The choice follows the tensors' device unless ``MOE_TRITON_BACKEND`` or ``set_backend`` says otherwise.
-An explicit choice that cannot work is an error, never a silent fallback.
+The choice follows the tensors' device unless ``MOE_TRITON_BACKEND`` or ``set_backend`` says
+otherwise. An explicit choice that cannot work is an error, never a silent fallback.
 """
 
 from __future__ import annotations

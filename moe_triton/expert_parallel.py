@@ -1,4 +1,4 @@
-"""Expert parallelism as an object: sizes are fixed and windows allocated once, calls only move tokens."""
+"""Expert parallelism as an object: sizes fixed and windows allocated once, calls move tokens."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from types import TracebackType
 
 import torch
 import torch.distributed as dist
+from typing_extensions import Self  # a dependency of torch; part of typing from Python 3.11
 
 from . import comm
 from .comm import Call, MoeConfig, Outputs, Pending, Tokens, Traffic, WindowBytes
-from .errors import ArgumentValueError, MoeError
+from .errors import MoeError
 from .layout import Plan, Sources
 from .ops import checks, device_steps
 
@@ -42,12 +43,12 @@ class Handle:
 class Dispatched:
     """What a rank received.
 
-    Rows are sorted by (local expert, source rank, token): those of local expert i are
-    ``x[sum(tokens_per_expert[:i]):][:tokens_per_expert[i]]``. Rows after the last one are not written.
+    Rows are sorted by (local expert, source rank, token), so that those of local expert i come after
+    the first ``tokens_per_expert[:i].sum()``. Rows after the last one are not written.
 
     Attributes:
         x: [A, H] of the model's dtype, or int8; [n, H] with ``exact``.
-        scales: [A] float32 with quant="int8", such that x * scales approximates the tokens; else None.
+        scales: [A] float32 such that x * scales approximates the tokens; None without quant.
         weights: [A] float32 routing weights of the rows; None without topk_weights.
         tokens_per_expert: [L] int64.
         num_tokens: 0-d int32, n.
@@ -82,8 +83,8 @@ class ExpertParallel:
     calls with none. One object serves any number of layers.
 
     Args:
-        group: a ``ProcessGroup``, a group's name, or None for the default process group, or one rank
-            alone where torch.distributed is not initialised.
+        group: a ``ProcessGroup``, a group's name, or None for the default process group; None where
+            torch.distributed is not initialised means one rank alone.
         num_experts: E routed experts, a multiple of the ranks that hold them.
         top_k: K experts per token.
         hidden: H.
@@ -92,8 +93,8 @@ class ExpertParallel:
         quant: None, or "int8" to send rows quantised with a scale per row.
         shared_experts: NS shared experts on ranks of their own.
         shared_ranks: S ranks for them, the first of the group, a multiple of NS.
-        max_recv_tokens: rows to allocate for what a rank receives; the default holds the worst case.
-            A call that exceeds it raises on every rank.
+        max_recv_tokens: rows to allocate for what a rank receives; None holds the worst case. More
+            than that raises on every rank.
         exact: return exactly the received rows, at the price of reading their number on the host.
         in_flight: dispatches, and combines, that may be set up before the first is torn down.
         timeout: seconds any wait for peers may take.
@@ -233,7 +234,7 @@ class ExpertParallel:
 
     @property
     def transport(self) -> str | None:
-        """ "single", "symmetric" or "collective"; None after ``close()``."""
+        """One of "single", "symmetric" and "collective"; None after ``close()``."""
         return self._endpoint.transport_name
 
     @property
@@ -392,7 +393,7 @@ class ExpertParallel:
         """Give up the windows. Peers notice when they next wait for this rank."""
         comm.close_endpoint(self._endpoint)
 
-    def __enter__(self) -> ExpertParallel:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

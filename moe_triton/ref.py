@@ -1,4 +1,4 @@
-"""The definition of every step in plain PyTorch: CPU back end, oracle of the tests, baseline of the benches.
+"""The definition of every step in plain PyTorch: CPU back end, test oracle, bench baseline.
 
 Tensors in, tensors out. A kernel computes the same bits; ``comm`` calls either set of steps through
 one table, so the names here are the names of that table.
@@ -273,7 +273,7 @@ def reduce(
 ) -> None:
     """Sum the rows of each token in fp32 and round once.
 
-        out[t] = sum_k weights[t, k] * rows[index[t, k]]  +  sum_j rows[index[t, K + j]]  +  addend[t]
+        out[t] = sum_k weights[t, k] * rows[index[t, k]] + sum_j rows[index[t, K + j]] + addend[t]
 
     Multiply, then add, in ascending order from 0: never contracted to a fused multiply-add.
 

@@ -1,7 +1,7 @@
 """Who owns which expert, and how many rows a rank can receive.
 
-Letters: W ranks, E routed experts, NS shared experts, S ranks reserved for them (the first S ranks),
-L routed experts on a MoE rank, R = S / NS copies of each shared expert, K experts per token.
+Letters: W ranks, E routed experts, NS shared experts, S ranks reserved for them (the first of the
+group), L routed experts on a MoE rank, R = S / NS copies of each shared expert, K experts a token.
 Source: the expert_shard_type 0 layout of aclnnMoeDistributeDispatch.
 """
 
@@ -38,6 +38,7 @@ class Topology:
         return self.num_shared_ranks // max(self.num_shared_experts, 1) or 1
 
     def is_shared_rank(self, rank: int) -> bool:
+        """Whether ``rank`` holds a shared expert instead of routed ones."""
         return rank < self.num_shared_ranks
 
     def local_experts(self, rank: int) -> range:
@@ -65,7 +66,7 @@ class Topology:
         return shared_rank % self.shared_replicas == source % self.shared_replicas
 
     def capacity(self, rank: int, max_tokens: int, top_k: int) -> int:
-        """A: the most rows ``rank`` can receive when no rank has more than ``max_tokens`` tokens."""
+        """A: the most rows ``rank`` can receive from ranks of at most ``max_tokens`` tokens."""
         if self.is_shared_rank(rank):
             sources = -(-self.world_size // self.shared_replicas)
             return max_tokens * sources

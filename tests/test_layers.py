@@ -27,7 +27,7 @@ ALLOWED = {
     "kernels": {"errors"},
     "comm": {"errors", "layout", "topology"},
     "ops": {"backend", "comm", "errors", "kernels", "layout", "profile", "ref", "topology"},
-    "expert_parallel": {"errors", "ops"},
+    "expert_parallel": {"comm", "errors", "layout", "ops"},
     "testing": {"comm", "errors", "ref", "topology"},
     "compat": {"errors", "expert_parallel", "ops"},
     "integrations": {"errors", "expert_parallel", "ops"},

@@ -12,9 +12,9 @@ if __name__ != "moe_triton.comm":
     )
 
 from .all_to_all import all_to_all_v
+from .endpoint import Endpoint
 from .groups import TRANSPORTS, Group, bind_rank, resolve, set_transport
 from .groups import register as register_group
-from .endpoint import Endpoint
 from .registry import (
     close_all,
     close_endpoint,

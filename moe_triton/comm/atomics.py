@@ -1,10 +1,10 @@
 """Acquire and release on 32-bit words that other threads or processes see.
 
 Python and PyTorch have no such operation, and plain stores keep their order only by luck of the
-processor: x86 keeps it, 64-bit Arm does not. Here every flag is written and confirmed by a fetch-add
-with acquire-release order (C++ memory model), for which libstdc++ exports ``__exchange_and_add``; PyTorch
-links that library on Linux. It compiles to ``lock xadd`` on x86-64 and to ``ldaddal`` or an
-``ldaxr``/``stlxr`` pair on Arm:
+processor: x86 keeps it, 64-bit Arm does not. Here every flag is written and confirmed by a
+fetch-add with acquire-release order (C++ memory model), for which libstdc++ exports
+``__exchange_and_add``; PyTorch links that library on Linux. It compiles to ``lock xadd`` on x86-64
+and to ``ldaddal`` or an ``ldaxr``/``stlxr`` pair on Arm:
 
     writer:  plain stores of the data;  fetch_add(flag, new - old)     releases the data
     reader:  plain loads of the flag until it looks right;  fetch_add(flag, 0)     acquires the data
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Callable
 
 _WORD = 2**32
 
@@ -26,7 +27,7 @@ def wrap(value: int) -> int:
     return (value + _WORD // 2) % _WORD - _WORD // 2
 
 
-def _load_fetch_add():
+def _load_fetch_add() -> Callable[[int, int], int] | None:
     try:
         # PyDLL keeps the interpreter lock: the call is shorter than giving the lock away.
         function = ctypes.PyDLL("libstdc++.so.6")._ZN9__gnu_cxx18__exchange_and_addEPVii

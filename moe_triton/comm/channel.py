@@ -1,13 +1,14 @@
 """One rank's end of a group that shares memory: rings of slots, flags, announcements, failures.
 
-Every rank issues the same sequence of operations. Operation number i of a kind, its *epoch*, uses slot
-i % slots of that kind's windows, and each rank writes exactly one flag record per epoch to every peer:
-after its data, or as an *abort* when it cannot take part. A wait that ends early, because of an abort,
-leaves a debt: the flags of that epoch are waited for before the slot can come round again.
+Every rank issues the same sequence of operations. Operation number i of a kind, its *epoch*, uses
+slot i % slots of that kind's windows, and each rank writes exactly one flag record per epoch to
+every peer: after its data, or as an *abort* when it cannot take part. A wait that ends early,
+because of an abort, leaves a debt: the flags of that epoch are waited for before the slot can come
+round again.
 
 Beside the flags, each rank *announces* every call in a control block that its peers can read: the
-arguments that must agree, or why it rejects the call. Announcements are read only when a configuration
-is new or something went wrong.
+arguments that must agree, or why it rejects the call. Announcements are read only when a
+configuration is new or something went wrong.
 """
 
 from __future__ import annotations
@@ -217,7 +218,7 @@ class Channel:
 
         Raises:
             PeerAbortError, ArgumentMismatchError: a peer could not take part; the epoch is over.
-            PeerTimeoutError: peers did not come; the group is broken, but the wait may be tried again.
+            PeerTimeoutError: peers did not come; the group is broken, but one may wait again.
         """
         ring = self._rings[kind]
         if next(iter(ring.in_flight), None) != epoch:
@@ -276,7 +277,7 @@ class Channel:
         self.finish(kind, epoch)
 
     def _see_flags(self, op: str, epoch: int, arena: Arena, kind: str | None = None) -> list[int]:
-        """Wait for all flags of ``epoch``; with ``kind``, raise as soon as an abort's cause is known.
+        """Wait for all flags of ``epoch``; with ``kind``, raise as soon as an abort has a cause.
 
         Returns:
             The ranks whose flag is an abort.

@@ -1,9 +1,9 @@
 """Dispatch and combine over torch.distributed, for ranks that share no memory.
 
-The same steps write into a staging buffer laid out like a window, whose parts are then sent to their
-owners and received straight into the window that the steps read. A setup sends a notice to every
-rank: the arguments that must agree and the number of rows to come, or why this rank rejects the call.
-A teardown waits for all notices and, when they agree, exchanges the rows.
+The same steps write into a staging buffer laid out like a window, whose parts are then sent to
+their owners and received straight into the window that the steps read. A setup sends a notice to
+every rank: the arguments that must agree and the number of rows to come, or why this rank rejects
+the call. A teardown waits for all notices and, when they agree, exchanges the rows.
 
 Messages go rank to rank, not through one all-to-all: the buffers need no packing, and a rank that
 does not answer is known by name. gloo sends only some dtypes, so everything travels as bytes.
@@ -12,7 +12,7 @@ does not answer is known by name. gloo sends only some dtypes, so everything tra
 from __future__ import annotations
 
 import dataclasses
-import datetime
+import datetime as dt
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -39,7 +39,6 @@ from .transport import (
     push_tokens,
     receive,
     reduce_rows,
-    return_bases,
 )
 from .waiting import Waiter
 from .window import source_part
@@ -95,7 +94,7 @@ class CollectiveTransport:
         self._debts: dict[str, list[_Operation]] = {kind: [] for kind in _KINDS}
         self._buffers: dict[tuple[str, int], torch.Tensor] = {}
 
-    def prepare(self, call: Call, kind: str, slot_bytes: int) -> None:
+    def prepare(self, call: Call, kind: str, slot_bytes: int) -> None:  # noqa: ARG002
         """Compare the arguments; buffers come with the calls."""
         epoch = self._begin(kind, call.op)
         self._notify(kind, epoch, call.arguments, [0] * self._size)
@@ -312,14 +311,18 @@ class CollectiveTransport:
         works: list[tuple[int, dist.Work]] = []
         for step in range(1, self._size):
             source = (self._rank - step) % self._size
-            for data in receive[source]:
-                if data.numel():
-                    works.append((source, self._receive(_as_bytes(data), source)))
+            works += [
+                (source, self._receive(_as_bytes(data), source))
+                for data in receive[source]
+                if data.numel()
+            ]
         for step in range(1, self._size):
             target = (self._rank + step) % self._size
-            for data in send[target]:
-                if data.numel():
-                    works.append((target, self._send(_as_bytes(data), target)))
+            works += [
+                (target, self._send(_as_bytes(data), target))
+                for data in send[target]
+                if data.numel()
+            ]
         for own, data in zip(receive[self._rank], send[self._rank], strict=True):
             own.copy_(data)
         for rank, work in works:
@@ -327,7 +330,7 @@ class CollectiveTransport:
 
     def _wait(self, work: dist.Work, rank: int, op: str, waiter: Waiter) -> None:
         # gloo takes a zero timeout for none at all.
-        remaining = datetime.timedelta(seconds=max(waiter.remaining, 0.001))
+        remaining = dt.timedelta(seconds=max(waiter.remaining, 0.001))
         try:
             work.wait(remaining)
         except RuntimeError as error:
@@ -350,7 +353,7 @@ def reconnect(group: Group, timeout: float) -> Group:
     ranks = dist.get_process_group_ranks(group.process_group)
     fresh = dist.new_group(
         ranks,
-        timeout=datetime.timedelta(seconds=timeout),
+        timeout=dt.timedelta(seconds=timeout),
         backend="gloo",
         use_local_synchronization=True,
     )

@@ -1,8 +1,8 @@
 """From a group to a connected transport, chosen when the ranks first meet.
 
-"auto" means: one rank needs nothing; ranks that can write each other's memory use windows; all others
-use torch.distributed. All ranks decide from the same facts and so come to the same choice. An explicit
-choice that cannot work is an error that says why.
+"auto" means: one rank needs nothing; ranks that can write each other's memory use windows; all
+others use torch.distributed. All ranks decide from the same facts and so come to the same choice.
+An explicit choice that cannot work is an error that says why.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Endpoint:
 
     @property
     def transport_name(self) -> str | None:
-        """ "single", "symmetric" or "collective"; None before the ranks have met."""
+        """One of "single", "symmetric" and "collective"; None before the ranks have met."""
         return None if self._connected is None else self._connected.name
 
     def transport(self, op: str) -> Transport:
@@ -204,11 +204,11 @@ def _read(path: str) -> str:
 
 
 def _link(path: str) -> str:
-    return os.readlink(path) if Path(path).exists() else ""
+    return str(Path(path).readlink()) if Path(path).exists() else ""
 
 
 def _device(path: str) -> str:
     if not Path(path).is_dir():
         return ""
-    status = os.stat(path)
+    status = Path(path).stat()
     return f"{status.st_dev}:{status.st_ino}"

@@ -1,13 +1,15 @@
 """From a group's name to its ranks: torch's process groups, in-process worlds, and bare stores.
 
-Ops take a group as a ``ProcessGroup``, as the name under which torch knows one, or as a name registered
-here. A registered group needs only a ``torch.distributed.Store`` in which its ranks find each other.
+Ops take a group as a ``ProcessGroup``, as the name under which torch knows one, or as a name
+registered here. A registered group needs only a ``torch.distributed.Store`` in which its ranks find
+each other.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import threading
+from typing import Any, cast
 
 import torch.distributed as dist
 
@@ -143,7 +145,7 @@ def resolve(
     if group is None:
         if not dist.is_initialized():
             return Group("alone", 0, 1, None)
-        return _from_process_group(dist.group.WORLD)
+        return _from_process_group(dist.distributed_c10d._get_default_group())
     if not isinstance(group, str):
         return _from_process_group(group)
     if group in _registered:
@@ -154,7 +156,7 @@ def resolve(
             raise ArgumentValueError(op, "rank", f"be in [0, {found.size}) for {group!r}", own)
         return Group(group, own, found.size, found.store, found.in_process, None, found.transport)
     try:
-        process_group = dist.distributed_c10d._resolve_process_group(group)
+        process_group = dist.distributed_c10d._resolve_process_group(cast("Any", group))
     except (RuntimeError, LookupError, ValueError):
         process_group = None
     if process_group is None:

@@ -1,11 +1,12 @@
 """How the ranks of a group find each other, through a store, before they share any memory.
 
-Until a meeting has succeeded, each call posts a record under its number: either the facts that decide
-how to connect, or the reason why this rank rejects the call. A rank that rejects need not wait for
-anybody, and its peers learn the reason as soon as they look.
+Until a meeting has succeeded, each call posts a record under its number: either the facts that
+decide how to connect, or the reason why this rank rejects the call. A rank that rejects need not
+wait for anybody, and its peers learn the reason as soon as they look.
 
-A group is met again after ``recover()`` or by a rank that was restarted. Each meeting has a generation,
-the largest number of times that any rank has joined, so that all of them end up in the same one.
+A group is met again after ``recover()`` or by a rank that was restarted. Each meeting has a
+generation, the largest number of times that any rank has joined, so that all of them end up in the
+same one.
 """
 
 from __future__ import annotations

@@ -37,12 +37,15 @@ class Block:
 class Memory(Protocol):
     """A provider of blocks.
 
-    ``allocate`` gives a zeroed block of this rank, ``open`` a peer's block. Both raise ``OSError``
-    when the system refuses.
+    Both methods raise ``OSError`` when the system refuses.
     """
 
     name: str
 
-    def allocate(self, num_bytes: int) -> Block: ...
+    def allocate(self, num_bytes: int) -> Block:
+        """A zeroed block of this rank."""
+        ...
 
-    def open(self, handle: dict[str, int | str]) -> Block: ...
+    def open(self, handle: dict[str, int | str]) -> Block:
+        """A peer's block."""
+        ...

@@ -1,4 +1,4 @@
-"""The endpoints this process has open: one per group and rank for the functional ops, and others."""
+"""The endpoints this process has open: one per group for the functional ops, and others."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Memory shared between the processes of one host.
 
-``MemfdMemory`` uses anonymous files: nothing has a name, so nothing can be left behind, and the size of
-/dev/shm does not matter. Peers open them through /proc, which needs the same user and PID namespace.
-``PosixMemory`` is for hosts that forbid this: named files in /dev/shm, unlinked once all peers hold them.
+``MemfdMemory`` uses anonymous files: nothing has a name, so nothing can be left behind, and the
+size of /dev/shm does not matter. Peers open them through /proc, which needs the same user and PID
+namespace. ``PosixMemory`` is for hosts that forbid this: named files in /dev/shm, unlinked once all
+peers hold them.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ class MemfdMemory:
         return Block(data, handle | {"bytes": num_bytes}, hide=lambda: os.close(fd))
 
     def open(self, handle: dict[str, int | str]) -> Block:
-        """Map a peer's block; the label guards against a process or descriptor number used again."""
+        """Map a peer's block; its label tells that the numbers still mean the same file."""
         path = f"/proc/{handle['pid']}/fd/{handle['fd']}"
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            if str(handle["label"]) not in os.readlink(f"/proc/self/fd/{fd}"):
+            if str(handle["label"]) not in str(Path(f"/proc/self/fd/{fd}").readlink()):
                 raise FileNotFoundError(f"{path} is no longer the block {handle['label']}")
             return Block(_map(fd, int(handle["bytes"])), handle)
         finally:

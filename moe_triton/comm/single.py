@@ -59,7 +59,12 @@ class SingleTransport:
         """Sum the rows where they are: received order is already the order of the plan."""
         return reduce_rows(pending.call, pending.data, pending.data.y, addend)
 
-    def all_to_all_v(self, op: str, x: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
+    def all_to_all_v(
+        self,
+        op: str,  # noqa: ARG002
+        x: torch.Tensor,
+        counts: list[int],  # noqa: ARG002
+    ) -> list[torch.Tensor]:
         """What one rank sends itself."""
         return [x.clone()]
 

@@ -41,7 +41,7 @@ class SymmetricTransport:
         self._channel.finish(kind, epoch)
 
     def dispatch_setup(self, call: Call, tokens: Tokens) -> Pending:
-        """Push the tokens into all ranks' windows; waits for nobody once the arguments are agreed."""
+        """Push the tokens into all ranks' windows; waits only while arguments are new."""
         channel, layout = self._channel, call.config.dispatch
         epoch = channel.begin("dispatch", call.op)
         try:

@@ -158,13 +158,21 @@ class Transport(Protocol):
         """Compare the arguments and allocate what ``kind`` needs, on all ranks together."""
         ...
 
-    def dispatch_setup(self, call: Call, tokens: Tokens) -> Pending: ...
+    def dispatch_setup(self, call: Call, tokens: Tokens) -> Pending:
+        """Send this rank's tokens."""
+        ...
 
-    def dispatch_teardown(self, pending: Pending) -> Received: ...
+    def dispatch_teardown(self, pending: Pending) -> Received:
+        """Wait for all ranks' tokens and pack those for this rank."""
+        ...
 
-    def combine_setup(self, call: Call, outputs: Outputs) -> Pending: ...
+    def combine_setup(self, call: Call, outputs: Outputs) -> Pending:
+        """Send the experts' rows back."""
+        ...
 
-    def combine_teardown(self, pending: Pending, addend: torch.Tensor | None) -> torch.Tensor: ...
+    def combine_teardown(self, pending: Pending, addend: torch.Tensor | None) -> torch.Tensor:
+        """Wait for all ranks' rows and sum those of each token."""
+        ...
 
     def all_to_all_v(self, op: str, x: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
         """Send consecutive rows of [N, B] uint8 ``x``; return what each rank sent here."""
@@ -174,12 +182,18 @@ class Transport(Protocol):
         """Take part in the next operation only to tell the peers that this rank cannot."""
         ...
 
-    def raise_if_broken(self, op: str) -> None: ...
+    def raise_if_broken(self, op: str) -> None:
+        """Raise ``BrokenGroupError`` after a timeout."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Give up memory."""
+        ...
 
 
-def push_tokens(call: Call, rank: int, tokens: Tokens, parts: list[DispatchWindow]):
+def push_tokens(
+    call: Call, rank: int, tokens: Tokens, parts: list[DispatchWindow]
+) -> tuple[Plan, list[int]]:
     """Plan this rank's tokens and write them into its part of every window.
 
     Returns:

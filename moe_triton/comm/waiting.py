@@ -33,6 +33,7 @@ class Waiter:
 
     @property
     def expired(self) -> bool:
+        """Whether the deadline has passed."""
         return time.monotonic() >= self.deadline
 
     def pause(self, longest: float = _LONGEST_SLEEP) -> None:

@@ -1,8 +1,8 @@
 """The windows peers write into: layout, size and the ring of slots.
 
-A window is split into ``slots`` equal parts that operations use in turn. A slot begins with one flag
-record per source, four int32 words (epoch, status, digest of the arguments, unused), and goes on with
-what the kind of operation needs:
+A window is split into ``slots`` equal parts that operations use in turn. A slot begins with one
+flag record per source, four int32 words (epoch, status, digest of the arguments, unused), and goes
+on with what the kind of operation needs:
 
     dispatch   [W] headers (token count, counts[E], slots[C], weights[C]), then [W][rows] x stride
     combine    [blocks] x H rows, one block per rank that answers
@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -35,9 +37,10 @@ def align(num_bytes: int, to: int = 16) -> int:
 def num_slots(in_flight: int) -> int:
     """Slots of a ring that lets ``in_flight`` setups run ahead of teardowns.
 
-    At least twice as many: a slot is written again by the push of i + 2f, which follows its writer's
-    teardown of i + f, which saw every peer's push of i + f, which followed that peer's teardown of i.
-    A power of two, so that slot = epoch % slots goes on correctly when the 32-bit epoch wraps.
+    At least twice as many: a slot is written again by the push of i + 2f, which follows its
+    writer's teardown of i + f, which saw every peer's push of i + f, which followed that peer's
+    teardown of i. A power of two, so that slot = epoch % slots goes on correctly when the 32-bit
+    epoch wraps.
     """
     return 2 << (in_flight - 1).bit_length()
 
@@ -134,7 +137,14 @@ class DispatchLayout:
 
 def source_part(window: DispatchWindow, rank: int) -> DispatchWindow:
     """What source ``rank`` writes of a window."""
-    return DispatchWindow(*(None if view is None else view[rank] for view in window))
+    weights = None if window.weights is None else window.weights[rank]
+    return DispatchWindow(
+        window.num_tokens[rank],
+        window.counts[rank],
+        window.slots[rank],
+        weights,
+        window.rows[rank],
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +152,8 @@ class CombineLayout:
     """Where the rows of a combine slot lie: one block per MoE rank, then one per shared expert.
 
     The copies a token rank sent to MoE rank d come back in the order of its plan, (expert, flat
-    position). Compact blocks follow each other without gaps, which makes the window one row per copy.
+    position). Compact blocks follow each other without gaps, which makes the window one row per
+    copy.
     """
 
     config: MoeConfig
@@ -190,6 +201,7 @@ class WindowBytes:
 
     @property
     def total(self) -> int:
+        """Both together."""
         return self.dispatch + self.combine
 
 
@@ -224,7 +236,7 @@ class Arena:
         self.stride = blocks[0].data.numel() // slots
         self._flags = align(len(blocks) * FLAG_BYTES)
         self._base = [block.data.data_ptr() for block in blocks]
-        self._views: dict[tuple[object, int], object] = {}
+        self._views: dict[tuple[object, ...], Any] = {}
 
     @property
     def capacity(self) -> int:
@@ -261,7 +273,7 @@ class Arena:
             lambda: [layout.view(self.data(owner, slot)) for owner in range(len(self.blocks))],
         )
 
-    def _cached(self, key, make):
+    def _cached(self, key: tuple[object, ...], make: Callable[[], Any]) -> Any:
         # Views cost microseconds each, and a call needs several per peer.
         if key not in self._views:
             if len(self._views) >= _MAX_VIEWS:

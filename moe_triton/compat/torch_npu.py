@@ -1,10 +1,12 @@
 """The functions of torch_npu, with their names, argument order and defaults, on any device.
 
-Letters: BS tokens of this rank, H hidden size, K experts per token, W ranks, E routed experts, L experts
-of this rank, S shared-expert ranks with NS shared experts, A rows this rank can receive:
+Letters: BS tokens of this rank, H hidden size, K experts per token, W ranks, E routed experts, L
+experts of this rank, S shared-expert ranks with NS shared experts, A rows this rank can receive:
 
     shared rank   A = maxBS * ceil(W / (S / NS))
-    other rank    A = maxBS * W * min(L, K)          maxBS = global_bs / W, or BS when global_bs is 0
+    other rank    A = maxBS * W * min(L, K)
+
+where maxBS = global_bs / W, or BS when global_bs is 0.
 
 ``group_ep`` is a communicator's name: of a torch process group, or registered with
 ``moe_triton.comm.register_group``; a ``ProcessGroup`` itself is accepted too.
@@ -64,13 +66,13 @@ def npu_moe_distribute_dispatch(
         expert_token_nums_type: 0 prefix sums, 1 counts.
 
     Returns:
-        expand_x: (A, H) rows by (local expert, source rank, token), dtype of x or int8. Rows after the
-            last received one are not written.
+        expand_x: (A, H) rows by (local expert, source rank, token), dtype of x or int8. Rows
+            after the last received one are not written.
         dynamic_scales: (A,) float32 such that expand_x * dynamic_scales approximates the (smoothed)
             tokens; None with quant_mode 0.
         expand_idx: (BS * K,) int32, earlier entries of expert_ids that name the same expert.
         expert_token_nums: (L,) int64 rows per local expert.
-        ep_recv_counts: (W * L,) int32 inclusive prefix sums of the rows by (local expert, source rank).
+        ep_recv_counts: (W * L,) int32 inclusive prefix sums of the rows by (local expert, source).
         tp_recv_counts: None.
         expand_scales: (A,) float32 weights of the rows; None without expert_scales.
 
@@ -138,7 +140,7 @@ def npu_moe_distribute_combine(
 ) -> Tensor:
     """Bring the experts' rows back to their tokens and sum them; collective over the group.
 
-        out[t] = sum_k expert_scales[t, k] * row(t, k)  +  sum_j sharedrow(t, j)  +  shared_expert_x[t]
+        out[t] = sum_k expert_scales[t, k] * row(t, k) + sum_j shared(t, j) + shared_expert_x[t]
 
     in float32, in this order, rounded once.
 
@@ -148,14 +150,28 @@ def npu_moe_distribute_combine(
         expand_idx: (BS * K,) int32 from dispatch.
         ep_send_counts: (W * L,) int32, dispatch's ep_recv_counts.
         expert_scales: (BS, K) float32 weights.
-        group_ep, ep_world_size, ep_rank_id, moe_expert_num: as in dispatch.
-        tp_send_counts, x_active_mask, activation_scale, weight_scale, group_list: reserved, None.
-        expand_scales: dispatch's output, or None; not needed here.
-        shared_expert_x: (BS, H), or (a, b, H) with a * b = BS, of the dtype of expand_x: rows to add
-            with weight 1.
-        group_tp, tp_world_size, tp_rank_id, expert_shard_type, shared_expert_num,
-            shared_expert_rank_num, global_bs: as in dispatch.
-        out_dtype, comm_quant_mode, group_list_type: 0.
+        group_ep: as in dispatch.
+        ep_world_size: as in dispatch.
+        ep_rank_id: as in dispatch.
+        moe_expert_num: as in dispatch.
+        tp_send_counts: None, as there is no tensor parallelism.
+        x_active_mask: reserved, None.
+        activation_scale: reserved, None.
+        weight_scale: reserved, None.
+        group_list: reserved, None.
+        expand_scales: (A,) float32 from dispatch, or None; not needed here.
+        shared_expert_x: (BS, H), or (a, b, H) with a * b = BS, of the dtype of expand_x: rows
+            to add with weight 1.
+        group_tp: as in dispatch.
+        tp_world_size: as in dispatch.
+        tp_rank_id: as in dispatch.
+        expert_shard_type: as in dispatch.
+        shared_expert_num: as in dispatch.
+        shared_expert_rank_num: as in dispatch.
+        global_bs: as in dispatch.
+        out_dtype: reserved, 0.
+        comm_quant_mode: 0, rows travel as they are.
+        group_list_type: reserved, 0.
 
     Returns:
         (BS, H) of the dtype of expand_x.
@@ -183,6 +199,7 @@ def npu_moe_distribute_combine(
         ep_send_counts,
         expert_scales,
         arguments,
+        expand_scales=expand_scales,
         shared_expert_x=shared_expert_x,
         comm_quant_mode=comm_quant_mode,
         tp_send_counts=tp_send_counts,

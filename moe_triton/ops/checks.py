@@ -1,4 +1,4 @@
-"""Checks of arguments, in the order of the aclnn interface: missing, then dtype, then shape and value.
+"""Checks of arguments, in the order of the aclnn interface: missing, dtype, shape and value.
 
 Values that live in tensors are looked at only where that costs no synchronisation: on the CPU.
 """

@@ -1,4 +1,4 @@
-"""Dispatch and combine with the arguments of ``npu_moe_distribute_dispatch`` and ``_combine``, v1."""
+"""The ops behind ``npu_moe_distribute_dispatch`` and ``npu_moe_distribute_combine``, v1."""
 
 from __future__ import annotations
 
@@ -104,7 +104,9 @@ class GroupArguments:
         )
         return self.global_bs // world
 
-    def agreed(self, op: str, x: torch.Tensor, x_name: str, expert_ids: torch.Tensor) -> dict:
+    def agreed(
+        self, op: str, x: torch.Tensor, x_name: str, expert_ids: torch.Tensor
+    ) -> dict[str, object]:
         """What must be equal on all ranks, under the names the caller knows."""
         return {
             "op": op,
@@ -221,6 +223,7 @@ def distribute_combine(
     expert_scales: torch.Tensor,
     arguments: GroupArguments,
     *,
+    expand_scales: torch.Tensor | None = None,
     shared_expert_x: torch.Tensor | None = None,
     comm_quant_mode: int = 0,
     **unused: object,
@@ -252,6 +255,7 @@ def distribute_combine(
         ):
             checks.dtype(op, name, index, (torch.int32,))
         checks.dtype(op, "expert_scales", expert_scales, (torch.float32,))
+        checks.dtype(op, "expand_scales", expand_scales, (torch.float32,))
         checks.dtype(op, "shared_expert_x", shared_expert_x, (expand_x.dtype,))
         topology = arguments.topology(op, group)
         checks.reserved(op, comm_quant_mode=comm_quant_mode, **unused)
