@@ -43,7 +43,7 @@ class Handle:
 class Dispatched:
     """What a rank received.
 
-    Rows are sorted by (local expert, source rank, token), so that those of local expert i come after
+    Rows are sorted by (local expert, source rank, token), so that those of local expert i follow
     the first ``tokens_per_expert[:i].sum()``. Rows after the last one are not written.
 
     Attributes:

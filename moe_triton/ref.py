@@ -52,9 +52,10 @@ def quantize_int8(
         scale: [R] fp32. A row whose factor s overflows (all zeros, or nearly) gives zeros, scale 0.
     """
     t = x.float() if smooth is None else x.float() * smooth
-    factor = INT8_MAX / t.abs().amax(dim=1)
+    amax = t.abs().amax(dim=1)
+    # A tensor over a tensor is one division; torch turns a number over a tensor into 127 * (1 / t).
+    factor = torch.full_like(amax, INT8_MAX) / amax
     finite = torch.isfinite(factor)
-    # round_ into a fresh tensor: x may be fp32, and then t is the caller's own memory.
     q = (t * factor.where(finite, 0.0)[:, None]).round_().to(torch.int8)
     return q, factor.reciprocal()
 
