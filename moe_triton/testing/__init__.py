@@ -1,0 +1,25 @@
+"""For tests and benchmarks: worlds of threads or processes, and inputs with known skew."""
+
+from __future__ import annotations
+
+from .inputs import routing_hot, routing_uniform, routing_zipf, tokens, weights
+from .launch import run_local, run_processes
+from .pool import close_pool, pool_pids
+from .processes import Processes, start_processes
+from .world import RankContext, WorkerDiedError
+
+__all__ = [
+    "Processes",
+    "RankContext",
+    "WorkerDiedError",
+    "close_pool",
+    "pool_pids",
+    "routing_hot",
+    "routing_uniform",
+    "routing_zipf",
+    "run_local",
+    "run_processes",
+    "start_processes",
+    "tokens",
+    "weights",
+]

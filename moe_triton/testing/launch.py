@@ -1,0 +1,161 @@
+"""Run one function on every rank of a world, in threads or in processes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from .. import comm
+from .pickling import dump_call
+from .pool import borrowed_pool
+from .world import Failure, Layout, RankContext, check_transport, raise_first
+
+R = TypeVar("R")
+
+# Seconds that the other ranks may take after the first failure. Threads cannot be ended; the
+# library's own time-outs, 30 s by default, free those that wait for the rank that failed.
+_GRACE = 300.0
+
+_numbers = itertools.count()
+
+
+def run_local(
+    world_size: int,
+    fn: Callable[[RankContext], R],
+    *,
+    tp_world_size: int = 1,
+    device: str | torch.device = "cpu",
+) -> list[R]:
+    """Run ``fn(ctx)`` once per rank, each rank a thread of this process.
+
+    The groups live in this process only. A rank that waits in the library times out by itself; this
+    function waits without limit for ranks that do not fail, and 300 s for the others once one has.
+
+    Args:
+        world_size: ranks in all, EP x TP.
+        fn: called with the :class:`RankContext` of each rank.
+        tp_world_size: ranks of a tensor-parallel group; 0 and 1 mean none.
+        device: where all ranks compute.
+
+    Returns:
+        The results in the order of the ranks.
+
+    Raises:
+        ValueError: if the sizes do not fit each other.
+        BaseException: the exception of the rank that failed first, with the attribute
+            ``failed_rank`` and, from Python 3.11 on, a note that names the rank. An exception that
+            explains the others goes before ``PeerAbortError``, ``PeerTimeoutError`` and
+            ``BrokenGroupError``.
+    """
+    layout = Layout(world_size, tp_world_size)
+    device = torch.device(device)
+    results: dict[int, R] = {}
+    failures: list[Failure] = []
+    changed = threading.Condition()
+
+    def run(context: RankContext) -> None:
+        try:
+            if device.index is not None:
+                torch.get_device_module(device).set_device(device)
+            comm.bind_rank(context.ep_group, context.ep_rank)
+            if context.tp_group:
+                comm.bind_rank(context.tp_group, context.tp_rank)
+            value = fn(context)
+        except BaseException as error:  # noqa: BLE001 (raised again by the caller's thread)
+            with changed:
+                failures.append(Failure(context.rank, time.monotonic(), error))
+                changed.notify_all()
+        else:
+            with changed:
+                results[context.rank] = value
+                changed.notify_all()
+
+    def answers() -> int:
+        return len(results) + len(failures)
+
+    contexts = _local_contexts(layout, device)
+    for context in contexts:
+        threading.Thread(
+            target=run, args=(context,), daemon=True, name=f"rank {context.rank}"
+        ).start()
+    with changed:
+        changed.wait_for(lambda: failures or answers() == world_size)
+        changed.wait_for(lambda: answers() == world_size, timeout=_GRACE)
+        unfinished = set(range(world_size)) - results.keys() - {f.rank for f in failures}
+        failures = list(failures)
+    if not unfinished:  # else there are threads that still use the groups
+        for group in {c.ep_group for c in contexts} | {c.tp_group for c in contexts} - {""}:
+            comm.unregister_group(group)
+    if failures:
+        raise_first(failures, sorted(unfinished))
+    return [results[rank] for rank in range(world_size)]
+
+
+def _local_contexts(layout: Layout, device: torch.device) -> list[RankContext]:
+    """Register the groups of an in-process world, and describe it to each rank."""
+    store = dist.HashStore()
+    world = f"local-{os.getpid()}-{next(_numbers)}"
+    ep_groups = [f"{world}-ep{plane}" for plane in range(layout.tp_world_size)]
+    for group in ep_groups:
+        comm.register_group(group, store, layout.ep_world_size, in_process=True)
+    tp_groups = [""] * layout.ep_world_size
+    if layout.tp_world_size > 1:
+        tp_groups = [f"{world}-tp{pair}" for pair in range(layout.ep_world_size)]
+        for group in tp_groups:
+            comm.register_group(group, store, layout.tp_world_size, in_process=True)
+    return [
+        RankContext.of(
+            layout,
+            rank,
+            ep_group=ep_groups[layout.tp_rank(rank)],
+            tp_group=tp_groups[layout.ep_rank(rank)],
+            device=device,
+            store=store,
+        )
+        for rank in range(layout.world_size)
+    ]
+
+
+def run_processes(
+    world_size: int,
+    fn: Callable[[RankContext], R],
+    *,
+    tp_world_size: int = 1,
+    transport: str = "auto",
+) -> list[R]:
+    """Run ``fn(ctx)`` once per rank, each rank a process of its own on this host.
+
+    The processes and their process groups (gloo) stay for the next call with the same sizes; after
+    a failure they are replaced. Each call finds the caller's environment variables and
+    ``sys.path``, and torch's generator seeded with the rank; variables that are read when torch or
+    triton is imported keep the values of the first call. ``fn`` and its result are pickled: by
+    cloudpickle if it is installed, and then ``fn`` may be a lambda, a closure or a function of the
+    main script. There is no time limit on a rank that does not fail; gloo's own is 10 minutes.
+
+    Args:
+        world_size: ranks in all, EP x TP.
+        fn: called with the :class:`RankContext` of each rank.
+        tp_world_size: ranks of a tensor-parallel group; 0 and 1 mean none.
+        transport: what "auto" means to ops on these groups: "auto", "symmetric" or "collective".
+
+    Returns:
+        The results in the order of the ranks.
+
+    Raises:
+        ValueError: if the sizes do not fit each other, or the transport is none.
+        TypeError: if ``fn`` or a result cannot be pickled.
+        WorkerDiedError: if the process of a rank ended; names the rank and the exit code.
+        BaseException: as for :func:`run_local`, with the traceback of the rank as a note too.
+    """
+    layout = Layout(world_size, tp_world_size)
+    check_transport(transport)
+    call = dump_call(fn, ())
+    with borrowed_pool() as pool:
+        return pool.run(layout, call, transport)
