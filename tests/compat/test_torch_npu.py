@@ -1,0 +1,486 @@
+"""The torch_npu names: schemas, worked examples, edges, and what a call must leave alone.
+
+Every worked example runs between threads, between processes over windows, and between processes
+over collectives; all three must return the literal numbers bit for bit.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import contextmanager
+
+import definition
+import harness
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from definition import Group, Tokens
+from harness import call_combine, call_dispatch, make_calls, round_trip, run_world
+from worked_examples import BASIC, EXAMPLES, QUANTISED, SHARED, dynamic_scales, expert_bits
+
+from moe_triton.compat import torch_npu
+
+REQUIRED = inspect.Parameter.empty
+DISPATCH_SCHEMA = [
+    ("x", REQUIRED),
+    ("expert_ids", REQUIRED),
+    ("group_ep", REQUIRED),
+    ("ep_world_size", REQUIRED),
+    ("ep_rank_id", REQUIRED),
+    ("moe_expert_num", REQUIRED),
+    "*",
+    ("scales", None),
+    ("x_active_mask", None),
+    ("expert_scales", None),
+    ("group_tp", ""),
+    ("tp_world_size", 0),
+    ("tp_rank_id", 0),
+    ("expert_shard_type", 0),
+    ("shared_expert_num", 1),
+    ("shared_expert_rank_num", 0),
+    ("quant_mode", 0),
+    ("global_bs", 0),
+    ("expert_token_nums_type", 1),
+]
+COMBINE_SCHEMA = [
+    ("expand_x", REQUIRED),
+    ("expert_ids", REQUIRED),
+    ("expand_idx", REQUIRED),
+    ("ep_send_counts", REQUIRED),
+    ("expert_scales", REQUIRED),
+    ("group_ep", REQUIRED),
+    ("ep_world_size", REQUIRED),
+    ("ep_rank_id", REQUIRED),
+    ("moe_expert_num", REQUIRED),
+    "*",
+    ("tp_send_counts", None),
+    ("x_active_mask", None),
+    ("activation_scale", None),
+    ("weight_scale", None),
+    ("group_list", None),
+    ("expand_scales", None),
+    ("shared_expert_x", None),
+    ("group_tp", ""),
+    ("tp_world_size", 0),
+    ("tp_rank_id", 0),
+    ("expert_shard_type", 0),
+    ("shared_expert_num", 1),
+    ("shared_expert_rank_num", 0),
+    ("global_bs", 0),
+    ("out_dtype", 0),
+    ("comm_quant_mode", 0),
+    ("group_list_type", 0),
+]
+
+
+def schema_of(fn):
+    entries, starred = [], False
+    for name, parameter in inspect.signature(fn).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY and not starred:
+            entries.append("*")
+            starred = True
+        assert parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        entries.append((name, parameter.default))
+    return entries
+
+
+def test_signature_of_dispatch():
+    assert schema_of(torch_npu.npu_moe_distribute_dispatch) == DISPATCH_SCHEMA
+
+
+def test_signature_of_combine():
+    assert schema_of(torch_npu.npu_moe_distribute_combine) == COMBINE_SCHEMA
+
+
+@contextmanager
+def poisoned_allocations():
+    """Memory from torch.empty holds NaN or the largest integer, so that a gap shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def example_calls(example, **options):
+    rows = [expert_bits(example, rank) for rank in range(example.group.world_size)]
+    return make_calls(example.group, example.tokens, rows, **options)
+
+
+def check_literal(example, rank, outputs, combined, *, token_nums_type=1):
+    """Every output of one rank against the numbers of the worked example."""
+    x, factors, idx, nums, counts, tp_counts, weights = outputs
+    group, capacity = example.group, example.capacity[rank]
+    n = len(example.expand_x[rank])
+    assert tuple(x.shape) == (capacity, group.hidden)
+    assert x.dtype == (torch.int8 if group.quant_mode else torch.bfloat16)
+    assert x[:n].tolist() == example.expand_x[rank]
+    if group.quant_mode:
+        assert tuple(factors.shape) == (capacity,)
+        assert factors.dtype == torch.float32
+        assert factors[:n].tolist() == dynamic_scales(example, rank).tolist()
+    else:
+        assert factors is None
+    assert idx.dtype == torch.int32
+    assert idx.tolist() == example.expand_idx[rank]
+    assert nums.dtype == torch.int64
+    wanted = example.token_nums if token_nums_type == 1 else example.token_nums_running
+    assert nums.tolist() == wanted[rank]
+    assert counts.dtype == torch.int32
+    assert counts.tolist() == example.ep_recv_counts[rank]
+    assert tp_counts is None
+    assert tuple(weights.shape) == (capacity,)
+    assert weights.dtype == torch.float32
+    if example.expand_scales is not None:
+        assert weights[:n].tolist() == example.expand_scales[rank]
+    if rank < group.shared_ranks:
+        assert weights[:n].tolist() == [1.0] * n
+    assert combined.dtype == torch.bfloat16
+    assert combined.tolist() == example.combined[rank]
+
+
+@pytest.mark.parametrize("world", harness.WORLDS)
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_worked_example(name, world):
+    example = EXAMPLES[name]
+    calls = example_calls(example, strides="columns")
+
+    def fn(ctx):
+        with poisoned_allocations():
+            return round_trip(ctx, calls)
+
+    for rank, (outputs, combined) in enumerate(run_world(world, example.group.world_size, fn)):
+        check_literal(example, rank, outputs, combined)
+
+
+def counted(fn, seen):
+    def wrapper(*args, **kwargs):
+        seen.append(fn)
+        return fn(*args, **kwargs)
+
+    return wrapper
+
+
+def test_the_transport_is_the_chosen_one():
+    """Also on a pool of processes that has just used the other one."""
+    calls = example_calls(BASIC)
+
+    def fn(ctx):
+        seen = []
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("all_to_all_single", "all_to_all", "isend", "batch_isend_irecv"):
+                patch.setattr(dist, name, counted(getattr(dist, name), seen))
+            return round_trip(ctx, calls)[1].tolist(), len(seen)
+
+    for world in ("symmetric", "collective", "symmetric", "collective"):
+        for rank, (combined, exchanges) in enumerate(run_world(world, 2, fn)):
+            assert combined == BASIC.combined[rank]
+            assert (exchanges > 0) == (world == "collective"), f"{exchanges} exchanges, {world}"
+
+
+@pytest.mark.parametrize("strides", harness.STRIDES)
+@pytest.mark.parametrize("token_nums_type", [0, 1])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_worked_example_in_any_layout(name, token_nums_type, strides):
+    example = EXAMPLES[name]
+    calls = example_calls(
+        example, strides=strides, token_nums_type=token_nums_type, more_rows=len(strides)
+    )
+    results = run_world("local", example.group.world_size, lambda ctx: round_trip(ctx, calls))
+    for rank, (outputs, combined) in enumerate(results):
+        check_literal(example, rank, outputs, combined, token_nums_type=token_nums_type)
+
+
+@pytest.mark.parametrize("world", harness.WORLDS)
+def test_running_token_nums(world):
+    calls = example_calls(SHARED, token_nums_type=0)
+    results = run_world(world, 4, lambda ctx: call_dispatch(ctx, calls[ctx.ep_rank])[3].tolist())
+    assert results == [[4], [4], [4, 8], [5, 8]]
+
+
+@pytest.mark.parametrize("world", harness.WORLDS)
+@pytest.mark.parametrize("name", ["basic", "shared"])
+def test_outputs_that_do_not_exist_are_none(name, world):
+    example = EXAMPLES[name]
+    calls = example_calls(example, weights_in_dispatch=False)
+
+    def fn(ctx):
+        outputs, combined = round_trip(ctx, calls)
+        return [output is None for output in outputs], combined
+
+    for rank, (is_none, combined) in enumerate(run_world(world, example.group.world_size, fn)):
+        assert is_none == [False, True, False, False, False, True, True]
+        assert combined.tolist() == example.combined[rank]
+
+
+def test_arguments_may_be_positional():
+    calls = example_calls(BASIC)
+
+    def fn(ctx):
+        call = calls[ctx.rank]
+        x, ids = call["dispatch"]["x"], call["dispatch"]["expert_ids"]
+        group = (ctx.ep_group, 2, ctx.ep_rank, 4)
+        outputs = torch_npu.npu_moe_distribute_dispatch(x, ids, *group)
+        rows, weights = call["combine"]["expand_x"], call["combine"]["expert_scales"]
+        combined = torch_npu.npu_moe_distribute_combine(
+            rows, ids, outputs[2], outputs[4], weights, *group
+        )
+        return outputs, combined
+
+    for rank, (outputs, combined) in enumerate(run_world("local", 2, fn)):
+        assert outputs[6] is None
+        assert outputs[0][: len(BASIC.expand_x[rank])].tolist() == BASIC.expand_x[rank]
+        assert combined.tolist() == BASIC.combined[rank]
+
+
+@pytest.mark.parametrize("tp_world_size", [0, 1])
+@pytest.mark.parametrize("shared_expert_num", [0, 1])
+def test_ways_to_say_none(tp_world_size, shared_expert_num):
+    """No TP is 0 or 1; without shared ranks the number of shared experts counts for nothing."""
+    calls = example_calls(BASIC)
+    for call in calls:
+        for args in call.values():
+            args.update(tp_world_size=tp_world_size, shared_expert_num=shared_expert_num)
+    for rank, (outputs, combined) in enumerate(
+        run_world("local", 2, lambda ctx: round_trip(ctx, calls))
+    ):
+        check_literal(BASIC, rank, outputs, combined)
+
+
+@pytest.mark.parametrize("world", harness.WORLDS)
+@pytest.mark.parametrize("global_bs", [0, 6, 8, 512])
+def test_global_bs_sets_the_capacity_only(global_bs, world):
+    example = BASIC
+    group = Group(world_size=2, num_experts=4, top_k=2, hidden=2, global_bs=global_bs)
+    rows = [expert_bits(example, rank) for rank in range(2)]
+    calls = make_calls(group, example.tokens, rows)
+    results = run_world(world, 2, lambda ctx: round_trip(ctx, calls))
+    for rank, (outputs, combined) in enumerate(results):
+        assert len(outputs[0]) == 2 * (global_bs or 6)
+        assert outputs[4].tolist() == example.ep_recv_counts[rank]
+        assert combined.tolist() == example.combined[rank]
+
+
+def shared_x_case(example, *, three_dimensional):
+    group = example.group
+    shared = []
+    for rank, mine in enumerate(example.tokens):
+        values = np.arange(mine.batch * group.hidden, dtype=np.float32) * 3 + 0.125 * (rank + 1)
+        shared.append(definition.encode(values, group.dtype).reshape(mine.batch, group.hidden))
+    received = definition.dispatch(group, example.tokens)
+    rows = [expert_bits(example, rank) for rank in range(group.world_size)]
+    expected = definition.combine(group, example.tokens, received, rows, shared)
+    shape = (1, example.tokens[0].batch, group.hidden) if three_dimensional else None
+    calls = make_calls(
+        group, example.tokens, rows, shared_x=shared, shared_x_shape=shape, strides="rows"
+    )
+    return calls, expected
+
+
+@pytest.mark.parametrize("world", harness.WORLDS)
+@pytest.mark.parametrize("three_dimensional", [False, True], ids=["2-D", "3-D"])
+@pytest.mark.parametrize("name", ["basic", "shared"])
+def test_shared_expert_x_is_added_with_weight_one(name, three_dimensional, world):
+    """With shared ranks too: the portable profile adds both."""
+    calls, expected = shared_x_case(EXAMPLES[name], three_dimensional=three_dimensional)
+    results = run_world(world, len(calls), lambda ctx: round_trip(ctx, calls)[1])
+    for rank, result in enumerate(results):
+        definition.same_bits(result, expected[rank], f"rank {rank} x")
+
+
+def test_shared_expert_x_by_hand():
+    calls = example_calls(BASIC)
+    calls[0]["combine"]["shared_expert_x"] = torch.tensor(
+        [[-1, 100], [0.75, 0.5], [1, 2]], dtype=torch.bfloat16
+    )
+    results = run_world("local", 2, lambda ctx: round_trip(ctx, calls)[1])
+    assert results[0].tolist() == [[1, 104], [9, 11.5], [16, 20]]
+    assert results[1].tolist() == BASIC.combined[1]
+
+
+def snapshot(call):
+    return {
+        name: None if value is None else value.clone()
+        for args in call.values()
+        for name, value in args.items()
+        if value is None or isinstance(value, torch.Tensor)
+    }
+
+
+@pytest.mark.parametrize("world", harness.WORLDS)
+def test_inputs_stay_and_outputs_are_fresh(world):
+    """Nothing given is written, and nothing returned changes or is shared with a later call."""
+    first, second = example_calls(QUANTISED), example_calls(QUANTISED)
+    for call in second:
+        call["dispatch"]["x"] = call["dispatch"]["x"] * 2
+        call["combine"]["expand_x"] = call["combine"]["expand_x"] * 2
+
+    def fn(ctx):
+        before = snapshot(first[ctx.ep_rank])
+        outputs, combined = round_trip(ctx, first)
+        for _ in range(4):
+            round_trip(ctx, second)
+        after = snapshot(first[ctx.ep_rank])
+        unchanged = all(
+            (value is None and after[name] is None)
+            or torch.equal(value.nan_to_num(7.0), after[name].nan_to_num(7.0))
+            for name, value in before.items()
+        )
+        return unchanged, outputs, combined
+
+    for rank, (unchanged, outputs, combined) in enumerate(run_world(world, 2, fn)):
+        assert unchanged
+        check_literal(QUANTISED, rank, outputs, combined)
+
+
+@pytest.mark.parametrize("world", harness.WORLDS)
+def test_two_layers_in_either_order(world):
+    """Two dispatches before their combines, in both orders: each combine finds its own rows."""
+    a, b = example_calls(BASIC), example_calls(QUANTISED)
+
+    def fn(ctx):
+        rank = ctx.ep_rank
+        results = []
+        for order in ("ab", "ba"):
+            outputs = {"a": call_dispatch(ctx, a[rank]), "b": call_dispatch(ctx, b[rank])}
+            combined = {}
+            for layer in order:
+                call = {"a": a, "b": b}[layer][rank]
+                combined[layer] = call_combine(ctx, call, outputs[layer])
+            results.append((outputs, combined))
+        return results
+
+    for rank, results in enumerate(run_world(world, 2, fn)):
+        for outputs, combined in results:
+            check_literal(BASIC, rank, outputs["a"], combined["a"])
+            check_literal(QUANTISED, rank, outputs["b"], combined["b"])
+
+
+@pytest.mark.parametrize("world", harness.WORLDS)
+def test_arguments_may_change_from_call_to_call(world):
+    """One group, a new shape, dtype, expert number or quantisation in every call."""
+    rng = np.random.default_rng(1)
+    cases = []
+    for hidden, num_experts, top_k, dtype, quant, shared in [
+        (5, 2, 1, "bfloat16", 0, 0),
+        (64, 8, 3, "float16", 2, 0),
+        (1, 3, 2, "bfloat16", 2, 1),
+        (5, 2, 2, "float16", 0, 0),
+        (300, 8, 8, "bfloat16", 0, 1),
+        (5, 2, 1, "bfloat16", 0, 0),
+    ]:
+        group = Group(2, num_experts, top_k, hidden, dtype, quant, shared, global_bs=12)
+        cases.append((group, [random_tokens(rng, group, batch) for batch in (6, 2)]))
+    calls, expected = zip(*(random_case(rng, *case) for case in cases), strict=True)
+
+    def fn(ctx):
+        return [round_trip(ctx, call) for call in calls]
+
+    for rank, results in enumerate(run_world(world, 2, fn)):
+        for (group, _), (received, combined), result in zip(cases, expected, results, strict=True):
+            definition.check_dispatch(group, received[rank], result[0], rank=rank)
+            definition.same_bits(result[1], combined[rank], f"rank {rank} x")
+
+
+def random_tokens(rng, group, batch):
+    values = rng.normal(size=(batch, group.hidden)).astype(np.float32)
+    ids = [rng.permutation(group.num_experts)[: group.top_k] for _ in range(batch)]
+    return Tokens(
+        x=definition.encode(values, group.dtype),
+        ids=np.array(ids, np.int32).reshape(batch, group.top_k),
+        weights=rng.normal(size=(batch, group.top_k)).astype(np.float32),
+    )
+
+
+def random_case(rng, group, tokens):
+    received = definition.dispatch(group, tokens)
+    rows = [
+        definition.encode(rng.normal(size=(len(mine.rows), group.hidden)), group.dtype)
+        for mine in received
+    ]
+    combined = definition.combine(group, tokens, received, rows)
+    return make_calls(group, tokens, rows), (received, combined)
+
+
+EDGES = [
+    pytest.param(Group(1, 1, 1, 1), [1], id="smallest"),
+    pytest.param(Group(1, 5, 3, 7, quant_mode=2), [4], id="one rank"),
+    pytest.param(Group(2, 4, 2, 3), [0, 0], id="nobody has tokens, global_bs 0"),
+    pytest.param(Group(2, 4, 2, 3, global_bs=4), [0, 0], id="nobody has tokens"),
+    pytest.param(Group(3, 3, 1, 8, global_bs=9), [0, 3, 0], id="one rank has tokens"),
+    pytest.param(
+        Group(3, 4, 2, 8, quant_mode=2, shared_ranks=1, global_bs=9), [0, 0, 3], id="shared idle"
+    ),
+    pytest.param(Group(2, 6, 6, 5), [2, 2], id="every expert"),
+    pytest.param(Group(2, 1, 1, 5, shared_ranks=1), [2, 2], id="one MoE rank"),
+    pytest.param(Group(6, 3, 1, 5, shared_ranks=3, shared_experts=3), [2] * 6, id="NS 3"),
+    pytest.param(
+        Group(6, 4, 2, 5, shared_ranks=2, global_bs=12), [2, 0, 1, 2, 2, 0], id="two copies, uneven"
+    ),
+    pytest.param(Group(2, 40, 20, 17, dtype="float16", quant_mode=2), [3, 3], id="K above 16"),
+    pytest.param(Group(2, 514, 2, 33), [5, 5], id="E above 512"),
+    pytest.param(Group(2, 2, 1, 7168, quant_mode=2), [520, 520], id="BS above 512"),
+]
+
+
+@pytest.mark.parametrize("world", harness.WORLDS)
+@pytest.mark.parametrize("group, batches", EDGES)
+def test_edges(group, batches, world):
+    rng = np.random.default_rng(2)
+    tokens = [random_tokens(rng, group, batch) for batch in batches]
+    calls, (received, combined) = random_case(rng, group, tokens)
+    results = run_world(world, group.world_size, lambda ctx: round_trip(ctx, calls))
+    for rank, (outputs, result) in enumerate(results):
+        definition.check_dispatch(group, received[rank], outputs, rank=rank)
+        definition.same_bits(result, combined[rank], f"rank {rank} x")
+
+
+@pytest.mark.parametrize("world", harness.WORLDS)
+@pytest.mark.parametrize("dtype", definition.TORCH_DTYPES)
+def test_unquantised_rows_travel_as_bits(dtype, world):
+    """NaN payloads, infinities, subnormals and negative zeros arrive as they left."""
+    rng = np.random.default_rng(3)
+    group = Group(2, 4, 2, 512, dtype=dtype)
+    tokens = [random_tokens(rng, group, 64) for _ in range(2)]
+    for mine in tokens:
+        mine.x = rng.permutation(2**16).astype(np.uint16)[: 64 * 512].reshape(64, 512)
+    received = definition.dispatch(group, tokens)
+    empty = [np.zeros((0, 512), np.uint16)] * 2
+    calls = make_calls(group, tokens, empty)
+    results = run_world(world, 2, lambda ctx: call_dispatch(ctx, calls[ctx.ep_rank]))
+    for rank, outputs in enumerate(results):
+        definition.check_dispatch(group, received[rank], outputs, rank=rank)
+
+
+@pytest.mark.parametrize("world", harness.WORLDS)
+def test_a_row_with_infinities_spoils_no_other(world):
+    """Its own codes are undefined; the call returns and every other row is right."""
+    rng = np.random.default_rng(4)
+    group = Group(2, 4, 2, 16, quant_mode=2)
+    tokens = [random_tokens(rng, group, 5) for _ in range(2)]
+    bad = [definition.encode(np.array([np.inf] + [1] * 15), "bfloat16")]
+    bad.append(definition.encode(np.array([1, np.nan] + [2] * 14), "bfloat16"))
+    calls, (received, _) = random_case(rng, group, tokens)
+    for rank, call in enumerate(calls):
+        call["dispatch"]["x"][2] = definition.to_tensor(bad[rank], "bfloat16")
+    results = run_world(world, 2, lambda ctx: call_dispatch(ctx, calls[ctx.ep_rank]))
+    for rank, outputs in enumerate(results):
+        good = [i for i, row in enumerate(received[rank].rows) if row[2] != 2]
+        definition.same_bits(outputs[0][good], received[rank].expand_x[good], "expand_x")
+        definition.same_bits(outputs[1][good], received[rank].dynamic_scales[good], "scales")
+        assert outputs[4].tolist() == received[rank].ep_recv_counts
+
+
+@pytest.mark.parametrize("world", harness.WORLDS)
+def test_each_source_quantises_with_its_own_scales(world):
+    rng = np.random.default_rng(5)
+    group = Group(2, 3, 2, 9, quant_mode=2, shared_ranks=1)
+    tokens = [random_tokens(rng, group, 4) for _ in range(2)]
+    for mine in tokens:
+        mine.scales = rng.normal(size=(4, 9)).astype(np.float32)
+    received = definition.dispatch(group, tokens)
+    calls = make_calls(group, tokens, [np.zeros((0, 9), np.uint16)] * 2, strides="transposed")
+    results = run_world(world, 2, lambda ctx: call_dispatch(ctx, calls[ctx.ep_rank]))
+    for rank, outputs in enumerate(results):
+        definition.check_dispatch(group, received[rank], outputs, rank=rank)
