@@ -568,6 +568,82 @@ def test_refusals_in_a_row(base):
         check_rounds(rounds, BASE, received, combined, rank)
 
 
+@pytest.mark.parametrize("op", ["dispatch", "combine"])
+@pytest.mark.parametrize("late", ["culprit", "peers", "one peer"])
+@pytest.mark.parametrize("world", harness.WORLDS)
+def test_refusal_before_and_after_the_peers_came(world, late, op, base):
+    """Peers already wait, or are not there yet: they hear of it all the same."""
+    calls, received, combined = base
+    bad = BAD["13 quant_mode 7" if op == "dispatch" else "23 comm_quant_mode 1"]
+    delayed = {"culprit": [1], "peers": [0, 2], "one peer": [2]}[late]
+
+    def fn(ctx):
+        refusals, rounds = [], []
+        for count in (3, 1):
+            if ctx.ep_rank in delayed:
+                time.sleep(0.3)
+            change = bad.change if ctx.ep_rank == 1 else put()
+            refusals.append(bad_call(ctx, calls[ctx.ep_rank], op, change))
+            rounds += good_rounds(ctx, calls, count)
+        return refusals, rounds
+
+    for rank, (refusals, rounds) in enumerate(run_world(world, WORLD, fn, limit=LIMIT)):
+        for refusal in refusals:
+            if rank == 1:
+                check_refusal(bad, refusal)
+            else:
+                check_peer(bad, refusal, 1)
+        check_rounds(rounds, BASE, received, combined, rank)
+
+
+@pytest.mark.parametrize("rounds_before", [0, 3], ids=["first call", "later call"])
+@pytest.mark.parametrize("world", harness.WORLDS)
+def test_a_rank_refuses_ahead_of_its_peers(world, rounds_before, base):
+    """It refuses five calls and issues a correct one before its peers begin the first of them."""
+    calls, received, combined = base
+    names = ["13 quant_mode 7", "value id E", "9.2 x None", "2 scales columns", "16 H 0"]
+
+    def fn(ctx):
+        rounds = good_rounds(ctx, calls, rounds_before)
+        if ctx.ep_rank != 1:
+            time.sleep(0.5)
+        refusals = []
+        for name in names:
+            change = BAD[name].change if ctx.ep_rank == 1 else put()
+            refusals.append(bad_call(ctx, calls[ctx.ep_rank], "dispatch", change))
+        return refusals, rounds + good_rounds(ctx, calls, 2)
+
+    for rank, (refusals, rounds) in enumerate(run_world(world, WORLD, fn, limit=LIMIT)):
+        for name, refusal in zip(names, refusals, strict=True):
+            if rank == 1:
+                check_refusal(BAD[name], refusal)
+            else:
+                check_peer(BAD[name], refusal, 1)
+        check_rounds(rounds, BASE, received, combined, rank)
+
+
+@pytest.mark.parametrize("late", [0, 1, 2])
+@pytest.mark.parametrize("world", harness.WORLDS)
+def test_disagreement_before_and_after_the_peers_came(world, late):
+    case = MISMATCHES["moe_expert_num"]
+    (calls, received, combined), dissent = mismatch_calls(case)
+
+    def fn(ctx):
+        mine = dissent if ctx.ep_rank == 1 else calls
+        refusals, rounds = [], []
+        for count in (3, 1):
+            if ctx.ep_rank == late:
+                time.sleep(0.3)
+            refusals.append(attempt(lambda: call_dispatch(ctx, mine[ctx.ep_rank])))
+            rounds += good_rounds(ctx, calls, count)
+        return refusals, rounds
+
+    for rank, (refusals, rounds) in enumerate(run_world(world, WORLD, fn, limit=LIMIT)):
+        for refusal in refusals:
+            check_mismatch(case, refusal)
+        check_rounds(rounds, case.usual, received, combined, rank)
+
+
 IN_PROCESSES = [
     "9.2 x None",
     "9.3 expert_ids int64",
