@@ -137,7 +137,7 @@ class Channel:
         """Take the next epoch of ``kind``."""
         self.raise_if_broken(op)
         ring = self._rings[kind]
-        if len(ring.in_flight) >= self.in_flight:
+        if self._is_full(ring):
             raise MoeError(
                 op,
                 f"at most {self.in_flight} {kind} operations may be in flight, and one more was "
@@ -251,7 +251,7 @@ class Channel:
 
     def reject(self, kind: str, op: str, error: MoeError) -> None:
         """Take the next epoch only to tell the peers that this rank rejects the call."""
-        if self.broken is None and len(self._rings[kind].in_flight) < self.in_flight:
+        if self.broken is None and not self._is_full(self._rings[kind]):
             self.abort(kind, self.begin(kind, op), error)
 
     def slot(self, epoch: int) -> int:
@@ -266,6 +266,14 @@ class Channel:
                 f"group {self.group.name!r} is broken since a call timed out ({self.broken}); "
                 "call recover() on all ranks",
             )
+
+    def _is_full(self, ring: Ring) -> bool:
+        """Whether the next setup would come before the teardown it has to follow."""
+        # By epochs, not by their number: those that ended early must not let others run ahead.
+        oldest = next(iter(ring.in_flight), None)
+        return oldest is not None and (
+            atomics.wrap(int(ring.epochs[_SETUP]) + 1 - oldest) >= self.in_flight
+        )
 
     # Flags.
 

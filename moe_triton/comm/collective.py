@@ -177,7 +177,7 @@ class CollectiveTransport:
 
     def reject(self, kind: str, op: str, error: MoeError) -> None:
         """Send a notice of rejection in place of data."""
-        if self._broken is None and len(self._in_flight[kind]) < self._limit:
+        if self._broken is None and not self._is_full(kind):
             self._give_up(kind, self._begin(kind, op), error)
 
     def raise_if_broken(self, op: str) -> None:
@@ -195,7 +195,7 @@ class CollectiveTransport:
 
     def _begin(self, kind: str, op: str) -> int:
         self.raise_if_broken(op)
-        if len(self._in_flight[kind]) >= self._limit:
+        if self._is_full(kind):
             raise MoeError(
                 op,
                 f"at most {self._limit} {kind} operations may be in flight, and one more was set "
@@ -205,6 +205,12 @@ class CollectiveTransport:
             self._settle(self._debts[kind].pop(0), op)
         self._epochs[kind] += 1
         return self._epochs[kind]
+
+    def _is_full(self, kind: str) -> bool:
+        """Whether the next setup would use the buffers of one that is still in flight."""
+        # By epochs, not by their number: those that ended early must not let others run ahead.
+        oldest = next(iter(self._in_flight[kind]), None)
+        return oldest is not None and self._epochs[kind] + 1 - oldest >= self._limit
 
     def _finish(self, kind: str, epoch: int) -> None:
         del self._in_flight[kind][epoch]
