@@ -10,19 +10,25 @@ Source: the semantics of Ascend's ``npu_moe_distribute_*`` family.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from .layout import DispatchWindow, Plan, RowFormat, Sources
 
 INT8_MAX = 127.0
-_REDUCE_BLOCK = 4  # tokens reduced together: their K rows in fp32 stay inside a core's L2 cache
+_BLOCK = 2**17  # elements worked on together, so that fp32 intermediates stay in a core's L2 cache
 
 
 def exclusive_cumsum(counts: torch.Tensor, dim: int = 0) -> torch.Tensor:
     """Sum of the entries before each one, in the dtype of ``counts``."""
     return counts.cumsum(dim, dtype=counts.dtype) - counts
+
+
+def _blocks(num_rows: int, row_elements: int) -> Iterator[slice]:
+    """Slices of as many rows as make one block."""
+    rows = max(_BLOCK // max(row_elements, 1), 1)
+    return (slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows))
 
 
 def plan(expert_ids: torch.Tensor, num_experts: int) -> Plan:
@@ -51,13 +57,18 @@ def quantize_int8(
         q: [R, H] int8, such that q * scale / smooth approximates x.
         scale: [R] fp32. A row whose factor s overflows (all zeros, or nearly) gives zeros, scale 0.
     """
-    t = x.float() if smooth is None else x.float() * smooth
-    amax = t.abs().amax(dim=1)
-    # A tensor over a tensor is one division; torch turns a number over a tensor into 127 * (1 / t).
-    factor = torch.full_like(amax, INT8_MAX) / amax
-    finite = torch.isfinite(factor)
-    q = (t * factor.where(finite, 0.0)[:, None]).round_().to(torch.int8)
-    return q, factor.reciprocal()
+    q = torch.empty_like(x, dtype=torch.int8)
+    scale = x.new_empty(len(x), dtype=torch.float32)
+    for rows in _blocks(*x.shape):
+        t = x[rows].float()
+        if smooth is not None:
+            t = t * (smooth if smooth.dim() == 1 else smooth[rows])
+        amax = torch.maximum(t.amax(dim=1), -t.amin(dim=1))
+        # One division: of a number over a tensor torch makes 127 * (1 / t), which rounds twice.
+        factor = torch.full_like(amax, INT8_MAX) / amax
+        q[rows] = (t * factor.where(torch.isfinite(factor), 0.0)[:, None]).round_()
+        scale[rows] = factor.reciprocal()
+    return q, scale
 
 
 def encode(x: torch.Tensor, fmt: RowFormat, smooth: torch.Tensor | None = None) -> torch.Tensor:
@@ -285,18 +296,18 @@ def reduce(
         addend: [T, H] of the dtype of rows, or None.
         out: [T, H] output, of the dtype of rows.
     """
-    num_tokens, terms = index.shape
     hidden = rows.shape[1]
-    if num_tokens == 0:
-        return
-    for start in range(0, num_tokens, _REDUCE_BLOCK):
-        block = slice(start, start + _REDUCE_BLOCK)
-        part = rows.index_select(0, index[block].reshape(-1)).float().view(-1, terms, hidden)
-        if weights is not None:
-            part[:, : weights.shape[1]] *= weights[block, :, None]
-        total = torch.zeros_like(part[:, 0])
-        for term in range(terms):
-            total += part[:, term]
+    for tokens in _blocks(len(index), hidden):
+        block = index[tokens]
+        total = torch.zeros((len(block), hidden), device=rows.device)
+        row = rows.new_empty((len(block), hidden))
+        term = torch.empty_like(total)
+        for k in range(index.shape[1]):
+            torch.index_select(rows, 0, block[:, k], out=row)
+            term.copy_(row)
+            if weights is not None and k < weights.shape[1]:
+                term *= weights[tokens, k, None]
+            total += term
         if addend is not None:
-            total += addend[block]
-        out[block] = total
+            total += addend[tokens]
+        out[tokens] = total

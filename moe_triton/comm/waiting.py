@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 _YIELDS = 20  # polls that only give up the core
-_FIRST_SLEEP, _LONGEST_SLEEP = 20e-6, 500e-6  # seconds
+_FIRST_SLEEP, _LONGEST_SLEEP = 20e-6, 200e-6  # seconds
 
 
 class Waiter:
