@@ -63,7 +63,7 @@ def quantize_int8(
         t = x[rows].float()
         if smooth is not None:
             t = t * (smooth if smooth.dim() == 1 else smooth[rows])
-        amax = torch.maximum(t.amax(dim=1), -t.amin(dim=1))
+        amax = torch.maximum(t.amax(dim=1), -t.amin(dim=1)).abs()  # not -0.0
         # One division: of a number over a tensor torch makes 127 * (1 / t), which rounds twice.
         factor = torch.full_like(amax, INT8_MAX) / amax
         q[rows] = (t * factor.where(torch.isfinite(factor), 0.0)[:, None]).round_()
@@ -74,7 +74,7 @@ def quantize_int8(
 def encode(x: torch.Tensor, fmt: RowFormat, smooth: torch.Tensor | None = None) -> torch.Tensor:
     """[R, H] tokens -> [R, stride] uint8 rows as they travel; padding bytes are unspecified."""
     if fmt.scale_offset is None and fmt.stride == fmt.hidden * x.element_size():
-        return x.contiguous().view(torch.uint8)
+        return x.reshape(-1).view(torch.uint8).view(len(x), fmt.stride)
     rows = torch.empty((x.shape[0], fmt.stride), dtype=torch.uint8, device=x.device)
     if fmt.scale_offset is None:
         fmt.payload(rows).copy_(x)

@@ -41,7 +41,7 @@ class Endpoint:
     ) -> None:
         self.group = group
         self.origin = group.process_group  # stays the same when recover() makes a new one
-        self._choice = group.transport if transport == "auto" else transport
+        self.choice = group.transport if transport == "auto" else transport
         self._in_flight = in_flight
         self._timeout = timeout
         self._meeting = Meeting(group, tag, timeout) if group.size > 1 else None
@@ -106,14 +106,14 @@ class Endpoint:
                 if theirs[name] != own:
                     raise ArgumentMismatchError(op, name, own, theirs[name], rank=rank)
         causes: list[str] = []
-        if self._choice != "collective":
+        if self.choice != "collective":
             for memory in self._memories(facts, causes):
                 channel = self._open(op, memory, facts, causes)
                 if channel is not None:
                     return SymmetricTransport(channel)
-        if self._choice == "symmetric" or self.group.process_group is None:
+        if self.choice == "symmetric" or self.group.process_group is None:
             cause = "; ".join(causes) or "the group has no torch process group"
-            raise UnavailableError(op, f"transport {self._choice!r} cannot work here: {cause}")
+            raise UnavailableError(op, f"transport {self.choice!r} cannot work here: {cause}")
         if self._process_group_lost:
             self.group = collective.reconnect(self.group, self._timeout)
             self._process_group_lost = False
@@ -122,7 +122,7 @@ class Endpoint:
         )
 
     def _facts(self) -> dict[str, Any]:
-        facts: dict[str, Any] = {"transport": self._choice, "in_flight": self._in_flight}
+        facts: dict[str, Any] = {"transport": self.choice, "in_flight": self._in_flight}
         if not self.group.in_process:
             facts |= {
                 "pid": os.getpid(),

@@ -26,7 +26,11 @@ def default_endpoint(group: Group) -> Endpoint:
     with _lock:
         found = _defaults.get(key)
         # A process group that was destroyed and made again may have the old name.
-        if found is not None and found.origin is group.process_group:
+        if (
+            found is not None
+            and found.origin is group.process_group
+            and found.choice == group.transport
+        ):
             return found
         if found is not None:
             found.close()

@@ -317,7 +317,7 @@ def combine_index(config: MoeConfig, expert_ids: torch.Tensor, plan: Plan) -> to
     if not config.compact:
         blocks = torch.arange(first.shape[0], device=first.device) * config.max_copies
         first = first - first[:, :1] + blocks[:, None]
-    routed = first.reshape(-1)[expert_ids.long()] + plan.expand_idx.view(num_tokens, -1)
+    routed = first.reshape(-1)[expert_ids.long()] + plan.expand_idx.view(expert_ids.shape)
     token = torch.arange(num_tokens, device=expert_ids.device)[:, None]
     shared = torch.arange(topology.num_shared_experts, device=expert_ids.device)
     return torch.cat([routed, layout.routed_rows + shared * config.max_tokens + token], dim=1)

@@ -37,16 +37,11 @@ def reserved(op: str, **arguments: object) -> None:
             raise ArgumentValueError(op, name, "be left at its default, as it is reserved", got)
 
 
-def group_names(op: str, group_ep: object, group_tp: str) -> None:
-    """group_ep is a name of legal length or a process group, and differs from group_tp."""
-    if group_ep is None or group_ep == "":
-        raise MissingArgumentError(op, "group_ep", "name a group", repr(group_ep))
-    for argument, name in (("group_ep", group_ep), ("group_tp", group_tp)):
-        if isinstance(name, str) and len(name) > _MAX_NAME:
-            contract = f"be at most {_MAX_NAME} characters long"
-            raise ArgumentNameError(op, argument, contract, f"{len(name)} characters")
-    if group_tp and group_tp == group_ep:
-        raise ArgumentValueError(op, "group_tp", "differ from group_ep", repr(group_tp))
+def group_name(op: str, argument: str, name: object) -> None:
+    """A name has legal length; a process group needs none."""
+    if isinstance(name, str) and len(name) > _MAX_NAME:
+        contract = f"be at most {_MAX_NAME} characters long"
+        raise ArgumentNameError(op, argument, contract, f"{len(name)} characters")
 
 
 def dtype(op: str, name: str, tensor: torch.Tensor | None, allowed: Sequence[torch.dtype]) -> None:

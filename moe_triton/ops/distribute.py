@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from .. import comm
 from ..comm import Call, MoeConfig, Outputs, Tokens
-from ..errors import MoeError
+from ..errors import MissingArgumentError, MoeError
 from ..layout import Plan
 from ..topology import Topology
 from . import checks
@@ -42,7 +42,8 @@ class GroupArguments:
     global_bs: int = 0
 
     def check_types(self, op: str) -> None:
-        """Integers are integers."""
+        """The name of the TP group is legal, and integers are integers."""
+        checks.group_name(op, "group_tp", self.group_tp)
         values = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -65,6 +66,8 @@ class GroupArguments:
             self.tp_world_size,
         )
         checks.value(op, "tp_rank_id", self.tp_rank_id == 0, "be 0 without TP", self.tp_rank_id)
+        same = bool(self.group_tp) and self.group_tp == self.group_ep
+        checks.value(op, "group_tp", not same, "differ from group_ep", repr(self.group_tp))
         checks.reserved(op, expert_shard_type=self.expert_shard_type)
         topology = checks.topology(
             op,
@@ -112,8 +115,8 @@ class GroupArguments:
             "op": op,
             "ep_world_size": self.ep_world_size,
             "moe_expert_num": self.moe_expert_num,
-            "shared_expert_num": self.shared_expert_num if self.shared_expert_rank_num else 0,
             "shared_expert_rank_num": self.shared_expert_rank_num,
+            "shared_expert_num": self.shared_expert_num if self.shared_expert_rank_num else 0,
             "global_bs": self.global_bs,
             f"{x_name}.shape[1]": x.shape[1],
             f"{x_name}.dtype": str(x.dtype),
@@ -146,7 +149,6 @@ def distribute_dispatch(
 ) -> DispatchOutput:
     """Send each token to its experts; shapes and errors in ``compat.torch_npu``."""
     op = DISPATCH
-    checks.group_names(op, arguments.group_ep, arguments.group_tp)
     group = _resolve(op, arguments)
     endpoint = comm.default_endpoint(group)
     try:
@@ -233,7 +235,6 @@ def distribute_combine(
     ``unused`` are the reserved arguments, which must have their defaults.
     """
     op = COMBINE
-    checks.group_names(op, arguments.group_ep, arguments.group_tp)
     group = _resolve(op, arguments)
     endpoint = comm.default_endpoint(group)
     try:
@@ -294,6 +295,10 @@ def distribute_combine(
 
 
 def _resolve(op: str, arguments: GroupArguments) -> comm.Group:
+    """Find the group; only an error in its name cannot be told to the peers."""
+    if arguments.group_ep is None or arguments.group_ep == "":
+        raise MissingArgumentError(op, "group_ep", "name a group", repr(arguments.group_ep))
+    checks.group_name(op, "group_ep", arguments.group_ep)
     rank = arguments.ep_rank_id
     return comm.resolve(op, arguments.group_ep, rank, argument="group_ep")
 
