@@ -19,7 +19,7 @@ import json
 import os
 import select
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -67,13 +67,14 @@ class Ring:
         epochs: [2] int32, the last setup and the last teardown, beside the windows they belong to.
         arena: all ranks' windows, None until the first call that needs them.
         in_flight: epochs set up and not yet torn down, oldest first.
-        debts: epochs whose flags have not all been seen, with the windows they are in.
+        debts: epochs whose flags have not all been seen, with the windows they are in; None where
+            there was no window yet and announcements stand for flags.
     """
 
     epochs: torch.Tensor
     arena: Arena | None = None
     in_flight: dict[int, InFlight] = dataclasses.field(default_factory=dict)
-    debts: dict[int, Arena] = dataclasses.field(default_factory=dict)
+    debts: dict[int, Arena | None] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +114,7 @@ class Channel:
         self.timeout = timeout
         self.slots = num_slots(in_flight)
         self.broken: str | None = None
+        self._retry: tuple[str, int] | None = None  # the wait that would heal the group
         self._memory = memory
         self._control = blocks
         self._pidfds = _open_pids(pids, self.rank)
@@ -146,7 +148,7 @@ class Channel:
         epoch = atomics.wrap(int(ring.epochs[_SETUP]) + 1)
         debt = atomics.wrap(epoch - self.in_flight)
         if debt in ring.debts:
-            self._see_flags(op, epoch=debt, arena=ring.debts[debt])
+            self._settle(kind, debt, op)
             del ring.debts[debt]
         ring.epochs[_SETUP] = epoch
         ring.in_flight[epoch] = InFlight()
@@ -225,8 +227,9 @@ class Channel:
             raise MoeError(op, f"{kind} operations must be torn down in the order of their setup")
         arena = ring.in_flight[epoch].arena
         assert arena is not None
-        aborted = self._see_flags(op, epoch, arena, kind=kind)
-        self.broken = None  # a retried wait that succeeds heals the group
+        aborted = self._see_flags(kind, epoch, op, arena)
+        if self._retry == (kind, epoch):
+            self.broken = self._retry = None
         arena.blocks[self.rank].release()  # every peer has opened it
         if aborted:
             # The culprit's own abort names the cause; these ranks only followed it.
@@ -279,44 +282,59 @@ class Channel:
 
     def _end_early(self, kind: str, epoch: int) -> None:
         ring = self._rings[kind]
-        arena = ring.in_flight[epoch].arena or ring.arena
-        if arena is not None:
-            ring.debts[epoch] = arena
+        ring.debts[epoch] = ring.in_flight[epoch].arena or ring.arena
         self.finish(kind, epoch)
 
-    def _see_flags(self, op: str, epoch: int, arena: Arena, kind: str | None = None) -> list[int]:
-        """Wait for all flags of ``epoch``; with ``kind``, raise as soon as an abort has a cause.
+    def _settle(self, kind: str, epoch: int, op: str) -> None:
+        """Wait until all ranks have taken part in an epoch that ended early here."""
+        arena, slot = self._rings[kind].debts[epoch], self.slot(epoch)
+        addresses = {
+            source: self._entry(source, kind, epoch)
+            if arena is None
+            else arena.flag_address(self.rank, slot, source)
+            for source in range(self.size)
+        }
+        for _ in self._arrivals(op, epoch, addresses):
+            pass
+
+    def _see_flags(self, kind: str, epoch: int, op: str, arena: Arena) -> list[int]:
+        """Wait for all flags of ``epoch``; raise as soon as an abort has a cause.
 
         Returns:
             The ranks whose flag is an abort.
         """
-        slot = self.slot(epoch)
-        missing = {
+        slot, digest = self.slot(epoch), self._rings[kind].in_flight[epoch].digest
+        addresses = {
             source: arena.flag_address(self.rank, slot, source) for source in range(self.size)
         }
         aborted: list[int] = []
-        waiter = Waiter(self.timeout)
-        while True:
+        for source in self._arrivals(op, epoch, addresses, retry=(kind, epoch)):
+            words = _words(addresses[source])
+            if words[1] == _ABORT:
+                aborted.append(source)
+            if words[1] == _ABORT or words[2] != digest:
+                self._raise_cause(kind, epoch, op, source)
+        return aborted
+
+    def _arrivals(
+        self,
+        op: str,
+        epoch: int,
+        addresses: dict[int, int],
+        retry: tuple[str, int] | None = None,
+    ) -> Iterator[int]:
+        """The ranks in the order in which ``epoch`` appears at their addresses."""
+        missing = dict(addresses)
+        for _ in self._looks(op, f"epoch {epoch}", missing, retry):
             for source, address in list(missing.items()):
-                ahead = atomics.wrap(atomics.load_relaxed(address) - epoch)
-                if ahead < 0:
+                if atomics.wrap(atomics.load_relaxed(address) - epoch) < 0:
                     continue
                 seen = atomics.load_acquire(address)
                 if atomics.wrap(seen - epoch) > 0:
                     self.broken = f"rank {source} overran epoch {epoch} with {seen}"
                     raise BrokenGroupError(op, self.broken)
                 del missing[source]
-                words = _words(address)
-                if words[1] == _ABORT:
-                    aborted.append(source)
-                if kind is not None and (
-                    words[1] == _ABORT or words[2] != self._rings[kind].in_flight[epoch].digest
-                ):
-                    self._raise_cause(kind, epoch, op, source)
-            if not missing:
-                return aborted
-            self._check_peers(op, f"epoch {epoch}", tuple(missing), waiter)
-            waiter.pause()
+                yield source
 
     def _raise_cause(self, kind: str, epoch: int, op: str, source: int) -> None:
         """Raise what made ``source`` abort, if the cause is its own."""
@@ -334,23 +352,54 @@ class Channel:
             self._end_early(kind, epoch)
             raise error
 
-    def _check_peers(self, op: str, what: str, missing: tuple[int, ...], waiter: Waiter) -> None:
-        """Raise when the time is up or a missing peer's process is gone."""
-        if waiter.polls % _LIVENESS_POLLS == _LIVENESS_POLLS - 1:
-            gone = tuple(rank for rank in missing if self._is_gone(rank))
-            if gone:
-                self._break(op, gone, f"the process of {_ranks(gone)} is gone ({what})")
-        if waiter.expired:
-            self._break(
-                op, missing, f"{_ranks(missing)} did not come within {self.timeout:g} s ({what})"
-            )
+    def _looks(
+        self,
+        op: str,
+        what: str,
+        missing: Mapping[int, Any],
+        retry: tuple[str, int] | None = None,
+    ) -> Iterator[None]:
+        """One step per look at what is ``missing``, until the caller has emptied it.
+
+        Args:
+            op: for error messages.
+            what: is missing, for error messages.
+            missing: keys are the ranks.
+            retry: what may be tried again after a timeout, kind and epoch, if anything.
+
+        Raises:
+            PeerTimeoutError: the time is up, or a missing peer is gone.
+        """
+        waiter = Waiter(self.timeout)
+        gone: list[int] = []
+        late = False
+        while missing:
+            yield
+            # Judged before this look: what came in the meantime has come.
+            if lost := tuple(rank for rank in gone if rank in missing):
+                problem = f"{_ranks(lost)} left the group or died ({what})"
+                self._break(op, lost, problem, retry)
+            if late and missing:
+                absent = tuple(sorted(missing))
+                problem = f"{_ranks(absent)} did not come within {self.timeout:g} s ({what})"
+                self._break(op, absent, problem, retry)
+            if waiter.polls % _LIVENESS_POLLS == _LIVENESS_POLLS - 1:
+                gone = [rank for rank in missing if self._is_gone(rank)]
+            late = waiter.expired
+            waiter.pause()
 
     def _is_gone(self, rank: int) -> bool:
         if rank not in self._pidfds:
             return False
         return bool(select.select([self._pidfds[rank]], [], [], 0)[0])
 
-    def _break(self, op: str, ranks: tuple[int, ...], problem: str) -> None:
+    def _break(
+        self, op: str, ranks: tuple[int, ...], problem: str, retry: tuple[str, int] | None
+    ) -> None:
+        # Only the first wait that failed can heal the group: a setup that failed is lost for good,
+        # whatever becomes of the waits that are tried after it.
+        if self.broken is None:
+            self._retry = retry
         self.broken = problem
         raise PeerTimeoutError(op, ranks, f"{problem}, in group {self.group.name!r}")
 
@@ -386,15 +435,14 @@ class Channel:
     ) -> list[Block]:
         """Wait for all announcements of ``epoch`` and compare; open the new windows, if any."""
         mine = json.dumps({"arguments": arguments})
-        missing = set(range(self.size))
-        blocks: dict[int, Block] = {}
-        waiter = Waiter(self.timeout)
-        while missing:
-            for rank in sorted(missing):
+        missing = dict.fromkeys(range(self.size))
+        texts: dict[int, str] = {}
+        for _ in self._looks(op, f"{kind} {epoch}", missing):
+            for rank in list(missing):
                 said = self._heard(rank, kind, epoch)
                 if said is None:
                     continue
-                missing.discard(rank)
+                del missing[rank]
                 # Whoever announced arguments has agreed to them, even if it failed afterwards: all
                 # ranks must come to the same end here, and its flag will tell of the failure.
                 if not said.text:
@@ -402,13 +450,14 @@ class Channel:
                 error = _mismatch(op, mine, said.text, rank)
                 if error is not None:
                     raise error
-                if own is not None:
-                    handle = json.loads(said.text)["window"]
-                    blocks[rank] = own if rank == self.rank else self._memory.open(handle)
-            if missing:
-                self._check_peers(op, f"{kind} {epoch}", tuple(sorted(missing)), waiter)
-                waiter.pause()
-        return [blocks[rank] for rank in sorted(blocks)]
+                texts[rank] = said.text
+        if own is None:
+            return []
+        # Only now that all ranks agree: a rank that does not agree takes its window back.
+        return [
+            own if rank == self.rank else self._memory.open(json.loads(texts[rank])["window"])
+            for rank in range(self.size)
+        ]
 
 
 def control_bytes(in_flight: int) -> int:

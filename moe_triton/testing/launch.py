@@ -152,7 +152,7 @@ def run_processes(
         ValueError: if the sizes do not fit each other, or the transport is none.
         TypeError: if ``fn`` or a result cannot be pickled.
         WorkerDiedError: if the process of a rank ended; names the rank and the exit code.
-        BaseException: as for :func:`run_local`, with the traceback of the rank as a note too.
+        BaseException: as for :func:`run_local`; its cause shows the traceback on that rank.
     """
     layout = Layout(world_size, tp_world_size)
     check_transport(transport)

@@ -115,7 +115,7 @@ class Pool:
 
     def _enter(self, layout: Layout) -> World:
         """Have enough workers, and a world of this layout for them to be in."""
-        alive = [worker for worker in self.workers if worker.process.exitcode is None]
+        alive = [worker for worker in self.workers if worker.is_idle()]
         if len(alive) < len(self.workers):
             for worker in self.workers:
                 if worker not in alive:

@@ -94,8 +94,7 @@ class Processes:
         Raises:
             TimeoutError: if there is none in time.
             WorkerDiedError: if the process ended.
-            BaseException: what the function raised there, with ``failed_rank`` and notes as in
-                ``run_processes``.
+            BaseException: what the function raised there, as in ``run_processes``.
         """
         if rank not in self._outcomes:
             worker = self._workers[rank]

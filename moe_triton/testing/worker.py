@@ -132,6 +132,10 @@ class Worker:
         """For ``multiprocessing.connection.wait``: ready on an answer or the end of the process."""
         return [self.conn, self.process.sentinel]
 
+    def is_idle(self) -> bool:
+        """Whether a worker that has answered still lives; a dead one's pipe has an end to read."""
+        return self.process.exitcode is None and not self.conn.poll()
+
     def send(self, task: Task) -> None:
         """Hand over a task; the worker must be idle. One that has died says so in ``receive``."""
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -153,7 +157,7 @@ class Worker:
             return Failure(rank, time.monotonic(), died)
         if reply.failed:
             error = pickling.load_error(reply.data)
-            return Failure(rank, reply.when, error, f"on that rank:\n{reply.details}")
+            return Failure(rank, reply.when, error, reply.details)
         try:
             return Result(pickling.load(reply.data), reply.world_intact)
         except Exception as error:  # noqa: BLE001 (the result's own class may raise anything)

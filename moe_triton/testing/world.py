@@ -136,6 +136,13 @@ class WorkerDiedError(RuntimeError):
         self.exitcode = exitcode
 
 
+class RemoteTraceback(Exception):
+    """The traceback of an exception that came from another process."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Failure:
     """One rank's exception.
@@ -162,7 +169,8 @@ def raise_first(failures: Sequence[Failure], unfinished: Sequence[int] = ()) -> 
 
     That is a dead process before anything else, because its peers can see its closed connections
     before it is missed; then the earliest error that is no echo of a peer's; then the earliest.
-    The exception gets the attribute ``failed_rank`` and, from Python 3.11 on, notes.
+    The exception gets the attribute ``failed_rank`` and, from Python 3.11 on, notes; the traceback
+    on another process becomes its cause.
 
     Args:
         failures: at least one.
@@ -170,18 +178,18 @@ def raise_first(failures: Sequence[Failure], unfinished: Sequence[int] = ()) -> 
     """
     first = min(failures, key=_order)
     error = first.error
-    with contextlib.suppress(AttributeError):  # a class may refuse attributes
-        error.failed_rank = first.rank  # type: ignore[attr-defined]
     notes = [f"on rank {first.rank}"]
-    if first.details:
-        notes.append(first.details)
     others = [f"rank {f.rank}: {type(f.error).__name__}" for f in failures if f is not first]
     others += [f"rank {rank}: no answer" for rank in unfinished]
     if others:
         notes.append("other ranks: " + ", ".join(others))
-    if hasattr(error, "add_note"):
+    with contextlib.suppress(AttributeError):  # no notes before Python 3.11, or a class without
+        error.failed_rank = first.rank  # type: ignore[attr-defined]
         for note in notes:
-            error.add_note(note)
+            error.add_note(note)  # type: ignore[attr-defined,unused-ignore]
+    if first.details:
+        # Not a note: pytest.raises(match=...) would search the source lines in it.
+        raise error from RemoteTraceback(first.details)
     raise error
 
 

@@ -7,11 +7,12 @@ not come need a thread of their own.
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
 
-from moe_triton import MoeError
+from moe_triton import BrokenGroupError, MoeError, PeerTimeoutError
 from moe_triton.comm.channel import Channel, control_bytes
 from moe_triton.comm.groups import Group
 from moe_triton.comm.local import LocalMemory
@@ -104,9 +105,11 @@ def agreed(world_size: int, **options) -> list[Channel]:
 
 def error_of(call, *args, **options) -> Exception:
     """What a call raises; without its traceback, which would keep the call's memory alive."""
-    with pytest.raises(Exception) as caught:  # noqa: PT011 (the caller looks at it)
+    try:
         call(*args, **options)
-    return caught.value.with_traceback(None)
+    except Exception as error:
+        return error.with_traceback(None)
+    raise AssertionError("raised nothing")
 
 
 @pytest.mark.parametrize("in_flight", [1, 2, 3])
@@ -140,3 +143,105 @@ def test_calls_that_ended_early_do_not_let_setups_run_ahead():
     teardown(second, one[1], 1)
     assert "wrong" in str(error_of(teardown, second, two, 2))
     assert together([first, second], lambda c: exchange(c, 3)) == [None, None]
+
+
+@pytest.mark.parametrize("in_flight", [1, 2])
+@pytest.mark.parametrize("with_window", [False, True])
+def test_a_rank_refuses_many_calls_before_its_peers_make_the_first(in_flight, with_window):
+    """Each peer still hears the reason of each call: a rank waits before it reuses its words."""
+    make = agreed if with_window else connect
+    channels = make(3, in_flight=in_flight)
+    reasons = [f"reason {i}" for i in range(9)]
+    started = threading.Event()
+
+    def refuse(channel):
+        for i, reason in enumerate(reasons):
+            if i > in_flight:
+                started.set()
+            channel.reject("exchange", OP, MoeError(OP, reason))
+
+    def call(channel):
+        # The refusing rank must not come this far alone; give it time to do it all the same.
+        assert not started.wait(0.2)
+        return [str(error_of(exchange, channel, i)) for i in range(len(reasons))]
+
+    results = together(channels, lambda c: refuse(c) if c.rank == 1 else call(c))
+    for rank in (0, 2):
+        assert results[rank] == [f"{OP}: rank 1 rejected this call: {why}" for why in reasons]
+    assert together(channels, exchange) == [None] * 3
+
+
+def test_a_rank_that_gave_up_has_taken_back_its_new_window():
+    """Peers that come later hear why, and do not look for memory that is gone."""
+    first, second, third = agreed(3)
+    third.reject("exchange", OP, MoeError(OP, "wrong"))
+    for channel in (first, second):
+        error = error_of(exchange, channel, slot_bytes=4096)
+        assert str(error) == f"{OP}: rank 2 rejected this call: wrong"
+    channels = [first, second, third]
+    assert together(channels, lambda c: exchange(c, 1, slot_bytes=4096)) == [None] * 3
+
+
+@pytest.mark.parametrize("new", [False, True], ids=["flag", "announcement"])
+def test_what_came_at_the_last_moment_has_come(new, monkeypatch):
+    """A peer that sends its last flag and dies, or a rank that is stopped while it waits."""
+    first, second = agreed(2)
+    monkeypatch.setattr("moe_triton.comm.channel._LIVENESS_POLLS", 1)
+
+    def dies(channel, rank):
+        if channel is first and not first_looks:
+            first_looks.append(rank)
+            done.append(threading.Thread(target=lambda: exchange(second, 1, **options)))
+            done[0].start()
+            if new:
+                # Its peer waits for nobody else once it has announced.
+                while second._heard(1, "exchange", epoch) is None:
+                    time.sleep(1e-3)
+            else:
+                done[0].join()
+        return True
+
+    first_looks, done = [], []
+    options = {"word": "new"} if new else {}
+    epoch = 2
+    monkeypatch.setattr(Channel, "_is_gone", lambda c, r: dies(c, r) if c is first else False)
+    exchange(first, 1, **options)
+    assert first_looks == [1]
+    done[0].join(10)
+
+
+def test_a_wait_that_timed_out_can_be_tried_again():
+    first, second = agreed(2, timeout=0.1)
+    epoch = setup(first, 1)
+    error = error_of(teardown, first, epoch, 1)
+    assert isinstance(error, PeerTimeoutError)
+    assert error.ranks == (1,)
+    assert "rank 1 did not come within 0.1 s" in str(error)
+    for call in (exchange, lambda c: c.raise_if_broken(OP), lambda c: exchange(c, kind="combine")):
+        began = time.monotonic()
+        assert isinstance(error_of(call, first), BrokenGroupError)
+        assert time.monotonic() - began < 0.05
+    assert isinstance(error_of(teardown, first, epoch, 1), PeerTimeoutError)
+    exchange(second, 1)
+    teardown(first, epoch, 1)
+    assert together([first, second], exchange) == [None, None]
+
+
+def test_another_wait_does_not_heal_the_group():
+    first, second = agreed(2, timeout=0.1)
+    assert together([first, second], lambda c: exchange(c, kind="combine")) == [None, None]
+    late, other = setup(first, 1), setup(first, 2, kind="combine")
+    setup(second, 2, kind="combine")
+    assert isinstance(error_of(teardown, first, late, 1), PeerTimeoutError)
+    teardown(first, other, 2, kind="combine")
+    assert isinstance(error_of(setup, first, kind="combine"), BrokenGroupError)
+
+
+def test_a_setup_that_timed_out_cannot_be_healed():
+    """Its caller has nothing to tear down, so the epochs can never match again."""
+    first, second = agreed(2, in_flight=2, timeout=0.1)
+    epoch = setup(first, 1)
+    assert isinstance(error_of(setup, first, 2, word="new"), PeerTimeoutError)
+    setup(second, 1)
+    teardown(first, epoch, 1)
+    assert isinstance(error_of(setup, first, 3), BrokenGroupError)
