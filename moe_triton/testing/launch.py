@@ -21,7 +21,7 @@ R = TypeVar("R")
 
 # Seconds that the other ranks may take after the first failure. Threads cannot be ended; the
 # library's own time-outs, 30 s by default, free those that wait for the rank that failed.
-_GRACE = 300.0
+_GRACE = 120.0
 
 _numbers = itertools.count()
 
@@ -36,7 +36,7 @@ def run_local(
     """Run ``fn(ctx)`` once per rank, each rank a thread of this process.
 
     The groups live in this process only. A rank that waits in the library times out by itself; this
-    function waits without limit for ranks that do not fail, and 300 s for the others once one has.
+    function waits without limit for ranks that do not fail, and 120 s for the others once one has.
 
     Args:
         world_size: ranks in all, EP x TP.

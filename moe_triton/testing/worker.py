@@ -268,7 +268,7 @@ def user_store(world: World, call_number: int) -> dist.Store:
 def _start_server() -> None:
     """Start the fork server of this process with our modules loaded, if it does not run yet."""
     forkserver.set_forkserver_preload(_PRELOADED)
-    # Until Python 3.13 the server sees neither sys.path nor says that a module was not found there.
+    # The server gets sys.path from newer Pythons only, and skips a module that it cannot find.
     root = str(Path(__file__).resolve().parents[2])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [before, root]))
@@ -377,6 +377,7 @@ class _Member:
                 ep_group = _new_group(layout.ep_ranks(rank))
                 tp_group = _new_group(layout.tp_ranks(rank))
         self._rank, self._ep_group, self._tp_group = rank, ep_group, tp_group
+        self._transport = ""
 
     def context(self, call_number: int) -> RankContext:
         """What the function is told."""
@@ -391,9 +392,12 @@ class _Member:
 
     def set_transport(self, transport: str) -> None:
         """Set the default transport of the world's process groups."""
-        if self._group is not None:
-            for name in filter(None, (self._ep_group, self._tp_group)):
-                comm.set_transport(name, transport)
+        if self._group is None or transport == self._transport:
+            return
+        comm.close_all()  # what the last call has opened keeps the transport of that time
+        for name in filter(None, (self._ep_group, self._tp_group)):
+            comm.set_transport(name, transport)
+        self._transport = transport
 
     def intact(self) -> bool:
         """Whether the function left the process groups alone."""
