@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 HIDDEN = [1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 40, 100, 128, 129, 300]
-LOCAL_FULL, PROCESS_FULL = 500, 30
+LOCAL_FULL, PROCESS_FULL = 1000, 200
 HEADING = "Drawn configurations of v1 dispatch and combine against the definition"
 
 
@@ -289,7 +289,7 @@ def test_many_in_processes(world, record_evidence):
 
     for world_size in sizes:
 
-        @profile(2)
+        @profile(10)
         @given(st.lists(configs(world_size), min_size=each, max_size=each, unique=True))
         def run(batch):
             check_processes(world, batch)

@@ -438,6 +438,28 @@ def test_edges(group, batches, world):
 
 
 @pytest.mark.parametrize("world", harness.WORLDS)
+def test_large_batch_with_everything(world):
+    """Too many rows for one block, with smooth rows, a shared rank and shared_expert_x."""
+    rng = np.random.default_rng(6)
+    group = Group(2, 3, 2, 2048, quant_mode=2, shared_ranks=1, global_bs=400)
+    tokens = [random_tokens(rng, group, batch) for batch in (200, 131)]
+    shared_x = []
+    for mine in tokens:
+        mine.scales = rng.normal(size=(4, 2048)).astype(np.float32)
+        shared_x.append(definition.encode(rng.normal(size=mine.x.shape), group.dtype))
+    received = definition.dispatch(group, tokens)
+    rows = [
+        definition.encode(rng.normal(size=mine.expand_x.shape), group.dtype) for mine in received
+    ]
+    combined = definition.combine(group, tokens, received, rows, shared_x)
+    calls = make_calls(group, tokens, rows, shared_x=shared_x)
+    results = run_world(world, 2, lambda ctx: round_trip(ctx, calls))
+    for rank, (outputs, result) in enumerate(results):
+        definition.check_dispatch(group, received[rank], outputs, rank=rank)
+        definition.same_bits(result, combined[rank], f"rank {rank} x")
+
+
+@pytest.mark.parametrize("world", harness.WORLDS)
 @pytest.mark.parametrize("dtype", definition.TORCH_DTYPES)
 def test_unquantised_rows_travel_as_bits(dtype, world):
     """NaN payloads, infinities, subnormals and negative zeros arrive as they left."""

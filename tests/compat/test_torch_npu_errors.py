@@ -732,13 +732,16 @@ MISMATCHES = {
     ),
     "global_bs 0": Mismatch(BASE, replace(BASE, global_bs=12), r"global_bs", (r"\b0\b", r"\b12\b")),
     "hidden size": Mismatch(
-        BASE, replace(BASE, hidden=8), r"hidden|\bH\b|\bx\b", (r"\b4\b", r"\b8\b")
+        BASE, replace(BASE, hidden=8), r"hidden|\bH\b|\bx\b|expand_x", (r"\b4\b", r"\b8\b")
     ),
     "top-k": Mismatch(
         BASE, replace(BASE, top_k=1), r"top_k|\bK\b|expert_ids", (r"\b2\b", r"\b1\b")
     ),
     "dtype": Mismatch(
-        BASE, replace(BASE, dtype="float16"), r"dtype|\bx\b", (r"bfloat16|bf16", r"\bfloat16|fp16")
+        BASE,
+        replace(BASE, dtype="float16"),
+        r"dtype|\bx\b|expand_x",
+        (r"bfloat16|bf16", r"\bfloat16|fp16"),
     ),
     "shared_expert_rank_num": Mismatch(
         BASE, replace(BASE, shared_ranks=1), r"shared_expert_rank_num", (r"\b0\b", r"\b1\b")
