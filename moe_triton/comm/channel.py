@@ -30,12 +30,13 @@ from ..errors import (
     MoeError,
     PeerAbortError,
     PeerTimeoutError,
+    UnavailableError,
 )
 from . import atomics
 from .groups import Group
 from .memory import Block, Memory
 from .waiting import Waiter
-from .window import Arena, num_slots, ring_bytes
+from .window import Arena, clear_flags, num_slots, ring_bytes
 
 KINDS = ("dispatch", "combine", "exchange")
 _DATA, _ABORT = 0, 1
@@ -178,7 +179,7 @@ class Channel:
         record: dict[str, Any] = {"arguments": arguments}
         own: Block | None = None
         if ring.arena is None or ring.arena.capacity < slot_bytes:
-            own = self._memory.allocate(ring_bytes(self.size, slot_bytes, self.in_flight))
+            own = self._allocate(kind, epoch, op, slot_bytes)
             record["window"] = own.handle
         self._announce(kind, epoch, _DATA, json.dumps(record), "")
         known = (kind, json.dumps(arguments))
@@ -402,6 +403,21 @@ class Channel:
             self._retry = retry
         self.broken = problem
         raise PeerTimeoutError(op, ranks, f"{problem}, in group {self.group.name!r}")
+
+    def _allocate(self, kind: str, epoch: int, op: str, slot_bytes: int) -> Block:
+        """This rank's own windows, with flags that no operation from ``epoch`` on waits for."""
+        num_bytes = ring_bytes(self.size, slot_bytes, self.in_flight)
+        try:
+            own = self._memory.allocate(num_bytes)
+        except (OSError, OverflowError, RuntimeError) as error:
+            raise UnavailableError(
+                op,
+                f"the {kind} windows of rank {self.rank}, {self.slots} slots of {slot_bytes} bytes "
+                f"and {self.size} flags, take {num_bytes} bytes, which cannot be had: {error}",
+            ) from error
+        # Zero is in the future of the epochs that have wrapped to negative numbers.
+        clear_flags(own, self.size, self.slots, atomics.wrap(epoch - 1))
+        return own
 
     # Announcements.
 

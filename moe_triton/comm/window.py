@@ -224,6 +224,12 @@ def window_bytes(config: MoeConfig, *, in_flight: int = 1) -> WindowBytes:
     )
 
 
+def clear_flags(block: Block, world_size: int, slots: int, epoch: int) -> None:
+    """Set all flags of new windows to an epoch that is over."""
+    words = block.data.view(torch.int32).view(slots, -1)[:, : world_size * FLAG_WORDS]
+    words[:, ::FLAG_WORDS] = epoch
+
+
 class Arena:
     """The windows of all ranks for one kind of operation, as this rank has mapped them.
 

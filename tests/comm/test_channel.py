@@ -12,7 +12,13 @@ import time
 import pytest
 import torch
 
-from moe_triton import BrokenGroupError, MoeError, PeerTimeoutError
+from moe_triton import (
+    BrokenGroupError,
+    MoeError,
+    PeerAbortError,
+    PeerTimeoutError,
+    UnavailableError,
+)
 from moe_triton.comm.channel import Channel, control_bytes
 from moe_triton.comm.groups import Group
 from moe_triton.comm.local import LocalMemory
@@ -245,3 +251,89 @@ def test_a_setup_that_timed_out_cannot_be_healed():
     setup(second, 1)
     teardown(first, epoch, 1)
     assert isinstance(error_of(setup, first, 3), BrokenGroupError)
+
+
+def begin_at(channels: list[Channel], epoch: int) -> None:
+    """Let the rings of all ranks continue as if ``epoch`` had been the last operation."""
+    for channel in channels:
+        for ring in channel._rings.values():
+            ring.epochs[:] = epoch
+
+
+WRAPS = pytest.mark.parametrize("start", [2**31 - 4, -4], ids=["to negative", "through zero"])
+
+
+@WRAPS
+@pytest.mark.parametrize("in_flight", [1, 2, 3])
+def test_epochs_wrap(start, in_flight):
+    channels = connect(3, in_flight=in_flight)
+    begin_at(channels, start)
+
+    def run(channel):
+        pending = []
+        for number in range(20):
+            if len(pending) == in_flight:
+                teardown(channel, *pending.pop(0))
+            pending.append((setup(channel, number), number))
+        for epoch, number in pending:
+            teardown(channel, epoch, number)
+        return pending[-1][0]
+
+    last = (start + 20 + 2**31) % 2**32 - 2**31
+    assert together(channels, run) == [last] * 3
+
+
+@WRAPS
+def test_windows_grow_while_epochs_wrap(start):
+    """The flags of a new window must look old, also to a negative epoch."""
+    channels = connect(2)
+    begin_at(channels, start)
+
+    def run(channel):
+        for number in range(10):
+            exchange(channel, number, slot_bytes=1000 * (number + 1))
+
+    assert together(channels, run) == [None, None]
+
+
+@WRAPS
+def test_refusals_while_epochs_wrap(start):
+    channels = connect(2)
+    begin_at(channels, start)
+
+    def run(channel):
+        for number in range(10):
+            if number % 3 == 1 and channel.rank == 1:
+                channel.reject("exchange", OP, MoeError(OP, f"reason {number}"))
+            elif number % 3 == 1:
+                assert f"reason {number}" in str(error_of(exchange, channel, number))
+            else:
+                exchange(channel, number)
+
+    assert together(channels, run) == [None, None]
+
+
+def test_memory_that_cannot_be_had(monkeypatch):
+    """The rank that cannot grow says so to its peers, and all go on in the old windows."""
+    channels = agreed(3)
+    allocate = LocalMemory.allocate
+
+    def refuse(memory, num_bytes):
+        if memory is channels[1]._memory:
+            raise OSError(28, "No space left on device")
+        return allocate(memory, num_bytes)
+
+    channels[1]._memory = LocalMemory()
+    monkeypatch.setattr(LocalMemory, "allocate", refuse)
+    results = together(channels, lambda c: exchange(c, slot_bytes=4096))
+    assert isinstance(results[1], UnavailableError)
+    slot = 3 * 16 + 4096
+    for part in ("exchange windows", "2 slots of 4096", f"{2 * slot} bytes", "No space left"):
+        assert part in str(results[1])
+    for rank in (0, 2):
+        assert isinstance(results[rank], PeerAbortError)
+        assert results[rank].rank == 1
+        assert "No space left" in results[rank].reason
+    assert together(channels, exchange) == [None] * 3
+    monkeypatch.undo()
+    assert together(channels, lambda c: exchange(c, slot_bytes=4096)) == [None] * 3
