@@ -394,14 +394,14 @@ def random_tokens(rng, group, batch):
     )
 
 
-def random_case(rng, group, tokens):
+def random_case(rng, group, tokens, **options):
     received = definition.dispatch(group, tokens)
     rows = [
         definition.encode(rng.normal(size=(len(mine.rows), group.hidden)), group.dtype)
         for mine in received
     ]
     combined = definition.combine(group, tokens, received, rows)
-    return make_calls(group, tokens, rows), (received, combined)
+    return make_calls(group, tokens, rows, **options), (received, combined)
 
 
 EDGES = [
@@ -432,6 +432,22 @@ def test_edges(group, batches, world):
     tokens = [random_tokens(rng, group, batch) for batch in batches]
     calls, (received, combined) = random_case(rng, group, tokens)
     results = run_world(world, group.world_size, lambda ctx: round_trip(ctx, calls))
+    for rank, (outputs, result) in enumerate(results):
+        definition.check_dispatch(group, received[rank], outputs, rank=rank)
+        definition.same_bits(result, combined[rank], f"rank {rank} x")
+
+
+@pytest.mark.parametrize("strides", harness.STRIDES)
+@pytest.mark.parametrize("quant_mode", [0, 2])
+@pytest.mark.parametrize("hidden", [1, 7, 8, 32])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_single_token_in_any_layout(world_size, hidden, quant_mode, strides):
+    """torch calls one strided row contiguous, or keeps its stride when it reshapes."""
+    rng = np.random.default_rng(7)
+    group = Group(world_size, 2, 2, hidden, quant_mode=quant_mode)
+    tokens = [random_tokens(rng, group, 1) for _ in range(world_size)]
+    calls, (received, combined) = random_case(rng, group, tokens, strides=strides)
+    results = run_world("local", world_size, lambda ctx: round_trip(ctx, calls))
     for rank, (outputs, result) in enumerate(results):
         definition.check_dispatch(group, received[rank], outputs, rank=rank)
         definition.same_bits(result, combined[rank], f"rank {rank} x")
@@ -496,14 +512,45 @@ def test_a_row_with_infinities_spoils_no_other(world):
 
 
 @pytest.mark.parametrize("world", harness.WORLDS)
-def test_each_source_quantises_with_its_own_scales(world):
+@pytest.mark.parametrize(
+    "group",
+    [
+        pytest.param(Group(2, 4, 2, 9, quant_mode=2), id="S 0"),
+        pytest.param(Group(2, 3, 2, 9, quant_mode=2, shared_ranks=1), id="S 1"),
+        pytest.param(
+            Group(4, 6, 2, 9, quant_mode=2, shared_ranks=2, shared_experts=2), id="S 2, NS 2"
+        ),
+    ],
+)
+def test_each_source_quantises_with_its_own_scales(group, world):
     rng = np.random.default_rng(5)
-    group = Group(2, 3, 2, 9, quant_mode=2, shared_ranks=1)
-    tokens = [random_tokens(rng, group, 4) for _ in range(2)]
+    tokens = [random_tokens(rng, group, 4) for _ in range(group.world_size)]
     for mine in tokens:
-        mine.scales = rng.normal(size=(4, 9)).astype(np.float32)
+        shape = (group.num_shared + group.num_experts, 9)
+        mine.scales = rng.normal(size=shape).astype(np.float32)
     received = definition.dispatch(group, tokens)
-    calls = make_calls(group, tokens, [np.zeros((0, 9), np.uint16)] * 2, strides="transposed")
-    results = run_world(world, 2, lambda ctx: call_dispatch(ctx, calls[ctx.ep_rank]))
+    empty = [np.zeros((0, 9), np.uint16)] * group.world_size
+    calls = make_calls(group, tokens, empty, strides="transposed")
+    results = run_world(world, group.world_size, lambda ctx: call_dispatch(ctx, calls[ctx.ep_rank]))
+    for rank, outputs in enumerate(results):
+        definition.check_dispatch(group, received[rank], outputs, rank=rank)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("hidden", [1, 2, 16, 33])
+def test_zero_rows_have_factor_zero(hidden, world_size):
+    """0.0, not -0.0, whichever zeros the row and its smooth factors make."""
+    rng = np.random.default_rng(8)
+    group = Group(world_size, 2, 1, hidden, quant_mode=2)
+    tokens = [random_tokens(rng, group, 4) for _ in range(world_size)]
+    for mine in tokens:
+        mine.x[:2] = 0
+        mine.x[1:3, 0] = 0x8000
+        mine.x[2, 1:] = 0x8000
+        mine.scales = rng.normal(size=(2, hidden)).astype(np.float32)
+        mine.scales[0] = -np.abs(mine.scales[0])
+    calls = make_calls(group, tokens, [np.zeros((0, hidden), np.uint16)] * world_size)
+    received = definition.dispatch(group, tokens)
+    results = run_world("local", world_size, lambda ctx: call_dispatch(ctx, calls[ctx.ep_rank]))
     for rank, outputs in enumerate(results):
         definition.check_dispatch(group, received[rank], outputs, rank=rank)
