@@ -8,11 +8,13 @@ round again.
 
 Beside the flags, each rank *announces* every call in a control block that its peers can read: the
 arguments that must agree, or why it rejects the call. Announcements are read only when a
-configuration is new or something went wrong.
+configuration is new or something went wrong. The block begins with a word that says whether the
+rank has left, so that nobody waits in vain for one that closes or recovers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import json
@@ -44,6 +46,7 @@ _SETUP, _TEARDOWN = 0, 1
 
 # An announcement: epoch, status, bytes of text, bytes of reason; then the text; then the reason.
 _ENTRY_BYTES, _TEXT, _REASON = 4096, 16, 3072
+_HEAD_BYTES = 16  # before the first announcement
 _LIVENESS_POLLS = 64  # look for dead peers every so many polls
 
 
@@ -94,7 +97,7 @@ class Channel:
         group: the group.
         memory: where blocks come from.
         blocks: every rank's control block, ``control_bytes(in_flight)`` long.
-        pids: every rank's process, or None for threads of one process.
+        pids: every rank's process, or None where these numbers mean nothing to this one.
         in_flight: f, setups that may run ahead of teardowns.
         timeout: seconds a wait may take.
     """
@@ -123,7 +126,8 @@ class Channel:
         self._agreed: set[tuple[str, str]] = set()
 
     def close(self) -> None:
-        """Give up the memory; peers that still hold it keep their mappings."""
+        """Leave the group and give up the memory; peers that hold it keep their mappings."""
+        atomics.store_release(self._control[self.rank].data.data_ptr(), 1)
         for block in self._control:
             block.release()
         for ring in self._rings.values():
@@ -390,6 +394,9 @@ class Channel:
             waiter.pause()
 
     def _is_gone(self, rank: int) -> bool:
+        """Whether a peer has left, or its process has ended."""
+        if atomics.load_acquire(self._control[rank].data.data_ptr()):
+            return True
         if rank not in self._pidfds:
             return False
         return bool(select.select([self._pidfds[rank]], [], [], 0)[0])
@@ -423,7 +430,7 @@ class Channel:
 
     def _entry(self, rank: int, kind: str, epoch: int) -> int:
         index = KINDS.index(kind) * self.slots + self.slot(epoch)
-        return self._control[rank].data.data_ptr() + index * _ENTRY_BYTES
+        return self._control[rank].data.data_ptr() + _HEAD_BYTES + index * _ENTRY_BYTES
 
     def _announce(self, kind: str, epoch: int, status: int, text: str, reason: str) -> None:
         """Publish this rank's words about ``epoch``; what it has said before stays."""
@@ -478,7 +485,7 @@ class Channel:
 
 def control_bytes(in_flight: int) -> int:
     """Size of a control block."""
-    return len(KINDS) * num_slots(in_flight) * _ENTRY_BYTES
+    return _HEAD_BYTES + len(KINDS) * num_slots(in_flight) * _ENTRY_BYTES
 
 
 def _mismatch(op: str, mine: str, theirs: str, rank: int) -> ArgumentMismatchError | None:
@@ -511,6 +518,12 @@ def _write(address: int, text: str, limit: int) -> int:
 
 def _open_pids(pids: list[int] | None, own: int) -> dict[int, int]:
     """Descriptors that become readable when a peer's process ends."""
-    if pids is None or not hasattr(os, "pidfd_open"):
-        return {}
-    return {rank: os.pidfd_open(pid) for rank, pid in enumerate(pids) if rank != own}
+    found: dict[int, int] = {}
+    if pids is not None and hasattr(os, "pidfd_open"):
+        for rank, pid in enumerate(pids):
+            # Without a descriptor, because it has just died or the system forbids it, a peer is
+            # missed when the time is up.
+            with contextlib.suppress(OSError):
+                if rank != own:
+                    found[rank] = os.pidfd_open(pid)
+    return found
