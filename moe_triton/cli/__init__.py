@@ -1,0 +1,68 @@
+"""The command line: ``moe-triton demo`` and ``moe-triton doctor``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from . import demo, doctor
+
+# What shells report for a program that the signal ended.
+_INTERRUPTED = 128 + 2
+_BROKEN_PIPE = 128 + 13
+
+_DEMO = """
+Run a DeepSeek-V3-shaped MoE layer, scaled to one machine, over many processes, in bf16 and with
+int8 rows, and hold each against the dense layer of one process. Prints loads, times, traffic and
+errors. The last line begins with OK; or with WRONG, and then the exit code is 1.
+"""
+_DOCTOR = """
+Print devices, versions, which back ends and transports work here or why not, and the window memory
+that a model needs, beside the HCCL_BUFFSIZE of Ascend's operators.
+"""
+_COMMANDS = (
+    (demo, "demo", "run an MoE layer over 8 processes and check it", _DEMO),
+    (doctor, "doctor", "say what works on this machine, and what windows take", _DOCTOR),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: arguments, by default those of the process.
+
+    Returns:
+        The exit code: 0, or 1 when the demo finds something wrong.
+
+    Raises:
+        SystemExit: with 0 after ``--help`` and ``--version``, with 2 for wrong arguments.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader went away, such as `head`. Python would complain once more while it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moe-triton",
+        description="Mixture-of-experts dispatch and combine between expert-parallel ranks.",
+    )
+    parser.add_argument("--version", action="version", version=f"moe_triton {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for module, name, summary, description in _COMMANDS:
+        command = commands.add_parser(name, help=summary, description=description)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run, error=command.error)
+    return parser

@@ -1,0 +1,263 @@
+"""``moe-triton doctor``: what this machine has, what works on it, and what memory windows take."""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import importlib
+import importlib.util
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .. import __version__, backend
+from ..comm import atomics
+from ..comm.local import LocalMemory
+from ..comm.memory import Memory
+from ..comm.shm import MemfdMemory, PosixMemory
+from . import windows
+from .terminal import Terminal, plural, size
+
+_PACKAGES = ("torch", "triton", "numpy", "torch_npu", "triton-ascend", "nvidia-ml-py")
+# Device files of drivers, and how a build of PyTorch that can use them shows.
+DRIVERS: dict[str, tuple[str, Callable[[], bool]]] = {
+    "/dev/nvidiactl": ("an NVIDIA GPU", lambda: torch.version.cuda is not None),
+    "/dev/kfd": ("an AMD GPU", lambda: torch.version.hip is not None),
+    "/dev/davinci_manager": ("an Ascend NPU", lambda: hasattr(torch, "npu")),
+}
+_SHM = Path("/dev/shm")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    windows.add_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print everything; returns 0, and ends the program with 2 for sizes that do not fit."""
+    facts: dict[str, Any] = {"windows": windows.examine(arguments)}
+    warnings = _import_torch_npu()
+    facts |= {
+        "versions": _versions(),
+        "devices": _devices(),
+        "backends": _answers(
+            {name: backend.unavailable_because(name) for name in backend.BACKENDS}
+        ),
+        "transports": _answers(_transports()),
+        "limits": _limits(),
+        "warnings": warnings + _warnings(),
+    }
+    terminal = Terminal()
+    if arguments.json:
+        terminal.line(json.dumps(facts))
+    else:
+        _show(terminal, facts, arguments)
+    return 0
+
+
+# What there is. None stands for a package that is not installed, and for a cause that is none.
+
+
+def _versions() -> dict[str, str | None]:
+    versions = {"moe_triton": __version__, "python": platform.python_version()}
+    return versions | {name: _version(name) for name in _PACKAGES}
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _import_torch_npu() -> list[str]:
+    """Import torch_npu, which adds the device to torch; returns why it cannot be imported."""
+    if importlib.util.find_spec("torch_npu") is not None:
+        try:
+            importlib.import_module("torch_npu")
+        except Exception as error:  # noqa: BLE001 (without its driver it raises what it likes)
+            return [f"torch_npu is installed and cannot be imported: {error}"]
+    return []
+
+
+def _devices() -> list[dict[str, Any]]:
+    devices: list[dict[str, Any]] = [
+        {
+            "kind": "cpu",
+            "name": _cpu_name(),
+            "machine": platform.machine(),
+            "cores": len(os.sched_getaffinity(0)),
+            "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        }
+    ]
+    for name in ("cuda", "xpu", "npu"):
+        module = getattr(torch, name, None)
+        if module is None or not module.is_available():
+            continue
+        kind = "rocm" if name == "cuda" and torch.version.hip else name
+        for index in range(module.device_count()):
+            memory = getattr(module.get_device_properties(index), "total_memory", None)
+            device = {"kind": kind, "name": module.get_device_name(index), "memory_bytes": memory}
+            devices.append(device)
+    return devices
+
+
+def _cpu_name() -> str:
+    name = _proc_value("cpuinfo", "model name")
+    return name or platform.processor() or platform.machine()
+
+
+def _proc_value(file: str, key: str) -> str | None:
+    """The first value of a key in a file of /proc."""
+    path = Path("/proc") / file
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    values = (line.partition(":")[2].strip() for line in lines if line.startswith(key))
+    return next(values, None)
+
+
+def _answers(causes: dict[str, str | None]) -> dict[str, dict[str, Any]]:
+    return {name: {"works": cause is None, "cause": cause} for name, cause in causes.items()}
+
+
+def _transports() -> dict[str, str | None]:
+    between_processes = None
+    if not atomics.BETWEEN_PROCESSES:
+        between_processes = "libstdc++ is missing, which orders memory between processes"
+    return {
+        "local": _memory_problem(LocalMemory()),
+        "shm memfd": between_processes or _memory_problem(MemfdMemory()),
+        "shm posix": between_processes or _memory_problem(PosixMemory()),
+        "gloo": _gloo_problem(),
+        "nccl": _nccl_problem(),
+        "hccl": backend.unavailable_because("npu"),
+    }
+
+
+def _memory_problem(memory: Memory) -> str | None:
+    """Why a rank could not write into memory that another one allocates."""
+    try:
+        block = memory.allocate(4096)
+        try:
+            memory.open(block.handle).data.fill_(7)
+        finally:
+            block.release()
+    except (OSError, AttributeError) as error:  # some systems have no memfd_create
+        return str(error)
+    return None if int(block.data.sum()) == 7 * 4096 else "what a peer writes does not arrive"
+
+
+def _gloo_problem() -> str | None:
+    if not dist.is_gloo_available():
+        return "this PyTorch was built without gloo"
+    try:
+        # Even a group of one looks for a network interface, which is what fails on odd hosts.
+        dist.ProcessGroupGloo(dist.HashStore(), 0, 1, dt.timedelta(seconds=10))
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def _nccl_problem() -> str | None:
+    if not dist.is_nccl_available():
+        return "this PyTorch was built without NCCL"
+    return backend.unavailable_because("rocm" if torch.version.hip else "cuda")
+
+
+def _limits() -> dict[str, int | None]:
+    shm = shutil.disk_usage(_SHM) if _SHM.is_dir() else None
+    available = _proc_value("meminfo", "MemAvailable")
+    return {
+        "dev_shm_bytes": shm.total if shm else None,
+        "dev_shm_free_bytes": shm.free if shm else None,
+        "memory_available_bytes": int(available.split()[0]) * 1024 if available else None,
+    }
+
+
+def _warnings() -> list[str]:
+    warnings = []
+    providers = sorted(set(metadata.packages_distributions().get("triton", [])))
+    if len(providers) > 1:
+        warnings.append(
+            f"{' and '.join(providers)} all install the package triton, and the last one has "
+            "overwritten files of the others: uninstall all, then install the one for your device"
+        )
+    for path, (device, usable) in DRIVERS.items():
+        if Path(path).exists() and not usable():
+            warnings.append(f"{path} says there is {device}, which this PyTorch cannot use")
+    return warnings
+
+
+# What people see.
+
+
+def _show(terminal: Terminal, facts: dict[str, Any], arguments: argparse.Namespace) -> None:
+    terminal.line(terminal.styled("moe-triton doctor", "bold"))
+    _heading(terminal, "versions")
+    versions = facts["versions"].items()
+    there = [f"{name} {version}" for name, version in versions if version is not None]
+    terminal.wrapped("  ", ", ".join(there), indent=2)
+    absent = [name for name, version in versions if version is None]
+    if absent:
+        terminal.wrapped("  ", f"not installed: {', '.join(absent)}", indent=2)
+
+    _heading(terminal, "devices")
+    for device in facts["devices"]:
+        text = device["name"]
+        if device["kind"] == "cpu":
+            text += f" ({device['machine']}), {plural(device['cores'], 'core')}"
+        if device["memory_bytes"]:
+            text += f", {size(device['memory_bytes'])}"
+        terminal.wrapped(f"  {device['kind']:<11}", text, indent=13)
+
+    _heading(terminal, "back ends")
+    _show_answers(terminal, facts["backends"], {"cpu": "the reference, in PyTorch"})
+    _heading(terminal, "transports")
+    _show_answers(terminal, facts["transports"], _transport_notes(facts["limits"]))
+    ranks, tokens = plural(arguments.world_size, "rank"), plural(arguments.tokens, "token")
+    _heading(terminal, "windows", f"memory that each of {ranks} sets aside, for {tokens} a rank")
+    windows.show(terminal, facts["windows"])
+    for warning in facts["warnings"]:
+        terminal.line()
+        terminal.wrapped(terminal.styled("warning: ", "bad"), warning, indent=9)
+
+
+def _heading(terminal: Terminal, text: str, note: str = "") -> None:
+    terminal.line()
+    terminal.line(f"{terminal.styled(text, 'bold')}  {note}".rstrip())
+
+
+def _show_answers(
+    terminal: Terminal, answers: dict[str, dict[str, Any]], notes: dict[str, str]
+) -> None:
+    for name, answer in answers.items():
+        works = answer["works"]
+        text = terminal.styled("yes", "good") if works else "no "
+        note = notes.get(name, "") if works else answer["cause"]
+        terminal.wrapped(f"  {name:<11}{text}  ", note, indent=18)
+
+
+def _transport_notes(limits: dict[str, int | None]) -> dict[str, str]:
+    """What to say of the transports that work."""
+    memfd, posix = "processes of one host", "the same where memfd does not work"
+    available, free = limits["memory_available_bytes"], limits["dev_shm_free_bytes"]
+    if available is not None:
+        memfd += f"; {size(available)} of memory available"
+    if free is not None:
+        posix += f"; /dev/shm has {size(free)} free"
+    return {
+        "local": "threads of one process",
+        "shm memfd": memfd,
+        "shm posix": posix,
+        "gloo": "any processes, through torch.distributed",
+        "nccl": "any processes, through torch.distributed; not yet tried",
+        "hccl": "any processes, through torch.distributed; not yet tried",
+    }
