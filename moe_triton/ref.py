@@ -297,17 +297,20 @@ def reduce(
         out: [T, H] output, of the dtype of rows.
     """
     hidden = rows.shape[1]
+    most = min(len(index), max(_BLOCK // max(hidden, 1), 1))
+    # One set of intermediates for all blocks: fresh memory costs page faults.
+    gathered = rows.new_empty((most, hidden))
+    sums, terms = torch.empty((2, most, hidden), device=rows.device)
     for tokens in _blocks(len(index), hidden):
         block = index[tokens]
-        total = torch.zeros((len(block), hidden), device=rows.device)
-        row = rows.new_empty((len(block), hidden))
-        term = torch.empty_like(total)
+        row, total, term = (x[: len(block)] for x in (gathered, sums, terms))
+        total.zero_()
         for k in range(index.shape[1]):
             torch.index_select(rows, 0, block[:, k], out=row)
             term.copy_(row)
             if weights is not None and k < weights.shape[1]:
-                term *= weights[tokens, k, None]
-            total += term
+                term.mul_(weights[tokens, k, None])
+            total.add_(term)
         if addend is not None:
-            total += addend[tokens]
+            total.add_(addend[tokens])
         out[tokens] = total

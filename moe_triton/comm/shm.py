@@ -21,8 +21,11 @@ _SHM = Path("/dev/shm")
 
 
 def _map(fd: int, num_bytes: int) -> torch.Tensor:
+    mapping = mmap.mmap(fd, num_bytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        mapping.madvise(mmap.MADV_HUGEPAGE)
     # The tensor keeps the mapping alive.
-    return torch.frombuffer(mmap.mmap(fd, num_bytes), dtype=torch.uint8)
+    return torch.frombuffer(mapping, dtype=torch.uint8)
 
 
 class MemfdMemory:
