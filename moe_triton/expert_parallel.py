@@ -379,7 +379,7 @@ class ExpertParallel:
 
     def check(self) -> None:
         """Raise ``BrokenGroupError`` if a timeout has broken the group."""
-        self._endpoint.transport(f"{_OP}.check").raise_if_broken(f"{_OP}.check")
+        self._endpoint.raise_if_broken(f"{_OP}.check")
 
     def recover(self) -> None:
         """Start over after a timeout, with fresh windows; collective.

@@ -37,7 +37,7 @@ from ..errors import (
 from . import atomics
 from .groups import Group
 from .memory import Block, Memory
-from .waiting import Waiter
+from .waiting import Waiter, ranks_text
 from .window import Arena, clear_flags, num_slots, ring_bytes
 
 KINDS = ("dispatch", "combine", "exchange")
@@ -382,11 +382,11 @@ class Channel:
             yield
             # Judged before this look: what came in the meantime has come.
             if lost := tuple(rank for rank in gone if rank in missing):
-                problem = f"{_ranks(lost)} left the group or died ({what})"
+                problem = f"{ranks_text(lost)} left the group or died ({what})"
                 self._break(op, lost, problem, retry)
             if late and missing:
                 absent = tuple(sorted(missing))
-                problem = f"{_ranks(absent)} did not come within {self.timeout:g} s ({what})"
+                problem = f"{ranks_text(absent)} did not come within {self.timeout:g} s ({what})"
                 self._break(op, absent, problem, retry)
             if waiter.polls % _LIVENESS_POLLS == _LIVENESS_POLLS - 1:
                 gone = [rank for rank in missing if self._is_gone(rank)]
@@ -494,10 +494,6 @@ def _mismatch(op: str, mine: str, theirs: str, rank: int) -> ArgumentMismatchErr
         if own.get(name) != other.get(name):
             return ArgumentMismatchError(op, name, own.get(name), other.get(name), rank=rank)
     return None
-
-
-def _ranks(ranks: tuple[int, ...]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {list(ranks)}"
 
 
 def _release(arena: Arena) -> None:

@@ -12,7 +12,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..errors import ArgumentMismatchError, MoeError, UnavailableError
+from ..errors import (
+    ArgumentMismatchError,
+    BrokenGroupError,
+    MoeError,
+    PeerTimeoutError,
+    UnavailableError,
+)
 from . import atomics, collective
 from .channel import Channel, control_bytes
 from .groups import Group
@@ -47,6 +53,7 @@ class Endpoint:
         self._meeting = Meeting(group, tag, timeout) if group.size > 1 else None
         self._connected: Transport | None = SingleTransport() if group.size == 1 else None
         self._process_group_lost = False
+        self._lost: str | None = None  # why the ranks did not meet
         self._closed = False
 
     @property
@@ -61,34 +68,63 @@ class Endpoint:
             PeerTimeoutError: ranks did not come.
             PeerAbortError: a rank rejected its call.
             UnavailableError: the chosen transport cannot work between these ranks.
+            BrokenGroupError: ranks did not come to an earlier call.
             MoeError: the endpoint is closed.
         """
+        self._raise_if_lost(op)
+        if self._connected is None:
+            try:
+                self._connected = self._connect(op)
+            except PeerTimeoutError as error:
+                self._lost = error.problem
+                raise
+        return self._connected
+
+    def raise_if_broken(self, op: str) -> None:
+        """Raise ``BrokenGroupError`` when a wait timed out, without waiting for anybody."""
+        self._raise_if_lost(op)
+        if self._connected is not None:
+            self._connected.raise_if_broken(op)
+
+    def _raise_if_lost(self, op: str) -> None:
         if self._closed:
             raise MoeError(op, f"this endpoint of group {self.group.name!r} is closed")
-        if self._connected is None:
-            self._connected = self._connect(op)
-        return self._connected
+        if self._lost is not None:
+            raise BrokenGroupError(
+                op,
+                f"group {self.group.name!r} is broken since its ranks did not meet ({self._lost}); "
+                "call recover() on all ranks",
+            )
 
     def reject(self, kind: str, op: str, error: MoeError) -> None:
         """Tell the peers, who may be making the call right now, why this rank rejects it."""
         if self._connected is not None:
             self._connected.reject(kind, op, error)
-        elif self._meeting is not None:
+        elif self._meeting is not None and self._lost is None and not self._closed:
             self._meeting.reject(error.problem)
 
     def recover(self, op: str) -> None:
         """Start over with the ranks that come, after a timeout; collective.
 
-        What was in flight is lost. A rank that was restarted takes part by its first call.
+        What was in flight is lost. A rank that was restarted takes part by its first call. When
+        it fails, all ranks must call it again.
         """
-        if self._meeting is None:
+        if self._meeting is None or self._closed:
+            self._raise_if_lost(op)
             return
         if self._connected is not None:
             self._process_group_lost = self._connected.name == "collective"
             self._connected.close()
             self._connected = None
-            self._meeting.leave()
-        self.transport(op)
+        # Also after a recover() that failed: the ranks may have come to it a different number of
+        # times, and only in a new generation do they agree on which call is the first.
+        self._meeting.leave()
+        self._lost = None
+        try:
+            self.transport(op)
+        except MoeError as error:
+            self._lost = error.problem
+            raise
 
     def close(self) -> None:
         """Give up the memory; the group itself is its maker's."""
@@ -98,6 +134,14 @@ class Endpoint:
             self._connected = None
 
     def _connect(self, op: str) -> Transport:
+        assert self._meeting is not None
+        connected: Transport | None = None
+        while connected is None:
+            with self._meeting.following():
+                connected = self._meet(op)
+        return connected
+
+    def _meet(self, op: str) -> Transport:
         assert self._meeting is not None
         facts = self._meeting.meet(op, self._facts())
         for name in ("transport", "in_flight"):
@@ -158,33 +202,16 @@ class Endpoint:
         self, op: str, memory: Memory, facts: list[dict[str, Any]], causes: list[str]
     ) -> Channel | None:
         """Connect through ``memory``, or add to ``causes`` why some rank could not."""
-        assert self._meeting is not None
-        own: Block | None = None
-        cause = ""
-        try:
-            own = memory.allocate(control_bytes(self._in_flight))
-        except OSError as error:
-            cause = str(error)
-        handle = None if own is None else own.handle
-        handles = self._meeting.exchange(op, f"{memory.name} handle", {"handle": handle})
-        blocks: list[Block] = []
-        try:
-            for rank, record in enumerate(handles):
-                if rank == self.group.rank and own is not None:
-                    blocks.append(own)
-                elif record["handle"] is not None:
-                    blocks.append(memory.open(record["handle"]))
-        except OSError as error:
-            cause = str(error)
-        results = self._meeting.exchange(op, f"{memory.name} opened", {"cause": cause})
-        if own is not None:
-            own.release()
+        blocks, results = self._share(op, memory)
         failed = [(rank, record["cause"]) for rank, record in enumerate(results) if record["cause"]]
         if failed:
             rank, cause = failed[0]
             causes.append(f"{memory.name}: {cause} on rank {rank}")
             return None
-        pids = None if self.group.in_process else [fact["pid"] for fact in facts]
+        # In another PID namespace the number of a peer means nothing, or another process.
+        pids = None
+        if not self.group.in_process and _same(facts, "pid_namespace"):
+            pids = [fact["pid"] for fact in facts]
         return Channel(
             self.group,
             memory,
@@ -193,6 +220,35 @@ class Endpoint:
             in_flight=self._in_flight,
             timeout=self._timeout,
         )
+
+    def _share(self, op: str, memory: Memory) -> tuple[list[Block], list[dict[str, Any]]]:
+        """Allocate a control block, open those of the peers, and tell each other how it went."""
+        assert self._meeting is not None
+        own: Block | None = None
+        blocks: list[Block] = []
+        cause = ""
+        try:
+            own = memory.allocate(control_bytes(self._in_flight))
+        except OSError as error:
+            cause = str(error)
+        try:
+            handle = None if own is None else own.handle
+            handles = self._meeting.exchange(op, f"{memory.name} handle", {"handle": handle})
+            try:
+                for rank, record in enumerate(handles):
+                    if rank == self.group.rank and own is not None:
+                        blocks.append(own)
+                    elif record["handle"] is not None:
+                        blocks.append(memory.open(record["handle"]))
+            except OSError as error:
+                cause = str(error)
+            results = self._meeting.exchange(op, f"{memory.name} opened", {"cause": cause})
+        finally:
+            # Also when a peer was lost on the way: what it allocated must not stay behind either.
+            for block in (own, *blocks):
+                if block is not None:
+                    block.release()
+        return blocks, results
 
 
 def _same(facts: list[dict[str, Any]], name: str) -> bool:

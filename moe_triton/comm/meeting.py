@@ -7,18 +7,36 @@ wait for anybody, and its peers learn the reason as soon as they look.
 A group is met again after ``recover()`` or by a rank that was restarted. Each meeting has a
 generation, the largest number of times that any rank has joined, so that all of them end up in the
 same one.
+
+The store may be served by one of the ranks. When that one stops, an access to the store never
+returns, so accesses are made by a thread of their own, which can be left behind.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from ..errors import PeerAbortError, PeerTimeoutError
 from .groups import Group
-from .waiting import Waiter
+from .waiting import Waiter, ranks_text
+
+T = TypeVar("T")
 
 _SLOWEST_POLL = 10e-3  # seconds; a store may be a file or a server
+_STORE_GRACE = 0.5  # seconds that a store may take to answer
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """The call that records belong to; generation 0 stands for the next one."""
+
+    generation: int = 0
+    call: int = 0
 
 
 class _LaterGenerationError(Exception):
@@ -42,93 +60,144 @@ class Meeting:
         self._store = group.store
         self._group = group
         self._tag = tag
-        self.timeout = timeout
-        self.generation = 0
-        self._call = 0
+        self._timeout = timeout
+        self._place = _Place()
+
+    @property
+    def generation(self) -> int:
+        """Of the last meeting; equal on all ranks that were there."""
+        return self._place.generation
 
     def leave(self) -> None:
         """Make the next call join a new generation."""
-        self.generation = 0
-        self._call = 0
+        self._place = _Place()
 
     def reject(self, reason: str) -> None:
         """Tell the peers that this rank rejects the call that they may be making now."""
-        self._next_call()
-        self._post("facts", {"rejected": reason})
+
+        def access() -> _Place:
+            place = self._next_call()
+            self._post(place, "facts", {"rejected": reason})
+            return place
+
+        # Without the store nobody can be told, and the peers do not meet either.
+        with contextlib.suppress(TimeoutError):
+            self._place = _bounded(access, _STORE_GRACE)
 
     def meet(self, op: str, facts: dict[str, Any]) -> list[dict[str, Any]]:
-        """Exchange ``facts``, which must survive JSON, with all ranks.
+        """Exchange ``facts``, which must survive JSON, with all ranks; within ``following()``.
 
         Raises:
             PeerAbortError: a peer rejected its call.
             PeerTimeoutError: peers did not come in time.
         """
-        self._next_call()
-        while True:
-            try:
-                records = self._gather(op, "facts", facts)
-                break
-            except _LaterGenerationError as later:
-                self._join(later.generation)
-                self._call = 1
-        for rank, record in enumerate(records):
+        self._place, records = self._gather(op, "facts", facts, self._next_call)
+        for rank, record in sorted(records.items()):
             if "rejected" in record:
                 raise PeerAbortError(op, rank, record["rejected"])
-        return records
+        return [records[rank] for rank in range(self._group.size)]
 
     def exchange(self, op: str, step: str, record: dict[str, Any]) -> list[dict[str, Any]]:
         """A further round among ranks that have just met."""
+        _, records = self._gather(op, step, record, lambda: self._place)
+        return [records[rank] for rank in range(self._group.size)]
+
+    @contextlib.contextmanager
+    def following(self) -> Iterator[None]:
+        """Leave a block of rounds where a peer turns out to have joined more often than this rank.
+
+        It was restarted, or recovers once more; the block must be run again, in its generation.
+        """
         try:
-            return self._gather(op, step, record)
+            yield
         except _LaterGenerationError as later:
-            # A peer was lost and restarted between the rounds.
-            raise PeerTimeoutError(
-                op, (), f"a rank of group {self._group.name!r} was restarted while it connected"
-            ) from later
+            self._place = _Place(later.generation)
 
-    def _next_call(self) -> None:
-        if self.generation == 0:
-            self._join(self._joins(self._group.rank) + 1)
-        self._call += 1
+    def _joins(self, rank: int, more: int = 0) -> int:
+        return self._store.add(f"{self._tag}/joins/{rank}", more)
 
-    def _joins(self, rank: int) -> int:
-        return self._store.add(f"{self._tag}/joins/{rank}", 0)
+    def _next_call(self) -> _Place:
+        """The place after the last one, in a generation that this rank has joined."""
+        joins = self._joins(self._group.rank)
+        generation = self._place.generation or joins + 1
+        if joins < generation:
+            self._joins(self._group.rank, generation - joins)
+        return _Place(generation, self._place.call + 1)
 
-    def _join(self, generation: int) -> None:
-        own = self._group.rank
-        self._store.add(f"{self._tag}/joins/{own}", generation - self._joins(own))
-        self.generation = generation
+    def _key(self, place: _Place, step: str, rank: int) -> str:
+        return f"{self._tag}/{place.generation}/{place.call}/{step}/{rank}"
 
-    def _key(self, step: str, rank: int) -> str:
-        return f"{self._tag}/{self.generation}/{self._call}/{step}/{rank}"
+    def _post(self, place: _Place, step: str, record: dict[str, Any]) -> None:
+        self._store.set(self._key(place, step, self._group.rank), json.dumps(record))
 
-    def _post(self, step: str, record: dict[str, Any]) -> None:
-        self._store.set(self._key(step, self._group.rank), json.dumps(record))
+    def _gather(
+        self, op: str, step: str, record: dict[str, Any], find_place: Callable[[], _Place]
+    ) -> tuple[_Place, dict[int, dict[str, Any]]]:
+        """Post a record, and collect those of all ranks, or of some if one is a rejection."""
+        records = {self._group.rank: record}
 
-    def _gather(self, op: str, step: str, record: dict[str, Any]) -> list[dict[str, Any]]:
-        self._post(step, record)
-        records: dict[int, dict[str, Any]] = {self._group.rank: record}
-        waiter = Waiter(self.timeout)
-        while len(records) < self._group.size:
-            missing = [rank for rank in range(self._group.size) if rank not in records]
-            for rank in missing:
-                if self._store.check([self._key(step, rank)]):
-                    records[rank] = json.loads(self._store.get(self._key(step, rank)))
-                elif (joins := self._joins(rank)) > self.generation:
+        def access() -> _Place:
+            place = find_place()
+            self._post(place, step, record)
+            self._collect(place, step, records)
+            return place
+
+        problem = ""
+        cause: Exception | None = None
+        try:
+            place = _bounded(access, self._timeout + _STORE_GRACE)
+        except TimeoutError as error:
+            problem, cause = "the store does not answer: ", error
+        except RuntimeError as error:
+            problem, cause = f"the store failed, {error}: ", error
+        found = dict(records)  # a thread that was left behind may go on adding
+        missing = tuple(rank for rank in range(self._group.size) if rank not in found)
+        rejected = any("rejected" in record for record in found.values())
+        if cause is None and (rejected or not missing):
+            return place, found
+        problem += f"{ranks_text(missing)} did not come to the first call"
+        problem += f" within {self._timeout:g} s, in group {self._group.name!r}"
+        raise PeerTimeoutError(op, missing, problem) from cause
+
+    def _collect(self, place: _Place, step: str, records: dict[int, dict[str, Any]]) -> None:
+        """Add the peers' records until all are there, one is a rejection, or the time is up."""
+        waiter = Waiter(self._timeout)
+        while True:
+            late = waiter.expired
+            for rank in range(self._group.size):
+                if rank in records:
+                    continue
+                key = self._key(place, step, rank)
+                if self._store.check([key]):
+                    records[rank] = json.loads(self._store.get(key))
+                elif (joins := self._joins(rank)) > place.generation:
                     raise _LaterGenerationError(joins)
-            if any("rejected" in record for record in records.values()):
+            rejected = any("rejected" in record for record in records.values())
+            if late or rejected or len(records) == self._group.size:
                 break
-            if len(records) < self._group.size:
-                if waiter.expired:
-                    raise PeerTimeoutError(
-                        op,
-                        tuple(missing),
-                        f"ranks {missing} of group {self._group.name!r} did not come to the first "
-                        f"call within {self.timeout:g} s",
-                    )
-                waiter.pause(_SLOWEST_POLL)
+            waiter.pause(_SLOWEST_POLL)
         # A dead incarnation of a peer may have left its record: the count of joins tells.
         later = max(self._joins(rank) for rank in range(self._group.size))
-        if later > self.generation:
+        if later > place.generation:
             raise _LaterGenerationError(later)
-        return [records.get(rank, {}) for rank in range(self._group.size)]
+
+
+def _bounded(access: Callable[[], T], seconds: float) -> T:
+    """The result of ``access()``, or a ``TimeoutError`` if it does not return in time."""
+    result: list[T] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            result.append(access())
+        except BaseException as error:  # noqa: BLE001 (raised again in the caller's thread)
+            failure.append(error)
+
+    thread = threading.Thread(target=run, daemon=True, name="moe_triton meeting")
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer after {seconds:g} s")
+    if failure:
+        raise failure[0]
+    return result[0]

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 _YIELDS = 20  # polls that only give up the core
 _FIRST_SLEEP, _LONGEST_SLEEP = 20e-6, 200e-6  # seconds
+
+
+def ranks_text(ranks: Sequence[int]) -> str:
+    """Some ranks in words: rank 1, or ranks [1, 2]."""
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {list(ranks)}"
 
 
 class Waiter:
