@@ -336,6 +336,45 @@ def test_inputs_stay_and_outputs_are_fresh(world):
 
 
 @pytest.mark.parametrize("world", harness.WORLDS)
+def test_autograd_modes_may_change(world):
+    """What one call allocates must serve the next, in or out of inference mode."""
+    calls = example_calls(QUANTISED)
+    modes = [torch.inference_mode, torch.enable_grad, torch.no_grad, torch.inference_mode]
+
+    def fn(ctx):
+        results = []
+        for mode in modes:
+            with mode():
+                results.append(round_trip(ctx, calls))
+        return results
+
+    for rank, results in enumerate(run_world(world, 2, fn)):
+        for outputs, combined in results:
+            check_literal(QUANTISED, rank, outputs, combined)
+
+
+@pytest.mark.parametrize("world", harness.WORLDS)
+def test_inputs_may_require_grad(world):
+    """Inference only: the result is right and carries no gradient."""
+    calls = example_calls(BASIC)
+
+    def fn(ctx):
+        call = {op: dict(args) for op, args in calls[ctx.ep_rank].items()}
+        for args in call.values():
+            for name, value in args.items():
+                if isinstance(value, torch.Tensor) and value.is_floating_point():
+                    args[name] = value.clone().requires_grad_()
+        outputs = call_dispatch(ctx, call)
+        combined = call_combine(ctx, call, outputs)
+        graphs = [out is not None and out.requires_grad for out in (*outputs, combined)]
+        return [out if out is None else out.detach() for out in outputs], combined.detach(), graphs
+
+    for rank, (outputs, combined, graphs) in enumerate(run_world(world, 2, fn)):
+        check_literal(BASIC, rank, outputs, combined)
+        assert not any(graphs)
+
+
+@pytest.mark.parametrize("world", harness.WORLDS)
 def test_two_layers_in_either_order(world):
     """Two dispatches before their combines, in both orders: each combine finds its own rows."""
     a, b = example_calls(BASIC), example_calls(QUANTISED)

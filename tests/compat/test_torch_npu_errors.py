@@ -137,6 +137,7 @@ BAD: dict[str, Bad] = {
     **nameless("9.2 group_ep None", None, MISSING, "None"),
     **nameless("9.2 group_ep empty", "", MISSING, ANYWHERE),
     **nameless("9.2 group_ep long", "g" * 128, TYPE, "128"),
+    **nameless("9.2 group_ep of another type", 5, TYPE, r"\b5\b|int"),
     # 9.1: the lower code wins.
     "9.1 missing before dtype and value": dispatch(
         both(put(x=None, quant_mode=7), edit("expert_ids", torch.Tensor.long)), MISSING, "x", "None"
@@ -353,6 +354,10 @@ BAD: dict[str, Bad] = {
     ),
     "31 token_nums_type -1": dispatch(
         put(expert_token_nums_type=-1), VALUE, "expert_token_nums_type", "-1"
+    ),
+    "32 x sparse": dispatch(edit("x", torch.Tensor.to_sparse), VALUE, "x", "sparse"),
+    "32 expand_x sparse": combine(
+        edit("expand_x", torch.Tensor.to_sparse), VALUE, "expand_x", "sparse"
     ),
     # Reserved arguments of combine.
     "reserved out_dtype": combine(put(out_dtype=1), VALUE, "out_dtype", r"\b1\b"),
