@@ -20,7 +20,7 @@ class Block:
     Attributes:
         data: [num_bytes] uint8, zero at first.
         handle: what peers need to open it.
-        hide: takes away what lets peers find an own block; None when there is nothing, or no more.
+        hide: takes away what lets peers find the block; None when there is nothing, or no more.
     """
 
     data: torch.Tensor

@@ -40,7 +40,7 @@ class MemfdMemory:
         try:
             os.ftruncate(fd, num_bytes)
             data = _map(fd, num_bytes)
-        except OSError:
+        except BaseException:
             os.close(fd)
             raise
         handle: dict[str, int | str] = {"pid": os.getpid(), "fd": fd, "label": label}
@@ -71,7 +71,7 @@ class PosixMemory:
             # fallocate, not truncate: a full /dev/shm is an error now, not a SIGBUS later.
             os.posix_fallocate(fd, 0, num_bytes)
             data = _map(fd, num_bytes)
-        except OSError:
+        except BaseException:
             path.unlink()
             raise
         finally:
@@ -80,9 +80,11 @@ class PosixMemory:
         return Block(data, handle, hide=lambda: path.unlink(missing_ok=True))
 
     def open(self, handle: dict[str, int | str]) -> Block:
-        """Map a peer's block."""
-        fd = os.open(str(handle["path"]), os.O_RDWR | os.O_CLOEXEC)
+        """Map a peer's block; its release, too, removes the name, in case the peer has died."""
+        path = Path(str(handle["path"]))
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            return Block(_map(fd, int(handle["bytes"])), handle)
+            data = _map(fd, int(handle["bytes"]))
         finally:
             os.close(fd)
+        return Block(data, handle, hide=lambda: path.unlink(missing_ok=True))

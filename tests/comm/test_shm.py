@@ -1,0 +1,204 @@
+"""Blocks shared between processes: what opens them, what is refused, and that nothing is left."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import json
+import mmap
+import os
+import secrets
+import time
+from pathlib import Path
+
+import harness
+import pytest
+import torch
+
+from moe_triton.comm.shm import MemfdMemory, PosixMemory
+
+MEMORIES = {"memfd": MemfdMemory, "posix": PosixMemory}
+memories = pytest.mark.parametrize("memory", [make() for make in MEMORIES.values()], ids=MEMORIES)
+
+
+def open_files() -> list[str]:
+    """Our blocks among this process's descriptors; a mapping holds one of its own."""
+    gc.collect()
+    found = []
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the descriptor of this very listing
+            found.append(str(link.readlink()))
+    return [name for name in found if "moe_triton-" in name]
+
+
+def named_files() -> set[str]:
+    return {path.name for path in Path("/dev/shm").glob("moe_triton-*")}
+
+
+def mappings() -> int:
+    """Mappings of our blocks in this process."""
+    gc.collect()
+    return Path("/proc/self/maps").read_text(encoding="utf-8").count("moe_triton-")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    before = named_files(), open_files(), mappings()
+    yield
+    assert (named_files(), open_files(), mappings()) == before
+
+
+@memories
+@pytest.mark.parametrize("num_bytes", [1, 4096, 4097, 3 * 2**20])
+def test_a_block_is_zero_and_shared(memory, num_bytes):
+    block = memory.allocate(num_bytes)
+    assert block.data.dtype == torch.uint8
+    assert block.data.shape == (num_bytes,)
+    assert not block.data.any()
+    peer = memory.open(block.handle)
+    peer.data[-1] = 7
+    assert block.data[-1] == 7
+    block.data[0] = 9
+    assert peer.data[0] == 9
+    block.release()
+    peer.data[-1] = 11
+    assert block.data[-1] == 11  # both mappings stay
+
+
+@memories
+def test_nobody_opens_a_block_after_its_release(memory):
+    block = memory.allocate(4096)
+    block.release()
+    block.release()  # may be called again
+    with pytest.raises(OSError, match="No such file"):
+        memory.open(block.handle)
+
+
+@memories
+def test_a_block_outlives_its_release_and_its_peers(memory):
+    block = memory.allocate(4096)
+    peer = memory.open(block.handle)
+    block.release()
+    view = block.data[8:16].view(torch.int32)
+    del block, peer
+    view.fill_(5)
+    assert view.tolist() == [5, 5]
+    assert mappings() == 1
+
+
+def test_a_memfd_has_no_name():
+    before = named_files()
+    block = MemfdMemory().allocate(4096)
+    assert named_files() == before
+    peer = MemfdMemory().open(block.handle)
+    assert len(open_files()) == 3  # the handle's, and one for each mapping
+    block.release()
+    assert len(open_files()) == 2
+    del peer
+
+
+def test_a_posix_block_has_a_name_for_its_user_only():
+    before = named_files()
+    block = PosixMemory().allocate(4096)
+    (name,) = named_files() - before
+    assert Path("/dev/shm", name).stat().st_mode & 0o777 == 0o600
+    block.release()
+    assert named_files() == before
+
+
+def test_peers_take_away_the_name_of_a_rank_that_died():
+    before = named_files()
+    block = PosixMemory().allocate(4096)
+    peers = [PosixMemory().open(block.handle) for _ in range(2)]
+    for peer in peers:
+        peer.release()
+    assert named_files() == before
+
+
+def test_a_descriptor_number_that_was_used_again_is_refused():
+    """A peer's handle must not open whatever has taken its number since."""
+    block = MemfdMemory().allocate(4096)
+    stale = dict(block.handle)
+    block.release()
+    fd = os.memfd_create("somebody_else")
+    try:
+        assert fd == stale["fd"]
+        os.ftruncate(fd, 4096)
+        with pytest.raises(FileNotFoundError, match="is no longer the block"):
+            MemfdMemory().open(stale)
+    finally:
+        os.close(fd)
+
+
+def test_a_full_dev_shm_is_an_error_at_once():
+    """And not a SIGBUS when somebody writes to the block later."""
+    status = os.statvfs("/dev/shm")
+    # More than it could ever hold, so that the system need not try.
+    size = status.f_blocks * status.f_frsize
+    with pytest.raises(OSError, match="No space left") as caught:
+        PosixMemory().allocate(size + 2**20)
+    assert caught.value.errno == errno.ENOSPC
+
+
+@memories
+@pytest.mark.parametrize("num_bytes", [2**62, 2**70])
+def test_a_size_beyond_all_memory_leaves_nothing(memory, num_bytes):
+    with pytest.raises((OSError, OverflowError)):
+        memory.allocate(num_bytes)
+
+
+@memories
+def test_a_mapping_that_fails_leaves_nothing(memory, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    with pytest.raises(OSError, match="Cannot allocate"):
+        memory.allocate(4096)
+
+
+@memories
+def test_names_differ(memory, monkeypatch):
+    """Also when two ranks draw the same number: nobody is given the block of another."""
+    monkeypatch.setattr(secrets, "token_hex", lambda count: "00" * count)
+    first = memory.allocate(4096)
+    try:
+        second = memory.allocate(4096)
+    except FileExistsError:
+        second = None
+    if second is not None:
+        second.data[0] = 1
+        assert memory.open(first.handle).data[0] == 0
+        second.release()
+    first.release()
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_processes_share_a_block(name):
+    """Each rank writes into the block of the next one, which has taken its name away by then."""
+
+    def fn(ctx):
+        memory = MEMORIES[name]()
+        block = memory.allocate(2**16)
+        ctx.store.set(f"{name} {ctx.rank}", json.dumps(block.handle))
+        peer = (ctx.rank + 1) % ctx.world_size
+        opened = memory.open(json.loads(ctx.store.get(f"{name} {peer}")))
+        ctx.store.add(f"{name} opened", 1)
+        while ctx.store.add(f"{name} opened", 0) < ctx.world_size:
+            time.sleep(1e-3)
+        block.release()
+        opened.data.fill_(ctx.rank + 1)
+        ctx.store.add(f"{name} written", 1)
+        while ctx.store.add(f"{name} written", 0) < ctx.world_size:
+            time.sleep(1e-3)
+        values = sorted(set(block.data.tolist()))
+        del block, opened
+        return values, named_files(), open_files()
+
+    before = named_files()
+    results = harness.run_world("symmetric", 3, fn)
+    assert [values for values, _, _ in results] == [[3], [1], [2]]
+    for _, names, files in results:
+        assert names == before
+        assert files == []
