@@ -161,7 +161,8 @@ def test_a_mapping_that_fails_leaves_nothing(memory, monkeypatch):
 @memories
 def test_names_differ(memory, monkeypatch):
     """Also when two ranks draw the same number: nobody is given the block of another."""
-    monkeypatch.setattr(secrets, "token_hex", lambda count: "00" * count)
+    drawn = secrets.token_hex(8)
+    monkeypatch.setattr(secrets, "token_hex", lambda count: drawn)
     first = memory.allocate(4096)
     try:
         second = memory.allocate(4096)
