@@ -29,14 +29,12 @@ class Handle:
         weights: [T, K] float32, or None.
         plan: of the tokens.
         sources: the numbering of the received rows.
-        bases: [W] where the rows go in each source's window.
     """
 
     expert_ids: torch.Tensor
     weights: torch.Tensor | None
     plan: Plan
     sources: Sources
-    bases: list[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +135,7 @@ class ExpertParallel:
         self._exact, self._limit = exact, max_recv_tokens
         self._in_flight = in_flight
         self._traffic: Traffic | None = None
+        self._lent: Handle | None = None  # its outputs may stand in the next combine's window
         try:
             self._config = self._check_sizes(
                 num_experts, top_k, hidden, max_tokens, dtype, quant, shared_experts, shared_ranks
@@ -196,7 +195,16 @@ class ExpertParallel:
         if self._limit is not None:
             checks.integers(_OP, max_recv_tokens=self._limit)
             checks.value(_OP, "max_recv_tokens", self._limit >= 0, "not be negative", self._limit)
-        return MoeConfig(topology, top_k, hidden, max_tokens, dtype, quant, with_weights=True)
+        return MoeConfig(
+            topology,
+            top_k,
+            hidden,
+            max_tokens,
+            dtype,
+            quant,
+            with_weights=True,
+            max_rows=self._limit,
+        )
 
     def _open(self) -> None:
         """Meet the ranks, compare arguments and allocate the windows."""
@@ -228,9 +236,7 @@ class ExpertParallel:
     @property
     def capacity(self) -> int:
         """A: rows of ``Dispatched.x``, unless ``exact``."""
-        config = self._config
-        most = config.topology.capacity(self.rank, config.max_tokens, config.top_k)
-        return most if self._limit is None else min(most, self._limit)
+        return self._config.capacity(self.rank)
 
     @property
     def transport(self) -> str | None:
@@ -298,7 +304,7 @@ class ExpertParallel:
             # Copies of a token differ, which takes larger windows from the first such call on.
             config = dataclasses.replace(config, per_expert=True)
             arguments = arguments | {"scales": "given"}
-        tokens = Tokens(x, topk_ids.int(), weights, scales, exact=self._exact, limit=self._limit)
+        tokens = Tokens(x, topk_ids.int(), weights, scales, exact=self._exact)
         call = Call(op, config, arguments, self._steps)
         pending = self._endpoint.transport(op).dispatch_setup(call, tokens)
         return DispatchPending(pending, topk_weights)
@@ -309,8 +315,8 @@ class ExpertParallel:
         After a ``PeerTimeoutError`` it may be called again, for a peer that was merely late.
         """
         received = self._endpoint.transport(f"{_OP}.dispatch").dispatch_teardown(pending.operation)
-        self._traffic = received.traffic
         tokens = pending.operation.data
+        self._traffic = comm.traffic(pending.operation.call.config, tokens)
         return Dispatched(
             received.x,
             received.scales,
@@ -322,7 +328,6 @@ class ExpertParallel:
                 pending.weights,
                 received.plan,
                 received.sources,
-                received.bases,
             ),
         )
 
@@ -347,6 +352,26 @@ class ExpertParallel:
         """
         return self.combine_teardown(self.combine_setup(y, handle), shared_expert_x=shared_expert_x)
 
+    def output_rows(self, handle: Handle) -> torch.Tensor:
+        """Memory for the experts to write their outputs to, so that combine need not copy them.
+
+        The next combine must be that of ``handle``, and the memory is void from then on. Nobody has
+        to use it: combine takes any tensor.
+
+        Args:
+            handle: of a dispatch.
+
+        Returns:
+            [n, H] of the object's dtype, uninitialised; n rows as dispatch delivered them.
+        """
+        num_rows = handle.sources.source.numel()
+        transport = self._endpoint.transport(f"{_OP}.output_rows")
+        rows = None if self._lent else transport.output_rows(self._config, num_rows)
+        if rows is None:
+            return torch.empty((num_rows, self._config.hidden), dtype=self._config.dtype)
+        self._lent = handle
+        return rows
+
     def combine_setup(self, y: torch.Tensor, handle: Handle) -> Pending:
         """The first half of ``combine``: send the rows back, and wait for nobody."""
         op = f"{_OP}.combine"
@@ -354,14 +379,16 @@ class ExpertParallel:
             rows = handle.sources.source.numel()
             checks.dtype(op, "y", y, (self._config.dtype,))
             checks.shape(op, "y", y, (None, self._config.hidden), "(rows, H)", _CPU)
+            contract = "belong to the dispatch whose output_rows() wait to be combined"
+            ours = self._lent is None or self._lent is handle
+            checks.value(op, "handle", ours, contract, "another handle")
             contract = f"have at least the {rows} rows of dispatch"
             checks.value(op, "y", len(y) >= rows, contract, f"shape {tuple(y.shape)}")
         except MoeError as error:
             self._endpoint.reject("combine", op, error)
             raise
-        outputs = Outputs(
-            y, handle.sources, handle.bases, handle.expert_ids, handle.plan, handle.weights
-        )
+        self._lent = None
+        outputs = Outputs(y, handle.sources, handle.expert_ids, handle.plan, handle.weights)
         call = Call(op, self._config, self._arguments, self._steps)
         return self._endpoint.transport(op).combine_setup(call, outputs)
 
@@ -386,6 +413,7 @@ class ExpertParallel:
 
         Operations in flight are lost. A rank that was restarted constructs a new object instead.
         """
+        self._lent = None
         self._endpoint.recover(f"{_OP}.recover")
         self._open()
 

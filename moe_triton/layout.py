@@ -29,24 +29,21 @@ class Plan(NamedTuple):
     order: torch.Tensor
 
 
-class DispatchWindow(NamedTuple):
-    """What a rank receives in one dispatch, as views into its window; source r writes [r].
-
-    A source handles its own part, which is the same structure without the leading W.
+class DispatchHeader(NamedTuple):
+    """What a source tells one rank about the rows for it; [W] in front when stacked over sources.
 
     Attributes:
-        num_tokens: [W, 1] tokens of each source.
-        counts: [W, E] each source's copies for every expert, so that all ranks know all loads.
-        slots: [W, C] row that holds copy i for this rank, in (expert, flat position) order.
-        weights: [W, C] fp32 routing weights of these copies, or None.
-        rows: [W, C or fewer, stride] uint8; payload first, then its scale.
+        num_tokens: [1] tokens of the source.
+        counts: [E] the source's copies for every expert, so that all ranks know all loads.
+        slots: [C] which of the source's rows is copy i for this rank; copies in (expert, flat
+            position) order, or in token order for a shared expert.
+        weights: [C] fp32 routing weights of these copies, 1 for a shared expert, or None.
     """
 
     num_tokens: torch.Tensor
     counts: torch.Tensor
     slots: torch.Tensor
     weights: torch.Tensor | None
-    rows: torch.Tensor
 
 
 class RowFormat(NamedTuple):

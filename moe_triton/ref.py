@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from .layout import DispatchWindow, Plan, RowFormat, Sources
+from .layout import DispatchHeader, Plan, RowFormat, Sources
 
 INT8_MAX = 127.0
 _BLOCK = 2**17  # elements worked on together, so that fp32 intermediates stay in a core's L2 cache
@@ -71,18 +71,16 @@ def quantize_int8(
     return q, scale
 
 
-def encode(x: torch.Tensor, fmt: RowFormat, smooth: torch.Tensor | None = None) -> torch.Tensor:
-    """[R, H] tokens -> [R, stride] uint8 rows as they travel; padding bytes are unspecified."""
-    if fmt.scale_offset is None and fmt.stride == fmt.hidden * x.element_size():
-        return x.reshape(-1).view(torch.uint8).view(len(x), fmt.stride)
-    rows = torch.empty((x.shape[0], fmt.stride), dtype=torch.uint8, device=x.device)
+def encode(
+    x: torch.Tensor, fmt: RowFormat, rows: torch.Tensor, smooth: torch.Tensor | None = None
+) -> None:
+    """Write [R, H] tokens into [R, stride] uint8 ``rows`` as they travel; padding is left."""
     if fmt.scale_offset is None:
         fmt.payload(rows).copy_(x)
-    else:
-        q, scale = quantize_int8(x, smooth)
-        fmt.payload(rows).copy_(q)
-        fmt.scales(rows).copy_(scale)
-    return rows
+        return
+    q, scale = quantize_int8(x, smooth)
+    fmt.payload(rows).copy_(q)
+    fmt.scales(rows).copy_(scale)
 
 
 def push(
@@ -92,78 +90,64 @@ def push(
     smooth: torch.Tensor | None,
     fmt: RowFormat,
     routing: Plan,
-    windows: Sequence[DispatchWindow],
+    rows: torch.Tensor,
+    headers: Sequence[DispatchHeader],
     *,
     experts_per_rank: int,
     shared_targets: Sequence[int],
     num_shared_ranks: int,
-) -> list[int]:
-    """Write this rank's tokens into the windows of all ranks.
+) -> None:
+    """Write this rank's tokens where all ranks can read them, and tell each rank which are for it.
 
-    A token goes once to a rank, however many of its experts live there. Only when each expert has a
-    smooth row of its own do the copies differ, and then each travels by itself.
+    A token is written once, however many ranks and experts want it. Only when each expert has a
+    smooth row of its own do the copies differ, and then each is written by itself.
 
     Args:
         x: [T, H] tokens.
         expert_ids: [T, K].
         weights: [T, K] fp32 to send along, or None.
         smooth: [NS + E, H] fp32, or None.
-        fmt: the row format of the windows.
+        fmt: the format of the rows.
         routing: the plan of ``expert_ids``.
-        windows: this rank's part of each rank's window.
+        rows: [R, stride] uint8 output; R is T, or with ``smooth`` T * (K + NS).
+        headers: this rank's header in every rank's window.
         experts_per_rank: L of the MoE ranks.
-        shared_targets: the rank to send all tokens to, for each shared expert.
+        shared_targets: the rank that gets all tokens, for each shared expert.
         num_shared_ranks: S; the MoE ranks come after them.
-
-    Returns:
-        The rows written for each rank.
     """
     num_tokens, top_k = expert_ids.shape
-    num_moe = len(windows) - num_shared_ranks
     order = routing.order.long()
     token = order // top_k
-    per_rank = routing.counts.view(num_moe, experts_per_rank).sum(1)
-    target = torch.repeat_interleave(torch.arange(num_moe, device=x.device), per_rank)
-
     if smooth is None:
-        wire = encode(x, fmt)
-        present = torch.zeros((num_moe, num_tokens), dtype=torch.bool, device=x.device)
-        present[target, token] = True
-        slots = (present.cumsum(1, dtype=torch.int32) - 1)[target, token]
-        row_token = present.nonzero()[:, 1]
-        num_rows = present.sum(1)
+        encode(x, fmt, rows[:num_tokens])
+        slots = token.int()
     else:
         expert = expert_ids.reshape(-1)[order].long()
-        wire = encode(x[token], fmt, smooth[len(shared_targets) + expert])
-        first = exclusive_cumsum(per_rank)
-        slots = (torch.arange(order.numel(), device=x.device) - first[target]).int()
-        row_token = torch.arange(order.numel(), device=x.device)
-        num_rows = per_rank
+        copies = order.numel()
+        encode(x[token], fmt, rows[:copies], smooth[len(shared_targets) + expert])
+        slots = torch.arange(copies, dtype=torch.int32, device=x.device)
 
-    written = [0] * len(windows)
-    copies = per_rank.tolist()
-    row_weights = None if weights is None else weights.reshape(-1)[order]
-    copy_start = row_start = 0
-    for rank, (num_copies, rows) in enumerate(
-        zip(copies, num_rows.tolist(), strict=True), num_shared_ranks
-    ):
-        window, ours = windows[rank], slice(copy_start, copy_start + num_copies)
-        torch.index_select(wire, 0, row_token[row_start : row_start + rows], out=window.rows[:rows])
-        window.slots[:num_copies] = slots[ours]
-        if row_weights is not None:
-            assert window.weights is not None
-            window.weights[:num_copies] = row_weights[ours]
-        written[rank] = rows
-        copy_start += num_copies
-        row_start += rows
+    per_rank = routing.counts.view(-1, experts_per_rank).sum(1).tolist()
+    ordered = None if weights is None else weights.reshape(-1)[order]
+    start = 0
+    for header, copies in zip(headers[num_shared_ranks:], per_rank, strict=True):
+        header.slots[:copies] = slots[start : start + copies]
+        if ordered is not None and header.weights is not None:
+            header.weights[:copies] = ordered[start : start + copies]
+        start += copies
     for shared, rank in enumerate(shared_targets):
-        own = wire if smooth is None else encode(x, fmt, smooth[shared])
-        windows[rank].rows[:num_tokens] = own
-        written[rank] = num_tokens
-    for window in windows:
-        window.num_tokens[0] = num_tokens
-        window.counts.copy_(routing.counts)
-    return written
+        first = 0
+        if smooth is not None:
+            first = order.numel() + shared * num_tokens
+            encode(x, fmt, rows[first : first + num_tokens], smooth[shared])
+        slots = torch.arange(first, first + num_tokens, dtype=torch.int32, device=x.device)
+        header = headers[rank]
+        header.slots[:num_tokens] = slots
+        if header.weights is not None:
+            header.weights[:num_tokens] = 1.0
+    for header in headers:
+        header.num_tokens[0] = num_tokens
+        header.counts.copy_(routing.counts)
 
 
 def sources(counts: torch.Tensor) -> Sources:
@@ -181,99 +165,25 @@ def sources(counts: torch.Tensor) -> Sources:
 
 
 def pack(
-    window: DispatchWindow,
-    src: Sources,
+    rows: torch.Tensor,
+    index: torch.Tensor,
     fmt: RowFormat,
     x: torch.Tensor,
     scales: torch.Tensor | None,
-    weights: torch.Tensor | None,
-    *,
-    shared: bool,
 ) -> None:
-    """Gather the received rows into the order of ``src``; rows after the n-th stay untouched.
+    """Gather rows from wherever they are into the outputs of dispatch.
 
     Args:
-        window: this rank's window.
-        src: the numbering of the rows.
-        fmt: the row format of the window.
-        x: [A, H] output, of the payload's dtype.
+        rows: [N, stride] uint8; rows may overlap, as they do when N counts every 16 bytes.
+        index: [n] int64 rows to take.
+        fmt: their format.
+        x: [A, H] output, of the payload's dtype; rows after the n-th stay untouched.
         scales: [A] fp32 output, or None.
-        weights: [A] fp32 output, or None.
-        shared: the rank holds a shared expert: all tokens in order, each with weight 1.
     """
-    n = src.source.numel()
-    slot = src.copy if shared else window.slots[src.source, src.copy]
-    capacity, stride = window.rows.shape[1:]
-    rows = window.rows.view(-1, stride)
-    index = src.source * capacity + slot
+    n = index.numel()
     torch.index_select(fmt.payload(rows), 0, index, out=x[:n])
     if scales is not None:
         scales[:n] = fmt.scales(rows)[index]
-    if weights is not None:
-        if shared:
-            weights[:n] = 1.0
-        else:
-            assert window.weights is not None
-            weights[:n] = window.weights[src.source, src.copy]
-
-
-def gather_quant(
-    x: torch.Tensor,
-    expert_ids: torch.Tensor,
-    routing: Plan,
-    fmt: RowFormat,
-    smooth: torch.Tensor | None,
-    out: torch.Tensor,
-    scales: torch.Tensor | None,
-) -> None:
-    """Dispatch on a group of one: gather the rows of all copies, quantised, in expert order.
-
-    Args:
-        x: [T, H] tokens.
-        expert_ids: [T, K].
-        routing: their plan.
-        fmt: the row format; only its dtypes matter.
-        smooth: [E, H] fp32, or None.
-        out: [A, H] output, of the payload's dtype.
-        scales: [A] fp32 output, or None.
-    """
-    order = routing.order.long()
-    token, n = order // expert_ids.shape[1], order.numel()
-    if smooth is None:
-        rows, index = encode(x, fmt), token
-    else:
-        rows = encode(x[token], fmt, smooth[expert_ids.reshape(-1)[order].long()])
-        index = torch.arange(n, device=x.device)
-    torch.index_select(fmt.payload(rows), 0, index, out=out[:n])
-    if scales is not None:
-        scales[:n] = fmt.scales(rows)[index]
-
-
-def return_push(
-    y: torch.Tensor,
-    src: Sources,
-    bases: Sequence[int],
-    windows: Sequence[torch.Tensor],
-) -> list[int]:
-    """Write the experts' rows back into the combine windows of the ranks they came from.
-
-    Args:
-        y: [A, H] expert outputs, rows as dispatch delivered them.
-        src: the numbering of dispatch.
-        bases: [W] row of each source's window where this rank's block begins.
-        windows: the combine window of each rank, [rows, H].
-
-    Returns:
-        The rows written for each rank, which it finds in the order of its own copies.
-    """
-    order = torch.argsort(src.source, stable=True)
-    written = torch.bincount(src.source, minlength=len(windows)).tolist()
-    start = 0
-    for rank, rows in enumerate(written):
-        block = windows[rank][bases[rank] : bases[rank] + rows]
-        torch.index_select(y, 0, order[start : start + rows], out=block)
-        start += rows
-    return written
 
 
 def reduce(
@@ -290,7 +200,7 @@ def reduce(
     Multiply, then add, in ascending order from 0: never contracted to a fused multiply-add.
 
     Args:
-        rows: [N, H] fp16 or bf16.
+        rows: [N, H] fp16 or bf16; rows may overlap.
         index: [T, K + NS] int64 rows of each token, the unweighted ones last.
         weights: [T, K] fp32, or None for all 1.
         addend: [T, H] of the dtype of rows, or None.

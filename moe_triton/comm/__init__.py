@@ -23,7 +23,17 @@ from .registry import (
     recover,
     unregister_group,
 )
-from .transport import Call, DeviceSteps, Outputs, Pending, Received, Tokens, Traffic, Transport
+from .transport import (
+    Call,
+    DeviceSteps,
+    Outputs,
+    Pending,
+    Received,
+    Tokens,
+    Traffic,
+    Transport,
+    traffic,
+)
 from .window import MoeConfig, WindowBytes, window_bytes
 
 __all__ = [
@@ -50,6 +60,7 @@ __all__ = [
     "register_group",
     "resolve",
     "set_transport",
+    "traffic",
     "unregister_group",
     "window_bytes",
 ]

@@ -262,6 +262,15 @@ class Channel:
         if self.broken is None and not self._is_full(self._rings[kind]):
             self.abort(kind, self.begin(kind, op), error)
 
+    def next_slot(self, kind: str) -> tuple[Arena, int] | None:
+        """The windows and the slot of the next operation, if it is free to be written already."""
+        ring = self._rings[kind]
+        epoch = atomics.wrap(int(ring.epochs[_SETUP]) + 1)
+        indebted = atomics.wrap(epoch - self.in_flight) in ring.debts
+        if ring.arena is None or indebted or self._is_full(ring):
+            return None
+        return ring.arena, self.slot(epoch)
+
     def slot(self, epoch: int) -> int:
         """The ring slot of an epoch."""
         return epoch % self.slots

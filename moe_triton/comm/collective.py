@@ -1,12 +1,12 @@
 """Dispatch and combine over torch.distributed, for ranks that share no memory.
 
-The same steps write into a staging buffer laid out like a window, whose parts are then sent to
-their owners and received straight into the window that the steps read. A setup sends a notice to
-every rank: the arguments that must agree and the number of rows to come, or why this rank rejects
-the call. A teardown waits for all notices and, when they agree, exchanges the rows.
+The same steps write into a buffer laid out like a window, from which each rank is sent its headers
+and the rows it wants, every row once. A setup sends a notice to every rank: the arguments that must
+agree and the number of rows to come, or why this rank rejects the call. A teardown waits for all
+notices and, when they agree, exchanges the rows.
 
-Messages go rank to rank, not through one all-to-all: the buffers need no packing, and a rank that
-does not answer is known by name. gloo sends only some dtypes, so everything travels as bytes.
+Messages go rank to rank, not through one all-to-all: a rank that does not answer is known by name.
+gloo sends only some dtypes, so everything travels as bytes.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ..errors import (
     PeerTimeoutError,
     UnavailableError,
 )
+from ..layout import DispatchHeader
 from .groups import Group
 from .transport import (
     Call,
@@ -35,13 +36,14 @@ from .transport import (
     Pending,
     Received,
     Tokens,
-    combine_bases,
+    outside_autograd,
     push_tokens,
     receive,
     reduce_rows,
+    rows_in_plan_order,
 )
 from .waiting import Waiter
-from .window import source_part
+from .window import MoeConfig, header_of
 
 _NOTICE_BYTES = 4096
 _KINDS = ("dispatch", "combine", "exchange")
@@ -94,6 +96,7 @@ class CollectiveTransport:
         self._debts: dict[str, list[_Operation]] = {kind: [] for kind in _KINDS}
         self._buffers: dict[tuple[str, int], torch.Tensor] = {}
 
+    @outside_autograd
     def prepare(self, call: Call, kind: str, slot_bytes: int) -> None:  # noqa: ARG002
         """Compare the arguments; buffers come with the calls."""
         epoch = self._begin(kind, call.op)
@@ -101,70 +104,122 @@ class CollectiveTransport:
         self._await_notices(kind, epoch, call.op)
         self._finish(kind, epoch)
 
+    @outside_autograd
     def dispatch_setup(self, call: Call, tokens: Tokens) -> Pending:
-        """Stage the tokens and send the notices."""
+        """Stage the tokens, each rank's once, and send the notices."""
         epoch = self._begin("dispatch", call.op)
-        layout = call.config.dispatch
+        config, layout = call.config, call.config.dispatch
         try:
-            staging = layout.view(self._buffer("dispatch send", epoch, layout.num_bytes))
-            parts = [source_part(staging, rank) for rank in range(self._size)]
-            plan, written = push_tokens(call, self._rank, tokens, parts)
+            data = self._buffer("dispatch send", epoch, layout.num_bytes)
+            headers, rows = layout.headers(data), layout.rows(data)
+            targets = [header_of(headers, rank) for rank in range(self._size)]
+            plan = push_tokens(call, self._rank, tokens, rows, targets)
+            parts = self._parts(config, tokens, headers, rows, epoch)
         except BaseException as error:
             self._give_up("dispatch", epoch, error)
             raise
-        self._notify("dispatch", epoch, call.arguments, written)
-        return Pending(call, tokens, epoch, (plan, written, parts))
+        self._notify("dispatch", epoch, call.arguments, [len(part) for part in parts])
+        return Pending(call, tokens, epoch, (plan, parts))
 
+    @outside_autograd
     def dispatch_teardown(self, pending: Pending) -> Received:
-        """Exchange the rows that the notices announced, and pack them."""
-        plan, written, parts = pending.state
-        op, layout = pending.call.op, pending.call.config.dispatch
-        coming = self._await_notices("dispatch", pending.epoch, op)
-        data = self._buffer("dispatch receive", pending.epoch, layout.num_bytes)
-        window = layout.view(data)
+        """Exchange the rows that the notices announced, and gather those of each expert."""
+        call, config, epoch = pending.call, pending.call.config, pending.epoch
+        plan, parts = pending.state
+        layout, stride = config.dispatch, config.row_format.stride
+        coming = self._await_notices("dispatch", epoch, call.op)
         # The header of a source is one piece of memory, from its count of tokens to its weights.
-        headers = data[: self._size * layout.header_bytes].view(self._size, -1)
-        staged = self._buffer("dispatch send", pending.epoch, layout.num_bytes)
-        staged_headers = staged[: self._size * layout.header_bytes].view(self._size, -1)
+        staged = self._buffer("dispatch send", epoch, layout.rows_start).view(self._size, -1)
+        received = self._buffer("dispatch headers", epoch, layout.rows_start).view(self._size, -1)
+        rows = self._buffer("dispatch receive", epoch, sum(coming) * stride).view(-1, stride)
         self._transfer(
-            op,
-            send=[[staged_headers[r], parts[r].rows[: written[r]]] for r in range(self._size)],
-            receive=[[headers[r], window.rows[r, : coming[r]]] for r in range(self._size)],
+            call.op,
+            send=[list(pair) for pair in zip(staged, parts, strict=True)],
+            receive=[list(pair) for pair in zip(received, rows.split(coming), strict=True)],
         )
-        self._finish("dispatch", pending.epoch)
-        return receive(pending.call, self._rank, pending.data, plan, written, window)
+        self._finish("dispatch", epoch)
+        headers = layout.headers(received.reshape(-1))
+        first = torch.tensor([0, *coming]).cumsum(0)
 
+        def locate(source: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            # A source sent the rows this rank wants in ascending order: find each one's place.
+            wanted = torch.zeros((self._size, layout.num_rows), dtype=torch.bool)
+            wanted[source, row.long()] = True
+            place = wanted.cumsum(1) - 1
+            return rows, first[source] + place[source, row.long()]
+
+        return receive(call, self._rank, pending.data, plan, headers, locate)
+
+    def _parts(
+        self,
+        config: MoeConfig,
+        tokens: Tokens,
+        headers: DispatchHeader,
+        rows: torch.Tensor,
+        epoch: int,
+    ) -> list[torch.Tensor]:
+        """The rows that each rank wants, once each, in ascending order."""
+        topology = config.topology
+        copies = headers.counts[0].view(-1, topology.experts_per_rank).sum(1).tolist()
+        counts = [0] * topology.num_shared_ranks + copies
+        for rank in topology.shared_ranks_of(self._rank):
+            counts[rank] = len(tokens.x)
+        wanted = torch.zeros((self._size, len(rows)), dtype=torch.bool)
+        for rank, count in enumerate(counts):
+            wanted[rank, headers.slots[rank, :count].long()] = True
+        index = wanted.nonzero()[:, 1]
+        stride = rows.shape[1]
+        staged = self._buffer("dispatch rows", epoch, len(index) * stride).view(-1, stride)
+        torch.index_select(rows, 0, index, out=staged)
+        return list(staged.split(wanted.sum(1).tolist()))
+
+    @outside_autograd
     def combine_setup(self, call: Call, outputs: Outputs) -> Pending:
-        """Stage the experts' rows, one block for each rank, and send the notices."""
+        """Stage the experts' rows by the rank they return to, and send the notices."""
         epoch = self._begin("combine", call.op)
         config = call.config
         try:
-            counts = torch.bincount(outputs.sources.source, minlength=self._size).tolist()
-            num_bytes = sum(counts) * config.hidden * config.dtype.itemsize
-            staging = self._buffer("combine send", epoch, num_bytes).view(config.dtype)
-            parts = list(staging.view(-1, config.hidden).split(counts))
-            call.steps.return_push(outputs.y, outputs.sources, [0] * self._size, parts)
+            source = outputs.sources.source
+            num_bytes = len(source) * config.hidden * config.dtype.itemsize
+            staged = self._buffer("combine send", epoch, num_bytes).view(config.dtype)
+            staged = staged.view(-1, config.hidden)
+            torch.index_select(outputs.y, 0, source.argsort(stable=True), out=staged)
+            counts = torch.bincount(source, minlength=self._size).tolist()
         except BaseException as error:
             self._give_up("combine", epoch, error)
             raise
         self._notify("combine", epoch, call.arguments, counts)
-        return Pending(call, outputs, epoch, parts)
+        return Pending(call, outputs, epoch, staged.split(counts))
 
+    @outside_autograd
     def combine_teardown(self, pending: Pending, addend: torch.Tensor | None) -> torch.Tensor:
-        """Exchange the rows, each block to its place in the window, and sum those of each token."""
-        call, outputs = pending.call, pending.data
-        layout = call.config.combine
+        """Exchange the rows and sum those of each token.
+
+        They come in the order of this rank's plan: a rank returns its experts' rows in the order in
+        which it got them, and ranks follow each other as their experts do.
+        """
+        call, config, outputs = pending.call, pending.call.config, pending.data
+        topology = config.topology
         coming = self._await_notices("combine", pending.epoch, call.op)
-        window = layout.view(self._buffer("combine receive", pending.epoch, layout.num_bytes))
-        bases = combine_bases(call.config, outputs.plan)
+        num_bytes = sum(coming) * config.hidden * config.dtype.itemsize
+        rows = self._buffer("combine receive", pending.epoch, num_bytes).view(config.dtype)
+        rows = rows.view(-1, config.hidden)
+        # Rows of routed experts first, then those of the shared experts, which have lower ranks.
+        ranks = [*range(topology.num_shared_ranks, self._size), *range(topology.num_shared_ranks)]
+        parts = dict(zip(ranks, rows.split([coming[rank] for rank in ranks]), strict=True))
         self._transfer(
             call.op,
             send=[[part] for part in pending.state],
-            receive=[[window[bases[r] : bases[r] + coming[r]]] for r in range(self._size)],
+            receive=[[parts[rank]] for rank in range(self._size)],
         )
         self._finish("combine", pending.epoch)
-        return reduce_rows(call, outputs, window, addend)
+        return reduce_rows(call, outputs, rows, rows_in_plan_order(config, outputs), addend)
 
+    @outside_autograd
+    def output_rows(self, config: MoeConfig, num_rows: int) -> None:
+        """No memory is better than any other: rows have to be sorted before they are sent."""
+
+    @outside_autograd
     def all_to_all_v(self, op: str, x: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
         """Send the number of rows with the notices, then the rows."""
         epoch = self._begin("exchange", op)

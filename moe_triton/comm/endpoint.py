@@ -28,7 +28,7 @@ from .memory import Block, Memory
 from .shm import MemfdMemory, PosixMemory
 from .single import SingleTransport
 from .symmetric import SymmetricTransport
-from .transport import Transport
+from .transport import Transport, outside_autograd
 
 
 class Endpoint:
@@ -61,6 +61,7 @@ class Endpoint:
         """One of "single", "symmetric" and "collective"; None before the ranks have met."""
         return None if self._connected is None else self._connected.name
 
+    @outside_autograd
     def transport(self, op: str) -> Transport:
         """The transport; the first call meets all ranks.
 
@@ -96,6 +97,7 @@ class Endpoint:
                 "call recover() on all ranks",
             )
 
+    @outside_autograd
     def reject(self, kind: str, op: str, error: MoeError) -> None:
         """Tell the peers, who may be making the call right now, why this rank rejects it."""
         if self._connected is not None:
@@ -103,6 +105,7 @@ class Endpoint:
         elif self._meeting is not None and self._lost is None and not self._closed:
             self._meeting.reject(error.problem)
 
+    @outside_autograd
     def recover(self, op: str) -> None:
         """Start over with the ranks that come, after a timeout; collective.
 

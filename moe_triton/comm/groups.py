@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch.distributed as dist
 
-from ..errors import ArgumentNameError, ArgumentValueError
+from ..errors import ArgumentNameError, ArgumentTypeError, ArgumentValueError
 
 TRANSPORTS = ("auto", "symmetric", "collective")
 
@@ -146,8 +146,10 @@ def resolve(
         if not dist.is_initialized():
             return Group("alone", 0, 1, None)
         return _from_process_group(dist.distributed_c10d._get_default_group())
-    if not isinstance(group, str):
+    if isinstance(group, dist.ProcessGroup):
         return _from_process_group(group)
+    if not isinstance(group, str):
+        raise ArgumentTypeError(op, argument, "be a group's name or a process group", type(group))
     if group in _registered:
         found = _registered[group]
         bound = getattr(_bound, "ranks", {}).get(group, rank)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from ..errors import MoeError, ReceiveOverflowError
+from ..errors import MoeError
 from .transport import (
     Call,
     Outputs,
     Pending,
     Received,
     Tokens,
-    allocate_received,
+    outside_autograd,
+    push_tokens,
+    receive,
     reduce_rows,
-    traffic,
+    rows_in_plan_order,
 )
+from .window import MoeConfig, header_of
 
 
 class SingleTransport:
@@ -25,40 +28,44 @@ class SingleTransport:
     def __init__(self) -> None:
         self._epoch = 0
 
+    @outside_autograd
     def prepare(self, call: Call, kind: str, slot_bytes: int) -> None:
         """There is nothing to allocate and nobody to disagree with."""
 
+    @outside_autograd
     def dispatch_setup(self, call: Call, tokens: Tokens) -> Pending:
         """Remember the call; a group of one has nothing to send."""
         self._epoch += 1
         return Pending(call, tokens, self._epoch)
 
+    @outside_autograd
     def dispatch_teardown(self, pending: Pending) -> Received:
         """Permute the tokens into expert order."""
         call, tokens = pending.call, pending.data
-        plan = call.steps.plan(tokens.expert_ids, call.config.topology.num_experts)
-        counts = plan.counts[:, None]
-        sources = call.steps.sources(counts)
-        rows = sources.source.numel()
-        if tokens.limit is not None and rows > tokens.limit:
-            raise ReceiveOverflowError(call.op, 0, rows, tokens.limit)
-        x, scales, weights = allocate_received(call, 0, tokens, sources)
-        fmt = call.config.row_format
-        call.steps.gather_quant(tokens.x, tokens.expert_ids, plan, fmt, tokens.smooth, x, scales)
-        if weights is not None:
-            weights[:rows] = tokens.weights.reshape(-1)[plan.order.long()]
-        sent = traffic(call.config, tokens.x.shape[0], [rows])
-        return Received(x, scales, weights, counts, sources, [0], plan, sent)
+        layout = call.config.dispatch
+        data = torch.empty(layout.num_bytes, dtype=torch.uint8)
+        headers, rows = layout.headers(data), layout.rows(data)
+        plan = push_tokens(call, 0, tokens, rows, [header_of(headers, 0)])
+        return receive(call, 0, tokens, plan, headers, lambda _, row: (rows, row.long()))
 
+    @outside_autograd
     def combine_setup(self, call: Call, outputs: Outputs) -> Pending:
         """Remember the call."""
         self._epoch += 1
         return Pending(call, outputs, self._epoch)
 
+    @outside_autograd
     def combine_teardown(self, pending: Pending, addend: torch.Tensor | None) -> torch.Tensor:
         """Sum the rows where they are: received order is already the order of the plan."""
-        return reduce_rows(pending.call, pending.data, pending.data.y, addend)
+        call, outputs = pending.call, pending.data
+        index = rows_in_plan_order(call.config, outputs)
+        return reduce_rows(call, outputs, outputs.y, index, addend)
 
+    @outside_autograd
+    def output_rows(self, config: MoeConfig, num_rows: int) -> None:
+        """No memory is better than any other: nothing is sent."""
+
+    @outside_autograd
     def all_to_all_v(
         self,
         op: str,  # noqa: ARG002

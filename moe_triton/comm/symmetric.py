@@ -1,4 +1,4 @@
-"""Dispatch and combine over windows: peers write, flags tell, the owner reads."""
+"""Dispatch and combine over windows: each rank writes its rows, flags tell, all ranks read."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from .transport import (
     Pending,
     Received,
     Tokens,
+    outside_autograd,
     push_tokens,
     receive,
     reduce_rows,
-    return_bases,
+    rows_at_holders,
 )
+from .window import MoeConfig, header_of
 
 
 class SymmetricTransport:
@@ -28,6 +30,7 @@ class SymmetricTransport:
         self._channel = channel
         self._rank = channel.rank
 
+    @outside_autograd
     def prepare(self, call: Call, kind: str, slot_bytes: int) -> None:
         """Allocate the windows of ``kind`` before the first call, by an operation without data."""
         epoch = self._channel.begin(kind, call.op)
@@ -40,53 +43,94 @@ class SymmetricTransport:
         self._channel.wait(kind, epoch, call.op)
         self._channel.finish(kind, epoch)
 
+    @outside_autograd
     def dispatch_setup(self, call: Call, tokens: Tokens) -> Pending:
-        """Push the tokens into all ranks' windows; waits only while arguments are new."""
+        """Write the tokens and say for whom they are; waits only while arguments are new."""
         channel, layout = self._channel, call.config.dispatch
         epoch = channel.begin("dispatch", call.op)
+        slot = channel.slot(epoch)
         try:
             arena = channel.agree("dispatch", epoch, call.op, call.arguments, layout.num_bytes)
-            parts = arena.dispatch_parts(layout, self._rank, channel.slot(epoch))
-            plan, written = push_tokens(call, self._rank, tokens, parts)
+            headers = [
+                header_of(arena.view(owner, slot, layout, layout.headers), self._rank)
+                for owner in range(channel.size)
+            ]
+            rows = arena.view(self._rank, slot, layout, layout.rows)
+            plan = push_tokens(call, self._rank, tokens, rows, headers)
         except BaseException as error:
             channel.abort("dispatch", epoch, error)
             raise
         channel.signal("dispatch", epoch)
-        window = arena.dispatch_window(layout, self._rank, channel.slot(epoch))
-        return Pending(call, tokens, epoch, (plan, written, window))
+        return Pending(call, tokens, epoch, (plan, arena))
 
+    @outside_autograd
     def dispatch_teardown(self, pending: Pending) -> Received:
-        """Wait for all ranks' tokens and pack those for this rank."""
-        plan, written, window = pending.state
-        self._channel.wait("dispatch", pending.epoch, pending.call.op)
-        try:
-            return receive(pending.call, self._rank, pending.data, plan, written, window)
-        finally:
-            self._channel.finish("dispatch", pending.epoch)
+        """Wait for all ranks' tokens and gather those for this rank."""
+        channel, call, layout = self._channel, pending.call, pending.call.config.dispatch
+        plan, arena = pending.state
+        channel.wait("dispatch", pending.epoch, call.op)
+        slot, stride = channel.slot(pending.epoch), call.config.row_format.stride
+        reach = arena.reach(slot, layout.rows_start, stride, torch.uint8, stride)
 
+        def locate(source: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return reach.rows, reach.origins[source] + row * reach.step
+
+        try:
+            headers = arena.view(self._rank, slot, layout, layout.headers)
+            return receive(call, self._rank, pending.data, plan, headers, locate)
+        finally:
+            channel.finish("dispatch", pending.epoch)
+
+    @outside_autograd
     def combine_setup(self, call: Call, outputs: Outputs) -> Pending:
-        """Push the experts' rows back to where their tokens came from."""
+        """Write the experts' rows, unless they are in place already, and where each group ends."""
         channel, layout = self._channel, call.config.combine
         epoch = channel.begin("combine", call.op)
+        slot = channel.slot(epoch)
         try:
             arena = channel.agree("combine", epoch, call.op, call.arguments, layout.num_bytes)
-            windows = arena.combine_windows(layout, channel.slot(epoch))
-            bases = return_bases(call.config, self._rank, outputs)
-            call.steps.return_push(outputs.y, outputs.sources, bases, windows)
+            rows = arena.view(self._rank, slot, layout, layout.rows)
+            num_rows = outputs.sources.source.numel()
+            if outputs.y.data_ptr() != rows.data_ptr():
+                rows[:num_rows] = outputs.y[:num_rows]
+            ends = outputs.sources.ends
+            arena.view(self._rank, slot, layout, layout.ends)[: len(ends)] = ends
         except BaseException as error:
             channel.abort("combine", epoch, error)
             raise
         channel.signal("combine", epoch)
-        return Pending(call, outputs, epoch, windows[self._rank])
+        return Pending(call, outputs, epoch, arena)
 
+    @outside_autograd
     def combine_teardown(self, pending: Pending, addend: torch.Tensor | None) -> torch.Tensor:
-        """Wait for all ranks' rows and sum those of each token."""
-        self._channel.wait("combine", pending.epoch, pending.call.op)
+        """Wait for all ranks' rows and sum those of each token, from where they are."""
+        channel, call, layout = self._channel, pending.call, pending.call.config.combine
+        arena = pending.state
+        channel.wait("combine", pending.epoch, call.op)
+        slot, config = channel.slot(pending.epoch), call.config
         try:
-            return reduce_rows(pending.call, pending.data, pending.state, addend)
+            ends = torch.stack(
+                [arena.view(owner, slot, layout, layout.ends) for owner in range(channel.size)]
+            )
+            holder, row = rows_at_holders(config, self._rank, pending.data, ends)
+            reach = arena.reach(slot, layout.rows_start, layout.stride, config.dtype, config.hidden)
+            index = reach.origins[holder] + row * reach.step
+            return reduce_rows(call, pending.data, reach.rows, index, addend)
         finally:
-            self._channel.finish("combine", pending.epoch)
+            channel.finish("combine", pending.epoch)
 
+    @outside_autograd
+    def output_rows(self, config: MoeConfig, num_rows: int) -> torch.Tensor | None:
+        """The place from which the next combine sends, so that experts can write there."""
+        layout = config.combine
+        free = self._channel.next_slot("combine")
+        if free is None:
+            return None
+        arena, slot = free
+        rows: torch.Tensor = arena.view(self._rank, slot, layout, layout.rows)
+        return rows[:num_rows]
+
+    @outside_autograd
     def all_to_all_v(self, op: str, x: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
         """Exchange counts through one operation, then rows through a second."""
         row_bytes = x.shape[1]

@@ -8,14 +8,18 @@ sends, and a teardown, which waits and consumes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 
 from ..errors import MoeError, ReceiveOverflowError
-from ..layout import DispatchWindow, Plan, Sources
+from ..layout import DispatchHeader, Plan, Sources
 from .window import MoeConfig
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +27,9 @@ class DeviceSteps:
     """The steps that run on the device; ``ref`` defines each."""
 
     plan: Callable[..., Plan]
-    push: Callable[..., list[int]]
+    push: Callable[..., None]
     sources: Callable[..., Sources]
     pack: Callable[..., None]
-    gather_quant: Callable[..., None]
-    return_push: Callable[..., list[int]]
     reduce: Callable[..., None]
 
 
@@ -58,7 +60,6 @@ class Tokens:
         weights: [T, K] fp32 to send along, or None.
         smooth: [NS + E, H] fp32, or None.
         exact: allocate exactly the received rows, not the capacity.
-        limit: largest number of rows any rank may receive, or None.
     """
 
     x: torch.Tensor
@@ -66,17 +67,16 @@ class Tokens:
     weights: torch.Tensor | None = None
     smooth: torch.Tensor | None = None
     exact: bool = False
-    limit: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What a dispatch sent from this rank, its own rows included.
+    """What a dispatch moved from this rank to all ranks, itself included.
 
     Attributes:
-        rows_sent: rows written.
-        rows_saved: further rows that one row per copy would have taken.
-        bytes_sent: of the rows written.
+        rows_sent: one for each token and rank that wants it; with scales per expert, one per copy.
+        rows_saved: further rows that one per copy would have taken.
+        bytes_sent: of the rows sent.
         bytes_saved: of the rows saved.
     """
 
@@ -96,9 +96,7 @@ class Received:
         weights: [A] fp32, or None.
         counts: [L, W] int32 rows for each local expert from each source.
         sources: the numbering of the n rows.
-        bases: [W] where this rank's rows go in each source's compact combine window.
         plan: of this rank's own tokens.
-        traffic: what this rank sent.
     """
 
     x: torch.Tensor
@@ -106,9 +104,7 @@ class Received:
     weights: torch.Tensor | None
     counts: torch.Tensor
     sources: Sources
-    bases: list[int]
     plan: Plan
-    traffic: Traffic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +114,6 @@ class Outputs:
     Attributes:
         y: [A, H] expert outputs in the order of dispatch.
         sources: dispatch's numbering of the rows.
-        bases: [W] rows of each source's window, or None for blocks of full size.
         expert_ids: [T, K] int32 of this rank's tokens.
         plan: their plan.
         weights: [T, K] fp32, or None for all 1.
@@ -126,7 +121,6 @@ class Outputs:
 
     y: torch.Tensor
     sources: Sources
-    bases: list[int] | None
     expert_ids: torch.Tensor
     plan: Plan
     weights: torch.Tensor | None
@@ -147,6 +141,20 @@ class Pending:
     data: Any
     epoch: int
     state: Any = None
+
+
+def outside_autograd(method: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Run a transport's method without autograd, whatever mode the caller is in.
+
+    Windows outlive the call, so that views of them must not be inference tensors either.
+    """
+
+    @functools.wraps(method)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return wrapped
 
 
 class Transport(Protocol):
@@ -174,6 +182,10 @@ class Transport(Protocol):
         """Wait for all ranks' rows and sum those of each token."""
         ...
 
+    def output_rows(self, config: MoeConfig, num_rows: int) -> torch.Tensor | None:
+        """[num_rows, H] memory from which the next combine need not copy, if there is such."""
+        ...
+
     def all_to_all_v(self, op: str, x: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
         """Send consecutive rows of [N, B] uint8 ``x``; return what each rank sent here."""
         ...
@@ -192,132 +204,146 @@ class Transport(Protocol):
 
 
 def push_tokens(
-    call: Call, rank: int, tokens: Tokens, parts: list[DispatchWindow]
-) -> tuple[Plan, list[int]]:
-    """Plan this rank's tokens and write them into its part of every window.
-
-    Returns:
-        The plan, and the rows written for each rank.
-    """
-    config, topology = call.config, call.config.topology
+    call: Call, rank: int, tokens: Tokens, rows: torch.Tensor, headers: list[DispatchHeader]
+) -> Plan:
+    """Plan this rank's tokens, write them into its rows and its headers."""
+    topology = call.config.topology
     plan = call.steps.plan(tokens.expert_ids, topology.num_experts)
-    written = call.steps.push(
+    call.steps.push(
         tokens.x,
         tokens.expert_ids,
         tokens.weights,
         tokens.smooth,
-        config.row_format,
+        call.config.row_format,
         plan,
-        parts,
+        rows,
+        headers,
         experts_per_rank=topology.experts_per_rank,
         shared_targets=topology.shared_ranks_of(rank),
         num_shared_ranks=topology.num_shared_ranks,
     )
-    return plan, written
+    return plan
 
 
-def traffic(config: MoeConfig, num_tokens: int, written: list[int]) -> Traffic:
-    """Count what a push wrote."""
-    copies = num_tokens * (config.top_k + config.topology.num_shared_experts)
-    sent, stride = sum(written), config.row_format.stride
-    return Traffic(sent, copies - sent, sent * stride, (copies - sent) * stride)
+def traffic(config: MoeConfig, tokens: Tokens) -> Traffic:
+    """Count what a dispatch of ``tokens`` moves."""
+    num_tokens, top_k = tokens.expert_ids.shape
+    shared = num_tokens * config.topology.num_shared_experts
+    copies = num_tokens * top_k
+    sent = copies
+    if tokens.smooth is None:
+        ranks = (tokens.expert_ids // config.topology.experts_per_rank).sort(dim=1).values
+        sent -= int((ranks[:, 1:] == ranks[:, :-1]).sum())
+    stride = config.row_format.stride
+    return Traffic(sent + shared, copies - sent, (sent + shared) * stride, (copies - sent) * stride)
 
 
-def received_counts(config: MoeConfig, rank: int, window: DispatchWindow) -> torch.Tensor:
+def received_counts(config: MoeConfig, rank: int, headers: DispatchHeader) -> torch.Tensor:
     """[L, W] int32 rows for each local expert of ``rank`` from each source."""
     topology = config.topology
     if not topology.is_shared_rank(rank):
         local = topology.local_experts(rank)
-        return window.counts[:, local.start : local.stop].T.contiguous()
+        return headers.counts[:, local.start : local.stop].T.contiguous()
     serves = [topology.serves(rank, source) for source in range(topology.world_size)]
-    return (window.num_tokens.T * torch.tensor(serves, device=window.counts.device)).int()
+    return (headers.num_tokens.T * torch.tensor(serves, device=headers.counts.device)).int()
 
 
-def check_overflow(call: Call, limit: int, window: DispatchWindow) -> None:
+def receive(
+    call: Call,
+    rank: int,
+    tokens: Tokens,
+    plan: Plan,
+    headers: DispatchHeader,
+    locate: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+) -> Received:
+    """Pack what all ranks sent into the outputs of dispatch.
+
+    Args:
+        call: the call.
+        rank: this rank.
+        tokens: its input.
+        plan: of its tokens.
+        headers: of all sources.
+        locate: from the source of each received row, and its number among the source's rows, to a
+            tensor of rows and the index of each.
+    """
+    config = call.config
+    if config.max_rows is not None:
+        _check_overflow(call, config.max_rows, headers)
+    counts = received_counts(config, rank, headers)
+    sources = call.steps.sources(counts)
+    source, copy = sources.source, sources.copy
+    num_rows = len(source) if tokens.exact else config.capacity(rank)
+    x = tokens.x.new_empty((num_rows, config.hidden), dtype=config.row_format.dtype)
+    scales = x.new_empty(num_rows, dtype=torch.float32) if config.quant else None
+    rows, index = locate(source, headers.slots[source, copy])
+    call.steps.pack(rows, index, config.row_format, x, scales)
+    weights = None
+    if headers.weights is not None:
+        weights = x.new_empty(num_rows, dtype=torch.float32)
+        weights[: len(source)] = headers.weights[source, copy]
+    return Received(x, scales, weights, counts, sources, plan)
+
+
+def _check_overflow(call: Call, limit: int, headers: DispatchHeader) -> None:
     """Raise on every rank alike when any rank receives more than ``limit`` rows."""
     for rank in range(call.config.topology.world_size):
-        rows = int(received_counts(call.config, rank, window).sum())
+        rows = int(received_counts(call.config, rank, headers).sum())
         if rows > limit:
             raise ReceiveOverflowError(call.op, rank, rows, limit)
 
 
-def receive(
-    call: Call, rank: int, tokens: Tokens, plan: Plan, written: list[int], window: DispatchWindow
-) -> Received:
-    """Pack a complete window into the outputs of dispatch."""
-    config, topology = call.config, call.config.topology
-    shared = topology.is_shared_rank(rank)
-    if tokens.limit is not None:
-        check_overflow(call, tokens.limit, window)
-    counts = received_counts(config, rank, window)
-    sources = call.steps.sources(counts)
-    x, scales, weights = allocate_received(call, rank, tokens, sources)
-    call.steps.pack(window, sources, config.row_format, x, scales, weights, shared=shared)
-    if shared:
-        bases = [config.combine.shared_base(rank)] * topology.world_size
-    else:
-        bases = window.counts[:, : topology.local_experts(rank).start].sum(1).tolist()
-    sent = traffic(config, tokens.x.shape[0], written)
-    return Received(x, scales, weights, counts, sources, bases, plan, sent)
-
-
-def allocate_received(
-    call: Call, rank: int, tokens: Tokens, sources: Sources
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Uninitialised x, scales and weights of a dispatch."""
-    config = call.config
-    rows = config.topology.capacity(rank, config.max_tokens, config.top_k)
-    if tokens.exact:
-        rows = sources.source.numel()
-    elif tokens.limit is not None:
-        rows = min(rows, tokens.limit)
-    x = tokens.x.new_empty((rows, config.hidden), dtype=config.row_format.dtype)
-    scales = x.new_empty(rows, dtype=torch.float32) if config.quant else None
-    weights = x.new_empty(rows, dtype=torch.float32) if config.with_weights else None
-    return x, scales, weights
-
-
-def return_bases(config: MoeConfig, rank: int, outputs: Outputs) -> list[int]:
-    """Where the rows of ``rank`` go in each source's combine window."""
-    world = config.topology.world_size
-    if config.topology.is_shared_rank(rank):
-        return [config.combine.shared_base(rank)] * world
-    if config.compact:
-        assert outputs.bases is not None
-        return outputs.bases
-    return [config.combine.block_base(rank)] * world
-
-
-def combine_bases(config: MoeConfig, plan: Plan) -> list[int]:
-    """[W] where the block of each rank begins in this rank's own combine window."""
-    topology, layout = config.topology, config.combine
-    shared = [layout.shared_base(rank) for rank in range(topology.num_shared_ranks)]
-    moe = range(topology.num_shared_ranks, topology.world_size)
-    if not config.compact:
-        return shared + [layout.block_base(rank) for rank in moe]
-    per_rank = plan.counts.view(len(moe), topology.experts_per_rank).sum(1)
-    return shared + (per_rank.cumsum(0) - per_rank).tolist()
-
-
 def reduce_rows(
-    call: Call, outputs: Outputs, rows: torch.Tensor, addend: torch.Tensor | None
+    call: Call,
+    outputs: Outputs,
+    rows: torch.Tensor,
+    index: torch.Tensor,
+    addend: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The weighted sum over a complete combine window."""
-    out = outputs.y.new_empty((outputs.expert_ids.shape[0], call.config.hidden))
-    index = combine_index(call.config, outputs.expert_ids, outputs.plan)
+    """The weighted sum of the rows that [T, K + NS] ``index`` names."""
+    out = outputs.y.new_empty((len(index), call.config.hidden))
     call.steps.reduce(rows, index, outputs.weights, addend, out)
     return out
 
 
-def combine_index(config: MoeConfig, expert_ids: torch.Tensor, plan: Plan) -> torch.Tensor:
-    """[T, K + NS] int64 rows of the combine window that hold each token's copies."""
-    topology, layout = config.topology, config.combine
-    num_tokens = expert_ids.shape[0]
-    first = (plan.counts.cumsum(0) - plan.counts).view(-1, topology.experts_per_rank)
-    if not config.compact:
-        blocks = torch.arange(first.shape[0], device=first.device) * config.max_copies
-        first = first - first[:, :1] + blocks[:, None]
-    routed = first.reshape(-1)[expert_ids.long()] + plan.expand_idx.view(expert_ids.shape)
-    token = torch.arange(num_tokens, device=expert_ids.device)[:, None]
-    shared = torch.arange(topology.num_shared_experts, device=expert_ids.device)
-    return torch.cat([routed, layout.routed_rows + shared * config.max_tokens + token], dim=1)
+def rows_in_plan_order(config: MoeConfig, outputs: Outputs) -> torch.Tensor:
+    """[T, K + NS] int64 where each token's rows are, when they lie in the order of its plan.
+
+    That is by (expert, flat position), followed by all tokens for each shared expert.
+    """
+    plan, shape = outputs.plan, outputs.expert_ids.shape
+    first = plan.counts.cumsum(0) - plan.counts
+    routed = first[outputs.expert_ids.long()] + plan.expand_idx.view(shape)
+    token = torch.arange(shape[0], device=routed.device)[:, None]
+    shared = torch.arange(config.topology.num_shared_experts, device=routed.device)
+    return torch.cat([routed, shape[0] * (shape[1] + shared) + token], dim=1)
+
+
+def rows_at_holders(
+    config: MoeConfig, rank: int, outputs: Outputs, ends: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which rank holds each token's rows after the experts, and at which place.
+
+    Args:
+        config: sizes.
+        rank: this rank, the source of the tokens.
+        outputs: its input to combine.
+        ends: [W, L*W] every rank's prefix sums.
+
+    Returns:
+        holder: [T, K + NS] int64.
+        row: [T, K + NS] int64 among the holder's rows.
+    """
+    topology, ids = config.topology, outputs.expert_ids.long()
+    local = topology.experts_per_rank
+    starts = torch.nn.functional.pad(ends, (1, 0))  # entry i: the rows before group i
+    holder = topology.num_shared_ranks + ids // local
+    row = starts[holder, ids % local * topology.world_size + rank]
+    row = row + outputs.plan.expand_idx.view(ids.shape)
+    shared = torch.tensor(topology.shared_ranks_of(rank), dtype=torch.long, device=ids.device)
+    shared = shared.expand(len(ids), -1)
+    token = torch.arange(len(ids), device=ids.device)[:, None]
+    return (
+        torch.cat([holder, shared], dim=1),
+        torch.cat([row, starts[shared, rank] + token], dim=1),
+    )

@@ -1,32 +1,35 @@
-"""The windows peers write into: layout, size and the ring of slots.
+"""Memory that all ranks of a group can reach: layout, size and the ring of slots.
 
-A window is split into ``slots`` equal parts that operations use in turn. A slot begins with one
-flag record per source, four int32 words (epoch, status, digest of the arguments, unused), and goes
-on with what the kind of operation needs:
+Each rank has a window for each kind of operation, split into ``slots`` equal parts that operations
+use in turn. A slot begins with one flag record per source, four int32 words (epoch, status, digest
+of the arguments, unused), and goes on with what the kind needs:
 
-    dispatch   [W] headers (token count, counts[E], slots[C], weights[C]), then [W][rows] x stride
-    combine    [blocks] x H rows, one block per rank that answers
+    dispatch   [W] headers (token count, counts[E], slots[C], weights[C]); [R] rows of stride bytes
+    combine    [L*W] prefix sums of the rows by (local expert, source); [A] rows of H elements
     exchange   [W] bytes of any kind
 
-Source r writes what has index r, and nothing else; the owner only reads.
+Flags and headers are written by their source, rows by the owner. On one host a load from a peer's
+memory costs what a load from one's own costs, so rows are written once, where they are, and every
+rank that wants one reads it from there into its place.
 """
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ..layout import DispatchWindow, RowFormat
+from ..layout import DispatchHeader, RowFormat
 from ..topology import Topology
 from .memory import Block
 
 FLAG_WORDS = 4
 FLAG_BYTES = 4 * FLAG_WORDS
-_MAX_VIEWS = 64  # sets of views an arena remembers
+_MAX_VIEWS = 1024  # views an arena remembers
 
 
 def align(num_bytes: int, to: int = 16) -> int:
@@ -58,8 +61,7 @@ class MoeConfig:
         quant: None, or "int8" for rows quantised per token on the way to the experts.
         per_expert: each expert has a smooth row of its own, so that copies of a token differ.
         with_weights: the routing weights travel with the tokens.
-        compact: each rank knows the place of its rows in a combine window (it kept the handle of
-            dispatch); otherwise the window has a block of full size for every rank.
+        max_rows: most rows a rank receives, where that is less than the worst case; or None.
     """
 
     topology: Topology
@@ -70,7 +72,7 @@ class MoeConfig:
     quant: str | None = None
     per_expert: bool = False
     with_weights: bool = False
-    compact: bool = True
+    max_rows: int | None = None
 
     @functools.cached_property
     def max_copies(self) -> int:
@@ -86,13 +88,15 @@ class MoeConfig:
         offset = align(self.hidden)
         return RowFormat(torch.int8, self.hidden, offset + 16, offset)
 
+    def capacity(self, rank: int) -> int:
+        """A: the rows that ``rank`` sets aside for what it receives."""
+        most = self.topology.capacity(rank, self.max_tokens, self.top_k)
+        return most if self.max_rows is None else min(most, self.max_rows)
+
     @functools.cached_property
     def dispatch(self) -> DispatchLayout:
         """Layout of a dispatch slot."""
-        copies, experts = self.max_copies, self.topology.num_experts
-        rows = copies if self.per_expert else self.max_tokens
-        words = 4 + experts + copies * (2 if self.with_weights else 1)
-        return DispatchLayout(self, align(4 * words), rows)
+        return DispatchLayout(self)
 
     @functools.cached_property
     def combine(self) -> CombineLayout:
@@ -105,91 +109,105 @@ class DispatchLayout:
     """Where things lie in a dispatch slot, behind the flags."""
 
     config: MoeConfig
-    header_bytes: int  # of each source
-    rows: int  # of each source
 
     @functools.cached_property
+    def header_bytes(self) -> int:
+        """Size of one source's header."""
+        config = self.config
+        lists = 2 if config.with_weights else 1
+        return align(4 * (4 + config.topology.num_experts + lists * config.max_copies))
+
+    @functools.cached_property
+    def num_rows(self) -> int:
+        """R: rows that a rank writes."""
+        config = self.config
+        if not config.per_expert:
+            return config.max_tokens
+        return config.max_tokens * (config.top_k + config.topology.num_shared_experts)
+
+    @property
+    def rows_start(self) -> int:
+        """Bytes before the rows."""
+        return self.config.topology.world_size * self.header_bytes
+
+    @property
     def num_bytes(self) -> int:
         """Size of a slot without its flags."""
-        world, stride = self.config.topology.world_size, self.config.row_format.stride
-        return world * (self.header_bytes + self.rows * stride)
+        return self.rows_start + self.num_rows * self.config.row_format.stride
 
-    def view(self, data: torch.Tensor) -> DispatchWindow:
-        """The slot whose bytes begin with ``data``, as one structure over all sources."""
+    def headers(self, data: torch.Tensor) -> DispatchHeader:
+        """The headers of all sources, stacked, in the slot whose bytes begin with ``data``."""
         config = self.config
-        world, experts = config.topology.world_size, config.topology.num_experts
-        copies, stride = config.max_copies, config.row_format.stride
-        rows_start = world * self.header_bytes
-        header = data[:rows_start].view(torch.int32).view(world, -1)
-        slots, weights = 4 + experts, 4 + experts + copies
-        return DispatchWindow(
-            num_tokens=header[:, :1],
-            counts=header[:, 4:slots],
-            slots=header[:, slots:weights],
+        words = data[: self.rows_start].view(torch.int32)
+        words = words.view(config.topology.world_size, -1)
+        slots = 4 + config.topology.num_experts
+        weights = slots + config.max_copies
+        return DispatchHeader(
+            num_tokens=words[:, :1],
+            counts=words[:, 4:slots],
+            slots=words[:, slots:weights],
             weights=(
-                header[:, weights : weights + copies].view(torch.float32)
+                words[:, weights : weights + config.max_copies].view(torch.float32)
                 if config.with_weights
                 else None
             ),
-            rows=data[rows_start : self.num_bytes].view(world, self.rows, stride),
         )
 
+    def rows(self, data: torch.Tensor) -> torch.Tensor:
+        """[R, stride] uint8 rows of the slot whose bytes begin with ``data``."""
+        rows = data[self.rows_start : self.num_bytes]
+        return rows.view(self.num_rows, self.config.row_format.stride)
 
-def source_part(window: DispatchWindow, rank: int) -> DispatchWindow:
-    """What source ``rank`` writes of a window."""
-    weights = None if window.weights is None else window.weights[rank]
-    return DispatchWindow(
-        window.num_tokens[rank],
-        window.counts[rank],
-        window.slots[rank],
-        weights,
-        window.rows[rank],
+
+def header_of(headers: DispatchHeader, source: int) -> DispatchHeader:
+    """One source's header."""
+    weights = None if headers.weights is None else headers.weights[source]
+    return DispatchHeader(
+        headers.num_tokens[source], headers.counts[source], headers.slots[source], weights
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class CombineLayout:
-    """Where the rows of a combine slot lie: one block per MoE rank, then one per shared expert.
-
-    The copies a token rank sent to MoE rank d come back in the order of its plan, (expert, flat
-    position). Compact blocks follow each other without gaps, which makes the window one row per
-    copy.
-    """
+    """Where things lie in a combine slot, behind the flags."""
 
     config: MoeConfig
 
     @functools.cached_property
-    def routed_rows(self) -> int:
-        """Rows of all MoE ranks' blocks."""
-        config, topology = self.config, self.config.topology
-        if config.compact:
-            return config.max_tokens * config.top_k
-        return (topology.world_size - topology.num_shared_ranks) * config.max_copies
+    def num_ends(self) -> int:
+        """Prefix sums by (local expert, source)."""
+        return self.config.topology.experts_per_rank * self.config.topology.world_size
 
     @functools.cached_property
     def num_rows(self) -> int:
-        """Rows of the window."""
-        shared = self.config.topology.num_shared_experts * self.config.max_tokens
-        return self.routed_rows + shared
+        """A: the most rows of any rank."""
+        config = self.config
+        return max(config.capacity(0), config.capacity(config.topology.world_size - 1))
 
     @functools.cached_property
+    def stride(self) -> int:
+        """Bytes from row to row."""
+        return align(self.config.hidden * self.config.dtype.itemsize)
+
+    @property
+    def rows_start(self) -> int:
+        """Bytes before the rows."""
+        return align(4 * self.num_ends)
+
+    @property
     def num_bytes(self) -> int:
         """Size of a slot without its flags."""
-        return align(self.num_rows * self.config.hidden * self.config.dtype.itemsize)
+        return self.rows_start + self.num_rows * self.stride
 
-    def view(self, data: torch.Tensor) -> torch.Tensor:
-        """[num_rows, H] rows of the slot whose bytes begin with ``data``."""
+    def ends(self, data: torch.Tensor) -> torch.Tensor:
+        """[L*W] int32 prefix sums of the slot whose bytes begin with ``data``."""
+        return data[: 4 * self.num_ends].view(torch.int32)
+
+    def rows(self, data: torch.Tensor) -> torch.Tensor:
+        """[A, H] rows of the slot whose bytes begin with ``data``."""
         config = self.config
-        used = self.num_rows * config.hidden * config.dtype.itemsize
-        return data[:used].view(config.dtype).view(self.num_rows, config.hidden)
-
-    def shared_base(self, rank: int) -> int:
-        """First row of the block of a shared rank."""
-        return self.routed_rows + self.config.topology.shared_expert(rank) * self.config.max_tokens
-
-    def block_base(self, rank: int) -> int:
-        """First row of the block of a MoE rank, where blocks have full size."""
-        return (rank - self.config.topology.num_shared_ranks) * self.config.max_copies
+        rows = data[self.rows_start : self.num_bytes].view(config.dtype)
+        return rows.view(self.num_rows, self.stride // config.dtype.itemsize)[:, : config.hidden]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +248,21 @@ def clear_flags(block: Block, world_size: int, slots: int, epoch: int) -> None:
     words[:, ::FLAG_WORDS] = epoch
 
 
+class Reach(NamedTuple):
+    """The rows of all ranks' windows as one tensor.
+
+    Attributes:
+        rows: [N, columns], a row beginning every 16 bytes from the lowest window to the highest. In
+            between lies memory of others, which no index names.
+        origins: [W] int64 index of each rank's first row.
+        step: from one row of a rank to its next.
+    """
+
+    rows: torch.Tensor
+    origins: torch.Tensor
+    step: int
+
+
 class Arena:
     """The windows of all ranks for one kind of operation, as this rank has mapped them.
 
@@ -258,29 +291,48 @@ class Arena:
         start = slot * self.stride
         return self.blocks[owner].data[start + self._flags : start + self.stride]
 
-    def dispatch_window(self, layout: DispatchLayout, rank: int, slot: int) -> DispatchWindow:
-        """This rank's own window."""
-        return self._cached((layout, slot, "own"), lambda: layout.view(self.data(rank, slot)))
+    def view(
+        self, owner: int, slot: int, layout: object, make: Callable[[torch.Tensor], Any]
+    ) -> Any:
+        """What ``make`` makes of a slot's bytes; remembered, as views cost microseconds each."""
+        key = (owner, slot, layout, make.__name__)
+        return self._remember(key, lambda: make(self.data(owner, slot)))
 
-    def dispatch_parts(self, layout: DispatchLayout, rank: int, slot: int) -> list[DispatchWindow]:
-        """This rank's part of every rank's window."""
-        return self._cached(
-            (layout, slot, "parts"),
-            lambda: [
-                source_part(layout.view(self.data(owner, slot)), rank)
-                for owner in range(len(self.blocks))
-            ],
+    def reach(self, slot: int, start: int, stride: int, dtype: torch.dtype, columns: int) -> Reach:
+        """All ranks' rows of a slot.
+
+        Args:
+            slot: of the ring.
+            start: bytes before the first row, behind the flags.
+            stride: bytes from row to row, a multiple of 16.
+            dtype: of the elements.
+            columns: elements of a row.
+        """
+        return self._remember(
+            (slot, start, stride, dtype, columns),
+            lambda: self._make_reach(slot, start, stride, dtype, columns),
         )
 
-    def combine_windows(self, layout: CombineLayout, slot: int) -> list[torch.Tensor]:
-        """Every rank's window."""
-        return self._cached(
-            (layout, slot, "rows"),
-            lambda: [layout.view(self.data(owner, slot)) for owner in range(len(self.blocks))],
+    def _make_reach(
+        self, slot: int, start: int, stride: int, dtype: torch.dtype, columns: int
+    ) -> Reach:
+        first = slot * self.stride + self._flags + start
+        ends = [
+            base + block.data.numel() for base, block in zip(self._base, self.blocks, strict=True)
+        ]
+        lowest, highest = min(self._base) + first, max(ends)
+        memory = (ctypes.c_uint8 * (highest - lowest)).from_address(lowest)
+        elements = torch.frombuffer(memory, dtype=torch.uint8)
+        elements = elements[: elements.numel() // 16 * 16].view(dtype)
+        unit = 16 // dtype.itemsize
+        count = max((elements.numel() - columns) // unit + 1, 0)
+        return Reach(
+            elements.as_strided((count, columns), (unit, 1)),
+            torch.tensor([(base + first - lowest) // 16 for base in self._base]),
+            stride // 16,
         )
 
-    def _cached(self, key: tuple[object, ...], make: Callable[[], Any]) -> Any:
-        # Views cost microseconds each, and a call needs several per peer.
+    def _remember(self, key: tuple[object, ...], make: Callable[[], Any]) -> Any:
         if key not in self._views:
             if len(self._views) >= _MAX_VIEWS:
                 self._views.clear()

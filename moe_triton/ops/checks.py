@@ -70,9 +70,11 @@ def shape(
     meaning: str,
     device: torch.device,
 ) -> None:
-    """``tensor`` is None, or has the expected shape (None: any size) and is on ``device``."""
+    """``tensor`` is None, or dense, of the expected shape (None: any size) and on ``device``."""
     if tensor is None:
         return
+    if tensor.layout != torch.strided:
+        raise ArgumentValueError(op, name, "be a dense tensor", tensor.layout)
     fits = tensor.dim() == len(expected) and all(
         want is None or size == want for size, want in zip(tensor.shape, expected, strict=True)
     )

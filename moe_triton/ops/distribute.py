@@ -192,7 +192,6 @@ def distribute_dispatch(
         _QUANT[quant_mode],
         per_expert=scales is not None,
         with_weights=expert_scales is not None,
-        compact=False,
     )
     agreed = arguments.agreed(op, x, "x", expert_ids) | {
         "quant_mode": quant_mode,
@@ -263,7 +262,7 @@ def distribute_combine(
         max_tokens = _check_tokens(op, arguments, expand_x, expert_ids, expert_scales, topology)
         num_tokens, top_k = expert_ids.shape
         hidden, device = expand_x.shape[1], expand_x.device
-        config = MoeConfig(topology, top_k, hidden, max_tokens, expand_x.dtype, compact=False)
+        config = MoeConfig(topology, top_k, hidden, max_tokens, expand_x.dtype)
         local = topology.num_local_experts(group.rank)
         capacity = topology.capacity(group.rank, max_tokens, top_k)
         checks.value(
@@ -289,7 +288,7 @@ def distribute_combine(
 
     agreed = arguments.agreed(op, expand_x, "expand_x", expert_ids)
     call = Call(op, config, agreed | _batch(arguments, num_tokens), steps)
-    outputs = Outputs(expand_x, steps.sources(counts), None, expert_ids, plan, expert_scales)
+    outputs = Outputs(expand_x, steps.sources(counts), expert_ids, plan, expert_scales)
     transport = endpoint.transport(op)
     return transport.combine_teardown(transport.combine_setup(call, outputs), addend)
 

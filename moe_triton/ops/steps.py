@@ -14,8 +14,6 @@ _TABLES = {
         push=ref.push,
         sources=ref.sources,
         pack=ref.pack,
-        gather_quant=ref.gather_quant,
-        return_push=ref.return_push,
         reduce=ref.reduce,
     ),
 }
