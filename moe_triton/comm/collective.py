@@ -15,7 +15,7 @@ import dataclasses
 import datetime as dt
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -42,10 +42,15 @@ from .transport import (
     reduce_rows,
     rows_in_plan_order,
 )
-from .waiting import Waiter
+from .waiting import Waiter, ranks_text
 from .window import MoeConfig, header_of
 
+# What sends and receives: torch's group, or gloo itself.
+Connection: TypeAlias = "dist.ProcessGroup | dist.ProcessGroupGloo"
+
 _NOTICE_BYTES = 4096
+_ROWS_TAG = 0
+_CLOCK_SLACK = 0.01  # seconds by which gloo, which counts milliseconds, may be early
 _KINDS = ("dispatch", "combine", "exchange")
 
 
@@ -70,23 +75,19 @@ class CollectiveTransport:
     """The transport over a torch process group whose back end moves CPU tensors.
 
     Args:
-        group: must have a process group.
+        group: the group.
+        connection: what sends and receives between its ranks, from ``connect`` or ``reconnect``.
         in_flight: setups that may run ahead of teardowns.
         timeout: seconds a wait may take.
     """
 
     name = "collective"
 
-    def __init__(self, group: Group, *, in_flight: int, timeout: float) -> None:
-        assert group.process_group is not None
-        backend = dist.get_backend(group.process_group)
-        if "gloo" not in backend:
-            raise UnavailableError(
-                "collective transport",
-                f"the process group must have a gloo back end for CPU tensors, got {backend!r}",
-            )
+    def __init__(
+        self, group: Group, connection: Connection, *, in_flight: int, timeout: float
+    ) -> None:
         self._group = group
-        self._process_group = group.process_group
+        self._connection: Connection | None = connection
         self._rank, self._size = group.rank, group.size
         self._timeout = timeout
         self._limit = in_flight
@@ -100,7 +101,7 @@ class CollectiveTransport:
     def prepare(self, call: Call, kind: str, slot_bytes: int) -> None:  # noqa: ARG002
         """Compare the arguments; buffers come with the calls."""
         epoch = self._begin(kind, call.op)
-        self._notify(kind, epoch, call.arguments, [0] * self._size)
+        self._notify(call.op, kind, epoch, call.arguments, [0] * self._size)
         self._await_notices(kind, epoch, call.op)
         self._finish(kind, epoch)
 
@@ -116,9 +117,9 @@ class CollectiveTransport:
             plan = push_tokens(call, self._rank, tokens, rows, targets)
             parts = self._parts(config, tokens, headers, rows, epoch)
         except BaseException as error:
-            self._give_up("dispatch", epoch, error)
+            self._give_up(call.op, "dispatch", epoch, error)
             raise
-        self._notify("dispatch", epoch, call.arguments, [len(part) for part in parts])
+        self._notify(call.op, "dispatch", epoch, call.arguments, [len(part) for part in parts])
         return Pending(call, tokens, epoch, (plan, parts))
 
     @outside_autograd
@@ -186,9 +187,9 @@ class CollectiveTransport:
             torch.index_select(outputs.y, 0, source.argsort(stable=True), out=staged)
             counts = torch.bincount(source, minlength=self._size).tolist()
         except BaseException as error:
-            self._give_up("combine", epoch, error)
+            self._give_up(call.op, "combine", epoch, error)
             raise
-        self._notify("combine", epoch, call.arguments, counts)
+        self._notify(call.op, "combine", epoch, call.arguments, counts)
         return Pending(call, outputs, epoch, staged.split(counts))
 
     @outside_autograd
@@ -223,7 +224,7 @@ class CollectiveTransport:
     def all_to_all_v(self, op: str, x: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
         """Send the number of rows with the notices, then the rows."""
         epoch = self._begin("exchange", op)
-        self._notify("exchange", epoch, {"op": op, "row_bytes": x.shape[1]}, counts)
+        self._notify(op, "exchange", epoch, {"op": op, "row_bytes": x.shape[1]}, counts)
         coming = self._await_notices("exchange", epoch, op)
         received = [x.new_empty((rows, x.shape[1])) for rows in coming]
         self._transfer(op, [[part] for part in x.split(counts)], [[rows] for rows in received])
@@ -233,7 +234,7 @@ class CollectiveTransport:
     def reject(self, kind: str, op: str, error: MoeError) -> None:
         """Send a notice of rejection in place of data."""
         if self._broken is None and not self._is_full(kind):
-            self._give_up(kind, self._begin(kind, op), error)
+            self._give_up(op, kind, self._begin(kind, op), error)
 
     def raise_if_broken(self, op: str) -> None:
         """Raise while the group is broken."""
@@ -245,8 +246,9 @@ class CollectiveTransport:
             )
 
     def close(self) -> None:
-        """Forget the buffers; the process group is its maker's."""
+        """Forget the buffers and the connection."""
         self._buffers.clear()
+        self._connection = None
 
     def _begin(self, kind: str, op: str) -> int:
         self.raise_if_broken(op)
@@ -280,19 +282,22 @@ class CollectiveTransport:
     def _tag(self, kind: str, epoch: int) -> int:
         return (epoch * len(_KINDS) + _KINDS.index(kind)) % 2**30
 
-    def _notify(self, kind: str, epoch: int, arguments: Mapping[str, Any], rows: list[int]) -> None:
+    def _notify(
+        self, op: str, kind: str, epoch: int, arguments: Mapping[str, Any], rows: list[int]
+    ) -> None:
         """Send every rank the arguments and the number of rows it will get."""
-        self._post(kind, epoch, [{"arguments": arguments, "rows": n} for n in rows], arguments)
+        self._post(op, kind, epoch, [{"arguments": arguments, "rows": n} for n in rows], arguments)
 
-    def _give_up(self, kind: str, epoch: int, error: BaseException) -> None:
+    def _give_up(self, op: str, kind: str, epoch: int, error: BaseException) -> None:
         """Send every rank the reason why nothing will come."""
         reason = error.problem if isinstance(error, MoeError) else repr(error)
         notice = {"rejected": reason[: _NOTICE_BYTES // 8]}
-        self._post(kind, epoch, [notice] * self._size, None)
+        self._post(op, kind, epoch, [notice] * self._size, None)
         self._debts[kind].append(self._in_flight[kind].pop(epoch))
 
     def _post(
         self,
+        op: str,
         kind: str,
         epoch: int,
         notices: list[dict[str, Any]],
@@ -300,26 +305,54 @@ class CollectiveTransport:
     ) -> None:
         tag = self._tag(kind, epoch)
         incoming = torch.empty((self._size, _NOTICE_BYTES), dtype=torch.uint8)
-        operation = _Operation(incoming, {}, [], arguments)
-        for rank, notice in enumerate(notices):
-            raw = json.dumps(notice).encode().ljust(_NOTICE_BYTES)
-            outgoing = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-            if rank == self._rank:
-                incoming[rank] = outgoing
-                continue
-            operation.sends.append((rank, self._send(outgoing, rank, tag)))
-            operation.receives[rank] = self._receive(incoming[rank], rank, tag)
-        self._in_flight[kind][epoch] = operation
+        outgoing = [
+            torch.frombuffer(
+                bytearray(json.dumps(notice).encode().ljust(_NOTICE_BYTES)), dtype=torch.uint8
+            )
+            for notice in notices
+        ]
+        incoming[self._rank] = outgoing[self._rank]
+        peers = [rank for rank in range(self._size) if rank != self._rank]
+        sends = self._start(op, [("send", rank, outgoing[rank]) for rank in peers], tag)
+        receives = self._start(op, [("receive", rank, incoming[rank]) for rank in peers], tag)
+        self._in_flight[kind][epoch] = _Operation(incoming, dict(receives), sends, arguments)
 
-    def _send(self, data: torch.Tensor, rank: int, tag: int = 0) -> dist.Work:
-        work = dist.isend(data, group=self._process_group, group_dst=rank, tag=tag)
-        assert work is not None
-        return work
+    def _start(
+        self, op: str, transfers: list[tuple[str, int, torch.Tensor]], tag: int
+    ) -> list[tuple[int, dist.Work]]:
+        """Start to send to and receive from other ranks.
 
-    def _receive(self, data: torch.Tensor, rank: int, tag: int = 0) -> dist.Work:
-        work = dist.irecv(data, group=self._process_group, group_src=rank, tag=tag)
-        assert work is not None
-        return work
+        Args:
+            op: for error messages.
+            transfers: "send" or "receive", the other rank and contiguous bytes.
+            tag: tells messages between two ranks apart, beside their order.
+
+        Returns:
+            Rank and work of each.
+
+        Raises:
+            PeerTimeoutError: a rank is gone.
+        """
+        works: list[tuple[int, dist.Work]] = []
+        failures: dict[int, RuntimeError] = {}
+        group: Any = self._connection  # torch's functions take a bare gloo as well
+        for action, rank, data in transfers:
+            # The others must get their part all the same: they name the rank that is gone, and
+            # would else name this one.
+            try:
+                if action == "send":
+                    work = dist.isend(data, group=group, group_dst=rank, tag=tag)
+                else:
+                    work = dist.irecv(data, group=group, group_src=rank, tag=tag)
+            except RuntimeError as error:  # noqa: PERF203
+                failures[rank] = error
+            else:
+                assert work is not None
+                works.append((rank, work))
+        if failures:
+            problem = f"the connection to {ranks_text([*failures])} is gone"
+            self._break(op, tuple(failures), problem, next(iter(failures.values())))
+        return works
 
     def _settle(self, operation: _Operation, op: str) -> None:
         """Wait for all notices of an operation."""
@@ -369,21 +402,14 @@ class CollectiveTransport:
     ) -> None:
         """Move tensors, some to and some from each rank, all contiguous."""
         waiter = Waiter(self._timeout)
-        works: list[tuple[int, dist.Work]] = []
-        for step in range(1, self._size):
-            source = (self._rank - step) % self._size
-            works += [
-                (source, self._receive(_as_bytes(data), source))
-                for data in receive[source]
-                if data.numel()
-            ]
-        for step in range(1, self._size):
-            target = (self._rank + step) % self._size
-            works += [
-                (target, self._send(_as_bytes(data), target))
-                for data in send[target]
-                if data.numel()
-            ]
+        # Each rank starts with its neighbour, so that not all of them serve rank 0 first.
+        steps = range(1, self._size)
+        sources = [(self._rank - step) % self._size for step in steps]
+        targets = [(self._rank + step) % self._size for step in steps]
+        transfers = [("receive", rank, data) for rank in sources for data in receive[rank]]
+        transfers += [("send", rank, data) for rank in targets for data in send[rank]]
+        transfers = [(action, rank, _as_bytes(data)) for action, rank, data in transfers]
+        works = self._start(op, [transfer for transfer in transfers if len(transfer[2])], _ROWS_TAG)
         for own, data in zip(receive[self._rank], send[self._rank], strict=True):
             own.copy_(data)
         for rank, work in works:
@@ -395,27 +421,53 @@ class CollectiveTransport:
         try:
             work.wait(remaining)
         except RuntimeError as error:
-            if waiter.expired:
-                self._broken = f"rank {rank} did not come within {self._timeout:g} s"
-            else:
-                self._broken = f"the connection to rank {rank} is gone"
-            raise PeerTimeoutError(
-                op, (rank,), f"{self._broken}, in group {self._group.name!r}"
-            ) from error
+            problem = f"the connection to rank {rank} is gone"
+            if waiter.remaining < _CLOCK_SLACK:
+                problem = f"rank {rank} did not come within {self._timeout:g} s"
+            self._break(op, (rank,), problem, error)
+
+    def _break(
+        self, op: str, ranks: tuple[int, ...], problem: str, cause: RuntimeError
+    ) -> NoReturn:
+        self._broken = problem
+        message = f"{problem}, in group {self._group.name!r}"
+        raise PeerTimeoutError(op, ranks, message) from cause
 
 
 def _as_bytes(data: torch.Tensor) -> torch.Tensor:
     return data.view(torch.uint8).reshape(-1)
 
 
-def reconnect(group: Group, timeout: float) -> Group:
-    """The same ranks in a process group of their own, after the old one failed."""
+def connect(group: Group) -> Connection:
+    """The group's own torch process group, if it can be used."""
     assert group.process_group is not None
-    ranks = dist.get_process_group_ranks(group.process_group)
-    fresh = dist.new_group(
-        ranks,
-        timeout=dt.timedelta(seconds=timeout),
-        backend="gloo",
-        use_local_synchronization=True,
-    )
-    return dataclasses.replace(group, process_group=fresh)
+    backends = dist.get_backend_config(group.process_group)
+    # One name for all devices, or "cpu:gloo,cuda:nccl".
+    if not any(name in ("gloo", "cpu:gloo") for name in backends.split(",")):
+        raise UnavailableError(
+            "collective transport",
+            f"the process group must have a gloo back end for CPU tensors, got {backends!r}",
+        )
+    return group.process_group
+
+
+def reconnect(op: str, group: Group, store: dist.Store, timeout: float) -> Connection:
+    """A connection of the same ranks to use after the torch process group has failed.
+
+    torch.distributed does not hear of it: what else uses the process group has to make its own.
+
+    Args:
+        op: for error messages.
+        group: the group.
+        store: with keys that nobody has used.
+        timeout: seconds that the ranks may take to come.
+
+    Raises:
+        PeerTimeoutError: a rank did not come.
+    """
+    limit = dt.timedelta(seconds=timeout)
+    try:
+        return dist.ProcessGroupGloo(store, group.rank, group.size, limit)
+    except RuntimeError as error:
+        problem = f"a rank of group {group.name!r} was lost while it connected"
+        raise PeerTimeoutError(op, (), problem) from error

@@ -46,7 +46,6 @@ class Endpoint:
         self, group: Group, tag: str, *, transport: str, in_flight: int, timeout: float
     ) -> None:
         self.group = group
-        self.origin = group.process_group  # stays the same when recover() makes a new one
         self.choice = group.transport if transport == "auto" else transport
         self._in_flight = in_flight
         self._timeout = timeout
@@ -116,7 +115,7 @@ class Endpoint:
             self._raise_if_lost(op)
             return
         if self._connected is not None:
-            self._process_group_lost = self._connected.name == "collective"
+            self._process_group_lost |= self._connected.name == "collective"
             self._connected.close()
             self._connected = None
         # Also after a recover() that failed: the ranks may have come to it a different number of
@@ -161,11 +160,12 @@ class Endpoint:
         if self.choice == "symmetric" or self.group.process_group is None:
             cause = "; ".join(causes) or "the group has no torch process group"
             raise UnavailableError(op, f"transport {self.choice!r} cannot work here: {cause}")
+        connection = collective.connect(self.group)
         if self._process_group_lost:
-            self.group = collective.reconnect(self.group, self._timeout)
-            self._process_group_lost = False
+            store = self._meeting.private_store()
+            connection = collective.reconnect(op, self.group, store, self._timeout)
         return collective.CollectiveTransport(
-            self.group, in_flight=self._in_flight, timeout=self._timeout
+            self.group, connection, in_flight=self._in_flight, timeout=self._timeout
         )
 
     def _facts(self) -> dict[str, Any]:

@@ -21,6 +21,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import torch.distributed as dist
+
 from ..errors import PeerAbortError, PeerTimeoutError
 from .groups import Group
 from .waiting import Waiter, ranks_text
@@ -63,10 +65,10 @@ class Meeting:
         self._timeout = timeout
         self._place = _Place()
 
-    @property
-    def generation(self) -> int:
-        """Of the last meeting; equal on all ranks that were there."""
-        return self._place.generation
+    def private_store(self) -> dist.Store:
+        """Keys that only the ranks of the last meeting use."""
+        prefix = f"{self._tag}/{self._place.generation}/{self._place.call}/private"
+        return dist.PrefixStore(prefix, self._store)
 
     def leave(self) -> None:
         """Make the next call join a new generation."""

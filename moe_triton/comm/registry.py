@@ -28,7 +28,7 @@ def default_endpoint(group: Group) -> Endpoint:
         # A process group that was destroyed and made again may have the old name.
         if (
             found is not None
-            and found.origin is group.process_group
+            and found.group.process_group is group.process_group
             and found.choice == group.transport
         ):
             return found
