@@ -1,9 +1,12 @@
 """How fast do tokens move between processes of one host: windows against gloo, in one run?
 
 Each case runs both transports in the same processes, in turn, and checks them against the sum
-computed directly before it times them. A round is a dispatch and a combine; a sample is a few rounds
-one after the other, as a model's layers are, and its time is the slowest rank's. The floor is a plain
-copy of the rows that a rank gets delivered, in both directions, by all ranks at once.
+computed directly before it times them. A round is a dispatch and a combine; a sample is a few
+rounds one after the other, as a model's layers are, and its time is the slowest rank's. The floor
+is a plain copy of the rows that a rank gets delivered, in both directions, by all ranks at once.
+
+The experts are left out: their outputs are taken to stand where ``output_rows`` says. "copied" is
+the same with outputs anywhere else, which combine must copy into its window.
 
     python bench/bench_transport.py [--world-size 4 8] [--samples 15]
 """
@@ -53,6 +56,7 @@ def main():
         "windows": lambda row: f"{row['symmetric_ms']:.1f} ms",
         "gloo": lambda row: f"{row['collective_ms']:.1f} ms",
         "ratio": lambda row: f"{row['ratio']:.2f}",
+        "windows, copied": lambda row: f"{row['copied_ms']:.1f} ms",
         "copy floor": lambda row: f"{row['copy_ms']:.1f} ms ({row['share_of_copy']:.0%})",
     }
     print(report.table(rows, columns))
@@ -64,7 +68,7 @@ def measure(ctx, *, quant, samples):
     x = testing.tokens(tokens, hidden, torch.bfloat16, seed=ctx.rank)
     ids = testing.routing_uniform(tokens, SHAPE["experts"], top_k, seed=ctx.rank)
     weights = testing.weights(tokens, top_k, seed=ctx.rank)
-    layers, outputs = {}, {}
+    layers, results = {}, {}
     for name in TRANSPORTS:
         layers[name] = layer = moe_triton.ExpertParallel(
             ctx.ep_group,
@@ -77,10 +81,14 @@ def measure(ctx, *, quant, samples):
             transport=name,
         )
         received = layer.dispatch(x, ids, weights)
-        outputs[name] = received.x
+        results[name] = received.x
         if quant:
-            outputs[name] = (received.x.float() * received.scales[:, None]).to(torch.bfloat16)
-        check(layer.combine(outputs[name], received.handle), x, weights, quant)
+            results[name] = (received.x.float() * received.scales[:, None]).to(torch.bfloat16)
+        check(layer.combine(results[name], received.handle), x, weights, quant)
+        received = layer.dispatch(x, ids, weights)
+        rows = layer.output_rows(received.handle)
+        rows.copy_(results[name])
+        check(layer.combine(rows, received.handle), x, weights, quant)
 
     delivered = [received.x, torch.zeros((tokens * top_k, hidden), dtype=torch.bfloat16)]
     targets = [torch.zeros_like(rows) for rows in delivered]
@@ -89,11 +97,16 @@ def measure(ctx, *, quant, samples):
         for target, rows in zip(targets, delivered, strict=True):
             target.copy_(rows)
 
-    def round_of(name):
+    def in_place(name):
         received = layers[name].dispatch(x, ids, weights)
-        layers[name].combine(outputs[name], received.handle)
+        layers[name].combine(layers[name].output_rows(received.handle), received.handle)
 
-    works = {name: functools.partial(round_of, name) for name in TRANSPORTS} | {"copy": copy}
+    def elsewhere(name):
+        received = layers[name].dispatch(x, ids, weights)
+        layers[name].combine(results[name], received.handle)
+
+    works = {name: functools.partial(in_place, name) for name in TRANSPORTS}
+    works |= {"copied": functools.partial(elsewhere, "symmetric"), "copy": copy}
     times = {name: [] for name in works}
     for sample in range(-1, samples):
         for name, work in works.items():
@@ -132,7 +145,7 @@ def summary(world, quant, ranks):
         "bytes_sent": ranks[0][1].bytes_sent,
         "bytes_saved": ranks[0][1].bytes_saved,
     }
-    for name in (*TRANSPORTS, "copy"):
+    for name in (*TRANSPORTS, "copied", "copy"):
         slowest = [max(one) * 1e3 for one in zip(*(times[name] for times, _ in ranks), strict=True)]
         quartiles = statistics.quantiles(slowest, n=4)
         row[f"{name}_ms"] = statistics.median(slowest)

@@ -146,15 +146,15 @@ class ExpertParallel:
             comm.close_endpoint(self._endpoint)
             raise
         self._arguments = {
-            "num_experts": num_experts,
-            "top_k": top_k,
-            "hidden": hidden,
-            "max_tokens": max_tokens,
+            "num_experts": int(num_experts),
+            "top_k": int(top_k),
+            "hidden": int(hidden),
+            "max_tokens": int(max_tokens),
             "dtype": str(dtype),
             "quant": quant,
-            "shared_experts": shared_experts,
-            "shared_ranks": shared_ranks,
-            "max_recv_tokens": max_recv_tokens,
+            "shared_experts": int(shared_experts),
+            "shared_ranks": int(shared_ranks),
+            "max_recv_tokens": None if max_recv_tokens is None else int(max_recv_tokens),
         }
         try:
             self._open()

@@ -211,15 +211,17 @@ def reduce(
     # One set of intermediates for all blocks: fresh memory costs page faults.
     gathered = rows.new_empty((most, hidden))
     sums, terms = torch.empty((2, most, hidden), device=rows.device)
+    columns = index.T.contiguous()
+    factors = weights.T.contiguous()[..., None] if weights is not None else columns[:0]
     for tokens in _blocks(len(index), hidden):
-        block = index[tokens]
-        row, total, term = (x[: len(block)] for x in (gathered, sums, terms))
+        n = tokens.stop - tokens.start
+        row, total, term = gathered[:n], sums[:n], terms[:n]
         total.zero_()
-        for k in range(index.shape[1]):
-            torch.index_select(rows, 0, block[:, k], out=row)
+        for k, column in enumerate(columns):
+            torch.index_select(rows, 0, column[tokens], out=row)
             term.copy_(row)
-            if weights is not None and k < weights.shape[1]:
-                term.mul_(weights[tokens, k, None])
+            if k < len(factors):
+                term.mul_(factors[k][tokens])
             total.add_(term)
         if addend is not None:
             total.add_(addend[tokens])

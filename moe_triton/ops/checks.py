@@ -5,6 +5,7 @@ Values that live in tensors are looked at only where that costs no synchronisati
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -56,9 +57,9 @@ def dtype(op: str, name: str, tensor: torch.Tensor | None, allowed: Sequence[tor
 
 
 def integers(op: str, **arguments: object) -> None:
-    """All arguments are Python integers."""
+    """All arguments are integers, Python's or numpy's."""
     for name, value in arguments.items():
-        if not isinstance(value, int) or isinstance(value, bool):
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
             raise ArgumentTypeError(op, name, "be an integer", repr(value))
 
 

@@ -113,11 +113,11 @@ class GroupArguments:
         """What must be equal on all ranks, under the names the caller knows."""
         return {
             "op": op,
-            "ep_world_size": self.ep_world_size,
-            "moe_expert_num": self.moe_expert_num,
-            "shared_expert_rank_num": self.shared_expert_rank_num,
-            "shared_expert_num": self.shared_expert_num if self.shared_expert_rank_num else 0,
-            "global_bs": self.global_bs,
+            "ep_world_size": int(self.ep_world_size),
+            "moe_expert_num": int(self.moe_expert_num),
+            "shared_expert_rank_num": int(self.shared_expert_rank_num),
+            "shared_expert_num": int(self.shared_expert_num) if self.shared_expert_rank_num else 0,
+            "global_bs": int(self.global_bs),
             f"{x_name}.shape[1]": x.shape[1],
             f"{x_name}.dtype": str(x.dtype),
             "expert_ids.shape[1]": expert_ids.shape[1],
@@ -194,7 +194,7 @@ def distribute_dispatch(
         with_weights=expert_scales is not None,
     )
     agreed = arguments.agreed(op, x, "x", expert_ids) | {
-        "quant_mode": quant_mode,
+        "quant_mode": int(quant_mode),
         "scales": "given" if scales is not None else None,
         "expert_scales": "given" if expert_scales is not None else None,
     }
