@@ -41,7 +41,7 @@ def main():
         for quant in (None, "int8"):
             work = functools.partial(measure, quant=quant, samples=arguments.samples)
             ranks = testing.run_processes(world, work)
-            rows.append(summary(world, quant, ranks))
+            rows.append(summary(world, quant, ranks) | {"samples": arguments.samples})
             row = rows[-1]
             print(
                 f"W {world} {row['payload']:5}: windows {row['symmetric_ms']:.1f} ms, gloo "
@@ -50,16 +50,7 @@ def main():
                 flush=True,
             )
     report.write(arguments.out, rows)
-    columns = {
-        "W": lambda row: row["world_size"],
-        "payload": lambda row: row["payload"],
-        "windows": lambda row: f"{row['symmetric_ms']:.1f} ms",
-        "gloo": lambda row: f"{row['collective_ms']:.1f} ms",
-        "ratio": lambda row: f"{row['ratio']:.2f}",
-        "windows, copied": lambda row: f"{row['copied_ms']:.1f} ms",
-        "copy floor": lambda row: f"{row['copy_ms']:.1f} ms ({row['share_of_copy']:.0%})",
-    }
-    print(report.table(rows, columns))
+    print(report.table(rows, report.TRANSPORT))
 
 
 def measure(ctx, *, quant, samples):

@@ -1,6 +1,10 @@
-"""What all benches share: the machine they ran on, JSON lines, a table."""
+"""What all benches share: the machine they ran on, JSON lines, a table.
+
+Run as a script, it puts the committed results into README.md.
+"""
 
 import json
+import os
 import platform
 import subprocess
 from datetime import datetime, timezone
@@ -23,7 +27,7 @@ def machine():
     )
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
-        "cores": len(__import__("os").sched_getaffinity(0)),
+        "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "moe_triton": version("moe_triton"),
@@ -51,3 +55,44 @@ def table(rows, columns):
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(str(cell(row)) for cell in columns.values()) + " |" for row in rows]
     return "\n".join(lines)
+
+
+TRANSPORT = {
+    "ranks": lambda row: row["world_size"],
+    "rows": lambda row: row["payload"],
+    "windows": lambda row: f"{row['symmetric_ms']:.1f} ms",
+    "gloo": lambda row: f"{row['collective_ms']:.1f} ms",
+    "gloo / windows": lambda row: f"{row['ratio']:.2f}",
+    "windows, experts' rows copied": lambda row: f"{row['copied_ms']:.1f} ms",
+    "copy of the rows": lambda row: f"{row['copy_ms']:.1f} ms ({row['share_of_copy']:.0%})",
+}
+
+
+def section():
+    """The README's results, from ``bench/results``."""
+    path = ROOT / "bench/results/transport.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    one = rows[0]
+    return (
+        f"Dispatch and combine between processes of one host: {one['tokens']} tokens a rank,\n"
+        f"hidden {one['hidden']}, top-{one['top_k']} of {one['experts']} experts, on "
+        f"{one['cores']} cores ({one['device']},\n"
+        f"torch {one['torch']}, {one['date']}, revision {one['revision']}). Medians of "
+        f"{one['samples']} samples of the slowest\nrank. The last column is a plain copy of the "
+        "rows that each rank gets delivered, and its share of\nthe time of the windows.\n\n"
+        + table(rows, TRANSPORT)
+    )
+
+
+def main():
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    head, rest = text.split("<!-- results: begin", 1)
+    begin, rest = rest.split("-->", 1)
+    _, tail = rest.split("<!-- results: end -->", 1)
+    filled = f"{head}<!-- results: begin{begin}-->\n{section()}\n<!-- results: end -->{tail}"
+    readme.write_text(filled, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
