@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from types import TracebackType
 
 import torch
@@ -10,13 +11,14 @@ import torch.distributed as dist
 from typing_extensions import Self  # a dependency of torch; part of typing from Python 3.11
 
 from . import comm
-from .comm import Call, MoeConfig, Outputs, Pending, Tokens, Traffic, WindowBytes
-from .errors import MoeError
+from .comm import Call, MoeConfig, Outputs, Pending, Tokens, Traffic, Transport, WindowBytes
+from .errors import ArgumentTypeError, MoeError
 from .layout import Plan, Sources
 from .ops import checks, device_steps
 
 _OP = "ExpertParallel"
 _DTYPES = (torch.float16, torch.bfloat16)
+_LONGEST_TIMEOUT = 1e6  # seconds; more overflows the clocks of some waits
 _CPU = torch.device("cpu")  # the only device whose steps exist so far
 
 
@@ -123,28 +125,23 @@ class ExpertParallel:
         rank: int | None = None,
     ) -> None:
         resolved = comm.resolve(_OP, group, rank)
-        checks.integers(_OP, in_flight=in_flight)
-        checks.value(_OP, "in_flight", in_flight >= 1, "be at least 1", in_flight)
-        checks.value(_OP, "timeout", timeout > 0, "be positive", timeout)
-        choices = comm.TRANSPORTS
-        checks.value(_OP, "transport", transport in choices, f"be in {choices}", repr(transport))
-        self._endpoint = comm.open_endpoint(
-            resolved, transport=transport, in_flight=in_flight, timeout=timeout
-        )
         self.rank, self.world_size = resolved.rank, resolved.size
         self._exact, self._limit = exact, max_recv_tokens
         self._in_flight = in_flight
         self._traffic: Traffic | None = None
         self._lent: Handle | None = None  # its outputs may stand in the next combine's window
         try:
+            _check_connection(in_flight, timeout, transport)
             self._config = self._check_sizes(
                 num_experts, top_k, hidden, max_tokens, dtype, quant, shared_experts, shared_ranks
             )
             self._steps = device_steps(_CPU)
         except MoeError as error:
-            self._endpoint.reject("dispatch", _OP, error)
-            comm.close_endpoint(self._endpoint)
+            comm.refuse_endpoint(resolved, _OP, error)
             raise
+        self._endpoint = comm.open_endpoint(
+            resolved, transport=transport, in_flight=in_flight, timeout=timeout
+        )
         self._arguments = {
             "num_experts": int(num_experts),
             "top_k": int(top_k),
@@ -314,7 +311,8 @@ class ExpertParallel:
 
         After a ``PeerTimeoutError`` it may be called again, for a peer that was merely late.
         """
-        received = self._endpoint.transport(f"{_OP}.dispatch").dispatch_teardown(pending.operation)
+        transport = self._transport_of(f"{_OP}.dispatch", pending.operation)
+        received = transport.dispatch_teardown(pending.operation)
         tokens = pending.operation.data
         self._traffic = comm.traffic(pending.operation.call.config, tokens)
         return Dispatched(
@@ -350,13 +348,20 @@ class ExpertParallel:
         Raises:
             The errors of ``dispatch``.
         """
+        op = f"{_OP}.combine"
+        try:
+            self._check_outputs(op, y, handle)
+            self._check_addend(op, shared_expert_x, handle.expert_ids)
+        except MoeError as error:
+            self._endpoint.reject("combine", op, error)
+            raise
         return self.combine_teardown(self.combine_setup(y, handle), shared_expert_x=shared_expert_x)
 
     def output_rows(self, handle: Handle) -> torch.Tensor:
         """Memory for the experts to write their outputs to, so that combine need not copy them.
 
-        The next combine must be that of ``handle``, and the memory is void from then on. Nobody has
-        to use it: combine takes any tensor.
+        The memory is void after the next combine, whichever it is; a later one refuses it. Nobody
+        has to use it: combine takes any tensor.
 
         Args:
             handle: of a dispatch.
@@ -376,19 +381,12 @@ class ExpertParallel:
         """The first half of ``combine``: send the rows back, and wait for nobody."""
         op = f"{_OP}.combine"
         try:
-            rows = handle.sources.source.numel()
-            checks.dtype(op, "y", y, (self._config.dtype,))
-            checks.shape(op, "y", y, (None, self._config.hidden), "(rows, H)", _CPU)
-            contract = "belong to the dispatch whose output_rows() wait to be combined"
-            ours = self._lent is None or self._lent is handle
-            checks.value(op, "handle", ours, contract, "another handle")
-            contract = f"have at least the {rows} rows of dispatch"
-            checks.value(op, "y", len(y) >= rows, contract, f"shape {tuple(y.shape)}")
+            self._check_outputs(op, y, handle)
         except MoeError as error:
             self._endpoint.reject("combine", op, error)
             raise
-        self._lent = None
-        outputs = Outputs(y, handle.sources, handle.expert_ids, handle.plan, handle.weights)
+        lent, self._lent = self._lent is handle, None
+        outputs = Outputs(y, handle.sources, handle.expert_ids, handle.plan, handle.weights, lent)
         call = Call(op, self._config, self._arguments, self._steps)
         return self._endpoint.transport(op).combine_setup(call, outputs)
 
@@ -397,10 +395,30 @@ class ExpertParallel:
     ) -> torch.Tensor:
         """The second half of ``combine``: wait for all rows and sum. In the order of the setups."""
         op = f"{_OP}.combine"
-        expected = (len(pending.data.expert_ids), self._config.hidden)
-        checks.dtype(op, "shared_expert_x", shared_expert_x, (self._config.dtype,))
-        checks.shape(op, "shared_expert_x", shared_expert_x, expected, "(T, H)", _CPU)
-        return self._endpoint.transport(op).combine_teardown(pending, shared_expert_x)
+        self._check_addend(op, shared_expert_x, pending.data.expert_ids)
+        return self._transport_of(op, pending).combine_teardown(pending, shared_expert_x)
+
+    def _transport_of(self, op: str, pending: Pending) -> Transport:
+        """The transport, if it is the one that set up an operation."""
+        transport = self._endpoint.transport(op)
+        if pending.owner is not transport:
+            raise MoeError(op, "the operation was set up by another object, or before recover()")
+        return transport
+
+    def _check_outputs(self, op: str, y: torch.Tensor, handle: Handle) -> None:
+        checks.required(op, y=y, handle=handle)
+        if not isinstance(handle, Handle):
+            raise ArgumentTypeError(op, "handle", "be that of a dispatch", type(handle).__name__)
+        checks.dtype(op, "y", y, (self._config.dtype,))
+        checks.shape(op, "y", y, (None, self._config.hidden), "(rows, H)", _CPU)
+        rows = handle.sources.source.numel()
+        contract = f"have at least the {rows} rows of dispatch"
+        checks.value(op, "y", len(y) >= rows, contract, f"shape {tuple(y.shape)}")
+
+    def _check_addend(self, op: str, addend: torch.Tensor | None, ids: torch.Tensor) -> None:
+        expected = (len(ids), self._config.hidden)
+        checks.dtype(op, "shared_expert_x", addend, (self._config.dtype,))
+        checks.shape(op, "shared_expert_x", addend, expected, "(T, H)", _CPU)
 
     # Life and death.
 
@@ -460,3 +478,14 @@ class ExpertParallel:
             expected = (rows, config.hidden)
             checks.shape(op, "scales", scales, expected, "(NS + E, H)", _CPU)
         checks.expert_ids(op, "topk_ids", topk_ids, config.topology.num_experts)
+
+
+def _check_connection(in_flight: int, timeout: float, transport: str) -> None:
+    checks.integers(_OP, in_flight=in_flight)
+    checks.value(_OP, "in_flight", in_flight >= 1, "be at least 1", in_flight)
+    if not isinstance(timeout, numbers.Real):
+        raise ArgumentTypeError(_OP, "timeout", "be a number of seconds", repr(timeout))
+    contract = f"be positive and at most {_LONGEST_TIMEOUT:g} s"
+    checks.value(_OP, "timeout", 0 < timeout <= _LONGEST_TIMEOUT, contract, timeout)
+    choices = comm.TRANSPORTS
+    checks.value(_OP, "transport", transport in choices, f"be in {choices}", repr(transport))

@@ -21,6 +21,7 @@ from .registry import (
     default_endpoint,
     open_endpoint,
     recover,
+    refuse_endpoint,
     unregister_group,
 )
 from .transport import (
@@ -57,6 +58,7 @@ __all__ = [
     "default_endpoint",
     "open_endpoint",
     "recover",
+    "refuse_endpoint",
     "register_group",
     "resolve",
     "set_transport",

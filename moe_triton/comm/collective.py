@@ -120,7 +120,7 @@ class CollectiveTransport:
             self._give_up(call.op, "dispatch", epoch, error)
             raise
         self._notify(call.op, "dispatch", epoch, call.arguments, [len(part) for part in parts])
-        return Pending(call, tokens, epoch, (plan, parts))
+        return Pending(self, call, tokens, epoch, (plan, parts))
 
     @outside_autograd
     def dispatch_teardown(self, pending: Pending) -> Received:
@@ -190,7 +190,7 @@ class CollectiveTransport:
             self._give_up(call.op, "combine", epoch, error)
             raise
         self._notify(call.op, "combine", epoch, call.arguments, counts)
-        return Pending(call, outputs, epoch, staged.split(counts))
+        return Pending(self, call, outputs, epoch, staged.split(counts))
 
     @outside_autograd
     def combine_teardown(self, pending: Pending, addend: torch.Tensor | None) -> torch.Tensor:

@@ -8,6 +8,7 @@ from collections import defaultdict
 
 import torch.distributed as dist
 
+from ..errors import MoeError
 from . import groups
 from .endpoint import Endpoint
 from .groups import Group
@@ -49,6 +50,13 @@ def open_endpoint(group: Group, *, transport: str, in_flight: int, timeout: floa
         )
         _others.append(endpoint)
         return endpoint
+
+
+def refuse_endpoint(group: Group, op: str, error: MoeError) -> None:
+    """Take part in the opening of an endpoint only to tell the peers why this rank cannot."""
+    endpoint = open_endpoint(group, transport="auto", in_flight=1, timeout=DEFAULT_TIMEOUT)
+    endpoint.reject("dispatch", op, error)
+    close_endpoint(endpoint)
 
 
 def close_endpoint(endpoint: Endpoint) -> None:

@@ -36,7 +36,7 @@ class SingleTransport:
     def dispatch_setup(self, call: Call, tokens: Tokens) -> Pending:
         """Remember the call; a group of one has nothing to send."""
         self._epoch += 1
-        return Pending(call, tokens, self._epoch)
+        return Pending(self, call, tokens, self._epoch)
 
     @outside_autograd
     def dispatch_teardown(self, pending: Pending) -> Received:
@@ -52,7 +52,7 @@ class SingleTransport:
     def combine_setup(self, call: Call, outputs: Outputs) -> Pending:
         """Remember the call."""
         self._epoch += 1
-        return Pending(call, outputs, self._epoch)
+        return Pending(self, call, outputs, self._epoch)
 
     @outside_autograd
     def combine_teardown(self, pending: Pending, addend: torch.Tensor | None) -> torch.Tensor:

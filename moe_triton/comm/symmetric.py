@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..errors import MoeError
+from ..errors import ArgumentValueError, MoeError
 from .channel import Channel
 from .transport import (
     Call,
@@ -18,7 +18,7 @@ from .transport import (
     reduce_rows,
     rows_at_holders,
 )
-from .window import MoeConfig, header_of
+from .window import Arena, MoeConfig, header_of
 
 
 class SymmetricTransport:
@@ -61,7 +61,7 @@ class SymmetricTransport:
             channel.abort("dispatch", epoch, error)
             raise
         channel.signal("dispatch", epoch)
-        return Pending(call, tokens, epoch, (plan, arena))
+        return Pending(self, call, tokens, epoch, (plan, arena))
 
     @outside_autograd
     def dispatch_teardown(self, pending: Pending) -> Received:
@@ -90,16 +90,24 @@ class SymmetricTransport:
         try:
             arena = channel.agree("combine", epoch, call.op, call.arguments, layout.num_bytes)
             rows = arena.view(self._rank, slot, layout, layout.rows)
-            num_rows = outputs.sources.source.numel()
-            if outputs.y.data_ptr() != rows.data_ptr():
-                rows[:num_rows] = outputs.y[:num_rows]
+            self._put_rows(call.op, arena, rows, outputs)
             ends = outputs.sources.ends
             arena.view(self._rank, slot, layout, layout.ends)[: len(ends)] = ends
         except BaseException as error:
             channel.abort("combine", epoch, error)
             raise
         channel.signal("combine", epoch)
-        return Pending(call, outputs, epoch, arena)
+        return Pending(self, call, outputs, epoch, arena)
+
+    def _put_rows(self, op: str, arena: Arena, rows: torch.Tensor, outputs: Outputs) -> None:
+        """Write the experts' rows into the window, unless they have been written there."""
+        if outputs.lent and outputs.y.data_ptr() == rows.data_ptr():
+            return
+        if not outputs.lent and arena.holds(self._rank, outputs.y):
+            contract = "not be output_rows() from before another combine, which voids them"
+            raise ArgumentValueError(op, "y", contract, "such rows")
+        num_rows = outputs.sources.source.numel()
+        rows[:num_rows] = outputs.y[:num_rows]
 
     @outside_autograd
     def combine_teardown(self, pending: Pending, addend: torch.Tensor | None) -> torch.Tensor:

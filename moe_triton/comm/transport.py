@@ -117,6 +117,7 @@ class Outputs:
         expert_ids: [T, K] int32 of this rank's tokens.
         plan: their plan.
         weights: [T, K] fp32, or None for all 1.
+        lent: y may be what ``output_rows`` gave since the last combine.
     """
 
     y: torch.Tensor
@@ -124,6 +125,7 @@ class Outputs:
     expert_ids: torch.Tensor
     plan: Plan
     weights: torch.Tensor | None
+    lent: bool = False
 
 
 @dataclasses.dataclass
@@ -131,12 +133,14 @@ class Pending:
     """An operation between setup and teardown.
 
     Attributes:
+        owner: the transport that set it up, and that only can tear it down.
         call: of the setup.
         data: its input.
         epoch: its number.
         state: the transport's own.
     """
 
+    owner: Transport
     call: Call
     data: Any
     epoch: int

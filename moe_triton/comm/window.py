@@ -291,6 +291,11 @@ class Arena:
         start = slot * self.stride
         return self.blocks[owner].data[start + self._flags : start + self.stride]
 
+    def holds(self, owner: int, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies in the window of ``owner``."""
+        offset = tensor.data_ptr() - self._base[owner]
+        return 0 <= offset < self.slots * self.stride
+
     def view(
         self, owner: int, slot: int, layout: object, make: Callable[[torch.Tensor], Any]
     ) -> Any:
