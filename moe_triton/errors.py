@@ -10,6 +10,8 @@ Every class is a ``MoeError`` and also the built-in exception that a caller woul
 
 from __future__ import annotations
 
+from typing import Any
+
 NULL_POINTER = 161001  # ACLNN_ERR_PARAM_NULLPTR: a required tensor is missing
 INVALID_PARAM = 161002  # ACLNN_ERR_PARAM_INVALID: a dtype or name that is not supported
 TILING_ERROR = 561002  # ACLNN_ERR_INNER_TILING_ERROR: a shape or value out of range
@@ -31,6 +33,16 @@ class MoeError(Exception):
         self.op = op
         self.argument = argument
         self.problem = problem
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The default would call __init__ with the message: errors cross process boundaries.
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(kind: type[MoeError], args: tuple[Any, ...], state: dict[str, Any]) -> MoeError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class ArgumentError(MoeError):
