@@ -8,6 +8,7 @@ peers hold them.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import secrets
@@ -23,7 +24,9 @@ _SHM = Path("/dev/shm")
 def _map(fd: int, num_bytes: int) -> torch.Tensor:
     mapping = mmap.mmap(fd, num_bytes)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        mapping.madvise(mmap.MADV_HUGEPAGE)
+        # A hint, no more: kernels without huge pages, and some sandboxes, refuse it.
+        with contextlib.suppress(OSError):
+            mapping.madvise(mmap.MADV_HUGEPAGE)
     # The tensor keeps the mapping alive.
     return torch.frombuffer(mapping, dtype=torch.uint8)
 

@@ -159,6 +159,21 @@ def test_a_mapping_that_fails_leaves_nothing(memory, monkeypatch):
 
 
 @memories
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EPERM])
+def test_a_system_without_huge_pages(memory, code, monkeypatch):
+    class Mapping(mmap.mmap):
+        def madvise(self, *args):
+            raise OSError(code, "refused")
+
+    monkeypatch.setattr(mmap, "mmap", Mapping)
+    block = memory.allocate(4096)
+    peer = memory.open(block.handle)
+    peer.data[0] = 7
+    assert block.data[0] == 7
+    block.release()
+
+
+@memories
 def test_names_differ(memory, monkeypatch):
     """Also when two ranks draw the same number: nobody is given the block of another."""
     drawn = secrets.token_hex(8)
