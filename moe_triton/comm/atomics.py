@@ -50,7 +50,8 @@ def _locked_fetch_add(address: int, value: int) -> int:
         return old
 
 
-#: fetch_add(address, value) -> old value; sequentially before and after everything around it.
+#: fetch_add(address, value) -> old value; acquire-release and no more: what came before a flag is
+#: seen by who reads the flag, but flags of different writers need not be seen in one order.
 fetch_add = _native or _locked_fetch_add
 
 #: Whether ``fetch_add`` orders memory between processes too.

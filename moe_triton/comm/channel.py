@@ -32,6 +32,7 @@ from ..errors import (
     MoeError,
     PeerAbortError,
     PeerTimeoutError,
+    SequenceError,
     UnavailableError,
 )
 from . import atomics
@@ -138,18 +139,15 @@ class Channel:
         self._pidfds = {}
         self._rings = {}
 
-    # The life of an operation: begin, agree, (push), signal, wait, (consume), finish.
+    # The life of an operation: begin, agree, signal, wait, finish. The caller writes its data
+    # before signal, and reads that of the peers before finish.
 
     def begin(self, kind: str, op: str) -> int:
         """Take the next epoch of ``kind``."""
         self.raise_if_broken(op)
         ring = self._rings[kind]
         if self._is_full(ring):
-            raise MoeError(
-                op,
-                f"at most {self.in_flight} {kind} operations may be in flight, and one more was "
-                "set up; tear one down first, or ask for more with in_flight",
-            )
+            raise SequenceError.too_many(op, kind, self.in_flight)
         epoch = atomics.wrap(int(ring.epochs[_SETUP]) + 1)
         debt = atomics.wrap(epoch - self.in_flight)
         if debt in ring.debts:
@@ -229,7 +227,13 @@ class Channel:
         """
         ring = self._rings[kind]
         if next(iter(ring.in_flight), None) != epoch:
-            raise MoeError(op, f"{kind} operations must be torn down in the order of their setup")
+            oldest = next(iter(ring.in_flight), None)
+            waiting = "none is" if oldest is None else f"number {oldest} is the oldest"
+            raise MoeError(
+                op,
+                f"{kind} operations must be torn down in the order of their setup, and once, got "
+                f"number {epoch} while {waiting} in flight",
+            )
         arena = ring.in_flight[epoch].arena
         assert arena is not None
         aborted = self._see_flags(kind, epoch, op, arena)
@@ -271,6 +275,11 @@ class Channel:
             return None
         return ring.arena, self.slot(epoch)
 
+    def window_bytes(self, kind: str) -> int:
+        """Bytes of this rank's windows of ``kind``, all slots and flags included."""
+        arena = self._rings[kind].arena
+        return 0 if arena is None else arena.blocks[self.rank].data.numel()
+
     def slot(self, epoch: int) -> int:
         """The ring slot of an epoch."""
         return epoch % self.slots
@@ -280,7 +289,7 @@ class Channel:
         if self.broken is not None:
             raise BrokenGroupError(
                 op,
-                f"group {self.group.name!r} is broken since a call timed out ({self.broken}); "
+                f"group {self.group.name!r} is broken since a call failed ({self.broken}); "
                 "call recover() on all ranks",
             )
 
@@ -345,8 +354,10 @@ class Channel:
                     continue
                 seen = atomics.load_acquire(address)
                 if atomics.wrap(seen - epoch) > 0:
-                    self.broken = f"rank {source} overran epoch {epoch} with {seen}"
-                    raise BrokenGroupError(op, self.broken)
+                    # The ranks no longer count alike, so that another wait cannot heal this.
+                    self.broken = f"rank {source} is at operation {seen}, this rank at {epoch}"
+                    self._retry = None
+                    self.raise_if_broken(op)
                 del missing[source]
                 yield source
 

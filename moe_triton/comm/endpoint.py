@@ -1,8 +1,8 @@
 """From a group to a connected transport, chosen when the ranks first meet.
 
-"auto" means: one rank needs nothing; ranks that can write each other's memory use windows; all
-others use torch.distributed. All ranks decide from the same facts and so come to the same choice.
-An explicit choice that cannot work is an error that says why.
+"auto" means: one rank needs nothing; ranks that can read and write each other's memory use windows;
+all others use torch.distributed. All ranks decide from the same facts and so come to the same
+choice. An explicit choice that cannot work is an error that says why.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Endpoint:
         self._in_flight = in_flight
         self._timeout = timeout
         self._meeting = Meeting(group, tag, timeout) if group.size > 1 else None
-        self._connected: Transport | None = SingleTransport() if group.size == 1 else None
+        self._connected: Transport | None = SingleTransport(in_flight) if group.size == 1 else None
         self._process_group_lost = False
         self._lost: str | None = None  # why the ranks did not meet
         self._closed = False

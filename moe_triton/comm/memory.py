@@ -1,4 +1,4 @@
-"""What a memory provider gives: blocks of bytes that every rank of a group can write.
+"""What a memory provider gives: blocks that all ranks of a group read and write.
 
 A provider allocates a block here and opens the blocks of peers by their handles, which are small
 dictionaries that travel through the group's store or announcements.

@@ -342,6 +342,32 @@ def test_memory_that_cannot_be_had(monkeypatch):
     assert together(channels, lambda c: exchange(c, slot_bytes=4096)) == [None] * 3
 
 
+def test_operations_torn_down_in_the_wrong_order():
+    channels = agreed(2, in_flight=2)
+    epochs = [[setup(channel, i) for channel in channels] for i in range(2)]
+    wrong = f"{OP}: exchange operations must be torn down in the order of their setup, and once, "
+    error = error_of(teardown, channels[0], epochs[1][0])
+    assert str(error) == wrong + "got number 3 while number 2 is the oldest in flight"
+    for i in range(2):
+        for channel, epoch in zip(channels, epochs[i], strict=True):
+            teardown(channel, epoch, i)
+    error = error_of(channels[0].wait, "exchange", epochs[0][0], OP)
+    assert str(error) == wrong + "got number 2 while none is in flight"
+
+
+def test_a_peer_that_counts_differently():
+    """It cannot be while all ranks keep to the protocol; if it is, the error says what to do."""
+    first, second = agreed(2)
+    begin_at([second], 7)
+    epoch = setup(first, 1)
+    setup(second, 1)
+    for call in (lambda: teardown(first, epoch, 1), lambda: exchange(first)):
+        error = error_of(call)
+        assert isinstance(error, BrokenGroupError)
+        assert "rank 1 is at operation 8, this rank at 2" in str(error)
+        assert "call recover() on all ranks" in str(error)
+
+
 @pytest.mark.parametrize("word", ["old", "new"])
 def test_a_rank_that_has_left_is_not_waited_for(word):
     channels = connect(3, timeout=60)
