@@ -8,6 +8,7 @@ each other.
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import threading
 from typing import Any, cast
 
@@ -81,14 +82,21 @@ def register(
             thread is bound by ``bind_rank``.
         rank: this process, when it is one rank.
         transport: "auto", "symmetric" or "collective".
+
+    Raises:
+        ArgumentNameError: the name is taken.
+        ArgumentTypeError: the rank is not an integer.
+        ArgumentValueError: the rank is missing or out of range, or there is no such transport.
     """
+    op = "register_group"
     if name in _registered:
-        raise ArgumentNameError("register_group", "name", "not be registered already", repr(name))
+        raise ArgumentNameError(op, "name", "not be registered already", repr(name))
     if not in_process and rank is None:
-        raise ArgumentValueError("register_group", "rank", "be given between processes", None)
-    check_transport("register_group", transport)
+        raise ArgumentValueError(op, "rank", "be given between processes", None)
+    own = None if rank is None else _check_rank(op, "rank", rank, size, name)
+    check_transport(op, transport)
     prefixed = dist.PrefixStore(f"moe_triton/{name}", store)
-    _registered[name] = _Registration(prefixed, size, in_process, rank, transport)
+    _registered[name] = _Registration(prefixed, size, in_process, own, transport)
 
 
 def unregister(name: str) -> None:
@@ -104,9 +112,29 @@ def bind_rank(name: str, rank: int) -> None:
 
 
 def set_transport(group: dist.ProcessGroup | str, transport: str) -> None:
-    """Choose what "auto" means on one of torch's process groups."""
+    """Choose what "auto" means on one of torch's process groups.
+
+    Args:
+        group: a process group, or torch's name for it.
+        transport: "auto", "symmetric" or "collective".
+
+    Raises:
+        ArgumentValueError: there is no such transport.
+    """
     name = group if isinstance(group, str) else group.group_name
     _transports[name] = check_transport("set_transport", transport)
+
+
+def _check_rank(op: str, argument: str, rank: object, size: int, name: str) -> int:
+    """``rank`` itself, if it is one of the group's."""
+    contract = f"be in [0, {size}) for {name!r}"
+    if rank is None:
+        raise ArgumentValueError(op, argument, contract, None)
+    if not isinstance(rank, numbers.Integral) or isinstance(rank, bool):
+        raise ArgumentTypeError(op, argument, "be an integer", repr(rank))
+    if not 0 <= int(rank) < size:
+        raise ArgumentValueError(op, argument, contract, rank)
+    return int(rank)
 
 
 def _from_process_group(group: dist.ProcessGroup) -> Group:
@@ -128,6 +156,7 @@ def resolve(
     rank: int | None = None,
     *,
     argument: str = "group",
+    rank_argument: str = "rank",
 ) -> Group:
     """Find a group and this rank's place in it.
 
@@ -136,10 +165,12 @@ def resolve(
         group: a process group, a name, or None for the default process group, or one rank alone
             where torch.distributed is not initialised.
         rank: this rank, needed for an in-process group whose thread is not bound.
-        argument: the argument's name, for error messages.
+        argument: the caller's name of ``group``, for error messages.
+        rank_argument: the caller's name of ``rank``.
 
     Raises:
         ArgumentNameError: nobody registered the name.
+        ArgumentTypeError: the group is neither a group nor a name, or the rank not an integer.
         ArgumentValueError: the rank is not known or out of range.
     """
     if group is None:
@@ -149,13 +180,14 @@ def resolve(
     if isinstance(group, dist.ProcessGroup):
         return _from_process_group(group)
     if not isinstance(group, str):
-        raise ArgumentTypeError(op, argument, "be a group's name or a process group", type(group))
+        contract = "be a group's name or a process group"
+        raise ArgumentTypeError(op, argument, contract, type(group).__name__)
     if group in _registered:
         found = _registered[group]
-        bound = getattr(_bound, "ranks", {}).get(group, rank)
-        own = found.rank if found.rank is not None else bound
-        if own is None or not 0 <= own < found.size:
-            raise ArgumentValueError(op, "rank", f"be in [0, {found.size}) for {group!r}", own)
+        own = found.rank
+        if own is None:
+            bound = getattr(_bound, "ranks", {}).get(group, rank)
+            own = _check_rank(op, rank_argument, bound, found.size, group)
         return Group(group, own, found.size, found.store, found.in_process, None, found.transport)
     try:
         process_group = dist.distributed_c10d._resolve_process_group(cast("Any", group))

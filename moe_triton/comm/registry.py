@@ -73,6 +73,11 @@ def recover(group: dist.ProcessGroup | str, rank: int | None = None) -> None:
     Args:
         group: a process group or a group's name.
         rank: this rank, for an in-process group whose thread is not bound.
+
+    Raises:
+        ArgumentNameError, ArgumentTypeError, ArgumentValueError: no such group, or no such rank.
+        PeerTimeoutError: ranks did not come; when it fails, all ranks must call it again.
+        PeerAbortError, ArgumentMismatchError, UnavailableError: as for the first call on a group.
     """
     default_endpoint(groups.resolve("recover", group, rank)).recover("recover")
 

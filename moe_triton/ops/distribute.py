@@ -299,7 +299,9 @@ def _resolve(op: str, arguments: GroupArguments) -> comm.Group:
         raise MissingArgumentError(op, "group_ep", "name a group", repr(arguments.group_ep))
     checks.group_name(op, "group_ep", arguments.group_ep)
     rank = arguments.ep_rank_id
-    return comm.resolve(op, arguments.group_ep, rank, argument="group_ep")
+    return comm.resolve(
+        op, arguments.group_ep, rank, argument="group_ep", rank_argument="ep_rank_id"
+    )
 
 
 def _batch(arguments: GroupArguments, num_tokens: int) -> dict[str, int]:
