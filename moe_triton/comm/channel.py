@@ -24,8 +24,6 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-
 from ..errors import (
     ArgumentMismatchError,
     BrokenGroupError,
@@ -43,7 +41,6 @@ from .window import Arena, clear_flags, num_slots, ring_bytes
 
 KINDS = ("dispatch", "combine", "exchange")
 _DATA, _ABORT = 0, 1
-_SETUP, _TEARDOWN = 0, 1
 
 # An announcement: epoch, status, bytes of text, bytes of reason; then the text; then the reason.
 _ENTRY_BYTES, _TEXT, _REASON = 4096, 16, 3072
@@ -69,14 +66,14 @@ class Ring:
     """The windows and counters of one kind of operation.
 
     Attributes:
-        epochs: [2] int32, the last setup and the last teardown, beside the windows they belong to.
+        last: the epoch of the last setup. Teardowns follow in order, from the oldest in flight.
         arena: all ranks' windows, None until the first call that needs them.
         in_flight: epochs set up and not yet torn down, oldest first.
         debts: epochs whose flags have not all been seen, with the windows they are in; None where
             there was no window yet and announcements stand for flags.
     """
 
-    epochs: torch.Tensor
+    last: int = 0
     arena: Arena | None = None
     in_flight: dict[int, InFlight] = dataclasses.field(default_factory=dict)
     debts: dict[int, Arena | None] = dataclasses.field(default_factory=dict)
@@ -123,7 +120,7 @@ class Channel:
         self._memory = memory
         self._control = blocks
         self._pidfds = _open_pids(pids, self.rank)
-        self._rings = {kind: Ring(torch.zeros(2, dtype=torch.int32)) for kind in KINDS}
+        self._rings = {kind: Ring() for kind in KINDS}
         self._agreed: set[tuple[str, str]] = set()
 
     def close(self) -> None:
@@ -148,12 +145,12 @@ class Channel:
         ring = self._rings[kind]
         if self._is_full(ring):
             raise SequenceError.too_many(op, kind, self.in_flight)
-        epoch = atomics.wrap(int(ring.epochs[_SETUP]) + 1)
+        epoch = atomics.wrap(ring.last + 1)
         debt = atomics.wrap(epoch - self.in_flight)
         if debt in ring.debts:
             self._settle(kind, debt, op)
             del ring.debts[debt]
-        ring.epochs[_SETUP] = epoch
+        ring.last = epoch
         ring.in_flight[epoch] = InFlight()
         return epoch
 
@@ -247,9 +244,7 @@ class Channel:
 
     def finish(self, kind: str, epoch: int) -> None:
         """The operation is consumed: its slot may be written again."""
-        ring = self._rings[kind]
-        del ring.in_flight[epoch]
-        ring.epochs[_TEARDOWN] = epoch
+        del self._rings[kind].in_flight[epoch]
 
     def abort(self, kind: str, epoch: int, error: BaseException) -> None:
         """Take part in ``epoch`` without data, because of ``error``."""
@@ -269,7 +264,7 @@ class Channel:
     def next_slot(self, kind: str) -> tuple[Arena, int] | None:
         """The windows and the slot of the next operation, if it is free to be written already."""
         ring = self._rings[kind]
-        epoch = atomics.wrap(int(ring.epochs[_SETUP]) + 1)
+        epoch = atomics.wrap(ring.last + 1)
         indebted = atomics.wrap(epoch - self.in_flight) in ring.debts
         if ring.arena is None or indebted or self._is_full(ring):
             return None
@@ -297,9 +292,7 @@ class Channel:
         """Whether the next setup would come before the teardown it has to follow."""
         # By epochs, not by their number: those that ended early must not let others run ahead.
         oldest = next(iter(ring.in_flight), None)
-        return oldest is not None and (
-            atomics.wrap(int(ring.epochs[_SETUP]) + 1 - oldest) >= self.in_flight
-        )
+        return oldest is not None and atomics.wrap(ring.last + 1 - oldest) >= self.in_flight
 
     # Flags.
 

@@ -6,14 +6,19 @@ not come need a thread of their own.
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
 import subprocess
 import threading
 import time
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from moe_triton import (
+    ArgumentMismatchError,
     BrokenGroupError,
     MoeError,
     PeerAbortError,
@@ -260,7 +265,7 @@ def begin_at(channels: list[Channel], epoch: int) -> None:
     """Let the rings of all ranks continue as if ``epoch`` had been the last operation."""
     for channel in channels:
         for ring in channel._rings.values():
-            ring.epochs[:] = epoch
+            ring.last = epoch
 
 
 WRAPS = pytest.mark.parametrize("start", [2**31 - 4, -4], ids=["to negative", "through zero"])
@@ -396,3 +401,182 @@ def test_the_process_of_a_peer_that_is_already_gone():
     child.wait()
     channels = connect(2, timeout=0.1, pids=[child.pid, child.pid])
     assert error_of(exchange, channels[0]).ranks == (1,)
+
+
+def test_the_next_slot():
+    """It is known before the setup only if the setup would wait for nothing."""
+    first, second = channels = agreed(2, in_flight=2)
+    assert first.next_slot("combine") is None  # no windows yet
+    for number in range(5):
+        pending = []
+        for _ in range(2):
+            for channel in channels:
+                arena, slot = channel.next_slot("exchange")
+                epoch = setup(channel, number)
+                assert slot == channel.slot(epoch)
+                assert arena is channel._rings["exchange"].in_flight[epoch].arena
+                pending.append((channel, epoch))
+        assert first.next_slot("exchange") is None  # the oldest is not torn down
+        for channel, epoch in pending:
+            teardown(channel, epoch, number)
+    first.reject("exchange", OP, MoeError(OP, "wrong"))
+    assert first.next_slot("exchange") is not None
+    first.reject("exchange", OP, MoeError(OP, "wrong"))
+    assert first.next_slot("exchange") is None  # it owes the first of the two
+    for _ in range(2):
+        error_of(exchange, second)
+    assert together(channels, exchange) == [None, None]
+
+
+def test_an_overrun_is_an_error_and_not_data():
+    """A flag from the future says that a slot was written again before it was read."""
+    first, second = agreed(2)
+    epoch = setup(first, 1)
+    setup(second, 1)
+    arena = first._rings["exchange"].arena
+    flag = arena.flag_address(0, first.slot(epoch), 1)
+    ctypes.c_int32.from_address(flag).value = epoch + first.slots
+    error = error_of(teardown, first, epoch, 1)
+    assert isinstance(error, BrokenGroupError)
+    assert f"rank 1 overran epoch {epoch} with {epoch + first.slots}" in str(error)
+    assert isinstance(error_of(exchange, first), BrokenGroupError)
+
+
+def test_ranks_that_disagree_on_known_arguments():
+    """Nobody compares texts any more: the digest in the flags tells, and the texts say what."""
+    channels = connect(3)
+    for width in (1, 2):
+        assert together(channels, lambda c, w=width: exchange(c, width=w)) == [None] * 3
+    for _ in range(3):
+        errors = together(channels, lambda c: exchange(c, width=2 if c.rank == 1 else 1))
+        for rank, error in enumerate(errors):
+            assert isinstance(error, ArgumentMismatchError)
+            assert error.argument == "width"
+            mine, theirs = (2, 1) if rank == 1 else (1, 2)
+            assert f"got {mine} on this rank and {theirs} on rank" in str(error)
+        assert together(channels, lambda c: exchange(c, width=2)) == [None] * 3
+
+
+@pytest.mark.parametrize("known", ["on no rank", "on the culprit", "on its peers"])
+def test_ranks_that_disagree_on_new_arguments(known):
+    channels = connect(3)
+    if known != "on no rank":
+        width = 2 if known == "on the culprit" else 1
+        assert together(channels, lambda c: exchange(c, width=width)) == [None] * 3
+    errors = together(channels, lambda c: exchange(c, width=2 if c.rank == 1 else 1))
+    for error in errors:
+        assert isinstance(error, ArgumentMismatchError)
+        assert error.argument == "width"
+    for width in (1, 2):
+        assert together(channels, lambda c, w=width: exchange(c, width=w)) == [None] * 3
+
+
+def test_an_argument_that_only_one_rank_gives():
+    channels = connect(2)
+    errors = together(channels, lambda c: exchange(c, **({"extra": 1} if c.rank else {})))
+    assert [error.argument for error in errors] == ["extra", "extra"]
+    assert "got None on this rank and 1 on rank 1" in str(errors[0])
+    assert "got 1 on this rank and None on rank 0" in str(errors[1])
+
+
+def test_a_long_reason_is_cut_and_long_arguments_fit():
+    channels = connect(2)
+    channels[0].reject("exchange", OP, MoeError(OP, "é" * 5000))
+    error = error_of(exchange, channels[1])
+    assert 400 < len(error.reason) < 5000
+    assert set(error.reason[:400]) == {"é"}
+    assert together(channels, lambda c: exchange(c, text="x" * 2000)) == [None, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What all ranks do in one operation: some grow the windows, disagree, refuse or are late."""
+
+    kind: str = "exchange"
+    slot_bytes: int = 0
+    word: str = "a"
+    refusing: frozenset[int] = frozenset()
+    dissenting: frozenset[int] = frozenset()
+    failing: frozenset[int] = frozenset()
+    late: tuple[float, float, float] = (0, 0, 0)
+
+    def wrong(self, rank: int) -> set[type]:
+        """What a rank may raise; empty if the operation must succeed."""
+        if rank in self.refusing:
+            return {NoneType}
+        culprits = self.refusing | self.failing | self.dissenting
+        if rank in self.failing and not self.refusing and not self.dissenting:
+            return {ZeroDivisionError}
+        kinds: set[type] = set()
+        if self.refusing or self.failing:
+            kinds.add(PeerAbortError)
+        if rank in self.failing:
+            kinds.add(ZeroDivisionError)
+        if self.dissenting:
+            kinds.add(ArgumentMismatchError)
+        return kinds if culprits else set()
+
+
+NoneType = type(None)
+some_ranks = st.sampled_from([(), (), (), (), (), (0,), (1,), (2,), (0, 2)]).map(frozenset)
+delays = st.sampled_from([0, 0, 0, 0.001, 0.003])
+steps = st.builds(
+    Step,
+    kind=st.sampled_from(["exchange", "combine"]),
+    slot_bytes=st.sampled_from([0, 0, 0, 100, 1000, 5000]),
+    word=st.sampled_from(["a", "a", "b", "c"]),
+    refusing=some_ranks,
+    dissenting=some_ranks,
+    failing=some_ranks,
+    late=st.tuples(delays, delays, delays),
+)
+
+
+def run_step(channel: Channel, number: int, step: Step) -> None:
+    time.sleep(step.late[channel.rank])
+    if channel.rank in step.refusing:
+        channel.reject(step.kind, OP, MoeError(OP, f"refused in {number}"))
+        return
+    word = step.word + "!" * (channel.rank in step.dissenting)
+    slot_bytes = max(step.slot_bytes, channel.size * PAYLOAD)
+    if channel.rank not in step.failing:
+        exchange(channel, number, kind=step.kind, slot_bytes=slot_bytes, word=word)
+        return
+    epoch = channel.begin(step.kind, OP)
+    try:
+        channel.agree(step.kind, epoch, OP, {"word": word}, slot_bytes)
+        _ = 1 / 0
+    except BaseException as error:
+        channel.abort(step.kind, epoch, error)
+        raise
+
+
+@settings(suppress_health_check=list(HealthCheck))
+@given(st.lists(steps, min_size=1, max_size=25), st.sampled_from([1, 1, 2, 3]))
+def test_any_sequence_of_operations(sequence, in_flight):
+    """Refusals, disagreements, failures, growth and delays in any order: each step ends alike.
+
+    A step in which nothing is wrong delivers exactly; in one where something is, every rank hears
+    of it, and never later than in that step.
+    """
+    channels = connect(3, in_flight=in_flight, timeout=20)
+
+    def run(channel):
+        outcomes = []
+        for number, step in enumerate(sequence):
+            try:
+                run_step(channel, number, step)
+                outcomes.append(None)
+            except Exception as error:
+                outcomes.append(error.with_traceback(None))
+        return outcomes
+
+    for rank, outcomes in enumerate(together(channels, run)):
+        assert not isinstance(outcomes, Exception)
+        for number, (step, error) in enumerate(zip(sequence, outcomes, strict=True)):
+            allowed = step.wrong(rank) or {NoneType}
+            assert type(error) in allowed, f"rank {rank}, step {number}: {error!r}, {step}"
+            if isinstance(error, PeerAbortError) and error.rank in step.refusing:
+                assert error.reason == f"refused in {number}"
+            elif isinstance(error, PeerAbortError) and error.rank in step.failing:
+                assert "division" in error.reason
