@@ -16,6 +16,8 @@ from .errors import (
     PeerAbortError,
     PeerTimeoutError,
     ReceiveOverflowError,
+    RoutingMismatchError,
+    SequenceError,
     UnavailableError,
 )
 from .expert_parallel import Dispatched, ExpertParallel, Handle
@@ -38,6 +40,8 @@ __all__ = [
     "PeerAbortError",
     "PeerTimeoutError",
     "ReceiveOverflowError",
+    "RoutingMismatchError",
+    "SequenceError",
     "UnavailableError",
     "get_backend",
     "recover",

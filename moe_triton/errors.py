@@ -125,6 +125,48 @@ class BrokenGroupError(MoeError, RuntimeError):
     """The group is broken by an earlier timeout and has not been recovered."""
 
 
+class SequenceError(MoeError, RuntimeError):
+    """A setup or teardown came at a point where the group cannot take it; nothing was done."""
+
+    @classmethod
+    def too_many(cls, op: str, kind: str, limit: int) -> SequenceError:
+        """A setup before the teardown it has to follow."""
+        return cls(
+            op,
+            f"at most {limit} {kind} operations may be in flight, got one more; tear one down "
+            "first, or ask for more with in_flight",
+        )
+
+    @classmethod
+    def out_of_order(cls, op: str, kind: str, got: int, oldest: int | None) -> SequenceError:
+        """A teardown of another operation than the oldest, or a second one of the same."""
+        waiting = "none is" if oldest is None else f"number {oldest} is the oldest"
+        return cls(
+            op,
+            f"{kind} operations must be torn down in the order of their setup, and once, got "
+            f"number {got} while {waiting} in flight",
+        )
+
+
+class RoutingMismatchError(MoeError, ValueError):
+    """The ranks combine what does not belong to one dispatch; raised where the counts disagree.
+
+    Attributes:
+        rank: the peer whose rows are too many or too few.
+    """
+
+    code = TILING_ERROR
+
+    def __init__(self, op: str, rank: int, what: str, sent: int, returned: int) -> None:
+        super().__init__(
+            op,
+            "expert_ids and the counts of received rows must come from the same dispatch on all "
+            f"ranks, got {sent} rows sent to {what} and {returned} returned by rank {rank}",
+            argument="expert_ids",
+        )
+        self.rank = rank
+
+
 class ReceiveOverflowError(MoeError, RuntimeError):
     """A rank would receive more rows than ``max_recv_tokens``; raised on every rank.
 

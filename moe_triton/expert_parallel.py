@@ -12,12 +12,11 @@ from typing_extensions import Self  # a dependency of torch; part of typing from
 
 from . import comm
 from .comm import Call, MoeConfig, Outputs, Pending, Tokens, Traffic, Transport, WindowBytes
-from .errors import ArgumentTypeError, MoeError
+from .errors import ArgumentTypeError, MoeError, PeerAbortError, SequenceError
 from .layout import Plan, Sources
 from .ops import checks, device_steps
 
 _OP = "ExpertParallel"
-_DTYPES = (torch.float16, torch.bfloat16)
 _LONGEST_TIMEOUT = 1e6  # seconds; more overflows the clocks of some waits
 _CPU = torch.device("cpu")  # the only device whose steps exist so far
 
@@ -69,11 +68,24 @@ class DispatchPending:
 
     Attributes:
         operation: the transport's part.
-        weights: [T, K] float32 as the caller gave them, or None.
+        with_weights: the caller gave weights.
     """
 
     operation: Pending
-    weights: torch.Tensor | None
+    with_weights: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class CombinePending:
+    """A combine between setup and teardown.
+
+    Attributes:
+        operation: the transport's part.
+        lent: the handle and the memory of ``output_rows``, if this is the combine they were for.
+    """
+
+    operation: Pending
+    lent: tuple[Handle, torch.Tensor] | None
 
 
 class ExpertParallel:
@@ -127,9 +139,9 @@ class ExpertParallel:
         resolved = comm.resolve(_OP, group, rank)
         self.rank, self.world_size = resolved.rank, resolved.size
         self._exact, self._limit = exact, max_recv_tokens
-        self._in_flight = in_flight
-        self._traffic: Traffic | None = None
-        self._lent: Handle | None = None  # its outputs may stand in the next combine's window
+        self._last: tuple[MoeConfig, Tokens] | None = None  # dispatch
+        # The handle and the memory of output_rows that the next combine may find filled.
+        self._lent: tuple[Handle, torch.Tensor] | None = None
         try:
             _check_connection(in_flight, timeout, transport)
             self._config = self._check_sizes(
@@ -140,18 +152,18 @@ class ExpertParallel:
             comm.refuse_endpoint(resolved, _OP, error)
             raise
         self._endpoint = comm.open_endpoint(
-            resolved, transport=transport, in_flight=in_flight, timeout=timeout
+            resolved, transport=transport, in_flight=int(in_flight), timeout=timeout
         )
-        self._arguments = {
+        self._arguments: dict[str, object] = {
             "num_experts": int(num_experts),
-            "top_k": int(top_k),
-            "hidden": int(hidden),
-            "max_tokens": int(max_tokens),
+            "top_k": self._config.top_k,
+            "hidden": self._config.hidden,
+            "max_tokens": self._config.max_tokens,
             "dtype": str(dtype),
             "quant": quant,
             "shared_experts": int(shared_experts),
             "shared_ranks": int(shared_ranks),
-            "max_recv_tokens": None if max_recv_tokens is None else int(max_recv_tokens),
+            "max_recv_tokens": self._config.max_rows,
         }
         try:
             self._open()
@@ -179,19 +191,15 @@ class ExpertParallel:
             shared_experts=shared_experts,
             shared_ranks=shared_ranks,
         )
+        # numpy's integers are none for JSON, in which the ranks compare their arguments.
+        num_experts, top_k, hidden, max_tokens = map(int, (num_experts, top_k, hidden, max_tokens))
+        shared_experts, shared_ranks = int(shared_experts), int(shared_ranks)
         names = ("num_experts", "shared_experts", "shared_ranks")
         topology = checks.topology(
             _OP, self.world_size, num_experts, shared_experts, shared_ranks, names=names
         )
-        contract = f"be in [1, {num_experts}], the number of experts"
-        checks.value(_OP, "top_k", 1 <= top_k <= num_experts, contract, top_k)
-        checks.value(_OP, "hidden", hidden >= 1, "be positive", hidden)
-        checks.value(_OP, "max_tokens", max_tokens >= 0, "not be negative", max_tokens)
-        checks.value(_OP, "dtype", dtype in _DTYPES, f"be one of {[*_DTYPES]}", dtype)
-        checks.value(_OP, "quant", quant in (None, "int8"), "be None or 'int8'", repr(quant))
-        if self._limit is not None:
-            checks.integers(_OP, max_recv_tokens=self._limit)
-            checks.value(_OP, "max_recv_tokens", self._limit >= 0, "not be negative", self._limit)
+        limit = self._limit
+        checks.layer(_OP, topology, top_k, hidden, max_tokens, dtype, quant, limit)
         return MoeConfig(
             topology,
             top_k,
@@ -200,7 +208,7 @@ class ExpertParallel:
             dtype,
             quant,
             with_weights=True,
-            max_rows=self._limit,
+            max_rows=None if limit is None else int(limit),
         )
 
     def _open(self) -> None:
@@ -243,14 +251,15 @@ class ExpertParallel:
     @property
     def window_bytes(self) -> WindowBytes:
         """Memory set aside for windows on this rank; none unless the transport is symmetric."""
-        if self.transport != "symmetric":
+        if self.transport is None:
             return WindowBytes(0, 0)
-        return comm.window_bytes(self._config, in_flight=self._in_flight)
+        transport = self._endpoint.transport(f"{_OP}.window_bytes")
+        return WindowBytes(transport.window_bytes("dispatch"), transport.window_bytes("combine"))
 
     @property
     def traffic(self) -> Traffic | None:
-        """What the last dispatch sent from this rank; None before the first."""
-        return self._traffic
+        """What the last dispatch asks of the wires between ranks; None before the first."""
+        return None if self._last is None else comm.traffic(*self._last)
 
     # Calls.
 
@@ -285,7 +294,20 @@ class ExpertParallel:
         *,
         scales: torch.Tensor | None = None,
     ) -> DispatchPending:
-        """The first half of ``dispatch``: send, and wait for nobody."""
+        """The first half of ``dispatch``: send; waits only while arguments are new.
+
+        Args:
+            x: as in ``dispatch``.
+            topk_ids: as in ``dispatch``.
+            topk_weights: as in ``dispatch``.
+            scales: as in ``dispatch``.
+
+        Returns:
+            What ``dispatch_teardown`` takes.
+
+        Raises:
+            The errors of ``dispatch``.
+        """
         op = f"{_OP}.dispatch"
         try:
             self._check_dispatch(op, x, topk_ids, topk_weights, scales)
@@ -301,29 +323,37 @@ class ExpertParallel:
             # Copies of a token differ, which takes larger windows from the first such call on.
             config = dataclasses.replace(config, per_expert=True)
             arguments = arguments | {"scales": "given"}
-        tokens = Tokens(x, topk_ids.int(), weights, scales, exact=self._exact)
+        # Copies: the handle needs them later, and routing buffers are refilled for the next layer.
+        ids, weights = topk_ids.to(torch.int32, copy=True), weights.detach().clone()
+        tokens = Tokens(x, ids, weights, scales, exact=self._exact)
         call = Call(op, config, arguments, self._steps)
         pending = self._endpoint.transport(op).dispatch_setup(call, tokens)
-        return DispatchPending(pending, topk_weights)
+        return DispatchPending(pending, with_weights=topk_weights is not None)
 
     def dispatch_teardown(self, pending: DispatchPending) -> Dispatched:
         """The second half of ``dispatch``: wait for all ranks' tokens. In the order of the setups.
 
         After a ``PeerTimeoutError`` it may be called again, for a peer that was merely late.
+
+        Args:
+            pending: what ``dispatch_setup`` returned.
+
+        Raises:
+            The errors of ``dispatch``.
         """
         transport = self._transport_of(f"{_OP}.dispatch", pending.operation)
         received = transport.dispatch_teardown(pending.operation)
         tokens = pending.operation.data
-        self._traffic = comm.traffic(pending.operation.call.config, tokens)
+        self._last = (pending.operation.call.config, tokens)
         return Dispatched(
             received.x,
             received.scales,
-            None if pending.weights is None else received.weights,
+            received.weights if pending.with_weights else None,
             received.counts.sum(1),
             received.sources.ends[-1],
             Handle(
                 tokens.expert_ids,
-                pending.weights,
+                tokens.weights if pending.with_weights else None,
                 received.plan,
                 received.sources,
             ),
@@ -360,8 +390,9 @@ class ExpertParallel:
     def output_rows(self, handle: Handle) -> torch.Tensor:
         """Memory for the experts to write their outputs to, so that combine need not copy them.
 
-        The memory is void after the next combine, whichever it is; a later one refuses it. Nobody
-        has to use it: combine takes any tensor.
+        The memory is void after the next combine, whichever it is; a later one refuses it. Only
+        after a ``PeerAbortError`` it may be given to combine again. Nobody has to use it: combine
+        takes any tensor.
 
         Args:
             handle: of a dispatch.
@@ -370,39 +401,89 @@ class ExpertParallel:
             [n, H] of the object's dtype, uninitialised; n rows as dispatch delivered them.
         """
         num_rows = handle.sources.source.numel()
+        if self._lent is not None and self._lent[0] is handle:
+            return self._lent[1]
         transport = self._endpoint.transport(f"{_OP}.output_rows")
         rows = None if self._lent else transport.output_rows(self._config, num_rows)
         if rows is None:
             return torch.empty((num_rows, self._config.hidden), dtype=self._config.dtype)
-        self._lent = handle
-        return rows
+        # Detached from the view it was made as, so that autograd lets the experts write to it.
+        self._lent = (handle, rows.detach())
+        return self._lent[1]
 
-    def combine_setup(self, y: torch.Tensor, handle: Handle) -> Pending:
-        """The first half of ``combine``: send the rows back, and wait for nobody."""
+    def combine_setup(self, y: torch.Tensor, handle: Handle) -> CombinePending:
+        """The first half of ``combine``: send the rows back; waits only while arguments are new.
+
+        Args:
+            y: as in ``combine``; must not change before the teardown.
+            handle: as in ``combine``.
+
+        Returns:
+            What ``combine_teardown`` takes.
+
+        Raises:
+            The errors of ``dispatch``.
+        """
         op = f"{_OP}.combine"
         try:
             self._check_outputs(op, y, handle)
         except MoeError as error:
             self._endpoint.reject("combine", op, error)
             raise
-        lent, self._lent = self._lent is handle, None
-        outputs = Outputs(y, handle.sources, handle.expert_ids, handle.plan, handle.weights, lent)
+        lent = self._lent if self._lent is not None and self._lent[0] is handle else None
+        outputs = Outputs(
+            y,
+            handle.sources,
+            handle.expert_ids,
+            handle.plan,
+            handle.weights,
+            lent=lent is not None,
+        )
         call = Call(op, self._config, self._arguments, self._steps)
-        return self._endpoint.transport(op).combine_setup(call, outputs)
+        transport = self._endpoint.transport(op)
+        try:
+            operation = transport.combine_setup(call, outputs)
+        except PeerAbortError:
+            raise  # the rows still stand, for another try
+        except BaseException:
+            self._lent = None
+            raise
+        self._lent = None
+        return CombinePending(operation, lent)
 
     def combine_teardown(
-        self, pending: Pending, *, shared_expert_x: torch.Tensor | None = None
+        self, pending: CombinePending, *, shared_expert_x: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The second half of ``combine``: wait for all rows and sum. In the order of the setups."""
+        """The second half of ``combine``: wait for all rows and sum. In the order of the setups.
+
+        A wrong ``shared_expert_x`` leaves the operation in flight, and the call may be repeated.
+
+        Args:
+            pending: what ``combine_setup`` returned.
+            shared_expert_x: as in ``combine``.
+
+        Returns:
+            [T, H] of the object's dtype.
+
+        Raises:
+            The errors of ``dispatch``.
+        """
         op = f"{_OP}.combine"
-        self._check_addend(op, shared_expert_x, pending.data.expert_ids)
-        return self._transport_of(op, pending).combine_teardown(pending, shared_expert_x)
+        operation = pending.operation
+        self._check_addend(op, shared_expert_x, operation.data.expert_ids)
+        try:
+            return self._transport_of(op, operation).combine_teardown(operation, shared_expert_x)
+        except PeerAbortError:
+            self._lent = pending.lent or self._lent
+            raise
 
     def _transport_of(self, op: str, pending: Pending) -> Transport:
         """The transport, if it is the one that set up an operation."""
         transport = self._endpoint.transport(op)
         if pending.owner is not transport:
-            raise MoeError(op, "the operation was set up by another object, or before recover()")
+            raise SequenceError(
+                op, "pending must come from this object's setup since recover(), got another's"
+            )
         return transport
 
     def _check_outputs(self, op: str, y: torch.Tensor, handle: Handle) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -58,7 +59,16 @@ def _check(x: torch.Tensor, send_counts: Sequence[int] | torch.Tensor, world: in
     if x.dim() == 0 or x.device.type != "cpu" or math.prod(x.shape[1:]) == 0:
         got = f"shape {tuple(x.shape)} on {x.device}"
         raise ArgumentValueError(_OP, "x", "have rows of at least one element, on the CPU", got)
-    counts = [int(count) for count in send_counts]
+    if isinstance(send_counts, torch.Tensor):
+        whole = send_counts.dim() == 1 and not send_counts.is_floating_point()
+        counts = send_counts.tolist() if whole else None
+    else:
+        whole = isinstance(send_counts, Sequence)
+        whole = whole and all(isinstance(count, numbers.Integral) for count in send_counts)
+        counts = [int(count) for count in send_counts] if whole else None
+    if counts is None:
+        contract = "be a sequence or 1-d tensor of integers"
+        raise ArgumentTypeError(_OP, "send_counts", contract, repr(send_counts))
     if len(counts) != world or min(counts) < 0 or sum(counts) != len(x):
         raise ArgumentValueError(
             _OP, "send_counts", f"be {world} counts that add up to {len(x)}", counts

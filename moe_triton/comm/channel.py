@@ -225,12 +225,7 @@ class Channel:
         ring = self._rings[kind]
         if next(iter(ring.in_flight), None) != epoch:
             oldest = next(iter(ring.in_flight), None)
-            waiting = "none is" if oldest is None else f"number {oldest} is the oldest"
-            raise MoeError(
-                op,
-                f"{kind} operations must be torn down in the order of their setup, and once, got "
-                f"number {epoch} while {waiting} in flight",
-            )
+            raise SequenceError.out_of_order(op, kind, epoch, oldest)
         arena = ring.in_flight[epoch].arena
         assert arena is not None
         aborted = self._see_flags(kind, epoch, op, arena)

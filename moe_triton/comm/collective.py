@@ -26,6 +26,8 @@ from ..errors import (
     MoeError,
     PeerAbortError,
     PeerTimeoutError,
+    RoutingMismatchError,
+    SequenceError,
     UnavailableError,
 )
 from ..layout import DispatchHeader
@@ -214,7 +216,20 @@ class CollectiveTransport:
             receive=[[parts[rank]] for rank in range(self._size)],
         )
         self._finish("combine", pending.epoch)
+        # Only now: a peer for which all is well exchanges its rows with this rank in any case.
+        self._check_returns(call, outputs, coming)
         return reduce_rows(call, outputs, rows, rows_in_plan_order(config, outputs), addend)
+
+    def _check_returns(self, call: Call, outputs: Outputs, coming: list[int]) -> None:
+        """Raise unless every rank returns as many rows as this one sent it."""
+        topology = call.config.topology
+        routed = outputs.plan.counts.view(-1, topology.experts_per_rank).sum(1).tolist()
+        sent = [0] * topology.num_shared_ranks + routed
+        for rank in topology.shared_ranks_of(self._rank):
+            sent[rank] = len(outputs.expert_ids)
+        for rank, (mine, theirs) in enumerate(zip(sent, coming, strict=True)):
+            if mine != theirs:
+                raise RoutingMismatchError(call.op, rank, "its experts", mine, theirs)
 
     @outside_autograd
     def output_rows(self, config: MoeConfig, num_rows: int) -> None:
@@ -230,6 +245,10 @@ class CollectiveTransport:
         self._transfer(op, [[part] for part in x.split(counts)], [[rows] for rows in received])
         self._finish("exchange", epoch)
         return [rows.reshape(-1) for rows in received]
+
+    def window_bytes(self, kind: str) -> int:  # noqa: ARG002
+        """Nothing: buffers come with the calls."""
+        return 0
 
     def reject(self, kind: str, op: str, error: MoeError) -> None:
         """Send a notice of rejection in place of data."""
@@ -253,11 +272,7 @@ class CollectiveTransport:
     def _begin(self, kind: str, op: str) -> int:
         self.raise_if_broken(op)
         if self._is_full(kind):
-            raise MoeError(
-                op,
-                f"at most {self._limit} {kind} operations may be in flight, and one more was set "
-                "up; tear one down first, or ask for more with in_flight",
-            )
+            raise SequenceError.too_many(op, kind, self._limit)
         while self._debts[kind]:
             self._settle(self._debts[kind].pop(0), op)
         self._epochs[kind] += 1
@@ -372,8 +387,9 @@ class CollectiveTransport:
         Returns:
             The rows that each rank is going to send.
         """
-        if next(iter(self._in_flight[kind]), None) != epoch:
-            raise MoeError(op, f"{kind} operations must be torn down in the order of their setup")
+        oldest = next(iter(self._in_flight[kind]), None)
+        if oldest != epoch:
+            raise SequenceError.out_of_order(op, kind, epoch, oldest)
         operation = self._in_flight[kind][epoch]
         self._settle(operation, op)
         notices = [json.loads(bytes(raw.numpy())) for raw in operation.notices]

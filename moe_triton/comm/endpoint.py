@@ -7,6 +7,7 @@ choice. An explicit choice that cannot work is an error that says why.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -98,9 +99,14 @@ class Endpoint:
 
     @outside_autograd
     def reject(self, kind: str, op: str, error: MoeError) -> None:
-        """Tell the peers, who may be making the call right now, why this rank rejects it."""
+        """Tell the peers, who may be making the call right now, why this rank rejects it.
+
+        Where they cannot be told, this returns all the same: its caller raises ``error``, which
+        says more, and the next call finds the group broken.
+        """
         if self._connected is not None:
-            self._connected.reject(kind, op, error)
+            with contextlib.suppress(PeerTimeoutError, BrokenGroupError):
+                self._connected.reject(kind, op, error)
         elif self._meeting is not None and self._lost is None and not self._closed:
             self._meeting.reject(error.problem)
 

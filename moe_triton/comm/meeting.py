@@ -82,8 +82,8 @@ class Meeting:
             self._post(place, "facts", {"rejected": reason})
             return place
 
-        # Without the store nobody can be told, and the peers do not meet either.
-        with contextlib.suppress(TimeoutError):
+        # Without the store, silent or gone, nobody can be told, and the peers do not meet either.
+        with contextlib.suppress(TimeoutError, RuntimeError):
             self._place = _bounded(access, _STORE_GRACE)
 
     def meet(self, op: str, facts: dict[str, Any]) -> list[dict[str, Any]]:

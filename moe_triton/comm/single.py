@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..errors import MoeError
+from ..errors import MoeError, SequenceError
 from .transport import (
     Call,
     Outputs,
@@ -25,8 +25,10 @@ class SingleTransport:
 
     name = "single"
 
-    def __init__(self) -> None:
-        self._epoch = 0
+    def __init__(self, in_flight: int) -> None:
+        self._limit = in_flight
+        self._epochs: dict[str, list[int]] = {"dispatch": [], "combine": []}
+        self._next = 0
 
     @outside_autograd
     def prepare(self, call: Call, kind: str, slot_bytes: int) -> None:
@@ -34,32 +36,48 @@ class SingleTransport:
 
     @outside_autograd
     def dispatch_setup(self, call: Call, tokens: Tokens) -> Pending:
-        """Remember the call; a group of one has nothing to send."""
-        self._epoch += 1
-        return Pending(self, call, tokens, self._epoch)
-
-    @outside_autograd
-    def dispatch_teardown(self, pending: Pending) -> Received:
-        """Permute the tokens into expert order."""
-        call, tokens = pending.call, pending.data
+        """Write the tokens as they would travel."""
+        epoch = self._begin("dispatch", call.op)
         layout = call.config.dispatch
         data = torch.empty(layout.num_bytes, dtype=torch.uint8)
         headers, rows = layout.headers(data), layout.rows(data)
         plan = push_tokens(call, 0, tokens, rows, [header_of(headers, 0)])
-        return receive(call, 0, tokens, plan, headers, lambda _, row: (rows, row.long()))
+        return Pending(self, call, tokens, epoch, (plan, headers, rows))
+
+    @outside_autograd
+    def dispatch_teardown(self, pending: Pending) -> Received:
+        """Permute the tokens into expert order."""
+        self._finish("dispatch", pending)
+        plan, headers, rows = pending.state
+        return receive(
+            pending.call, 0, pending.data, plan, headers, lambda _, row: (rows, row.long())
+        )
 
     @outside_autograd
     def combine_setup(self, call: Call, outputs: Outputs) -> Pending:
-        """Remember the call."""
-        self._epoch += 1
-        return Pending(self, call, outputs, self._epoch)
+        """Remember the rows: they have nowhere to go."""
+        return Pending(self, call, outputs, self._begin("combine", call.op))
 
     @outside_autograd
     def combine_teardown(self, pending: Pending, addend: torch.Tensor | None) -> torch.Tensor:
         """Sum the rows where they are: received order is already the order of the plan."""
+        self._finish("combine", pending)
         call, outputs = pending.call, pending.data
         index = rows_in_plan_order(call.config, outputs)
         return reduce_rows(call, outputs, outputs.y, index, addend)
+
+    def _begin(self, kind: str, op: str) -> int:
+        if len(self._epochs[kind]) >= self._limit:
+            raise SequenceError.too_many(op, kind, self._limit)
+        self._next += 1
+        self._epochs[kind].append(self._next)
+        return self._next
+
+    def _finish(self, kind: str, pending: Pending) -> None:
+        oldest = next(iter(self._epochs[kind]), None)
+        if oldest != pending.epoch:
+            raise SequenceError.out_of_order(pending.call.op, kind, pending.epoch, oldest)
+        self._epochs[kind].pop(0)
 
     @outside_autograd
     def output_rows(self, config: MoeConfig, num_rows: int) -> None:
@@ -74,6 +92,10 @@ class SingleTransport:
     ) -> list[torch.Tensor]:
         """What one rank sends itself."""
         return [x.clone()]
+
+    def window_bytes(self, kind: str) -> int:  # noqa: ARG002
+        """Nothing: there is no window."""
+        return 0
 
     def reject(self, kind: str, op: str, error: MoeError) -> None:
         """There is nobody to tell."""

@@ -12,6 +12,7 @@ from .transport import (
     Pending,
     Received,
     Tokens,
+    check_returns,
     outside_autograd,
     push_tokens,
     receive,
@@ -73,7 +74,7 @@ class SymmetricTransport:
         reach = arena.reach(slot, layout.rows_start, stride, torch.uint8, stride)
 
         def locate(source: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return reach.rows, reach.origins[source] + row * reach.step
+            return reach.rows, reach.origins[source] + row.long() * reach.step
 
         try:
             headers = arena.view(self._rank, slot, layout, layout.headers)
@@ -101,13 +102,15 @@ class SymmetricTransport:
 
     def _put_rows(self, op: str, arena: Arena, rows: torch.Tensor, outputs: Outputs) -> None:
         """Write the experts' rows into the window, unless they have been written there."""
-        if outputs.lent and outputs.y.data_ptr() == rows.data_ptr():
-            return
-        if not outputs.lent and arena.holds(self._rank, outputs.y):
+        y = outputs.y[: outputs.sources.source.numel()]
+        in_window = arena.holds(self._rank, y)
+        if in_window and not outputs.lent:
             contract = "not be output_rows() from before another combine, which voids them"
             raise ArgumentValueError(op, "y", contract, "such rows")
-        num_rows = outputs.sources.source.numel()
-        rows[:num_rows] = outputs.y[:num_rows]
+        if in_window and (y.data_ptr(), y.stride()) == (rows.data_ptr(), rows.stride()):
+            return
+        # From elsewhere in the window, the copy might overlap what it reads.
+        rows[: len(y)] = y.clone() if in_window else y
 
     @outside_autograd
     def combine_teardown(self, pending: Pending, addend: torch.Tensor | None) -> torch.Tensor:
@@ -120,6 +123,7 @@ class SymmetricTransport:
             ends = torch.stack(
                 [arena.view(owner, slot, layout, layout.ends) for owner in range(channel.size)]
             )
+            check_returns(call, self._rank, pending.data, ends)
             holder, row = rows_at_holders(config, self._rank, pending.data, ends)
             reach = arena.reach(slot, layout.rows_start, layout.stride, config.dtype, config.hidden)
             index = reach.origins[holder] + row * reach.step
@@ -180,11 +184,17 @@ class SymmetricTransport:
         channel.signal("exchange", epoch)
         channel.wait("exchange", epoch, op)
         own = arena.data(self._rank, slot)
-        received = [
-            own[rank * capacity : rank * capacity + size].clone() for rank, size in enumerate(sizes)
-        ]
-        channel.finish("exchange", epoch)
-        return received
+        try:
+            return [
+                own[rank * capacity : rank * capacity + size].clone()
+                for rank, size in enumerate(sizes)
+            ]
+        finally:
+            channel.finish("exchange", epoch)
+
+    def window_bytes(self, kind: str) -> int:
+        """Bytes of this rank's windows, all slots and flags included."""
+        return self._channel.window_bytes(kind)
 
     def reject(self, kind: str, op: str, error: MoeError) -> None:
         """Announce the error in place of data."""

@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 
-from ..errors import MoeError, ReceiveOverflowError
+from ..errors import MoeError, ReceiveOverflowError, RoutingMismatchError
 from ..layout import DispatchHeader, Plan, Sources
 from .window import MoeConfig
 
@@ -71,7 +71,9 @@ class Tokens:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What a dispatch moved from this rank to all ranks, itself included.
+    """What a dispatch asks of the wires between ranks, the one to the rank itself included.
+
+    Over windows in host memory nothing is sent: a row is written once, and read for each copy.
 
     Attributes:
         rows_sent: one for each token and rank that wants it; with scales per expert, one per copy.
@@ -192,6 +194,10 @@ class Transport(Protocol):
 
     def all_to_all_v(self, op: str, x: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
         """Send consecutive rows of [N, B] uint8 ``x``; return what each rank sent here."""
+        ...
+
+    def window_bytes(self, kind: str) -> int:
+        """Memory that this rank has set aside for ``kind``."""
         ...
 
     def reject(self, kind: str, op: str, error: MoeError) -> None:
@@ -323,6 +329,31 @@ def rows_in_plan_order(config: MoeConfig, outputs: Outputs) -> torch.Tensor:
     return torch.cat([routed, shape[0] * (shape[1] + shared) + token], dim=1)
 
 
+def check_returns(call: Call, rank: int, outputs: Outputs, ends: torch.Tensor) -> None:
+    """Raise unless every rank returns as many rows as ``rank`` sent it, expert by expert.
+
+    Args:
+        call: the call.
+        rank: this rank, the source of the tokens.
+        outputs: its input to combine.
+        ends: [W, L*W] every rank's prefix sums by (local expert, source).
+    """
+    topology = call.config.topology
+    local, first = topology.experts_per_rank, topology.num_shared_ranks
+    counts = ends.diff(dim=1, prepend=ends.new_zeros((len(ends), 1)))
+    returned = counts[first:].view(-1, local, topology.world_size)[..., rank].reshape(-1)
+    wrong = (returned != outputs.plan.counts).nonzero()
+    if len(wrong):
+        expert = int(wrong[0])
+        sent, got = int(outputs.plan.counts[expert]), int(returned[expert])
+        raise RoutingMismatchError(call.op, first + expert // local, f"expert {expert}", sent, got)
+    tokens = len(outputs.expert_ids)
+    for shared, holder in enumerate(topology.shared_ranks_of(rank)):
+        got = int(counts[holder, rank])
+        if got != tokens:
+            raise RoutingMismatchError(call.op, holder, f"shared expert {shared}", tokens, got)
+
+
 def rows_at_holders(
     config: MoeConfig, rank: int, outputs: Outputs, ends: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -340,7 +371,7 @@ def rows_at_holders(
     """
     topology, ids = config.topology, outputs.expert_ids.long()
     local = topology.experts_per_rank
-    starts = torch.nn.functional.pad(ends, (1, 0))  # entry i: the rows before group i
+    starts = torch.nn.functional.pad(ends, (1, 0)).long()  # entry i: the rows before group i
     holder = topology.num_shared_ranks + ids // local
     row = starts[holder, ids % local * topology.world_size + rank]
     row = row + outputs.plan.expand_idx.view(ids.shape)

@@ -118,6 +118,28 @@ def topology(
     return Topology(world, num_experts, num_shared, num_shared_ranks)
 
 
+def layer(
+    op: str,
+    placement: Topology,
+    top_k: int,
+    hidden: int,
+    max_tokens: int,
+    dtype: torch.dtype,
+    quant: str | None,
+    max_recv_tokens: int | None,
+) -> None:
+    """The sizes and formats of a layer over ``placement`` make sense."""
+    contract = f"be in [1, {placement.num_experts}], the number of experts"
+    value(op, "top_k", 1 <= top_k <= placement.num_experts, contract, top_k)
+    value(op, "hidden", hidden >= 1, "be positive", hidden)
+    value(op, "max_tokens", max_tokens >= 0, "not be negative", max_tokens)
+    value(op, "dtype", dtype in FLOATS, f"be one of {[*FLOATS]}", dtype)
+    value(op, "quant", quant in (None, "int8"), "be None or 'int8'", repr(quant))
+    if max_recv_tokens is not None:
+        integers(op, max_recv_tokens=max_recv_tokens)
+        value(op, "max_recv_tokens", max_recv_tokens >= 0, "not be negative", max_recv_tokens)
+
+
 def expert_ids(op: str, name: str, ids: torch.Tensor, num_experts: int) -> None:
     """On the CPU: ids are in [0, num_experts), and no token names an expert twice."""
     if ids.device.type != "cpu" or ids.numel() == 0:

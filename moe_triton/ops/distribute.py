@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,12 @@ class GroupArguments:
     shared_expert_num: int = 1
     shared_expert_rank_num: int = 0
     global_bs: int = 0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+                object.__setattr__(self, field.name, int(value))  # numpy's are no JSON
 
     def check_types(self, op: str) -> None:
         """The name of the TP group is legal, and integers are integers."""
@@ -113,11 +120,11 @@ class GroupArguments:
         """What must be equal on all ranks, under the names the caller knows."""
         return {
             "op": op,
-            "ep_world_size": int(self.ep_world_size),
-            "moe_expert_num": int(self.moe_expert_num),
-            "shared_expert_rank_num": int(self.shared_expert_rank_num),
-            "shared_expert_num": int(self.shared_expert_num) if self.shared_expert_rank_num else 0,
-            "global_bs": int(self.global_bs),
+            "ep_world_size": self.ep_world_size,
+            "moe_expert_num": self.moe_expert_num,
+            "shared_expert_rank_num": self.shared_expert_rank_num,
+            "shared_expert_num": self.shared_expert_num if self.shared_expert_rank_num else 0,
+            "global_bs": self.global_bs,
             f"{x_name}.shape[1]": x.shape[1],
             f"{x_name}.dtype": str(x.dtype),
             "expert_ids.shape[1]": expert_ids.shape[1],
@@ -258,7 +265,9 @@ def distribute_combine(
         checks.dtype(op, "expand_scales", expand_scales, (torch.float32,))
         checks.dtype(op, "shared_expert_x", shared_expert_x, (expand_x.dtype,))
         topology = arguments.topology(op, group)
-        checks.reserved(op, comm_quant_mode=comm_quant_mode, **unused)
+        checks.reserved(op, **unused)
+        contract = "be 0, as quantised returns are not supported"
+        checks.value(op, "comm_quant_mode", comm_quant_mode == 0, contract, comm_quant_mode)
         max_tokens = _check_tokens(op, arguments, expand_x, expert_ids, expert_scales, topology)
         num_tokens, top_k = expert_ids.shape
         hidden, device = expand_x.shape[1], expand_x.device

@@ -1,0 +1,190 @@
+"""Rows read from where they lie: only those that belong to the reader, and lent memory as it is."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from moe_triton import (
+    ArgumentValueError,
+    ExpertParallel,
+    PeerAbortError,
+    RoutingMismatchError,
+    testing,
+)
+from moe_triton.compat import torch_npu
+
+TOKENS, HIDDEN, EXPERTS, TOP_K = 6, 10, 4, 2
+
+
+def layer(ctx, **options):
+    return ExpertParallel(
+        ctx.ep_group,
+        num_experts=EXPERTS,
+        top_k=TOP_K,
+        hidden=HIDDEN,
+        max_tokens=TOKENS,
+        timeout=10,
+        **options,
+    )
+
+
+def batch(rank, seed=0):
+    x = testing.tokens(TOKENS, HIDDEN, torch.bfloat16, seed=seed + rank)
+    ids = testing.routing_uniform(TOKENS, EXPERTS, TOP_K, seed=seed + rank)
+    return x, ids, torch.full(ids.shape, 0.5)
+
+
+@pytest.mark.parametrize("world", ["local", "symmetric", "collective"])
+def test_ranks_that_combine_different_dispatches_are_told(world):
+    """No row of another dispatch is read in place of the right one."""
+
+    def fn(ctx):
+        with layer(ctx, exact=True) as ep:
+            x, _, weights = batch(ctx.rank)
+            everywhere = torch.tensor([[0, 2]] * TOKENS)
+            first = ep.dispatch(x, everywhere, weights)
+            here = torch.tensor([[0, 1]] * TOKENS)
+            second = ep.dispatch(x, here, weights)
+            mine = first if ctx.rank == 0 else second
+            with pytest.raises(RoutingMismatchError, match="from the same dispatch") as caught:
+                ep.combine(mine.x, mine.handle)
+            assert caught.value.code == 561002
+            out = ep.combine(first.x, first.handle)
+            assert torch.equal(out, x)
+
+    run(world, fn)
+
+
+def run(world, fn):
+    if world == "local":
+        return testing.run_local(2, fn)
+    return testing.run_processes(2, fn, transport=world)
+
+
+@pytest.mark.parametrize("world", ["local", "symmetric"])
+def test_wrong_counts_of_a_peer_are_told(world):
+    """ep_send_counts that are plausible by themselves, and not what dispatch returned."""
+
+    def fn(ctx):
+        x, ids, weights = batch(ctx.rank)
+        arguments = (ctx.ep_group, 2, ctx.rank, EXPERTS)
+        out = torch_npu.npu_moe_distribute_dispatch(x, ids, *arguments)
+        expand_x, _, expand_idx, _, counts = out[:5]
+        wrong = counts.clone()
+        if ctx.rank == 1:
+            wrong[0] += 1 if wrong[0] < wrong[1] else -1
+        combine = torch_npu.npu_moe_distribute_combine
+        caught = None
+        try:
+            combine(expand_x, ids, expand_idx, wrong, weights, *arguments)
+        except RoutingMismatchError as error:
+            caught = error
+        assert torch.equal(combine(expand_x, ids, expand_idx, counts, weights, *arguments), x)
+        return caught and caught.rank
+
+    assert run(world, fn) == [1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_a_refilled_routing_buffer_changes_nothing(dtype):
+    def fn(ctx):
+        with layer(ctx) as ep:
+            x, ids, weights = batch(ctx.rank)
+            ids = ids.to(dtype)
+            received = ep.dispatch(x, ids, weights)
+            ids.zero_()
+            weights.zero_()
+            assert torch.equal(ep.combine(received.x, received.handle), x)
+
+    testing.run_local(2, fn)
+
+
+def test_lent_rows_are_sent_from_where_they_are():
+    def fn(ctx):
+        with layer(ctx, exact=True) as ep:
+            x, ids, weights = batch(ctx.rank)
+            weights.requires_grad_()
+            for _ in range(3):
+                received = ep.dispatch(x, ids, weights)
+                rows = ep.output_rows(received.handle)
+                assert rows.shape == received.x.shape
+                assert ep.output_rows(received.handle) is rows
+                scale = torch.ones((), dtype=rows.dtype, requires_grad=True)
+                with torch.no_grad():
+                    rows[:] = received.x * scale
+                assert torch.equal(ep.combine(rows, received.handle), x)
+
+    testing.run_processes(2, fn, transport="symmetric")
+
+
+def test_other_views_of_lent_rows_are_copied():
+    """They begin at the same address and are other rows."""
+
+    def fn(ctx):
+        with layer(ctx, exact=True) as ep:
+            x = torch.arange(TOKENS, dtype=torch.bfloat16)[:, None].expand(-1, HIDDEN).contiguous()
+            ids = torch.tensor([[0, 2]] * TOKENS)
+            received = ep.dispatch(x, ids)
+            rows = ep.output_rows(received.handle)
+            rows.copy_(received.x)
+            rows[0] = 7.0
+            out = ep.combine(rows[:1].expand(len(rows), -1), received.handle)
+            assert (out == 14.0).all()
+
+    testing.run_local(2, fn)
+
+
+def test_lent_rows_serve_again_after_a_peer_refused():
+    def fn(ctx):
+        with layer(ctx, exact=True) as ep:
+            x, ids, weights = batch(ctx.rank)
+            received = ep.dispatch(x, ids, weights)
+            rows = ep.output_rows(received.handle)
+            rows.copy_(received.x)
+            if ctx.rank == 0:
+                with pytest.raises(ArgumentValueError):
+                    ep.combine(rows[:-1], received.handle)
+            else:
+                with pytest.raises(PeerAbortError):
+                    ep.combine(rows, received.handle)
+            assert torch.equal(ep.combine(rows, received.handle), x)
+
+    testing.run_local(2, fn)
+
+
+def test_numpy_integers_are_integers_between_processes():
+    def fn(ctx):
+        number = np.int64
+        with ExpertParallel(
+            ctx.ep_group,
+            num_experts=number(EXPERTS),
+            top_k=number(TOP_K),
+            hidden=number(HIDDEN),
+            max_tokens=number(TOKENS),
+            in_flight=number(1),
+            max_recv_tokens=number(24),
+        ) as ep:
+            x, ids, weights = batch(ctx.rank)
+            received = ep.dispatch(x, ids, weights)
+            assert torch.equal(ep.combine(received.x, received.handle), x)
+        arguments = (ctx.ep_group, number(2), number(ctx.rank), number(EXPERTS))
+        out = torch_npu.npu_moe_distribute_dispatch(x, ids, *arguments)
+        assert out[0].shape[1] == HIDDEN
+
+    testing.run_processes(2, fn, transport="symmetric")
+
+
+def test_window_bytes_are_those_held():
+    def fn(ctx):
+        with layer(ctx, quant="int8") as ep:
+            x, ids, weights = batch(ctx.rank)
+            before = ep.window_bytes
+            scales = torch.ones((EXPERTS, HIDDEN))
+            ep.dispatch(x, ids, weights, scales=scales)
+            after = ep.window_bytes
+            assert after.dispatch > before.dispatch
+            assert after.combine == before.combine
+
+    testing.run_local(2, fn)
