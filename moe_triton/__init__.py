@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .backend import get_backend, set_backend
-from .comm import recover
+from .comm import Traffic, WindowBytes, recover
 from .errors import (
     ArgumentError,
     ArgumentMismatchError,
@@ -20,7 +20,7 @@ from .errors import (
     SequenceError,
     UnavailableError,
 )
-from .expert_parallel import Dispatched, ExpertParallel, Handle
+from .expert_parallel import CombinePending, Dispatched, DispatchPending, ExpertParallel, Handle
 from .ops import window_bytes
 
 __version__ = "0.1.0"
@@ -32,6 +32,8 @@ __all__ = [
     "ArgumentTypeError",
     "ArgumentValueError",
     "BrokenGroupError",
+    "CombinePending",
+    "DispatchPending",
     "Dispatched",
     "ExpertParallel",
     "Handle",
@@ -42,7 +44,9 @@ __all__ = [
     "ReceiveOverflowError",
     "RoutingMismatchError",
     "SequenceError",
+    "Traffic",
     "UnavailableError",
+    "WindowBytes",
     "get_backend",
     "recover",
     "set_backend",

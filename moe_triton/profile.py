@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection
 
-from .errors import UnavailableError
+from .errors import ArgumentValueError, UnavailableError
 
 _MB = 2**20
 
@@ -23,7 +23,7 @@ class Profile:
         name: "portable", or a product.
         max_tokens: largest BS.
         max_top_k: largest K.
-        hidden: largest H.
+        max_hidden: largest H.
         hidden_multiple: H must be a multiple of this.
         world_sizes: allowed W.
         max_experts: largest E.
@@ -34,12 +34,40 @@ class Profile:
     name: str
     max_tokens: int | None = None
     max_top_k: int | None = None
-    hidden: int | None = None
+    max_hidden: int | None = None
     hidden_multiple: int = 1
     world_sizes: Collection[int] | None = None
     max_experts: int | None = None
     max_experts_per_rank: int | None = None
     quant_modes: Collection[int] = (0, 2)
+
+    def check(
+        self,
+        op: str,
+        *,
+        num_tokens: int,
+        hidden: int,
+        top_k: int,
+        world_size: int,
+        num_experts: int,
+        experts_per_rank: int,
+    ) -> None:
+        """Raise ``ArgumentValueError`` for the first size that the product does not take."""
+        for argument, got, most in (
+            ("BS", num_tokens, self.max_tokens),
+            ("H", hidden, self.max_hidden),
+            ("K", top_k, self.max_top_k),
+            ("moe_expert_num", num_experts, self.max_experts),
+            ("moe_expert_num / MoE ranks", experts_per_rank, self.max_experts_per_rank),
+        ):
+            if most is not None and got > most:
+                raise ArgumentValueError(op, argument, f"be at most {most} on {self.name}", got)
+        if hidden % self.hidden_multiple:
+            contract = f"be a multiple of {self.hidden_multiple} on {self.name}"
+            raise ArgumentValueError(op, "H", contract, hidden)
+        if self.world_sizes is not None and world_size not in self.world_sizes:
+            contract = f"be one of {[*self.world_sizes]} on {self.name}"
+            raise ArgumentValueError(op, "ep_world_size", contract, world_size)
 
 
 PROFILES = {"portable": Profile("portable")}

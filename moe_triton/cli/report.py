@@ -147,9 +147,9 @@ def show_table(
     row(
         "bytes sent",
         [size(b) for b in sent],
-        f"{total(lambda t: t.rows_sent)[0]} rows of all ranks",
+        f"{total(lambda t: t.rows_sent)[0]} rows, one for each token and rank",
     )
-    row("bytes saved", [size(b) for b in saved], f"{share:.0%}, as a token goes once to a rank")
+    row("bytes saved", [size(b) for b in saved], f"{share:.0%} of one row for each copy")
     windows = [max(result.window_bytes for result in every) for every in ranks]
     transport = f"of each rank, {ranks[0][0].transport} transport"
     row("window", [size(b) for b in windows], transport)

@@ -39,10 +39,10 @@ from .transport import (
     Received,
     Tokens,
     outside_autograd,
-    push_tokens,
     receive,
     reduce_rows,
     rows_in_plan_order,
+    write_tokens,
 )
 from .waiting import Waiter, ranks_text
 from .window import MoeConfig, header_of
@@ -116,7 +116,7 @@ class CollectiveTransport:
             data = self._buffer("dispatch send", epoch, layout.num_bytes)
             headers, rows = layout.headers(data), layout.rows(data)
             targets = [header_of(headers, rank) for rank in range(self._size)]
-            plan = push_tokens(call, self._rank, tokens, rows, targets)
+            plan = write_tokens(call, self._rank, tokens, rows, targets)
             parts = self._parts(config, tokens, headers, rows, epoch)
         except BaseException as error:
             self._give_up(call.op, "dispatch", epoch, error)
@@ -359,7 +359,7 @@ class CollectiveTransport:
                     work = dist.isend(data, group=group, group_dst=rank, tag=tag)
                 else:
                     work = dist.irecv(data, group=group, group_src=rank, tag=tag)
-            except RuntimeError as error:  # noqa: PERF203
+            except RuntimeError as error:
                 failures[rank] = error
             else:
                 assert work is not None

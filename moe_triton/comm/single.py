@@ -12,10 +12,10 @@ from .transport import (
     Received,
     Tokens,
     outside_autograd,
-    push_tokens,
     receive,
     reduce_rows,
     rows_in_plan_order,
+    write_tokens,
 )
 from .window import MoeConfig, header_of
 
@@ -41,7 +41,7 @@ class SingleTransport:
         layout = call.config.dispatch
         data = torch.empty(layout.num_bytes, dtype=torch.uint8)
         headers, rows = layout.headers(data), layout.rows(data)
-        plan = push_tokens(call, 0, tokens, rows, [header_of(headers, 0)])
+        plan = write_tokens(call, 0, tokens, rows, [header_of(headers, 0)])
         return Pending(self, call, tokens, epoch, (plan, headers, rows))
 
     @outside_autograd

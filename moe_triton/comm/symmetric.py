@@ -1,4 +1,4 @@
-"""Dispatch and combine over windows: each rank writes its rows, flags tell, all ranks read."""
+"""Dispatch and combine over host memory: each rank writes its rows, flags tell, all ranks read."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .transport import (
     Tokens,
     check_returns,
     outside_autograd,
-    push_tokens,
     receive,
     reduce_rows,
     rows_at_holders,
+    write_tokens,
 )
 from .window import Arena, MoeConfig, header_of
 
 
 class SymmetricTransport:
-    """The transport over memory that all ranks of the group can write."""
+    """The transport over host memory that all ranks of the group can read and write."""
 
     name = "symmetric"
 
@@ -57,7 +57,7 @@ class SymmetricTransport:
                 for owner in range(channel.size)
             ]
             rows = arena.view(self._rank, slot, layout, layout.rows)
-            plan = push_tokens(call, self._rank, tokens, rows, headers)
+            plan = write_tokens(call, self._rank, tokens, rows, headers)
         except BaseException as error:
             channel.abort("dispatch", epoch, error)
             raise

@@ -24,7 +24,11 @@ _T = TypeVar("_T")
 
 @dataclasses.dataclass(frozen=True)
 class DeviceSteps:
-    """The steps that run on the device; ``ref`` defines each."""
+    """The steps that run on the device; ``ref`` defines each.
+
+    ``pack`` and ``reduce`` gather from one tensor by index. In host memory that tensor can span the
+    windows of all ranks; steps for memory that needs a pointer per rank will take a table instead.
+    """
 
     plan: Callable[..., Plan]
     push: Callable[..., None]
@@ -213,7 +217,7 @@ class Transport(Protocol):
         ...
 
 
-def push_tokens(
+def write_tokens(
     call: Call, rank: int, tokens: Tokens, rows: torch.Tensor, headers: list[DispatchHeader]
 ) -> Plan:
     """Plan this rank's tokens, write them into its rows and its headers."""

@@ -8,9 +8,11 @@ of the arguments, unused), and goes on with what the kind needs:
     combine    [L*W] prefix sums of the rows by (local expert, source); [A] rows of H elements
     exchange   [W] bytes of any kind
 
-Flags and headers are written by their source, rows by the owner. On one host a load from a peer's
-memory costs what a load from one's own costs, so rows are written once, where they are, and every
-rank that wants one reads it from there into its place.
+What has one part for each source is written by the sources, flags included; rows and prefix sums
+are the owner's, and the others read them. In host memory a load from a peer's window costs what a
+load from one's own costs (on one memory node; others were not measured), so a row is written once,
+where it is, and every rank that wants it gathers it from there into its place. That makes a combine
+window as large as the most rows a rank can receive; of that, pages are taken as rows are written.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ def align(num_bytes: int, to: int = 16) -> int:
 def num_slots(in_flight: int) -> int:
     """Slots of a ring that lets ``in_flight`` setups run ahead of teardowns.
 
-    At least twice as many: a slot is written again by the push of i + 2f, which follows its
-    writer's teardown of i + f, which saw every peer's push of i + f, which followed that peer's
+    At least twice as many: a slot is written again by the setup of i + 2f, which follows its
+    writer's teardown of i + f, which saw every peer's flag of i + f, which followed that peer's
     teardown of i. A power of two, so that slot = epoch % slots goes on correctly when the 32-bit
     epoch wraps.
     """
@@ -249,7 +251,7 @@ def clear_flags(block: Block, world_size: int, slots: int, epoch: int) -> None:
 
 
 class Reach(NamedTuple):
-    """The rows of all ranks' windows as one tensor.
+    """The rows of all ranks' windows in host memory as one tensor.
 
     Attributes:
         rows: [N, columns], a row beginning every 16 bytes from the lowest window to the highest. In

@@ -13,6 +13,7 @@ from .. import comm
 from ..comm import Call, MoeConfig, Outputs, Tokens
 from ..errors import MissingArgumentError, MoeError
 from ..layout import Plan
+from ..profile import get_profile
 from ..topology import Topology
 from . import checks
 from .steps import device_steps
@@ -21,6 +22,7 @@ DISPATCH = "npu_moe_distribute_dispatch"
 COMBINE = "npu_moe_distribute_combine"
 
 _QUANT = {0: None, 2: "int8"}
+_PROFILE = get_profile("portable")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +172,8 @@ def distribute_dispatch(
         topology = arguments.topology(op, group)
         max_tokens = _check_tokens(op, arguments, x, expert_ids, expert_scales, topology)
         checks.reserved(op, x_active_mask=x_active_mask)
-        checks.value(op, "quant_mode", quant_mode in _QUANT, f"be in {[*_QUANT]}", quant_mode)
+        modes = [*_PROFILE.quant_modes]
+        checks.value(op, "quant_mode", quant_mode in modes, f"be in {modes}", quant_mode)
         checks.value(
             op,
             "expert_token_nums_type",
@@ -339,6 +342,15 @@ def _check_tokens(
     expected = (num_tokens, top_k)
     checks.shape(op, "expert_scales", expert_scales, expected, "(BS, K)", x.device)
     max_tokens = arguments.max_tokens(op, num_tokens)
+    _PROFILE.check(
+        op,
+        num_tokens=max_tokens,
+        hidden=x.shape[1],
+        top_k=top_k,
+        world_size=topology.world_size,
+        num_experts=topology.num_experts,
+        experts_per_rank=topology.experts_per_rank,
+    )
     checks.expert_ids(op, "expert_ids", expert_ids, topology.num_experts)
     return max_tokens
 
