@@ -121,6 +121,4 @@ def show(terminal: Terminal, windows: list[dict[str, Any]]) -> None:
             terminal.line(f"{label}{_QUANTS[quant]:<5}{cells}{buffers}")
             label, buffers = " " * len(label), ""
     terminal.line("  E experts, top K, hidden size H; a2, a3: HCCL_BUFFSIZE there, in MB")
-    terminal.line(
-        "  room for the worst case, which max_recv_tokens lowers; pages are taken when used"
-    )
+    terminal.line("  room for the worst case (see max_recv_tokens); pages are taken when used")
