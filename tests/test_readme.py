@@ -1,0 +1,63 @@
+"""What the README shows runs, and what it names exists."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_example_runs_on_four_ranks(tmp_path):
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    script = tmp_path / "layer.py"
+    # The example has nothing to print; what it computed can be looked at before it ends.
+    check = (
+        "    assert torch.allclose(out.float(), 2 * x.float() * weights.sum(1, True), rtol=2e-2)\n"
+    )
+    script.write_text(
+        block.replace("torch.distributed.destroy", check.strip() + "\ntorch.distributed.destroy")
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    run = subprocess.run(
+        [*command, "--nproc-per-node", "4", str(script)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_files_of_the_layout_exist():
+    layout = README.split("## Layout", 1)[1]
+    folders = {}
+    found = 0
+    for line in layout.splitlines():
+        match = re.match(r"^( {4,})([\w./]+)(?:, \w+)?\s{2,}\S", line)
+        opened = re.match(r"^( {4,})([\w./]+/)$", line)
+        if not (match or opened):
+            continue
+        indent, name = (match or opened).groups()
+        depth = len(indent) // 4
+        folders[depth] = name
+        parts = [folders[level] for level in range(1, depth)]
+        path = ROOT.joinpath(*parts, name)
+        assert path.exists(), f"README.md names {path.relative_to(ROOT)}"
+        found += 1
+    assert found > 20
+
+
+def test_every_module_of_the_package_is_in_the_layout():
+    layout = README.split("## Layout", 1)[1]
+    for path in [
+        *(ROOT / "moe_triton").glob("[a-z]*"),
+        *(ROOT / "moe_triton/comm").glob("[a-z]*.py"),
+    ]:
+        name = path.name + ("/" if path.is_dir() else "")
+        if path.suffix in (".py", "") and path.name != "py.typed":
+            assert f" {name} " in layout or f" {name}\n" in layout, f"README.md leaves out {name}"
