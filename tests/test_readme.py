@@ -15,12 +15,11 @@ def test_the_example_runs_on_four_ranks(tmp_path):
     (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     script = tmp_path / "layer.py"
     # The example has nothing to print; what it computed can be looked at before it ends.
-    check = (
-        "    assert torch.allclose(out.float(), 2 * x.float() * weights.sum(1, True), rtol=2e-2)\n"
-    )
-    script.write_text(
-        block.replace("torch.distributed.destroy", check.strip() + "\ntorch.distributed.destroy")
-    )
+    expected = "2 * x.float() * weights.sum(1, True)"
+    end = "torch.distributed.destroy_process_group()"
+    check = f"assert torch.allclose(out.float(), {expected}, rtol=2e-2)\n{end}"
+    assert end in block
+    script.write_text(block.replace(end, check))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     run = subprocess.run(
         [*command, "--nproc-per-node", "4", str(script)],
@@ -54,10 +53,8 @@ def test_the_files_of_the_layout_exist():
 
 def test_every_module_of_the_package_is_in_the_layout():
     layout = README.split("## Layout", 1)[1]
-    for path in [
-        *(ROOT / "moe_triton").glob("[a-z]*"),
-        *(ROOT / "moe_triton/comm").glob("[a-z]*.py"),
-    ]:
+    package = ROOT / "moe_triton"
+    for path in [*package.glob("[a-z]*"), *package.glob("comm/[a-z]*.py")]:
         name = path.name + ("/" if path.is_dir() else "")
         if path.suffix in (".py", "") and path.name != "py.typed":
             assert f" {name} " in layout or f" {name}\n" in layout, f"README.md leaves out {name}"
