@@ -168,7 +168,7 @@ class ExpertParallel:
         try:
             self._open()
         except BaseException:
-            comm.close_endpoint(self._endpoint)
+            comm.abandon_endpoint(self._endpoint)
             raise
 
     def _check_sizes(

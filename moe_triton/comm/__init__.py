@@ -16,6 +16,7 @@ from .endpoint import Endpoint
 from .groups import TRANSPORTS, Group, bind_rank, resolve, set_transport
 from .groups import register as register_group
 from .registry import (
+    abandon_endpoint,
     close_all,
     close_endpoint,
     default_endpoint,
@@ -51,6 +52,7 @@ __all__ = [
     "Traffic",
     "Transport",
     "WindowBytes",
+    "abandon_endpoint",
     "all_to_all_v",
     "bind_rank",
     "close_all",

@@ -76,15 +76,19 @@ class Meeting:
 
     def reject(self, reason: str) -> None:
         """Tell the peers that this rank rejects the call that they may be making now."""
+        silent = threading.Event()
 
         def access() -> _Place:
             place = self._next_call()
-            self._post(place, "facts", {"rejected": reason})
+            if not silent.is_set():  # else this rank may be making another call by now
+                self._post(place, "facts", {"rejected": reason})
             return place
 
         # Without the store, silent or gone, nobody can be told, and the peers do not meet either.
-        with contextlib.suppress(TimeoutError, RuntimeError):
+        try:
             self._place = _bounded(access, _STORE_GRACE)
+        except (TimeoutError, RuntimeError):
+            silent.set()
 
     def meet(self, op: str, facts: dict[str, Any]) -> list[dict[str, Any]]:
         """Exchange ``facts``, which must survive JSON, with all ranks; within ``following()``.
@@ -178,6 +182,8 @@ class Meeting:
             if late or rejected or len(records) == self._group.size:
                 break
             waiter.pause(_SLOWEST_POLL)
+        if rejected:
+            return  # it decides this call, however far its rank has come since
         # A dead incarnation of a peer may have left its record: the count of joins tells.
         later = max(self._joins(rank) for rank in range(self._group.size))
         if later > place.generation:

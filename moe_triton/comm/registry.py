@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections import defaultdict
 
@@ -18,7 +17,7 @@ DEFAULT_TIMEOUT = 30.0  # seconds
 _lock = threading.Lock()  # ranks may be threads
 _defaults: dict[tuple[str, int], Endpoint] = {}
 _others: list[Endpoint] = []
-_opened: dict[tuple[str, int], itertools.count[int]] = defaultdict(itertools.count)
+_opened: dict[tuple[str, int], int] = defaultdict(int)  # others so far, by group and rank
 
 
 def default_endpoint(group: Group) -> Endpoint:
@@ -44,7 +43,8 @@ def default_endpoint(group: Group) -> Endpoint:
 def open_endpoint(group: Group, *, transport: str, in_flight: int, timeout: float) -> Endpoint:
     """An endpoint of its own; all ranks must open theirs in the same order."""
     with _lock:
-        number = next(_opened[group.name, group.rank])
+        number = _opened[group.name, group.rank]
+        _opened[group.name, group.rank] += 1
         endpoint = Endpoint(
             group, f"endpoint{number}", transport=transport, in_flight=in_flight, timeout=timeout
         )
@@ -56,7 +56,18 @@ def refuse_endpoint(group: Group, op: str, error: MoeError) -> None:
     """Take part in the opening of an endpoint only to tell the peers why this rank cannot."""
     endpoint = open_endpoint(group, transport="auto", in_flight=1, timeout=DEFAULT_TIMEOUT)
     endpoint.reject("dispatch", op, error)
+    abandon_endpoint(endpoint)
+
+
+def abandon_endpoint(endpoint: Endpoint) -> None:
+    """Close the endpoint opened last, with which nothing could be made, and give back its place.
+
+    Peers that do have theirs, or that come later or are restarted, still find this rank there when
+    it tries again.
+    """
     close_endpoint(endpoint)
+    with _lock:
+        _opened[endpoint.group.name, endpoint.group.rank] -= 1
 
 
 def close_endpoint(endpoint: Endpoint) -> None:
