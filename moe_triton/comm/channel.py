@@ -8,8 +8,9 @@ round again.
 
 Beside the flags, each rank *announces* every call in a control block that its peers can read: the
 arguments that must agree, or why it rejects the call. Announcements are read only when a
-configuration is new or something went wrong. The block begins with a word that says whether the
-rank has left, so that nobody waits in vain for one that closes or recovers.
+configuration is new or something went wrong. New windows take a second round of them, so that all
+ranks use these windows, or none. The block begins with a word that says whether the rank has left,
+so that nobody waits in vain for one that closes or recovers.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import json
 import os
 import select
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ..errors import (
@@ -41,6 +42,7 @@ from .window import Arena, clear_flags, num_slots, ring_bytes
 
 KINDS = ("dispatch", "combine", "exchange")
 _DATA, _ABORT = 0, 1
+_OPENED = 2  # only in announcements, where it stays whatever comes after it
 
 # An announcement: epoch, status, bytes of text, bytes of reason; then the text; then the reason.
 _ENTRY_BYTES, _TEXT, _REASON = 4096, 16, 3072
@@ -126,15 +128,11 @@ class Channel:
     def close(self) -> None:
         """Leave the group and give up the memory; peers that hold it keep their mappings."""
         atomics.store_release(self._control[self.rank].data.data_ptr(), 1)
-        for block in self._control:
-            block.release()
-        for ring in self._rings.values():
-            if ring.arena is not None:
-                _release(ring.arena)
-        for fd in self._pidfds.values():
-            os.close(fd)
-        self._pidfds = {}
-        self._rings = {}
+        # Of the memory only mappings are left, which go with the last view.
+        pidfds, self._pidfds, self._rings = self._pidfds, {}, {}
+        with contextlib.ExitStack() as stack:
+            for fd in pidfds.values():
+                stack.callback(os.close, fd)
 
     # The life of an operation: begin, agree, signal, wait, finish. The caller writes its data
     # before signal, and reads that of the peers before finish.
@@ -173,6 +171,7 @@ class Channel:
             ArgumentMismatchError: the ranks' arguments differ.
             PeerAbortError: a peer rejected its call.
             PeerTimeoutError: peers did not call.
+            UnavailableError: there is no memory for the windows, or no way to a peer's.
         """
         ring = self._rings[kind]
         record: dict[str, Any] = {"arguments": arguments}
@@ -182,18 +181,15 @@ class Channel:
             record["window"] = own.handle
         self._announce(kind, epoch, _DATA, json.dumps(record), "")
         known = (kind, json.dumps(arguments))
-        if own is not None or known not in self._agreed:
-            try:
-                blocks = self._compare(kind, epoch, op, arguments, own)
-            except BaseException:
-                if own is not None:
-                    own.release()
-                raise
-            self._agreed.add(known)
-            if own is not None:
-                if ring.arena is not None:
-                    _release(ring.arena)
-                ring.arena = Arena(blocks, self.slots)
+        if own is not None:
+            blocks = self._share(kind, epoch, op, arguments, own)
+            ring.arena = Arena(blocks, self.slots)
+            # All ranks have opened all of them. Whoever comes first takes all names away, so that
+            # none is left if a rank dies.
+            _release(blocks)
+        elif known not in self._agreed:
+            self._compare(kind, epoch, op, arguments)
+        self._agreed.add(known)
         assert ring.arena is not None
         digest = atomics.wrap(zlib.crc32(known[1].encode()))
         ring.in_flight[epoch] = InFlight(digest, ring.arena)
@@ -231,7 +227,6 @@ class Channel:
         aborted = self._see_flags(kind, epoch, op, arena)
         if self._retry == (kind, epoch):
             self.broken = self._retry = None
-        arena.blocks[self.rank].release()  # every peer has opened it
         if aborted:
             # The culprit's own abort names the cause; these ranks only followed it.
             self.finish(kind, epoch)
@@ -355,7 +350,7 @@ class Channel:
         if said is None:
             return
         error: MoeError | None = None
-        if said.status == _ABORT:
+        if said.status & _ABORT:
             error = PeerAbortError(op, source, said.reason)
         else:
             mine = self._heard(self.rank, kind, epoch)
@@ -444,7 +439,9 @@ class Channel:
         """Publish this rank's words about ``epoch``; what it has said before stays."""
         address = self._entry(self.rank, kind, epoch)
         words = _words(address)
-        if words[0] != epoch:
+        if words[0] == epoch:
+            status |= words[1] & _OPENED
+        else:
             words[2] = _write(address + _TEXT, text, _REASON - _TEXT)
         words[3] = _write(address + _REASON, reason, _ENTRY_BYTES - _REASON)
         atomics.store_release(address + 4, status)
@@ -462,9 +459,9 @@ class Channel:
         return Announcement(status, text, reason)
 
     def _compare(
-        self, kind: str, epoch: int, op: str, arguments: Mapping[str, Any], own: Block | None
-    ) -> list[Block]:
-        """Wait for all announcements of ``epoch`` and compare; open the new windows, if any."""
+        self, kind: str, epoch: int, op: str, arguments: Mapping[str, Any]
+    ) -> dict[int, str]:
+        """Wait for all announcements of ``epoch`` and compare; returns their texts by rank."""
         mine = json.dumps({"arguments": arguments})
         missing = dict.fromkeys(range(self.size))
         texts: dict[int, str] = {}
@@ -482,13 +479,70 @@ class Channel:
                 if error is not None:
                     raise error
                 texts[rank] = said.text
-        if own is None:
-            return []
-        # Only now that all ranks agree: a rank that does not agree takes its window back.
-        return [
-            own if rank == self.rank else self._memory.open(json.loads(texts[rank])["window"])
-            for rank in range(self.size)
-        ]
+        return texts
+
+    def _share(
+        self, kind: str, epoch: int, op: str, arguments: Mapping[str, Any], own: Block
+    ) -> list[Block]:
+        """All ranks' new windows, once the arguments agree and every rank has opened them all."""
+        blocks = {self.rank: own}
+        failure: UnavailableError | None = None
+        try:
+            texts = self._compare(kind, epoch, op, arguments)
+            # Only now that all ranks agree: a rank that does not agree takes its window back.
+            try:
+                for rank in range(self.size):
+                    if rank != self.rank:
+                        handle = json.loads(texts[rank])["window"]
+                        blocks[rank] = self._open(kind, op, rank, handle)
+                self._announce(kind, epoch, _OPENED, "", "")
+            except UnavailableError as error:
+                self._announce(kind, epoch, _ABORT, "", error.problem)
+                failure = error
+            self._await_opened(kind, epoch, op, failure)
+        except BaseException as error:
+            # Whoever is lost cannot clean up. All others do it themselves, when nobody is about to
+            # open their windows any more.
+            lost = error.ranks if isinstance(error, PeerTimeoutError) else ()
+            _release([own, *(blocks[rank] for rank in lost if rank in blocks)])
+            raise
+        return [blocks[rank] for rank in range(self.size)]
+
+    def _open(self, kind: str, op: str, rank: int, handle: dict[str, int | str]) -> Block:
+        try:
+            return self._memory.open(handle)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UnavailableError(
+                op,
+                f"the {kind} windows of rank {rank}, {handle.get('bytes', 'some')} bytes, cannot "
+                f"be opened by rank {self.rank}: {error}",
+            ) from error
+
+    def _await_opened(
+        self, kind: str, epoch: int, op: str, failure: UnavailableError | None
+    ) -> None:
+        """Wait until all ranks have tried to open the windows of ``epoch``.
+
+        Raises:
+            UnavailableError: ``failure``, if this rank could not.
+            PeerAbortError: another one could not.
+        """
+        failed: dict[int, str] = {}
+        missing = dict.fromkeys(range(self.size))
+        for _ in self._looks(op, f"{kind} {epoch}", missing):
+            for rank in list(missing):
+                said = self._heard(rank, kind, epoch)
+                assert said is not None
+                if said.status == _DATA:
+                    continue
+                del missing[rank]
+                # As above: a rank that has opened them may fail afterwards, for its flag to tell.
+                if not said.status & _OPENED:
+                    failed[rank] = said.reason
+        if failure is not None:
+            raise failure
+        if failed:
+            raise PeerAbortError(op, *min(failed.items()))
 
 
 def control_bytes(in_flight: int) -> int:
@@ -504,9 +558,11 @@ def _mismatch(op: str, mine: str, theirs: str, rank: int) -> ArgumentMismatchErr
     return None
 
 
-def _release(arena: Arena) -> None:
-    for block in arena.blocks:
-        block.release()
+def _release(blocks: Iterable[Block]) -> None:
+    """Release all of them, also when one cannot be."""
+    with contextlib.ExitStack() as stack:
+        for block in blocks:
+            stack.callback(block.release)
 
 
 def _words(address: int) -> ctypes.Array[ctypes.c_int32]:

@@ -27,4 +27,7 @@ class LocalMemory:
 
     def open(self, handle: dict[str, int | str]) -> Block:
         """The block behind a peer's handle."""
-        return Block(_blocks[int(handle["number"])], handle)
+        data = _blocks.get(int(handle["number"]))
+        if data is None:
+            raise FileNotFoundError(f"block {handle['number']} is no longer held by anybody")
+        return Block(data, handle)

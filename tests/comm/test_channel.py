@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import os
 import subprocess
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,19 +28,27 @@ from moe_triton import (
     SequenceError,
     UnavailableError,
 )
+from moe_triton.comm import channel as channel_module
 from moe_triton.comm.channel import Channel, control_bytes
 from moe_triton.comm.groups import Group
 from moe_triton.comm.local import LocalMemory
+from moe_triton.comm.memory import Memory
+from moe_triton.comm.shm import MemfdMemory, PosixMemory
 
 OP = "test_op"
 PAYLOAD = 16  # bytes from each rank to each rank
 
 
 def connect(
-    world_size: int, *, in_flight: int = 1, timeout: float = 5.0, pids: list[int] | None = None
+    world_size: int,
+    *,
+    in_flight: int = 1,
+    timeout: float = 5.0,
+    pids: list[int] | None = None,
+    memory: Memory | None = None,
 ) -> list[Channel]:
     """Channels of all ranks, as an endpoint would make them."""
-    memory = LocalMemory()
+    memory = memory or LocalMemory()
     own = [memory.allocate(control_bytes(in_flight)) for _ in range(world_size)]
     return [
         Channel(
@@ -359,6 +369,171 @@ def test_operations_torn_down_in_the_wrong_order():
             teardown(channel, epoch, i)
     error = error_of(channels[0].wait, "exchange", epochs[0][0], OP)
     assert str(error) == wrong + "got number 2 while none is in flight"
+
+
+class Hooked:
+    """A rank's provider that calls a function before it opens a peer's block."""
+
+    def __init__(self, memory: Memory, before_open) -> None:
+        self.allocate, self._open, self._before_open = memory.allocate, memory.open, before_open
+
+    def open(self, handle):
+        self._before_open()
+        return self._open(handle)
+
+
+def refuse_to_open() -> None:
+    raise OSError(24, "Too many open files")
+
+
+def named_files() -> set[str]:
+    return {path.name for path in Path("/dev/shm").glob("moe_triton-*")}
+
+
+@pytest.mark.parametrize("in_flight", [1, 2])
+@pytest.mark.parametrize("with_window", [False, True])
+def test_windows_that_one_rank_cannot_open(with_window, in_flight):
+    """No rank uses them, all know why at once, and they can be had later."""
+    channels = (agreed if with_window else connect)(3, in_flight=in_flight, timeout=20)
+    memory = channels[1]._memory
+    channels[1]._memory = Hooked(memory, refuse_to_open)
+    for _ in range(3):
+        before = [channel._rings["exchange"].arena for channel in channels]
+        began = time.monotonic()
+        results = together(channels, lambda c: exchange(c, slot_bytes=4096))
+        assert time.monotonic() - began < 5
+        assert isinstance(results[1], UnavailableError)
+        for part in ("exchange windows of rank 0", "opened by rank 1", "Too many open files"):
+            assert part in str(results[1])
+        for rank in (0, 2):
+            assert isinstance(results[rank], PeerAbortError)
+            assert results[rank].rank == 1
+            assert "Too many open files" in results[rank].reason
+        assert [channel._rings["exchange"].arena for channel in channels] == before
+        if with_window:
+            assert together(channels, exchange) == [None] * 3
+    channels[1]._memory = memory
+    assert together(channels, lambda c: exchange(c, slot_bytes=4096)) == [None] * 3
+    assert together(channels, lambda c: exchange(c, 1)) == [None] * 3
+
+
+def test_windows_whose_owner_has_let_go_of_them():
+    """Its number is unknown by then: an error like that of a file which is gone."""
+    channels = connect(2)
+    allocate = LocalMemory.allocate
+
+    def allocate_and_forget(num_bytes):
+        block = allocate(channels[1]._memory, num_bytes)
+        block.handle["number"] = -1
+        return block
+
+    channels[1]._memory = Hooked(channels[1]._memory, lambda: None)
+    channels[1]._memory.allocate = allocate_and_forget
+    results = together(channels, exchange)
+    assert isinstance(results[0], UnavailableError)
+    assert isinstance(results[0].__cause__, FileNotFoundError)
+    assert isinstance(results[1], PeerAbortError)
+
+
+def test_a_rank_that_fails_after_all_have_opened_the_windows():
+    """Ranks that look later must count it among those that opened them, or be left without."""
+    channels = connect(3)
+    failed = threading.Event()
+    look = channels[2]._await_opened
+
+    def look_late(*args):
+        assert failed.wait(10)
+        return look(*args)
+
+    channels[2]._await_opened = look_late
+
+    def run(channel):
+        if channel.rank != 0:
+            return exchange(channel)
+        epoch = channel.begin("exchange", OP)
+        channel.agree("exchange", epoch, OP, {}, 3 * PAYLOAD)
+        channel.abort("exchange", epoch, ZeroDivisionError("in the middle"))
+        failed.set()
+        return None
+
+    results = together(channels, run)
+    assert results[0] is None
+    for rank in (1, 2):
+        assert isinstance(results[rank], PeerAbortError)
+        assert "in the middle" in results[rank].reason
+    assert together(channels, lambda c: exchange(c, 1)) == [None] * 3
+
+
+def test_names_of_windows_are_gone_after_the_call_that_made_them():
+    before = named_files()
+    channels = connect(3, memory=PosixMemory())
+    for channel in channels:
+        for block in channel._control:
+            block.release()
+    epochs = together(channels, setup)
+    assert named_files() == before
+    for channel, epoch in zip(channels, epochs, strict=True):
+        teardown(channel, epoch)
+
+
+def test_a_rank_that_fails_leaves_the_names_of_its_peers():
+    """A third rank may be about to open them: its answer must not depend on who is faster."""
+    channels = connect(3, memory=PosixMemory())
+    for channel in channels:
+        for block in channel._control:
+            block.release()
+    before, refused = named_files(), threading.Event()
+
+    def refuse_and_tell():
+        refused.set()
+        refuse_to_open()
+
+    def open_late():
+        assert refused.wait(10)
+        time.sleep(0.1)
+
+    channels[1]._memory = Hooked(channels[1]._memory, refuse_and_tell)
+    channels[2]._memory = Hooked(channels[2]._memory, open_late)
+    results = together(channels, exchange)
+    assert isinstance(results[1], UnavailableError)
+    for rank in (0, 2):
+        assert isinstance(results[rank], PeerAbortError)
+        assert results[rank].rank == 1
+    assert named_files() == before
+
+
+def test_the_names_of_a_rank_that_is_lost_are_taken_away():
+    channels = connect(2, memory=PosixMemory(), timeout=0.3)
+    for channel in channels:
+        for block in channel._control:
+            block.release()
+    before, over = named_files(), threading.Event()
+    stalled = Hooked(channels[1]._memory, lambda: over.wait(10))
+    channels[1]._memory = stalled
+    thread = threading.Thread(target=lambda: error_of(exchange, channels[1]), daemon=True)
+    thread.start()
+    assert error_of(exchange, channels[0]).ranks == (1,)
+    assert named_files() == before
+    over.set()
+    thread.join(10)
+
+
+def test_a_release_that_fails_keeps_no_other_from_theirs():
+    first, second = connect(2, memory=MemfdMemory())
+    blocks, released = first._control, []
+
+    def refuse():
+        raise PermissionError(1, "not permitted")
+
+    blocks[0].hide, blocks[1].hide = lambda: released.append(0), refuse
+    with pytest.raises(PermissionError):
+        channel_module._release(blocks)
+    assert released == [0]
+    first._pidfds = {0: os.open(os.devnull, os.O_RDONLY), 1: -1}
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        first.close()
+    first.close()
+    second.close()
 
 
 @pytest.mark.parametrize("word", ["old", "new"])
