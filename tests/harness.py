@@ -13,9 +13,10 @@ import cloudpickle
 import definition
 import numpy as np
 import torch
+import torch.distributed as dist
 from definition import Group, Tokens
 
-from moe_triton import testing
+from moe_triton import comm, testing
 from moe_triton.compat.torch_npu import npu_moe_distribute_combine, npu_moe_distribute_dispatch
 
 WORLDS = ("local", "symmetric", "collective")
@@ -199,3 +200,15 @@ def round_trip(ctx: Any, calls: list[dict]) -> tuple:
     call = calls[ctx.ep_rank]
     outputs = call_dispatch(ctx, call)
     return outputs, call_combine(ctx, call, outputs)
+
+
+def own_group(ctx: Any) -> Any:
+    """A group of all ranks for a test in which a wait times out.
+
+    gloo then closes all connections of the group, so that it must not be one that others use.
+    """
+    if comm.resolve("test", ctx.ep_group, ctx.ep_rank).transport != "collective":
+        return ctx.ep_group
+    group = dist.new_group()
+    comm.set_transport(group, "collective")
+    return group

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import json
+import zlib
 from collections.abc import Mapping
 from typing import Any, NoReturn, TypeAlias
 
@@ -51,7 +52,6 @@ from .window import MoeConfig, header_of
 Connection: TypeAlias = "dist.ProcessGroup | dist.ProcessGroupGloo"
 
 _NOTICE_BYTES = 4096
-_ROWS_TAG = 0
 _CLOCK_SLACK = 0.01  # seconds by which gloo, which counts milliseconds, may be early
 _KINDS = ("dispatch", "combine", "exchange")
 
@@ -79,6 +79,7 @@ class CollectiveTransport:
     Args:
         group: the group.
         connection: what sends and receives between its ranks, from ``connect`` or ``reconnect``.
+        name: sets its messages apart from those of others that use the connection, or did.
         in_flight: setups that may run ahead of teardowns.
         timeout: seconds a wait may take.
     """
@@ -86,9 +87,10 @@ class CollectiveTransport:
     name = "collective"
 
     def __init__(
-        self, group: Group, connection: Connection, *, in_flight: int, timeout: float
+        self, group: Group, connection: Connection, name: str, *, in_flight: int, timeout: float
     ) -> None:
         self._group = group
+        self._name = name
         self._connection: Connection | None = connection
         self._rank, self._size = group.rank, group.size
         self._timeout = timeout
@@ -137,6 +139,7 @@ class CollectiveTransport:
         rows = self._buffer("dispatch receive", epoch, sum(coming) * stride).view(-1, stride)
         self._transfer(
             call.op,
+            self._tag("dispatch", epoch, "rows"),
             send=[list(pair) for pair in zip(staged, parts, strict=True)],
             receive=[list(pair) for pair in zip(received, rows.split(coming), strict=True)],
         )
@@ -212,6 +215,7 @@ class CollectiveTransport:
         parts = dict(zip(ranks, rows.split([coming[rank] for rank in ranks]), strict=True))
         self._transfer(
             call.op,
+            self._tag("combine", pending.epoch, "rows"),
             send=[[part] for part in pending.state],
             receive=[[parts[rank]] for rank in range(self._size)],
         )
@@ -242,7 +246,12 @@ class CollectiveTransport:
         self._notify(op, "exchange", epoch, {"op": op, "row_bytes": x.shape[1]}, counts)
         coming = self._await_notices("exchange", epoch, op)
         received = [x.new_empty((rows, x.shape[1])) for rows in coming]
-        self._transfer(op, [[part] for part in x.split(counts)], [[rows] for rows in received])
+        self._transfer(
+            op,
+            self._tag("exchange", epoch, "rows"),
+            send=[[part] for part in x.split(counts)],
+            receive=[[rows] for rows in received],
+        )
         self._finish("exchange", epoch)
         return [rows.reshape(-1) for rows in received]
 
@@ -294,8 +303,10 @@ class CollectiveTransport:
             self._buffers[key] = torch.empty(num_bytes, dtype=torch.uint8)
         return self._buffers[key][:num_bytes]
 
-    def _tag(self, kind: str, epoch: int) -> int:
-        return (epoch * len(_KINDS) + _KINDS.index(kind)) % 2**30
+    def _tag(self, kind: str, epoch: int, what: str) -> int:
+        # Messages of an operation that was given up may never be received: no other may have
+        # their tag. It has 31 bits.
+        return zlib.crc32(f"{self._name}/{kind}/{epoch}/{what}".encode()) >> 1
 
     def _notify(
         self, op: str, kind: str, epoch: int, arguments: Mapping[str, Any], rows: list[int]
@@ -318,7 +329,7 @@ class CollectiveTransport:
         notices: list[dict[str, Any]],
         arguments: Mapping[str, Any] | None,
     ) -> None:
-        tag = self._tag(kind, epoch)
+        tag = self._tag(kind, epoch, "notice")
         incoming = torch.empty((self._size, _NOTICE_BYTES), dtype=torch.uint8)
         outgoing = [
             torch.frombuffer(
@@ -414,7 +425,11 @@ class CollectiveTransport:
         return [notice["rows"] for notice in notices]
 
     def _transfer(
-        self, op: str, send: list[list[torch.Tensor]], receive: list[list[torch.Tensor]]
+        self,
+        op: str,
+        tag: int,
+        send: list[list[torch.Tensor]],
+        receive: list[list[torch.Tensor]],
     ) -> None:
         """Move tensors, some to and some from each rank, all contiguous."""
         waiter = Waiter(self._timeout)
@@ -425,7 +440,7 @@ class CollectiveTransport:
         transfers = [("receive", rank, data) for rank in sources for data in receive[rank]]
         transfers += [("send", rank, data) for rank in targets for data in send[rank]]
         transfers = [(action, rank, _as_bytes(data)) for action, rank, data in transfers]
-        works = self._start(op, [transfer for transfer in transfers if len(transfer[2])], _ROWS_TAG)
+        works = self._start(op, [transfer for transfer in transfers if len(transfer[2])], tag)
         for own, data in zip(receive[self._rank], send[self._rank], strict=True):
             own.copy_(data)
         for rank, work in works:

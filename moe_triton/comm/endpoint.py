@@ -157,6 +157,7 @@ class Endpoint:
             for rank, theirs in enumerate(facts):
                 if theirs[name] != own:
                     raise ArgumentMismatchError(op, name, own, theirs[name], rank=rank)
+        self._meeting.confirm(op)
         causes: list[str] = []
         if self.choice != "collective":
             for memory in self._memories(facts, causes):
@@ -171,7 +172,11 @@ class Endpoint:
             store = self._meeting.private_store()
             connection = collective.reconnect(op, self.group, store, self._timeout)
         return collective.CollectiveTransport(
-            self.group, connection, in_flight=self._in_flight, timeout=self._timeout
+            self.group,
+            connection,
+            self._meeting.name,
+            in_flight=self._in_flight,
+            timeout=self._timeout,
         )
 
     def _facts(self) -> dict[str, Any]:

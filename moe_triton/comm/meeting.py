@@ -65,10 +65,14 @@ class Meeting:
         self._timeout = timeout
         self._place = _Place()
 
+    @property
+    def name(self) -> str:
+        """Of the last meeting: equal on its ranks, and that of no other meeting of the group."""
+        return f"{self._tag}/{self._place.generation}/{self._place.call}"
+
     def private_store(self) -> dist.Store:
         """Keys that only the ranks of the last meeting use."""
-        prefix = f"{self._tag}/{self._place.generation}/{self._place.call}/private"
-        return dist.PrefixStore(prefix, self._store)
+        return dist.PrefixStore(f"{self.name}/private", self._store)
 
     def leave(self) -> None:
         """Make the next call join a new generation."""
@@ -102,6 +106,21 @@ class Meeting:
             if "rejected" in record:
                 raise PeerAbortError(op, rank, record["rejected"])
         return [records[rank] for rank in range(self._group.size)]
+
+    def confirm(self, op: str) -> None:
+        """Make sure that facts which agree are those of ranks that are still there.
+
+        A dead incarnation of a peer may have left its record: the count of joins tells. Facts that
+        do not agree decide their call however far some rank has come since.
+        """
+        ranks = range(self._group.size)
+        try:
+            later = _bounded(lambda: max(map(self._joins, ranks)), self._timeout + _STORE_GRACE)
+        except (TimeoutError, RuntimeError) as error:
+            problem = f"the store of group {self._group.name!r} is gone: {error}"
+            raise PeerTimeoutError(op, (), problem) from error
+        if later > self._place.generation:
+            raise _LaterGenerationError(later)
 
     def exchange(self, op: str, step: str, record: dict[str, Any]) -> list[dict[str, Any]]:
         """A further round among ranks that have just met."""
@@ -182,12 +201,6 @@ class Meeting:
             if late or rejected or len(records) == self._group.size:
                 break
             waiter.pause(_SLOWEST_POLL)
-        if rejected:
-            return  # it decides this call, however far its rank has come since
-        # A dead incarnation of a peer may have left its record: the count of joins tells.
-        later = max(self._joins(rank) for rank in range(self._group.size))
-        if later > place.generation:
-            raise _LaterGenerationError(later)
 
 
 def _bounded(access: Callable[[], T], seconds: float) -> T:

@@ -103,7 +103,10 @@ def test_a_rank_that_is_late_breaks_the_group_until_recover():
 
     def fn(ctx):
         endpoint = comm.open_endpoint(
-            comm.resolve("test", None), transport="collective", in_flight=1, timeout=0.5
+            comm.resolve("test", harness.own_group(ctx)),
+            transport="collective",
+            in_flight=1,
+            timeout=0.5,
         )
 
         def call(number):
@@ -143,3 +146,24 @@ def test_a_rank_that_is_late_breaks_the_group_until_recover():
         if rank != 1:
             assert missing == (1,)
         assert after == [heard(rank, number) for number in range(3)]
+
+
+def test_what_a_closed_object_has_sent_is_nobody_elses():
+    """Messages of halves that were never torn down stay in torch's group; none may match them."""
+
+    def fn(ctx):
+        for number in range(3):
+            endpoint = comm.open_endpoint(
+                comm.resolve("test", None), transport="collective", in_flight=2, timeout=5.0
+            )
+            transport = endpoint.transport("test")
+            rows = shout(ctx.rank, number).view(torch.uint8)
+            received = transport.all_to_all_v("test", rows, [1] * WORLD)
+            found = torch.cat(received).view(torch.int64).view(-1, 3).tolist()
+            assert found == heard(ctx.rank, number)
+            if ctx.rank == number:
+                endpoint.reject("exchange", "test", MoeError("test", "nobody hears this"))
+            comm.close_endpoint(endpoint)
+            dist.barrier()
+
+    harness.run_world("collective", WORLD, fn)

@@ -12,7 +12,7 @@ worlds = pytest.mark.parametrize("world", harness.WORLDS)
 
 
 def open_endpoint(ctx, *, in_flight=1, timeout=5.0, transport="auto"):
-    group = comm.resolve(OP, ctx.ep_group, ctx.ep_rank)
+    group = comm.resolve(OP, harness.own_group(ctx), ctx.ep_rank)
     return comm.open_endpoint(group, transport=transport, in_flight=in_flight, timeout=timeout)
 
 

@@ -55,6 +55,7 @@ def meet(meeting: Meeting, fact: object, rounds: int) -> list:
     while len(heard) < rounds:
         with meeting.following():
             heard = [meeting.meet(OP, {"fact": fact})]
+            meeting.confirm(OP)
             for step in range(rounds - 1):
                 heard.append(meeting.exchange(OP, f"step {step}", {"fact": fact}))
     return [[record["fact"] for record in records] for records in heard]
