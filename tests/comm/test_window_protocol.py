@@ -4,14 +4,18 @@ The model
 ---------
 Rank r issues operations 0, 1, 2, ...; operation i is ``setup(i)``, later ``teardown(i)``.
 
-* ``setup(i)`` writes to every peer the data of operation i (here a tag, the number i) and then the
-  flag record (epoch, data). Peers come in any order; only the two writes to one peer are ordered
-  (release / acquire).
+* ``setup(i)`` writes the data of operation i (here a tag, the number i) and to every peer the flag
+  record (epoch, data). The data go one of two ways:
+
+  * *push*: to every peer's window. Peers come in any order; only the two writes to one peer are
+    ordered (release / acquire).
+  * *gather*: once, to the rank's own window, before any flag; the peers read them there. Flags go
+    to the peers' windows, in any order. Headers, which also do, are left out: they are data pushed.
 * ``teardown(i)`` polls the flags, in any order, until all carry its epoch. By signed int32
   difference 0 is arrived, negative is not yet, positive is an overrun. Then it reads source by
-  source, while others go on writing.
-* The window has n = 2f slots for each source. The slot comes from the epoch, the epoch from two
-  counters in device memory, one that setups advance and one that teardowns advance.
+  source, where the data are, while others go on writing.
+* There are n = 2f slots for the data and the flags of each source. The slot comes from the epoch,
+  the epoch from two counters, one that setups advance and one that teardowns advance.
 * ``setup(i)`` follows ``teardown(i - f)`` of its own rank; teardowns are first-in-first-out. Every
   local order these rules allow is explored, on each rank its own. With ``streams=1`` a
   rank commits itself to its next half before it can run, so a waiting teardown holds up the setups
@@ -24,8 +28,14 @@ Rank r issues operations 0, 1, 2, ...; operation i is ``setup(i)``, later ``tear
 * *Debt*: an operation that ended in one of these ways leaves a debt. ``setup(i + f)``, a rejecting
   one too, first waits until the flags of i from all peers have been seen, which is what a complete
   ``teardown(i)`` proves on its way.
+* *Lend*, where data are gathered: between setups a rank may write the data of its next operation
+  i at once, if fewer than f operations are under way and no debt of i - f is open. That stays so
+  until ``setup(i)``, so looking and writing can be one step. ``setup(i)`` then writes flags only,
+  or rejects. Should i end with a reject or a raise, the place stays lent: until its next setup with
+  data the rank may write there again, which nobody may come to read. The model allows it after any
+  reject or raise, whether the place was lent before or not.
 
-A rank's slice of its own window is left out: one rank writes and reads it, in the local order.
+What a rank writes for itself is left out: one rank writes and reads it, in the local order.
 
 Why it is enough
 ----------------
@@ -41,7 +51,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import NamedTuple
@@ -49,6 +59,7 @@ from typing import NamedTuple
 import pytest
 
 INT32_MAX = 2**31 - 1
+SCRAP = -2  # tag of what is written to a place that stayed lent
 VIOLATIONS = ("wrong data", "overrun", "bad slot", "deadlock")
 
 # How an operation can end. With a debt after "read" too, setup(i) always looks at the flags of
@@ -72,6 +83,8 @@ class Protocol:
         start: epoch of operation 0, an int32; 0 where ``rounds`` is None.
         may_reject: any rank may reject any operation.
         may_abandon: any rank may drop its oldest pending operation at any time.
+        gather: data are written once and read where they are; False is push.
+        may_lend: any rank may write its next data ahead of the setup; only with ``gather``.
 
         ring: slots for each source; None is 2f.
         flag_first: the flag goes out before the data.
@@ -86,6 +99,9 @@ class Protocol:
         counts_unfinished: the teardown counter also steps over what ended without a teardown.
         plain_difference: epochs are subtracted without wrapping.
         c_remainder: the slot is the remainder of C and of Triton, with the sign of the epoch.
+        lends_in_debt: a place is lent although a debt of i - f is open.
+        lends_when_full: a place is lent although f operations are under way.
+        lends_for_good: a place stays lent when its operation is set up.
     """
 
     world: int
@@ -95,6 +111,8 @@ class Protocol:
     start: int = 0
     may_reject: bool = False
     may_abandon: bool = False
+    gather: bool = False
+    may_lend: bool = False
 
     ring: int | None = None
     flag_first: bool = False
@@ -109,6 +127,9 @@ class Protocol:
     counts_unfinished: bool = True
     plain_difference: bool = False
     c_remainder: bool = False
+    lends_in_debt: bool = False
+    lends_when_full: bool = False
+    lends_for_good: bool = False
 
     @property
     def slots(self) -> int:
@@ -157,12 +178,16 @@ class Rank(NamedTuple):
     debts: tuple[int, ...]  # operations whose flags must still be asked for
     turn: str  # half that may run: "setup", "teardown", "both", "none"
     rejecting: bool  # the running setup writes aborts
+    lent: tuple[int, ...] = ()  # whose place is lent: the next operation's, or one's that is over
     push: tuple[int, ...] = ()  # progress of the running setup with each rank, () between setups
     take: tuple[int, ...] = ()  # progress of the running teardown, () before its first step
 
 
 class Cell(NamedTuple):
-    """One slot of one source in a window."""
+    """One slot of one source, as a reader sees it.
+
+    Gathered data have one place, which all readers see: a write changes the tag for all of them.
+    """
 
     tag: int  # operation whose data this is
     epoch: int  # flag record, first half
@@ -183,11 +208,12 @@ class Move(NamedTuple):
     label: str
     rank: Rank | None
     violation: str | None = None
-    peer: int = -1
+    peers: tuple[int, ...] = ()  # who sees the write
     slot: int = -1
-    tag: int | None = None  # data written to the peer
-    record: tuple[int, bool] | None = None  # flag record written to the peer
+    tag: int | None = None  # data written
+    record: tuple[int, bool] | None = None  # flag record written
     forced: bool = False
+    lends: bool = False
 
 
 class Step(NamedTuple):
@@ -212,6 +238,10 @@ def _put(items: tuple, index: int, value: object) -> tuple:
     return (*items[:index], value, *items[index + 1 :])
 
 
+def _others(protocol: Protocol, r: int) -> tuple[int, ...]:
+    return tuple(p for p in range(protocol.world) if p != r)
+
+
 def _end(protocol: Protocol, rank: Rank, how: str) -> Rank:
     """End the oldest pending operation: "read", "rejected", "raised" or "abandoned"."""
     owes = how != "rejected" and how in protocol.debts  # a reject owed from the start
@@ -220,6 +250,7 @@ def _end(protocol: Protocol, rank: Rank, how: str) -> Rank:
         lag=rank.lag + (how != "read" and not protocol.counts_unfinished),
         pending=rank.pending[1:],
         debts=tuple(sorted((*rank.debts, rank.over))) if owes else rank.debts,
+        lent=(rank.over,) if how == "raised" and protocol.may_lend else rank.lent,
         take=(),
     )
 
@@ -247,7 +278,7 @@ def _start_moves(protocol: Protocol, r: int, me: Rank, window: Window) -> Iterat
     if not protocol.has_room(me) and not protocol.unordered:
         return
     due = [d for d in me.debts if d + protocol.in_flight + protocol.debt_delay <= me.sent]
-    peers = [p for p in range(protocol.world) if p != r][protocol.debt_forgiven :]
+    peers = _others(protocol, r)[protocol.debt_forgiven :]
     paid = True
     for debt, p in itertools.product(due, peers):
         epoch = protocol.epoch(debt)
@@ -259,10 +290,12 @@ def _start_moves(protocol: Protocol, r: int, me: Rank, window: Window) -> Iterat
     if not paid:
         return
     for rejecting in (False, True) if protocol.may_reject else (False,):
+        first = HALF if not rejecting and me.lent == (me.sent,) else NOTHING
         begun = me._replace(
             debts=tuple(d for d in me.debts if d not in due),
             rejecting=rejecting,
-            push=tuple(DONE if p == r else NOTHING for p in range(protocol.world)),
+            lent=me.lent if rejecting else (),
+            push=tuple(DONE if p == r else first for p in range(protocol.world)),
         )
         verb = "rejects operation" if rejecting else "begins setup of operation"
         label = f"rank {r} {verb} {protocol.operation(r, me.sent)}"
@@ -277,31 +310,70 @@ def _push_moves(protocol: Protocol, r: int, me: Rank) -> Iterator[Move]:
         yield Move(f"rank {r} writes to slot {slot} for epoch {epoch}", None, "bad slot")
         return
     operation = protocol.operation(r, me.sent)
-    for p in range(protocol.world):
-        if me.push[p] == DONE:
-            continue
-        where = f"to rank {p}, slot {slot}"
-        if not me.rejecting and (me.push[p] == NOTHING) != protocol.flag_first:
+    others = _others(protocol, r)
+    # What a peer's progress is when data come next. Gathered data go out once for all peers.
+    data = HALF if protocol.flag_first else NOTHING
+    once = protocol.gather and not me.rejecting
+    writes = [(p,) for p in others if me.push[p] != DONE and not (once and me.push[p] == data)]
+    if once and all(me.push[p] == data for p in others):
+        writes.append(others)
+    for peers in writes:
+        where = f"to rank {peers[0]}, slot {slot}"
+        progress = me.push[peers[0]]
+        if not me.rejecting and progress == data:
+            where = f"to its slot {slot}" if once else where
             label = f"rank {r} writes data of operation {operation} {where}"
             write = {"tag": operation, "forced": not protocol.flag_first}
         else:
             what = "abort" if me.rejecting else "flag"
             label = f"rank {r} writes {what} of epoch {epoch} {where}"
             write = {"record": (epoch, me.rejecting)}
-        now = me._replace(push=_put(me.push, p, DONE if me.rejecting else me.push[p] + 1))
+        push = me.push
+        for p in peers:
+            push = _put(push, p, DONE if me.rejecting else progress + 1)
+        now = me._replace(push=push)
         choices = [now]
-        if all(progress == DONE for progress in now.push):
+        if all(progress == DONE for progress in push):
             owes = me.rejecting and "rejected" in protocol.debts
+            lends = protocol.may_lend and (me.rejecting or protocol.lends_for_good)
             ended = now._replace(
                 sent=me.sent + 1,
                 pending=(*me.pending, me.rejecting),
                 debts=(*me.debts, me.sent) if owes else me.debts,
                 rejecting=False,
+                lent=(me.sent,) if lends else now.lent,
                 push=(),
             )
             choices = list(_next(protocol, r, ended))
         for choice in choices:
-            yield Move(label, choice, peer=p, slot=slot, **write)
+            yield Move(label, choice, peers=peers, slot=slot, **write)
+
+
+def _lend_moves(protocol: Protocol, r: int, me: Rank) -> Iterator[Move]:
+    """Write data ahead of their setup, or something to a place that stayed lent."""
+    if not protocol.may_lend or me.push:
+        return
+
+    def write(label: str, count: int, tag: int, lent: tuple[int, ...]) -> Move:
+        slot = protocol.slot(protocol.epoch(count))
+        label = f"rank {r} writes {label}, to its slot {slot}"
+        rank = me._replace(lent=lent)
+        return Move(label, rank, peers=_others(protocol, r), slot=slot, tag=tag, lends=True)
+
+    for count in me.lent:
+        if count != me.sent:
+            # Once is enough, as nothing else comes to this place before the loan ends.
+            yield write(f"once more where operation {count} was lent a place", count, SCRAP, ())
+    if me.sent == protocol.issued(r) or me.lent == (me.sent,):
+        return
+    indebted = me.sent - protocol.in_flight in me.debts
+    if (protocol.has_room(me) or protocol.lends_when_full) and (
+        protocol.lends_in_debt or not indebted
+    ):
+        operation = protocol.operation(r, me.sent)
+        yield write(
+            f"data of operation {operation} ahead of its setup", me.sent, operation, (me.sent,)
+        )
 
 
 def _teardown_moves(
@@ -370,7 +442,7 @@ def _teardown_moves(
 
 def _moves(protocol: Protocol, reduced: bool, r: int, me: Rank, window: Window) -> list[Move]:
     """All moves of one rank: they depend on the rank and on its own window only."""
-    moves: list[Move] = []
+    moves = list(_lend_moves(protocol, r, me))
     if me.turn in ("setup", "both"):
         if me.push:
             moves += _push_moves(protocol, r, me)
@@ -386,57 +458,77 @@ def _apply(state: State, r: int, move: Move) -> Step:
         return Step(move.label, None, move.violation)
     ranks = _put(state.ranks, r, move.rank)
     windows = state.windows
-    if move.peer >= 0:
-        window = windows[move.peer]
+    for peer in move.peers:
+        window = windows[peer]
         cell = window[r][move.slot]
         tag = cell.tag if move.tag is None else move.tag
         cell = Cell(tag, *(move.record or (cell.epoch, cell.abort)))
         window = _put(window, r, _put(window[r], move.slot, cell))
-        windows = _put(windows, move.peer, window)
+        windows = _put(windows, peer, window)
     return Step(move.label, State(ranks, windows), None)
 
 
-def _is_forced(state: State, r: int, move: Move) -> bool:
+def _is_spent(protocol: Protocol, state: State, r: int, slot: int, readers: Iterable[int]) -> bool:
+    """Whether no reader can read what lies in a slot of rank r.
+
+    It is past that operation, or an abort that it has not looked at yet stops it there.
+    """
+    for p in readers:
+        reader, window = state.ranks[p], state.windows[p]
+        tag = window[r][slot].tag
+        stop = (protocol.epoch(tag), True)
+        if tag >= reader.over - reader.lag and stop not in [cells[slot][1:] for cells in window]:
+            return False
+    return True
+
+
+def _is_forced(protocol: Protocol, state: State, r: int, move: Move) -> bool:
     """Whether nothing is lost if this move is taken before all others.
 
     Forced moves commute with every move of the other ranks, and none of those can disable them:
 
     * the start of a setup that asks for no debt: it looks only at what its own rank did;
-    * data written where the reader is past what lay there: it can read the slot again only after
-      the flag that follows this write;
+    * data written by a setup where no reader can read what lay there: they can read the slot again
+      only after the flags that follow this write;
     * a raise that leaves a debt: only a later record in the same slot could come before it, an
       overrun, and paying the debt finds that overrun as the teardown would have.
 
     A flag or a read is never put off for ever, as finitely many forced moves lie before it.
     """
-    if not move.forced:
-        return False
-    if move.tag is None:
-        return True
-    reader = state.ranks[move.peer]
-    return state.windows[move.peer][r][move.slot].tag < reader.over - reader.lag
+    return move.forced and (
+        move.tag is None or _is_spent(protocol, state, r, move.slot, move.peers)
+    )
 
 
-def _steps(state: State, moves: Callable[..., list[Move]], reduced: bool) -> list[Step]:
+def _steps(
+    protocol: Protocol, state: State, moves: Callable[..., list[Move]], reduced: bool
+) -> list[Step]:
     """Steps out of a state.
 
-    Two reductions besides `_canonical`, both only if ``reduced``:
+    Three reductions besides `_canonical`, both only if ``reduced``:
 
     * A teardown polls and reads all sources in one step, taken whenever it is possible. Polling and
       reading change nothing that others see, so the polls and reads of a run can all move down to
       the last of them: what was overwritten in between is an overrun there, and a wrong tag is as
       wrong.
     * If a rank has forced moves (`_is_forced`), only these are followed.
+    * A place is lent, or written again, only where a reader can still read what lies there. Else it
+      is as if the setup wrote the data, or nobody did. A rank that may lend has no forced moves.
     """
     found = []
     for r, (rank, window) in enumerate(zip(*state, strict=True)):
         mine = moves(r, rank, window)
         if reduced:
-            forced = [move for move in mine if _is_forced(state, r, move)]
-            if forced:
+            mine = [
+                move
+                for move in mine
+                if not (move.lends and _is_spent(protocol, state, r, move.slot, move.peers))
+            ]
+            forced = [move for move in mine if _is_forced(protocol, state, r, move)]
+            if forced and not any(move.lends for move in mine):
                 # One write is enough, as writes to different peers commute; the others are
                 # alternatives (data or abort, what comes next) and all of them are followed.
-                kept = [move for move in forced if move.peer == forced[0].peer]
+                kept = [move for move in forced if move.peers == forced[0].peers]
                 return [_apply(state, r, move) for move in kept]
         found += [(r, move) for move in mine]
     return [_apply(state, r, move) for r, move in found]
@@ -465,26 +557,33 @@ def _canonical(protocol: Protocol, state: State, order: Sequence[int] | None = N
     """One state for all that go on alike, where there is no last operation.
 
     Equal are states that differ by a shift of all operations (slots rotate along), by the names of
-    ranks (all may do the same), or by data and flags that no teardown or debt to come looks at.
-    Ranks are sorted without regard to ties, which costs states, not truth; or put in ``order``.
+    ranks (all may do the same), by data and flags that no teardown or debt to come looks at, or by
+    the loan of a place that nobody can read any more. Ranks are sorted without regard to ties,
+    which costs states, not truth; or put in ``order``.
     """
     if protocol.rounds is not None:
         return state
     if order is None:
         ranks = state.ranks
-        order = sorted(range(len(ranks)), key=lambda r: (ranks[r][:7], sum(ranks[r].push)))
+        order = sorted(range(len(ranks)), key=lambda r: (ranks[r][:8], sum(ranks[r].push)))
     base = min(min((rank.over - rank.lag, *rank.debts)) for rank in state.ranks)
     ranks = []
     windows = []
     for r in order:
         rank, window = state.ranks[r], state.windows[r]
         oldest = rank.over - rank.lag
+        lent = rank.lent
+        if lent and lent[0] < rank.sent:
+            slot = lent[0] % protocol.slots
+            if _is_spent(protocol, state, r, slot, _others(protocol, r)):
+                lent = ()
         windows.append(tuple([_forget(window[s], oldest, rank.debts, base) for s in order]))
         ranks.append(
             rank._replace(
                 sent=rank.sent - base,
                 over=rank.over - base,
-                debts=tuple([debt - base for debt in rank.debts]),
+                debts=rank.debts and tuple([debt - base for debt in rank.debts]),
+                lent=lent and (lent[0] - base,),
                 push=rank.push and tuple([rank.push[p] for p in order]),
                 take=rank.take and tuple([rank.take[s] for s in order]),
             )
@@ -534,13 +633,15 @@ def explore(
     numbered = protocol.start or protocol.frozen_slot or protocol.skipped is not None
     if protocol.rounds is None and (numbered or protocol.debt_forgiven):
         raise ValueError(f"explore: {protocol} tells operations or ranks apart, it needs rounds")
+    if protocol.may_lend and (protocol.flag_first or not protocol.gather):
+        raise ValueError(f"explore: {protocol} lends, it needs gather and flags after data")
     moves = cache(partial(_moves, protocol, reduced))
     initial = _initial(protocol)
     parents: dict[State, State | None] = {initial: None}
     queue = deque([initial])
     while queue:
         state = queue.popleft()
-        steps = _steps(state, moves, reduced)
+        steps = _steps(protocol, state, moves, reduced)
         if not steps and not _finished(protocol, state):
             steps = [Step("no rank can move", None, "deadlock")]
         for step in steps:
@@ -575,19 +676,24 @@ def _trace(
     state = _initial(protocol)
     labels = []
     for target in reversed(way[:-1]):
-        for label, reached, _ in _steps(state, moves, False):
+        for label, reached, _ in _steps(protocol, state, moves, False):
             if reached and any(_canonical(protocol, reached, o) == target for o in orders):
                 labels.append(label)
                 state = reached
                 break
         else:
             raise AssertionError("the states on the way are not a run of the model")
-    ends = [step.label for step in _steps(state, moves, False) if step.violation == violation]
+    ends = [
+        step.label for step in _steps(protocol, state, moves, False) if step.violation == violation
+    ]
     return (*labels, ends[0] if ends else "no rank can move")
 
 
 def _case(name: str, *args: object, **rules: object) -> object:
     return pytest.param(Protocol(**rules), *args, id=name)
+
+
+LENDING = {"gather": True, "may_lend": True}
 
 
 def _report(result: Result) -> str:
@@ -614,6 +720,32 @@ def test_holds_when_any_rank_rejects_anything(world, in_flight, streams):
 @pytest.mark.parametrize("world, in_flight, streams", [(2, 1, 1), (2, 2, 1), (2, 2, 2), (3, 1, 1)])
 def test_holds_when_operations_are_also_abandoned(world, in_flight, streams):
     result = explore(Protocol(world, in_flight, streams, may_reject=True, may_abandon=True))
+    assert result.violation is None, _report(result)
+
+
+@pytest.mark.parametrize("world, in_flight, streams", SIZES)
+def test_holds_when_data_are_gathered_and_lent(world, in_flight, streams):
+    protocol = Protocol(world, in_flight, streams, gather=True, may_lend=True)
+    result = explore(protocol)
+    assert result.violation is None, _report(result)
+
+
+# Three ranks with f = 2 on one stream hold as well; their many states would be the slowest of all.
+@pytest.mark.parametrize(
+    "world, in_flight, streams",
+    [(2, 1, 1), (2, 2, 1), (2, 2, 2), (2, 3, 1), (2, 3, 2), (3, 1, 1), (3, 2, 2)],
+)
+def test_holds_when_data_are_lent_and_anything_is_rejected(world, in_flight, streams):
+    result = explore(
+        Protocol(world, in_flight, streams, may_reject=True, gather=True, may_lend=True)
+    )
+    assert result.violation is None, _report(result)
+
+
+@pytest.mark.parametrize("world, in_flight, streams", [(2, 1, 1), (2, 2, 1), (2, 2, 2), (3, 1, 1)])
+def test_holds_when_data_are_lent_and_operations_abandoned(world, in_flight, streams):
+    protocol = Protocol(world, in_flight, streams, may_reject=True, may_abandon=True)
+    result = explore(replace(protocol, gather=True, may_lend=True))
     assert result.violation is None, _report(result)
 
 
@@ -645,6 +777,19 @@ def test_holds_when_every_setup_asks(protocol):
         _case("2-ranks-f2-reject", world=2, in_flight=2, rounds=5, may_reject=True),
         _case("3-ranks-f1", world=3, in_flight=1, rounds=3),
         _case("3-ranks-f1-reject-for-ever", world=3, in_flight=1, may_reject=True),
+        _case(
+            "2-ranks-f1-lend",
+            world=2,
+            in_flight=1,
+            rounds=4,
+            may_reject=True,
+            may_abandon=True,
+            **LENDING,
+        ),
+        _case("2-ranks-f2-lend", world=2, in_flight=2, rounds=6, **LENDING),
+        _case("2-ranks-f2-lend-for-ever", world=2, in_flight=2, may_reject=True, **LENDING),
+        _case("3-ranks-f1-lend", world=3, in_flight=1, rounds=3, **LENDING),
+        _case("3-ranks-f1-lend-for-ever", world=3, in_flight=1, may_reject=True, **LENDING),
     ],
 )
 def test_holds_without_reductions(protocol, streams):
@@ -660,6 +805,7 @@ def test_holds_without_reductions(protocol, streams):
         _case("2-ranks-f2", world=2, in_flight=2, rounds=7),
         _case("2-ranks-f3-ring-of-8", world=2, in_flight=3, rounds=10, ring=8),
         _case("3-ranks-f1", world=3, in_flight=1, rounds=5),
+        _case("2-ranks-f1-lend", world=2, in_flight=1, rounds=5, may_reject=True, **LENDING),
     ],
 )
 def test_holds_wherever_the_epochs_wrap(protocol, middle):
@@ -800,6 +946,94 @@ BUGS = [
     ),
     # The slot jumps where 2**32 is no multiple of the ring, so 2f must be a power of two.
     _case("ring-of-6-wraps", TORN, world=2, in_flight=3, rounds=8, start=INT32_MAX - 2),
+    # The same where data are gathered, and what can go wrong with a loan.
+    _case("gather-ring-of-2f-1-at-f1", TORN, world=2, in_flight=1, rounds=3, ring=1, gather=True),
+    _case("gather-ring-of-2f-1-at-f2", TORN, world=2, in_flight=2, rounds=5, ring=3, gather=True),
+    _case("lend-in-ring-of-2f-1", TORN, world=2, in_flight=2, rounds=5, ring=3, **LENDING),
+    _case(
+        "gather-flag-before-data",
+        {"wrong data"},
+        world=2,
+        in_flight=1,
+        rounds=3,
+        flag_first=True,
+        gather=True,
+    ),
+    _case(
+        "gather-setup-on-another-stream-f1",
+        TORN,
+        world=2,
+        in_flight=1,
+        rounds=3,
+        unordered=True,
+        gather=True,
+    ),
+    _case(
+        "gather-setup-on-another-stream-f2",
+        TORN,
+        world=2,
+        in_flight=2,
+        rounds=5,
+        unordered=True,
+        gather=True,
+    ),
+    _case(
+        "gather-reject-without-debt",
+        TORN,
+        world=2,
+        in_flight=1,
+        rounds=4,
+        may_reject=True,
+        debts=frozenset(),
+        gather=True,
+    ),
+    _case(
+        "lend-with-a-debt-after-a-reject",
+        {"wrong data"},
+        world=2,
+        in_flight=1,
+        rounds=3,
+        may_reject=True,
+        lends_in_debt=True,
+        **LENDING,
+    ),
+    _case(
+        "lend-with-a-debt-after-an-abandoned-teardown",
+        {"wrong data"},
+        world=2,
+        in_flight=1,
+        rounds=3,
+        may_abandon=True,
+        lends_in_debt=True,
+        **LENDING,
+    ),
+    _case(
+        "lend-past-f1",
+        {"wrong data"},
+        world=2,
+        in_flight=1,
+        rounds=3,
+        lends_when_full=True,
+        **LENDING,
+    ),
+    _case(
+        "lend-past-f2",
+        {"wrong data"},
+        world=2,
+        in_flight=2,
+        rounds=5,
+        lends_when_full=True,
+        **LENDING,
+    ),
+    _case(
+        "written-after-the-setup",
+        {"wrong data"},
+        world=2,
+        in_flight=1,
+        rounds=2,
+        lends_for_good=True,
+        **LENDING,
+    ),
 ]
 
 
@@ -853,6 +1087,50 @@ def test_planted_bug_is_found(protocol, kinds, reduced):
             may_reject=True,
             debt_forgiven=1,
         ),
+        _case("gather-ring-of-2f-1", "wrong data", world=3, in_flight=2, ring=3, gather=True),
+        _case(
+            "gather-flag-before-data",
+            "wrong data",
+            world=3,
+            in_flight=2,
+            flag_first=True,
+            gather=True,
+        ),
+        _case(
+            "gather-setup-on-another-stream",
+            "wrong data",
+            world=3,
+            in_flight=1,
+            unordered=True,
+            gather=True,
+        ),
+        _case(
+            "lend-with-a-debt-f1",
+            "wrong data",
+            world=3,
+            in_flight=1,
+            may_reject=True,
+            lends_in_debt=True,
+            **LENDING,
+        ),
+        _case(
+            "lend-with-a-debt-f2",
+            "wrong data",
+            world=3,
+            in_flight=2,
+            may_reject=True,
+            lends_in_debt=True,
+            **LENDING,
+        ),
+        _case("lend-past-f", "wrong data", world=3, in_flight=2, lends_when_full=True, **LENDING),
+        _case(
+            "written-after-the-setup",
+            "wrong data",
+            world=3,
+            in_flight=2,
+            lends_for_good=True,
+            **LENDING,
+        ),
     ],
 )
 def test_planted_bug_is_found_with_three_ranks(protocol, kind):
@@ -875,5 +1153,22 @@ def test_trace_tells_the_story():
         "rank 0 writes abort of epoch 1 to rank 1, slot 1",
         "rank 0 begins setup of operation 2",
         "rank 0 writes data of operation 2 to rank 1, slot 0",
+        "rank 1 in teardown of operation 0 reads data of operation 2 of rank 0, slot 0",
+    )
+
+
+def test_trace_tells_the_story_of_a_loan():
+    protocol = Protocol(2, 1, rounds=3, may_reject=True, lends_in_debt=True, **LENDING)
+    assert explore(protocol).trace == (
+        "rank 0 begins setup of operation 0",
+        "rank 0 writes data of operation 0 to its slot 0",
+        "rank 1 begins setup of operation 0",
+        "rank 1 writes data of operation 0 to its slot 0",
+        "rank 0 writes flag of epoch 0 to rank 1, slot 0",
+        "rank 1 writes flag of epoch 0 to rank 0, slot 0",
+        "rank 0 in teardown of operation 0 sees all flags and reads slot 0",
+        "rank 0 rejects operation 1",
+        "rank 0 writes abort of epoch 1 to rank 1, slot 1",
+        "rank 0 writes data of operation 2 ahead of its setup, to its slot 0",
         "rank 1 in teardown of operation 0 reads data of operation 2 of rank 0, slot 0",
     )
