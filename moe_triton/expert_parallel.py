@@ -213,13 +213,13 @@ class ExpertParallel:
 
     def _open(self) -> None:
         """Meet the ranks, compare arguments and allocate the windows."""
-        transport = self._endpoint.transport(_OP)
-        for kind, layout in (
-            ("dispatch", self._config.dispatch),
-            ("combine", self._config.combine),
-        ):
-            call = Call(_OP, self._config, self._arguments, self._steps)
-            transport.prepare(call, kind, layout.num_bytes)
+        call = Call(_OP, self._config, self._arguments, self._steps)
+        self._endpoint.prepare(
+            [
+                (call, "dispatch", self._config.dispatch.num_bytes),
+                (call, "combine", self._config.combine.num_bytes),
+            ]
+        )
 
     # What there is on this rank.
 
@@ -510,11 +510,12 @@ class ExpertParallel:
     def recover(self) -> None:
         """Start over after a timeout, with fresh windows; collective.
 
-        Operations in flight are lost. A rank that was restarted constructs a new object instead.
+        Operations in flight are lost. A rank that was restarted constructs a new object instead:
+        objects find each other by their number among those of their group and process, so it must
+        construct as many as the other ranks have, closed ones included, in the same order.
         """
         self._lent = None
         self._endpoint.recover(f"{_OP}.recover")
-        self._open()
 
     def close(self) -> None:
         """Give up the windows. Peers notice when they next wait for this rank."""

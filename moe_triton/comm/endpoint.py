@@ -2,14 +2,15 @@
 
 "auto" means: one rank needs nothing; ranks that can read and write each other's memory use windows;
 all others use torch.distributed. All ranks decide from the same facts and so come to the same
-choice. An explicit choice that cannot work is an error that says why.
+choice. Whether there is memory enough is one of the facts, as far as the calls are known before.
+An explicit choice that cannot work is an error that says why.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..errors import (
     ArgumentMismatchError,
     BrokenGroupError,
     MoeError,
+    PeerAbortError,
     PeerTimeoutError,
     UnavailableError,
 )
@@ -29,7 +31,7 @@ from .memory import Block, Memory
 from .shm import MemfdMemory, PosixMemory
 from .single import SingleTransport
 from .symmetric import SymmetricTransport
-from .transport import Transport, outside_autograd
+from .transport import Call, Transport, outside_autograd
 
 
 class Endpoint:
@@ -52,9 +54,10 @@ class Endpoint:
         self._timeout = timeout
         self._meeting = Meeting(group, tag, timeout) if group.size > 1 else None
         self._connected: Transport | None = SingleTransport(in_flight) if group.size == 1 else None
-        self._process_group_lost = False
+        self._process_group_used = False
         self._lost: str | None = None  # why the ranks did not meet
         self._closed = False
+        self._prepared: Sequence[tuple[Call, str, int]] = ()
 
     @property
     def transport_name(self) -> str | None:
@@ -80,6 +83,21 @@ class Endpoint:
                 self._lost = error.problem
                 raise
         return self._connected
+
+    def prepare(self, calls: Sequence[tuple[Call, str, int]]) -> None:
+        """Meet all ranks, compare arguments and allocate windows, over what has room for them.
+
+        Comes before any other call; ``recover()`` repeats it.
+
+        Args:
+            calls: calls to come, each with its kind and the bytes that a slot must hold.
+
+        Raises:
+            ArgumentMismatchError: the ranks' arguments differ.
+            MoeError: as for ``transport``.
+        """
+        self._prepared = calls
+        self.transport(calls[0][0].op)
 
     def raise_if_broken(self, op: str) -> None:
         """Raise ``BrokenGroupError`` when a wait timed out, without waiting for anybody."""
@@ -121,7 +139,6 @@ class Endpoint:
             self._raise_if_lost(op)
             return
         if self._connected is not None:
-            self._process_group_lost |= self._connected.name == "collective"
             self._connected.close()
             self._connected = None
         # Also after a recover() that failed: the ranks may have come to it a different number of
@@ -162,15 +179,36 @@ class Endpoint:
         if self.choice != "collective":
             for memory in self._memories(facts, causes):
                 channel = self._open(op, memory, facts, causes)
-                if channel is not None:
-                    return SymmetricTransport(channel)
+                if channel is None:
+                    continue
+                symmetric = SymmetricTransport(channel)
+                with contextlib.ExitStack() as unless_used:
+                    unless_used.callback(symmetric.close)
+                    if self._fits(op, memory, symmetric, causes):
+                        unless_used.pop_all()
+                        return symmetric
         if self.choice == "symmetric" or self.group.process_group is None:
             cause = "; ".join(causes) or "the group has no torch process group"
             raise UnavailableError(op, f"transport {self.choice!r} cannot work here: {cause}")
-        connection = collective.connect(self.group)
-        if self._process_group_lost:
+        transport = self._connect_process_group(op, causes)
+        with contextlib.ExitStack() as unless_used:
+            unless_used.callback(transport.close)
+            self._prepare_on(transport)
+            unless_used.pop_all()
+        return transport
+
+    def _connect_process_group(self, op: str, causes: list[str]) -> Transport:
+        assert self._meeting is not None
+        try:
+            connection = collective.connect(self.group)
+        except UnavailableError as error:
+            cause = "; ".join([*causes, f"collective: {error.problem}"])
+            problem = f"transport {self.choice!r} cannot work here: {cause}"
+            raise UnavailableError(op, problem) from error
+        if self._process_group_used:  # before recover(), so that it is broken
             store = self._meeting.private_store()
             connection = collective.reconnect(op, self.group, store, self._timeout)
+        self._process_group_used = True
         return collective.CollectiveTransport(
             self.group,
             connection,
@@ -178,6 +216,34 @@ class Endpoint:
             in_flight=self._in_flight,
             timeout=self._timeout,
         )
+
+    def _prepare_on(self, transport: Transport) -> None:
+        for call, kind, slot_bytes in self._prepared:
+            transport.prepare(call, kind, slot_bytes)
+
+    def _fits(
+        self, op: str, memory: Memory, transport: SymmetricTransport, causes: list[str]
+    ) -> bool:
+        """Allocate windows, or add to ``causes`` why some rank could not."""
+        if not self._prepared:
+            return True
+        assert self._meeting is not None
+        step = f"{memory.name} windows"
+        try:
+            self._prepare_on(transport)
+        except (UnavailableError, PeerAbortError, ArgumentMismatchError) as error:
+            # Told to all, not concluded from how a peer's error reads here.
+            record = {"failure": type(error).__name__, "cause": error.problem}
+            records = self._meeting.exchange(op, step, record)
+            failures = {record["failure"] for record in records}
+            if "UnavailableError" not in failures or "ArgumentMismatchError" in failures:
+                raise
+        else:
+            records = self._meeting.exchange(op, step, {"failure": "", "cause": ""})
+        lacking = [one["cause"] for one in records if one["failure"] == "UnavailableError"]
+        if lacking:
+            causes.append(f"{memory.name}: {lacking[0]}")
+        return not lacking
 
     def _facts(self) -> dict[str, Any]:
         facts: dict[str, Any] = {"transport": self.choice, "in_flight": self._in_flight}

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+
 import harness
 import pytest
+import torch
 
-from moe_triton import BrokenGroupError, MoeError, comm
+from moe_triton import (
+    ArgumentMismatchError,
+    BrokenGroupError,
+    ExpertParallel,
+    MoeError,
+    PeerAbortError,
+    UnavailableError,
+    comm,
+)
+from moe_triton.comm.channel import control_bytes
+from moe_triton.comm.shm import MemfdMemory, PosixMemory
 
 OP = "test_op"
 worlds = pytest.mark.parametrize("world", harness.WORLDS)
@@ -40,3 +54,113 @@ def test_a_rank_that_cannot_tell_its_peers_keeps_its_own_error(world):
         comm.close_endpoint(endpoint)
 
     harness.run_world(world, 2, fn)
+
+
+SIZES = {"num_experts": 6, "top_k": 1, "hidden": 16, "max_tokens": 4}
+
+# Which providers lack room for windows on rank 1, what is chosen, and what the errors say.
+SCARCITY = {
+    "none": ((), "auto", "memfd", ()),
+    "memfd": (("memfd",), "auto", "posix", ()),
+    "both": (("memfd", "posix"), "auto", "collective", ()),
+    "memfd, symmetric": (("memfd",), "symmetric", "posix", ()),
+    "both, symmetric": (("memfd", "posix"), "symmetric", None, ("memfd: ", "; posix: ")),
+}
+
+
+def make(ctx, **options) -> ExpertParallel:
+    return ExpertParallel(ctx.ep_group, rank=ctx.ep_rank, **{**SIZES, **options})
+
+
+def round_trip(ep: ExpertParallel) -> None:
+    x = torch.full((3, ep._config.hidden), 1.5 + ep.rank, dtype=torch.bfloat16)
+    received = ep.dispatch(x, torch.arange(3, dtype=torch.int32)[:, None])
+    assert torch.equal(ep.combine(received.x, received.handle), x)
+
+
+def scarce(memory: type, patch: pytest.MonkeyPatch, broken: str) -> None:
+    """Let a provider refuse to allocate, or to open, what is larger than a control block."""
+    refused = getattr(memory, broken)
+
+    def refuse(self, what):
+        num_bytes = what if broken == "allocate" else what["bytes"]
+        if num_bytes > control_bytes(1):
+            raise OSError(28, "No space left on device")
+        return refused(self, what)
+
+    patch.setattr(memory, broken, refuse)
+
+
+@pytest.mark.parametrize("broken", ["allocate", "open"])
+@pytest.mark.parametrize("lacking, choice, provider, texts", SCARCITY.values(), ids=SCARCITY)
+def test_windows_for_which_one_rank_has_no_room(lacking, choice, provider, texts, broken):
+    """All ranks go on to the next provider, without waiting for a timeout, and leave nothing."""
+
+    def fn(ctx):
+        files = set(Path("/dev/shm").glob("moe_triton-*"))
+        began = time.monotonic()
+        with pytest.MonkeyPatch.context() as patch:
+            for memory in (MemfdMemory, PosixMemory):
+                if ctx.rank == 1 and memory.name in lacking:
+                    scarce(memory, patch, broken)
+            options = {"transport": choice, "hidden": 4096, "max_tokens": 16}
+            if provider is None:
+                with pytest.raises(UnavailableError) as caught:
+                    make(ctx, **options)
+                for text in ("transport 'symmetric' cannot work here", "No space left", *texts):
+                    assert text in str(caught.value)
+                assert "rank 1" in str(caught.value)
+            else:
+                with make(ctx, **options) as ep:
+                    found = ep.transport
+                    if found == "symmetric":
+                        found = ep._endpoint._connected._channel._memory.name
+                    assert found == provider
+        assert time.monotonic() - began < 10
+        with make(ctx) as ep:
+            assert ep.transport == "symmetric"
+            round_trip(ep)
+        barrier(ctx, "over")
+        assert set(Path("/dev/shm").glob("moe_triton-*")) <= files
+
+    harness.run_world("auto", 3, fn)
+
+
+def test_no_room_for_windows_after_recover():
+    """What there is room for is found out anew; the group then goes on over the next provider."""
+
+    def fn(ctx):
+        with make(ctx, hidden=4096) as ep, pytest.MonkeyPatch.context() as patch:
+            assert ep.transport == "symmetric"
+            if ctx.rank == 2:
+                for memory in (MemfdMemory, PosixMemory):
+                    scarce(memory, patch, "allocate")
+            ep.recover()
+            assert ep.transport == "collective"
+            round_trip(ep)
+            patch.undo()
+            ep.recover()
+            assert ep.transport == "symmetric"
+            round_trip(ep)
+
+    harness.run_world("auto", 3, fn)
+
+
+def test_ranks_that_disagree_where_one_has_no_room():
+    """The next provider would not help them."""
+
+    def fn(ctx):
+        with pytest.MonkeyPatch.context() as patch:
+            if ctx.rank == 1:
+                scarce(MemfdMemory, patch, "allocate")
+            began = time.monotonic()
+            with pytest.raises(MoeError) as caught:
+                make(ctx, top_k=2 if ctx.rank == 0 else 1, hidden=4096, max_tokens=16)
+            assert time.monotonic() - began < 10
+        with make(ctx) as ep:
+            round_trip(ep)
+        return type(caught.value)
+
+    kinds = harness.run_world("auto", 3, fn)
+    assert set(kinds) <= {ArgumentMismatchError, PeerAbortError, UnavailableError}
+    assert ArgumentMismatchError in kinds
