@@ -1,0 +1,465 @@
+"""Ranks that die or stall at every point of an operation, and memory that cannot be shared.
+
+A rank stops or kills itself where a given method of the channel would be called, so that a fault
+comes exactly there. SIGSTOP stops all its threads, SIGKILL ends it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import os
+import signal
+import time
+from pathlib import Path
+
+import harness
+import pytest
+import torch
+import torch.distributed as dist
+
+from moe_triton import (
+    BrokenGroupError,
+    ExpertParallel,
+    MoeError,
+    PeerTimeoutError,
+    UnavailableError,
+    comm,
+    testing,
+)
+from moe_triton.comm.channel import Channel
+from moe_triton.comm.meeting import Meeting
+from moe_triton.comm.shm import MemfdMemory, PosixMemory
+
+WORLD, VICTIM, SURVIVORS = 3, 1, (0, 2)
+SIZES = {"num_experts": 6, "top_k": 2, "hidden": 16, "max_tokens": 8}
+TIMEOUT = 1.5  # seconds
+LIMIT = 60.0  # seconds for a whole test
+
+signals = pytest.mark.parametrize(
+    "number", [int(signal.SIGKILL), int(signal.SIGSTOP)], ids=["killed", "stopped"]
+)
+
+
+def named_files() -> set[str]:
+    return {path.name for path in Path("/dev/shm").glob("moe_triton-*")}
+
+
+@pytest.fixture(autouse=True)
+def nothing_in_dev_shm():
+    before = named_files()
+    yield
+    assert named_files() == before
+
+
+def open_files() -> int:
+    gc.collect()
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+# What runs on the ranks.
+
+
+def make(group, **options) -> ExpertParallel:
+    return ExpertParallel(group, **{**SIZES, "timeout": TIMEOUT, **options})
+
+
+def inputs_of(rank: int, seed: int):
+    count, seed = (rank + seed) % 9, 10 * seed + rank
+    return (
+        testing.tokens(count, 16, seed=seed),
+        testing.routing_zipf(count, 6, 2, seed=seed),
+        testing.weights(count, 2, seed=seed),
+    )
+
+
+def expected_of(x, ids, weights) -> torch.Tensor:
+    """Expert e adds e to its rows."""
+    total = torch.zeros(x.shape)
+    for slot in range(2):
+        y = (x.float() + ids[:, slot, None]).to(x.dtype)
+        total = total + y.float() * weights[:, slot, None]
+    return total.to(x.dtype)
+
+
+def run_experts(ep, received) -> torch.Tensor:
+    numbers = torch.tensor(ep.local_experts).repeat_interleave(received.tokens_per_expert)
+    y = received.x.clone()
+    y[: len(numbers)] = (y[: len(numbers)].float() + numbers[:, None]).to(y.dtype)
+    return y
+
+
+def layer(ep, seed: int) -> None:
+    inputs = inputs_of(ep.rank, seed)
+    received = ep.dispatch(*inputs)
+    out = ep.combine(run_experts(ep, received), received.handle)
+    assert torch.equal(out, expected_of(*inputs)), f"wrong in round {seed}"
+
+
+def arm(owner, name: str, applies, number: int) -> None:
+    """Let the fault come instead of the first call of ``owner.name`` to which it applies."""
+    method = getattr(owner, name)
+
+    @functools.wraps(method)
+    def wrapper(self, *args, **kwargs):
+        if applies(*args):
+            setattr(owner, name, method)
+            os.kill(os.getpid(), number)
+        return method(self, *args, **kwargs)
+
+    setattr(owner, name, wrapper)
+
+
+# Where a rank is lost: the method of the channel that is not called any more.
+POINTS = {
+    "before its announcement": ("_announce", lambda kind, *_: kind == "dispatch"),
+    "before its flags of dispatch": ("signal", lambda kind, *_: kind == "dispatch"),
+    "after its flags of dispatch": ("wait", lambda kind, *_: kind == "dispatch"),
+    "before its slot is free": ("finish", lambda kind, *_: kind == "dispatch"),
+    "before combine": ("begin", lambda kind, *_: kind == "combine"),
+    "before its flags of combine": ("signal", lambda kind, *_: kind == "combine"),
+    "after its flags of combine": ("wait", lambda kind, *_: kind == "combine"),
+}
+
+
+def refusals(ep, received) -> list[tuple[type, float]]:
+    """What calls on a broken group raise, and after how many seconds."""
+    calls = [ep.check, lambda: ep.dispatch(*inputs_of(ep.rank, 0))]
+    if received is not None:
+        calls.append(lambda: ep.combine(received.x, received.handle))
+    found = []
+    for call in calls:
+        began = time.monotonic()
+        with pytest.raises(MoeError) as caught:
+            call()
+        found.append((type(caught.value), time.monotonic() - began))
+    return found
+
+
+def recover(ep) -> None:
+    """As often as it takes: ranks may come to it at different times."""
+    for _ in range(20):
+        with contextlib.suppress(PeerTimeoutError):
+            return ep.recover()
+    raise AssertionError("the ranks do not find each other")
+
+
+def told(ctx, error: MoeError, began: float) -> dict:
+    """What is reported of an error; without its traceback, which would keep memory alive."""
+    ctx.store.add("told", 1)
+    seconds = time.monotonic() - began
+    return {"error": error.with_traceback(None), "seconds": seconds, "refusals": [], "files": 0}
+
+
+def rounds_until_a_loss(ctx, ep) -> dict:
+    """Rounds until a peer is missing; what was raised then, and is raised afterwards."""
+    received = None
+    for seed in range(100):
+        began = time.monotonic()
+        try:
+            received = ep.dispatch(*inputs_of(ep.rank, seed))
+            began = time.monotonic()
+            ep.combine(received.x, received.handle)
+        except PeerTimeoutError as error:
+            found = told(ctx, error, began)
+            return found | {"refusals": refusals(ep, received)}
+    raise AssertionError("nobody was lost")
+
+
+def serve(ctx, point, number):
+    """Rounds with a fault on one rank, then recovery and exact rounds."""
+    files = open_files()
+    with make(ctx.ep_group) as ep:
+        for seed in range(3):
+            layer(ep, seed)
+        if ctx.rank == VICTIM:
+            arm(Channel, *POINTS[point], number)
+        found = rounds_until_a_loss(ctx, ep)
+        recover(ep)
+        for seed in range(5):
+            layer(ep, seed)
+        ep.check()
+    del ep
+    return found | {"files": open_files() - files}
+
+
+def join(ctx):
+    """A rank that was restarted."""
+    with make(ctx.ep_group, timeout=20.0) as ep:
+        for seed in range(5):
+            layer(ep, seed)
+
+
+# What a test does with them.
+
+
+def wait_for(ranks, key: str, count: int) -> None:
+    """Until ``count`` ranks have been there; raises what one raises before."""
+    end = time.monotonic() + LIMIT
+    while ranks.store.add(key, 0) < count:
+        assert time.monotonic() < end, f"{key}: {ranks.store.add(key, 0)} of {count}"
+        for rank in SURVIVORS:
+            with contextlib.suppress(TimeoutError):
+                ranks.result(rank, 0)
+        time.sleep(0.01)
+
+
+def results_after(fn, args, number, joining=join) -> list:
+    """The results of all ranks: a lost one is restarted, or goes on, when its peers are told."""
+
+    def call():
+        with testing.start_processes(WORLD, fn, args=args) as ranks:
+            wait_for(ranks, "told", len(SURVIVORS))
+            if number == signal.SIGKILL:
+                ranks.restart(VICTIM, joining, args=())
+            else:
+                ranks.kill(VICTIM, signal.SIGCONT)
+            return ranks.results(LIMIT)
+
+    return harness.within(LIMIT, call)
+
+
+def check_loss(found: dict, number: int) -> None:
+    assert type(found["error"]) is PeerTimeoutError
+    assert found["error"].ranks == (VICTIM,)
+    assert f"rank {VICTIM}" in str(found["error"])
+    # Nobody waits for a process that is gone.
+    assert found["seconds"] < (1.0 if number == signal.SIGKILL else TIMEOUT + 1)
+    for kind, seconds in found["refusals"]:
+        assert kind is BrokenGroupError
+        assert seconds < 0.05
+    assert found["files"] == 0
+
+
+# A stall takes the whole timeout to notice: one of each kind in every run, all in the full one.
+STALLS = {"before its announcement", "before its flags of dispatch", "after its flags of combine"}
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_rank_is_killed(point):
+    number = int(signal.SIGKILL)
+    found = results_after(serve, (point, number), number)
+    for rank in SURVIVORS:
+        check_loss(found[rank], number)
+
+
+@pytest.mark.parametrize(
+    "point",
+    [pytest.param(p, marks=[] if p in STALLS else [pytest.mark.full]) for p in POINTS],
+)
+def test_a_rank_is_stopped(point):
+    number = int(signal.SIGSTOP)
+    found = results_after(serve, (point, number), number)
+    for rank in SURVIVORS:
+        check_loss(found[rank], number)
+
+
+def serve_growing(ctx, number, memory):
+    """The fault comes when the victim has announced its new windows and opens those of others."""
+    if memory == "posix":
+        MemfdMemory.open = refuse
+    files = open_files()
+    smooth = torch.ones(6, 16)
+    with make(ctx.ep_group, quant="int8") as ep:
+        ep.dispatch(*inputs_of(ep.rank, 0))
+        if ctx.rank == VICTIM:
+            arm(PosixMemory if memory == "posix" else MemfdMemory, "open", lambda *_: True, number)
+        began = time.monotonic()
+        try:
+            ep.dispatch(*inputs_of(ep.rank, 0), scales=smooth)
+            raise AssertionError("nobody was lost")
+        except (PeerTimeoutError, UnavailableError) as error:
+            # A rank that comes back finds the windows of its peers gone.
+            found = told(ctx, error, began)
+        recover(ep)
+        ep.dispatch(*inputs_of(ep.rank, 1), scales=smooth)
+    del ep
+    return found | {"files": open_files() - files}
+
+
+def join_growing(ctx, memory):
+    if memory == "posix":
+        MemfdMemory.open = refuse
+    with make(ctx.ep_group, quant="int8", timeout=20.0) as ep:
+        ep.dispatch(*inputs_of(ep.rank, 1), scales=torch.ones(6, 16))
+
+
+def refuse(self, handle):
+    raise PermissionError(1, "Operation not permitted")
+
+
+@signals
+@pytest.mark.parametrize("memory", ["memfd", "posix"])
+def test_a_rank_is_lost_while_windows_grow(memory, number):
+    """Its new windows may have a name that it can no longer take away."""
+    joining = functools.partial(join_growing, memory=memory)
+    found = results_after(serve_growing, (number, memory), number, joining)
+    for rank in SURVIVORS:
+        check_loss(found[rank], number)
+
+
+def serve_connecting(ctx, number, step):
+    files = open_files()
+    found = {}
+    if ctx.rank == VICTIM:
+        arm(Meeting, "exchange", lambda _, name, *rest: name.endswith(step), number)
+    for _ in range(20):
+        began = time.monotonic()
+        try:
+            with make(ctx.ep_group) as ep:
+                layer(ep, 0)
+        except PeerTimeoutError as error:
+            found = found or told(ctx, error, began)
+        else:
+            break
+    del ep
+    return found | {"files": open_files() - files}
+
+
+@signals
+@pytest.mark.parametrize("step", ["handle", "opened"])
+def test_a_rank_is_lost_while_the_ranks_connect(step, number):
+    """Control blocks are given up too; another try meets the rank that is back."""
+    found = results_after(serve_connecting, (number, step), number, join_once)
+    for rank in SURVIVORS:
+        # Whether it still lives, nobody knows yet.
+        check_loss(found[rank], signal.SIGSTOP)
+
+
+def join_once(ctx):
+    with make(ctx.ep_group, timeout=20.0) as ep:
+        layer(ep, 0)
+
+
+# Memory that cannot be shared.
+
+
+def refused(*owners):
+    """A context in which these providers open nothing."""
+    stack = contextlib.ExitStack()
+    patch = stack.enter_context(pytest.MonkeyPatch.context())
+    for owner in owners:
+        patch.setattr(owner, "open", refuse)
+    return stack
+
+
+@pytest.mark.parametrize("everywhere", [True, False], ids=["everywhere", "on one rank"])
+def test_named_memory_where_descriptors_cannot_be_opened(everywhere):
+    def fn(ctx):
+        files = open_files()
+        with refused(*([MemfdMemory] if everywhere or ctx.rank == VICTIM else [])):
+            ep = make(ctx.ep_group)
+        with ep:
+            for seed in range(3):
+                layer(ep, seed)
+            assert ep.transport == "symmetric"
+            mapped = Path("/proc/self/maps").read_text(encoding="utf-8")
+            assert "/dev/shm/moe_triton-" in mapped
+            assert "memfd:moe_triton-" not in mapped
+            assert named_files() == set()
+        del ep
+        return open_files() - files
+
+    assert harness.run_world("auto", WORLD, fn) == [0] * WORLD
+
+
+def test_no_memory_can_be_shared():
+    """The automatic choice falls to torch.distributed; the explicit one says why it cannot."""
+
+    def fn(ctx):
+        files = open_files()
+        owners = {0: [MemfdMemory], VICTIM: [PosixMemory]}.get(ctx.rank, [])
+        with refused(*owners):
+            with make(ctx.ep_group) as ep:
+                layer(ep, 0)
+                chosen = ep.transport
+            with pytest.raises(UnavailableError) as caught:
+                make(ctx.ep_group, transport="symmetric")
+        text = str(caught.value)
+        del ep, caught
+        assert named_files() == set()
+        return chosen, text, open_files() - files
+
+    for chosen, text, files in harness.run_world("auto", WORLD, fn):
+        assert chosen == "collective"
+        assert "transport 'symmetric' cannot work here" in text
+        assert "memfd: [Errno 1] Operation not permitted on rank 0" in text
+        assert "posix: [Errno 1] Operation not permitted on rank 1" in text
+        assert files == 0
+
+
+def test_no_memory_can_be_shared_and_there_is_no_process_group():
+    def fn(ctx):
+        with refused(MemfdMemory, PosixMemory), pytest.raises(UnavailableError) as caught:
+            make(ctx.ep_group)
+        with make(ctx.ep_group) as ep:
+            layer(ep, 0)
+        return str(caught.value)
+
+    with testing.start_processes(WORLD, fn) as ranks:
+        for text in ranks.results(LIMIT):
+            assert "transport 'auto' cannot work here: memfd: " in text
+            assert "posix: " in text
+
+
+# The same faults where messages go through gloo.
+
+
+def gloo_group(ctx, name: str):
+    """A torch process group of the ranks, made for the purpose."""
+    store = dist.PrefixStore(name, ctx.store)
+    dist.init_process_group("gloo", store=store, rank=ctx.rank, world_size=WORLD)
+    return dist.group.WORLD
+
+
+GLOO_POINTS = {
+    "before its notice": ("_notify", lambda op, kind, *_: kind == "dispatch"),
+    "before its rows": ("_transfer", lambda *_: True),
+    "before combine": ("combine_setup", lambda *_: True),
+}
+
+
+def serve_over_gloo(ctx, point, number):
+    group = gloo_group(ctx, "first")
+    with make(group, transport="collective") as ep:
+        layer(ep, 0)
+        if ctx.rank == VICTIM:
+            arm(comm.collective.CollectiveTransport, *GLOO_POINTS[point], number)
+        found = rounds_until_a_loss(ctx, ep)
+        if number == signal.SIGSTOP:
+            recover(ep)
+            for seed in range(5):
+                layer(ep, seed)
+            return found
+        with pytest.raises(PeerTimeoutError) as caught:
+            ep.recover()
+        found["again"] = caught.value.ranks
+    comm.close_all()
+    dist.destroy_process_group()
+    with make(gloo_group(ctx, "second"), transport="collective", timeout=20.0) as ep:
+        for seed in range(5):
+            layer(ep, seed)
+    return found
+
+
+def join_over_gloo(ctx):
+    with make(gloo_group(ctx, "second"), transport="collective", timeout=20.0) as ep:
+        for seed in range(5):
+            layer(ep, seed)
+
+
+@signals
+@pytest.mark.parametrize("point", GLOO_POINTS)
+def test_a_rank_is_lost_over_gloo(point, number):
+    """A stalled rank is met again by recover(), with new connections.
+
+    A killed one is not: torch's process groups end with their members, so that ``recover()`` names
+    it once more. The ranks that are left make a new process group with it, when it has been
+    restarted, and new objects.
+    """
+    found = results_after(serve_over_gloo, (point, number), number, join_over_gloo)
+    for rank in SURVIVORS:
+        check_loss(found[rank], number)
+        if number == signal.SIGKILL:
+            assert found[rank]["again"] == (VICTIM,)
