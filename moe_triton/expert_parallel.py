@@ -510,9 +510,10 @@ class ExpertParallel:
     def recover(self) -> None:
         """Start over after a timeout, with fresh windows; collective.
 
-        Operations in flight are lost. A rank that was restarted constructs a new object instead:
-        objects find each other by their number among those of their group and process, so it must
-        construct as many as the other ranks have, closed ones included, in the same order.
+        Operations in flight are lost. A rank that was restarted constructs a new object instead.
+        Objects find each other by their number among those that their process has constructed for
+        the group: the new process constructs as many as the other ranks have, in the same order,
+        while these recover theirs. A closed one among them has nobody to be recovered with.
         """
         self._lent = None
         self._endpoint.recover(f"{_OP}.recover")

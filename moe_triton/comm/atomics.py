@@ -39,7 +39,7 @@ def _load_fetch_add() -> Callable[[int, int], int] | None:
 
 
 _native = _load_fetch_add()
-_lock = threading.Lock()
+_lock = threading.RLock()  # a finaliser that runs while it is held may write a word, too
 
 
 def _locked_fetch_add(address: int, value: int) -> int:

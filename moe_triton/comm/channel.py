@@ -21,6 +21,7 @@ import dataclasses
 import json
 import os
 import select
+import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -124,15 +125,16 @@ class Channel:
         self._pidfds = _open_pids(pids, self.rank)
         self._rings = {kind: Ring() for kind in KINDS}
         self._agreed: set[tuple[str, str]] = set()
+        # Also when nobody calls close(): the descriptors are this rank's own, and peers may wait.
+        own = blocks[self.rank]
+        self._leave = weakref.finalize(self, _leave, own, self._pidfds, os.getpid())
+        self._leave.atexit = False  # the end of the process tells as much
 
     def close(self) -> None:
         """Leave the group and give up the memory; peers that hold it keep their mappings."""
-        atomics.store_release(self._control[self.rank].data.data_ptr(), 1)
         # Of the memory only mappings are left, which go with the last view.
-        pidfds, self._pidfds, self._rings = self._pidfds, {}, {}
-        with contextlib.ExitStack() as stack:
-            for fd in pidfds.values():
-                stack.callback(os.close, fd)
+        self._rings = {}
+        self._leave()
 
     # The life of an operation: begin, agree, signal, wait, finish. The caller writes its data
     # before signal, and reads that of the peers before finish.
@@ -543,6 +545,16 @@ class Channel:
             raise failure
         if failed:
             raise PeerAbortError(op, *min(failed.items()))
+
+
+def _leave(own: Block, pidfds: dict[int, int], pid: int) -> None:
+    """Tell the peers that this rank has left, and close the descriptors."""
+    # A forked child drops its copies of everything, and is no rank.
+    if os.getpid() == pid:
+        atomics.store_release(own.data.data_ptr(), 1)
+    with contextlib.ExitStack() as stack:
+        while pidfds:
+            stack.callback(os.close, pidfds.popitem()[1])
 
 
 def control_bytes(in_flight: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import defaultdict
 
 import torch.distributed as dist
@@ -16,7 +17,7 @@ DEFAULT_TIMEOUT = 30.0  # seconds
 
 _lock = threading.Lock()  # ranks may be threads
 _defaults: dict[tuple[str, int], Endpoint] = {}
-_others: list[Endpoint] = []
+_others: weakref.WeakSet[Endpoint] = weakref.WeakSet()  # who drops one need not close it
 _opened: dict[tuple[str, int], int] = defaultdict(int)  # others so far, by group and rank
 
 
@@ -48,7 +49,7 @@ def open_endpoint(group: Group, *, transport: str, in_flight: int, timeout: floa
         endpoint = Endpoint(
             group, f"endpoint{number}", transport=transport, in_flight=in_flight, timeout=timeout
         )
-        _others.append(endpoint)
+        _others.add(endpoint)
         return endpoint
 
 
@@ -73,8 +74,7 @@ def abandon_endpoint(endpoint: Endpoint) -> None:
 def close_endpoint(endpoint: Endpoint) -> None:
     """Close one endpoint and forget it."""
     with _lock:
-        if endpoint in _others:
-            _others.remove(endpoint)
+        _others.discard(endpoint)
     endpoint.close()
 
 
@@ -109,7 +109,7 @@ def _close(name: str | None) -> None:
         doomed = [key for key in _defaults if name in (None, key[0])]
         endpoints = [_defaults.pop(key) for key in doomed]
         endpoints += [found for found in _others if name in (None, found.group.name)]
-        _others[:] = [found for found in _others if found not in endpoints]
+        _others.difference_update(endpoints)
         for key in [key for key in _opened if name in (None, key[0])]:
             del _opened[key]
     for endpoint in endpoints:

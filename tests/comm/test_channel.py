@@ -529,7 +529,7 @@ def test_a_release_that_fails_keeps_no_other_from_theirs():
     with pytest.raises(PermissionError):
         channel_module._release(blocks)
     assert released == [0]
-    first._pidfds = {0: os.open(os.devnull, os.O_RDONLY), 1: -1}
+    first._pidfds.update({0: os.open(os.devnull, os.O_RDONLY), 1: -1})
     with pytest.raises(OSError, match="Bad file descriptor"):
         first.close()
     first.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import time
 from pathlib import Path
 
@@ -15,9 +17,11 @@ from moe_triton import (
     ExpertParallel,
     MoeError,
     PeerAbortError,
+    PeerTimeoutError,
     UnavailableError,
     comm,
 )
+from moe_triton.comm import registry
 from moe_triton.comm.channel import control_bytes
 from moe_triton.comm.shm import MemfdMemory, PosixMemory
 
@@ -164,3 +168,59 @@ def test_ranks_that_disagree_where_one_has_no_room():
     kinds = harness.run_world("auto", 3, fn)
     assert set(kinds) <= {ArgumentMismatchError, PeerAbortError, UnavailableError}
     assert ArgumentMismatchError in kinds
+
+
+@pytest.mark.parametrize("world", ["symmetric", "collective"])
+def test_objects_that_are_dropped_leave_nothing(world):
+    def left() -> tuple[int, int, int]:
+        gc.collect()
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8").count("moe_triton-")
+        return len(list(Path("/proc/self/fd").iterdir())), maps, len(registry._others)
+
+    def fn(ctx):
+        round_trip(make(ctx))
+        barrier(ctx, "first is over")
+        before = left()
+        barrier(ctx, "counted")
+        for _ in range(20):
+            round_trip(make(ctx))
+        barrier(ctx, "all are over")
+        return before, left()
+
+    for before, after in harness.run_world(world, 2, fn):
+        assert after == before
+
+
+def test_a_rank_that_drops_its_object_has_left():
+    """Its peers learn it as soon as they wait for it."""
+
+    def fn(ctx):
+        ep = make(ctx)
+        barrier(ctx, "made")
+        if ctx.rank == 1:
+            del ep
+            gc.collect()
+            barrier(ctx, "dropped")
+            return
+        barrier(ctx, "dropped")
+        began = time.monotonic()
+        with pytest.raises(PeerTimeoutError, match="rank 1 left the group or died"):
+            round_trip(ep)
+        assert time.monotonic() - began < 5
+
+    harness.run_world("symmetric", 2, fn)
+
+
+def test_a_forked_child_does_not_leave_for_its_parent():
+    def fn(ctx):
+        with make(ctx) as ep:
+            if ctx.rank == 1:
+                child = os.fork()
+                if child == 0:
+                    ep._endpoint._connected._channel._leave()
+                    os._exit(0)
+                assert os.waitpid(child, 0)[1] == 0
+            barrier(ctx, "forked")
+            round_trip(ep)
+
+    harness.run_world("symmetric", 2, fn)
