@@ -140,8 +140,8 @@ class ExpertParallel:
         self.rank, self.world_size = resolved.rank, resolved.size
         self._exact, self._limit = exact, max_recv_tokens
         self._last: tuple[MoeConfig, Tokens] | None = None  # dispatch
-        # The handle and the memory of output_rows that the next combine may find filled.
-        self._lent: tuple[Handle, torch.Tensor] | None = None
+        # What output_rows gave since the last combine, by the handle it is for.
+        self._lent: dict[int, tuple[Handle, torch.Tensor]] = {}
         try:
             _check_connection(in_flight, timeout, transport)
             self._config = self._check_sizes(
@@ -401,15 +401,16 @@ class ExpertParallel:
             [n, H] of the object's dtype, uninitialised; n rows as dispatch delivered them.
         """
         num_rows = handle.sources.source.numel()
-        if self._lent is not None and self._lent[0] is handle:
-            return self._lent[1]
+        if id(handle) in self._lent:
+            return self._lent[id(handle)][1]
         transport = self._endpoint.transport(f"{_OP}.output_rows")
         rows = None if self._lent else transport.output_rows(self._config, num_rows)
         if rows is None:
             return torch.empty((num_rows, self._config.hidden), dtype=self._config.dtype)
         # Detached from the view it was made as, so that autograd lets the experts write to it.
-        self._lent = (handle, rows.detach())
-        return self._lent[1]
+        rows = rows.detach()
+        self._lent[id(handle)] = (handle, rows)
+        return rows
 
     def combine_setup(self, y: torch.Tensor, handle: Handle) -> CombinePending:
         """The first half of ``combine``: send the rows back; waits only while arguments are new.
@@ -430,7 +431,7 @@ class ExpertParallel:
         except MoeError as error:
             self._endpoint.reject("combine", op, error)
             raise
-        lent = self._lent if self._lent is not None and self._lent[0] is handle else None
+        lent = self._lent.get(id(handle))
         outputs = Outputs(
             y,
             handle.sources,
@@ -446,9 +447,9 @@ class ExpertParallel:
         except PeerAbortError:
             raise  # the rows still stand, for another try
         except BaseException:
-            self._lent = None
+            self._lent.clear()
             raise
-        self._lent = None
+        self._lent.clear()
         return CombinePending(operation, lent)
 
     def combine_teardown(
@@ -474,7 +475,8 @@ class ExpertParallel:
         try:
             return self._transport_of(op, operation).combine_teardown(operation, shared_expert_x)
         except PeerAbortError:
-            self._lent = pending.lent or self._lent
+            if pending.lent is not None:
+                self._lent[id(pending.lent[0])] = pending.lent
             raise
 
     def _transport_of(self, op: str, pending: Pending) -> Transport:
@@ -515,7 +517,7 @@ class ExpertParallel:
         the group: the new process constructs as many as the other ranks have, in the same order,
         while these recover theirs. A closed one among them has nobody to be recovered with.
         """
-        self._lent = None
+        self._lent.clear()
         self._endpoint.recover(f"{_OP}.recover")
 
     def close(self) -> None:

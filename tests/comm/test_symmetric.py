@@ -188,3 +188,28 @@ def test_window_bytes_are_those_held():
             assert after.combine == before.combine
 
     testing.run_local(2, fn)
+
+
+def test_a_refused_combine_leaves_the_next_loan_alone():
+    """Two micro-batches: the first combine is refused by a rank, the second was lent meanwhile."""
+
+    def fn(ctx):
+        with layer(ctx, exact=True, in_flight=2) as ep:
+            x, ids, weights = batch(ctx.rank)
+            first, second = ep.dispatch(x, ids, weights), ep.dispatch(x, ids, weights)
+            if ctx.rank == 0:
+                with pytest.raises(ArgumentValueError):
+                    ep.combine_setup(first.x[:-1], first.handle)
+                pending = ep.combine_setup(second.x, second.handle)
+            else:
+                rows = ep.output_rows(first.handle)
+                rows.copy_(first.x)
+                refused = ep.combine_setup(rows, first.handle)
+                rows = ep.output_rows(second.handle)
+                rows.copy_(second.x)
+                with pytest.raises(PeerAbortError):
+                    ep.combine_teardown(refused)
+                pending = ep.combine_setup(rows, second.handle)
+            assert torch.equal(ep.combine_teardown(pending), x)
+
+    testing.run_local(4, fn)
