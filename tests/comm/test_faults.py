@@ -1,0 +1,254 @@
+"""A rank that dies or stalls: named by all others in time, and nothing left behind after it.
+
+Ranks are processes of their own, started over a store without torch process groups, so that a
+killed one can be started into the same group again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_triton import BrokenGroupError, ExpertParallel, PeerTimeoutError, testing
+
+WORLD, VICTIM, TIMEOUT, SLACK = 3, 1, 2.0, 1.0  # seconds
+TOKENS, HIDDEN, EXPERTS, TOP_K = 5, 12, 6, 2
+
+
+def make(ctx):
+    return ExpertParallel(
+        ctx.ep_group,
+        num_experts=EXPERTS,
+        top_k=TOP_K,
+        hidden=HIDDEN,
+        max_tokens=TOKENS,
+        timeout=TIMEOUT,
+    )
+
+
+def batch(rank, seed):
+    x = testing.tokens(TOKENS, HIDDEN, torch.bfloat16, seed=100 * seed + rank)
+    ids = testing.routing_uniform(TOKENS, EXPERTS, TOP_K, seed=100 * seed + rank)
+    return x, ids, torch.full(ids.shape, 0.5)
+
+
+def rounds(ep, count=3):
+    """Experts that leave their rows alone, with weights that add up to 1: out is x."""
+    for seed in range(count):
+        x, ids, weights = batch(ep.rank, seed)
+        received = ep.dispatch(x, ids, weights)
+        assert torch.equal(ep.combine(received.x, received.handle), x)
+
+
+def failure(call, *inputs):
+    """The error of a call and the seconds it took."""
+    start = time.monotonic()
+    with pytest.raises((PeerTimeoutError, BrokenGroupError)) as caught:
+        call(*inputs)
+    return caught.value, time.monotonic() - start
+
+
+def meet(ctx, key):
+    """A barrier of the test's own, through its own store."""
+    ctx.store.add(key, 1)
+    while ctx.store.add(key, 0) < WORLD:
+        time.sleep(0.002)
+
+
+def wait_for(store, key):
+    while not store.check([key]):
+        time.sleep(0.005)
+
+
+def until_the_fault(ctx, phase, ep):
+    """Two good rounds, then everything up to the call in which the victim is lost.
+
+    Returns:
+        That call.
+    """
+    rounds(ep, 2)
+    x, ids, weights = batch(ctx.rank, 7)
+    call = functools.partial(ep.dispatch, x, ids, weights)
+    if phase == "combine":
+        received = call()
+        call = functools.partial(ep.combine, received.x, received.handle)
+    meet(ctx, "ready")
+    if ctx.rank == VICTIM:
+        ctx.store.set("here", "")
+    wait_for(ctx.store, "go on" if ctx.rank == VICTIM else "struck")
+    return call
+
+
+def check_loss(ctx, found, ep):
+    """The victim is named in time, and the group refuses at once from then on."""
+    error, seconds = found
+    assert isinstance(error, PeerTimeoutError), repr(error)
+    assert error.ranks == (VICTIM,)
+    assert f"rank {VICTIM}" in str(error)
+    assert seconds < TIMEOUT + SLACK
+    x, ids, weights = batch(ctx.rank, 8)
+    for call in (lambda: ep.dispatch(x, ids, weights), ep.check):
+        error, seconds = failure(call)
+        assert isinstance(error, BrokenGroupError)
+        assert "recover()" in str(error)
+        assert seconds < 0.1
+
+
+def killed(ctx, phase):
+    ep = make(ctx)
+    check_loss(ctx, failure(until_the_fault(ctx, phase, ep)), ep)
+    ctx.store.add("named", 1)
+    wait_for(ctx.store, "restarted")
+    ep.recover()
+    rounds(ep)
+    ep.close()
+    return "recovered"
+
+
+def restarted(ctx):
+    ep = make(ctx)
+    rounds(ep)
+    ep.close()
+    return "joined"
+
+
+def wait_until(condition, timeout=30.0):
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "the ranks did not get there"
+        time.sleep(0.01)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind():
+    before = {path.name for path in Path("/dev/shm").iterdir()}
+    yield
+    assert {path.name for path in Path("/dev/shm").iterdir()} <= before
+
+
+@pytest.mark.parametrize("phase", ["dispatch", "combine"])
+def test_a_killed_rank_is_named_and_replaced(phase):
+    with testing.start_processes(WORLD, killed, args=(phase,)) as ranks:
+        wait_until(lambda: ranks.store.check(["here"]))
+        ranks.kill(VICTIM)
+        ranks.store.set("struck", "")
+        wait_until(lambda: ranks.store.add("named", 0) == WORLD - 1)
+        ranks.restart(VICTIM, restarted, args=())
+        ranks.store.set("restarted", "")
+        expected = ["joined" if rank == VICTIM else "recovered" for rank in range(WORLD)]
+        assert ranks.results() == expected
+
+
+def stalled(ctx, phase):
+    ep = make(ctx)
+    call = until_the_fault(ctx, phase, ep)
+    if ctx.rank != VICTIM:
+        check_loss(ctx, failure(call), ep)
+        ctx.store.add("named", 1)
+    else:
+        # The others' rows are there, so that a call of one that slept may even succeed.
+        with contextlib.suppress(PeerTimeoutError):
+            call()
+    meet(ctx, "awake")
+    ep.recover()
+    rounds(ep)
+    ep.close()
+    return "recovered"
+
+
+@pytest.mark.parametrize("phase", ["dispatch", "combine"])
+def test_a_stalled_rank_is_named_and_comes_back(phase):
+    with testing.start_processes(WORLD, stalled, args=(phase,)) as ranks:
+        wait_until(lambda: ranks.store.check(["here"]))
+        ranks.kill(VICTIM, signal.SIGSTOP)
+        ranks.store.set("struck", "")
+        wait_until(lambda: ranks.store.add("named", 0) == WORLD - 1)
+        ranks.store.set("go on", "")
+        ranks.kill(VICTIM, signal.SIGCONT)
+        assert ranks.results() == ["recovered"] * WORLD
+
+
+def late(ctx):
+    ep = make(ctx)
+    x, ids, weights = batch(ctx.rank, 3)
+    pending = ep.dispatch_setup(x, ids, weights) if ctx.rank != VICTIM else None
+    meet(ctx, "ready")
+    if ctx.rank == VICTIM:
+        wait_for(ctx.store, "go on")
+        received = ep.dispatch(x, ids, weights)
+    else:
+        error, _ = failure(ep.dispatch_teardown, pending)
+        assert error.ranks == (VICTIM,)
+        ctx.store.add("named", 1)
+        wait_for(ctx.store, "go on")
+        received = ep.dispatch_teardown(pending)
+    assert torch.equal(ep.combine(received.x, received.handle), x)
+    rounds(ep)
+    ep.close()
+    return "retried"
+
+
+def test_the_same_teardown_may_be_tried_again():
+    with testing.start_processes(WORLD, late) as ranks:
+        wait_until(lambda: ranks.store.add("named", 0) == WORLD - 1)
+        ranks.store.set("go on", "")
+        assert ranks.results() == ["retried"] * WORLD
+
+
+def absent(ctx):
+    if ctx.rank == VICTIM:
+        ctx.store.set("here", "")
+        wait_for(ctx.store, "never")
+    error, seconds = failure(make, ctx)
+    assert error.ranks == (VICTIM,)
+    assert seconds < TIMEOUT + SLACK
+    return "named"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stalled"])
+def test_a_rank_that_never_comes_to_the_first_call(number):
+    with testing.start_processes(WORLD, absent) as ranks:
+        wait_until(lambda: ranks.store.check(["here"]))
+        ranks.kill(VICTIM, number)
+        assert [ranks.result(rank) for rank in range(WORLD) if rank != VICTIM] == ["named"] * 2
+
+
+def collective_stall(ctx):
+    """Stands in for a stall: the rank sleeps, and its gloo threads do not answer for it."""
+    with ExpertParallel(
+        ctx.ep_group,
+        num_experts=EXPERTS,
+        top_k=TOP_K,
+        hidden=HIDDEN,
+        max_tokens=TOKENS,
+        timeout=TIMEOUT,
+    ) as ep:
+        rounds(ep, 2)
+        x, ids, weights = batch(ctx.rank, 7)
+        meet(ctx, "ready")
+        if ctx.rank == VICTIM:
+            wait_for(ctx.store, "named 2")
+        else:
+            error, seconds = failure(ep.dispatch, x, ids, weights)
+            assert error.ranks == (VICTIM,)
+            assert seconds < TIMEOUT + SLACK
+            error, seconds = failure(ep.dispatch, x, ids, weights)
+            assert isinstance(error, BrokenGroupError)
+            assert seconds < 0.1
+            ctx.store.set(f"named {ctx.store.add('named', 1)}", "")
+        meet(ctx, "awake")
+        ep.recover()
+        rounds(ep)
+        return ep.transport
+
+
+def test_a_stall_over_gloo_is_named_and_recovers():
+    """A killed rank cannot come back here: torch's process groups end with their members."""
+    found = testing.run_processes(WORLD, collective_stall, transport="collective")
+    assert found == ["collective"] * WORLD
