@@ -1,0 +1,291 @@
+"""all_to_all_v against its definition: what rank r gets is what each rank had for it, in order."""
+
+from __future__ import annotations
+
+import time
+
+import harness
+import numpy as np
+import pytest
+import torch
+from harness import run_world
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_triton import (
+    ArgumentMismatchError,
+    ArgumentTypeError,
+    ArgumentValueError,
+    MoeError,
+    PeerAbortError,
+    comm,
+)
+
+worlds = pytest.mark.parametrize("world", harness.WORLDS)
+WORLD = 3
+AT_ONCE = 5.0  # seconds, far below the 30 s that a silent peer is waited for
+
+DTYPES = [
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.bool,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.complex64,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+]
+
+
+def rows_of(rank: int, counts: list[int], columns: int, seed: int = 0) -> np.ndarray:
+    """[N, columns] bytes that ``rank`` sends; every row is different."""
+    rng = np.random.default_rng([seed, rank])
+    return rng.integers(0, 256, (sum(counts), columns), dtype=np.uint8)
+
+
+def expected(matrix: list[list[int]], rank: int, columns: int, seed: int = 0) -> np.ndarray:
+    """The definition: for each source, the rows behind those for lower ranks."""
+    parts = []
+    for source, counts in enumerate(matrix):
+        first = sum(counts[:rank])
+        parts.append(rows_of(source, counts, columns, seed)[first : first + counts[rank]])
+    return np.concatenate(parts)
+
+
+def exchange(ctx, matrix: list[list[int]], columns: int = 4, seed: int = 0) -> bool:
+    """One call with bytes; whether it returned what it must."""
+    mine = torch.from_numpy(rows_of(ctx.ep_rank, matrix[ctx.ep_rank], columns, seed))
+    out, counts = comm.all_to_all_v(mine, matrix[ctx.ep_rank], group=ctx.ep_group, rank=ctx.ep_rank)
+    return (
+        np.array_equal(out.numpy(), expected(matrix, ctx.ep_rank, columns, seed))
+        and out.shape[1:] == mine.shape[1:]
+        and counts == [row[ctx.ep_rank] for row in matrix]
+    )
+
+
+MATRICES = {
+    "equal": [[2, 2, 2]] * 3,
+    "unequal": [[1, 2, 3], [0, 5, 1], [4, 0, 2]],
+    "one sends": [[0, 0, 0], [3, 1, 2], [0, 0, 0]],
+    "one receives": [[0, 4, 0], [0, 1, 0], [0, 2, 0]],
+    "to itself": [[1, 0, 0], [0, 2, 0], [0, 0, 3]],
+    "nothing": [[0, 0, 0]] * 3,
+    "round the ring": [[0, 1, 0], [0, 0, 1], [1, 0, 0]],
+}
+
+
+@worlds
+def test_counts(world):
+    def fn(ctx):
+        return [exchange(ctx, matrix) for matrix in MATRICES.values()]
+
+    for found in run_world(world, WORLD, fn):
+        assert dict(zip(MATRICES, found, strict=True)) == dict.fromkeys(MATRICES, True)
+
+
+@worlds
+def test_dtypes(world):
+    """gloo itself moves some of these only."""
+    matrix = MATRICES["unequal"]
+
+    def fn(ctx):
+        wrong = []
+        for dtype in DTYPES:
+            raw = rows_of(ctx.ep_rank, matrix[ctx.ep_rank], 3 * dtype.itemsize)
+            if dtype == torch.bool:
+                raw %= 2
+            x = torch.from_numpy(raw).view(dtype).view(-1, 3, 1)
+            out, _ = comm.all_to_all_v(x, matrix[ctx.ep_rank], group=ctx.ep_group, rank=ctx.ep_rank)
+            bits = expected(matrix, ctx.ep_rank, 3 * dtype.itemsize)
+            if dtype == torch.bool:
+                bits %= 2
+            ok = out.dtype == dtype and out.shape == (len(bits), 3, 1)
+            if not ok or not np.array_equal(out.view(-1, 3).view(torch.uint8).numpy(), bits):
+                wrong.append(dtype)
+        return wrong
+
+    assert run_world(world, WORLD, fn) == [[]] * WORLD
+
+
+@worlds
+def test_shapes_strides_and_kinds_of_counts(world):
+    """Rows of any shape, one element or a matrix; no copy of the caller's has to be made first."""
+    counts = [1, 2, 1]
+
+    def fn(ctx):
+        def call(x, counts):
+            out, received = comm.all_to_all_v(x, counts, group=ctx.ep_group, rank=ctx.ep_rank)
+            assert received == [counts[ctx.ep_rank]] * WORLD
+            return out
+
+        base = torch.arange(8 * 6).view(8, 6) + 1000 * ctx.ep_rank
+        mine = slice(sum(counts[: ctx.ep_rank]), sum(counts[: ctx.ep_rank + 1]))
+        everyone = [base - 1000 * ctx.ep_rank + 1000 * rank for rank in range(WORLD)]
+        for cut in (
+            lambda t: t[:4, 0],
+            lambda t: t[:4],
+            lambda t: t[::2, 1::2],
+            lambda t: t.T[:4],
+            lambda t: t[:4].reshape(4, 1, 3, 2),
+            lambda t: t[:4, :1].expand(4, 5),
+        ):
+            for kind in (list, tuple, torch.tensor, lambda c: np.array(c).tolist()):
+                out = call(cut(base), kind(counts))
+                assert torch.equal(out, torch.cat([cut(one)[mine] for one in everyone]))
+
+    run_world(world, WORLD, fn)
+
+
+@worlds
+def test_what_is_sent_and_received_is_the_callers(world):
+    """Neither the input nor an earlier result changes with the calls that follow."""
+    matrix = MATRICES["unequal"]
+
+    def fn(ctx):
+        results = []
+        for seed in range(6):
+            mine = torch.from_numpy(rows_of(ctx.ep_rank, matrix[ctx.ep_rank], 4, seed))
+            before = mine.clone()
+            out, _ = comm.all_to_all_v(
+                mine, matrix[ctx.ep_rank], group=ctx.ep_group, rank=ctx.ep_rank
+            )
+            assert torch.equal(mine, before)
+            mine.fill_(0)
+            results.append(out)
+        for seed, out in enumerate(results):
+            assert np.array_equal(out.numpy(), expected(matrix, ctx.ep_rank, 4, seed))
+
+    run_world(world, WORLD, fn)
+
+
+@worlds
+def test_sizes_that_grow_and_shrink(world):
+    """Past the smallest window, in steps and in one leap, and back to little."""
+    columns = [1, 64, 1024, 5000, 1, 200_000, 7]
+
+    def fn(ctx):
+        matrix = MATRICES["unequal"]
+        return [exchange(ctx, matrix, width, width) for width in columns]
+
+    assert run_world(world, WORLD, fn) == [[True] * len(columns)] * WORLD
+
+
+def test_one_rank_alone():
+    x = torch.arange(6).view(3, 2)
+    out, counts = comm.all_to_all_v(x, [3])
+    assert torch.equal(out, x)
+    assert out.data_ptr() != x.data_ptr()
+    assert counts == [3]
+    out, counts = comm.all_to_all_v(x[:0], [0])
+    assert out.shape == (0, 2)
+    assert counts == [0]
+
+
+@worlds
+def test_two_ranks(world):
+    def fn(ctx):
+        return exchange(ctx, [[0, 3], [1, 0]])
+
+    assert run_world(world, 2, fn) == [True, True]
+
+
+@st.composite
+def calls(draw):
+    """A world size, and a matrix of counts and a row size for each of some calls."""
+    world_size = draw(st.integers(1, 4))
+    row = st.lists(st.integers(0, 5), min_size=world_size, max_size=world_size)
+    matrix = st.lists(row, min_size=world_size, max_size=world_size)
+    sizes = st.sampled_from([1, 3, 16, 700, 3000])
+    return world_size, draw(st.lists(st.tuples(matrix, sizes), min_size=1, max_size=6))
+
+
+@given(calls())
+def test_any_calls(drawn):
+    world_size, sequence = drawn
+
+    def fn(ctx):
+        return [
+            exchange(ctx, matrix, columns, seed) for seed, (matrix, columns) in enumerate(sequence)
+        ]
+
+    assert run_world("local", world_size, fn) == [[True] * len(sequence)] * world_size
+
+
+X = torch.zeros(6, 2)
+BAD = {
+    "x list": (([1], [2, 2, 2]), ArgumentTypeError, "x", "list"),
+    "x None": ((None, [2, 2, 2]), ArgumentTypeError, "x", "NoneType"),
+    "x 0-d": ((torch.tensor(1), [1, 0, 0]), ArgumentValueError, "x", "shape ()"),
+    "x no columns": ((torch.zeros(6, 0), [2, 2, 2]), ArgumentValueError, "x", "(6, 0)"),
+    "x device": ((X.to("meta"), [2, 2, 2]), ArgumentValueError, "x", "meta"),
+    "few counts": ((X, [3, 3]), ArgumentValueError, "send_counts", "[3, 3]"),
+    "no counts": ((X, []), ArgumentValueError, "send_counts", "[]"),
+    "many counts": ((X, [2, 2, 2, 0]), ArgumentValueError, "send_counts", "[2, 2, 2, 0]"),
+    "negative count": ((X, [7, -1, 0]), ArgumentValueError, "send_counts", "[7, -1, 0]"),
+    "wrong sum": ((X, [2, 2, 1]), ArgumentValueError, "send_counts", "[2, 2, 1]"),
+    "counts None": ((X, None), ArgumentTypeError, "send_counts", "None"),
+    "counts text": ((X, ["2", "2", "2"]), ArgumentTypeError, "send_counts", "'2'"),
+    "counts float": ((X, [2.0, 2.0, 2.0]), ArgumentTypeError, "send_counts", "2.0"),
+    "counts of floats": ((X, torch.full((3,), 2.0)), ArgumentTypeError, "send_counts", "2."),
+    "counts 2-d": ((X, torch.full((1, 3), 2)), ArgumentTypeError, "send_counts", "[[2, 2, 2]]"),
+}
+
+
+def error_of(ctx, x, counts) -> tuple[MoeError, float]:
+    began = time.monotonic()
+    with pytest.raises(MoeError) as caught:
+        comm.all_to_all_v(x, counts, group=ctx.ep_group, rank=ctx.ep_rank)
+    return caught.value, time.monotonic() - began
+
+
+@worlds
+@pytest.mark.parametrize("rounds", [0, 9], ids=["first call", "tenth call"])
+def test_calls_are_refused(world, rounds):
+    """On one rank, whose peers hear why; then on all. The next correct call is right."""
+
+    def fn(ctx):
+        assert all(exchange(ctx, MATRICES["unequal"]) for _ in range(rounds))
+        found = {}
+        for name, (arguments, *_) in BAD.items():
+            found[name] = [error_of(ctx, *(arguments if ctx.ep_rank == 1 else (X, [2, 2, 2])))]
+            found[name].append(error_of(ctx, *arguments))
+            assert exchange(ctx, MATRICES["unequal"])
+        return found
+
+    for rank, found in enumerate(run_world(world, WORLD, fn)):
+        for name, (_, kind, argument, got) in BAD.items():
+            for everywhere, (error, seconds) in enumerate(found[name]):
+                assert seconds < AT_ONCE
+                assert str(error).startswith("all_to_all_v: ")
+                if rank == 1 or everywhere:
+                    assert type(error) is kind, name
+                    assert error.argument == argument
+                    assert got in str(error)
+                else:
+                    assert type(error) is PeerAbortError, name
+                    assert error.rank == 1
+                    assert got in error.reason
+
+
+@worlds
+def test_rows_of_different_sizes(world):
+    def fn(ctx):
+        found = []
+        for rounds in (0, 3):
+            assert all(exchange(ctx, MATRICES["unequal"]) for _ in range(rounds))
+            x = torch.zeros(3, 8 if ctx.ep_rank == 1 else 4)
+            found.append(error_of(ctx, x, [1, 1, 1])[0])
+            assert exchange(ctx, MATRICES["equal"])
+        return found
+
+    for rank, found in enumerate(run_world(world, WORLD, fn)):
+        for error in found:
+            assert type(error) is ArgumentMismatchError
+            assert error.argument == "row_bytes"
+            mine, theirs = (32, 16) if rank == 1 else (16, 32)
+            assert f"got {mine} on this rank and {theirs} on rank" in str(error)
