@@ -33,7 +33,7 @@ from moe_triton.comm.channel import Channel, control_bytes
 from moe_triton.comm.groups import Group
 from moe_triton.comm.local import LocalMemory
 from moe_triton.comm.memory import Memory
-from moe_triton.comm.shm import MemfdMemory, PosixMemory
+from moe_triton.comm.shm import PosixMemory
 
 OP = "test_op"
 PAYLOAD = 16  # bytes from each rank to each rank
@@ -519,7 +519,7 @@ def test_the_names_of_a_rank_that_is_lost_are_taken_away():
 
 
 def test_a_release_that_fails_keeps_no_other_from_theirs():
-    first, second = connect(2, memory=MemfdMemory())
+    first, second = connect(2)
     blocks, released = first._control, []
 
     def refuse():

@@ -221,6 +221,7 @@ def test_a_forked_child_does_not_leave_for_its_parent():
                     os._exit(0)
                 assert os.waitpid(child, 0)[1] == 0
             barrier(ctx, "forked")
+            assert not ep._endpoint._connected._channel._is_gone(1)
             round_trip(ep)
 
     harness.run_world("symmetric", 2, fn)
