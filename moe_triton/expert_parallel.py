@@ -12,7 +12,13 @@ from typing_extensions import Self  # a dependency of torch; part of typing from
 
 from . import comm
 from .comm import Call, MoeConfig, Outputs, Pending, Tokens, Traffic, Transport, WindowBytes
-from .errors import ArgumentTypeError, MoeError, PeerAbortError, SequenceError
+from .errors import (
+    ArgumentTypeError,
+    MoeError,
+    PeerAbortError,
+    PeerTimeoutError,
+    SequenceError,
+)
 from .layout import Plan, Sources
 from .ops import checks, device_steps
 
@@ -167,8 +173,11 @@ class ExpertParallel:
         }
         try:
             self._open()
-        except BaseException:
+        except PeerTimeoutError:
             comm.abandon_endpoint(self._endpoint)
+            raise
+        except BaseException:
+            comm.close_endpoint(self._endpoint)
             raise
 
     def _check_sizes(

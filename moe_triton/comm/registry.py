@@ -57,14 +57,15 @@ def refuse_endpoint(group: Group, op: str, error: MoeError) -> None:
     """Take part in the opening of an endpoint only to tell the peers why this rank cannot."""
     endpoint = open_endpoint(group, transport="auto", in_flight=1, timeout=DEFAULT_TIMEOUT)
     endpoint.reject("dispatch", op, error)
-    abandon_endpoint(endpoint)
+    close_endpoint(endpoint)
 
 
 def abandon_endpoint(endpoint: Endpoint) -> None:
-    """Close the endpoint opened last, with which nothing could be made, and give back its place.
+    """Close the endpoint opened last, to which peers did not come, and give back its place.
 
-    Peers that do have theirs, or that come later or are restarted, still find this rank there when
-    it tries again.
+    Peers that come later or are restarted still find this rank there when it tries again. Only for
+    them: what fails on all ranks alike uses up its place, else a rank that goes on to the next
+    endpoint would look like one that was restarted to those still busy with the failure.
     """
     close_endpoint(endpoint)
     with _lock:
