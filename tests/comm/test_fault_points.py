@@ -37,9 +37,22 @@ SIZES = {"num_experts": 6, "top_k": 2, "hidden": 16, "max_tokens": 8}
 TIMEOUT = 1.5  # seconds
 LIMIT = 60.0  # seconds for a whole test
 
-signals = pytest.mark.parametrize(
-    "number", [int(signal.SIGKILL), int(signal.SIGSTOP)], ids=["killed", "stopped"]
-)
+KILL, STOP = int(signal.SIGKILL), int(signal.SIGSTOP)
+
+
+def losses(points, always: set[tuple[str, int]]):
+    """Parametrize by point and signal; a case costs a timeout, so that most need the full run."""
+    cases = [
+        pytest.param(
+            point,
+            number,
+            marks=[] if (point, number) in always else [pytest.mark.full],
+            id=f"{point}-{'killed' if number == KILL else 'stopped'}",
+        )
+        for point in points
+        for number in (KILL, STOP)
+    ]
+    return pytest.mark.parametrize("point, number", cases)
 
 
 def named_files() -> set[str]:
@@ -214,7 +227,7 @@ def results_after(fn, args, number, joining=join) -> list:
     def call():
         with testing.start_processes(WORLD, fn, args=args) as ranks:
             wait_for(ranks, "told", len(SURVIVORS))
-            if number == signal.SIGKILL:
+            if number == KILL:
                 ranks.restart(VICTIM, joining, args=())
             else:
                 ranks.kill(VICTIM, signal.SIGCONT)
@@ -228,31 +241,15 @@ def check_loss(found: dict, number: int) -> None:
     assert found["error"].ranks == (VICTIM,)
     assert f"rank {VICTIM}" in str(found["error"])
     # Nobody waits for a process that is gone.
-    assert found["seconds"] < (1.0 if number == signal.SIGKILL else TIMEOUT + 1)
+    assert found["seconds"] < (1.0 if number == KILL else TIMEOUT + 1)
     for kind, seconds in found["refusals"]:
         assert kind is BrokenGroupError
         assert seconds < 0.05
     assert found["files"] == 0
 
 
-# A stall takes the whole timeout to notice: one of each kind in every run, all in the full one.
-STALLS = {"before its announcement", "before its flags of dispatch", "after its flags of combine"}
-
-
-@pytest.mark.parametrize("point", POINTS)
-def test_a_rank_is_killed(point):
-    number = int(signal.SIGKILL)
-    found = results_after(serve, (point, number), number)
-    for rank in SURVIVORS:
-        check_loss(found[rank], number)
-
-
-@pytest.mark.parametrize(
-    "point",
-    [pytest.param(p, marks=[] if p in STALLS else [pytest.mark.full]) for p in POINTS],
-)
-def test_a_rank_is_stopped(point):
-    number = int(signal.SIGSTOP)
+@losses(POINTS, {(point, KILL) for point in POINTS} | {(point, STOP) for point in [*POINTS][::3]})
+def test_a_rank_is_lost(point, number):
     found = results_after(serve, (point, number), number)
     for rank in SURVIVORS:
         check_loss(found[rank], number)
@@ -292,12 +289,11 @@ def refuse(self, handle):
     raise PermissionError(1, "Operation not permitted")
 
 
-@signals
-@pytest.mark.parametrize("memory", ["memfd", "posix"])
-def test_a_rank_is_lost_while_windows_grow(memory, number):
+@losses(["memfd", "posix"], {("memfd", STOP), ("memfd", KILL), ("posix", KILL)})
+def test_a_rank_is_lost_while_windows_grow(point, number):
     """Its new windows may have a name that it can no longer take away."""
-    joining = functools.partial(join_growing, memory=memory)
-    found = results_after(serve_growing, (number, memory), number, joining)
+    joining = functools.partial(join_growing, memory=point)
+    found = results_after(serve_growing, (number, point), number, joining)
     for rank in SURVIVORS:
         check_loss(found[rank], number)
 
@@ -320,14 +316,13 @@ def serve_connecting(ctx, number, step):
     return found | {"files": open_files() - files}
 
 
-@signals
-@pytest.mark.parametrize("step", ["handle", "opened"])
-def test_a_rank_is_lost_while_the_ranks_connect(step, number):
+@losses(["handle", "opened"], {("handle", KILL), ("opened", STOP)})
+def test_a_rank_is_lost_while_the_ranks_connect(point, number):
     """Control blocks are given up too; another try meets the rank that is back."""
-    found = results_after(serve_connecting, (number, step), number, join_once)
+    found = results_after(serve_connecting, (number, point), number, join_once)
     for rank in SURVIVORS:
         # Whether it still lives, nobody knows yet.
-        check_loss(found[rank], signal.SIGSTOP)
+        check_loss(found[rank], STOP)
 
 
 def join_once(ctx):
@@ -428,7 +423,7 @@ def serve_over_gloo(ctx, point, number):
         if ctx.rank == VICTIM:
             arm(comm.collective.CollectiveTransport, *GLOO_POINTS[point], number)
         found = rounds_until_a_loss(ctx, ep)
-        if number == signal.SIGSTOP:
+        if number == STOP:
             recover(ep)
             for seed in range(5):
                 layer(ep, seed)
@@ -450,8 +445,9 @@ def join_over_gloo(ctx):
             layer(ep, seed)
 
 
-@signals
-@pytest.mark.parametrize("point", GLOO_POINTS)
+@losses(
+    GLOO_POINTS, {("before its notice", STOP), ("before its rows", KILL), ("before combine", STOP)}
+)
 def test_a_rank_is_lost_over_gloo(point, number):
     """A stalled rank is met again by recover(), with new connections.
 
@@ -462,5 +458,5 @@ def test_a_rank_is_lost_over_gloo(point, number):
     found = results_after(serve_over_gloo, (point, number), number, join_over_gloo)
     for rank in SURVIVORS:
         check_loss(found[rank], number)
-        if number == signal.SIGKILL:
+        if number == KILL:
             assert found[rank]["again"] == (VICTIM,)
