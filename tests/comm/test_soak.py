@@ -88,6 +88,6 @@ def test_two_thousand_rounds(record_evidence):
     record_evidence(
         "soak",
         f"2000 rounds, alternately by ExpertParallel and the functional ops, on {WORLD} processes "
-        f"with 0 to {MAX_TOKENS} tokens a rank: exact every time; after the first tenth the largest "
-        f"rank's resident memory grew by {grown / 2**10:.0f} KiB and its open files by 0",
+        f"with 0 to {MAX_TOKENS} tokens a rank: exact every time; after the first tenth the "
+        f"largest rank's resident memory grew by {grown / 2**10:.0f} KiB, its open files by 0",
     )
