@@ -10,6 +10,7 @@ import contextlib
 import functools
 import gc
 import os
+import random
 import signal
 import time
 from pathlib import Path
@@ -460,3 +461,76 @@ def test_a_rank_is_lost_over_gloo(point, number):
         check_loss(found[rank], number)
         if number == KILL:
             assert found[rank]["again"] == (VICTIM,)
+
+
+# Anything, anywhere.
+
+
+def serve_on(ctx):
+    """Exact rounds for as long as the test goes on, through whatever happens to the other ranks."""
+    recoveries = rounds = 0
+    ep = None
+    while not ctx.store.check(["end"]):
+        try:
+            if ep is None:
+                ep = make(ctx.ep_group, num_experts=8, timeout=1.0)
+            for seed in range(rounds, rounds + 10):
+                layer(ep, seed)
+            rounds += 10
+            ctx.store.add(f"rounds of {ctx.rank}", 10)
+        except (PeerTimeoutError, BrokenGroupError, UnavailableError):
+            if ep is not None:
+                with contextlib.suppress(PeerTimeoutError, BrokenGroupError, UnavailableError):
+                    ep.recover()
+                    recoveries += 1
+    if ep is not None:
+        ep.close()
+    return recoveries, rounds
+
+
+@pytest.mark.full
+def test_losses_at_any_time(record_evidence):
+    """Ranks are killed and stopped at random moments, also while others connect and recover.
+
+    Every result is exact, and after every loss the ranks find each other again.
+    """
+    generator = random.Random(0)
+    world, losses = 4, 40
+    seconds = []
+
+    def rounds(ranks) -> list[int]:
+        return [ranks.store.add(f"rounds of {rank}", 0) for rank in range(world)]
+
+    def wait_for_rounds(ranks):
+        """Until every rank has done more rounds than now."""
+        began, before = time.monotonic(), rounds(ranks)
+        while not all(now > then for now, then in zip(rounds(ranks), before, strict=True)):
+            assert time.monotonic() - began < LIMIT, f"{before}, then {rounds(ranks)}"
+            for rank in range(world):
+                with contextlib.suppress(TimeoutError):
+                    ranks.result(rank, 0)
+            time.sleep(0.01)
+        seconds.append(time.monotonic() - began)
+
+    with testing.start_processes(world, serve_on) as ranks:
+        wait_for_rounds(ranks)
+        for _ in range(losses):
+            time.sleep(generator.random() * 0.3)
+            victims = generator.sample(range(world), generator.choice([1, 1, 1, 2]))
+            for victim in victims:
+                if generator.random() < 0.5:
+                    ranks.restart(victim)
+                else:
+                    ranks.kill(victim, signal.SIGSTOP)
+                    time.sleep(generator.choice([0.05, 0.5, 2.0]))
+                    ranks.kill(victim, signal.SIGCONT)
+            wait_for_rounds(ranks)
+        ranks.store.set("end", "")
+        ends = ranks.results(LIMIT)
+    assert any(recoveries for recoveries, _ in ends)
+    record_evidence(
+        "Losses at random",
+        f"- {losses} losses in a world of {world} processes, {sum(rounds for _, rounds in ends)} "
+        f"exact rounds on the ranks that lived to the end; at most {max(seconds):.1f} s from a "
+        "loss to exact rounds on all ranks, with a timeout of 1 s",
+    )
