@@ -20,7 +20,7 @@ test: $(VENV)/.test ## the tests
 
 test-full: $(VENV)/.test ## the tests and the long runs; rewrites docs/evidence/test-full.md
 	MOE_TRITON_TEST_PROFILE=full $(BIN)/pytest -m "full or not full" -o faulthandler_timeout=3600 \
-		--evidence docs/evidence/test-full.md $(PYTEST_ARGS)
+		--evidence=docs/evidence/test-full.md $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .
