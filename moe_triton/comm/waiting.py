@@ -22,15 +22,9 @@ class Waiter:
     """
 
     def __init__(self, timeout: float) -> None:
-        self.started = time.monotonic()
-        self.deadline = self.started + timeout
+        self.deadline = time.monotonic() + timeout
         self.polls = 0
         self._sleep = _FIRST_SLEEP
-
-    @property
-    def waited(self) -> float:
-        """Seconds since the wait began."""
-        return time.monotonic() - self.started
 
     @property
     def remaining(self) -> float:
