@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 from harness import run_world
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from moe_triton import (
     ArgumentMismatchError,
@@ -1016,3 +1018,108 @@ def test_traffic(world, name):
         assert traffic.rows_saved == copies - sent
         assert traffic.bytes_sent == (sent + shared) * stride
         assert traffic.bytes_saved == (copies - sent) * stride
+
+
+# Anything in any order.
+
+some_ranks = st.sampled_from([(), (), (), (0,), (1,), (2,), (0, 2), (0, 1, 2)]).map(frozenset)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One layer on all ranks, in which something may be wrong somewhere."""
+
+    seed: int
+    smooth: bool
+    heavy: bool  # too many rows for some rank
+    unlike: frozenset[int]  # ranks that differ in whether they give scales
+    bad_dispatch: frozenset[int]
+    bad_combine: frozenset[int]
+    in_place: frozenset[int]
+    delays: tuple[float, float, float]
+
+
+delays = st.sampled_from([0, 0, 0.002])
+steps = st.builds(
+    Step,
+    seed=st.integers(0, 50),
+    smooth=st.sampled_from([False, False, True]),
+    heavy=st.sampled_from([False, False, False, True]),
+    unlike=st.sampled_from([(), (), (), (1,), (0, 2)]).map(frozenset),
+    bad_dispatch=some_ranks,
+    bad_combine=some_ranks,
+    in_place=some_ranks,
+    delays=st.tuples(delays, delays, delays),
+)
+
+
+def take(ep: ExpertParallel, step: Step) -> str:
+    """Do the step on one rank; how it ended."""
+    time.sleep(step.delays[ep.rank])
+    smooth = step.smooth != (ep.rank in step.unlike)
+    routing = "hot" if step.heavy else "uniform"
+    tokens = (7, 7, 7) if step.heavy else (3, 0, 2)
+    layer = Layer(quant="int8", smooth=smooth, routing=routing, tokens=tokens)
+    inputs = layer.inputs(ep.rank, step.seed)
+    try:
+        if ep.rank in step.bad_dispatch:
+            ep.dispatch(**inputs | {"x": None})
+        received = ep.dispatch(**inputs)
+    except MoeError as error:
+        return f"dispatch: {type(error).__name__}"
+    out = None
+    if ep.rank in step.in_place:
+        out = ep.output_rows(received.handle)
+    y = run_experts(ep, received, layer.numbers(ep.rank), layer.dtype, out=out)
+    try:
+        if ep.rank in step.bad_combine:
+            ep.combine(y, None)
+        out = ep.combine(y, received.handle)
+    except MoeError as error:
+        return f"combine: {type(error).__name__}"
+    assert torch.equal(out, layer.dense(inputs, None)), f"{step} on rank {ep.rank}"
+    return "exact"
+
+
+def may_end(step: Step, rank: int) -> set[str]:
+    """How a step may end on a rank: of several things wrong, any may be heard of first."""
+    if rank in step.bad_dispatch:
+        return {"dispatch: MissingArgumentError"}
+    ends = set()
+    if step.bad_dispatch:
+        ends.add("dispatch: PeerAbortError")
+    if step.unlike:
+        ends.add("dispatch: ArgumentMismatchError")
+    if ends:
+        return ends
+    if step.heavy:
+        return {"dispatch: ReceiveOverflowError"}
+    if rank in step.bad_combine:
+        return {"combine: MissingArgumentError"}
+    return {"combine: PeerAbortError"} if step.bad_combine else {"exact"}
+
+
+def check_sequence(world: str, sequence: list[Step]) -> None:
+    def fn(ctx):
+        with make(ctx, quant="int8", max_recv_tokens=14) as ep:
+            return [take(ep, step) for step in sequence]
+
+    for rank, ends in enumerate(run_world(world, 3, fn)):
+        for number, (step, end) in enumerate(zip(sequence, ends, strict=True)):
+            assert end in may_end(step, rank), f"rank {rank}, step {number}: {end}, {step}"
+
+
+@settings(suppress_health_check=list(HealthCheck))
+@given(st.lists(steps, min_size=1, max_size=15))
+def test_any_sequence_of_calls(sequence):
+    check_sequence("local", sequence)
+
+
+@pytest.mark.parametrize("world", ["symmetric", "collective"])
+def test_any_sequence_of_calls_in_processes(world):
+    @settings(max_examples=3, suppress_health_check=list(HealthCheck))
+    @given(st.lists(steps, min_size=40, max_size=40))
+    def run(sequence):
+        check_sequence(world, sequence)
+
+    run()
