@@ -22,6 +22,7 @@ from .errors import (
 )
 from .expert_parallel import CombinePending, Dispatched, DispatchPending, ExpertParallel, Handle
 from .ops import window_bytes
+from .profile import get_profile, set_profile
 
 __version__ = "0.1.0"
 
@@ -48,7 +49,9 @@ __all__ = [
     "UnavailableError",
     "WindowBytes",
     "get_backend",
+    "get_profile",
     "recover",
     "set_backend",
+    "set_profile",
     "window_bytes",
 ]

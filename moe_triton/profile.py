@@ -1,85 +1,378 @@
 """What a product accepts, and how large a communication buffer it would ask for.
 
 A profile changes only validation ranges and the sizes of outputs; arithmetic is the same for all.
-``portable`` is this library's own: no limit beyond what correctness needs.
-Source: the constraint sections of the aclnnMoeDistribute* operator documents.
+``portable`` is this library's own: no limit beyond what correctness needs. The others refuse what
+the operators of that product refuse, so that a script which runs here can run there.
+
+Letters: BS tokens of a rank, H their length, K experts a token, W ranks, E routed experts, L of
+them on each rank that has any, S ranks reserved for shared experts.
+Source: the parameter and constraint sections of the aclnnMoeDistribute* operator documents.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Collection
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from .errors import ArgumentValueError, UnavailableError
 
+ENVIRONMENT = "MOE_TRITON_PROFILE"
+
 _MB = 2**20
 
+Values = range | tuple[int, ...]
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclass(frozen=True)
+class Limits:
+    """What a dispatch and its combine take with one algorithm; None means no limit.
+
+    Attributes:
+        tokens: BS.
+        hidden: H.
+        top_k: K.
+        world_sizes: W.
+        experts: E.
+        experts_per_rank: L.
+        expert_slots: L * W.
+        shared_ranks: S.
+        shared_experts: number of shared experts where S > 0.
+        zero_experts: number of zero experts, and of copy experts.
+        const_experts: number of constant experts.
+        tp_world_sizes: ranks of the TP group.
+        quant_modes: modes of dispatch that the product and this library have.
+        comm_quant_modes: modes of combine that both have.
+        refused: tensors that must be None; ``shared_expert_x`` only where S > 0.
+        required: tensors that must be given.
+        in_combine: whether combine takes this algorithm by name; dispatch does.
+    """
+
+    tokens: Values | None = None
+    hidden: Values | None = None
+    top_k: Values | None = None
+    world_sizes: Values | None = None
+    experts: Values | None = None
+    experts_per_rank: Values | None = None
+    expert_slots: Values | None = None
+    shared_ranks: Values | None = None
+    shared_experts: Values | None = None
+    zero_experts: Values | None = None
+    const_experts: Values | None = None
+    tp_world_sizes: Values = (0, 1, 2)
+    quant_modes: Values = (0, 2)
+    comm_quant_modes: Values = (0, 2)
+    refused: frozenset[str] = frozenset()
+    required: frozenset[str] = frozenset()
+    in_combine: bool = True
+
+
+@dataclass(frozen=True)
 class Profile:
-    """Ranges of one product; None means no limit.
+    """The limits of one product.
 
     Attributes:
         name: "portable", or a product.
-        max_tokens: largest BS.
-        max_top_k: largest K.
-        max_hidden: largest H.
-        hidden_multiple: H must be a multiple of this.
-        world_sizes: allowed W.
-        max_experts: largest E.
-        max_experts_per_rank: largest L.
-        quant_modes: allowed modes of dispatch.
+        families: the limits of a family of ops, "v1" or "v2", under each name of an algorithm.
+        environment_selects: whether ``comm_alg`` "" means "hierarchy" when the environment says
+            HCCL_INTRA_PCIE_ENABLE=1 and HCCL_INTRA_ROCE_ENABLE=0.
     """
 
     name: str
-    max_tokens: int | None = None
-    max_top_k: int | None = None
-    max_hidden: int | None = None
-    hidden_multiple: int = 1
-    world_sizes: Collection[int] | None = None
-    max_experts: int | None = None
-    max_experts_per_rank: int | None = None
-    quant_modes: Collection[int] = (0, 2)
+    families: Mapping[str, Mapping[str, Limits]]
+    environment_selects: bool = False
 
     def check(
         self,
+        family: str,
         op: str,
         *,
-        num_tokens: int,
+        max_tokens: int,
         hidden: int,
         top_k: int,
         world_size: int,
         num_experts: int,
         experts_per_rank: int,
+        num_tokens: int | None = None,
+        num_shared_ranks: int = 0,
+        num_shared_experts: int = 0,
+        num_zero_experts: int = 0,
+        num_copy_experts: int = 0,
+        num_const_experts: int = 0,
+        tp_world_size: int = 0,
+        quant_mode: int = 0,
+        comm_quant_mode: int = 0,
+        comm_alg: str = "",
+        masked: bool = False,
+        elastic: bool = False,
+        with_scales: bool = False,
+        with_expert_scales: bool = False,
+        with_expand_scales: bool | None = None,
+        with_shared_expert_x: bool = False,
     ) -> None:
-        """Raise ``ArgumentValueError`` for the first size that the product does not take."""
-        for argument, got, most in (
-            ("BS", num_tokens, self.max_tokens),
-            ("H", hidden, self.max_hidden),
-            ("K", top_k, self.max_top_k),
-            ("moe_expert_num", num_experts, self.max_experts),
-            ("moe_expert_num / MoE ranks", experts_per_rank, self.max_experts_per_rank),
+        """Raise ``ArgumentValueError`` for the first argument that the product does not take.
+
+        An op passes what it has: the defaults are those of the arguments of the other one.
+
+        Args:
+            family: "v1" or "v2".
+            op: name of the op, a dispatch or a combine.
+            max_tokens: largest BS of any rank, as ``global_bs`` says.
+            hidden: H.
+            top_k: K.
+            world_size: W.
+            num_experts: E.
+            experts_per_rank: L.
+            num_tokens: BS of this rank; ``max_tokens`` if not given.
+            num_shared_ranks: S.
+            num_shared_experts: shared experts, of no effect where S = 0.
+            num_zero_experts: special experts of that kind, as the next two.
+            num_copy_experts: see above.
+            num_const_experts: see above.
+            tp_world_size: ranks of the TP group; 0 and 1 both mean that there is none.
+            quant_mode: mode of dispatch.
+            comm_quant_mode: mode of combine.
+            comm_alg: the algorithm; always "" in v1.
+            masked: whether ``x_active_mask`` is given.
+            elastic: whether ``elastic_info`` is given.
+            with_scales: whether dispatch gets ``scales``.
+            with_expert_scales: whether dispatch gets ``expert_scales``.
+            with_expand_scales: whether combine gets ``expand_scales``; None in dispatch.
+            with_shared_expert_x: whether combine gets ``shared_expert_x``.
+        """
+        combine = "combine" in op
+        limits, where = self._limits(family, op, comm_alg, combine=combine)
+        rows, row = ("expert_ids", "expand_x") if combine else ("x", "x")
+        tokens = max_tokens if num_tokens is None else num_tokens
+        shared = num_shared_experts if num_shared_ranks else None
+        slots = experts_per_rank * world_size
+        for argument, contract, got, values in (
+            (rows, "have a BS", tokens, limits.tokens),
+            ("global_bs", "allow a BS", max_tokens, limits.tokens),
+            (row, "have an H", hidden, limits.hidden),
+            ("expert_ids", "have a K", top_k, limits.top_k),
+            ("ep_world_size", "be", world_size, limits.world_sizes),
+            ("moe_expert_num", "be", num_experts, limits.experts),
+            ("moe_expert_num", "give an L", experts_per_rank, limits.experts_per_rank),
+            ("moe_expert_num", "give an L * ep_world_size", slots, limits.expert_slots),
+            ("shared_expert_rank_num", "be", num_shared_ranks, limits.shared_ranks),
+            ("shared_expert_num", "be", shared, limits.shared_experts),
+            ("zero_expert_num", "be", num_zero_experts, limits.zero_experts),
+            ("copy_expert_num", "be", num_copy_experts, limits.zero_experts),
+            ("const_expert_num", "be", num_const_experts, limits.const_experts),
+            ("tp_world_size", "be", tp_world_size, limits.tp_world_sizes),
+            ("quant_mode", "be", quant_mode, limits.quant_modes),
+            ("comm_quant_mode", "be", comm_quant_mode, limits.comm_quant_modes),
         ):
-            if most is not None and got > most:
-                raise ArgumentValueError(op, argument, f"be at most {most} on {self.name}", got)
-        if hidden % self.hidden_multiple:
-            contract = f"be a multiple of {self.hidden_multiple} on {self.name}"
-            raise ArgumentValueError(op, "H", contract, hidden)
-        if self.world_sizes is not None and world_size not in self.world_sizes:
-            contract = f"be one of {[*self.world_sizes]} on {self.name}"
-            raise ArgumentValueError(op, "ep_world_size", contract, world_size)
+            if got is not None and values is not None and got not in values:
+                raise ArgumentValueError(op, argument, f"{contract} {_words(values)} {where}", got)
+        for argument, given in (
+            ("x_active_mask", masked),
+            ("elastic_info", elastic),
+            ("scales", with_scales),
+            ("expert_scales", with_expert_scales),
+            ("expand_scales", with_expand_scales),
+            ("shared_expert_x", with_shared_expert_x and num_shared_ranks > 0),
+        ):
+            if given and argument in limits.refused:
+                raise ArgumentValueError(op, argument, f"be None {where}", "a tensor")
+            if given is False and argument in limits.required:
+                raise ArgumentValueError(op, argument, f"be given {where}", None)
+
+    def _limits(self, family: str, op: str, comm_alg: str, *, combine: bool) -> tuple[Limits, str]:
+        """The limits under an algorithm, and the words for where they hold."""
+        algorithms = self.families[family]
+        names = [name for name, limits in algorithms.items() if limits.in_combine or not combine]
+        if comm_alg not in names:
+            contract = f"be one of {names} on {self.name}"
+            raise ArgumentValueError(op, "comm_alg", contract, repr(comm_alg))
+        if comm_alg == "" and self.environment_selects and _environment_says_hierarchy():
+            comm_alg = "hierarchy"
+        where = f"on {self.name}" + (f" with {comm_alg}" if comm_alg else "")
+        return algorithms[comm_alg], where
 
 
-PROFILES = {"portable": Profile("portable")}
+def _environment_says_hierarchy() -> bool:
+    """Whether the two switches of A2 choose its hierarchical algorithm."""
+    pcie, roce = (os.environ.get(f"HCCL_INTRA_{bus}_ENABLE") for bus in ("PCIE", "ROCE"))
+    return (pcie, roce) == ("1", "0")
 
 
-def get_profile(name: str) -> Profile:
-    """The profile of that name, or an ``UnavailableError`` that lists what there is."""
+def _words(values: Values) -> str:
+    """``values`` as a message names them."""
+    if isinstance(values, range):
+        steps = f" in steps of {values.step}" if values.step > 1 else ""
+        return f"in [{values[0]}, {values[-1]}]{steps}"
+    return f"one of {[*values]}" if len(values) > 1 else f"equal to {values[0]}"
+
+
+_ANYTHING = Limits()
+
+_PORTABLE = Profile(
+    "portable",
+    {
+        "v1": {"": _ANYTHING},
+        "v2": {
+            "": _ANYTHING,
+            "fullmesh": _ANYTHING,
+            "fullmesh_v1": _ANYTHING,
+            "fullmesh_v2": replace(_ANYTHING, top_k=range(1, 13)),
+            "hierarchy": _ANYTHING,
+        },
+    },
+)
+
+_A2_V1 = Limits(
+    tokens=range(1, 257),
+    hidden=range(32, 7169, 32),
+    top_k=range(1, 17),
+    world_sizes=(16, 32, 64),
+    experts=range(1, 513),
+    experts_per_rank=range(1, 25),
+    shared_ranks=(0,),
+    tp_world_sizes=(0, 1),
+    comm_quant_modes=(0,),
+    refused=frozenset({"x_active_mask"}),
+    required=frozenset({"expand_scales"}),
+)
+_A2_V1_HIERARCHY = replace(
+    _A2_V1,
+    experts_per_rank=None,
+    comm_quant_modes=(0, 2),
+    refused=_A2_V1.refused | {"scales"},
+)
+_A2_V2 = replace(
+    _A2_V1,
+    world_sizes=(2, 3, 4, 5, 6, 7, 8, 16, 32, 64, 128, 192, 256, 384),
+    experts=range(1, 1025),
+    experts_per_rank=None,
+    const_experts=(0,),
+    refused=frozenset({"elastic_info"}),
+)
+_A2_V2_HIERARCHY = replace(
+    _A2_V2,
+    tokens=range(1, 513),
+    hidden=range(32, 10241, 32),
+    world_sizes=(16, 32, 64),
+    experts=range(1, 513),
+    zero_experts=(0,),
+    comm_quant_modes=(0, 2),
+    refused=_A2_V2.refused | {"x_active_mask", "scales"},
+)
+_A2 = Profile(
+    "a2",
+    {
+        "v1": {"": _A2_V1, "hierarchy": _A2_V1_HIERARCHY},
+        "v2": {"": _A2_V2, "fullmesh": _A2_V2, "hierarchy": _A2_V2_HIERARCHY},
+    },
+    environment_selects=True,
+)
+
+_A3_V1 = Limits(
+    tokens=range(1, 513),
+    hidden=(7168,),
+    top_k=range(1, 9),
+    world_sizes=(8, 16, 32, 64, 128, 144, 256, 288),
+    experts=range(1, 513),
+    shared_experts=(1,),
+    refused=frozenset({"x_active_mask", "expert_scales", "expand_scales", "shared_expert_x"}),
+)
+_A3_V2 = replace(
+    _A3_V1,
+    hidden=range(1024, 8193),
+    top_k=range(1, 17),
+    world_sizes=range(2, 769),
+    experts=range(1, 1025),
+    expert_slots=range(1, 2049),
+    shared_experts=range(1, 5),
+    refused=frozenset({"shared_expert_x"}),
+)
+_A3_V2_FULLMESH_V1 = replace(_A3_V2, in_combine=False)
+_A3_V2_FULLMESH_V2 = replace(_A3_V2_FULLMESH_V1, tokens=range(1, 257), top_k=range(1, 13))
+_A3_V2_HIERARCHY = replace(
+    _A3_V2,
+    tokens=range(1, 257),
+    world_sizes=range(16, 257, 16),
+    experts=range(1, 513),
+    refused=_A3_V2.refused | {"x_active_mask"},
+)
+_A3 = Profile(
+    "a3",
+    {
+        "v1": {"": _A3_V1},
+        "v2": {
+            "": _A3_V2,
+            "fullmesh_v1": _A3_V2_FULLMESH_V1,
+            "fullmesh_v2": _A3_V2_FULLMESH_V2,
+            "hierarchy": _A3_V2_HIERARCHY,
+        },
+    },
+)
+
+_950_V1 = replace(
+    _A3_V1,
+    hidden=None,
+    world_sizes=(4, 8, 16, 32, 64, 128, 144, 256, 288),
+    tp_world_sizes=(0, 1),
+    comm_quant_modes=(0,),
+)
+_950_V2 = replace(
+    _A3_V2,
+    world_sizes=range(2, 1025),
+    tp_world_sizes=(0, 1),
+    refused=_A3_V2.refused | {"elastic_info"},
+)
+_950_V2_FULLMESH_V1 = replace(_950_V2, in_combine=False)
+_950 = Profile(
+    "950",
+    {
+        "v1": {"": _950_V1},
+        "v2": {
+            "": _950_V2,
+            "fullmesh_v1": _950_V2_FULLMESH_V1,
+            "fullmesh_v2": replace(_950_V2_FULLMESH_V1, top_k=range(1, 13)),
+        },
+    },
+)
+
+PROFILES = {profile.name: profile for profile in (_PORTABLE, _A2, _A3, _950)}
+
+_override: str | None = None
+
+
+def _check_name(op: str, name: str) -> str:
     if name not in PROFILES:
         raise UnavailableError(
-            "get_profile", f"name must be one of {[*PROFILES]}, got {name!r}", argument="name"
+            op, f"profile must be one of {[*PROFILES]}, got {name!r}", argument="profile"
         )
-    return PROFILES[name]
+    return name
+
+
+def set_profile(name: str | None) -> None:
+    """Choose the profile of all following calls of this process.
+
+    None goes back to the environment variable ``MOE_TRITON_PROFILE``, and without that to
+    "portable".
+
+    Raises:
+        UnavailableError: an unknown name; the message lists the known ones.
+    """
+    global _override
+    _override = None if name is None else _check_name("set_profile", name)
+
+
+def get_profile() -> str:
+    """The name of the profile in effect.
+
+    Raises:
+        UnavailableError: the environment variable has an unknown name.
+    """
+    return _check_name("get_profile", _override or os.environ.get(ENVIRONMENT) or "portable")
+
+
+def active_profile() -> Profile:
+    """The profile in effect; errors as in ``get_profile``."""
+    return PROFILES[get_profile()]
 
 
 def ascend_buffer_mb(

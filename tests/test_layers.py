@@ -32,7 +32,7 @@ ALLOWED = {
     "compat": {"errors", "expert_parallel", "ops"},
     "integrations": {"errors", "expert_parallel", "ops"},
     "emulate": {"compat", "errors"},
-    "": {"backend", "comm", "errors", "expert_parallel", "ops"},
+    "": {"backend", "comm", "errors", "expert_parallel", "ops", "profile"},
 }
 ALLOWED["cli"] = {*ALLOWED, "cli"}
 ALLOWED["__main__"] = {"cli"}

@@ -13,7 +13,7 @@ from .. import comm
 from ..comm import Call, MoeConfig, Outputs, Tokens
 from ..errors import MissingArgumentError, MoeError
 from ..layout import Plan
-from ..profile import get_profile
+from ..profile import active_profile
 from ..topology import Topology
 from . import checks
 from .steps import device_steps
@@ -22,7 +22,6 @@ DISPATCH = "npu_moe_distribute_dispatch"
 COMBINE = "npu_moe_distribute_combine"
 
 _QUANT = {0: None, 2: "int8"}
-_PROFILE = get_profile("portable")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +171,7 @@ def distribute_dispatch(
         topology = arguments.topology(op, group)
         max_tokens = _check_tokens(op, arguments, x, expert_ids, expert_scales, topology)
         checks.reserved(op, x_active_mask=x_active_mask)
-        modes = [*_PROFILE.quant_modes]
+        modes = [*_QUANT]
         checks.value(op, "quant_mode", quant_mode in modes, f"be in {modes}", quant_mode)
         checks.value(
             op,
@@ -342,14 +341,18 @@ def _check_tokens(
     expected = (num_tokens, top_k)
     checks.shape(op, "expert_scales", expert_scales, expected, "(BS, K)", x.device)
     max_tokens = arguments.max_tokens(op, num_tokens)
-    _PROFILE.check(
+    active_profile().check(
+        "v1",
         op,
-        num_tokens=max_tokens,
+        max_tokens=max_tokens,
+        num_tokens=num_tokens,
         hidden=x.shape[1],
         top_k=top_k,
         world_size=topology.world_size,
         num_experts=topology.num_experts,
         experts_per_rank=topology.experts_per_rank,
+        num_shared_ranks=topology.num_shared_ranks,
+        num_shared_experts=topology.num_shared_experts,
     )
     checks.expert_ids(op, "expert_ids", expert_ids, topology.num_experts)
     return max_tokens
