@@ -1,62 +1,74 @@
-"""What dispatch and combine mean, written out for all ranks at once.
+"""What dispatch and combine mean, v1 and v2, written out for all ranks at once.
 
 Plain loops: token by token, slot by slot, row by row. Nothing here counts, sorts or prefix-sums to
 find a place; rows are appended in the order the contract names, and every other output is read off
 that list. The ops are compared with this, so it shares no code with the package.
 
-16-bit floats travel as their bits (uint16 arrays), so that a comparison also sees the sign of a
-zero and the payload of a NaN; arithmetic happens in numpy float32, one rounding per operation.
+From the inside out: ``exchange`` and ``give_back`` are one expert-parallel group on which all ranks
+take part; ``dispatch`` and ``combine`` add tensor-parallel pairs, and groups that ranks have left.
+How numbers are rounded is in ``definition_numbers``, and what the ops' outputs must look like in
+``definition_checks``.
 
-Shape letters: W ranks, E routed experts, K experts a token, H hidden size, BS tokens of one rank, L
-experts of one rank, A row capacity of one rank, n rows that really arrived.
+Shape letters: W ranks of an expert-parallel group, T of a tensor-parallel one, E routed experts, K
+experts a token, H hidden size, BS tokens of one rank, L experts of one rank, A row capacity of one
+rank, n rows that really arrived. A list "of every rank" goes by world rank ep_rank * T + tp_rank.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
+from definition_numbers import (
+    TORCH_DTYPES,
+    decode,
+    encode,
+    quantise_int8,
+    same_bits,
+    through_int8_blocks,
+    to_bits,
+    to_tensor,
+)
 
-TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+__all__ = [
+    "TORCH_DTYPES",
+    "Group",
+    "Received",
+    "Remaining",
+    "Tokens",
+    "combine",
+    "decode",
+    "dispatch",
+    "encode",
+    "quantise_int8",
+    "same_bits",
+    "through_int8_blocks",
+    "to_bits",
+    "to_tensor",
+]
 
 
-def encode(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Bits (uint16) of float32 values rounded to ``dtype``, half to even."""
-    values = np.asarray(values, dtype=np.float32)
-    if dtype == "float16":
-        with np.errstate(over="ignore"):
-            return values.astype(np.float16).view(np.uint16)
-    wide = values.view(np.uint32).astype(np.uint64)
-    kept_is_odd = (wide >> 16) & 1
-    bits = ((wide + 0x7FFF + kept_is_odd) >> 16).astype(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FC0), bits)
+@dataclass(frozen=True)
+class Remaining:
+    """What is left of a group that was scaled down, as ``elastic_info`` tells.
 
+    Attributes:
+        ranks: the old rank of each new rank.
+        shared_ranks: how many of the new ranks, the first, are shared.
+        num_experts: routed experts.
+    """
 
-def decode(bits: np.ndarray, dtype: str) -> np.ndarray:
-    """The float32 values behind the bits; exact."""
-    bits = np.ascontiguousarray(bits, dtype=np.uint16)
-    if dtype == "float16":
-        return bits.view(np.float16).astype(np.float32)
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def to_bits(tensor: torch.Tensor) -> np.ndarray:
-    """Bits (uint16) of a bf16 or fp16 tensor of any strides."""
-    return tensor.detach().cpu().contiguous().view(torch.int16).numpy().view(np.uint16)
-
-
-def to_tensor(bits: np.ndarray, dtype: str) -> torch.Tensor:
-    """A fresh bf16 or fp16 tensor with these bits."""
-    owned = np.array(bits, dtype=np.uint16, order="C")
-    return torch.from_numpy(owned.view(np.int16)).view(TORCH_DTYPES[dtype])
+    ranks: tuple[int, ...]
+    shared_ranks: int
+    num_experts: int
 
 
 @dataclass(frozen=True)
 class Group:
     """The arguments on which all ranks agree.
 
-    ``shared_experts`` is the argument; it counts for nothing while ``shared_ranks`` is 0.
+    ``shared_experts`` is the argument; it counts for nothing while ``shared_ranks`` is 0. With
+    ``remaining`` the other fields still describe the group as it was made.
     """
 
     world_size: int
@@ -68,6 +80,12 @@ class Group:
     shared_ranks: int = 0
     shared_experts: int = 1
     global_bs: int = 0
+    tp_world_size: int = 1
+    zero_experts: int = 0
+    copy_experts: int = 0
+    const_experts: int = 0
+    comm_quant_mode: int = 0
+    remaining: Remaining | None = None
 
     @property
     def num_shared(self) -> int:
@@ -85,22 +103,36 @@ class Group:
         return self.num_experts // (self.world_size - self.shared_ranks)
 
     def num_local(self, rank: int) -> int:
-        """Experts on ``rank``."""
+        """Experts on EP rank ``rank``."""
         return 1 if rank < self.shared_ranks else self.experts_per_rank
 
+    def kind(self, expert: int) -> tuple[str, int]:
+        """What an id stands for, "routed", "zero", "copy" or "const", and its number there."""
+        number = expert
+        for kind, count in (
+            ("routed", self.num_experts),
+            ("zero", self.zero_experts),
+            ("copy", self.copy_experts),
+            ("const", self.const_experts),
+        ):
+            if 0 <= number < count:
+                return kind, number
+            number -= count
+        raise AssertionError(f"there is no expert {expert}")
+
     def home(self, expert: int) -> tuple[int, int]:
-        """Rank and local index of a routed expert."""
+        """EP rank and local index of a routed expert."""
         return (
             self.shared_ranks + expert // self.experts_per_rank,
             expert % self.experts_per_rank,
         )
 
     def shared_home(self, shared_expert: int, source: int) -> int:
-        """Rank whose copy of a shared expert serves the tokens of ``source``."""
+        """EP rank whose copy of a shared expert serves the tokens of ``source``."""
         return shared_expert * self.copies + source % self.copies
 
     def capacity(self, rank: int, batch: int) -> int:
-        """Rows of ``expand_x`` on ``rank``; ``batch`` is BS, equal everywhere if global_bs is 0."""
+        """A on EP rank ``rank``; ``batch`` is BS, equal everywhere if global_bs is 0."""
         total = self.global_bs if self.global_bs else batch * self.world_size
         if rank >= self.shared_ranks:
             return total * min(self.experts_per_rank, self.top_k)
@@ -108,41 +140,75 @@ class Group:
         sources = -(-self.world_size // self.copies)
         return largest * sources
 
+    def scaled_down(self) -> Group:
+        """The group of the remaining ranks, as if no other had ever been."""
+        return replace(
+            self,
+            world_size=len(self.remaining.ranks),
+            shared_ranks=self.remaining.shared_ranks,
+            num_experts=self.remaining.num_experts,
+            remaining=None,
+        )
+
 
 @dataclass
 class Tokens:
-    """What one rank brings to dispatch.
+    """What one rank brings.
 
     Attributes:
         x: (BS, H) uint16, bits of the group's dtype.
-        ids: (BS, K) integers.
+        ids: (BS, K) integers; what stands at inactive entries means nothing.
         weights: (BS, K) float32, the routing weights of combine.
         scales: (NS + E, H) float32 smooth factors of this source, or None.
+        mask: (BS,) or (BS, K) bool, who takes part; None for all.
+        ori_x: (BS, H) bits, the tokens that copy and constant experts see, for combine.
+        alpha_1: (n,) or (n, H) bits, of the n constant experts; likewise ``alpha_2``.
+        const_v: (n, H) bits.
     """
 
     x: np.ndarray
     ids: np.ndarray
     weights: np.ndarray
     scales: np.ndarray | None = None
+    mask: np.ndarray | None = None
+    ori_x: np.ndarray | None = None
+    alpha_1: np.ndarray | None = None
+    alpha_2: np.ndarray | None = None
+    const_v: np.ndarray | None = None
 
     @property
     def batch(self) -> int:
         return len(self.ids)
+
+    def is_active(self, token: int, slot: int) -> bool:
+        """Whether one entry of ``ids`` counts."""
+        if self.mask is None:
+            return True
+        return bool(self.mask[token] if self.mask.ndim == 1 else self.mask[token, slot])
+
+    def takes_part(self, token: int) -> bool:
+        """Whether any entry of the token counts."""
+        return any(self.is_active(token, slot) for slot in range(self.ids.shape[1]))
 
 
 @dataclass
 class Received:
     """What one rank has after dispatch; lists and arrays hold valid rows only.
 
+    With T = 2 the rows of the peer follow the own ones in ``expand_x`` and ``dynamic_scales``, its
+    counts the own ones in ``ep_recv_counts``, and both are summed in ``token_nums``.
+
     Attributes:
-        rows: (local expert, source rank, token, slot) of each row; slot K + j for shared expert j.
+        rows: (local expert, source rank, token, slot) of each own row; slot K + j for shared expert
+            j. Sources have their new rank where a group was scaled down.
         expand_x: (n, H), uint16 bits or int8 codes.
         dynamic_scales: (n,) float32, or None when nothing is quantised.
-        expand_idx: (BS*K,) of this rank's own tokens.
+        expand_idx: (BS*K,) of this rank's own tokens, -1 where an entry is inactive.
         token_nums: (L,) rows of each local expert.
         token_nums_running: (L,) rows up to and including each local expert.
-        ep_recv_counts: (L*W,) rows up to and including each (local expert, source).
-        expand_scales: (n,) float32 routing weight of each row, 1 on a shared rank.
+        ep_recv_counts: (T*L*W,) rows up to and including each (local expert, source).
+        tp_recv_counts: [T] own rows of each rank of the pair, or None.
+        expand_scales: (own n,) float32 routing weight of each own row, 1 on a shared rank.
         capacity: A.
     """
 
@@ -153,40 +219,33 @@ class Received:
     token_nums: list[int] = field(default_factory=list)
     token_nums_running: list[int] = field(default_factory=list)
     ep_recv_counts: list[int] = field(default_factory=list)
+    tp_recv_counts: list[int] | None = None
     expand_scales: np.ndarray | None = None
     capacity: int = 0
-
-
-def quantise_int8(row: np.ndarray, smooth: np.ndarray | None) -> tuple[np.ndarray, np.float32]:
-    """int8 codes and dequantisation factor of one row of float32 values."""
-    scaled = row if smooth is None else row * smooth
-    largest = np.max(np.abs(scaled))
-    if largest == 0:
-        return np.zeros(len(row), np.int8), np.float32(0)
-    factor = np.float32(127) / largest
-    codes = np.rint(scaled * factor).astype(np.int8)
-    return codes, np.float32(1) / factor
 
 
 def rows_of(group: Group, tokens: list[Tokens], rank: int) -> list[tuple[int, int, int, int]]:
     """(local expert, source, token, slot) of every row ``rank`` receives, in order."""
     rows = []
     for local in range(group.num_local(rank)):
-        for source in range(group.world_size):
-            for token in range(tokens[source].batch):
+        for source, sender in enumerate(tokens):
+            for token in range(sender.batch):
                 if rank < group.shared_ranks:
                     for j in range(group.num_shared):
-                        if group.shared_home(j, source) == rank:
+                        if sender.takes_part(token) and group.shared_home(j, source) == rank:
                             rows.append((0, source, token, group.top_k + j))
                     continue
                 for slot in range(group.top_k):
-                    if group.home(int(tokens[source].ids[token, slot])) == (rank, local):
+                    if not sender.is_active(token, slot):
+                        continue
+                    kind, expert = group.kind(int(sender.ids[token, slot]))
+                    if kind == "routed" and group.home(expert) == (rank, local):
                         rows.append((local, source, token, slot))
     return rows
 
 
-def dispatch(group: Group, tokens: list[Tokens]) -> list[Received]:
-    """The outputs of dispatch on every rank, from the inputs of every rank."""
+def exchange(group: Group, tokens: list[Tokens]) -> list[Received]:
+    """What every rank of one expert-parallel group receives, from the inputs of every rank."""
     results = []
     for rank in range(group.world_size):
         mine = Received(rows=rows_of(group, tokens, rank))
@@ -214,9 +273,14 @@ def dispatch(group: Group, tokens: list[Tokens]) -> list[Received]:
             mine.dynamic_scales = np.array(factors, np.float32)
 
         chosen_before: dict[int, int] = {}
-        for expert in tokens[rank].ids.reshape(-1).tolist():
-            mine.expand_idx.append(chosen_before.get(expert, 0))
-            chosen_before[expert] = chosen_before.get(expert, 0) + 1
+        for token in range(tokens[rank].batch):
+            for slot in range(group.top_k):
+                if not tokens[rank].is_active(token, slot):
+                    mine.expand_idx.append(-1)
+                    continue
+                expert = int(tokens[rank].ids[token, slot])
+                mine.expand_idx.append(chosen_before.get(expert, 0))
+                chosen_before[expert] = chosen_before.get(expert, 0) + 1
 
         running = 0
         for local in range(group.num_local(rank)):
@@ -230,41 +294,92 @@ def dispatch(group: Group, tokens: list[Tokens]) -> list[Received]:
     return results
 
 
-def combine(
+def share(mine: Received, peer: Received, tp_rank: int) -> Received:
+    """``mine`` after the two ranks of a tensor-parallel pair have shown each other their rows."""
+    total = len(mine.rows) + len(peer.rows)
+    return replace(
+        mine,
+        expand_x=np.concatenate([mine.expand_x, peer.expand_x]),
+        dynamic_scales=None
+        if mine.dynamic_scales is None
+        else np.concatenate([mine.dynamic_scales, peer.dynamic_scales]),
+        token_nums=[total],
+        token_nums_running=[total],
+        ep_recv_counts=mine.ep_recv_counts + peer.ep_recv_counts,
+        tp_recv_counts=[len((mine, peer)[tp_rank].rows), len((peer, mine)[tp_rank].rows)],
+    )
+
+
+def dispatch(group: Group, tokens: list[Tokens]) -> list[Received | None]:
+    """The outputs of dispatch on every rank, from the inputs of every rank.
+
+    A rank that a group was scaled down by has no part in it, and None.
+    """
+    if group.remaining is not None:
+        left = group.remaining.ranks
+        results: list[Received | None] = [None] * group.world_size
+        received = dispatch(group.scaled_down(), [tokens[old] for old in left])
+        for old, mine in zip(left, received, strict=True):
+            mine.capacity = group.capacity(old, tokens[old].batch)
+            entries = group.num_local(old) * group.world_size
+            mine.ep_recv_counts += mine.ep_recv_counts[-1:] * (entries - len(mine.ep_recv_counts))
+            results[old] = mine
+        return results
+
+    planes = group.tp_world_size
+    received = [Received()] * len(tokens)
+    for plane in range(planes):
+        received[plane::planes] = exchange(group, tokens[plane::planes])
+    if planes == 1:
+        return received
+    return [share(mine, received[rank ^ 1], rank % 2) for rank, mine in enumerate(received)]
+
+
+def give_back(
     group: Group,
     tokens: list[Tokens],
     received: list[Received],
     expert_rows: list[np.ndarray],
-    shared_x: list[np.ndarray | None] | None = None,
+    shared_x: list[np.ndarray | None],
 ) -> list[np.ndarray]:
-    """The output of combine on every rank.
-
-    Args:
-        group: agreed arguments.
-        tokens: what every rank brought; ids and weights are used.
-        received: result of :func:`dispatch`, for the origin of each row.
-        expert_rows: per rank (n, H) uint16 bits, the expert outputs in the row order of dispatch.
-        shared_x: per rank (BS, H) uint16 bits of an already computed shared expert, or None.
-
-    Returns:
-        Per rank (BS, H) uint16 bits.
-    """
+    """What combine returns on every rank of one expert-parallel group."""
     returned = {}
     for mine, outputs in zip(received, expert_rows, strict=True):
         for (_, source, token, slot), bits in zip(mine.rows, outputs, strict=True):
-            returned[source, token, slot] = decode(bits, group.dtype)
+            quantised = group.comm_quant_mode == 2
+            arrived = through_int8_blocks(bits, group.dtype) if quantised else bits
+            returned[source, token, slot] = decode(arrived, group.dtype)
 
     results = []
     for rank, mine in enumerate(tokens):
         out = np.zeros((mine.batch, group.hidden), np.uint16)
         for token in range(mine.batch):
+            if not mine.takes_part(token):
+                continue
             total = np.zeros(group.hidden, np.float32)
             for slot in range(group.top_k):
-                product = mine.weights[token, slot] * returned[rank, token, slot]
+                if not mine.is_active(token, slot):
+                    continue
+                kind, number = group.kind(int(mine.ids[token, slot]))
+                if kind == "routed":
+                    value = returned[rank, token, slot]
+                elif kind == "copy":
+                    value = decode(mine.ori_x[token], group.dtype)
+                elif kind == "const":
+                    kept = decode(mine.alpha_1[number], group.dtype) * decode(
+                        mine.ori_x[token], group.dtype
+                    )
+                    added = decode(mine.alpha_2[number], group.dtype) * decode(
+                        mine.const_v[number], group.dtype
+                    )
+                    value = kept + added
+                else:
+                    continue
+                product = mine.weights[token, slot] * value
                 total = total + product
             for j in range(group.num_shared):
                 total = total + returned[rank, token, group.top_k + j]
-            if shared_x is not None and shared_x[rank] is not None:
+            if shared_x[rank] is not None:
                 total = total + decode(shared_x[rank][token], group.dtype)
             assert total.dtype == np.float32
             out[token] = encode(total, group.dtype)
@@ -272,64 +387,52 @@ def combine(
     return results
 
 
-def same_bits(actual: torch.Tensor, expected: np.ndarray, what: str) -> None:
-    """Assert equality bit for bit; ``expected`` is uint16 bits for a 16-bit float tensor."""
-    if actual.dtype in TORCH_DTYPES.values():
-        found, wanted = to_bits(actual), expected
-    else:
-        found, wanted = actual.detach().cpu().contiguous().numpy(), np.asarray(expected)
-        if found.dtype == np.float32:
-            wanted = wanted.astype(np.float32)
-            found, wanted = found.view(np.uint32), wanted.view(np.uint32)
-    assert found.shape == wanted.shape, f"{what}: shape {found.shape}, expected {wanted.shape}"
-    if not np.array_equal(found, wanted):
-        place = tuple(int(axis[0]) for axis in np.nonzero(found != wanted))
-        raise AssertionError(
-            f"{what} differs first at {place}: got {found[place]}, expected {wanted[place]}\n"
-            f"got      {found.tolist()}\nexpected {wanted.tolist()}"
-        )
-
-
-def check_dispatch(
+def combine(
     group: Group,
-    expected: Received,
-    outputs: tuple[torch.Tensor | None, ...],
-    *,
-    rank: int,
-    token_nums_type: int = 1,
-    weights_given: bool = True,
-) -> None:
-    """Assert that the seven outputs of v1 dispatch on ``rank`` are what they must be.
+    tokens: list[Tokens],
+    received: list[Received | None],
+    expert_rows: list[np.ndarray | None],
+    shared_x: list[np.ndarray | None] | None = None,
+) -> list[np.ndarray | None]:
+    """The output of combine on every rank.
 
-    Shapes and dtypes are checked in full, contents on the valid rows.
+    Args:
+        group: agreed arguments.
+        tokens: what every rank brought; x and scales are not used.
+        received: result of :func:`dispatch`, for the origin of each row.
+        expert_rows: of every rank (n, H) uint16 bits, the expert outputs in the row order of
+            dispatch.
+        shared_x: of every rank (BS, H) uint16 bits of an already computed shared expert, or None.
+
+    Returns:
+        Of every rank (BS, H) uint16 bits; None of a rank that a group was scaled down by.
     """
-    x, factors, idx, nums, counts, tp_counts, weights = outputs
-    n = len(expected.rows)
-    quantised = group.quant_mode == 2
-    assert tuple(x.shape) == (expected.capacity, group.hidden)
-    assert x.dtype == (torch.int8 if quantised else TORCH_DTYPES[group.dtype])
-    same_bits(x[:n], expected.expand_x, f"rank {rank} expand_x")
+    shared_x = [None] * len(tokens) if shared_x is None else shared_x
+    if group.remaining is not None:
+        left = group.remaining.ranks
+        results: list[np.ndarray | None] = [None] * group.world_size
+        parts = [[of[old] for old in left] for of in (tokens, received, expert_rows, shared_x)]
+        for old, mine in zip(left, combine(group.scaled_down(), *parts), strict=True):
+            results[old] = mine
+        return results
 
-    if quantised:
-        assert tuple(factors.shape) == (expected.capacity,) and factors.dtype == torch.float32
-        same_bits(factors[:n], expected.dynamic_scales, f"rank {rank} dynamic_scales")
-    else:
-        assert factors is None
+    planes = group.tp_world_size
+    if planes == 2:
+        expert_rows = [
+            sum_of_pair(
+                group.dtype,
+                expert_rows[rank][: len(mine.rows)],
+                expert_rows[rank ^ 1][len(received[rank ^ 1].rows) :],
+            )
+            for rank, mine in enumerate(received)
+        ]
+    results = [None] * len(tokens)
+    for plane in range(planes):
+        parts = [of[plane::planes] for of in (tokens, received, expert_rows, shared_x)]
+        results[plane::planes] = give_back(group, *parts)
+    return results
 
-    assert idx.dtype == torch.int32 and idx.ndim == 1
-    same_bits(idx, np.array(expected.expand_idx, np.int32), f"rank {rank} expand_idx")
 
-    assert nums.dtype == torch.int64 and nums.ndim == 1
-    wanted = expected.token_nums if token_nums_type == 1 else expected.token_nums_running
-    same_bits(nums, np.array(wanted, np.int64), f"rank {rank} expert_token_nums")
-
-    assert counts.dtype == torch.int32 and counts.ndim == 1
-    same_bits(counts, np.array(expected.ep_recv_counts, np.int32), f"rank {rank} ep_recv_counts")
-
-    assert tp_counts is None
-
-    if weights_given:
-        assert tuple(weights.shape) == (expected.capacity,) and weights.dtype == torch.float32
-        same_bits(weights[:n], expected.expand_scales, f"rank {rank} expand_scales")
-    else:
-        assert weights is None
+def sum_of_pair(dtype: str, own: np.ndarray, peers: np.ndarray) -> np.ndarray:
+    """(n, H) bits of the rows of one rank, computed in two parts by the ranks of its pair."""
+    return encode(decode(own, dtype) + decode(peers, dtype), dtype)

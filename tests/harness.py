@@ -11,36 +11,47 @@ from typing import Any
 
 import cloudpickle
 import definition
+import definition_numbers
 import numpy as np
 import torch
 import torch.distributed as dist
 from definition import Group, Tokens
 
 from moe_triton import comm, testing
-from moe_triton.compat.torch_npu import npu_moe_distribute_combine, npu_moe_distribute_dispatch
+from moe_triton.compat import torch_npu
 
 WORLDS = ("local", "symmetric", "collective")
 
 # Worker processes import the package, not the tests.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 cloudpickle.register_pickle_by_value(definition)
+cloudpickle.register_pickle_by_value(definition_numbers)
 
 
 def run_world(
-    world: str, world_size: int, fn: Callable[[Any], Any], *, limit: float = 60.0
+    world: str,
+    world_size: int,
+    fn: Callable[[Any], Any],
+    *,
+    tp_world_size: int = 1,
+    limit: float = 60.0,
 ) -> list:
     """``fn(ctx)`` on every rank of a fresh group; its results in rank order.
 
     Args:
         world: "local" (threads), or the transport of a world of processes.
-        world_size: number of ranks.
+        world_size: number of ranks in all.
         fn: called once on each rank.
+        tp_world_size: ranks of a tensor-parallel group; ``ctx`` names both groups.
         limit: seconds after which the call counts as hung.
     """
     if world == "local":
-        return within(limit, lambda: testing.run_local(world_size, fn))
+        return within(limit, lambda: testing.run_local(world_size, fn, tp_world_size=tp_world_size))
     cloudpickle.register_pickle_by_value(sys.modules[fn.__module__])
-    return within(limit, lambda: testing.run_processes(world_size, fn, transport=world))
+    return within(
+        limit,
+        lambda: testing.run_processes(world_size, fn, tp_world_size=tp_world_size, transport=world),
+    )
 
 
 def within(limit: float, call: Callable[[], Any]) -> Any:
@@ -69,12 +80,15 @@ def strided(tensor: torch.Tensor, kind: str) -> torch.Tensor:
     """The same values under other strides, between elements that must never be used.
 
     Args:
-        tensor: two-dimensional.
+        tensor: two-dimensional, or a vector, for which every second element stands for each kind
+            but "plain".
         kind: "plain", "columns" (every second column of a wider tensor), "rows" (every second row,
             with columns left and right) or "transposed".
     """
     if kind == "plain":
         return tensor
+    if tensor.dim() == 1:
+        return strided(tensor[None], "columns")[0]
     rows, columns = tensor.shape
     poison = float("nan") if tensor.is_floating_point() else 10**9
     if kind == "columns":
@@ -106,100 +120,166 @@ def describe(error: BaseException | None) -> dict | None:
     }
 
 
+def elastic_info(group: Group) -> torch.Tensor:
+    """The words that tell the ops what is left of ``group``."""
+    left = group.remaining
+    old_ranks = [*left.ranks] + [-1] * (group.world_size - len(left.ranks))
+    new_ranks = [
+        left.ranks.index(old) if old in left.ranks else -1 for old in range(group.world_size)
+    ]
+    head = [1, len(left.ranks), left.shared_ranks, left.num_experts]
+    return torch.tensor([*head, *new_ranks, *old_ranks], dtype=torch.int32)
+
+
 def make_calls(
     group: Group,
     tokens: list[Tokens],
-    expert_rows: list[np.ndarray],
+    expert_rows: list[np.ndarray | None],
     *,
+    version: int = 1,
     weights_in_dispatch: bool = True,
     token_nums_type: int = 1,
     shared_x: list[np.ndarray | None] | None = None,
     shared_x_shape: tuple[int, ...] | None = None,
     strides: str = "plain",
     more_rows: int = 0,
-) -> list[dict]:
+    comm_alg: str = "",
+) -> list[dict | None]:
     """What every rank passes to :func:`round_trip`, as tensors.
 
     Args:
         group: agreed arguments.
         tokens: every rank's inputs.
         expert_rows: per rank (n, H) uint16 bits for combine; further rows are filled with NaN.
+        version: of the functions to call; only 2 knows special experts and remaining ranks.
         weights_in_dispatch: whether dispatch gets ``expert_scales``.
         token_nums_type: ``expert_token_nums_type``.
         shared_x: per rank (BS, H) uint16 bits of ``shared_expert_x``, or None.
         shared_x_shape: another shape for it, (a, b, H).
-        strides: how the two-dimensional inputs lie in memory, see :func:`strided`.
+        strides: how the inputs lie in memory, see :func:`strided`.
         more_rows: rows of ``expand_x`` of combine above the capacity.
+        comm_alg: of version 2.
+
+    Returns:
+        A call for every world rank; None for a rank that the group was scaled down by.
     """
-    calls = []
-    for rank, mine in enumerate(tokens):
-        agreed = {
-            "ep_world_size": group.world_size,
-            "moe_expert_num": group.num_experts,
-            "shared_expert_num": group.shared_experts,
-            "shared_expert_rank_num": group.shared_ranks,
-            "global_bs": group.global_bs,
+
+    def floats(bits: np.ndarray | None) -> torch.Tensor | None:
+        return None if bits is None else strided(definition.to_tensor(bits, group.dtype), strides)
+
+    def plain(values: np.ndarray | None) -> torch.Tensor | None:
+        return None if values is None else strided(torch.from_numpy(values), strides)
+
+    agreed = {
+        "ep_world_size": group.world_size,
+        "moe_expert_num": group.num_experts,
+        "tp_world_size": group.tp_world_size,
+        "shared_expert_num": group.shared_experts,
+        "shared_expert_rank_num": group.shared_ranks,
+        "global_bs": group.global_bs,
+    }
+    if version == 2:
+        agreed |= {
+            "comm_alg": comm_alg,
+            "zero_expert_num": group.zero_experts,
+            "copy_expert_num": group.copy_experts,
+            "const_expert_num": group.const_experts,
+            "elastic_info": None if group.remaining is None else elastic_info(group),
         }
-        ids = torch.from_numpy(mine.ids.astype(np.int32))
-        weights = torch.from_numpy(mine.weights.astype(np.float32))
-        smooth = None
-        if mine.scales is not None:
-            smooth = strided(torch.from_numpy(mine.scales), strides)
-        dispatch = {
-            "x": strided(definition.to_tensor(mine.x, group.dtype), strides),
-            "expert_ids": strided(ids, strides),
-            "scales": smooth,
-            "expert_scales": strided(weights, strides) if weights_in_dispatch else None,
-            "quant_mode": group.quant_mode,
-            "expert_token_nums_type": token_nums_type,
+    calls: list[dict | None] = []
+    for rank, mine in enumerate(tokens):
+        if group.remaining is not None and rank not in group.remaining.ranks:
+            calls.append(None)
+            continue
+        routing = {
+            "expert_ids": plain(mine.ids.astype(np.int32)),
+            "x_active_mask": plain(mine.mask),
             **agreed,
         }
+        weights = plain(mine.weights.astype(np.float32))
+        dispatch = {
+            "x": floats(mine.x),
+            "scales": plain(mine.scales),
+            "expert_scales": weights if weights_in_dispatch else None,
+            "quant_mode": group.quant_mode,
+            "expert_token_nums_type": token_nums_type,
+            **routing,
+        }
         outputs = expert_rows[rank]
-        height = group.capacity(rank, mine.batch) + more_rows
+        capacity = group.capacity(rank // group.tp_world_size, mine.batch)
+        height = group.tp_world_size * capacity + more_rows
         rows = torch.full((height, group.hidden), float("nan")).to(
             definition.TORCH_DTYPES[group.dtype]
         )
         rows[: len(outputs)] = definition.to_tensor(outputs, group.dtype)
-        shared = None
-        if shared_x is not None and shared_x[rank] is not None:
-            shared = strided(definition.to_tensor(shared_x[rank], group.dtype), strides)
-            if shared_x_shape is not None:
-                shared = shared.reshape(shared_x_shape)
+        shared = None if shared_x is None else floats(shared_x[rank])
+        if shared is not None and shared_x_shape is not None:
+            shared = shared.reshape(shared_x_shape)
         combine = {
             "expand_x": strided(rows, strides),
-            "expert_ids": strided(ids, strides),
-            "expert_scales": strided(weights, strides),
+            "expert_scales": weights,
             "shared_expert_x": shared,
-            **agreed,
+            "comm_quant_mode": group.comm_quant_mode,
+            **routing,
         }
+        if version == 2:
+            combine |= {
+                "ori_x": floats(mine.ori_x),
+                "const_expert_alpha_1": floats(mine.alpha_1),
+                "const_expert_alpha_2": floats(mine.alpha_2),
+                "const_expert_v": floats(mine.const_v),
+            }
         calls.append({"dispatch": dispatch, "combine": combine})
     return calls
 
 
-def call_dispatch(ctx: Any, call: dict, **changes: Any) -> tuple[torch.Tensor | None, ...]:
-    """v1 dispatch of this rank's call."""
-    named = {"group_ep": ctx.ep_group, "ep_rank_id": ctx.ep_rank}
-    return npu_moe_distribute_dispatch(**{**named, **call["dispatch"], **changes})
-
-
-def call_combine(ctx: Any, call: dict, outputs: tuple, **changes: Any) -> torch.Tensor:
-    """v1 combine of this rank's call, after dispatch returned ``outputs``."""
-    named = {
+def groups_of(ctx: Any) -> dict:
+    """The arguments that name the groups of a rank and its places in them."""
+    return {
         "group_ep": ctx.ep_group,
         "ep_rank_id": ctx.ep_rank,
-        "expand_idx": outputs[2],
+        "group_tp": ctx.tp_group,
+        "tp_rank_id": ctx.tp_rank,
+    }
+
+
+def call_dispatch(
+    ctx: Any, call: dict, *, version: int = 1, **changes: Any
+) -> tuple[torch.Tensor | None, ...]:
+    """Dispatch of this rank's call."""
+    dispatch = (
+        torch_npu.npu_moe_distribute_dispatch
+        if version == 1
+        else torch_npu.npu_moe_distribute_dispatch_v2
+    )
+    return dispatch(**{**groups_of(ctx), **call["dispatch"], **changes})
+
+
+def call_combine(
+    ctx: Any, call: dict, outputs: tuple, *, version: int = 1, **changes: Any
+) -> torch.Tensor:
+    """Combine of this rank's call, after dispatch returned ``outputs``."""
+    handed_on = {
+        "expand_idx" if version == 1 else "assist_info_for_combine": outputs[2],
         "ep_send_counts": outputs[4],
         "tp_send_counts": outputs[5],
         "expand_scales": outputs[6],
     }
-    return npu_moe_distribute_combine(**{**named, **call["combine"], **changes})
+    combine = (
+        torch_npu.npu_moe_distribute_combine
+        if version == 1
+        else torch_npu.npu_moe_distribute_combine_v2
+    )
+    return combine(**{**groups_of(ctx), **handed_on, **call["combine"], **changes})
 
 
-def round_trip(ctx: Any, calls: list[dict]) -> tuple:
-    """The seven outputs of dispatch and the result of combine on this rank."""
-    call = calls[ctx.ep_rank]
-    outputs = call_dispatch(ctx, call)
-    return outputs, call_combine(ctx, call, outputs)
+def round_trip(ctx: Any, calls: list[dict | None], *, version: int = 1) -> tuple | None:
+    """The seven outputs of dispatch and the result of combine on this rank; None without a call."""
+    call = calls[ctx.rank]
+    if call is None:
+        return None
+    outputs = call_dispatch(ctx, call, version=version)
+    return outputs, call_combine(ctx, call, outputs, version=version)
 
 
 def own_group(ctx: Any) -> Any:

@@ -6,8 +6,8 @@ import definition
 import numpy as np
 import pytest
 import torch
-from definition import Group, Tokens
-from worked_examples import EXAMPLES, TWO_SHARED, dynamic_scales, expert_bits
+from definition import Group, Remaining, Tokens
+from worked_examples import EXAMPLES, TWO_SHARED, bits, dynamic_scales, expert_bits
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -16,17 +16,21 @@ def test_dispatch_gives_the_literal_numbers(name):
     for rank, result in enumerate(definition.dispatch(example.group, example.tokens)):
         wanted = np.array(example.expand_x[rank], np.float32)
         if example.dynamic_scales is None:
-            assert np.array_equal(definition.decode(result.expand_x, "bfloat16"), wanted)
+            wanted = wanted.reshape(result.expand_x.shape)
+            assert np.array_equal(definition.decode(result.expand_x, example.group.dtype), wanted)
             assert result.dynamic_scales is None
         else:
             assert result.expand_x.tolist() == example.expand_x[rank]
             assert result.dynamic_scales.tolist() == dynamic_scales(example, rank).tolist()
         assert [row[1:] for row in result.rows] == example.rows[rank]
         assert result.capacity == example.capacity[rank]
-        assert result.expand_idx == example.expand_idx[rank]
+        if example.expand_idx is not None:
+            assert result.expand_idx == example.expand_idx[rank]
         assert result.token_nums == example.token_nums[rank]
         assert result.token_nums_running == example.token_nums_running[rank]
         assert result.ep_recv_counts == example.ep_recv_counts[rank]
+        if example.tp_recv_counts is not None:
+            assert result.tp_recv_counts == example.tp_recv_counts[rank]
         if example.expand_scales is not None:
             assert result.expand_scales.tolist() == example.expand_scales[rank]
 
@@ -36,11 +40,11 @@ def test_combine_gives_the_literal_numbers(name):
     example = EXAMPLES[name]
     group = example.group
     received = definition.dispatch(group, example.tokens)
-    rows = [expert_bits(example, rank) for rank in range(group.world_size)]
+    rows = [expert_bits(example, rank) for rank in range(len(example.tokens))]
     results = definition.combine(group, example.tokens, received, rows)
     for rank, result in enumerate(results):
         wanted = np.array(example.combined[rank], np.float32)
-        assert np.array_equal(definition.decode(result, "bfloat16"), wanted)
+        assert np.array_equal(definition.decode(result, group.dtype), wanted)
 
 
 def test_decimal_and_hexadecimal_factors_agree():
@@ -67,6 +71,62 @@ def test_shared_rows_of_two_experts_carry_their_own_slot():
     assert {row[3] for row in results[0].rows} == {2}
     assert {row[3] for row in results[1].rows} == {3}
     assert results[0].expand_scales.tolist() == [1.0] * 8
+
+
+def test_a_group_that_one_rank_has_left():
+    # Rank 1 of 4 is gone: ranks 0, 2, 3 are now 0, 1, 2 and hold experts 0, 1, 2.
+    group = Group(
+        world_size=4, num_experts=4, top_k=1, hidden=1, remaining=Remaining((0, 2, 3), 0, 3)
+    )
+    tokens = [
+        Tokens(bits([[10 * rank + 1], [10 * rank + 2]]), np.array(ids), np.full((2, 1), 0.5, "f"))
+        for rank, ids in enumerate([[[1], [2]], [[0], [0]], [[1], [1]], [[0], [2]]])
+    ]
+    results = definition.dispatch(group, tokens)
+    assert results[1] is None
+    left = [results[old] for old in (0, 2, 3)]
+    assert [[row[1:] for row in mine.rows] for mine in left] == [
+        [(2, 0, 0)],
+        [(0, 0, 0), (1, 0, 0), (1, 1, 0)],
+        [(0, 1, 0), (2, 1, 0)],
+    ]
+    assert [mine.ep_recv_counts for mine in left] == [[0, 0, 1, 1], [1, 3, 3, 3], [1, 1, 2, 2]]
+    assert [mine.capacity for mine in left] == [8, 8, 8]
+    # Expert e returns e + 1.
+    rows = [bits([[1]]), None, bits([[2]] * 3), bits([[3]] * 2)]
+    combined = definition.combine(group, tokens, results, rows)
+    assert combined[1] is None
+    found = [definition.decode(combined[old], "bfloat16").tolist() for old in (0, 2, 3)]
+    assert found == [[[1], [1.5]], [[1], [1]], [[0.5], [1.5]]]
+
+
+def test_constant_experts_with_an_alpha_for_each_column():
+    group = Group(world_size=1, num_experts=1, top_k=2, hidden=2, const_experts=2)
+    mine = Tokens(
+        x=bits([[1, 1]]),
+        ids=np.array([[2, 1]]),
+        weights=np.array([[0.5, 2]], np.float32),
+        ori_x=bits([[3, 4]]),
+        alpha_1=bits([[0, 1], [2, -1]]),
+        alpha_2=bits([[1, 1], [0, 0.5]]),
+        const_v=bits([[8, 16], [1, 2]]),
+    )
+    (result,) = definition.combine(group, [mine], definition.dispatch(group, [mine]), [bits([])])
+    # 0.5 * ([6, -4] + [0, 1]) + 2 * ([0, 4] + [8, 16])
+    assert definition.decode(result, "bfloat16").tolist() == [[19, 38.5]]
+
+
+@pytest.mark.parametrize("dtype", definition.TORCH_DTYPES)
+def test_comm_quantised_rows_are_near_the_originals(dtype):
+    rng = np.random.default_rng(0)
+    rows = definition.encode(rng.normal(size=(200, 16)), dtype)
+    rows[::7, :8] = 0
+    for row in rows:
+        before = definition.decode(row, dtype).reshape(2, 8)
+        after = definition.decode(definition.through_int8_blocks(row, dtype), dtype).reshape(2, 8)
+        largest = np.abs(before).max(axis=1, keepdims=True)
+        # Half a code, and the rounding of the factor and of the product.
+        assert (np.abs(after - before) <= largest * (0.5 / 127 + 2**-7)).all()
 
 
 @pytest.mark.parametrize("dtype", definition.TORCH_DTYPES)

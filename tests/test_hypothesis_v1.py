@@ -15,6 +15,7 @@ import harness
 import numpy as np
 import pytest
 from definition import Group, Tokens
+from definition_checks import check_dispatch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -182,7 +183,7 @@ def split_in_three(rows):
 
 def check(config: Config, results: list[tuple], received: list, combined: list) -> None:
     for rank, (outputs, result) in enumerate(results):
-        definition.check_dispatch(
+        check_dispatch(
             config.group,
             received[rank],
             outputs,

@@ -7,30 +7,38 @@ be held against them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
+import harness
 import numpy as np
+import torch
 from definition import Group, Tokens, encode
+from definition_numbers import TORCH_DTYPES, same_bits
 
 
 @dataclass
 class Example:
-    """Inputs and literal outputs, one list entry per rank.
+    """Inputs and literal outputs, one list entry per world rank.
 
     Attributes:
-        expand_x: valid rows, as plain numbers.
+        expand_x: valid rows, as plain numbers; with tensor parallelism the peer's follow.
         dynamic_scales: valid factors as hexadecimal floats, or None.
         expert_outputs: rows handed to combine, as plain numbers.
         combined: rows of the result of combine.
-        rows: (source, token, slot) of each row, or None where the contract does not list them.
-        expand_scales: routing weights of the rows, or None where the contract does not list them.
+        rows: (source, token, slot) of each own row.
+        expand_idx: None where only version 2 can be called.
+        expand_scales: routing weights of the own rows, or None where the contract does not list
+            them.
+        tp_recv_counts: None without tensor parallelism.
     """
 
     group: Group
     tokens: list[Tokens]
     capacity: list[int]
+    rows: list
     expand_x: list
-    expand_idx: list
+    expand_idx: list | None
     token_nums: list
     token_nums_running: list
     ep_recv_counts: list
@@ -38,13 +46,20 @@ class Example:
     combined: list
     dynamic_scales: list | None = None
     expand_scales: list | None = None
-    rows: list | None = field(default=None)
+    tp_recv_counts: list | None = None
 
 
-def tokens(x: list, ids: list, weights: list, scales: list | None = None) -> Tokens:
-    """One rank's inputs from plain numbers; x is exact in bf16."""
+def bits(values: list, dtype: str = "bfloat16") -> np.ndarray:
+    """Bits of numbers that are exact in ``dtype``."""
+    return encode(np.array(values, np.float32), dtype)
+
+
+def tokens(
+    x: list, ids: list, weights: list, scales: list | None = None, dtype: str = "bfloat16"
+) -> Tokens:
+    """One rank's inputs from plain numbers; x is exact in ``dtype``."""
     return Tokens(
-        x=encode(np.array(x, np.float32), "bfloat16"),
+        x=bits(x, dtype),
         ids=np.array(ids, np.int32),
         weights=np.array(weights, np.float32),
         scales=None if scales is None else np.array(scales, np.float32),
@@ -207,12 +222,132 @@ QUANTISED = Example(
     ],
 )
 
+# World rank = 2 * EP rank + TP rank; the rank of TP rank 1 computes three quarters of each expert.
+TENSOR_PARALLEL = Example(
+    group=Group(world_size=2, num_experts=2, top_k=1, hidden=2, tp_world_size=2),
+    tokens=[
+        tokens([[10 * w + 1, 1], [10 * w + 2, 2]], ids, [[0.5], [2]])
+        for w, ids in enumerate([[[0], [1]], [[1], [1]], [[0], [0]], [[1], [0]]])
+    ],
+    capacity=[4, 4, 4, 4],
+    rows=[
+        [(0, 0, 0), (1, 0, 0), (1, 1, 0)],
+        [(1, 1, 0)],
+        [(0, 1, 0)],
+        [(0, 0, 0), (0, 1, 0), (1, 0, 0)],
+    ],
+    expand_x=[
+        [[1, 1], [21, 1], [22, 2], [32, 2]],
+        [[32, 2], [1, 1], [21, 1], [22, 2]],
+        [[2, 2], [11, 1], [12, 2], [31, 1]],
+        [[11, 1], [12, 2], [31, 1], [2, 2]],
+    ],
+    expand_idx=[[0, 0], [0, 1], [0, 1], [0, 0]],
+    token_nums=[[4], [4], [4], [4]],
+    token_nums_running=[[4], [4], [4], [4]],
+    ep_recv_counts=[[1, 3, 0, 1], [0, 1, 1, 3], [1, 1, 2, 3], [2, 3, 1, 1]],
+    tp_recv_counts=[[3, 1], [3, 1], [1, 3], [1, 3]],
+    expand_scales=[[0.5, 0.5, 2], [2], [2], [0.5, 2, 0.5]],
+    expert_outputs=[
+        [[1, 1], [21, 1], [22, 2], [32, 2]],
+        [[96, 6], [3, 3], [63, 3], [66, 6]],
+        [[2, 2], [11, 1], [12, 2], [31, 1]],
+        [[33, 3], [36, 6], [93, 3], [6, 6]],
+    ],
+    combined=[
+        [[2, 2], [16, 16]],
+        [[22, 2], [96, 16]],
+        [[42, 2], [176, 16]],
+        [[62, 2], [256, 16]],
+    ],
+)
+
+
+def _comm_quantised(dtype: str, arrived: list) -> Example:
+    """One row that travels as int8 to another rank and to its own."""
+    row = [1, -2, 0.5, 4, 3, -0.125, 0, 2.5] + [0] * 8
+    return Example(
+        group=Group(
+            world_size=2, num_experts=2, top_k=1, hidden=16, dtype=dtype, comm_quant_mode=2
+        ),
+        tokens=[tokens([[0] * 16], [[1]], [[1]], dtype=dtype) for _ in range(2)],
+        capacity=[2, 2],
+        rows=[[], [(0, 0, 0), (1, 0, 0)]],
+        expand_x=[[], [[0] * 16] * 2],
+        expand_idx=[[0], [0]],
+        token_nums=[[0], [2]],
+        token_nums_running=[[0], [2]],
+        ep_recv_counts=[[0, 0], [1, 2]],
+        expert_outputs=[[], [row, row]],
+        combined=[[arrived + [0] * 8]] * 2,
+    )
+
+
+COMM_QUANTISED_BF16 = _comm_quantised(
+    "bfloat16", [1.0078125, -2.015625, 0.50390625, 4, 2.984375, -0.1259765625, 0, 2.484375]
+)
+COMM_QUANTISED_FP16 = _comm_quantised(
+    "float16", [1.0078125, -2.015625, 0.50390625, 4, 2.9921875, -0.1259765625, 0, 2.48828125]
+)
+
+
+def _special_tokens(x: list, ids: list, weights: list, mask: list) -> Tokens:
+    mine = tokens(x, ids, weights)
+    mine.mask = np.array(mask, bool)
+    mine.ori_x = mine.x
+    mine.alpha_1, mine.alpha_2, mine.const_v = bits([2]), bits([3]), bits([[1, -1]])
+    return mine
+
+
+# Expert 2 is zero, 3 copies, 4 is constant; the routed experts multiply by 10.
+SPECIAL = Example(
+    group=Group(
+        world_size=2,
+        num_experts=2,
+        top_k=2,
+        hidden=2,
+        zero_experts=1,
+        copy_experts=1,
+        const_experts=1,
+    ),
+    tokens=[
+        _special_tokens(
+            [[1, 2], [3, 4], [5, 6]],
+            [[0, 1], [1, 2], [3, 0]],
+            [[0.5, 0.5], [0.5, 0.5], [0.25, 1]],
+            [[1, 1], [1, 1], [1, 0]],
+        ),
+        _special_tokens(
+            [[7, 8], [9, 10], [11, 12]],
+            [[4, 0], [1, 0], [0, 1]],
+            [[2, 1], [0.5, 0.5], [1, 1]],
+            [[1, 1], [0, 1], [0, 0]],
+        ),
+    ],
+    capacity=[6, 6],
+    rows=[[(0, 0, 0), (1, 0, 1), (1, 1, 1)], [(0, 0, 1), (0, 1, 0)]],
+    expand_x=[[[1, 2], [7, 8], [9, 10]], [[1, 2], [3, 4]]],
+    expand_idx=None,
+    token_nums=[[3], [2]],
+    token_nums_running=[[3], [2]],
+    ep_recv_counts=[[1, 3], [2, 2]],
+    expand_scales=[[0.5, 1, 0.5], [0.5, 0.5]],
+    expert_outputs=[[[10, 20], [70, 80], [90, 100]], [[10, 20], [30, 40]]],
+    combined=[[[10, 20], [15, 20], [1.25, 1.5]], [[104, 106], [45, 50], [0, 0]]],
+)
+
 EXAMPLES = {
     "basic": BASIC,
     "shared": SHARED,
     "two_shared": TWO_SHARED,
     "quantised": QUANTISED,
+    "tensor_parallel": TENSOR_PARALLEL,
+    "comm_quantised_bf16": COMM_QUANTISED_BF16,
+    "comm_quantised_fp16": COMM_QUANTISED_FP16,
+    "special": SPECIAL,
 }
+# One group, no quantised returns.
+PLAIN = ("basic", "shared", "two_shared", "quantised")
 
 
 def expert_bits(example: Example, rank: int) -> np.ndarray:
@@ -221,10 +356,68 @@ def expert_bits(example: Example, rank: int) -> np.ndarray:
     if outputs is None:
         codes = np.array(example.expand_x[rank], np.float32)
         outputs = codes * dynamic_scales(example, rank)[:, None]
-    return encode(np.array(outputs, np.float32), example.group.dtype)
+    shape = len(outputs), example.group.hidden
+    return bits(outputs, example.group.dtype).reshape(shape)
 
 
 def dynamic_scales(example: Example, rank: int) -> np.ndarray:
     """(n,) float32 from the hexadecimal literals."""
     literals = example.dynamic_scales[rank]
     return np.array([float.fromhex(literal) for literal in literals], np.float32)
+
+
+def example_calls(example: Example, **options: Any) -> list[dict | None]:
+    """What every rank passes to the ops; options as for :func:`harness.make_calls`."""
+    rows = [expert_bits(example, rank) for rank in range(len(example.tokens))]
+    return harness.make_calls(example.group, example.tokens, rows, **options)
+
+
+def check_literal(
+    example: Example,
+    rank: int,
+    outputs: tuple,
+    combined: torch.Tensor,
+    *,
+    version: int = 1,
+    token_nums_type: int = 1,
+) -> None:
+    """Every output of one rank against the numbers of the worked example."""
+    x, factors, index, nums, counts, tp_counts, weights = outputs
+    group, capacity = example.group, example.capacity[rank]
+    rows, n = group.tp_world_size * capacity, len(example.expand_x[rank])
+    assert tuple(x.shape) == (rows, group.hidden)
+    assert x.dtype == (torch.int8 if group.quant_mode else TORCH_DTYPES[group.dtype])
+    assert x[:n].tolist() == example.expand_x[rank]
+    if group.quant_mode:
+        assert tuple(factors.shape) == (rows,)
+        assert factors.dtype == torch.float32
+        # Bits, as the factor of a zero row is 0.0 and not -0.0.
+        same_bits(factors[:n], dynamic_scales(example, rank), "dynamic_scales")
+    else:
+        assert factors is None
+    assert index.dtype == torch.int32
+    if version == 1:
+        assert index.tolist() == example.expand_idx[rank]
+    else:
+        assert tuple(index.shape) == (max(example.tokens[rank].ids.size, capacity * 128),)
+        triples = index[: 3 * len(example.rows[rank])].view(-1, 3).tolist()
+        assert triples == [list(row) for row in example.rows[rank]]
+    assert nums.dtype == torch.int64
+    wanted = example.token_nums if token_nums_type == 1 else example.token_nums_running
+    assert nums.tolist() == wanted[rank]
+    assert counts.dtype == torch.int32
+    assert counts.tolist() == example.ep_recv_counts[rank]
+    if example.tp_recv_counts is None:
+        assert tp_counts is None
+    else:
+        assert tp_counts.dtype == torch.int32
+        assert tp_counts.tolist() == example.tp_recv_counts[rank]
+    assert tuple(weights.shape) == (capacity,)
+    assert weights.dtype == torch.float32
+    own = len(example.rows[rank])
+    if example.expand_scales is not None:
+        assert weights[:own].tolist() == example.expand_scales[rank]
+    if rank // group.tp_world_size < group.shared_ranks:
+        assert weights[:own].tolist() == [1.0] * own
+    assert combined.dtype == TORCH_DTYPES[group.dtype]
+    assert combined.tolist() == example.combined[rank]

@@ -22,7 +22,10 @@ import numpy as np
 import pytest
 import torch
 from definition import Group, Tokens
+from definition_checks import check_dispatch
 from harness import call_combine, call_dispatch, describe, make_calls, run_world
+
+from moe_triton.compat import torch_npu
 
 MISSING, TYPE, VALUE = 161001, 161002, 561002
 KINDS = {
@@ -436,7 +439,7 @@ def good_rounds(ctx, calls, count):
 
 def check_rounds(rounds, group, received, combined, rank):
     for outputs, result in rounds:
-        definition.check_dispatch(group, received[rank], outputs, rank=rank)
+        check_dispatch(group, received[rank], outputs, rank=rank)
         definition.same_bits(result, combined[rank], f"rank {rank} x")
 
 
@@ -445,7 +448,7 @@ def bad_call(ctx, call, op, change):
     if op == "dispatch":
         args = {"group_ep": ctx.ep_group, "ep_rank_id": ctx.ep_rank, **call["dispatch"]}
         change(args)
-        return attempt(lambda: harness.npu_moe_distribute_dispatch(**args))
+        return attempt(lambda: torch_npu.npu_moe_distribute_dispatch(**args))
     outputs = call_dispatch(ctx, call)
     args = {
         "group_ep": ctx.ep_group,
@@ -456,7 +459,7 @@ def bad_call(ctx, call, op, change):
         **call["combine"],
     }
     change(args)
-    return attempt(lambda: harness.npu_moe_distribute_combine(**args))
+    return attempt(lambda: torch_npu.npu_moe_distribute_combine(**args))
 
 
 def scenario(bad, culprits, calls):

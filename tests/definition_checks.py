@@ -1,0 +1,67 @@
+"""The seven outputs of dispatch as tensors, against what the definition says they must be."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from definition import Group, Received
+from definition_numbers import TORCH_DTYPES, same_bits
+
+
+def check_dispatch(
+    group: Group,
+    expected: Received,
+    outputs: tuple[torch.Tensor | None, ...],
+    *,
+    rank: int,
+    version: int = 1,
+    token_nums_type: int = 1,
+    weights_given: bool = True,
+) -> None:
+    """Assert that the seven outputs of dispatch on world rank ``rank`` are what they must be.
+
+    Shapes and dtypes are checked in full, contents on the valid rows.
+    """
+    x, factors, index, nums, counts, tp_counts, weights = outputs
+    rows = group.tp_world_size * expected.capacity
+    quantised = group.quant_mode == 2
+    assert tuple(x.shape) == (rows, group.hidden)
+    assert x.dtype == (torch.int8 if quantised else TORCH_DTYPES[group.dtype])
+    same_bits(x[: len(expected.expand_x)], expected.expand_x, f"rank {rank} expand_x")
+
+    if quantised:
+        assert tuple(factors.shape) == (rows,) and factors.dtype == torch.float32
+        n = len(expected.dynamic_scales)
+        same_bits(factors[:n], expected.dynamic_scales, f"rank {rank} dynamic_scales")
+    else:
+        assert factors is None
+
+    assert index.dtype == torch.int32 and index.ndim == 1
+    if version == 1:
+        wanted = np.array(expected.expand_idx, np.int32)
+        same_bits(index, wanted, f"rank {rank} expand_idx")
+    else:
+        assert len(index) == max(len(expected.expand_idx), expected.capacity * 128)
+        triples = np.array([row[1:] for row in expected.rows], np.int32).reshape(-1)
+        same_bits(index[: len(triples)], triples, f"rank {rank} assist_info_for_combine")
+
+    assert nums.dtype == torch.int64 and nums.ndim == 1
+    wanted = expected.token_nums if token_nums_type == 1 else expected.token_nums_running
+    same_bits(nums, np.array(wanted, np.int64), f"rank {rank} expert_token_nums")
+
+    for what, found, wanted in (
+        ("ep_recv_counts", counts, expected.ep_recv_counts),
+        ("tp_recv_counts", tp_counts, expected.tp_recv_counts),
+    ):
+        if wanted is None:
+            assert found is None, what
+        else:
+            assert found.dtype == torch.int32 and found.ndim == 1
+            same_bits(found, np.array(wanted, np.int32), f"rank {rank} {what}")
+
+    if weights_given:
+        assert tuple(weights.shape) == (expected.capacity,) and weights.dtype == torch.float32
+        n = len(expected.expand_scales)
+        same_bits(weights[:n], expected.expand_scales, f"rank {rank} expand_scales")
+    else:
+        assert weights is None
