@@ -11,7 +11,17 @@ import torch.distributed as dist
 from typing_extensions import Self  # a dependency of torch; part of typing from Python 3.11
 
 from . import comm
-from .comm import Call, MoeConfig, Outputs, Pending, Tokens, Traffic, Transport, WindowBytes
+from .comm import (
+    Call,
+    Finish,
+    MoeConfig,
+    Outputs,
+    Pending,
+    Tokens,
+    Traffic,
+    Transport,
+    WindowBytes,
+)
 from .errors import (
     ArgumentTypeError,
     MoeError,
@@ -19,8 +29,8 @@ from .errors import (
     PeerTimeoutError,
     SequenceError,
 )
-from .layout import Plan, Sources
-from .ops import checks, device_steps
+from .layout import NOWHERE, Plan, Sources
+from .ops import checks, device_steps, layer_config
 
 _OP = "ExpertParallel"
 _LONGEST_TIMEOUT = 1e6  # seconds; more overflows the clocks of some waits
@@ -33,7 +43,7 @@ class Handle:
 
     Attributes:
         expert_ids: [T, K] int32 of this rank's tokens.
-        weights: [T, K] float32, or None.
+        weights: [T, K] float32 (float64 where the tokens are), or None.
         plan: of the tokens.
         sources: the numbering of the received rows.
     """
@@ -48,15 +58,17 @@ class Handle:
 class Dispatched:
     """What a rank received.
 
-    Rows are sorted by (local expert, source rank, token), so that those of local expert i follow
-    the first ``tokens_per_expert[:i].sum()``. Rows after the last one are not written.
+    Rows are sorted by (local expert, source rank, token). Those of local expert i end, padding
+    included, before row ``offsets[i]``, which is what grouped matrix products ask for. Padding
+    rows are zeros; rows after the last one are not written.
 
     Attributes:
         x: [A, H] of the model's dtype, or int8; [n, H] with ``exact``.
         scales: [A] float32 such that x * scales approximates the tokens; None without quant.
-        weights: [A] float32 routing weights of the rows; None without topk_weights.
-        tokens_per_expert: [L] int64.
-        num_tokens: 0-d int32, n.
+        weights: [A] routing weights of the rows, of the dtype of topk_weights; None without those.
+        tokens_per_expert: [L] rows of each local expert without padding, int64 or ``counts_dtype``.
+        offsets: [L] int32.
+        num_tokens: 0-d int32, received rows without padding.
         handle: for combine.
     """
 
@@ -64,6 +76,7 @@ class Dispatched:
     scales: torch.Tensor | None
     weights: torch.Tensor | None
     tokens_per_expert: torch.Tensor
+    offsets: torch.Tensor
     num_tokens: torch.Tensor
     handle: Handle
 
@@ -107,13 +120,15 @@ class ExpertParallel:
         top_k: K experts per token.
         hidden: H.
         max_tokens: most tokens any rank dispatches in one call.
-        dtype: torch.bfloat16 or torch.float16.
+        dtype: torch.bfloat16, float16, float32, or float64 to check gradients with.
         quant: None, or "int8" to send rows quantised with a scale per row.
         shared_experts: NS shared experts on ranks of their own.
         shared_ranks: S ranks for them, the first of the group, a multiple of NS.
         max_recv_tokens: rows to allocate for what a rank receives; None holds the worst case. More
             than that raises on every rank.
         exact: return exactly the received rows, at the price of reading their number on the host.
+        alignment: the rows of each local expert begin at, and are padded to, a multiple of this.
+        counts_dtype: torch.int64 or torch.int32, of ``tokens_per_expert``.
         in_flight: dispatches, and combines, that may be set up before the first is torn down.
         timeout: seconds any wait for peers may take.
         transport: "auto", "symmetric" or "collective".
@@ -137,6 +152,8 @@ class ExpertParallel:
         shared_ranks: int = 0,
         max_recv_tokens: int | None = None,
         exact: bool = False,
+        alignment: int = 1,
+        counts_dtype: torch.dtype = torch.int64,
         in_flight: int = 1,
         timeout: float = 30.0,
         transport: str = "auto",
@@ -144,14 +161,28 @@ class ExpertParallel:
     ) -> None:
         resolved = comm.resolve(_OP, group, rank)
         self.rank, self.world_size = resolved.rank, resolved.size
-        self._exact, self._limit = exact, max_recv_tokens
+        self._exact, self._counts_dtype = exact, counts_dtype
         self._last: tuple[MoeConfig, Tokens] | None = None  # dispatch
         # What output_rows gave since the last combine, by the handle it is for.
         self._lent: dict[int, tuple[Handle, torch.Tensor]] = {}
         try:
             _check_connection(in_flight, timeout, transport)
-            self._config = self._check_sizes(
-                num_experts, top_k, hidden, max_tokens, dtype, quant, shared_experts, shared_ranks
+            contract = "be torch.int64 or torch.int32"
+            held = counts_dtype in (torch.int64, torch.int32)
+            checks.value(_OP, "counts_dtype", held, contract, counts_dtype)
+            self._config = layer_config(
+                _OP,
+                self.world_size,
+                num_experts=num_experts,
+                top_k=top_k,
+                hidden=hidden,
+                max_tokens=max_tokens,
+                dtype=dtype,
+                quant=quant,
+                shared_experts=shared_experts,
+                shared_ranks=shared_ranks,
+                max_recv_tokens=max_recv_tokens,
+                alignment=alignment,
             )
             self._steps = device_steps(_CPU)
         except MoeError as error:
@@ -170,6 +201,7 @@ class ExpertParallel:
             "shared_experts": int(shared_experts),
             "shared_ranks": int(shared_ranks),
             "max_recv_tokens": self._config.max_rows,
+            "alignment": self._config.alignment,
         }
         try:
             self._open()
@@ -179,46 +211,6 @@ class ExpertParallel:
         except BaseException:
             comm.close_endpoint(self._endpoint)
             raise
-
-    def _check_sizes(
-        self,
-        num_experts: int,
-        top_k: int,
-        hidden: int,
-        max_tokens: int,
-        dtype: torch.dtype,
-        quant: str | None,
-        shared_experts: int,
-        shared_ranks: int,
-    ) -> MoeConfig:
-        checks.integers(
-            _OP,
-            num_experts=num_experts,
-            top_k=top_k,
-            hidden=hidden,
-            max_tokens=max_tokens,
-            shared_experts=shared_experts,
-            shared_ranks=shared_ranks,
-        )
-        # numpy's integers are none for JSON, in which the ranks compare their arguments.
-        num_experts, top_k, hidden, max_tokens = map(int, (num_experts, top_k, hidden, max_tokens))
-        shared_experts, shared_ranks = int(shared_experts), int(shared_ranks)
-        names = ("num_experts", "shared_experts", "shared_ranks")
-        topology = checks.topology(
-            _OP, self.world_size, num_experts, shared_experts, shared_ranks, names=names
-        )
-        limit = self._limit
-        checks.layer(_OP, topology, top_k, hidden, max_tokens, dtype, quant, limit)
-        return MoeConfig(
-            topology,
-            top_k,
-            hidden,
-            max_tokens,
-            dtype,
-            quant,
-            with_weights=True,
-            max_rows=None if limit is None else int(limit),
-        )
 
     def _open(self) -> None:
         """Meet the ranks, compare arguments and allocate the windows."""
@@ -284,8 +276,10 @@ class ExpertParallel:
 
         Args:
             x: [T, H] of the object's dtype, T at most max_tokens, and 0 for an idle rank.
-            topk_ids: [T, K] int32 or int64 in [0, E), distinct within a row.
-            topk_weights: [T, K] float32; they travel along, and combine applies them.
+            topk_ids: [T, K] int32 or int64 in [0, E), distinct within a row; -1 for a slot that
+                goes nowhere.
+            topk_weights: [T, K] float32, or float64 where x is; they travel along, and combine
+                applies them.
             scales: [NS + E, H] float32 smooth factors, only with quant="int8".
 
         Raises:
@@ -326,7 +320,7 @@ class ExpertParallel:
         # Weights have room in the window whether they come or not, so that ranks may differ.
         weights = topk_weights
         if weights is None:
-            weights = torch.ones(topk_ids.shape, device=x.device)
+            weights = x.new_ones(topk_ids.shape, dtype=self._config.weight_dtype)
         config, arguments = self._config, self._arguments
         if scales is not None:
             # Copies of a token differ, which takes larger windows from the first such call on.
@@ -334,7 +328,8 @@ class ExpertParallel:
             arguments = arguments | {"scales": "given"}
         # Copies: the handle needs them later, and routing buffers are refilled for the next layer.
         ids, weights = topk_ids.to(torch.int32, copy=True), weights.detach().clone()
-        tokens = Tokens(x, ids, weights, scales, exact=self._exact)
+        num_rows = None if self._exact else config.capacity(self.rank)
+        tokens = Tokens(x, ids, weights, scales, num_rows)
         call = Call(op, config, arguments, self._steps)
         pending = self._endpoint.transport(op).dispatch_setup(call, tokens)
         return DispatchPending(pending, with_weights=topk_weights is not None)
@@ -358,7 +353,8 @@ class ExpertParallel:
             received.x,
             received.scales,
             received.weights if pending.with_weights else None,
-            received.counts.sum(1),
+            received.counts.sum(1, dtype=self._counts_dtype),
+            received.sources.offsets,
             received.sources.ends[-1],
             Handle(
                 tokens.expert_ids,
@@ -407,7 +403,8 @@ class ExpertParallel:
             handle: of a dispatch.
 
         Returns:
-            [n, H] of the object's dtype, uninitialised; n rows as dispatch delivered them.
+            [n, H] of the object's dtype, uninitialised; n rows as dispatch delivered them, those of
+            padding included.
         """
         num_rows = handle.sources.source.numel()
         if id(handle) in self._lent:
@@ -482,7 +479,8 @@ class ExpertParallel:
         operation = pending.operation
         self._check_addend(op, shared_expert_x, operation.data.expert_ids)
         try:
-            return self._transport_of(op, operation).combine_teardown(operation, shared_expert_x)
+            finish = Finish(addend=shared_expert_x)
+            return self._transport_of(op, operation).combine_teardown(operation, finish)
         except PeerAbortError:
             if pending.lent is not None:
                 self._lent[id(pending.lent[0])] = pending.lent
@@ -556,7 +554,7 @@ class ExpertParallel:
         checks.required(op, x=x, topk_ids=topk_ids)
         checks.dtype(op, "x", x, (config.dtype,))
         checks.dtype(op, "topk_ids", topk_ids, (torch.int32, torch.int64))
-        checks.dtype(op, "topk_weights", topk_weights, (torch.float32,))
+        checks.dtype(op, "topk_weights", topk_weights, (config.weight_dtype,))
         checks.dtype(op, "scales", scales, (torch.float32,))
         checks.shape(op, "x", x, (None, config.hidden), "(T, H)", _CPU)
         most = config.max_tokens
@@ -571,7 +569,9 @@ class ExpertParallel:
             rows = config.topology.num_shared_experts + config.topology.num_experts
             expected = (rows, config.hidden)
             checks.shape(op, "scales", scales, expected, "(NS + E, H)", _CPU)
-        checks.expert_ids(op, "topk_ids", topk_ids, config.topology.num_experts)
+        checks.expert_ids(
+            op, "topk_ids", topk_ids, config.topology.num_experts, active=topk_ids != NOWHERE
+        )
 
 
 def _check_connection(in_flight: int, timeout: float, transport: str) -> None:

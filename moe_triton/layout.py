@@ -11,17 +11,21 @@ from typing import NamedTuple
 
 import torch
 
+NOWHERE = -1  # as an expert id: the token's slot takes no part; as an index: there is no such row
+
 
 class Plan(NamedTuple):
     """Where the copies of one rank's tokens go; everything follows from counting.
+
+    Ids outside [0, E) are not sent: ``NOWHERE``, and experts that have no network.
 
     Example: expert_ids [[0, 2], [2, 1], [0, 3]], E = 4:
         counts [2, 1, 2, 1], expand_idx [0, 0, 1, 0, 1, 0], order [0, 4, 3, 1, 2, 5]
 
     Attributes:
         counts: [E] copies for each expert.
-        expand_idx: [T*K] earlier flat positions that chose the same expert.
-        order: [T*K] flat positions sorted by (expert, flat position).
+        expand_idx: [T*K] earlier flat positions that chose the same expert, or ``NOWHERE``.
+        order: [T*K] flat positions sorted by (expert, flat position), those not sent at the end.
     """
 
     counts: torch.Tensor
@@ -33,53 +37,95 @@ class DispatchHeader(NamedTuple):
     """What a source tells one rank about the rows for it; [W] in front when stacked over sources.
 
     Attributes:
-        num_tokens: [1] tokens of the source.
+        num_tokens: [1] tokens of the source that take part, each of which a shared expert gets.
         counts: [E] the source's copies for every expert, so that all ranks know all loads.
-        slots: [C] which of the source's rows is copy i for this rank; copies in (expert, flat
-            position) order, or in token order for a shared expert.
-        weights: [C] fp32 routing weights of these copies, 1 for a shared expert, or None.
+        copies: [C] which copies are for this rank, as token * (K + NS) + slot, where slot K + j
+            stands for shared expert j; in (expert, flat position) order, or in token order for a
+            shared expert.
+        weights: [C] routing weights of these copies, 1 for a shared expert, or None.
     """
 
     num_tokens: torch.Tensor
     counts: torch.Tensor
-    slots: torch.Tensor
+    copies: torch.Tensor
     weights: torch.Tensor | None
 
 
 class RowFormat(NamedTuple):
-    """How one token row lies in a window.
+    """How one token row lies in a window: H elements, then scales if it is quantised.
 
     Attributes:
-        dtype: of the payload; int8 means that rows are quantised and carry an fp32 scale.
+        dtype: of the payload; int8 means that rows are quantised.
         hidden: H.
         stride: bytes from row to row, a multiple of 16.
-        scale_offset: byte offset of the fp32 scale, or None.
+        scale_offset: byte offset of the first scale, a multiple of 16, or None.
+        scale_dtype: of the scales.
+        block: elements that share a scale, or 0 where the whole row has one.
     """
 
     dtype: torch.dtype
     hidden: int
     stride: int
-    scale_offset: int | None
+    scale_offset: int | None = None
+    scale_dtype: torch.dtype = torch.float32
+    block: int = 0
+
+    @property
+    def num_scales(self) -> int:
+        """Scales of a row."""
+        return -(-self.hidden // self.block) if self.block else 1
 
     def payload(self, rows: torch.Tensor) -> torch.Tensor:
         """[.., stride] uint8 -> [.., H] of ``dtype``, a view."""
         return rows.view(self.dtype)[..., : self.hidden]
 
     def scales(self, rows: torch.Tensor) -> torch.Tensor:
-        """[.., stride] uint8 -> [..] fp32, a view."""
+        """[.., stride] uint8 -> [.., num_scales] of ``scale_dtype``, a view."""
         assert self.scale_offset is not None
-        return rows.view(torch.float32)[..., self.scale_offset // 4]
+        first = self.scale_offset // self.scale_dtype.itemsize
+        return rows.view(self.scale_dtype)[..., first : first + self.num_scales]
 
 
 class Sources(NamedTuple):
     """Which copy of which source each received row is; rows in (local expert, source, flat) order.
 
+    Where rows are aligned, each expert's end with padding rows, whose source is ``NOWHERE``.
+
     Attributes:
         source: [n] int64 rank that sent the row.
         copy: [n] int64 its place in that source's list of copies.
-        ends: [L*W] inclusive prefix sums of the counts, which is ep_recv_counts.
+        ends: [L*W] inclusive prefix sums of the counts, without padding: ep_recv_counts.
+        offsets: [L] the rows up to the end of each local expert's, padding included.
     """
 
     source: torch.Tensor
     copy: torch.Tensor
     ends: torch.Tensor
+    offsets: torch.Tensor
+
+
+class SpecialExperts(NamedTuple):
+    """Experts without a network; their ids follow the E routed ones in this order.
+
+    A zero expert adds nothing, a copy expert the token itself, and a constant expert c
+    alpha_1[c] * token + alpha_2[c] * value[c].
+
+    Attributes:
+        expert_ids: [T, K] of the tokens.
+        first_copy: id of the first copy expert, after the zero experts.
+        first_constant: id of the first constant expert.
+        end: the id after the last one.
+        tokens: [T, H] the tokens, of the dtype of the rows; None without copy or constant experts.
+        alpha_1: [n] or [n, H] of that dtype, or None.
+        alpha_2: as alpha_1.
+        value: [n, H] of that dtype, or None.
+    """
+
+    expert_ids: torch.Tensor
+    first_copy: int
+    first_constant: int
+    end: int
+    tokens: torch.Tensor | None
+    alpha_1: torch.Tensor | None
+    alpha_2: torch.Tensor | None
+    value: torch.Tensor | None

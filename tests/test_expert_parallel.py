@@ -555,7 +555,14 @@ BAD_OPTIONS: dict[str, tuple[dict, type, str, str]] = {
     "hidden": ({"hidden": 0}, ArgumentValueError, "hidden", "got 0"),
     "max_tokens": ({"max_tokens": -1}, ArgumentValueError, "max_tokens", "got -1"),
     "max_tokens bool": ({"max_tokens": True}, ArgumentTypeError, "max_tokens", "got True"),
-    "dtype": ({"dtype": torch.float32}, ArgumentValueError, "dtype", "got torch.float32"),
+    "dtype": ({"dtype": torch.int32}, ArgumentValueError, "dtype", "got torch.int32"),
+    "alignment": ({"alignment": 0}, ArgumentValueError, "alignment", "got 0"),
+    "counts_dtype": (
+        {"counts_dtype": torch.int16},
+        ArgumentValueError,
+        "counts_dtype",
+        "got torch.int16",
+    ),
     "quant": ({"quant": "int4"}, ArgumentValueError, "quant", "got 'int4'"),
     "shared_ranks": ({"shared_ranks": 3, "shared_experts": 1}, ArgumentValueError, "", "got 3"),
     "shared_ranks -1": ({"shared_ranks": -1}, ArgumentValueError, "shared_ranks", "got -1"),
@@ -703,7 +710,7 @@ BAD_DISPATCHES = {
     "weights shape": bad("topk_weights", lambda w: w.T, VALUE, "got shape (2, 7)"),
     "scales": bad("scales", lambda _: torch.ones(6, 24), VALUE, "got a tensor"),
     "id too large": bad("topk_ids", with_id((1, 1), 6), VALUE, "got 6 for token 1, slot 1"),
-    "id negative": bad("topk_ids", with_id((0, 0), -1), VALUE, "got -1 for token 0, slot 0"),
+    "id negative": bad("topk_ids", with_id((0, 0), -2), VALUE, "got -2 for token 0, slot 0"),
     "id twice": bad("topk_ids", with_id((2, slice(None)), 3), VALUE, "got 3 twice for token 2"),
 }
 BAD_COMBINES = {
@@ -985,7 +992,7 @@ def test_window_bytes(name, in_flight):
         found = run_world("local", layer.world, build)
     assert found == found[:1] * layer.world
     windows = [found[0].dispatch, found[0].combine] * layer.world
-    control = [3 * 4096 * (2, 4, 8)[in_flight - 1] + 16] * layer.world
+    control = [4 * 4096 * (2, 4, 8)[in_flight - 1] + 16] * layer.world
     assert sorted(taken) == sorted(windows + control)
     if layer.max_recv_tokens is None:
         options = layer.options()

@@ -13,8 +13,9 @@ if __name__ != "moe_triton.comm":
 
 from .all_to_all import all_to_all_v
 from .endpoint import Endpoint
-from .groups import TRANSPORTS, Group, bind_rank, resolve, set_transport
+from .groups import TRANSPORTS, Group, bind_rank, resolve, set_transport, subgroup
 from .groups import register as register_group
+from .parts import PartsReader, parts_bytes
 from .registry import (
     abandon_endpoint,
     close_all,
@@ -25,27 +26,31 @@ from .registry import (
     refuse_endpoint,
     unregister_group,
 )
+from .rows import traffic
 from .transport import (
     Call,
     DeviceSteps,
+    Finish,
     Outputs,
     Pending,
     Received,
     Tokens,
     Traffic,
     Transport,
-    traffic,
 )
-from .window import MoeConfig, WindowBytes, window_bytes
+from .window import RETURN_BLOCK, MoeConfig, WindowBytes, window_bytes
 
 __all__ = [
+    "RETURN_BLOCK",
     "TRANSPORTS",
     "Call",
     "DeviceSteps",
     "Endpoint",
+    "Finish",
     "Group",
     "MoeConfig",
     "Outputs",
+    "PartsReader",
     "Pending",
     "Received",
     "Tokens",
@@ -59,11 +64,13 @@ __all__ = [
     "close_endpoint",
     "default_endpoint",
     "open_endpoint",
+    "parts_bytes",
     "recover",
     "refuse_endpoint",
     "register_group",
     "resolve",
     "set_transport",
+    "subgroup",
     "traffic",
     "unregister_group",
     "window_bytes",

@@ -21,6 +21,7 @@ import dataclasses
 import json
 import os
 import select
+import time
 import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -41,7 +42,7 @@ from .memory import Block, Memory
 from .waiting import Waiter, ranks_text
 from .window import Arena, clear_flags, num_slots, ring_bytes
 
-KINDS = ("dispatch", "combine", "exchange")
+KINDS = ("dispatch", "combine", "gather", "exchange")
 _DATA, _ABORT = 0, 1
 _OPENED = 2  # only in announcements, where it stays whatever comes after it
 
@@ -213,8 +214,11 @@ class Channel:
             words[1], words[2] = status, operation.digest
             atomics.store_release(address, epoch)
 
-    def wait(self, kind: str, epoch: int, op: str) -> None:
+    def wait(self, kind: str, epoch: int, op: str) -> list[float]:
         """Wait for all ranks' flags of ``epoch``, the oldest operation in flight.
+
+        Returns:
+            Seconds until each rank's flag was seen.
 
         Raises:
             PeerAbortError, ArgumentMismatchError: a peer could not take part; the epoch is over.
@@ -226,13 +230,14 @@ class Channel:
             raise SequenceError.out_of_order(op, kind, epoch, oldest)
         arena = ring.in_flight[epoch].arena
         assert arena is not None
-        aborted = self._see_flags(kind, epoch, op, arena)
+        waited, aborted = self._see_flags(kind, epoch, op, arena)
         if self._retry == (kind, epoch):
             self.broken = self._retry = None
         if aborted:
             # The culprit's own abort names the cause; these ranks only followed it.
             self.finish(kind, epoch)
             raise PeerAbortError(op, aborted[0], "its call failed for a reason of another rank")
+        return waited
 
     def finish(self, kind: str, epoch: int) -> None:
         """The operation is consumed: its slot may be written again."""
@@ -305,24 +310,29 @@ class Channel:
         for _ in self._arrivals(op, epoch, addresses):
             pass
 
-    def _see_flags(self, kind: str, epoch: int, op: str, arena: Arena) -> list[int]:
+    def _see_flags(
+        self, kind: str, epoch: int, op: str, arena: Arena
+    ) -> tuple[list[float], list[int]]:
         """Wait for all flags of ``epoch``; raise as soon as an abort has a cause.
 
         Returns:
-            The ranks whose flag is an abort.
+            Seconds until each flag was seen, and the ranks whose flag is an abort.
         """
         slot, digest = self.slot(epoch), self._rings[kind].in_flight[epoch].digest
         addresses = {
             source: arena.flag_address(self.rank, slot, source) for source in range(self.size)
         }
         aborted: list[int] = []
+        waited = [0.0] * self.size
+        start = time.monotonic()
         for source in self._arrivals(op, epoch, addresses, retry=(kind, epoch)):
+            waited[source] = time.monotonic() - start
             words = _words(addresses[source])
             if words[1] == _ABORT:
                 aborted.append(source)
             if words[1] == _ABORT or words[2] != digest:
                 self._raise_cause(kind, epoch, op, source)
-        return aborted
+        return waited, aborted
 
     def _arrivals(
         self,

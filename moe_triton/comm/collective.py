@@ -15,8 +15,8 @@ import dataclasses
 import datetime as dt
 import json
 import zlib
-from collections.abc import Mapping
-from typing import Any, NoReturn, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,19 +31,20 @@ from ..errors import (
     SequenceError,
     UnavailableError,
 )
-from ..layout import DispatchHeader
+from ..layout import NOWHERE, DispatchHeader
 from .groups import Group
+from .parts import parts_bytes, write_parts
+from .rows import finish_rows, receive, rows_in_plan_order, write_tokens
 from .transport import (
     Call,
+    Finish,
     Outputs,
     Pending,
     Received,
     Tokens,
     outside_autograd,
-    receive,
-    reduce_rows,
-    rows_in_plan_order,
-    write_tokens,
+    phase,
+    profiled,
 )
 from .waiting import Waiter, ranks_text
 from .window import MoeConfig, header_of
@@ -51,9 +52,11 @@ from .window import MoeConfig, header_of
 # What sends and receives: torch's group, or gloo itself.
 Connection: TypeAlias = "dist.ProcessGroup | dist.ProcessGroupGloo"
 
+_T = TypeVar("_T")
+
 _NOTICE_BYTES = 4096
 _CLOCK_SLACK = 0.01  # seconds by which gloo, which counts milliseconds, may be early
-_KINDS = ("dispatch", "combine", "exchange")
+_KINDS = ("dispatch", "combine", "gather", "exchange")
 
 
 @dataclasses.dataclass
@@ -89,6 +92,7 @@ class CollectiveTransport:
     def __init__(
         self, group: Group, connection: Connection, name: str, *, in_flight: int, timeout: float
     ) -> None:
+        self.group_name = group.name
         self._group = group
         self._name = name
         self._connection: Connection | None = connection
@@ -109,7 +113,7 @@ class CollectiveTransport:
         self._await_notices(kind, epoch, call.op)
         self._finish(kind, epoch)
 
-    @outside_autograd
+    @phase("dispatch setup")
     def dispatch_setup(self, call: Call, tokens: Tokens) -> Pending:
         """Stage the tokens, each rank's once, and send the notices."""
         epoch = self._begin("dispatch", call.op)
@@ -119,20 +123,20 @@ class CollectiveTransport:
             headers, rows = layout.headers(data), layout.rows(data)
             targets = [header_of(headers, rank) for rank in range(self._size)]
             plan = write_tokens(call, self._rank, tokens, rows, targets)
-            parts = self._parts(config, tokens, headers, rows, epoch)
+            parts = self._parts(config, headers, rows, epoch)
         except BaseException as error:
             self._give_up(call.op, "dispatch", epoch, error)
             raise
         self._notify(call.op, "dispatch", epoch, call.arguments, [len(part) for part in parts])
         return Pending(self, call, tokens, epoch, (plan, parts))
 
-    @outside_autograd
+    @phase("dispatch teardown")
     def dispatch_teardown(self, pending: Pending) -> Received:
         """Exchange the rows that the notices announced, and gather those of each expert."""
         call, config, epoch = pending.call, pending.call.config, pending.epoch
         plan, parts = pending.state
         layout, stride = config.dispatch, config.row_format.stride
-        coming = self._await_notices("dispatch", epoch, call.op)
+        coming = self._await(pending, "dispatch")
         # The header of a source is one piece of memory, from its count of tokens to its weights.
         staged = self._buffer("dispatch send", epoch, layout.rows_start).view(self._size, -1)
         received = self._buffer("dispatch headers", epoch, layout.rows_start).view(self._size, -1)
@@ -150,16 +154,15 @@ class CollectiveTransport:
         def locate(source: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             # A source sent the rows this rank wants in ascending order: find each one's place.
             wanted = torch.zeros((self._size, layout.num_rows), dtype=torch.bool)
-            wanted[source, row.long()] = True
+            wanted[source, row] = True
             place = wanted.cumsum(1) - 1
-            return rows, first[source] + place[source, row.long()]
+            return rows, first[source] + place[source, row]
 
         return receive(call, self._rank, pending.data, plan, headers, locate)
 
     def _parts(
         self,
         config: MoeConfig,
-        tokens: Tokens,
         headers: DispatchHeader,
         rows: torch.Tensor,
         epoch: int,
@@ -169,47 +172,50 @@ class CollectiveTransport:
         copies = headers.counts[0].view(-1, topology.experts_per_rank).sum(1).tolist()
         counts = [0] * topology.num_shared_ranks + copies
         for rank in topology.shared_ranks_of(self._rank):
-            counts[rank] = len(tokens.x)
+            counts[rank] = int(headers.num_tokens[rank])
         wanted = torch.zeros((self._size, len(rows)), dtype=torch.bool)
         for rank, count in enumerate(counts):
-            wanted[rank, headers.slots[rank, :count].long()] = True
+            wanted[rank, config.row_of(headers.copies[rank, :count])] = True
         index = wanted.nonzero()[:, 1]
         stride = rows.shape[1]
         staged = self._buffer("dispatch rows", epoch, len(index) * stride).view(-1, stride)
         torch.index_select(rows, 0, index, out=staged)
         return list(staged.split(wanted.sum(1).tolist()))
 
-    @outside_autograd
+    @phase("combine setup")
     def combine_setup(self, call: Call, outputs: Outputs) -> Pending:
         """Stage the experts' rows by the rank they return to, and send the notices."""
         epoch = self._begin("combine", call.op)
-        config = call.config
+        fmt = call.config.return_format
         try:
             source = outputs.sources.source
-            num_bytes = len(source) * config.hidden * config.dtype.itemsize
-            staged = self._buffer("combine send", epoch, num_bytes).view(config.dtype)
-            staged = staged.view(-1, config.hidden)
-            torch.index_select(outputs.y, 0, source.argsort(stable=True), out=staged)
-            counts = torch.bincount(source, minlength=self._size).tolist()
+            real = (source != NOWHERE).nonzero()[:, 0]
+            order = real[source[real].argsort(stable=True)]
+            num_bytes = len(order) * fmt.stride
+            staged = self._buffer("combine send", epoch, num_bytes).view(-1, fmt.stride)
+            if fmt.scale_offset is None:
+                torch.index_select(outputs.y, 0, order, out=fmt.payload(staged))
+            else:
+                call.steps.encode(outputs.y[order], fmt, staged)
+            counts = torch.bincount(source[real], minlength=self._size).tolist()
         except BaseException as error:
             self._give_up(call.op, "combine", epoch, error)
             raise
         self._notify(call.op, "combine", epoch, call.arguments, counts)
         return Pending(self, call, outputs, epoch, staged.split(counts))
 
-    @outside_autograd
-    def combine_teardown(self, pending: Pending, addend: torch.Tensor | None) -> torch.Tensor:
+    @phase("combine teardown")
+    def combine_teardown(self, pending: Pending, finish: Finish) -> torch.Tensor:
         """Exchange the rows and sum those of each token.
 
         They come in the order of this rank's plan: a rank returns its experts' rows in the order in
         which it got them, and ranks follow each other as their experts do.
         """
         call, config, outputs = pending.call, pending.call.config, pending.data
-        topology = config.topology
-        coming = self._await_notices("combine", pending.epoch, call.op)
-        num_bytes = sum(coming) * config.hidden * config.dtype.itemsize
-        rows = self._buffer("combine receive", pending.epoch, num_bytes).view(config.dtype)
-        rows = rows.view(-1, config.hidden)
+        topology, stride = config.topology, config.return_format.stride
+        coming = self._await(pending, "combine")
+        buffer = self._buffer("combine receive", pending.epoch, sum(coming) * stride)
+        rows = buffer.view(-1, stride)
         # Rows of routed experts first, then those of the shared experts, which have lower ranks.
         ranks = [*range(topology.num_shared_ranks, self._size), *range(topology.num_shared_ranks)]
         parts = dict(zip(ranks, rows.split([coming[rank] for rank in ranks]), strict=True))
@@ -222,7 +228,7 @@ class CollectiveTransport:
         self._finish("combine", pending.epoch)
         # Only now: a peer for which all is well exchanges its rows with this rank in any case.
         self._check_returns(call, outputs, coming)
-        return reduce_rows(call, outputs, rows, rows_in_plan_order(config, outputs), addend)
+        return finish_rows(call, outputs, rows, rows_in_plan_order(config, outputs), finish)
 
     def _check_returns(self, call: Call, outputs: Outputs, coming: list[int]) -> None:
         """Raise unless every rank returns as many rows as this one sent it."""
@@ -230,10 +236,38 @@ class CollectiveTransport:
         routed = outputs.plan.counts.view(-1, topology.experts_per_rank).sum(1).tolist()
         sent = [0] * topology.num_shared_ranks + routed
         for rank in topology.shared_ranks_of(self._rank):
-            sent[rank] = len(outputs.expert_ids)
+            sent[rank] = int((outputs.expert_ids != NOWHERE).any(1).sum())
         for rank, (mine, theirs) in enumerate(zip(sent, coming, strict=True)):
             if mine != theirs:
                 raise RoutingMismatchError(call.op, rank, "its experts", mine, theirs)
+
+    @phase("gather setup")
+    def gather_setup(self, call: Call, parts: Sequence[torch.Tensor], num_bytes: int) -> Pending:  # noqa: ARG002
+        """Stage the parts and say how long they are."""
+        epoch = self._begin("gather", call.op)
+        try:
+            size = parts_bytes([part.numel() * part.element_size() for part in parts])
+            staged = self._buffer("gather send", epoch, size)
+            write_parts(staged, parts)
+        except BaseException as error:
+            self._give_up(call.op, "gather", epoch, error)
+            raise
+        self._notify(call.op, "gather", epoch, call.arguments, [size] * self._size)
+        return Pending(self, call, None, epoch, staged)
+
+    @phase("gather teardown")
+    def gather_teardown(self, pending: Pending, consume: Callable[[list[torch.Tensor]], _T]) -> _T:
+        """Exchange the parts."""
+        coming = self._await(pending, "gather")
+        received = self._buffer("gather receive", pending.epoch, sum(coming)).split(coming)
+        self._transfer(
+            pending.call.op,
+            self._tag("gather", pending.epoch, "rows"),
+            send=[[pending.state]] * self._size,
+            receive=[[data] for data in received],
+        )
+        self._finish("gather", pending.epoch)
+        return consume(list(received))
 
     @outside_autograd
     def output_rows(self, config: MoeConfig, num_rows: int) -> None:
@@ -244,7 +278,7 @@ class CollectiveTransport:
         """Send the number of rows with the notices, then the rows."""
         epoch = self._begin("exchange", op)
         self._notify(op, "exchange", epoch, {"op": op, "row_bytes": x.shape[1]}, counts)
-        coming = self._await_notices("exchange", epoch, op)
+        coming, _ = self._await_notices("exchange", epoch, op)
         received = [x.new_empty((rows, x.shape[1])) for rows in coming]
         self._transfer(
             op,
@@ -380,29 +414,40 @@ class CollectiveTransport:
             self._break(op, tuple(failures), problem, next(iter(failures.values())))
         return works
 
-    def _settle(self, operation: _Operation, op: str) -> None:
-        """Wait for all notices of an operation."""
+    def _settle(self, operation: _Operation, op: str) -> list[float]:
+        """Wait for all notices of an operation, one by one; returns the seconds that each took."""
         waiter = Waiter(self._timeout)
+        waited = [0.0] * self._size
         while operation.receives:
             rank = next(iter(operation.receives))
+            start = waiter.remaining
             self._wait(operation.receives[rank], rank, op, waiter)
+            waited[rank] = start - waiter.remaining
             del operation.receives[rank]
         while operation.sends:
             rank, work = operation.sends[0]
             self._wait(work, rank, op, waiter)
             operation.sends.pop(0)
+        return waited
 
-    def _await_notices(self, kind: str, epoch: int, op: str) -> list[int]:
+    def _await(self, pending: Pending, kind: str) -> list[int]:
+        """The rows that each rank is going to send; notes how long that took to learn."""
+        op = pending.call.op
+        with profiled(op, f"{kind} wait", self.group_name):
+            coming, pending.waited = self._await_notices(kind, pending.epoch, op)
+        return coming
+
+    def _await_notices(self, kind: str, epoch: int, op: str) -> tuple[list[int], list[float]]:
         """Wait for all notices of the oldest operation in flight, and compare them.
 
         Returns:
-            The rows that each rank is going to send.
+            The rows that each rank is going to send, and the seconds until each said so.
         """
         oldest = next(iter(self._in_flight[kind]), None)
         if oldest != epoch:
             raise SequenceError.out_of_order(op, kind, epoch, oldest)
         operation = self._in_flight[kind][epoch]
-        self._settle(operation, op)
+        waited = self._settle(operation, op)
         notices = [json.loads(bytes(raw.numpy())) for raw in operation.notices]
         own = notices[self._rank]["arguments"]
         error: MoeError | None = None
@@ -422,7 +467,7 @@ class CollectiveTransport:
         if error is not None:
             self._finish(kind, epoch)
             raise error
-        return [notice["rows"] for notice in notices]
+        return [notice["rows"] for notice in notices], waited
 
     def _transfer(
         self,

@@ -53,7 +53,9 @@ class Endpoint:
         self._in_flight = in_flight
         self._timeout = timeout
         self._meeting = Meeting(group, tag, timeout) if group.size > 1 else None
-        self._connected: Transport | None = SingleTransport(in_flight) if group.size == 1 else None
+        self._connected: Transport | None = None
+        if group.size == 1:
+            self._connected = SingleTransport(group.name, in_flight)
         self._process_group_used = False
         self._lost: str | None = None  # why the ranks did not meet
         self._closed = False
@@ -205,7 +207,8 @@ class Endpoint:
             cause = "; ".join([*causes, f"collective: {error.problem}"])
             problem = f"transport {self.choice!r} cannot work here: {cause}"
             raise UnavailableError(op, problem) from error
-        if self._process_group_used:  # before recover(), so that it is broken
+        # Before recover() it was used, so that it is broken; and it cannot do without some ranks.
+        if self._process_group_used or self.group.members is not None:
             store = self._meeting.private_store()
             connection = collective.reconnect(op, self.group, store, self._timeout)
         self._process_group_used = True

@@ -31,6 +31,8 @@ class Group:
         in_process: all ranks are threads of this process.
         process_group: torch's group, or None.
         transport: what "auto" stands for on this group.
+        members: the ranks of the named group that this one consists of, in the order of their ranks
+            here; None for all.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Group:
     in_process: bool = False
     process_group: dist.ProcessGroup | None = None
     transport: str = "auto"
+    members: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +150,21 @@ def _from_process_group(group: dist.ProcessGroup) -> Group:
         dist.PrefixStore("moe_triton", store),
         process_group=group,
         transport=_transports.get(name, "auto"),
+    )
+
+
+def subgroup(group: Group, members: tuple[int, ...]) -> Group:
+    """Some ranks of a group, this one among them, as a group that needs none of the others.
+
+    Only the store stays that of the group, so whoever serves it must go on.
+    """
+    if len(members) == group.size:
+        return group
+    store = group.store
+    if store is not None:
+        store = dist.PrefixStore("members " + " ".join(map(str, members)), store)
+    return dataclasses.replace(
+        group, rank=members.index(group.rank), size=len(members), store=store, members=members
     )
 
 

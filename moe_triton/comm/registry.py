@@ -16,14 +16,14 @@ from .groups import Group
 DEFAULT_TIMEOUT = 30.0  # seconds
 
 _lock = threading.Lock()  # ranks may be threads
-_defaults: dict[tuple[str, int], Endpoint] = {}
+_defaults: dict[tuple[str, int, tuple[int, ...] | None], Endpoint] = {}
 _others: weakref.WeakSet[Endpoint] = weakref.WeakSet()  # who drops one need not close it
 _opened: dict[tuple[str, int], int] = defaultdict(int)  # others so far, by group and rank
 
 
 def default_endpoint(group: Group) -> Endpoint:
     """The endpoint that all functional ops of this rank share."""
-    key = (group.name, group.rank)
+    key = (group.name, group.rank, group.members)
     with _lock:
         found = _defaults.get(key)
         # A process group that was destroyed and made again may have the old name.

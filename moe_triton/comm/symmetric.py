@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
 import torch
 
 from ..errors import ArgumentValueError, MoeError
+from ..layout import NOWHERE
 from .channel import Channel
+from .parts import write_parts
+from .rows import check_returns, finish_rows, receive, rows_at_holders, write_tokens
 from .transport import (
     Call,
+    Finish,
     Outputs,
     Pending,
     Received,
     Tokens,
-    check_returns,
     outside_autograd,
-    receive,
-    reduce_rows,
-    rows_at_holders,
-    write_tokens,
+    phase,
+    profiled,
 )
 from .window import Arena, MoeConfig, header_of
+
+_T = TypeVar("_T")
 
 
 class SymmetricTransport:
@@ -28,6 +34,7 @@ class SymmetricTransport:
     name = "symmetric"
 
     def __init__(self, channel: Channel) -> None:
+        self.group_name = channel.group.name
         self._channel = channel
         self._rank = channel.rank
 
@@ -44,7 +51,7 @@ class SymmetricTransport:
         self._channel.wait(kind, epoch, call.op)
         self._channel.finish(kind, epoch)
 
-    @outside_autograd
+    @phase("dispatch setup")
     def dispatch_setup(self, call: Call, tokens: Tokens) -> Pending:
         """Write the tokens and say for whom they are; waits only while arguments are new."""
         channel, layout = self._channel, call.config.dispatch
@@ -64,17 +71,17 @@ class SymmetricTransport:
         channel.signal("dispatch", epoch)
         return Pending(self, call, tokens, epoch, (plan, arena))
 
-    @outside_autograd
+    @phase("dispatch teardown")
     def dispatch_teardown(self, pending: Pending) -> Received:
         """Wait for all ranks' tokens and gather those for this rank."""
         channel, call, layout = self._channel, pending.call, pending.call.config.dispatch
         plan, arena = pending.state
-        channel.wait("dispatch", pending.epoch, call.op)
+        self._wait("dispatch", pending)
         slot, stride = channel.slot(pending.epoch), call.config.row_format.stride
-        reach = arena.reach(slot, layout.rows_start, stride, torch.uint8, stride)
+        reach = arena.reach(slot, layout.rows_start, stride)
 
         def locate(source: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return reach.rows, reach.origins[source] + row.long() * reach.step
+            return reach.rows, reach.origins[source] + row * reach.step
 
         try:
             headers = arena.view(self._rank, slot, layout, layout.headers)
@@ -82,7 +89,7 @@ class SymmetricTransport:
         finally:
             channel.finish("dispatch", pending.epoch)
 
-    @outside_autograd
+    @phase("combine setup")
     def combine_setup(self, call: Call, outputs: Outputs) -> Pending:
         """Write the experts' rows, unless they are in place already, and where each group ends."""
         channel, layout = self._channel, call.config.combine
@@ -91,7 +98,7 @@ class SymmetricTransport:
         try:
             arena = channel.agree("combine", epoch, call.op, call.arguments, layout.num_bytes)
             rows = arena.view(self._rank, slot, layout, layout.rows)
-            self._put_rows(call.op, arena, rows, outputs)
+            self._put_rows(call, arena, rows, outputs)
             ends = outputs.sources.ends
             arena.view(self._rank, slot, layout, layout.ends)[: len(ends)] = ends
         except BaseException as error:
@@ -100,24 +107,26 @@ class SymmetricTransport:
         channel.signal("combine", epoch)
         return Pending(self, call, outputs, epoch, arena)
 
-    def _put_rows(self, op: str, arena: Arena, rows: torch.Tensor, outputs: Outputs) -> None:
+    def _put_rows(self, call: Call, arena: Arena, rows: torch.Tensor, outputs: Outputs) -> None:
         """Write the experts' rows into the window, unless they have been written there."""
         y = outputs.y[: outputs.sources.source.numel()]
         in_window = arena.holds(self._rank, y)
         if in_window and not outputs.lent:
             contract = "not be output_rows() from before another combine, which voids them"
-            raise ArgumentValueError(op, "y", contract, "such rows")
-        if in_window and (y.data_ptr(), y.stride()) == (rows.data_ptr(), rows.stride()):
+            raise ArgumentValueError(call.op, "y", contract, "such rows")
+        fmt = call.config.return_format
+        place = fmt.payload(rows)
+        if in_window and (y.data_ptr(), y.stride()) == (place.data_ptr(), place.stride()):
             return
         # From elsewhere in the window, the copy might overlap what it reads.
-        rows[: len(y)] = y.clone() if in_window else y
+        call.steps.encode(y.clone() if in_window else y, fmt, rows[: len(y)])
 
-    @outside_autograd
-    def combine_teardown(self, pending: Pending, addend: torch.Tensor | None) -> torch.Tensor:
+    @phase("combine teardown")
+    def combine_teardown(self, pending: Pending, finish: Finish) -> torch.Tensor:
         """Wait for all ranks' rows and sum those of each token, from where they are."""
         channel, call, layout = self._channel, pending.call, pending.call.config.combine
         arena = pending.state
-        channel.wait("combine", pending.epoch, call.op)
+        self._wait("combine", pending)
         slot, config = channel.slot(pending.epoch), call.config
         try:
             ends = torch.stack(
@@ -125,22 +134,52 @@ class SymmetricTransport:
             )
             check_returns(call, self._rank, pending.data, ends)
             holder, row = rows_at_holders(config, self._rank, pending.data, ends)
-            reach = arena.reach(slot, layout.rows_start, layout.stride, config.dtype, config.hidden)
-            index = reach.origins[holder] + row * reach.step
-            return reduce_rows(call, pending.data, reach.rows, index, addend)
+            reach = arena.reach(slot, layout.rows_start, config.return_format.stride)
+            index = (reach.origins[holder] + row * reach.step).where(row != NOWHERE, NOWHERE)
+            return finish_rows(call, pending.data, reach.rows, index, finish)
         finally:
             channel.finish("combine", pending.epoch)
+
+    @phase("gather setup")
+    def gather_setup(self, call: Call, parts: Sequence[torch.Tensor], num_bytes: int) -> Pending:
+        """Write the parts into this rank's window."""
+        channel = self._channel
+        epoch = channel.begin("gather", call.op)
+        slot = channel.slot(epoch)
+        try:
+            arena = channel.agree("gather", epoch, call.op, call.arguments, num_bytes)
+            write_parts(arena.data(self._rank, slot), parts)
+        except BaseException as error:
+            channel.abort("gather", epoch, error)
+            raise
+        channel.signal("gather", epoch)
+        return Pending(self, call, None, epoch, arena)
+
+    @phase("gather teardown")
+    def gather_teardown(self, pending: Pending, consume: Callable[[list[torch.Tensor]], _T]) -> _T:
+        """Wait for all ranks and read their windows."""
+        channel, arena = self._channel, pending.state
+        self._wait("gather", pending)
+        slot = channel.slot(pending.epoch)
+        try:
+            return consume([arena.data(owner, slot) for owner in range(channel.size)])
+        finally:
+            channel.finish("gather", pending.epoch)
+
+    def _wait(self, kind: str, pending: Pending) -> None:
+        with profiled(pending.call.op, f"{kind} wait", self.group_name):
+            pending.waited = self._channel.wait(kind, pending.epoch, pending.call.op)
 
     @outside_autograd
     def output_rows(self, config: MoeConfig, num_rows: int) -> torch.Tensor | None:
         """The place from which the next combine sends, so that experts can write there."""
-        layout = config.combine
+        layout, fmt = config.combine, config.return_format
         free = self._channel.next_slot("combine")
-        if free is None:
+        if free is None or fmt.scale_offset is not None:
             return None
         arena, slot = free
         rows: torch.Tensor = arena.view(self._rank, slot, layout, layout.rows)
-        return rows[:num_rows]
+        return fmt.payload(rows)[:num_rows]
 
     @outside_autograd
     def all_to_all_v(self, op: str, x: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, ParamSpec, Protocol, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 
-from ..errors import MoeError, ReceiveOverflowError, RoutingMismatchError
-from ..layout import DispatchHeader, Plan, Sources
+from ..errors import MoeError
+from ..layout import Plan, Sources, SpecialExperts
 from .window import MoeConfig
 
 _P = ParamSpec("_P")
@@ -34,6 +34,8 @@ class DeviceSteps:
     push: Callable[..., None]
     sources: Callable[..., Sources]
     pack: Callable[..., None]
+    encode: Callable[..., None]
+    add_rows: Callable[..., None]
     reduce: Callable[..., None]
 
 
@@ -60,17 +62,17 @@ class Tokens:
 
     Attributes:
         x: [T, H].
-        expert_ids: [T, K] int32.
-        weights: [T, K] fp32 to send along, or None.
+        expert_ids: [T, K] int32; those outside [0, E) are not sent.
+        weights: [T, K] to send along, of the configuration's ``weight_dtype``, or None.
         smooth: [NS + E, H] fp32, or None.
-        exact: allocate exactly the received rows, not the capacity.
+        num_rows: rows to allocate for what arrives, or None for exactly as many as do.
     """
 
     x: torch.Tensor
     expert_ids: torch.Tensor
     weights: torch.Tensor | None = None
     smooth: torch.Tensor | None = None
-    exact: bool = False
+    num_rows: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +99,12 @@ class Received:
     """The output of a dispatch.
 
     Attributes:
-        x: [A, H] rows in (local expert, source, flat position) order; [n, H] when exact.
-        scales: [A] fp32, or None.
-        weights: [A] fp32, or None.
+        x: [num_rows, H] rows in (local expert, source, flat position) order; padding rows are zero.
+        scales: [num_rows] fp32, or None.
+        weights: [num_rows], or None.
         counts: [L, W] int32 rows for each local expert from each source.
         sources: the numbering of the n rows.
+        copies: [n] int32 which copy each row is, token * (K + NS) + slot of its source.
         plan: of this rank's own tokens.
     """
 
@@ -110,6 +113,7 @@ class Received:
     weights: torch.Tensor | None
     counts: torch.Tensor
     sources: Sources
+    copies: torch.Tensor
     plan: Plan
 
 
@@ -122,7 +126,7 @@ class Outputs:
         sources: dispatch's numbering of the rows.
         expert_ids: [T, K] int32 of this rank's tokens.
         plan: their plan.
-        weights: [T, K] fp32, or None for all 1.
+        weights: [T, K] of the configuration's ``weight_dtype``, or None for all 1.
         lent: y may be what ``output_rows`` gave since the last combine.
     """
 
@@ -132,6 +136,22 @@ class Outputs:
     plan: Plan
     weights: torch.Tensor | None
     lent: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Finish:
+    """What a combine does with the rows that came back.
+
+    Attributes:
+        special: the experts without a network, or None.
+        addend: [T, H] to add with weight 1, or None.
+        apart: return [T, K + NS, H], the row of each slot by itself and zeros where there is none,
+            instead of their sum.
+    """
+
+    special: SpecialExperts | None = None
+    addend: torch.Tensor | None = None
+    apart: bool = False
 
 
 @dataclasses.dataclass
@@ -144,6 +164,7 @@ class Pending:
         data: its input.
         epoch: its number.
         state: the transport's own.
+        waited: seconds that the teardown waited for each rank; empty before it.
     """
 
     owner: Transport
@@ -151,6 +172,7 @@ class Pending:
     data: Any
     epoch: int
     state: Any = None
+    waited: list[float] = dataclasses.field(default_factory=list)
 
 
 def outside_autograd(method: Callable[_P, _T]) -> Callable[_P, _T]:
@@ -167,10 +189,38 @@ def outside_autograd(method: Callable[_P, _T]) -> Callable[_P, _T]:
     return wrapped
 
 
+def phase(name: str) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
+    """Run one phase of an operation outside autograd, as a range that torch.profiler shows.
+
+    Args:
+        name: of the phase; that of the op and of the group are added.
+    """
+
+    def decorate(method: Callable[_P, _T]) -> Callable[_P, _T]:
+        inner = outside_autograd(method)
+
+        @functools.wraps(method)
+        def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+            transport, what = cast("tuple[Transport, Call | Pending]", args[:2])
+            call = what.call if isinstance(what, Pending) else what
+            with profiled(call.op, name, transport.group_name):
+                return inner(*args, **kwargs)
+
+        return wrapped
+
+    return decorate
+
+
+def profiled(op: str, name: str, group: str) -> torch.profiler.record_function:
+    """A range named like ``op/name [group]`` in the traces of torch.profiler."""
+    return torch.profiler.record_function(f"{op}/{name} [{group}]")
+
+
 class Transport(Protocol):
     """One rank's end of a group. Every rank issues the same sequence of operations."""
 
     name: str
+    group_name: str
 
     def prepare(self, call: Call, kind: str, slot_bytes: int) -> None:
         """Compare the arguments and allocate what ``kind`` needs, on all ranks together."""
@@ -188,8 +238,16 @@ class Transport(Protocol):
         """Send the experts' rows back."""
         ...
 
-    def combine_teardown(self, pending: Pending, addend: torch.Tensor | None) -> torch.Tensor:
+    def combine_teardown(self, pending: Pending, finish: Finish) -> torch.Tensor:
         """Wait for all ranks' rows and sum those of each token."""
+        ...
+
+    def gather_setup(self, call: Call, parts: Sequence[torch.Tensor], num_bytes: int) -> Pending:
+        """Show ``parts``, one after the other, to all ranks; ``num_bytes`` is the most of any."""
+        ...
+
+    def gather_teardown(self, pending: Pending, consume: Callable[[list[torch.Tensor]], _T]) -> _T:
+        """Wait for all ranks; ``consume`` gets each one's uint8, with garbage after the end."""
         ...
 
     def output_rows(self, config: MoeConfig, num_rows: int) -> torch.Tensor | None:
@@ -215,174 +273,3 @@ class Transport(Protocol):
     def close(self) -> None:
         """Give up memory."""
         ...
-
-
-def write_tokens(
-    call: Call, rank: int, tokens: Tokens, rows: torch.Tensor, headers: list[DispatchHeader]
-) -> Plan:
-    """Plan this rank's tokens, write them into its rows and its headers."""
-    topology = call.config.topology
-    plan = call.steps.plan(tokens.expert_ids, topology.num_experts)
-    call.steps.push(
-        tokens.x,
-        tokens.expert_ids,
-        tokens.weights,
-        tokens.smooth,
-        call.config.row_format,
-        plan,
-        rows,
-        headers,
-        experts_per_rank=topology.experts_per_rank,
-        shared_targets=topology.shared_ranks_of(rank),
-        num_shared_ranks=topology.num_shared_ranks,
-    )
-    return plan
-
-
-def traffic(config: MoeConfig, tokens: Tokens) -> Traffic:
-    """Count what a dispatch of ``tokens`` moves."""
-    num_tokens, top_k = tokens.expert_ids.shape
-    shared = num_tokens * config.topology.num_shared_experts
-    copies = num_tokens * top_k
-    sent = copies
-    if tokens.smooth is None:
-        ranks = (tokens.expert_ids // config.topology.experts_per_rank).sort(dim=1).values
-        sent -= int((ranks[:, 1:] == ranks[:, :-1]).sum())
-    stride = config.row_format.stride
-    return Traffic(sent + shared, copies - sent, (sent + shared) * stride, (copies - sent) * stride)
-
-
-def received_counts(config: MoeConfig, rank: int, headers: DispatchHeader) -> torch.Tensor:
-    """[L, W] int32 rows for each local expert of ``rank`` from each source."""
-    topology = config.topology
-    if not topology.is_shared_rank(rank):
-        local = topology.local_experts(rank)
-        return headers.counts[:, local.start : local.stop].T.contiguous()
-    serves = [topology.serves(rank, source) for source in range(topology.world_size)]
-    return (headers.num_tokens.T * torch.tensor(serves, device=headers.counts.device)).int()
-
-
-def receive(
-    call: Call,
-    rank: int,
-    tokens: Tokens,
-    plan: Plan,
-    headers: DispatchHeader,
-    locate: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
-) -> Received:
-    """Pack what all ranks sent into the outputs of dispatch.
-
-    Args:
-        call: the call.
-        rank: this rank.
-        tokens: its input.
-        plan: of its tokens.
-        headers: of all sources.
-        locate: from the source of each received row, and its number among the source's rows, to a
-            tensor of rows and the index of each.
-    """
-    config = call.config
-    if config.max_rows is not None:
-        _check_overflow(call, config.max_rows, headers)
-    counts = received_counts(config, rank, headers)
-    sources = call.steps.sources(counts)
-    source, copy = sources.source, sources.copy
-    num_rows = len(source) if tokens.exact else config.capacity(rank)
-    x = tokens.x.new_empty((num_rows, config.hidden), dtype=config.row_format.dtype)
-    scales = x.new_empty(num_rows, dtype=torch.float32) if config.quant else None
-    rows, index = locate(source, headers.slots[source, copy])
-    call.steps.pack(rows, index, config.row_format, x, scales)
-    weights = None
-    if headers.weights is not None:
-        weights = x.new_empty(num_rows, dtype=torch.float32)
-        weights[: len(source)] = headers.weights[source, copy]
-    return Received(x, scales, weights, counts, sources, plan)
-
-
-def _check_overflow(call: Call, limit: int, headers: DispatchHeader) -> None:
-    """Raise on every rank alike when any rank receives more than ``limit`` rows."""
-    for rank in range(call.config.topology.world_size):
-        rows = int(received_counts(call.config, rank, headers).sum())
-        if rows > limit:
-            raise ReceiveOverflowError(call.op, rank, rows, limit)
-
-
-def reduce_rows(
-    call: Call,
-    outputs: Outputs,
-    rows: torch.Tensor,
-    index: torch.Tensor,
-    addend: torch.Tensor | None,
-) -> torch.Tensor:
-    """The weighted sum of the rows that [T, K + NS] ``index`` names."""
-    out = outputs.y.new_empty((len(index), call.config.hidden))
-    call.steps.reduce(rows, index, outputs.weights, addend, out)
-    return out
-
-
-def rows_in_plan_order(config: MoeConfig, outputs: Outputs) -> torch.Tensor:
-    """[T, K + NS] int64 where each token's rows are, when they lie in the order of its plan.
-
-    That is by (expert, flat position), followed by all tokens for each shared expert.
-    """
-    plan, shape = outputs.plan, outputs.expert_ids.shape
-    first = plan.counts.cumsum(0) - plan.counts
-    routed = first[outputs.expert_ids.long()] + plan.expand_idx.view(shape)
-    token = torch.arange(shape[0], device=routed.device)[:, None]
-    shared = torch.arange(config.topology.num_shared_experts, device=routed.device)
-    return torch.cat([routed, shape[0] * (shape[1] + shared) + token], dim=1)
-
-
-def check_returns(call: Call, rank: int, outputs: Outputs, ends: torch.Tensor) -> None:
-    """Raise unless every rank returns as many rows as ``rank`` sent it, expert by expert.
-
-    Args:
-        call: the call.
-        rank: this rank, the source of the tokens.
-        outputs: its input to combine.
-        ends: [W, L*W] every rank's prefix sums by (local expert, source).
-    """
-    topology = call.config.topology
-    local, first = topology.experts_per_rank, topology.num_shared_ranks
-    counts = ends.diff(dim=1, prepend=ends.new_zeros((len(ends), 1)))
-    returned = counts[first:].view(-1, local, topology.world_size)[..., rank].reshape(-1)
-    wrong = (returned != outputs.plan.counts).nonzero()
-    if len(wrong):
-        expert = int(wrong[0])
-        sent, got = int(outputs.plan.counts[expert]), int(returned[expert])
-        raise RoutingMismatchError(call.op, first + expert // local, f"expert {expert}", sent, got)
-    tokens = len(outputs.expert_ids)
-    for shared, holder in enumerate(topology.shared_ranks_of(rank)):
-        got = int(counts[holder, rank])
-        if got != tokens:
-            raise RoutingMismatchError(call.op, holder, f"shared expert {shared}", tokens, got)
-
-
-def rows_at_holders(
-    config: MoeConfig, rank: int, outputs: Outputs, ends: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which rank holds each token's rows after the experts, and at which place.
-
-    Args:
-        config: sizes.
-        rank: this rank, the source of the tokens.
-        outputs: its input to combine.
-        ends: [W, L*W] every rank's prefix sums.
-
-    Returns:
-        holder: [T, K + NS] int64.
-        row: [T, K + NS] int64 among the holder's rows.
-    """
-    topology, ids = config.topology, outputs.expert_ids.long()
-    local = topology.experts_per_rank
-    starts = torch.nn.functional.pad(ends, (1, 0)).long()  # entry i: the rows before group i
-    holder = topology.num_shared_ranks + ids // local
-    row = starts[holder, ids % local * topology.world_size + rank]
-    row = row + outputs.plan.expand_idx.view(ids.shape)
-    shared = torch.tensor(topology.shared_ranks_of(rank), dtype=torch.long, device=ids.device)
-    shared = shared.expand(len(ids), -1)
-    token = torch.arange(len(ids), device=ids.device)[:, None]
-    return (
-        torch.cat([holder, shared], dim=1),
-        torch.cat([row, starts[shared, rank] + token], dim=1),
-    )

@@ -4,9 +4,10 @@ Each rank has a window for each kind of operation, split into ``slots`` equal pa
 use in turn. A slot begins with one flag record per source, four int32 words (epoch, status, digest
 of the arguments, unused), and goes on with what the kind needs:
 
-    dispatch   [W] headers (token count, counts[E], slots[C], weights[C]); [R] rows of stride bytes
-    combine    [L*W] prefix sums of the rows by (local expert, source); [A] rows of H elements
-    exchange   [W] bytes of any kind
+    dispatch   [W] headers (token count, counts[E], copies[C], weights[C]); [R] rows
+    combine    [L*W] prefix sums of the rows by (local expert, source); [A] rows
+    gather     bytes of any kind, one piece for all ranks
+    exchange   [W] bytes of any kind, a piece for each rank
 
 What has one part for each source is written by the sources, flags included; rows and prefix sums
 are the owner's, and the others read them. In host memory a load from a peer's window costs what a
@@ -31,6 +32,7 @@ from .memory import Block
 
 FLAG_WORDS = 4
 FLAG_BYTES = 4 * FLAG_WORDS
+RETURN_BLOCK = 8  # elements that share a scale when rows return quantised
 _MAX_VIEWS = 1024  # views an arena remembers
 
 
@@ -64,6 +66,8 @@ class MoeConfig:
         per_expert: each expert has a smooth row of its own, so that copies of a token differ.
         with_weights: the routing weights travel with the tokens.
         max_rows: most rows a rank receives, where that is less than the worst case; or None.
+        alignment: the rows of each local expert are padded to a multiple of this.
+        quant_return: None, or "int8" for rows quantised in blocks on the way back.
     """
 
     topology: Topology
@@ -75,6 +79,13 @@ class MoeConfig:
     per_expert: bool = False
     with_weights: bool = False
     max_rows: int | None = None
+    alignment: int = 1
+    quant_return: str | None = None
+
+    @property
+    def num_slots(self) -> int:
+        """K + NS: the places a token can go to."""
+        return self.top_k + self.topology.num_shared_experts
 
     @functools.cached_property
     def max_copies(self) -> int:
@@ -84,16 +95,39 @@ class MoeConfig:
     @functools.cached_property
     def row_format(self) -> RowFormat:
         """How a dispatched row travels."""
-        if self.quant is None:
-            num_bytes = self.hidden * self.dtype.itemsize
-            return RowFormat(self.dtype, self.hidden, align(num_bytes), None)
+        return self._plain_format if self.quant is None else self._int8_format(torch.float32, 0)
+
+    @functools.cached_property
+    def return_format(self) -> RowFormat:
+        """How a row returns from its expert."""
+        if self.quant_return is None:
+            return self._plain_format
+        return self._int8_format(self.dtype, RETURN_BLOCK)
+
+    @functools.cached_property
+    def _plain_format(self) -> RowFormat:
+        return RowFormat(self.dtype, self.hidden, align(self.hidden * self.dtype.itemsize))
+
+    def _int8_format(self, scale_dtype: torch.dtype, block: int) -> RowFormat:
         offset = align(self.hidden)
-        return RowFormat(torch.int8, self.hidden, offset + 16, offset)
+        bare = RowFormat(torch.int8, self.hidden, 0, offset, scale_dtype, block)
+        return bare._replace(stride=align(offset + bare.num_scales * scale_dtype.itemsize))
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Of the routing weights: float32, for float64 float64."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def row_of(self, copies: torch.Tensor) -> torch.Tensor:
+        """Which of its source's rows each copy, token * (K + NS) + slot, is; int64."""
+        return (copies if self.per_expert else copies // self.num_slots).long()
 
     def capacity(self, rank: int) -> int:
-        """A: the rows that ``rank`` sets aside for what it receives."""
+        """A: the rows that ``rank`` sets aside for what it receives, and their padding."""
         most = self.topology.capacity(rank, self.max_tokens, self.top_k)
-        return most if self.max_rows is None else min(most, self.max_rows)
+        if self.max_rows is not None:
+            most = min(most, self.max_rows)
+        return most + self.topology.num_local_experts(rank) * (self.alignment - 1)
 
     @functools.cached_property
     def dispatch(self) -> DispatchLayout:
@@ -116,16 +150,19 @@ class DispatchLayout:
     def header_bytes(self) -> int:
         """Size of one source's header."""
         config = self.config
-        lists = 2 if config.with_weights else 1
-        return align(4 * (4 + config.topology.num_experts + lists * config.max_copies))
+        weight_bytes = config.weight_dtype.itemsize if config.with_weights else 0
+        return self._weights_start + align(config.max_copies * weight_bytes)
+
+    @functools.cached_property
+    def _weights_start(self) -> int:
+        config = self.config
+        return align(4 * (4 + config.topology.num_experts + config.max_copies))
 
     @functools.cached_property
     def num_rows(self) -> int:
         """R: rows that a rank writes."""
         config = self.config
-        if not config.per_expert:
-            return config.max_tokens
-        return config.max_tokens * (config.top_k + config.topology.num_shared_experts)
+        return config.max_tokens * (config.num_slots if config.per_expert else 1)
 
     @property
     def rows_start(self) -> int:
@@ -140,19 +177,18 @@ class DispatchLayout:
     def headers(self, data: torch.Tensor) -> DispatchHeader:
         """The headers of all sources, stacked, in the slot whose bytes begin with ``data``."""
         config = self.config
-        words = data[: self.rows_start].view(torch.int32)
-        words = words.view(config.topology.world_size, -1)
-        slots = 4 + config.topology.num_experts
-        weights = slots + config.max_copies
+        records = data[: self.rows_start].view(config.topology.world_size, self.header_bytes)
+        words = records[:, : self._weights_start].view(torch.int32)
+        copies = 4 + config.topology.num_experts
+        weights = None
+        if config.with_weights:
+            weights = records[:, self._weights_start :].view(config.weight_dtype)
+            weights = weights[:, : config.max_copies]
         return DispatchHeader(
             num_tokens=words[:, :1],
-            counts=words[:, 4:slots],
-            slots=words[:, slots:weights],
-            weights=(
-                words[:, weights : weights + config.max_copies].view(torch.float32)
-                if config.with_weights
-                else None
-            ),
+            counts=words[:, 4:copies],
+            copies=words[:, copies : copies + config.max_copies],
+            weights=weights,
         )
 
     def rows(self, data: torch.Tensor) -> torch.Tensor:
@@ -165,7 +201,7 @@ def header_of(headers: DispatchHeader, source: int) -> DispatchHeader:
     """One source's header."""
     weights = None if headers.weights is None else headers.weights[source]
     return DispatchHeader(
-        headers.num_tokens[source], headers.counts[source], headers.slots[source], weights
+        headers.num_tokens[source], headers.counts[source], headers.copies[source], weights
     )
 
 
@@ -186,11 +222,6 @@ class CombineLayout:
         config = self.config
         return max(config.capacity(0), config.capacity(config.topology.world_size - 1))
 
-    @functools.cached_property
-    def stride(self) -> int:
-        """Bytes from row to row."""
-        return align(self.config.hidden * self.config.dtype.itemsize)
-
     @property
     def rows_start(self) -> int:
         """Bytes before the rows."""
@@ -199,17 +230,16 @@ class CombineLayout:
     @property
     def num_bytes(self) -> int:
         """Size of a slot without its flags."""
-        return self.rows_start + self.num_rows * self.stride
+        return self.rows_start + self.num_rows * self.config.return_format.stride
 
     def ends(self, data: torch.Tensor) -> torch.Tensor:
         """[L*W] int32 prefix sums of the slot whose bytes begin with ``data``."""
         return data[: 4 * self.num_ends].view(torch.int32)
 
     def rows(self, data: torch.Tensor) -> torch.Tensor:
-        """[A, H] rows of the slot whose bytes begin with ``data``."""
-        config = self.config
-        rows = data[self.rows_start : self.num_bytes].view(config.dtype)
-        return rows.view(self.num_rows, self.stride // config.dtype.itemsize)[:, : config.hidden]
+        """[A, stride] uint8 rows of the slot whose bytes begin with ``data``."""
+        rows = data[self.rows_start : self.num_bytes]
+        return rows.view(self.num_rows, self.config.return_format.stride)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,8 +284,8 @@ class Reach(NamedTuple):
     """The rows of all ranks' windows in host memory as one tensor.
 
     Attributes:
-        rows: [N, columns], a row beginning every 16 bytes from the lowest window to the highest. In
-            between lies memory of others, which no index names.
+        rows: [N, stride] uint8, a row beginning every 16 bytes from the lowest window to the
+            highest. In between lies memory of others, which no index names.
         origins: [W] int64 index of each rank's first row.
         step: from one row of a rank to its next.
     """
@@ -305,36 +335,26 @@ class Arena:
         key = (owner, slot, layout, make.__name__)
         return self._remember(key, lambda: make(self.data(owner, slot)))
 
-    def reach(self, slot: int, start: int, stride: int, dtype: torch.dtype, columns: int) -> Reach:
+    def reach(self, slot: int, start: int, stride: int) -> Reach:
         """All ranks' rows of a slot.
 
         Args:
             slot: of the ring.
             start: bytes before the first row, behind the flags.
             stride: bytes from row to row, a multiple of 16.
-            dtype: of the elements.
-            columns: elements of a row.
         """
-        return self._remember(
-            (slot, start, stride, dtype, columns),
-            lambda: self._make_reach(slot, start, stride, dtype, columns),
-        )
+        return self._remember((slot, start, stride), lambda: self._make_reach(slot, start, stride))
 
-    def _make_reach(
-        self, slot: int, start: int, stride: int, dtype: torch.dtype, columns: int
-    ) -> Reach:
+    def _make_reach(self, slot: int, start: int, stride: int) -> Reach:
         first = slot * self.stride + self._flags + start
         ends = [
             base + block.data.numel() for base, block in zip(self._base, self.blocks, strict=True)
         ]
         lowest, highest = min(self._base) + first, max(ends)
         memory = (ctypes.c_uint8 * (highest - lowest)).from_address(lowest)
-        elements = torch.frombuffer(memory, dtype=torch.uint8)
-        elements = elements[: elements.numel() // 16 * 16].view(dtype)
-        unit = 16 // dtype.itemsize
-        count = max((elements.numel() - columns) // unit + 1, 0)
+        count = max((highest - lowest - stride) // 16 + 1, 0)
         return Reach(
-            elements.as_strided((count, columns), (unit, 1)),
+            torch.frombuffer(memory, dtype=torch.uint8).as_strided((count, stride), (16, 1)),
             torch.tensor([(base + first - lowest) // 16 for base in self._base]),
             stride // 16,
         )

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..ops.distribute import GroupArguments, distribute_combine, distribute_dispatch
+from ..ops import GroupArguments, distribute_combine, distribute_dispatch
+from ..ops.distribute import COMBINE, DISPATCH
 
 __all__ = ["npu_moe_distribute_combine", "npu_moe_distribute_dispatch"]
 
@@ -97,7 +98,8 @@ def npu_moe_distribute_dispatch(
         shared_expert_rank_num,
         global_bs,
     )
-    return distribute_dispatch(
+    out = distribute_dispatch(
+        DISPATCH,
         x,
         expert_ids,
         arguments,
@@ -106,6 +108,15 @@ def npu_moe_distribute_dispatch(
         expert_scales=expert_scales,
         quant_mode=quant_mode,
         expert_token_nums_type=expert_token_nums_type,
+    )
+    return (
+        out.expand_x,
+        out.dynamic_scales,
+        out.expand_idx,
+        out.expert_token_nums,
+        out.ep_recv_counts,
+        out.tp_recv_counts,
+        out.expand_scales,
     )
 
 
@@ -193,6 +204,7 @@ def npu_moe_distribute_combine(
         global_bs,
     )
     return distribute_combine(
+        COMBINE,
         expand_x,
         expert_ids,
         expand_idx,
@@ -209,4 +221,4 @@ def npu_moe_distribute_combine(
         group_list=group_list,
         out_dtype=out_dtype,
         group_list_type=group_list_type,
-    )
+    ).x

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from .arguments import GroupArguments
 from .distribute import distribute_combine, distribute_dispatch
-from .sizes import window_bytes
+from .sizes import layer_config, window_bytes
 from .steps import device_steps
 
-__all__ = ["device_steps", "distribute_combine", "distribute_dispatch", "window_bytes"]
+__all__ = [
+    "GroupArguments",
+    "device_steps",
+    "distribute_combine",
+    "distribute_dispatch",
+    "layer_config",
+    "window_bytes",
+]

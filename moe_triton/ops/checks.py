@@ -118,39 +118,39 @@ def topology(
     return Topology(world, num_experts, num_shared, num_shared_ranks)
 
 
-def layer(
+def expert_ids(
     op: str,
-    placement: Topology,
-    top_k: int,
-    hidden: int,
-    max_tokens: int,
-    dtype: torch.dtype,
-    quant: str | None,
-    max_recv_tokens: int | None,
+    name: str,
+    ids: torch.Tensor,
+    num_experts: int,
+    *,
+    num_special: int = 0,
+    active: torch.Tensor | None = None,
 ) -> None:
-    """The sizes and formats of a layer over ``placement`` make sense."""
-    contract = f"be in [1, {placement.num_experts}], the number of experts"
-    value(op, "top_k", 1 <= top_k <= placement.num_experts, contract, top_k)
-    value(op, "hidden", hidden >= 1, "be positive", hidden)
-    value(op, "max_tokens", max_tokens >= 0, "not be negative", max_tokens)
-    value(op, "dtype", dtype in FLOATS, f"be one of {[*FLOATS]}", dtype)
-    value(op, "quant", quant in (None, "int8"), "be None or 'int8'", repr(quant))
-    if max_recv_tokens is not None:
-        integers(op, max_recv_tokens=max_recv_tokens)
-        value(op, "max_recv_tokens", max_recv_tokens >= 0, "not be negative", max_recv_tokens)
+    """On the CPU: active ids are those of experts, and no token names a routed one twice.
 
-
-def expert_ids(op: str, name: str, ids: torch.Tensor, num_experts: int) -> None:
-    """On the CPU: ids are in [0, num_experts), and no token names an expert twice."""
+    Args:
+        op: for error messages.
+        name: of the argument.
+        ids: [T, K].
+        num_experts: E, the routed experts.
+        num_special: experts after those.
+        active: [T, K] bool, the slots to look at; None for all.
+    """
     if ids.device.type != "cpu" or ids.numel() == 0:
         return
-    wrong = (ids < 0) | (ids >= num_experts)
+    wrong = (ids < 0) | (ids >= num_experts + num_special)
+    if active is not None:
+        wrong &= active
     if wrong.any():
         token, slot = wrong.nonzero()[0].tolist()
         got = f"{int(ids[token, slot])} for token {token}, slot {slot}"
-        raise ArgumentValueError(op, name, f"be in [0, {num_experts})", got)
-    ordered = ids.sort(dim=1).values
-    repeated = ordered[:, 1:] == ordered[:, :-1]
+        raise ArgumentValueError(op, name, f"be in [0, {num_experts + num_special})", got)
+    routed = ids < num_experts
+    if active is not None:
+        routed &= active
+    ordered = ids.where(routed, -1).sort(dim=1).values
+    repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
     if repeated.any():
         token, slot = repeated.nonzero()[0].tolist()
         got = f"{int(ordered[token, slot])} twice for token {token}"

@@ -1,4 +1,4 @@
-"""How much memory the windows of a model take."""
+"""The sizes of a layer: checked, and what its windows take."""
 
 from __future__ import annotations
 
@@ -7,6 +7,73 @@ import torch
 from .. import comm
 from ..comm import MoeConfig, WindowBytes
 from . import checks
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def layer_config(
+    op: str,
+    world_size: int,
+    *,
+    num_experts: int,
+    top_k: int,
+    hidden: int,
+    max_tokens: int,
+    dtype: torch.dtype,
+    quant: str | None,
+    shared_experts: int,
+    shared_ranks: int,
+    max_recv_tokens: int | None,
+    alignment: int,
+    per_expert_scales: bool = False,
+) -> MoeConfig:
+    """The configuration of ``ExpertParallel`` with these arguments, if there can be such a layer.
+
+    Raises:
+        ArgumentTypeError, ArgumentValueError: there is no such layer.
+    """
+    sizes = {
+        "num_experts": num_experts,
+        "top_k": top_k,
+        "hidden": hidden,
+        "max_tokens": max_tokens,
+        "shared_experts": shared_experts,
+        "shared_ranks": shared_ranks,
+        "alignment": alignment,
+    }
+    checks.integers(op, **sizes)
+    # numpy's integers are none for JSON, in which the ranks compare their arguments.
+    num_experts, top_k, hidden, max_tokens = map(int, (num_experts, top_k, hidden, max_tokens))
+    shared_experts, shared_ranks, alignment = map(int, (shared_experts, shared_ranks, alignment))
+    names = ("num_experts", "shared_experts", "shared_ranks")
+    topology = checks.topology(
+        op, world_size, num_experts, shared_experts, shared_ranks, names=names
+    )
+    contract = f"be in [1, {num_experts}], the number of experts"
+    checks.value(op, "top_k", 1 <= top_k <= num_experts, contract, top_k)
+    checks.value(op, "hidden", hidden >= 1, "be positive", hidden)
+    checks.value(op, "max_tokens", max_tokens >= 0, "not be negative", max_tokens)
+    checks.value(op, "dtype", dtype in DTYPES, f"be one of {[*DTYPES]}", dtype)
+    checks.value(op, "quant", quant in (None, "int8"), "be None or 'int8'", repr(quant))
+    checks.value(op, "alignment", alignment >= 1, "be positive", alignment)
+    if max_recv_tokens is not None:
+        checks.integers(op, max_recv_tokens=max_recv_tokens)
+        max_recv_tokens = int(max_recv_tokens)
+        checks.value(
+            op, "max_recv_tokens", max_recv_tokens >= 0, "not be negative", max_recv_tokens
+        )
+    return MoeConfig(
+        topology,
+        top_k,
+        hidden,
+        max_tokens,
+        dtype,
+        quant,
+        per_expert=per_expert_scales,
+        with_weights=True,
+        max_rows=max_recv_tokens,
+        alignment=alignment,
+    )
 
 
 def window_bytes(
@@ -22,6 +89,7 @@ def window_bytes(
     shared_experts: int = 0,
     shared_ranks: int = 0,
     max_recv_tokens: int | None = None,
+    alignment: int = 1,
     in_flight: int = 1,
 ) -> WindowBytes:
     """Bytes of the windows that ``ExpertParallel`` with these arguments sets aside on each rank.
@@ -40,6 +108,7 @@ def window_bytes(
         shared_experts: NS.
         shared_ranks: S.
         max_recv_tokens: most rows a rank receives, or None for the worst case.
+        alignment: the rows of each expert are padded to a multiple of this.
         in_flight: operations that may be set up before the first is torn down.
 
     Returns:
@@ -49,35 +118,24 @@ def window_bytes(
         ArgumentTypeError, ArgumentValueError: there is no such layer.
     """
     op = "window_bytes"
-    checks.integers(
+    checks.integers(op, world_size=world_size, in_flight=in_flight)
+    checks.value(op, "world_size", world_size >= 1, "be positive", world_size)
+    checks.value(op, "in_flight", in_flight >= 1, "be positive", in_flight)
+    config = layer_config(
         op,
-        world_size=world_size,
+        int(world_size),
         num_experts=num_experts,
         top_k=top_k,
         hidden=hidden,
         max_tokens=max_tokens,
+        dtype=dtype,
+        quant=quant,
         shared_experts=shared_experts,
         shared_ranks=shared_ranks,
-        in_flight=in_flight,
+        max_recv_tokens=max_recv_tokens,
+        alignment=alignment,
+        per_expert_scales=per_expert_scales,
     )
-    checks.value(op, "world_size", world_size >= 1, "be positive", world_size)
-    checks.value(op, "in_flight", in_flight >= 1, "be positive", in_flight)
-    names = ("num_experts", "shared_experts", "shared_ranks")
-    topology = checks.topology(
-        op, world_size, num_experts, shared_experts, shared_ranks, names=names
-    )
-    checks.layer(op, topology, top_k, hidden, max_tokens, dtype, quant, max_recv_tokens)
     if world_size == 1:
         return WindowBytes(0, 0)
-    config = MoeConfig(
-        topology,
-        top_k,
-        hidden,
-        max_tokens,
-        dtype,
-        quant,
-        per_expert_scales,
-        with_weights=True,
-        max_rows=max_recv_tokens,
-    )
-    return comm.window_bytes(config, in_flight=in_flight)
+    return comm.window_bytes(config, in_flight=int(in_flight))

@@ -14,6 +14,8 @@ _TABLES = {
         push=ref.push,
         sources=ref.sources,
         pack=ref.pack,
+        encode=ref.encode,
+        add_rows=ref.add_rows,
         reduce=ref.reduce,
     ),
 }

@@ -39,11 +39,13 @@ def configs(draw):
         top_k=draw(st.integers(1, min(experts, 5))),
         hidden=draw(st.sampled_from([1, 3, 7, 8, 9, 16, 40])),
         max_tokens=draw(st.integers(0, 5)),
-        dtype=draw(st.sampled_from([torch.bfloat16, torch.float16])),
+        dtype=draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64])),
         quant=draw(st.sampled_from([None, "int8"])),
         per_expert=draw(st.booleans()),
         with_weights=draw(st.booleans()),
         max_rows=draw(st.sampled_from([None, None, 0, 3])),
+        alignment=draw(st.sampled_from([1, 4])),
+        quant_return=draw(st.sampled_from([None, "int8"])),
     )
 
 
@@ -82,19 +84,19 @@ def test_a_layout_by_hand():
     assert config.max_copies == 6
     assert config.row_format.stride == 16  # 10 bytes
     layout = config.dispatch
-    assert layout.header_bytes == 80  # 4 + 4 + 6 + 6 words
-    assert layout.rows_start == 160
+    assert layout.header_bytes == 64 + 32  # 4 + 4 + 6 words, then 6
+    assert layout.rows_start == 192
     assert layout.num_rows == 3
-    assert layout.num_bytes == 160 + 3 * 16
+    assert layout.num_bytes == 192 + 3 * 16
     layout = config.combine
     assert layout.num_ends == 4
     assert layout.rows_start == 16
     assert layout.num_rows == 12
     assert layout.num_bytes == 16 + 12 * 16
     # Two slots with two flags of 16 bytes each.
-    assert window_bytes(config) == WindowBytes(2 * (32 + 208), 2 * (32 + 208))
-    assert window_bytes(config, in_flight=2) == WindowBytes(4 * (32 + 208), 4 * (32 + 208))
-    assert window_bytes(config).total == 960
+    assert window_bytes(config) == WindowBytes(2 * (32 + 240), 2 * (32 + 208))
+    assert window_bytes(config, in_flight=2) == WindowBytes(4 * (32 + 240), 4 * (32 + 208))
+    assert window_bytes(config).total == 1024
 
 
 @pytest.mark.parametrize(
@@ -135,12 +137,12 @@ def test_nothing_overlaps_in_a_dispatch_window(config, in_flight):
             one = header_of(headers, source)
             assert one.num_tokens.shape == (1,)
             assert one.counts.shape == (config.topology.num_experts,)
-            assert one.slots.shape == (config.max_copies,)
-            views += [one.num_tokens, one.counts, one.slots]
+            assert one.copies.shape == (config.max_copies,)
+            views += [one.num_tokens, one.counts, one.copies]
             assert (one.weights is not None) == config.with_weights
             if one.weights is not None:
-                assert one.weights.shape == one.slots.shape
-                assert one.weights.dtype == torch.float32
+                assert one.weights.shape == one.copies.shape
+                assert one.weights.dtype == config.weight_dtype
                 views.append(one.weights.view(torch.int32))
         rows = layout.rows(data)
         assert rows.shape == (layout.num_rows, config.row_format.stride)
@@ -160,12 +162,11 @@ def test_nothing_overlaps_in_a_combine_window(config, in_flight):
         data = arena.data(0, slot)
         ends, rows = layout.ends(data), layout.rows(data)
         assert ends.shape == (world * config.topology.experts_per_rank,)
-        assert rows.shape == (layout.num_rows, config.hidden)
-        assert rows.dtype == config.dtype
+        assert rows.shape == (layout.num_rows, config.return_format.stride)
         for rank in range(world):
             assert layout.num_rows >= config.capacity(rank)
             assert len(ends) >= world * config.topology.num_local_experts(rank)
-        views += [ends, *(row.view(torch.int16) for row in rows), *flags_of(arena, slot)]
+        views += [ends, *(row.view(torch.int32) for row in rows), *flags_of(arena, slot)]
     distinct(views)
     inside(arena, views)
 
@@ -215,11 +216,12 @@ def test_rows_of_all_ranks_as_one_tensor(config, in_flight):
             for row in range(layout.num_rows):
                 numbers[owner, row] = len(numbers) % 250 + 1
                 rows[row] = numbers[owner, row]
-        reach = arena.reach(slot, layout.rows_start, layout.stride, config.dtype, config.hidden)
+        stride = config.return_format.stride
+        reach = arena.reach(slot, layout.rows_start, stride)
         for (owner, row), number in numbers.items():
             index = reach.origins[owner] + row * reach.step
             found = torch.index_select(reach.rows, 0, index.reshape(1))
-            assert found.shape == (1, config.hidden)
+            assert found.shape == (1, stride)
             assert bool((found == number).all())
 
 
