@@ -158,7 +158,7 @@ def subgroup(group: Group, members: tuple[int, ...]) -> Group:
 
     Only the store stays that of the group, so whoever serves it must go on.
     """
-    if len(members) == group.size:
+    if members == tuple(range(group.size)):
         return group
     store = group.store
     if store is not None:

@@ -249,8 +249,11 @@ def scaled_down(
     number = topology.num_shared_experts if shared else 0
     contract = f"leave all {number} shared experts as many ranks"
     require(not number or shared % number == 0, contract, f"{shared} ranks")
-    digest = zlib.crc32(str(values).encode())
-    return ScaledDown(members, Topology(left, experts, number, shared), digest)
+    placement = Topology(left, experts, number, shared)
+    served, room = (-(-one.world_size // one.shared_replicas) for one in (placement, topology))
+    contract = f"leave a shared rank the tokens of at most {room} ranks, for which it has room"
+    require(not number or served <= room, contract, f"those of {served}")
+    return ScaledDown(members, placement, zlib.crc32(str(values).encode()))
 
 
 def flat_addend(
