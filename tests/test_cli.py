@@ -338,6 +338,8 @@ def test_doctor_warns(capsys, monkeypatch, tmp_path):
         (["doctor", "--model", "gpt-2"], "invalid choice: 'gpt-2'"),
         (["doctor", "--model", "mixtral", "--top-k", "9"], "cannot choose 9 of 8 experts"),
         (["doctor", "--experts", "12"], "12 experts cannot be divided over 8 ranks"),
+        (["npu-run"], "required: SCRIPT, ARGS"),
+        (["npu-run", "--devices", "0", "script.py"], "must be at least 1, got 0"),
     ],
 )
 def test_wrong_arguments(capsys, arguments, complaint):
@@ -356,6 +358,7 @@ def test_wrong_arguments(capsys, arguments, complaint):
         (["--help"], "run an MoE layer over 8 processes and check it"),
         (["demo", "--help"], "The last line begins with OK"),
         (["doctor", "--help"], "deepseek-v3, kimi-k2"),
+        (["npu-run", "--help"], "The exit status is the script's, and 1 if that is 0 but"),
     ],
 )
 def test_information(capsys, arguments, expected):

@@ -1,4 +1,4 @@
-"""The command line: ``moe-triton demo`` and ``moe-triton doctor``."""
+"""The command line: ``moe-triton demo``, ``moe-triton doctor`` and ``moe-triton npu-run``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import demo, doctor
+from . import demo, doctor, npu_run
 
 # What shells report for a program that the signal ended.
 _INTERRUPTED = 128 + 2
@@ -23,9 +23,18 @@ _DOCTOR = """
 Print devices, versions, which back ends and transports work here or why not, and the window memory
 that a model needs, beside the HCCL_BUFFSIZE of Ascend's operators.
 """
+_NPU_RUN = """
+Run an Ascend script, unmodified, where there is no NPU. torch_npu and torchair are stand-ins there,
+for the script and all its children: npu devices are other names of the CPU, hccl is gloo, and the
+npu_moe_distribute_* operators are those of moe_triton. Other operators raise an error with their
+name. Says on stderr that it emulates; where torch_npu can be imported, that one is used instead.
+The exit status is the script's, and 1 if that is 0 but a process that the script started through
+multiprocessing failed: no rank can go missing unseen.
+"""
 _COMMANDS = (
     (demo, "demo", "run an MoE layer over 8 processes and check it", _DEMO),
     (doctor, "doctor", "say what works on this machine, and what windows take", _DOCTOR),
+    (npu_run, "npu-run", "run an Ascend script where there is no NPU", _NPU_RUN),
 )
 
 
@@ -36,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments, by default those of the process.
 
     Returns:
-        The exit code: 0, or 1 when the demo finds something wrong.
+        The exit code: 0, or 1 when the demo finds something wrong; that of the script of npu-run.
 
     Raises:
         SystemExit: with 0 after ``--help`` and ``--version``, with 2 for wrong arguments.

@@ -1,0 +1,1 @@
+"""``torch_npu.testing``: what the tests of operators use."""

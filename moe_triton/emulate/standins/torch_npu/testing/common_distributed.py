@@ -1,0 +1,19 @@
+"""``torch_npu.testing.common_distributed``: tests that need several NPUs."""
+
+from __future__ import annotations
+
+import unittest
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch_npu
+
+Test = TypeVar("Test", bound=Callable[..., None])
+
+
+def skipIfUnsupportMultiNPU(npu_number_needed: int) -> Callable[[Test], Test]:
+    """Skip a test where there are fewer NPUs than it needs."""
+    return unittest.skipIf(
+        torch_npu.npu.device_count() < npu_number_needed,
+        f"needs {npu_number_needed} NPUs; npu-run takes --devices",
+    )
