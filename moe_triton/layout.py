@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 NOWHERE = -1  # as an expert id: the token's slot takes no part; as an index: there is no such row
 
 
@@ -52,12 +53,15 @@ class DispatchHeader(NamedTuple):
 
 
 class RowFormat(NamedTuple):
-    """How one token row lies in a window: H elements, then scales if it is quantised.
+    """How one token row lies in a window: H elements, then scales where its scheme has such.
 
     Attributes:
-        dtype: of the payload; int8 means that rows are quantised.
+        dtype: of the payload.
         hidden: H.
         stride: bytes from row to row, a multiple of 16.
+        scheme: how the payload came about: "none" as it was; "static" with factors that the caller
+            gave; "token", "group" and "mx" with scales made from the row; "return" likewise, on the
+            way back from an expert.
         scale_offset: byte offset of the first scale, a multiple of 16, or None.
         scale_dtype: of the scales.
         block: elements that share a scale, or 0 where the whole row has one.
@@ -66,14 +70,18 @@ class RowFormat(NamedTuple):
     dtype: torch.dtype
     hidden: int
     stride: int
+    scheme: str = "none"
     scale_offset: int | None = None
     scale_dtype: torch.dtype = torch.float32
     block: int = 0
 
     @property
     def num_scales(self) -> int:
-        """Scales of a row."""
-        return -(-self.hidden // self.block) if self.block else 1
+        """Scales of a row; MX scales come in pairs."""
+        if not self.block:
+            return 1
+        scales = -(-self.hidden // self.block)
+        return scales + scales % 2 if self.scheme == "mx" else scales
 
     def payload(self, rows: torch.Tensor) -> torch.Tensor:
         """[.., stride] uint8 -> [.., H] of ``dtype``, a view."""
@@ -102,6 +110,24 @@ class Sources(NamedTuple):
     copy: torch.Tensor
     ends: torch.Tensor
     offsets: torch.Tensor
+
+
+class Norm(NamedTuple):
+    """What follows a combine where residual and RMSNorm are fused into it.
+
+    Attributes:
+        residual: [T, H] of the dtype of the sum.
+        gamma: [H] of that dtype.
+        epsilon: added to the mean square.
+        y: [T, H] output, the normalised sum.
+        rstd: [T] fp32 output, its reciprocal root mean square.
+    """
+
+    residual: torch.Tensor
+    gamma: torch.Tensor
+    epsilon: float
+    y: torch.Tensor
+    rstd: torch.Tensor
 
 
 class SpecialExperts(NamedTuple):

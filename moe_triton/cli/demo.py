@@ -176,7 +176,7 @@ def _compute(
     x = torch.cat([layer.tokens(rank) for rank in range(world)])
     ids, weights = layer.gate(x)
     full = x.float()
-    codes, scales = ref.quantize_int8(x)
+    codes, scales = ref.quantize_rows(x)
     rounded = codes.float() * scales[:, None]
     # A shared expert that is on every rank sees the tokens before anything quantises them.
     shared = [full, rounded if layer.shared_ranks else full]

@@ -95,23 +95,29 @@ class MoeConfig:
     @functools.cached_property
     def row_format(self) -> RowFormat:
         """How a dispatched row travels."""
-        return self._plain_format if self.quant is None else self._int8_format(torch.float32, 0)
+        if self.quant is None:
+            return self._plain_format
+        return self._quantized_format(RowFormat(torch.int8, self.hidden, 0, "token"))
 
     @functools.cached_property
     def return_format(self) -> RowFormat:
         """How a row returns from its expert."""
         if self.quant_return is None:
             return self._plain_format
-        return self._int8_format(self.dtype, RETURN_BLOCK)
+        fmt = RowFormat(
+            torch.int8, self.hidden, 0, "return", scale_dtype=self.dtype, block=RETURN_BLOCK
+        )
+        return self._quantized_format(fmt)
 
     @functools.cached_property
     def _plain_format(self) -> RowFormat:
         return RowFormat(self.dtype, self.hidden, align(self.hidden * self.dtype.itemsize))
 
-    def _int8_format(self, scale_dtype: torch.dtype, block: int) -> RowFormat:
-        offset = align(self.hidden)
-        bare = RowFormat(torch.int8, self.hidden, 0, offset, scale_dtype, block)
-        return bare._replace(stride=align(offset + bare.num_scales * scale_dtype.itemsize))
+    def _quantized_format(self, fmt: RowFormat) -> RowFormat:
+        """``fmt`` with its scales behind the payload."""
+        offset = align(self.hidden * fmt.dtype.itemsize)
+        stride = align(offset + fmt.num_scales * fmt.scale_dtype.itemsize)
+        return fmt._replace(scale_offset=offset, stride=stride)
 
     @property
     def weight_dtype(self) -> torch.dtype:

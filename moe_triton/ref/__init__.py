@@ -1,0 +1,45 @@
+"""The definition of every step in plain PyTorch: CPU back end, test oracle, bench baseline.
+
+Tensors in, tensors out. A kernel computes the same bits; ``comm`` calls either set of steps through
+one table, so the names here are the names of that table.
+
+Letters: T tokens of this rank, K experts per token, H hidden size, E routed experts, W ranks,
+L experts of one rank, n rows this rank receives. All index tensors are int32 unless said otherwise.
+Source: the semantics of Ascend's ``npu_moe_distribute_*`` family.
+"""
+
+from __future__ import annotations
+
+from .experts import eplb_map, keep_experts, top_k_gating
+from .move import pack, push
+from .quantize import (
+    decode,
+    encode,
+    quantize_blocks,
+    quantize_groups,
+    quantize_mx,
+    quantize_rows,
+    quantize_static,
+)
+from .reduce import accumulator, add_rows, reduce
+from .routing import plan, sources
+
+__all__ = [
+    "accumulator",
+    "add_rows",
+    "decode",
+    "encode",
+    "eplb_map",
+    "keep_experts",
+    "pack",
+    "plan",
+    "push",
+    "quantize_blocks",
+    "quantize_groups",
+    "quantize_mx",
+    "quantize_rows",
+    "quantize_static",
+    "reduce",
+    "sources",
+    "top_k_gating",
+]

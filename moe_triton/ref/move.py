@@ -1,0 +1,108 @@
+"""Rows from one place to another: into a rank's windows, and from all ranks' windows out again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..layout import NOWHERE, DispatchHeader, Plan, RowFormat
+from .quantize import encode
+
+
+def push(
+    x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    weights: torch.Tensor | None,
+    smooth: torch.Tensor | None,
+    fmt: RowFormat,
+    routing: Plan,
+    rows: torch.Tensor,
+    headers: Sequence[DispatchHeader],
+    *,
+    experts_per_rank: int,
+    shared_targets: Sequence[int],
+    num_shared_ranks: int,
+) -> None:
+    """Write this rank's tokens where all ranks can read them, and tell each rank which are for it.
+
+    A token is written once, however many ranks and experts want it. Only when each expert has a
+    smooth row of its own do the copies differ, and then there is a row for each.
+
+    Args:
+        x: [T, H] tokens.
+        expert_ids: [T, K].
+        weights: [T, K] to send along, or None.
+        smooth: [NS + E, H] fp32, or None.
+        fmt: the format of the rows.
+        routing: the plan of ``expert_ids``.
+        rows: [R, stride] uint8 output; row t is token t, or with ``smooth`` row t * (K + NS) + k
+            slot k of it.
+        headers: this rank's header in every rank's window.
+        experts_per_rank: L of the MoE ranks.
+        shared_targets: the rank that gets all tokens, for each shared expert.
+        num_shared_ranks: S; the MoE ranks come after them.
+    """
+    num_tokens, top_k = expert_ids.shape
+    num_shared = len(shared_targets)
+    num_slots = top_k + num_shared
+    if smooth is None:
+        encode(x, fmt, rows[:num_tokens])
+    else:
+        slots = rows[: num_tokens * num_slots].unflatten(0, (num_tokens, num_slots))
+        # Slots that are not sent get some expert's factors: nobody reads them.
+        expert = expert_ids.long().clamp(0, len(routing.counts) - 1)
+        for k in range(top_k):
+            encode(x, fmt, slots[:, k], smooth[num_shared + expert[:, k]])
+        for shared in range(num_shared):
+            encode(x, fmt, slots[:, top_k + shared], smooth[shared])
+
+    order = routing.order
+    copies = order + order // top_k * num_shared  # t * K + k becomes t * (K + NS) + k
+    ordered = None if weights is None else weights.reshape(-1)[order.long()]
+    start = 0
+    per_rank = routing.counts.view(-1, experts_per_rank).sum(1).tolist()
+    for header, count in zip(headers[num_shared_ranks:], per_rank, strict=True):
+        header.copies[:count] = copies[start : start + count]
+        if ordered is not None and header.weights is not None:
+            header.weights[:count] = ordered[start : start + count]
+        start += count
+    active = (expert_ids != NOWHERE).any(1).nonzero()[:, 0]
+    for shared, rank in enumerate(shared_targets):
+        header = headers[rank]
+        header.copies[: len(active)] = active * num_slots + top_k + shared
+        if header.weights is not None:
+            header.weights[: len(active)] = 1.0
+    for header in headers:
+        header.num_tokens[0] = len(active)
+        header.counts.copy_(routing.counts)
+
+
+def pack(
+    rows: torch.Tensor,
+    index: torch.Tensor,
+    fmt: RowFormat,
+    x: torch.Tensor,
+    scales: torch.Tensor | None = None,
+) -> None:
+    """Gather rows from wherever they are into the outputs of dispatch.
+
+    Args:
+        rows: [N, stride] uint8; rows may overlap, as they do when N counts every 16 bytes.
+        index: [n] int64 rows to take; ``NOWHERE`` makes a row of zeros.
+        fmt: their format.
+        x: [A, H] output, of the payload's dtype; rows after the n-th stay untouched.
+        scales: [A] output of the scales' dtype, or None.
+    """
+    n = index.numel()
+    absent = (index == NOWHERE).nonzero()[:, 0]
+    if len(absent) == n:
+        x[:n] = 0
+    else:
+        # What is absent takes some row, and is cleared after that.
+        index = index.clamp(min=0) if len(absent) else index
+        torch.index_select(fmt.payload(rows), 0, index, out=x[:n])
+        x.index_fill_(0, absent, 0)
+    if scales is not None:
+        scales[:n] = fmt.scales(rows)[index, 0] if len(absent) < n else 0
+        scales.index_fill_(0, absent, 0)

@@ -1,0 +1,204 @@
+"""Rows to fewer bits and back: every quantisation that travels with tokens.
+
+All arithmetic in fp32, rounding half to even, and nothing that divides twice: of a number over a
+tensor torch makes the number times a reciprocal, so divisions are of a tensor by a tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..layout import FLOAT8, RowFormat
+from ._common import blocks
+
+# Largest value of each payload.
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
+# The exponent of the largest power of two below it, by which MX scales are chosen.
+_LARGEST_EXPONENT = {torch.float8_e4m3fn: 8, torch.float8_e5m2: 15}
+_NOT_A_NUMBER = 255  # the biased exponent of inf and NaN, and the e8m0 code of NaN
+
+
+def quantize_static(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Quantise to int8 with given factors: q = saturate(round(x * factor)).
+
+    Args:
+        x: [R, H] floating point.
+        factors: [1], [H] or [R, H] fp32.
+
+    Returns:
+        [R, H] int8.
+    """
+    q = torch.empty_like(x, dtype=torch.int8)
+    for rows in blocks(*x.shape):
+        part = factors[rows] if factors.dim() == 2 else factors
+        q[rows] = (x[rows].float() * part).round_().clamp_(-128, 127)
+    return q
+
+
+def quantize_rows(
+    x: torch.Tensor, smooth: torch.Tensor | None = None, dtype: torch.dtype = torch.int8
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise each row with a scale of its own.
+
+        t = x * smooth;  s = MAX / max |t|;  q = round(t * s);  scale = 1 / s
+
+    Args:
+        x: [R, H] floating point.
+        smooth: [R, H] or [H] fp32, or None for no factor.
+        dtype: int8, float8_e4m3fn or float8_e5m2.
+
+    Returns:
+        q: [R, H] of ``dtype``, such that q * scale / smooth approximates x.
+        scale: [R] fp32. A row whose factor s overflows (all zeros, or nearly) gives zeros, scale 0.
+    """
+    q, scale = quantize_groups(x, max(x.shape[1], 1), smooth, dtype)
+    return q, scale[:, 0]
+
+
+def quantize_groups(
+    x: torch.Tensor,
+    group: int,
+    smooth: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise each ``group`` consecutive elements of a row as ``quantize_rows`` does a row.
+
+    The last group of a row may be shorter.
+
+    Returns:
+        q: [R, H] of ``dtype``.
+        scale: [R, ceil(H / group)] fp32.
+    """
+    num_rows, hidden = x.shape
+    num_groups = -(-hidden // group)
+    q = torch.empty_like(x, dtype=dtype)
+    scale = x.new_empty((num_rows, num_groups), dtype=torch.float32)
+    for rows in blocks(num_rows, hidden):
+        t = x[rows].float()
+        if smooth is not None:
+            t = t * (smooth if smooth.dim() == 1 else smooth[rows])
+        grouped = _in_groups(t, group)
+        amax = torch.maximum(grouped.amax(dim=2), -grouped.amin(dim=2)).abs()  # not -0.0
+        factor = torch.full_like(amax, LARGEST[dtype]) / amax
+        usable = factor.where(torch.isfinite(factor), 0.0)
+        values = (grouped * usable[..., None]).flatten(1)[:, :hidden]
+        q[rows] = values.round_() if dtype == torch.int8 else values
+        scale[rows] = factor.reciprocal()
+    return q, scale
+
+
+def _in_groups(x: torch.Tensor, group: int) -> torch.Tensor:
+    """[R, H] -> [R, ceil(H / group), group], zeros after the end."""
+    missing = -x.shape[1] % group
+    if missing:
+        x = torch.nn.functional.pad(x, (0, missing))
+    return x.unflatten(1, (-1, group))
+
+
+def quantize_mx(
+    x: torch.Tensor, dtype: torch.dtype = torch.float8_e4m3fn
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise each 32 consecutive elements with a power of two as their scale (OCP MX).
+
+        code = max(largest biased exponent - EMAX, 0);  q = saturate(x * 2 ** (127 - code))
+
+    Args:
+        x: [R, H] floating point.
+        dtype: float8_e4m3fn (EMAX 8) or float8_e5m2 (EMAX 15).
+
+    Returns:
+        q: [R, H] of ``dtype``; NaN in a block with inf or NaN.
+        codes: [R, C] uint8, the e8m0 scales 2 ** (code - 127); C is ceil(H / 32) rounded up to an
+            even number, and the code added for that is 0. 255 in a block with inf or NaN.
+    """
+    num_rows, hidden = x.shape
+    num_blocks = -(-hidden // 32)
+    q = torch.empty_like(x, dtype=dtype)
+    codes = x.new_zeros((num_rows, num_blocks + num_blocks % 2), dtype=torch.uint8)
+    most = LARGEST[dtype]
+    for rows in blocks(num_rows, hidden):
+        grouped = _in_groups(x[rows].float(), 32)
+        exponent = ((grouped.view(torch.int32) >> 23) & 0xFF).amax(dim=2)
+        code = (exponent - _LARGEST_EXPONENT[dtype]).clamp_(min=0)
+        bad = exponent == _NOT_A_NUMBER
+        values = torch.ldexp(grouped, (127 - code)[..., None]).clamp_(-most, most)
+        values.masked_fill_(bad[..., None], float("nan"))
+        q[rows] = values.flatten(1)[:, :hidden]
+        codes[rows, :num_blocks] = code.masked_fill_(bad, _NOT_A_NUMBER).to(torch.uint8)
+    return q, codes
+
+
+def quantize_blocks(
+    x: torch.Tensor, block: int, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise each ``block`` consecutive elements of a row to int8, for the way back.
+
+        s = max |x| * (1 / 127);  q = round(fp16(x / s));  scale = s in ``scale_dtype``
+
+    The quotient has s itself, not the rounded scale.
+
+    Args:
+        x: [R, H] fp16 or bf16, H a multiple of ``block``.
+        block: elements that share a scale.
+        scale_dtype: of the scales.
+
+    Returns:
+        q: [R, H] int8. Zeros in a block of zeros, or where the quotient is no number.
+        scale: [R, H / block] of ``scale_dtype``.
+    """
+    grouped = x.float().unflatten(1, (-1, block))
+    s = grouped.abs().amax(dim=2) * (1.0 / LARGEST[torch.int8])
+    quotient = (grouped / s[..., None]).half().float().round_()
+    # A scale so small that it has lost bits of its own can make a quotient of 128 and more.
+    q = quotient.nan_to_num_(0.0).clamp_(-127, 127)
+    return q.to(torch.int8).flatten(1), s.to(scale_dtype)
+
+
+def encode(
+    x: torch.Tensor, fmt: RowFormat, rows: torch.Tensor, smooth: torch.Tensor | None = None
+) -> None:
+    """Write [R, H] tokens into [R, stride] uint8 ``rows`` as they travel; padding is left.
+
+    Args:
+        x: the tokens.
+        fmt: of the rows.
+        rows: output.
+        smooth: [R, H] or [H] fp32 factors of the schemes that take such; of "static" also [1].
+    """
+    if fmt.scheme == "none":
+        fmt.payload(rows).copy_(x)
+        return
+    for part in blocks(*x.shape):
+        factors = smooth if smooth is None or smooth.dim() == 1 else smooth[part]
+        q, scales = _quantize(x[part], fmt, factors)
+        # torch has no copy between strided float8 tensors of every kind; bytes it has.
+        fmt.payload(rows[part]).view(torch.uint8).copy_(q.view(torch.uint8))
+        if scales is not None:
+            fmt.scales(rows[part]).copy_(scales)
+
+
+def _quantize(
+    x: torch.Tensor, fmt: RowFormat, smooth: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if fmt.scheme == "static":
+        assert smooth is not None
+        return quantize_static(x, smooth), None
+    if fmt.scheme == "token":
+        q, scale = quantize_rows(x, smooth, fmt.dtype)
+        return q, scale[:, None]
+    if fmt.scheme == "group":
+        return quantize_groups(x, fmt.block, smooth, fmt.dtype)
+    if fmt.scheme == "mx":
+        assert fmt.dtype in FLOAT8
+        return quantize_mx(x, fmt.dtype)
+    assert fmt.scheme == "return"
+    return quantize_blocks(x, fmt.block, fmt.scale_dtype)
+
+
+def decode(rows: torch.Tensor, fmt: RowFormat, out: torch.Tensor) -> None:
+    """Write into [R, H] ``out`` what [R, stride] uint8 rows of the scheme "return" stand for.
+
+    That is q * scale in fp32, rounded to the dtype of ``out``.
+    """
+    q = fmt.payload(rows).float().unflatten(1, (-1, fmt.block))
+    out.copy_((q * fmt.scales(rows).float()[..., None]).flatten(1))

@@ -1,0 +1,122 @@
+"""Sums of rows: those of a token's experts, those of ranks that share an expert."""
+
+from __future__ import annotations
+
+import torch
+
+from ..layout import NOWHERE, Norm, RowFormat, SpecialExperts
+from ._common import BLOCK, blocks
+from .quantize import decode
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What rows of ``dtype`` are summed and weighted in: float32, for float64 float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def reduce(
+    rows: torch.Tensor,
+    index: torch.Tensor,
+    fmt: RowFormat,
+    weights: torch.Tensor | None,
+    special: SpecialExperts | None,
+    addend: torch.Tensor | None,
+    out: torch.Tensor,
+    norm: Norm | None = None,
+) -> None:
+    """Sum the rows of each token in fp32 and round once.
+
+        out[t] = sum_k weights[t, k] * term(t, k) + sum_j rows[index[t, K + j]] + addend[t]
+
+    where term(t, k) is rows[index[t, k]], or what a special expert makes of the token. Multiply,
+    then add, in ascending order from 0: never contracted to a fused multiply-add. Slots without a
+    term are left out, whatever their weights.
+
+    Args:
+        rows: [N, stride] uint8; rows may overlap.
+        index: [T, K + NS] int64 rows of each token, the unweighted ones last; ``NOWHERE`` for none.
+        fmt: of the rows; those with scales are first rounded to the dtype of ``out``.
+        weights: [T, K] fp32, or None for all 1.
+        special: the experts without a network, or None.
+        addend: [T, H] of the dtype of ``out``, or None.
+        out: [T, H] output. The sum of float64 runs in float64.
+        norm: a residual to add before rounding, and what to make of the unrounded sum, or None.
+    """
+    hidden = fmt.hidden
+    most = min(len(index), max(BLOCK // max(hidden, 1), 1))
+    # One set of intermediates for all blocks: fresh memory costs page faults.
+    gathered = out.new_empty((most, hidden))
+    encoded = None if fmt.scale_offset is None else rows.new_empty((most, fmt.stride))
+    sums, terms = out.new_empty((2, most, hidden), dtype=accumulator(out.dtype))
+    columns = index.T.contiguous()
+    factors = weights.T.contiguous()[..., None] if weights is not None else columns[:0]
+    missing = bool((index == NOWHERE).any())
+    payload = fmt.payload(rows) if encoded is None else rows
+    for tokens in blocks(len(index), hidden):
+        n = tokens.stop - tokens.start
+        row, total, term = gathered[:n], sums[:n], terms[:n]
+        total.zero_()
+        for k, column in enumerate(columns):
+            where = column[tokens]
+            present = where != NOWHERE if missing else None
+            if present is None or bool(present.any()):
+                where = where if present is None else where.clamp(min=0)
+                if encoded is None:
+                    torch.index_select(payload, 0, where, out=row)
+                else:
+                    torch.index_select(payload, 0, where, out=encoded[:n])
+                    decode(encoded[:n], fmt, row)
+                term.copy_(row)
+            if special is not None and present is not None and k < special.expert_ids.shape[1]:
+                present = present | _special_terms(special, k, tokens, term)
+            if k < len(factors):
+                term.mul_(factors[k][tokens])
+            if present is not None:
+                term.masked_fill_(~present[:, None], 0.0)
+            total.add_(term)
+        if addend is not None:
+            total.add_(addend[tokens])
+        if norm is not None:
+            _normalize(total.add_(norm.residual[tokens]), norm, tokens)
+        out[tokens] = total
+
+
+def _normalize(total: torch.Tensor, norm: Norm, tokens: slice) -> None:
+    """RMSNorm of [n, H] sums: y = round(round(total * rstd) * gamma)."""
+    mean = (total * total).sum(1) * (1.0 / total.shape[1])
+    rstd = (mean + norm.epsilon).sqrt_().reciprocal_()
+    norm.rstd[tokens] = rstd
+    scaled = (total * rstd[:, None]).to(norm.y.dtype)
+    norm.y[tokens] = scaled.float() * norm.gamma.float()
+
+
+def _special_terms(
+    special: SpecialExperts, k: int, tokens: slice, term: torch.Tensor
+) -> torch.Tensor:
+    """Write the terms of copy and constant experts in slot k; return which tokens have one."""
+    ids = special.expert_ids[tokens, k].long()
+    copied = (ids >= special.first_copy) & (ids < special.first_constant)
+    constant = (ids >= special.first_constant) & (ids < special.end)
+    present = copied | constant
+    if special.tokens is None or not present.any():
+        return present
+    own = special.tokens[tokens]
+    term[copied] = own[copied].to(term.dtype)
+    if constant.any():
+        expert = ids[constant] - special.first_constant
+        assert special.alpha_1 is not None
+        assert special.alpha_2 is not None
+        assert special.value is not None
+        first, second = (
+            (alpha[:, None] if alpha.dim() == 1 else alpha)[expert].to(term.dtype)
+            for alpha in (special.alpha_1, special.alpha_2)
+        )
+        value = special.value[expert].to(term.dtype)
+        term[constant] = first * own[constant].to(term.dtype) + second * value
+    return present
+
+
+def add_rows(own: torch.Tensor, peer: torch.Tensor, out: torch.Tensor) -> None:
+    """Write into ``out`` the sums of [n, H] rows, in fp32 and rounded once, as TP ranks do."""
+    for part in blocks(*own.shape):
+        out[part] = own[part].float() + peer[part].float()

@@ -1,0 +1,63 @@
+"""Gating and replicas, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_triton import ref
+
+TABLE = torch.tensor([[1, 5, 0, 0], [2, 0, 4, 0], [3, 1, 3, 6], [2, 7, 2, 0]], dtype=torch.int32)
+IDS = torch.tensor([[0, 1], [2, 3], [1, 2]], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "ranks, expected",
+    [
+        ((0, 1, 2), [[5, 0], [1, 7], [0, 1]]),
+        ((3,), [[5, 0], [3, 7], [0, 3]]),
+        ((4, 5), [[5, 4], [3, 2], [4, 3]]),
+        ((6, 7), [[5, 4], [6, 2], [4, 6]]),
+        ((None,), [[5, 0], [3, 2], [0, 6]]),
+    ],
+)
+def test_eplb_map_by_hand(ranks, expected):
+    for rank in ranks:
+        for ids in (IDS, IDS.long()):
+            found = ref.eplb_map(ids, TABLE, rank=rank, world_size=8)
+            assert found.dtype == ids.dtype
+            assert found.tolist() == expected
+
+
+def test_keep_experts_by_hand():
+    weights = torch.tensor([[0.75, 0.25], [0.5, 0.5], [0.9, 0.1]])
+    active = torch.tensor([True, True, False])
+    keep = ref.keep_experts(weights, torch.tensor([0.0, 0.3]), active)
+    assert keep.tolist() == [[True, False], [True, True], [False, False]]
+    assert ref.keep_experts(weights, torch.tensor([0.0, 0.3]), None)[2].tolist() == [True, False]
+
+
+def test_softmax_gating_by_hand():
+    logits = torch.tensor([[1.0, 2, 3, 4], [4, 4, 1, 1]]).log()
+    weights, ids, scores = ref.top_k_gating(logits, 2)
+    torch.testing.assert_close(weights, torch.tensor([[0.4, 0.3], [0.4, 0.4]]))
+    assert ids.tolist() == [[3, 2], [0, 1]]
+    torch.testing.assert_close(scores.sum(1), torch.ones(2))
+
+
+def test_bias_chooses_but_does_not_weigh():
+    logits = torch.zeros((1, 4))
+    bias = torch.tensor([0.0, 0.0, 5.0, 1.0])
+    weights, ids, _ = ref.top_k_gating(logits, 2, bias=bias, scoring="sigmoid", scaling=3.0)
+    assert ids.tolist() == [[2, 3]]
+    assert weights.tolist() == [[1.5, 1.5]]
+
+
+@pytest.mark.parametrize("by_two, expected", [(False, [2, 3]), (True, [0, 1])])
+def test_groups_limit_the_choice(by_two, expected):
+    # Group 0 has the better pair, group 1 the best expert.
+    scores = torch.tensor([[0.6, 0.5, 0.9, 0.1]])
+    _, ids, _ = ref.top_k_gating(
+        torch.logit(scores), 2, groups=2, group_by_two=by_two, scoring="sigmoid"
+    )
+    assert ids.tolist() == [expected]
