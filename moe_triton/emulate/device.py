@@ -26,7 +26,8 @@ _COPIES = HOST.type == "cpu"  # a move between the CPU and an NPU stays on the C
 def on_host(value: Any) -> Any:
     """The device that stands for ``value`` if that is an NPU, else ``value`` itself."""
     if isinstance(value, str):
-        if value != "npu" and not value.startswith("npu:"):
+        name, _, index = value.partition(":")
+        if name != "npu" or (index and not index.isdigit()):
             return value
         value = torch.device(value)
     if not isinstance(value, torch.device) or value.type != "npu":

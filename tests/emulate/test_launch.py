@@ -145,11 +145,29 @@ def test_an_installed_torch_npu_is_used(npu_run, tmp_path, monkeypatch):
 
 def test_a_torch_npu_that_cannot_be_imported_is_replaced(npu_run, tmp_path, monkeypatch):
     path = real(tmp_path, monkeypatch, "raise ImportError('libascendcl.so: not found')")
-    run = npu_run(script(tmp_path, "import importlib.util as u; print(u.find_spec('torch_npu'))"))
+    run = npu_run(script(tmp_path, _WHAT_IS_FOUND))
     assert run.status == 0
     cause = f"torch_npu ({path}) cannot be imported: ImportError: libascendcl.so: not found"
     assert run.err == f"moe-triton npu-run: {cause}\n{NOTICE}"
-    assert str(launch.STANDINS) in run.out
+    found, autoload, search = run.out.splitlines()
+    assert found == str(launch.STANDINS / "torch_npu" / "__init__.py")
+    assert autoload == "0"
+    assert str(path.parents[1]) in search
+
+
+_WHAT_IS_FOUND = """
+import importlib.util, os, sys
+print(importlib.util.find_spec("torch_npu").origin)
+print(os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD"))
+print(sys.path)
+"""
+
+
+def test_the_standins_are_not_taken_for_the_real_one(npu_run, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(launch.STANDINS)
+    run = npu_run(script(tmp_path, _WHAT_IS_FOUND))
+    assert run.err == NOTICE
+    assert run.out.splitlines()[1] == "None"
 
 
 # Nothing is emulated without the command.
