@@ -1,26 +1,35 @@
 """The functions of torch_npu, with their names, argument order and defaults, on any device.
 
 Letters: BS tokens of this rank, H hidden size, K experts per token, W ranks, E routed experts, L
-experts of this rank, S shared-expert ranks with NS shared experts, A rows this rank can receive:
+experts of this rank, S shared-expert ranks with NS shared experts, T tensor-parallel ranks (1 or
+2), A rows this rank can receive from its group:
 
     shared rank   A = maxBS * ceil(W / (S / NS))
     other rank    A = maxBS * W * min(L, K)
 
 where maxBS = global_bs / W, or BS when global_bs is 0.
 
-``group_ep`` is a communicator's name: of a torch process group, or registered with
-``moe_triton.comm.register_group``; a ``ProcessGroup`` itself is accepted too.
+``group_ep`` and ``group_tp`` are names of communicators: of torch process groups, or registered
+with ``moe_triton.comm.register_group``; a ``ProcessGroup`` itself is accepted too.
+
+Each function calls the custom op of its name in ``torch.ops.moe_triton``, and so can be compiled.
+The ops are for inference, and have no gradients; ``ExpertParallel`` has.
 Source: the API documents of torch_npu and the operator documents of aclnnMoeDistribute*.
 """
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from torch import Tensor
 
-from ..ops import GroupArguments, distribute_combine, distribute_dispatch
-from ..ops.distribute import COMBINE, DISPATCH
+from . import operators
 
-__all__ = ["npu_moe_distribute_combine", "npu_moe_distribute_dispatch"]
+__all__ = [
+    "npu_moe_distribute_combine",
+    "npu_moe_distribute_combine_v2",
+    "npu_moe_distribute_dispatch",
+    "npu_moe_distribute_dispatch_v2",
+]
 
 
 def npu_moe_distribute_dispatch(
@@ -54,11 +63,12 @@ def npu_moe_distribute_dispatch(
         ep_rank_id: this rank.
         moe_expert_num: E, a multiple of W - S.
         scales: (NS + E, H) float32 smooth factors, one row per expert, only with quant_mode 2.
-        x_active_mask: reserved, None.
+        x_active_mask: bool, (BS,) with the active tokens first, or (BS, K); None for all. What is
+            not active is not sent, and its expert id may be anything. Not with unequal BS.
         expert_scales: (BS, K) float32 weights to send along with the rows.
-        group_tp: "", as there is no tensor parallelism.
-        tp_world_size: 0 or 1.
-        tp_rank_id: 0.
+        group_tp: the group of the T ranks with the same experts; "" without.
+        tp_world_size: T, at most 2, and 0 or 1 without tensor parallelism. 2 needs L = 1.
+        tp_rank_id: this rank in group_tp.
         expert_shard_type: 0, shared experts on the first ranks.
         shared_expert_num: NS; without effect when S is 0.
         shared_expert_rank_num: S, a divisor of W and a multiple of NS.
@@ -67,15 +77,18 @@ def npu_moe_distribute_dispatch(
         expert_token_nums_type: 0 prefix sums, 1 counts.
 
     Returns:
-        expand_x: (A, H) rows by (local expert, source rank, token), dtype of x or int8. Rows
-            after the last received one are not written.
-        dynamic_scales: (A,) float32 such that expand_x * dynamic_scales approximates the (smoothed)
-            tokens; None with quant_mode 0.
-        expand_idx: (BS * K,) int32, earlier entries of expert_ids that name the same expert.
-        expert_token_nums: (L,) int64 rows per local expert.
-        ep_recv_counts: (W * L,) int32 inclusive prefix sums of the rows by (local expert, source).
-        tp_recv_counts: None.
-        expand_scales: (A,) float32 weights of the rows; None without expert_scales.
+        expand_x: (T * A, H) rows by (local expert, source rank, token), dtype of x or int8. With
+            T = 2, the rows of the other rank of group_tp follow this rank's. Rows after the last
+            received one are not written.
+        dynamic_scales: (T * A,) float32 such that expand_x * dynamic_scales approximates the
+            (smoothed) tokens; None with quant_mode 0.
+        expand_idx: (BS * K,) int32, earlier entries of expert_ids that name the same expert; -1
+            for what is not active.
+        expert_token_nums: (L,) int64 rows per local expert, of all T ranks.
+        ep_recv_counts: (T * W * L,) int32 inclusive prefix sums of the rows by (local expert,
+            source); with T = 2, those of the other rank of group_tp follow, and start from 0.
+        tp_recv_counts: (T,) int32 rows that each rank of group_tp received; None without.
+        expand_scales: (A,) float32 weights of this rank's rows; None without expert_scales.
 
     Raises:
         MissingArgumentError: 161001.
@@ -85,38 +98,132 @@ def npu_moe_distribute_dispatch(
         PeerAbortError: a peer rejected its call; the group stays usable.
         PeerTimeoutError, BrokenGroupError: a peer did not come; see ``moe_triton.recover``.
     """
-    arguments = GroupArguments(
-        group_ep,
-        ep_world_size,
-        ep_rank_id,
-        moe_expert_num,
-        group_tp,
-        tp_world_size,
-        tp_rank_id,
-        expert_shard_type,
-        shared_expert_num,
-        shared_expert_rank_num,
-        global_bs,
-    )
-    out = distribute_dispatch(
-        DISPATCH,
-        x,
-        expert_ids,
-        arguments,
+    return operators.dispatch(
+        x=x,
+        expert_ids=expert_ids,
+        group_ep=_name(group_ep),
+        ep_world_size=ep_world_size,
+        ep_rank_id=ep_rank_id,
+        moe_expert_num=moe_expert_num,
         scales=scales,
         x_active_mask=x_active_mask,
         expert_scales=expert_scales,
+        group_tp=_name(group_tp),
+        tp_world_size=tp_world_size,
+        tp_rank_id=tp_rank_id,
+        expert_shard_type=expert_shard_type,
+        shared_expert_num=shared_expert_num,
+        shared_expert_rank_num=shared_expert_rank_num,
         quant_mode=quant_mode,
+        global_bs=global_bs,
         expert_token_nums_type=expert_token_nums_type,
     )
-    return (
-        out.expand_x,
-        out.dynamic_scales,
-        out.expand_idx,
-        out.expert_token_nums,
-        out.ep_recv_counts,
-        out.tp_recv_counts,
-        out.expand_scales,
+
+
+def npu_moe_distribute_dispatch_v2(
+    x: Tensor,
+    expert_ids: Tensor,
+    group_ep: str,
+    ep_world_size: int,
+    ep_rank_id: int,
+    moe_expert_num: int,
+    *,
+    scales: Tensor | None = None,
+    x_active_mask: Tensor | None = None,
+    expert_scales: Tensor | None = None,
+    elastic_info: Tensor | None = None,
+    performance_info: Tensor | None = None,
+    group_tp: str = "",
+    tp_world_size: int = 0,
+    tp_rank_id: int = 0,
+    expert_shard_type: int = 0,
+    shared_expert_num: int = 1,
+    shared_expert_rank_num: int = 0,
+    quant_mode: int = 0,
+    global_bs: int = 0,
+    expert_token_nums_type: int = 1,
+    comm_alg: str = "",
+    zero_expert_num: int = 0,
+    copy_expert_num: int = 0,
+    const_expert_num: int = 0,
+    y_dtype: int | None = None,
+    x_dtype: int | None = None,
+    scales_dtype: int | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Send each token to the ranks of its experts; collective over the group.
+
+    Beside the routed experts there may be special ones, which have no network and no rank. Their
+    ids follow: zero experts from E on, then copy experts, then constant ones. Dispatch passes over
+    them, and combine knows what they add.
+
+    Args:
+        x: as in ``npu_moe_distribute_dispatch``.
+        expert_ids: (BS, K) int32, ids of routed experts distinct within a row.
+        group_ep: the group.
+        ep_world_size: W.
+        ep_rank_id: this rank.
+        moe_expert_num: E, a multiple of W - S.
+        scales: as in ``npu_moe_distribute_dispatch``.
+        x_active_mask: as in ``npu_moe_distribute_dispatch``.
+        expert_scales: as in ``npu_moe_distribute_dispatch``.
+        elastic_info: (4 + 2 * W,) int32 for a group that has lost ranks: a flag (0 for a whole
+            group), the numbers of ranks, shared ranks and routed experts left, the new rank of
+            each old one or -1, and the old rank of each new one. Only with T = 1.
+        performance_info: (W,) int64, to which the microseconds waited for each rank are added.
+        group_tp: as in ``npu_moe_distribute_dispatch``.
+        tp_world_size: as in ``npu_moe_distribute_dispatch``.
+        tp_rank_id: as in ``npu_moe_distribute_dispatch``.
+        expert_shard_type: 0, shared experts on the first ranks.
+        shared_expert_num: NS, at most 4; without effect when S is 0.
+        shared_expert_rank_num: S, a multiple of NS.
+        quant_mode: 0 none, 2 int8 with a scale per row.
+        global_bs: 0 when BS is the same on all ranks, else W times the largest BS or more.
+        expert_token_nums_type: 0 prefix sums, 1 counts.
+        comm_alg: "", "fullmesh", "fullmesh_v1", "fullmesh_v2" or "hierarchy"; the same results.
+        zero_expert_num: special experts that add nothing.
+        copy_expert_num: special experts that add the token itself.
+        const_expert_num: special experts that add a mix of the token and a constant.
+        y_dtype: reserved, None.
+        x_dtype: reserved, None.
+        scales_dtype: reserved, None.
+
+    Returns:
+        The outputs of ``npu_moe_distribute_dispatch``, but for the third one:
+        assist_info_for_combine: (max(BS * K, 128 * A),) int32. Words 3i, 3i + 1 and 3i + 2 are the
+            source rank, token and slot of row i of this rank; slot K + j is shared expert j. The
+            other words are not written. With elastic_info, ranks have their new numbers.
+
+    Raises:
+        The errors of ``npu_moe_distribute_dispatch``.
+    """
+    return operators.dispatch_v2(
+        x=x,
+        expert_ids=expert_ids,
+        group_ep=_name(group_ep),
+        ep_world_size=ep_world_size,
+        ep_rank_id=ep_rank_id,
+        moe_expert_num=moe_expert_num,
+        scales=scales,
+        x_active_mask=x_active_mask,
+        expert_scales=expert_scales,
+        elastic_info=elastic_info,
+        performance_info=performance_info,
+        group_tp=_name(group_tp),
+        tp_world_size=tp_world_size,
+        tp_rank_id=tp_rank_id,
+        expert_shard_type=expert_shard_type,
+        shared_expert_num=shared_expert_num,
+        shared_expert_rank_num=shared_expert_rank_num,
+        quant_mode=quant_mode,
+        global_bs=global_bs,
+        expert_token_nums_type=expert_token_nums_type,
+        comm_alg=comm_alg,
+        zero_expert_num=zero_expert_num,
+        copy_expert_num=copy_expert_num,
+        const_expert_num=const_expert_num,
+        y_dtype=y_dtype,
+        x_dtype=x_dtype,
+        scales_dtype=scales_dtype,
     )
 
 
@@ -153,20 +260,21 @@ def npu_moe_distribute_combine(
 
         out[t] = sum_k expert_scales[t, k] * row(t, k) + sum_j shared(t, j) + shared_expert_x[t]
 
-    in float32, in this order, rounded once.
+    in float32, in this order, rounded once. With T = 2, the rows of the two ranks of group_tp are
+    added before, in float32, and rounded.
 
     Args:
-        expand_x: (A, H) float16 or bfloat16 expert outputs, rows as dispatch delivered them.
+        expand_x: (T * A, H) float16 or bfloat16 expert outputs, rows as dispatch delivered them.
         expert_ids: (BS, K) int32, as given to dispatch.
         expand_idx: (BS * K,) int32 from dispatch.
-        ep_send_counts: (W * L,) int32, dispatch's ep_recv_counts.
+        ep_send_counts: (T * W * L,) int32, dispatch's ep_recv_counts; the first W * L will do.
         expert_scales: (BS, K) float32 weights.
         group_ep: as in dispatch.
         ep_world_size: as in dispatch.
         ep_rank_id: as in dispatch.
         moe_expert_num: as in dispatch.
-        tp_send_counts: None, as there is no tensor parallelism.
-        x_active_mask: reserved, None.
+        tp_send_counts: (T,) int32, dispatch's tp_recv_counts; None without tensor parallelism.
+        x_active_mask: as in dispatch.
         activation_scale: reserved, None.
         weight_scale: reserved, None.
         group_list: reserved, None.
@@ -181,44 +289,166 @@ def npu_moe_distribute_combine(
         shared_expert_rank_num: as in dispatch.
         global_bs: as in dispatch.
         out_dtype: reserved, 0.
-        comm_quant_mode: 0, rows travel as they are.
+        comm_quant_mode: 0 rows travel as they are, 2 as int8 with a scale for every 8 elements;
+            2 needs T = 1 and H a multiple of 8.
         group_list_type: reserved, 0.
 
     Returns:
-        (BS, H) of the dtype of expand_x.
+        (BS, H) of the dtype of expand_x; zeros for tokens that take no part.
 
     Raises:
         The errors of ``npu_moe_distribute_dispatch``.
     """
-    arguments = GroupArguments(
-        group_ep,
-        ep_world_size,
-        ep_rank_id,
-        moe_expert_num,
-        group_tp,
-        tp_world_size,
-        tp_rank_id,
-        expert_shard_type,
-        shared_expert_num,
-        shared_expert_rank_num,
-        global_bs,
-    )
-    return distribute_combine(
-        COMBINE,
-        expand_x,
-        expert_ids,
-        expand_idx,
-        ep_send_counts,
-        expert_scales,
-        arguments,
-        expand_scales=expand_scales,
-        shared_expert_x=shared_expert_x,
-        comm_quant_mode=comm_quant_mode,
+    return operators.combine(
+        expand_x=expand_x,
+        expert_ids=expert_ids,
+        expand_idx=expand_idx,
+        ep_send_counts=ep_send_counts,
+        expert_scales=expert_scales,
+        group_ep=_name(group_ep),
+        ep_world_size=ep_world_size,
+        ep_rank_id=ep_rank_id,
+        moe_expert_num=moe_expert_num,
         tp_send_counts=tp_send_counts,
         x_active_mask=x_active_mask,
         activation_scale=activation_scale,
         weight_scale=weight_scale,
         group_list=group_list,
+        expand_scales=expand_scales,
+        shared_expert_x=shared_expert_x,
+        group_tp=_name(group_tp),
+        tp_world_size=tp_world_size,
+        tp_rank_id=tp_rank_id,
+        expert_shard_type=expert_shard_type,
+        shared_expert_num=shared_expert_num,
+        shared_expert_rank_num=shared_expert_rank_num,
+        global_bs=global_bs,
         out_dtype=out_dtype,
+        comm_quant_mode=comm_quant_mode,
         group_list_type=group_list_type,
-    ).x
+    )
+
+
+def npu_moe_distribute_combine_v2(
+    expand_x: Tensor,
+    expert_ids: Tensor,
+    assist_info_for_combine: Tensor,
+    ep_send_counts: Tensor,
+    expert_scales: Tensor,
+    group_ep: str,
+    ep_world_size: int,
+    ep_rank_id: int,
+    moe_expert_num: int,
+    *,
+    tp_send_counts: Tensor | None = None,
+    x_active_mask: Tensor | None = None,
+    expand_scales: Tensor | None = None,
+    shared_expert_x: Tensor | None = None,
+    elastic_info: Tensor | None = None,
+    ori_x: Tensor | None = None,
+    const_expert_alpha_1: Tensor | None = None,
+    const_expert_alpha_2: Tensor | None = None,
+    const_expert_v: Tensor | None = None,
+    performance_info: Tensor | None = None,
+    group_tp: str = "",
+    tp_world_size: int = 0,
+    tp_rank_id: int = 0,
+    expert_shard_type: int = 0,
+    shared_expert_num: int = 1,
+    shared_expert_rank_num: int = 0,
+    global_bs: int = 0,
+    comm_quant_mode: int = 0,
+    comm_alg: str = "",
+    zero_expert_num: int = 0,
+    copy_expert_num: int = 0,
+    const_expert_num: int = 0,
+) -> Tensor:
+    """Bring the experts' rows back to their tokens and sum them; collective over the group.
+
+    The sum is that of ``npu_moe_distribute_combine``, where for the c-th special expert of its kind
+
+        zero      row(t, k) = 0
+        copy      row(t, k) = ori_x[t]
+        constant  row(t, k) = const_expert_alpha_1[c] * ori_x[t]
+                              + const_expert_alpha_2[c] * const_expert_v[c]
+
+    in float32, each product and sum rounded.
+
+    Args:
+        expand_x: as in ``npu_moe_distribute_combine``.
+        expert_ids: (BS, K) int32, as given to dispatch.
+        assist_info_for_combine: int32 from dispatch.
+        ep_send_counts: as in ``npu_moe_distribute_combine``.
+        expert_scales: (BS, K) float32 weights.
+        group_ep: as in dispatch.
+        ep_world_size: as in dispatch.
+        ep_rank_id: as in dispatch.
+        moe_expert_num: as in dispatch.
+        tp_send_counts: as in ``npu_moe_distribute_combine``.
+        x_active_mask: as in dispatch.
+        expand_scales: (A,) float32 from dispatch, or None; not needed here.
+        shared_expert_x: as in ``npu_moe_distribute_combine``.
+        elastic_info: as in dispatch.
+        ori_x: (BS, H) tokens before the layer, of the dtype of expand_x, as the next three; needed
+            where there are copy or constant experts.
+        const_expert_alpha_1: (const_expert_num,), or (const_expert_num, H) to go by element.
+        const_expert_alpha_2: like const_expert_alpha_1.
+        const_expert_v: (const_expert_num, H).
+        performance_info: as in dispatch.
+        group_tp: as in dispatch.
+        tp_world_size: as in dispatch.
+        tp_rank_id: as in dispatch.
+        expert_shard_type: as in dispatch.
+        shared_expert_num: as in dispatch.
+        shared_expert_rank_num: as in dispatch.
+        global_bs: as in dispatch.
+        comm_quant_mode: as in ``npu_moe_distribute_combine``.
+        comm_alg: as in dispatch.
+        zero_expert_num: as in dispatch.
+        copy_expert_num: as in dispatch.
+        const_expert_num: as in dispatch.
+
+    Returns:
+        (BS, H) of the dtype of expand_x; zeros for tokens that take no part.
+
+    Raises:
+        The errors of ``npu_moe_distribute_dispatch``.
+    """
+    return operators.combine_v2(
+        expand_x=expand_x,
+        expert_ids=expert_ids,
+        assist_info_for_combine=assist_info_for_combine,
+        ep_send_counts=ep_send_counts,
+        expert_scales=expert_scales,
+        group_ep=_name(group_ep),
+        ep_world_size=ep_world_size,
+        ep_rank_id=ep_rank_id,
+        moe_expert_num=moe_expert_num,
+        tp_send_counts=tp_send_counts,
+        x_active_mask=x_active_mask,
+        expand_scales=expand_scales,
+        shared_expert_x=shared_expert_x,
+        elastic_info=elastic_info,
+        ori_x=ori_x,
+        const_expert_alpha_1=const_expert_alpha_1,
+        const_expert_alpha_2=const_expert_alpha_2,
+        const_expert_v=const_expert_v,
+        performance_info=performance_info,
+        group_tp=_name(group_tp),
+        tp_world_size=tp_world_size,
+        tp_rank_id=tp_rank_id,
+        expert_shard_type=expert_shard_type,
+        shared_expert_num=shared_expert_num,
+        shared_expert_rank_num=shared_expert_rank_num,
+        global_bs=global_bs,
+        comm_quant_mode=comm_quant_mode,
+        comm_alg=comm_alg,
+        zero_expert_num=zero_expert_num,
+        copy_expert_num=copy_expert_num,
+        const_expert_num=const_expert_num,
+    )
+
+
+def _name(group: dist.ProcessGroup | str) -> str:
+    """The name that an op takes, of a group that may be given itself."""
+    return group.group_name if isinstance(group, dist.ProcessGroup) else group

@@ -103,12 +103,15 @@ def distribute_dispatch(
     x_active_mask: torch.Tensor | None = None,
     expert_scales: torch.Tensor | None = None,
     elastic_info: torch.Tensor | None = None,
+    performance_info: torch.Tensor | None = None,
     quant_mode: int = 0,
     expert_token_nums_type: int = 1,
+    **reserved: object,
 ) -> DispatchOutput:
     """Send each token to its experts; shapes and errors in ``compat.torch_npu``.
 
-    ``op`` is ``DISPATCH`` or ``DISPATCH_V2``.
+    ``op`` is ``DISPATCH`` or ``DISPATCH_V2``. ``performance_info`` is only looked at; it is for the
+    caller to add ``waited``. ``reserved`` are arguments that must have their defaults.
     """
     group = arguments.resolve_ep(op)
     ranks = _Ranks(group, comm.default_endpoint(group))
@@ -122,10 +125,14 @@ def distribute_dispatch(
         checks.dtype(op, "expert_scales", expert_scales, (torch.float32,))
         checks.dtype(op, "x_active_mask", x_active_mask, (torch.bool,))
         checks.dtype(op, "elastic_info", elastic_info, (torch.int32,))
+        checks.dtype(op, "performance_info", performance_info, (torch.int64,))
         topology, elastic = _place(op, arguments, ranks, elastic_info)
         max_tokens, active = _check_tokens(
             op, arguments, x, expert_ids, expert_scales, x_active_mask, elastic, topology
         )
+        checks.reserved(op, **reserved)
+        per_rank = (topology.world_size,)
+        checks.shape(op, "performance_info", performance_info, per_rank, "(W,)", x.device)
         active_profile().check(
             _family(op),
             op,
@@ -233,13 +240,14 @@ def distribute_combine(
     const_expert_alpha_1: torch.Tensor | None = None,
     const_expert_alpha_2: torch.Tensor | None = None,
     const_expert_v: torch.Tensor | None = None,
+    performance_info: torch.Tensor | None = None,
     comm_quant_mode: int = 0,
     **reserved: object,
 ) -> CombineOutput:
     """Bring the experts' rows back and sum them; shapes and errors in ``compat.torch_npu``.
 
     ``op`` is ``COMBINE``, whose ``index`` is expand_idx, or ``COMBINE_V2``, whose ``index`` is
-    assist_info_for_combine. ``reserved`` are arguments that must have their defaults.
+    assist_info_for_combine. ``performance_info`` and ``reserved`` are as in dispatch.
     """
     index_name = "expand_idx" if op == COMBINE else "assist_info_for_combine"
     group = arguments.resolve_ep(op)
@@ -266,6 +274,7 @@ def distribute_combine(
             ("const_expert_alpha_1", const_expert_alpha_1, same),
             ("const_expert_alpha_2", const_expert_alpha_2, same),
             ("const_expert_v", const_expert_v, same),
+            ("performance_info", performance_info, (torch.int64,)),
         ):
             checks.dtype(op, name, tensor, allowed)
         topology, elastic = _place(op, arguments, ranks, elastic_info)
@@ -285,6 +294,8 @@ def distribute_combine(
         )
         num_tokens, top_k = expert_ids.shape
         hidden, device = expand_x.shape[1], expand_x.device
+        per_rank = (topology.world_size,)
+        checks.shape(op, "performance_info", performance_info, per_rank, "(W,)", device)
         _check_return_quant(op, comm_quant_mode, arguments, hidden)
         capacity = topology.capacity(group.rank, max_tokens, top_k)
         num_rows = capacity * (2 if arguments.has_tp else 1)

@@ -1,0 +1,128 @@
+"""Dispatch and combine under the schemas of torch_npu, translated to the ops of this library."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+from torch import Tensor
+
+from ..ops.arguments import GroupArguments
+from ..ops.distribute import (
+    COMBINE,
+    COMBINE_V2,
+    DISPATCH,
+    DISPATCH_V2,
+    DispatchOutput,
+    distribute_combine,
+    distribute_dispatch,
+)
+from ..ops.shapes import combine_output, dispatch_outputs
+from .library import Operator
+
+_GROUP_FIELDS = {field.name for field in dataclasses.fields(GroupArguments)}
+
+_GROUP = "str group_ep, int ep_world_size, int ep_rank_id, int moe_expert_num"
+_PLACEMENT = (
+    'str group_tp="", int tp_world_size=0, int tp_rank_id=0, int expert_shard_type=0, '
+    "int shared_expert_num=1, int shared_expert_rank_num=0"
+)
+_SPECIAL = "int zero_expert_num=0, int copy_expert_num=0, int const_expert_num=0"
+
+
+def _grouped(given: dict[str, Any]) -> dict[str, Any]:
+    """``given``, with the arguments that describe the group as one, ``arguments``."""
+    group = {name: value for name, value in given.items() if name in _GROUP_FIELDS}
+    rest = {name: value for name, value in given.items() if name not in _GROUP_FIELDS}
+    return rest | {"arguments": GroupArguments(**group)}
+
+
+def _dispatch(
+    op: str, *, performance_info: Tensor | None = None, **given: Any
+) -> tuple[Tensor | None, ...]:
+    out = distribute_dispatch(op, performance_info=performance_info, **_grouped(given))
+    if performance_info is not None:
+        performance_info.add_(out.waited)
+    return _ordered(out)
+
+
+def _ordered(out: DispatchOutput) -> tuple[Tensor | None, ...]:
+    """The seven outputs, the third of which differs between the versions."""
+    return (
+        out.expand_x,
+        out.dynamic_scales,
+        out.expand_idx if out.assist_info is None else out.assist_info,
+        out.expert_token_nums,
+        out.ep_recv_counts,
+        out.tp_recv_counts,
+        out.expand_scales,
+    )
+
+
+def _combine(op: str, *, performance_info: Tensor | None = None, **given: Any) -> Tensor:
+    index = given.pop("expand_idx" if op == COMBINE else "assist_info_for_combine")
+    arguments = _grouped(given)
+    out = distribute_combine(op, index=index, performance_info=performance_info, **arguments)
+    if performance_info is not None:
+        performance_info.add_(out.waited)
+    return out.x
+
+
+def _dispatch_outputs(op: str, **given: Any) -> tuple[Tensor | None, ...]:
+    names = ("x", "expert_ids", "arguments", "expert_scales", "quant_mode")
+    arguments = _grouped(given)
+    return _ordered(dispatch_outputs(op, **{name: arguments[name] for name in names}))
+
+
+def _combine_outputs(*, expand_x: Tensor, expert_ids: Tensor, **_: object) -> Tensor:
+    return combine_output(expand_x, expert_ids)
+
+
+dispatch = Operator(
+    DISPATCH,
+    f"Tensor x, Tensor expert_ids, {_GROUP}, *, Tensor? scales=None, Tensor? x_active_mask=None, "
+    f"Tensor? expert_scales=None, {_PLACEMENT}, int quant_mode=0, int global_bs=0, "
+    "int expert_token_nums_type=1",
+    "(Tensor expand_x, Tensor dynamic_scales, Tensor expand_idx, "
+    "Tensor expert_token_nums, Tensor ep_recv_counts, Tensor tp_recv_counts, Tensor expand_scales)",
+    run=functools.partial(_dispatch, DISPATCH),
+    outputs=functools.partial(_dispatch_outputs, DISPATCH),
+)
+
+dispatch_v2 = Operator(
+    DISPATCH_V2,
+    f"Tensor x, Tensor expert_ids, {_GROUP}, *, Tensor? scales=None, Tensor? x_active_mask=None, "
+    "Tensor? expert_scales=None, Tensor? elastic_info=None, Tensor(b!)? performance_info=None, "
+    f"{_PLACEMENT}, int quant_mode=0, int global_bs=0, int expert_token_nums_type=1, "
+    f'str comm_alg="", {_SPECIAL}, int? y_dtype=None, int? x_dtype=None, int? scales_dtype=None',
+    "(Tensor expand_x, Tensor dynamic_scales, Tensor assist_info_for_combine, "
+    "Tensor expert_token_nums, Tensor ep_recv_counts, Tensor tp_recv_counts, Tensor expand_scales)",
+    run=functools.partial(_dispatch, DISPATCH_V2),
+    outputs=functools.partial(_dispatch_outputs, DISPATCH_V2),
+)
+
+combine = Operator(
+    COMBINE,
+    "Tensor expand_x, Tensor expert_ids, Tensor expand_idx, Tensor ep_send_counts, "
+    f"Tensor expert_scales, {_GROUP}, *, Tensor? tp_send_counts=None, Tensor? x_active_mask=None, "
+    "Tensor? activation_scale=None, Tensor? weight_scale=None, Tensor? group_list=None, "
+    f"Tensor? expand_scales=None, Tensor? shared_expert_x=None, {_PLACEMENT}, int global_bs=0, "
+    "int out_dtype=0, int comm_quant_mode=0, int group_list_type=0",
+    "Tensor",
+    run=functools.partial(_combine, COMBINE),
+    outputs=_combine_outputs,
+)
+
+combine_v2 = Operator(
+    COMBINE_V2,
+    "Tensor expand_x, Tensor expert_ids, Tensor assist_info_for_combine, Tensor ep_send_counts, "
+    f"Tensor expert_scales, {_GROUP}, *, Tensor? tp_send_counts=None, Tensor? x_active_mask=None, "
+    "Tensor? expand_scales=None, Tensor? shared_expert_x=None, Tensor? elastic_info=None, "
+    "Tensor? ori_x=None, Tensor? const_expert_alpha_1=None, Tensor? const_expert_alpha_2=None, "
+    f"Tensor? const_expert_v=None, Tensor(b!)? performance_info=None, {_PLACEMENT}, "
+    f'int global_bs=0, int comm_quant_mode=0, str comm_alg="", {_SPECIAL}',
+    "Tensor",
+    run=functools.partial(_combine, COMBINE_V2),
+    outputs=_combine_outputs,
+)
