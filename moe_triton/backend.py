@@ -6,7 +6,9 @@ otherwise. An explicit choice that cannot work is an error, never a silent fallb
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 
 import torch
 
@@ -14,6 +16,7 @@ from .errors import UnavailableError
 
 BACKENDS = ("cpu", "interpret", "cuda", "rocm", "xpu", "npu")
 ENVIRONMENT = "MOE_TRITON_BACKEND"
+INTERPRETER = "TRITON_INTERPRET"  # Triton reads it once, when it is imported
 
 _NO_KERNELS = "its Triton kernels are not part of this version; tensors on the CPU work"
 _override: str | None = None
@@ -32,7 +35,7 @@ def unavailable_because(name: str) -> str | None:
     if name == "cpu":
         return None
     if name == "interpret":
-        return _NO_KERNELS
+        return _no_interpreter_because()
     if name in ("cuda", "rocm"):
         wanted = "ROCm" if name == "rocm" else "CUDA"
         built = torch.version.hip if name == "rocm" else torch.version.cuda
@@ -47,8 +50,26 @@ def unavailable_because(name: str) -> str | None:
     return _NO_KERNELS
 
 
+def _no_interpreter_because() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    language = sys.modules.get("triton.language")
+    # Triton's own library of device functions shows which of both it was imported as.
+    if language is not None and type(language.cdiv).__name__ != "InterpretedFunction":
+        return f"Triton was imported before {INTERPRETER}=1 was set; set it when the process starts"
+    return None
+
+
+def enable_interpreter() -> None:
+    """Let Triton, if it is not imported yet, be imported as its interpreter."""
+    os.environ[INTERPRETER] = "1"
+
+
 def set_backend(name: str | None) -> None:
     """Choose the back end of all following calls; None goes back to choosing by device.
+
+    "interpret" runs the Triton kernels on the CPU, one program after the other. It must be chosen,
+    or ``TRITON_INTERPRET=1`` be set, before anything imports Triton.
 
     Raises:
         UnavailableError: an unknown name, or a back end that cannot run here, with the cause.
@@ -58,6 +79,8 @@ def set_backend(name: str | None) -> None:
         cause = unavailable_because(_check_name("set_backend", name))
         if cause is not None:
             raise UnavailableError("set_backend", f"backend {name!r} cannot run here: {cause}")
+    if name == "interpret":
+        enable_interpreter()
     _override = name
 
 
@@ -80,4 +103,6 @@ def get_backend(device: torch.device | str = "cpu") -> str:
     cause = unavailable_because(name)
     if cause is not None:
         raise UnavailableError("get_backend", f"backend {name!r} cannot run here: {cause}")
+    if name == "interpret":
+        enable_interpreter()
     return name

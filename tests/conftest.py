@@ -17,6 +17,11 @@ import hypothesis
 import pytest
 import torch
 
+# Where there is no GPU the tests of the kernels run under Triton's interpreter, which has to be on
+# before anything imports Triton.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Ranks are threads or processes here, often more than there are cores; a pool of torch's threads
 # for each of them would only make them wait for one another.
 torch.set_num_threads(1)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -29,7 +33,9 @@ def test_a_choice_by_environment_and_by_call(monkeypatch):
     assert backend.get_backend("cpu") == "cpu"
 
 
-@pytest.mark.parametrize("name", [name for name in backend.BACKENDS if name != "cpu"])
+@pytest.mark.parametrize(
+    "name", [name for name in backend.BACKENDS if name not in ("cpu", "interpret")]
+)
 def test_what_cannot_run_says_why(name):
     cause = backend.unavailable_because(name)
     assert cause
@@ -53,3 +59,55 @@ def test_an_unknown_name_in_the_environment(monkeypatch):
 def test_a_device_without_a_back_end():
     with pytest.raises(UnavailableError):
         backend.get_backend("meta")
+
+
+def run(code: str, **environment) -> str:
+    """What a fresh process prints."""
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env={name: value for name, value in os.environ.items() if name != backend.INTERPRETER}
+        | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return found.stdout.strip()
+
+
+CHOOSE = """
+import sys
+{before}
+from moe_triton import MoeError, get_backend, set_backend
+try:
+    {choose}
+    print(get_backend(), "triton" in sys.modules)
+    import triton.language as tl
+    print(type(tl.cdiv).__name__)
+except MoeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    "choose, environment",
+    [
+        ('set_backend("interpret")', {}),
+        ("pass", {backend.ENVIRONMENT: "interpret"}),
+        ('set_backend("interpret")', {backend.INTERPRETER: "1"}),
+    ],
+)
+def test_the_interpreter_is_on_when_triton_comes_later(choose, environment):
+    said = run(CHOOSE.format(before="", choose=choose), **environment)
+    assert said.split() == ["interpret", "False", "InterpretedFunction"]
+
+
+def test_the_interpreter_cannot_be_switched_on_afterwards():
+    code = CHOOSE.format(before="import triton", choose='set_backend("interpret")')
+    assert "Triton was imported before TRITON_INTERPRET=1 was set" in run(code)
+    assert run(code, **{backend.INTERPRETER: "1"}).split()[0] == "interpret"
+
+
+def test_the_interpreter_needs_triton(monkeypatch):
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UnavailableError, match="Triton is not installed"):
+        backend.set_backend("interpret")

@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import importlib
+import threading
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from .. import ref
 from ..backend import get_backend
 from ..comm import DeviceSteps
 
-_TABLES = {
-    "cpu": DeviceSteps(
-        plan=ref.plan,
-        push=ref.push,
-        sources=ref.sources,
-        pack=ref.pack,
-        encode=ref.encode,
-        add_rows=ref.add_rows,
-        reduce=ref.reduce,
-    ),
-}
+# Triton's interpreter keeps the program that it is in at one place for all threads.
+_interpreter = threading.Lock()
 
 
 def device_steps(device: torch.device) -> DeviceSteps:
     """The steps for tensors on ``device``; ``UnavailableError`` when its back end cannot run."""
-    return _TABLES[get_backend(device)]
+    return _table(get_backend(device))
+
+
+@functools.cache
+def _table(backend: str) -> DeviceSteps:
+    names = [field.name for field in dataclasses.fields(DeviceSteps)]
+    if backend == "cpu":
+        return DeviceSteps(**{name: getattr(ref, name) for name in names})
+    assert backend == "interpret"
+    # Only here: importing the kernels imports Triton, as an interpreter or not.
+    kernels = importlib.import_module("moe_triton.kernels")
+    return DeviceSteps(**{name: _one_at_a_time(getattr(kernels, name)) for name in names})
+
+
+def _one_at_a_time(step: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(step)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _interpreter:
+            return step(*args, **kwargs)
+
+    return call
