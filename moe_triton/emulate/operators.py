@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..compat import torch_npu
-from ..errors import UnavailableError
+from ..errors import ArgumentValueError, UnavailableError
 
 
 class NotEmulatedError(UnavailableError, AttributeError):
@@ -61,6 +61,7 @@ def _npu_distribute_barrier(
         x_ref.
 
     Raises:
+        ArgumentValueError: world_size is not the size of the group.
         UnavailableError: ranks are left out.
         RuntimeError: a rank did not come in time.
     """
@@ -68,11 +69,15 @@ def _npu_distribute_barrier(
     if elastic_info is not None and elastic_info[0] and elastic_info[1] != world_size:
         problem = "elastic_info that leaves out ranks is not emulated by moe-triton npu-run"
         raise UnavailableError(op, problem, argument="elastic_info")
+    process_group = dist.distributed_c10d._resolve_process_group(cast("Any", group))
+    if world_size != process_group.size():
+        contract = f"be the size of group {group!r}, {process_group.size()}"
+        raise ArgumentValueError(op, "world_size", contract, world_size)
     options = dist.BarrierOptions()
     options.device = torch.device("cpu")
     if time_out is not None:
         options.timeout = timedelta(microseconds=int(time_out))
-    dist.distributed_c10d._resolve_process_group(cast("Any", group)).barrier(options).wait()
+    process_group.barrier(options).wait()
     return x_ref
 
 

@@ -9,6 +9,26 @@ import torch.multiprocessing as mp
 import torch_npu
 
 
+def barriers(rank, group):
+    token = torch.ones(1, dtype=torch.int32).npu()
+    everybody = torch.tensor([1, 2, 0, 2, 0, 1, 0, 1], dtype=torch.int32).npu()
+    limit = torch.tensor([20_000_000], dtype=torch.int32).npu()
+    for options in ({}, {"time_out": limit, "elastic_info": everybody}):
+        out = torch_npu._npu_distribute_barrier(x_ref=token, group=group, world_size=2, **options)
+        assert torch.equal(out, token)
+
+    def refused(world_size, **options):
+        try:
+            torch_npu._npu_distribute_barrier(token, group, world_size, **options)
+        except (RuntimeError, ValueError) as error:
+            return str(error)
+
+    assert "world_size must be the size of group" in refused(3)
+    assert "elastic_info" in refused(2, elastic_info=torch.ones(8, dtype=torch.int32))
+    if rank == 0:  # alone
+        assert "Timed out" in refused(2, time_out=limit // 100)
+
+
 def work(rank, port):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     os.environ["HCCL_BUFFSIZE"] = "400"
@@ -28,20 +48,9 @@ def work(rank, port):
     dist.barrier(device_ids=[rank])
     dist.barrier()
 
-    group = dist.distributed_c10d._get_default_group()
-    name = group._get_backend(torch.device("npu")).get_hccl_comm_name(rank)
-    token = torch.ones(1, dtype=torch.int32).npu()
-    everybody = torch.tensor([1, 2, 0, 2, 0, 1, 0, 1], dtype=torch.int32).npu()
-    limit = torch.tensor([20_000_000], dtype=torch.int32).npu()
-    for options in ({}, {"time_out": limit, "elastic_info": everybody}):
-        out = torch_npu._npu_distribute_barrier(x_ref=token, group=name, world_size=2, **options)
-        assert torch.equal(out, token)
-    try:
-        torch_npu._npu_distribute_barrier(token, name, 2, elastic_info=everybody * 0 + 1)
-    except RuntimeError as error:
-        assert "elastic_info" in str(error)
-    else:
-        raise AssertionError
+    group = dist.new_group(backend="hccl", ranks=[0, 1])
+    barriers(rank, group._get_backend(torch.device("npu")).get_hccl_comm_name(rank))
+    dist.barrier()
     print(f"rank {rank} npu finished!\n", end="", flush=True)
     dist.destroy_process_group()
 
