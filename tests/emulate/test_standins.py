@@ -13,7 +13,9 @@ def _meeting_point(port, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "script, ranks", [("fork.py", 4), ("spawn.py", 2), ("graph.py", 2)], ids=lambda value: value
+    "script, ranks",
+    [("fork.py", 4), ("spawn.py", 2), ("graph.py", 2), ("v2.py", 2)],
+    ids=lambda value: value,
 )
 def test_script(npu_run, port, script, ranks):
     run = npu_run(script, str(port))

@@ -27,6 +27,7 @@ class Model(torch.nn.Module):
             moe_expert_num=experts,
         )
         expand_x, _, expand_idx, _, ep_recv_counts, tp_recv_counts, _ = out
+        torch_npu._npu_distribute_barrier(expert_ids, group_ep, world_size)
         return torch_npu.npu_moe_distribute_combine(
             expand_x=expand_x * self.scale,
             expert_ids=expert_ids,
@@ -56,7 +57,7 @@ def work(rank):
     config.experimental_config.frozen_parameter = True
     backend = torchair.get_npu_backend(compiler_config=config)
     with torch.no_grad():
-        compiled = torch.compile(model, backend=backend, dynamic=False)
+        compiled = torch.compile(model, backend=backend, dynamic=False, fullgraph=True)
         assert torch.equal(compiled(*arguments), model(*arguments))
     torch.npu.synchronize()
     print(f"rank {rank} npu finished!\n", end="", flush=True)
