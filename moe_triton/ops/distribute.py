@@ -73,6 +73,27 @@ class _Ranks:
     ep: comm.Endpoint
     tp: comm.Endpoint | None = None
 
+    @classmethod
+    def of(cls, op: str, arguments: GroupArguments, tp_kind: str) -> _Ranks:
+        """Find the groups; the first thing an op does, as it can tell nobody what fails before.
+
+        Args:
+            op: for error messages.
+            arguments: where a pair cannot be found, that is for ``_place`` to say.
+            tp_kind: as in ``told``.
+        """
+        tp = None
+        if arguments.has_tp:
+            with contextlib.suppress(MoeError):
+                tp = comm.default_endpoint(arguments.resolve_tp(op))
+        try:
+            group = arguments.resolve_ep(op)
+        except MoeError as error:
+            if tp is not None:
+                tp.reject(tp_kind, op, error)
+            raise
+        return cls(group, comm.default_endpoint(group), tp)
+
     @contextlib.contextmanager
     def told(self, op: str, ep_kind: str | None, tp_kind: str | None) -> Iterator[None]:
         """Tell the peers who wait for this rank when it cannot go on.
@@ -85,7 +106,8 @@ class _Ranks:
         try:
             yield
         except BaseException as error:
-            reason = error if isinstance(error, MoeError) else MoeError(op, repr(error))
+            # Where it came from the ranks of one group, those of the other do not know it.
+            reason = MoeError(op, error.problem if isinstance(error, MoeError) else repr(error))
             if ep_kind is not None:
                 self.ep.reject(ep_kind, op, reason)
             if tp_kind is not None and self.tp is not None:
@@ -113,8 +135,8 @@ def distribute_dispatch(
     ``op`` is ``DISPATCH`` or ``DISPATCH_V2``. ``performance_info`` is only looked at; it is for the
     caller to add ``waited``. ``reserved`` are arguments that must have their defaults.
     """
-    group = arguments.resolve_ep(op)
-    ranks = _Ranks(group, comm.default_endpoint(group))
+    ranks = _Ranks.of(op, arguments, "gather")
+    group = ranks.group
     with ranks.told(op, "dispatch", "gather"):
         checks.required(op, x=x, expert_ids=expert_ids)
         arguments.check_types(op)
@@ -250,8 +272,8 @@ def distribute_combine(
     assist_info_for_combine. ``performance_info`` and ``reserved`` are as in dispatch.
     """
     index_name = "expand_idx" if op == COMBINE else "assist_info_for_combine"
-    group = arguments.resolve_ep(op)
-    ranks = _Ranks(group, comm.default_endpoint(group))
+    ranks = _Ranks.of(op, arguments, "gather")
+    group = ranks.group
     with ranks.told(op, "combine", "gather"):
         needed = {"expand_x": expand_x, "expert_ids": expert_ids, index_name: index}
         needed |= {"ep_send_counts": ep_send_counts, "expert_scales": expert_scales}
@@ -359,7 +381,7 @@ def _place(
     """Where the experts are; from now on ``ranks`` are those that take part in this call."""
     topology = arguments.topology(op, ranks.group, _family(op))
     if arguments.has_tp:
-        ranks.tp = comm.default_endpoint(arguments.resolve_tp(op))
+        arguments.resolve_tp(op)
         contract = "be None when tp_world_size is 2"
         checks.value(op, "elastic_info", elastic_info is None, contract, "a tensor")
     elastic = scaled_down(op, elastic_info, topology, ranks.group.rank)
