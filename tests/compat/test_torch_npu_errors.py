@@ -23,80 +23,30 @@ import pytest
 import torch
 from definition import Group, Tokens
 from definition_checks import check_dispatch
-from harness import call_combine, call_dispatch, describe, make_calls, run_world
+from harness import call_combine, call_dispatch, make_calls, run_world
+from refusals import (
+    ANYTHING,
+    AT_ONCE,
+    MISSING,
+    TYPE,
+    VALUE,
+    Bad,
+    attempt,
+    bad_call,
+    both,
+    check_peer,
+    check_refusal,
+    edit,
+    put,
+    with_value,
+)
 
-from moe_triton.compat import torch_npu
+import moe_triton
 
-MISSING, TYPE, VALUE = 161001, 161002, 561002
-KINDS = {
-    MISSING: ("MissingArgumentError", "TypeError"),
-    TYPE: ("MoeError",),
-    VALUE: ("ArgumentValueError", "ValueError"),
-}
 WORLD, BATCH = 3, 3
 LIMIT = 20.0
-# Refusals are told, not timed out: far below the 30 s a silent peer is waited for.
-AT_ONCE = 5.0
 
 BASE = Group(world_size=WORLD, num_experts=6, top_k=2, hidden=4)
-
-
-@dataclass(frozen=True)
-class Bad:
-    """One way to call wrongly.
-
-    Attributes:
-        op: "dispatch" or "combine".
-        change: edits the keyword arguments of a correct call.
-        code: status code of the refusal.
-        argument: the argument it names, or several that would do.
-        got: pattern of the offending value in the message.
-        reaches_peers: False when the call does not say which group it belongs to.
-    """
-
-    op: str
-    change: Callable[[dict], None]
-    code: int
-    argument: str | tuple[str, ...]
-    got: str
-    reaches_peers: bool = True
-
-    @property
-    def arguments(self) -> tuple[str, ...]:
-        return (self.argument,) if isinstance(self.argument, str) else self.argument
-
-
-def put(**values):
-    """Replace arguments."""
-    return lambda call: call.update(values)
-
-
-def edit(name, fn):
-    """Replace an argument by a function of itself."""
-
-    def change(call):
-        call[name] = fn(call[name])
-
-    return change
-
-
-def both(*changes):
-    def change(call):
-        for one in changes:
-            one(call)
-
-    return change
-
-
-def with_value(name, place, value):
-    """A copy of a tensor argument with one element replaced."""
-
-    def fn(tensor):
-        tensor = tensor.clone()
-        tensor[place] = value
-        return tensor
-
-    return edit(name, fn)
 
 
 def smooth(*shape, dtype=torch.float32):
@@ -126,8 +76,6 @@ def named_like_ep(call):
     call["group_tp"] = call["group_ep"]
 
 
-ANYWHERE = r""
-
 BAD: dict[str, Bad] = {
     # 9.2: required tensors and the group's name.
     "9.2 x None": dispatch(put(x=None), MISSING, "x", "None"),
@@ -138,7 +86,7 @@ BAD: dict[str, Bad] = {
     "9.2 ep_send_counts None": combine(put(ep_send_counts=None), MISSING, "ep_send_counts", "None"),
     "9.2 expert_scales None": combine(put(expert_scales=None), MISSING, "expert_scales", "None"),
     **nameless("9.2 group_ep None", None, MISSING, "None"),
-    **nameless("9.2 group_ep empty", "", MISSING, ANYWHERE),
+    **nameless("9.2 group_ep empty", "", MISSING, ANYTHING),
     **nameless("9.2 group_ep long", "g" * 128, TYPE, "128"),
     **nameless("9.2 group_ep of another type", 5, TYPE, r"\b5\b|int"),
     # 9.1: the lower code wins.
@@ -318,10 +266,10 @@ BAD: dict[str, Bad] = {
     **on_both("19 G not a multiple of W", put(global_bs=10), VALUE, "global_bs", r"\b10\b"),
     **on_both("19 G -9", put(global_bs=-9), VALUE, "global_bs", "-9"),
     "20 mask shape": dispatch(
-        put(x_active_mask=torch.ones(BATCH + 1, dtype=torch.bool)), VALUE, "x_active_mask", ANYWHERE
+        put(x_active_mask=torch.ones(BATCH + 1, dtype=torch.bool)), VALUE, "x_active_mask", ANYTHING
     ),
     "20 combine mask shape": combine(
-        put(x_active_mask=torch.ones(BATCH + 1, dtype=torch.bool)), VALUE, "x_active_mask", ANYWHERE
+        put(x_active_mask=torch.ones(BATCH + 1, dtype=torch.bool)), VALUE, "x_active_mask", ANYTHING
     ),
     "21 expand_x rows": combine(edit("expand_x", lambda x: x[:17]), VALUE, "expand_x", r"\b17\b"),
     "21 expand_x rows with G": combine(put(global_bs=12), VALUE, "expand_x", r"\b18\b"),
@@ -336,7 +284,7 @@ BAD: dict[str, Bad] = {
     ),
     "23 comm_quant_mode 1": combine(put(comm_quant_mode=1), VALUE, "comm_quant_mode", r"\b1\b"),
     "23 comm_quant_mode -2": combine(put(comm_quant_mode=-2), VALUE, "comm_quant_mode", "-2"),
-    **on_both("29 group_tp equals group_ep", named_like_ep, VALUE, "group_tp", ANYWHERE),
+    **on_both("29 group_tp equals group_ep", named_like_ep, VALUE, "group_tp", ANYTHING),
     "30 shared_expert_x rows": combine(
         put(shared_expert_x=torch.zeros(4, 4).bfloat16()), VALUE, "shared_expert_x", r"4, 4"
     ),
@@ -366,13 +314,13 @@ BAD: dict[str, Bad] = {
     "reserved out_dtype": combine(put(out_dtype=1), VALUE, "out_dtype", r"\b1\b"),
     "reserved group_list_type": combine(put(group_list_type=1), VALUE, "group_list_type", r"\b1\b"),
     "reserved activation_scale": combine(
-        put(activation_scale=torch.ones(18)), VALUE, "activation_scale", ANYWHERE
+        put(activation_scale=torch.ones(18)), VALUE, "activation_scale", ANYTHING
     ),
     "reserved weight_scale": combine(
-        put(weight_scale=torch.ones(2, 4)), VALUE, "weight_scale", ANYWHERE
+        put(weight_scale=torch.ones(2, 4)), VALUE, "weight_scale", ANYTHING
     ),
     "reserved group_list": combine(
-        put(group_list=torch.ones(2, dtype=torch.int64)), VALUE, "group_list", ANYWHERE
+        put(group_list=torch.ones(2, dtype=torch.int64)), VALUE, "group_list", ANYTHING
     ),
     # Values.
     "value id E": dispatch(with_value("expert_ids", (1, 1), 6), VALUE, "expert_ids", r"\b6\b"),
@@ -421,18 +369,6 @@ def prepare(group: Group, batches: list[int]) -> tuple[list[dict], list, list]:
     return make_calls(group, tokens, rows), received, combined
 
 
-def attempt(fn: Callable[[], object]) -> dict:
-    """How a call that should be refused ended, and after how long."""
-    start = time.monotonic()
-    try:
-        fn()
-    except Exception as error:
-        refusal = describe(error)
-    else:
-        refusal = None
-    return {"error": refusal, "seconds": time.monotonic() - start}
-
-
 def good_rounds(ctx, calls, count):
     return [harness.round_trip(ctx, calls) for _ in range(count)]
 
@@ -441,25 +377,6 @@ def check_rounds(rounds, group, received, combined, rank):
     for outputs, result in rounds:
         check_dispatch(group, received[rank], outputs, rank=rank)
         definition.same_bits(result, combined[rank], f"rank {rank} x")
-
-
-def bad_call(ctx, call, op, change):
-    """One call of ``op``, edited by ``change``; a dispatch before a combine is left correct."""
-    if op == "dispatch":
-        args = {"group_ep": ctx.ep_group, "ep_rank_id": ctx.ep_rank, **call["dispatch"]}
-        change(args)
-        return attempt(lambda: torch_npu.npu_moe_distribute_dispatch(**args))
-    outputs = call_dispatch(ctx, call)
-    args = {
-        "group_ep": ctx.ep_group,
-        "ep_rank_id": ctx.ep_rank,
-        "expand_idx": outputs[2],
-        "ep_send_counts": outputs[4],
-        "expand_scales": outputs[6],
-        **call["combine"],
-    }
-    change(args)
-    return attempt(lambda: torch_npu.npu_moe_distribute_combine(**args))
 
 
 def scenario(bad, culprits, calls):
@@ -474,34 +391,6 @@ def scenario(bad, culprits, calls):
         return refusals, rounds
 
     return fn
-
-
-def check_refusal(bad, refusal):
-    error = refusal["error"]
-    assert error is not None, "the call was accepted"
-    assert "MoeError" in error["types"], error["traceback"]
-    assert error["code"] == bad.code, error["traceback"]
-    for kind in KINDS[bad.code]:
-        assert kind in error["types"], error["traceback"]
-    assert error["argument"] in bad.arguments, error["traceback"]
-    assert bad.op in error["op"], error["traceback"]
-    text = error["text"]
-    assert error["argument"] in text, text
-    contract, _, got = text.rpartition(", got ")
-    assert re.search(rf"\b{error['argument']}\b.* must \S+", contract), text
-    assert re.search(bad.got, got), text
-    assert refusal["seconds"] < AT_ONCE
-
-
-def check_peer(bad, refusal, culprit):
-    error = refusal["error"]
-    assert error is not None, "the call of a peer returned although a rank refused"
-    assert "PeerAbortError" in error["types"], error["traceback"]
-    assert error["rank"] == culprit, error["traceback"]
-    assert any(argument in error["reason"] for argument in bad.arguments), error["traceback"]
-    assert re.search(bad.got, error["reason"]), error["traceback"]
-    assert str(culprit) in error["text"], error["traceback"]
-    assert refusal["seconds"] < AT_ONCE
 
 
 @pytest.fixture(scope="module")
@@ -764,7 +653,7 @@ MISMATCHES = {
         BASE, BASE, r"\bBS\b|batch|\bx\b|expert_ids", (r"\b3\b", r"\b0\b"), other_batch=0
     ),
     "scales present": Mismatch(
-        INT8, INT8, r"scales", (ANYWHERE, ANYWHERE), change=put(scales=torch.ones(6, 4))
+        INT8, INT8, r"scales", (ANYTHING, ANYTHING), change=put(scales=torch.ones(6, 4))
     ),
 }
 
@@ -925,3 +814,98 @@ def test_the_rank_of_another_is_refused(base):
         else:
             check_peer(bad, refusal, 1)
         check_rounds(rounds, BASE, received, combined, rank)
+
+
+# A correct call on each product is wrong on the others: W, H and expert_scales exclude each other.
+ON_PRODUCTS = {
+    "a2": Group(world_size=16, num_experts=16, top_k=1, hidden=32),
+    "a3": Group(world_size=8, num_experts=8, top_k=1, hidden=7168),
+    "950": Group(world_size=4, num_experts=4, top_k=1, hidden=64),
+}
+MASK = torch.ones(1, dtype=torch.bool)
+WEIGHTS = torch.ones(1, 1)
+BY_PRODUCT = {
+    "8 S": (
+        ["a2"],
+        dispatch(
+            put(shared_expert_rank_num=4, moe_expert_num=12), VALUE, "shared_expert_rank_num", "4"
+        ),
+    ),
+    "8 NS 2": (
+        ["a3"],
+        dispatch(
+            put(shared_expert_num=2, shared_expert_rank_num=2, moe_expert_num=6),
+            VALUE,
+            "shared_expert_num",
+            "2",
+        ),
+    ),
+    "11 E 528": (
+        ["a3", "950"],
+        dispatch(put(moe_expert_num=528), VALUE, "moe_expert_num", "528"),
+    ),
+    "12 L 25": (["a2"], dispatch(put(moe_expert_num=400), VALUE, "moe_expert_num", "25")),
+    "13 quant_mode 1": (
+        ["a2", "a3"],
+        dispatch(put(quant_mode=1), VALUE, "quant_mode", r"\b1\b"),
+    ),
+    "16 H": (
+        ["a2", "a3"],
+        dispatch(edit("x", lambda x: x[:, :-1]), VALUE, "x", r"\b(31|7167)\b"),
+    ),
+    "20 mask": (
+        [*ON_PRODUCTS],
+        dispatch(put(x_active_mask=MASK), VALUE, "x_active_mask", ANYTHING),
+    ),
+    "20 combine mask": (
+        [*ON_PRODUCTS],
+        combine(put(x_active_mask=MASK), VALUE, "x_active_mask", ANYTHING),
+    ),
+    "expert_scales": (
+        ["a3", "950"],
+        dispatch(put(expert_scales=WEIGHTS), VALUE, "expert_scales", ANYTHING),
+    ),
+    "expand_scales missing": (
+        ["a2"],
+        combine(put(expand_scales=None), VALUE, "expand_scales", "None"),
+    ),
+    "expand_scales given": (
+        ["a3", "950"],
+        combine(put(expand_scales=torch.ones(8)), VALUE, "expand_scales", ANYTHING),
+    ),
+    "23 comm_quant_mode 2": (
+        ["a2", "950"],
+        combine(put(comm_quant_mode=2), VALUE, "comm_quant_mode", r"\b2\b"),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "product, name", [(product, name) for name, row in BY_PRODUCT.items() for product in row[0]]
+)
+def test_refused_under_the_profile_of_a_product(product, name):
+    bad, group = BY_PRODUCT[name][1], ON_PRODUCTS[product]
+    calls, received, combined = prepare(group, [1] * group.world_size)
+    if product != "a2":
+        for call in calls:
+            call["dispatch"]["expert_scales"] = None
+
+    def fn(ctx):
+        change = bad.change if ctx.rank == 1 else put()
+        refusal = bad_call(ctx, calls[ctx.rank], bad.op, change)
+        return refusal, harness.round_trip(ctx, calls)
+
+    moe_triton.set_profile(product)
+    try:
+        results = run_world("local", group.world_size, fn, limit=LIMIT)
+    finally:
+        moe_triton.set_profile(None)
+    for rank, (refusal, (outputs, result)) in enumerate(results):
+        if rank == 1:
+            check_refusal(bad, refusal)
+            assert f"on {product}" in refusal["error"]["text"]
+        else:
+            check_peer(bad, refusal, 1)
+        weights_given = product == "a2"
+        check_dispatch(group, received[rank], outputs, rank=rank, weights_given=weights_given)
+        definition.same_bits(result, combined[rank], f"rank {rank} x")
