@@ -77,9 +77,12 @@ class GroupArguments:
             op, self.group_tp, rank, argument="group_tp", rank_argument="tp_rank_id"
         )
         checks.value(op, "group_tp", group.size == 2, "have two ranks", f"{group.size} ranks")
-        contract = f"be {group.rank}, this rank's place in the group"
-        checks.value(op, "tp_rank_id", rank == group.rank, contract, rank)
         return group
+
+    def check_pair(self, op: str, pair: comm.Group) -> None:
+        """The place of this rank in the pair is the one it says."""
+        contract = f"be {pair.rank}, this rank's place in the group"
+        checks.value(op, "tp_rank_id", self.tp_rank_id == pair.rank, contract, self.tp_rank_id)
 
     def check_types(self, op: str) -> None:
         """The name of the TP group is legal, and integers are integers."""

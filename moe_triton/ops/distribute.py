@@ -92,7 +92,9 @@ class _Ranks:
             if tp is not None:
                 tp.reject(tp_kind, op, error)
             raise
-        return cls(group, comm.default_endpoint(group), tp)
+        ep = comm.default_endpoint(group)
+        # A pair that is the group would be told twice, by some of its ranks.
+        return cls(group, ep, None if tp is ep else tp)
 
     @contextlib.contextmanager
     def told(self, op: str, ep_kind: str | None, tp_kind: str | None) -> Iterator[None]:
@@ -381,7 +383,7 @@ def _place(
     """Where the experts are; from now on ``ranks`` are those that take part in this call."""
     topology = arguments.topology(op, ranks.group, _family(op))
     if arguments.has_tp:
-        arguments.resolve_tp(op)
+        arguments.check_pair(op, arguments.resolve_tp(op))
         contract = "be None when tp_world_size is 2"
         checks.value(op, "elastic_info", elastic_info is None, contract, "a tensor")
     elastic = scaled_down(op, elastic_info, topology, ranks.group.rank)
