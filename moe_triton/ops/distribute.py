@@ -352,7 +352,8 @@ def distribute_combine(
         if op == COMBINE:
             _check_expand_idx(op, index, plan, expert_ids.numel())
         else:
-            _check_assist(op, index, sources, config, group.rank, capacity)
+            shared = topology.is_shared_rank(group.rank)
+            _check_assist(op, index, sources, config, shared, capacity)
         own, count = _tp_counts(op, arguments, tp_send_counts, sources, num_rows)
 
     agreed = arguments.agreed(op, expand_x, "expand_x", expert_ids) | {
@@ -585,7 +586,7 @@ def _check_expand_idx(op: str, expand_idx: torch.Tensor, plan: Plan, size: int) 
 
 
 def _check_assist(
-    op: str, assist: torch.Tensor, sources: Sources, config: MoeConfig, rank: int, capacity: int
+    op: str, assist: torch.Tensor, sources: Sources, config: MoeConfig, shared: bool, capacity: int
 ) -> None:
     """The triples have come back unchanged, so that no row goes astray."""
     name = "assist_info_for_combine"
@@ -597,7 +598,6 @@ def _check_assist(
         return
     n = len(sources.source)
     source, token, slot = assist[: 3 * n].view(n, 3).long().unbind(1)
-    shared = config.topology.is_shared_rank(rank)
     first, last = (config.top_k, config.num_slots) if shared else (0, config.top_k)
     holds = (source == sources.source) & (token >= 0) & (token < config.max_tokens)
     holds &= (slot >= first) & (slot < last)
