@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..compat.library import Operator
 from ..errors import ArgumentValueError, UnavailableError
+from .device import HOST
 
 _NAME = "_npu_distribute_barrier"
 
@@ -30,7 +31,7 @@ def _barrier(
         contract = f"be the size of group {group!r}, {process_group.size()}"
         raise ArgumentValueError(_NAME, "world_size", contract, world_size)
     options = dist.BarrierOptions()
-    options.device = torch.device("cpu")
+    options.device = torch.empty(0, device=HOST).device  # on CUDA with its number
     if time_out is not None:
         options.timeout = timedelta(microseconds=int(time_out))
     process_group.barrier(options).wait()

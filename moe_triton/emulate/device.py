@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 from . import settings
 
 HOST = torch.device(os.environ.get(settings.HOST, "cpu"))
-_kernels = torch.library.Library("aten", "IMPL")
 _COPIES = HOST.type == "cpu"  # a move between the CPU and an NPU stays on the CPU
+_kernels = torch.library.Library("aten", "IMPL")  # its kernels go when it does
 
 
 def on_host(value: Any) -> Any:
@@ -71,8 +71,6 @@ class NpuIsHost(TorchFunctionMode):
                 return arguments[0].to("cpu", copy=True, **named)
             if func is Tensor.pin_memory:
                 return arguments[0].clone()  # there is no device that could read it faster
-            if func is Tensor.is_pinned:
-                return False
             named.pop("pin_memory", None)
         return func(*arguments, **named)
 
@@ -93,7 +91,7 @@ def _tensor_npu(
     """This tensor on an NPU."""
     # torch.compile takes this for an operator, and finds its result without the mode.
     host = HOST if device is None else _device_argument(device)
-    return self.to(host, non_blocking=non_blocking, copy=_COPIES, **options)
+    return self.to(host, non_blocking=non_blocking, **options)
 
 
 def _start_with_mode(start: Any) -> Any:

@@ -46,12 +46,8 @@ def _group_comm_name(group: dist.ProcessGroup, *_: object) -> str:
 
 def install() -> None:
     """Register hccl, for the rest of this process."""
-    dist.Backend.register_backend("hccl", _create, devices=["cpu", "npu", *_cuda()])
+    dist.Backend.register_backend("hccl", _create, devices=["npu", HOST.type])
     dist.ProcessGroup.get_hccl_comm_name = _group_comm_name  # type: ignore[attr-defined]
     torch._C._distributed_c10d.Backend.get_hccl_comm_name = (  # type: ignore[attr-defined]
         _backend_comm_name
     )
-
-
-def _cuda() -> list[str]:
-    return ["cuda"] if HOST.type == "cuda" else []

@@ -63,6 +63,7 @@ import torch_npu
 
 def child(kind):
     if kind == "raises":
+        time.sleep(0.5)  # until after the end of the script
         raise ValueError("a rank went wrong")
     if kind == "dies":
         os.kill(os.getpid(), signal.SIGSEGV)

@@ -10,6 +10,12 @@ import torchair
 from torch_npu.testing.testcase import TestCase, run_tests
 
 
+def move_and_write(x):
+    y = x.npu()
+    y += 1
+    return y
+
+
 def with_devices(x):
     y = torch.zeros(3, device="npu") + x.to("npu:0") + torch.ones(3).npu()
     return (y * 2 + torch.ones_like(x, device="npu")).cpu()
@@ -75,6 +81,7 @@ class TestDevice(TestCase):
             moved = move(x)
             moved += 1
             assert not x.any()
+        assert not x.pin_memory().is_pinned()
         assert x.to(torch.float32) is x
         assert x.to(moved) is x
         assert x.to("npu", torch.float32, False, False) is x
@@ -155,6 +162,9 @@ class TestDevice(TestCase):
         backend = torchair.get_npu_backend()
         compiled = torch.compile(with_devices, backend=backend, fullgraph=True, dynamic=False)
         assert compiled(torch.ones(3)).tolist() == [5, 5, 5]
+        compiled = torch.compile(move_and_write, backend=backend, fullgraph=True, dynamic=False)
+        x = torch.zeros(2)
+        assert compiled(x).tolist() == [1, 1] and not x.any()
 
 
 if __name__ == "__main__":

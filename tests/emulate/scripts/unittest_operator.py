@@ -80,6 +80,7 @@ class TestDispatch(TestCase):
         self.assertEqual(x, x + 1e-3, 1e-2)
         self.assertEqual({"a": [x, 1]}, {"a": [x, 1]})
         self.assertEqual(None, None)
+        self.assertEqual(x * float("nan"), x * float("nan"))
         self.assertRtolEqual(1e6 * x + 1e6, 1e6 * x + 1e6 + 1)
         self.assertRtolEqual(x.half(), x.half() * (1 + 2**-11))
 
