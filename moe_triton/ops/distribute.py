@@ -93,7 +93,7 @@ class _Ranks:
                 tp.reject(tp_kind, op, error)
             raise
         ep = comm.default_endpoint(group)
-        # A pair that is the group would be told twice, by some of its ranks.
+        # A group that is named as the pair as well must not be told twice.
         return cls(group, ep, None if tp is ep else tp)
 
     @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """Calls of version 2 that must be refused, row by row of the contract's table of constraints.
 
 The id of a row starts with its number in that table; "null" and "dtype" are the lists before it.
-In one world each row is called wrongly by one rank and then by all, each followed by a correct call
-that must return the right bits. Rows of a product run under its profile, and so do the correct
+In one world each row is called wrongly by one rank and then by all, each time followed by a correct
+call that must return the right bits. Rows of a product run under its profile, and so do the correct
 calls around them.
 """
 
@@ -190,7 +190,7 @@ REQUIRED = [
     row("null-group", put(group_ep=None), "group_ep", "None", **NULL, **UNKNOWN_GROUP),
     row("null-group-empty", put(group_ep=""), "group_ep", **NULL, **UNKNOWN_GROUP),
     row("null-group-long", put(group_ep="g" * 128), "group_ep", "128", **DTYPE, **UNKNOWN_GROUP),
-    # Without the name of the pair, the other rank of it cannot be told.
+    # Without the name of the pair, a rank cannot tell the other one.
     row(
         "null-group-tp-long",
         put(group_tp="g" * 128),
@@ -1043,8 +1043,8 @@ def in_a_world(world: str, name: str, fn: Callable[[Any], Any]) -> list:
     return run_world(world, ranks, fn, tp_world_size=group.tp_world_size, limit=LIMIT)
 
 
-def check_one_culprit(bad: Bad, refusal: dict, rank: int, culprit: int) -> None:
-    """What ``rank`` says when ``culprit`` alone called wrongly; world ranks."""
+def check_ending(bad: Bad, refusal: dict, rank: int, culprit: int) -> None:
+    """What ``rank`` says when it is the ``culprit``, or hears of one; world ranks."""
     if rank == culprit:
         check_refusal(bad, refusal)
     else:
@@ -1069,21 +1069,25 @@ def test_refused(name):
     """By one rank, whose peers hear of it at once; and by all, each of which says the same."""
     bad = ROWS[name]
     calls, received, combined = prepare(bad.base)
-    culprit = [*ROWS].index(name) % len(calls)
-    groups_of_culprits = [[culprit]] if bad.reaches_peers else []
-    groups_of_culprits.append(range(len(calls)))
+    every_rank = range(len(calls))
+    if bad.reaches_peers:
+        wrong = [[list(ROWS).index(name) % len(calls)], every_rank]
+    elif bad.base == "pairs":
+        wrong = [[0, 1], every_rank]  # a pair, of which neither could tell the other
+    else:
+        wrong = [every_rank]
 
     def fn(ctx):
         results = []
-        for culprits in groups_of_culprits:
+        for culprits in wrong:
             change = bad.change if ctx.rank in culprits else put()
             refusal = bad_call(ctx, calls[ctx.rank], bad.op, change, version=2)
             results.append((refusal, harness.round_trip(ctx, calls, version=2)))
         return results
 
     for rank, results in enumerate(in_a_world("local", bad.base, fn)):
-        for culprits, (refusal, result) in zip(groups_of_culprits, results, strict=True):
-            check_one_culprit(bad, refusal, rank, rank if rank in culprits else culprit)
+        for culprits, (refusal, result) in zip(wrong, results, strict=True):
+            check_ending(bad, refusal, rank, rank if rank in culprits else culprits[0])
             check_round(BASES[bad.base].group, result, received, combined, rank)
 
 
@@ -1118,7 +1122,7 @@ def test_refused_on_one_process(world, base):
 
     for rank, results in enumerate(in_a_world(world, base, fn)):
         for i, (name, (refusal, result)) in enumerate(zip(names, results, strict=True)):
-            check_one_culprit(ROWS[name], refusal, rank, i % len(calls))
+            check_ending(ROWS[name], refusal, rank, i % len(calls))
             check_round(BASES[base].group, result, received, combined, rank)
 
 
@@ -1137,7 +1141,7 @@ def test_a_profile_in_processes():
         return refusal, harness.round_trip(ctx, calls, version=2)
 
     for rank, (refusal, result) in enumerate(in_a_world("symmetric", "plain", fn)):
-        check_one_culprit(replace(bad, got=r"\b4\b"), refusal, rank, 1)
+        check_ending(replace(bad, got=r"\b4\b"), refusal, rank, 1)
         check_round(PLAIN, result, received, combined, rank)
 
 
