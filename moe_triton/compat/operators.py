@@ -9,15 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from ..ops.arguments import GroupArguments
-from ..ops.distribute import (
-    COMBINE,
-    COMBINE_V2,
-    DISPATCH,
-    DISPATCH_V2,
-    DispatchOutput,
-    distribute_combine,
-    distribute_dispatch,
-)
+from ..ops.distribute import DispatchOutput, distribute_combine, distribute_dispatch
+from ..ops.names import COMBINE, COMBINE_V2, DISPATCH, DISPATCH_V2
 from ..ops.shapes import combine_output, dispatch_outputs
 from .library import Operator
 

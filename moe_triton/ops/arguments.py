@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from .. import comm
-from ..errors import ArgumentValueError, MissingArgumentError
+from ..errors import MissingArgumentError
 from ..topology import Topology
 from . import checks
 
@@ -257,40 +257,3 @@ def scaled_down(
     contract = f"leave a shared rank the tokens of at most {room} ranks, for which it has room"
     require(not number or served <= room, contract, f"those of {served}")
     return ScaledDown(members, placement, zlib.crc32(str(values).encode()))
-
-
-def flat_addend(
-    op: str, addend: torch.Tensor | None, num_tokens: int, hidden: int, device: torch.device
-) -> torch.Tensor | None:
-    """shared_expert_x as (BS, H); it may come as (a, b, H) with a * b = BS."""
-    if addend is None:
-        return None
-    fits = addend.dim() in (2, 3) and addend.shape[-1] == hidden
-    checks.value(
-        op,
-        "shared_expert_x",
-        fits and addend.numel() == num_tokens * hidden,
-        f"have shape (BS, H) or (a, b, H) with a * b = BS = {num_tokens}, H = {hidden}",
-        f"shape {tuple(addend.shape)}",
-    )
-    contract = f"be on {device}"
-    checks.value(op, "shared_expert_x", addend.device == device, contract, addend.device)
-    return addend.reshape(num_tokens, hidden)
-
-
-def active_slots(
-    op: str, mask: torch.Tensor | None, num_tokens: int, top_k: int, device: torch.device
-) -> torch.Tensor | None:
-    """x_active_mask as (BS, K); it may come as (BS,), True for the first tokens only."""
-    if mask is None:
-        return None
-    if mask.dim() != 1:
-        expected = (num_tokens, top_k)
-        checks.shape(op, "x_active_mask", mask, expected, "(BS,) or (BS, K)", device)
-        return mask
-    checks.shape(op, "x_active_mask", mask, (num_tokens,), "(BS,) or (BS, K)", device)
-    if device.type == "cpu" and bool((mask[1:] & ~mask[:-1]).any()):
-        token = int((mask[1:] & ~mask[:-1]).nonzero()[0]) + 1
-        contract = "be True for the first tokens only, unless it is (BS, K)"
-        raise ArgumentValueError(op, "x_active_mask", contract, f"True for token {token} again")
-    return mask[:, None].expand(-1, top_k)

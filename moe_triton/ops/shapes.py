@@ -13,7 +13,9 @@ from ..errors import MoeError
 from ..topology import Topology
 from . import checks
 from .arguments import GroupArguments
-from .distribute import ASSIST_WORDS, DISPATCH_V2, DispatchOutput
+from .distribute import DispatchOutput
+from .names import DISPATCH_V2
+from .returned import ASSIST_WORDS
 
 
 def dispatch_outputs(
