@@ -24,7 +24,7 @@ ALLOWED = {
     "backend": {"errors"},
     "layout": {"errors"},
     "ref": {"errors", "layout"},
-    "kernels": {"errors"},
+    "kernels": {"errors", "layout"},
     "comm": {"errors", "layout", "topology"},
     "ops": {"backend", "comm", "errors", "kernels", "layout", "profile", "ref", "topology"},
     "expert_parallel": {"comm", "errors", "layout", "ops"},

@@ -17,4 +17,22 @@ if __name__ != "moe_triton.kernels":
         name=__name__,
     )
 
-__all__: list[str] = []
+from .quantize import (
+    decode,
+    encode,
+    quantize_blocks,
+    quantize_groups,
+    quantize_mx,
+    quantize_rows,
+    quantize_static,
+)
+
+__all__ = [
+    "decode",
+    "encode",
+    "quantize_blocks",
+    "quantize_groups",
+    "quantize_mx",
+    "quantize_rows",
+    "quantize_static",
+]

@@ -1,0 +1,48 @@
+"""What launchers check before a kernel runs: dtypes, ranks, strides and devices of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+
+from ..errors import ArgumentTypeError, ArgumentValueError
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INDICES = (torch.int32, torch.int64)
+
+
+def check_tensor(
+    op: str,
+    name: str,
+    tensor: torch.Tensor,
+    *,
+    dtypes: Collection[torch.dtype],
+    shape: tuple[int | None, ...],
+    device: torch.device,
+    strided_columns: bool = True,
+) -> None:
+    """Raise unless a tensor is of one of ``dtypes``, of ``shape``, and on ``device``.
+
+    Args:
+        op: for the message.
+        name: of the argument.
+        tensor: its value.
+        dtypes: those that are allowed.
+        shape: None stands for any size.
+        device: of the op's first argument.
+        strided_columns: whether the elements of a row may lie apart.
+    """
+    if tensor.dtype not in dtypes:
+        raise ArgumentTypeError(op, name, f"be one of {[*dtypes]}", tensor.dtype)
+    fits = tensor.dim() == len(shape) and all(
+        wanted in (None, size) for wanted, size in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("*" if size is None else str(size) for size in shape)
+        raise ArgumentValueError(op, name, f"have the shape ({wanted})", tuple(tensor.shape))
+    if tensor.device != device:
+        raise ArgumentValueError(op, name, f"be on {device}", tensor.device)
+    if not strided_columns and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        contract = "be contiguous in its last dimension"
+        raise ArgumentValueError(op, name, contract, f"strides {tensor.stride()}")

@@ -1,0 +1,76 @@
+"""Device helpers of several kernels: conversions that come out equal on every target.
+
+Triton's interpreter cuts bf16 where hardware rounds, and garbles float8; chips differ in the
+formats they convert. Here conversions are written as integer arithmetic on the bits, and what is
+stored are codes: float8 as bytes, which even a chip without float8 can make.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# A NaN compares with nothing, as bits it is above infinity.
+INFINITY_BITS = tl.constexpr(0x7F800000)
+
+
+@triton.jit
+def to_float32(x):
+    """Widen fp16, bf16, fp32 or int8; narrow fp64."""
+    if x.dtype == tl.bfloat16:
+        # The upper half of an fp32.
+        y = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        y = x.to(tl.float32)
+    return y
+
+
+@triton.jit
+def from_float32(y, DTYPE: tl.constexpr):
+    """Round fp32 half to even to bf16 or fp16; fp32 and fp64 stay exact."""
+    if DTYPE == tl.bfloat16:  # noqa: SIM300 - DTYPE is the parameter
+        bits = y.to(tl.int32, bitcast=True)
+        # Rounding would carry a NaN into the sign.
+        is_nan = (bits & 0x7FFFFFFF) > INFINITY_BITS
+        upper = tl.where(is_nan, bits | 0x400000, bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = upper.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        rounded = y.to(DTYPE)
+    return rounded
+
+
+@triton.jit
+def magnitude_bits(x):
+    """|x| of fp32 as int32, which order as the numbers do, with NaN above all of them."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def int8_code(y, LOWEST: tl.constexpr):
+    """Clamp fp32 to [LOWEST, 127] and round it half to even, as int8; NaN is 0."""
+    y = tl.where(y == y, y, 0.0)
+    y = tl.minimum(tl.maximum(y, LOWEST), 127.0)
+    # Adding 1.5 * 2**23 leaves the rounded integer in the lowest bits of the sum.
+    return (y + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def float8_code(y, MANTISSA: tl.constexpr):
+    """Round fp32 half to even to e4m3fn (MANTISSA 3) or e5m2 (2), as uint8.
+
+    |y| must not be above the largest value by more than a rounding error, or be NaN.
+    """
+    SHIFT: tl.constexpr = 23 - MANTISSA
+    MIN_EXPONENT: tl.constexpr = -6 if MANTISSA == 3 else -14  # of normal numbers
+    bits = y.to(tl.int32, bitcast=True)
+    most = bits & 0x7FFFFFFF
+    # Exponent biases differ: that many steps are taken off.
+    offset: tl.constexpr = (127 + MIN_EXPONENT - 1) << MANTISSA
+    normal = ((most + ((1 << (SHIFT - 1)) - 1) + ((most >> SHIFT) & 1)) >> SHIFT) - offset
+    # Below the normal numbers steps stay equal: the lowest bits of a sum count them.
+    magic: tl.constexpr = 2.0 ** (MIN_EXPONENT - MANTISSA + 23)
+    magic_bits: tl.constexpr = (127 + MIN_EXPONENT - MANTISSA + 23) << 23
+    small = (tl.abs(y) + magic).to(tl.int32, bitcast=True) - magic_bits
+    code = tl.where(most < ((127 + MIN_EXPONENT) << 23), small, normal)
+    code = tl.where(most > INFINITY_BITS, 0x7F, code)
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
