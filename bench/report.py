@@ -68,10 +68,27 @@ TRANSPORT = {
 }
 
 
+TRANSFORMERS = {
+    "ranks": lambda row: row["world_size"],
+    "step": lambda row: f"{row['batch']}, {row['tokens']} tokens a rank",
+    "`all_to_all`": lambda row: f"{row['all_to_all_ms']:.1f} ms",
+    "ours, gloo": lambda row: f"{row['gloo_ms']:.1f} ms",
+    "ours, windows": lambda row: f"{row['windows_ms']:.1f} ms",
+    "`all_to_all` / windows": lambda row: f"{row['ratio']:.2f}",
+    "the same, in the experts only": lambda row: (
+        f"{row['all_to_all_experts_ms']:.1f} / {row['windows_experts_ms']:.1f} ms = "
+        f"{row['experts_ratio']:.2f}"
+    ),
+}
+
+
 def section():
     """The README's results, from ``bench/results``."""
-    path = ROOT / "bench/results/transport.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return f"{_transport()}\n\n{_transformers()}"
+
+
+def _transport():
+    rows = _read("transport")
     one = rows[0]
     return (
         f"Dispatch and combine between processes of one host: {one['tokens']} tokens a rank,\n"
@@ -82,6 +99,25 @@ def section():
         "rows that each rank gets delivered, and its share of\nthe time of the windows.\n\n"
         + table(rows, TRANSPORT)
     )
+
+
+def _transformers():
+    rows = _read("transformers")
+    one = rows[0]
+    return (
+        "A forward of a random Qwen3-MoE in transformers "
+        f"{one['transformers']}: {one['num_hidden_layers']} layers, hidden {one['hidden_size']},\n"
+        f"top-{one['num_experts_per_tok']} of {one['num_experts']} experts of "
+        f"{one['moe_intermediate_size']}, bf16, on {one['cores']} cores ({one['device']},\n"
+        f"torch {one['torch']}, {one['date']}, revision {one['revision']}). Medians of "
+        f"{one['samples']} samples of the slowest\nrank; `all_to_all` is transformers' own, over "
+        "gloo.\n\n" + table(rows, TRANSFORMERS)
+    )
+
+
+def _read(bench):
+    path = ROOT / f"bench/results/{bench}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def main():

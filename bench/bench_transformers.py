@@ -1,0 +1,184 @@
+"""How fast is a transformers model with our exchange, against its own all_to_all, in one run?
+
+Each case loads one random Qwen3-MoE several times in the same processes, once for each
+``ep_implementation``: transformers' ``all_to_all`` over gloo, ours over gloo, and ours over shared
+memory. Before anything is timed, their logits are compared with those of the unmodified model. A
+sample is one forward of each, in turn; its time is the slowest rank's. The forward includes what is
+the same for all of them, among it attention and FSDP's gathering of the other weights over gloo, so
+the time in the MoE layers' experts (exchange, experts, and waiting for slower ranks) stands beside.
+
+"prefill" brings 128 tokens a rank, "decode" 8. Ours is told how many, as serving engines do.
+
+    python bench/bench_transformers.py [--world-size 2 4] [--samples 15]
+"""
+
+import argparse
+import functools
+import statistics
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import report
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers.distributed import DistributedConfig
+from transformers.utils import logging
+
+from moe_triton import testing
+from moe_triton.integrations import transformers as integration
+
+IMPLEMENTATIONS = ("all_to_all", "gloo", "windows")
+MODEL = {
+    "hidden_size": 1024,
+    "moe_intermediate_size": 128,
+    "num_experts": 32,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 4,
+}
+BATCHES = {"prefill": (1, 128), "decode": (8, 1)}  # sequences, and new tokens of each
+WARM_UP = 2
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--world-size", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--samples", type=int, default=15, help="of each implementation")
+    parser.add_argument(
+        "--out", type=Path, default=report.ROOT / "bench/results/transformers.jsonl"
+    )
+    arguments = parser.parse_args()
+
+    quiet()
+    rows = []
+    with tempfile.TemporaryDirectory() as path:
+        write_checkpoint(path)
+        for world in arguments.world_size:
+            work = functools.partial(measure, path=path, samples=arguments.samples)
+            ranks = testing.run_processes(world, work)
+            for batch in BATCHES:
+                row = summary(world, batch, [times[batch] for times in ranks])
+                rows.append(row | {"samples": arguments.samples})
+                print(
+                    f"W {world} {batch}: "
+                    + ", ".join(
+                        f"{name} {row[f'{name}_ms']:.1f} ms ({row[f'{name}_experts_ms']:.1f})"
+                        for name in IMPLEMENTATIONS
+                    ),
+                    flush=True,
+                )
+    report.write(arguments.out, rows)
+    print(report.table(rows, report.TRANSFORMERS))
+
+
+def quiet():
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def write_checkpoint(path):
+    """Random weights with a spread that makes routing and logits differ."""
+    config = Qwen3MoeConfig(
+        **MODEL,
+        vocab_size=512,
+        intermediate_size=256,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        norm_topk_prob=True,
+        dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() > 1:
+                weight.normal_(std=0.2 if "embed" in name else weight.shape[-1] ** -0.5)
+    model.save_pretrained(path)
+
+
+def measure(ctx, *, path, samples):
+    """One rank: seconds of a forward, and in its experts, per batch, implementation and sample."""
+    quiet()
+    most = max(sequences * length for sequences, length in BATCHES.values())
+    integration.register("gloo", transport="collective", max_tokens=most)
+    integration.register("windows", transport="symmetric", max_tokens=most)
+    whole = AutoModelForCausalLM.from_pretrained(path)
+    models, clocks = {}, {}
+    for name in IMPLEMENTATIONS:
+        config = DistributedConfig(
+            fsdp_size=ctx.world_size, ep_size=ctx.world_size, ep_implementation=name
+        )
+        models[name] = AutoModelForCausalLM.from_pretrained(path, distributed_config=config)
+        clocks[name] = watch(models[name])
+
+    times = {}
+    with torch.no_grad():
+        for batch, shape in BATCHES.items():
+            ids = torch.randint(whole.config.vocab_size, shape)
+            expected = whole(ids).logits.float()
+            for name in IMPLEMENTATIONS:
+                check(name, models[name](ids).logits.float(), expected)
+            times[batch] = {name: [] for name in IMPLEMENTATIONS}
+            for sample in range(-WARM_UP, samples):
+                for name in IMPLEMENTATIONS:
+                    seconds = forward(models[name], ids, clocks[name])
+                    if sample >= 0:
+                        times[batch][name].append(seconds)
+    integration.close_exchanges()
+    return times
+
+
+def forward(model, ids, clock):
+    """Seconds of a forward, and of the part of it that is spent in experts."""
+    clock.clear()
+    dist.barrier()
+    start = time.perf_counter()
+    model(ids)
+    return time.perf_counter() - start, sum(clock)
+
+
+def watch(model):
+    """A list that every experts module of ``model`` adds the seconds of its calls to."""
+    clock = []
+
+    def timed(forward):
+        def call(*args):
+            start = time.perf_counter()
+            out = forward(*args)
+            clock.append(time.perf_counter() - start)
+            return out
+
+        return call
+
+    for layer in model.model.layers:
+        layer.mlp.experts.forward = timed(layer.mlp.experts.forward)
+    return clock
+
+
+def check(name, logits, expected):
+    """In bf16 a router's tie may fall otherwise for some tokens; most must agree."""
+    error = (logits - expected).abs().amax(dim=-1) / expected.std()
+    assert error.median() < 0.05, f"{name}: logits are off by {error.median():.3f} deviations"
+
+
+def summary(world, batch, ranks):
+    """Medians over samples of the slowest rank, in milliseconds."""
+    row = {"bench": "transformers", "world_size": world, "batch": batch, **MODEL}
+    row["transformers"] = version("transformers")
+    row["tokens"] = BATCHES[batch][0] * BATCHES[batch][1]
+    for name in IMPLEMENTATIONS:
+        for index, kind in enumerate(("", "_experts")):
+            pairs = zip(*(times[name] for times in ranks), strict=True)
+            slowest = [max(one[index] for one in sample) * 1e3 for sample in pairs]
+            quartiles = statistics.quantiles(slowest, n=4)
+            row[f"{name}{kind}_ms"] = statistics.median(slowest)
+            row[f"{name}{kind}_iqr_ms"] = quartiles[2] - quartiles[0]
+    row["ratio"] = row["all_to_all_ms"] / row["windows_ms"]
+    row["experts_ratio"] = row["all_to_all_experts_ms"] / row["windows_experts_ms"]
+    return row
+
+
+if __name__ == "__main__":
+    main()

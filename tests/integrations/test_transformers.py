@@ -1,0 +1,275 @@
+"""The real transformers: four model families over expert-parallel ranks, against unmodified ones.
+
+The checkpoints are tiny and random, with a spread of weights that makes logits differ: with
+transformers' own initialisation they are flat, and which token is the largest is luck.
+"""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+
+import harness
+import pytest
+import torch
+import torch.distributed as dist
+
+from moe_triton import UnavailableError
+from moe_triton.integrations import transformers as integration
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+TRANSPORTS = ("symmetric", "collective")  # windows in shared memory, gloo
+DTYPES = (torch.float32, torch.bfloat16)
+BATCH, PROMPT, NEW = 4, 10, 8  # prompts, their tokens, tokens to generate
+
+_SIZES = {
+    "vocab_size": 160,
+    "hidden_size": 128,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+_GROUPED = {
+    "moe_intermediate_size": 64,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "n_group": 4,
+    "topk_group": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+}
+FAMILIES = {
+    "qwen3_moe": {
+        "head_dim": 32,
+        "moe_intermediate_size": 64,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+    },
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "deepseek_v3": _GROUPED
+    | {
+        "q_lora_rank": 48,
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 32,
+    },
+    "glm4_moe": _GROUPED | {"head_dim": 32},
+}
+
+families = pytest.mark.parametrize("family", FAMILIES)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).partition(".")[2])
+hooks = pytest.mark.parametrize("hook", ["ep_implementation", "experts_implementation"])
+transports = pytest.mark.parametrize("transport", TRANSPORTS)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """``checkpoint(family)``: the path of its checkpoint, the same values in every run."""
+
+    @functools.cache
+    def write(family):
+        path = tmp_path_factory.mktemp(family)
+        config = transformers.AutoConfig.for_model(family, **_SIZES, **FAMILIES[family])
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+                if name.endswith("e_score_correction_bias"):
+                    tensor.normal_(std=0.05, generator=generator)
+                elif name.endswith("embed_tokens.weight"):
+                    tensor.normal_(std=0.2, generator=generator)
+                elif tensor.dim() > 1:
+                    tensor.normal_(std=tensor.shape[-1] ** -0.5, generator=generator)
+        model.save_pretrained(path)
+        return path
+
+    quiet()
+    return write
+
+
+def quiet():
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def load(path, dtype, hook=None, name="moe_triton", *, layout="fsdp"):
+    """The model with ``hook`` set to ``name``; unmodified without."""
+    quiet()
+    options = {}
+    if hook == "experts_implementation":
+        options[hook] = name
+    elif hook == "ep_implementation":
+        world = dist.get_world_size()
+        options["distributed_config"] = transformers.distributed.DistributedConfig(
+            **{f"{layout}_size": world}, ep_size=world, ep_implementation=name
+        )
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+    return model.eval()
+
+
+def prompts(ranks=1, rank=0):
+    """[BATCH / ranks, PROMPT] this rank's share."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, _SIZES["vocab_size"], (BATCH, PROMPT), generator=generator)
+    return ids[rank::ranks]
+
+
+@torch.no_grad()
+def run(model, ids):
+    """Logits of a prefill, and greedy tokens."""
+    logits = model(ids).logits
+    tokens = model.generate(ids, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
+    return logits, tokens[:, ids.shape[1] :]
+
+
+def against_unmodified(ctx, *, path, dtype, hook, quant=None, layout="fsdp"):
+    """Largest difference of a logit, their standard deviation, and how many tokens differ."""
+    integration.register(quant=quant)
+    ranks, rank = (1, 0) if layout == "tp" else (ctx.world_size, ctx.rank)
+    ids = prompts(ranks, rank)
+    unmodified = load(path, dtype)
+    if hook == "experts_implementation":
+        unmodified.set_experts_implementation("eager")
+    expected, expected_tokens = run(unmodified, ids)
+    logits, tokens = run(load(path, dtype, hook, layout=layout), ids)
+    integration.close_exchanges()
+    return (
+        (logits - expected).abs().max().item(),
+        expected.std().item(),
+        int((tokens != expected_tokens).sum()),
+    )
+
+
+def check_against_unmodified(world_size, transport, dtype, **options):
+
+    def work(ctx):
+        return against_unmodified(ctx, dtype=dtype, **options)
+
+    # A matrix product in fp32 depends on the number of its rows, by a few units in the last place.
+    # One in bf16 does not, here, and then everything must be equal to the bit.
+    allowed = 1e-5 if dtype == torch.float32 else 0.0
+    for difference, spread, wrong_tokens in harness.run_world(transport, world_size, work):
+        assert spread > 0.3, "the logits are too flat to tell right from wrong"
+        assert difference <= allowed
+        assert wrong_tokens == 0
+
+
+@transports
+@hooks
+@dtypes
+@families
+def test_generates_what_the_unmodified_model_does(checkpoint, family, dtype, hook, transport):
+    check_against_unmodified(2, transport, dtype, path=checkpoint(family), hook=hook)
+
+
+@pytest.mark.full
+@transports
+@hooks
+@dtypes
+@families
+def test_generates_what_the_unmodified_model_does_on_four_ranks(
+    checkpoint, family, dtype, hook, transport
+):
+    check_against_unmodified(4, transport, dtype, path=checkpoint(family), hook=hook)
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.full)])
+def test_ranks_that_share_a_batch_send_a_part_of_it_each(checkpoint, world_size):
+    # 4 ranks share 4 tokens in a step of generate, so that some rank may get none.
+    options = {"hook": "ep_implementation", "layout": "tp"}
+    path = checkpoint("qwen3_moe")
+    check_against_unmodified(world_size, "symmetric", torch.float32, path=path, **options)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe"])
+def test_int8_rows_change_logits_little(checkpoint, family, record_evidence):
+    path = checkpoint(family)
+
+    def work(ctx):
+        return against_unmodified(
+            ctx, path=path, dtype=torch.float32, hook="ep_implementation", quant="int8"
+        )
+
+    results = harness.run_world("symmetric", 2, work)
+    difference = max(one[0] for one in results)
+    spread = min(one[1] for one in results)
+    record_evidence(
+        "transformers, int8 dispatch",
+        f"{family}: a logit differs by at most {difference:.3f}, where logits have standard "
+        f"deviation {spread:.3f}",
+    )
+    assert 0 < difference < 0.1 * spread
+
+
+def test_experts_function_runs_what_an_ep_implementation_brought(checkpoint):
+    """Under another's expert parallelism ids are local, and nothing is left to exchange."""
+    path = checkpoint("qwen3_moe")
+
+    def work(ctx):
+        integration.register()
+        ids = prompts(ctx.world_size, ctx.rank)
+        expected, expected_tokens = run(load(path, torch.float32), ids)
+        model = load(path, torch.float32, "ep_implementation", "all_to_all")
+        model.set_experts_implementation("moe_triton")
+        logits, tokens = run(model, ids)
+        assert (logits - expected).abs().max() <= 1e-5
+        assert torch.equal(tokens, expected_tokens)
+
+    harness.run_world("symmetric", 2, work)
+
+
+def test_experts_function_alone_is_eager(checkpoint):
+    integration.register()
+    model = load(checkpoint("glm4_moe"), torch.bfloat16, "experts_implementation")
+    logits, tokens = run(model, prompts())
+    model.set_experts_implementation("eager")
+    expected, expected_tokens = run(model, prompts())
+    assert torch.equal(logits, expected)
+    assert torch.equal(tokens, expected_tokens)
+
+
+def test_registering_again_changes_nothing_and_names_have_options_of_their_own():
+    from transformers.distributed.expert_parallel import EPImplementationInterface
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    def entries(name):
+        for registry in (EPImplementationInterface(), ALL_EXPERTS_FUNCTIONS):
+            made = registry[name]
+            yield made.func, made.args, made.keywords
+
+    integration.register()
+    before = [*entries("moe_triton")]
+    integration.register("moe_triton_int8", quant="int8")
+    integration.register()
+    assert [*entries("moe_triton")] == before
+    for (function, _, options), (same, _, others) in zip(
+        before, entries("moe_triton_int8"), strict=True
+    ):
+        assert function is same
+        assert (options["options"].quant, others["options"].quant) == (None, "int8")
+
+
+@pytest.mark.parametrize("missing", ["distributed.expert_parallel", "integrations.moe"])
+def test_transformers_that_is_missing_or_too_old_is_named(missing, monkeypatch):
+    monkeypatch.setitem(sys.modules, f"transformers.{missing}", None)
+    with pytest.raises(UnavailableError, match=r"register: needs transformers 5\.22 or later"):
+        integration.register()
+
+
+def test_importing_the_integration_does_not_import_transformers(tmp_path):
+    code = "import sys, moe_triton.integrations.transformers; print('transformers' in sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == "False"

@@ -1,0 +1,46 @@
+"""Every example runs as its docstring says, and prints what stands there."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def shown(script: str) -> tuple[list[str], list[str]]:
+    """The commands and the outputs in the docstring of an example, each with a margin of 4."""
+    text = ast.get_docstring(ast.parse((EXAMPLES / script).read_text(encoding="utf-8")))
+    blocks = [
+        re.sub("^ {4}", "", block, flags=re.MULTILINE)
+        for block in text.split("\n\n")
+        if block.startswith("    ")
+    ]
+    commands = [line for line in blocks[0].splitlines() if script in line]
+    return commands, blocks[1:]
+
+
+@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.full)])
+def test_transformers_generate(number, tmp_path):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    commands, outputs = shown("transformers_generate.py")
+    assert len(commands) == len(outputs) == 2
+    torchrun, *arguments = shlex.split(commands[number])
+    assert torchrun == "torchrun"
+    arguments = [word.replace("examples/", f"{EXAMPLES}/") for word in arguments]
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments],
+        cwd=tmp_path,  # not the root of the repository, which -m would put on the path
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.rstrip() == outputs[number]
