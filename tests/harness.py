@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import inspect
 import sys
 import threading
 import traceback
@@ -102,6 +103,17 @@ def strided(tensor: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 STRIDES = ("plain", "columns", "rows", "transposed")
+
+
+def schema_of(fn: Callable) -> list:
+    """Names and defaults of the parameters, with "*" before the first keyword-only one."""
+    entries: list = []
+    for name, parameter in inspect.signature(fn).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in entries:
+            entries.append("*")
+        assert parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        entries.append((name, parameter.default))
+    return entries
 
 
 def describe(error: BaseException | None) -> dict | None:

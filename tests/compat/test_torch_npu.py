@@ -84,23 +84,12 @@ COMBINE_SCHEMA = [
 ]
 
 
-def schema_of(fn):
-    entries, starred = [], False
-    for name, parameter in inspect.signature(fn).parameters.items():
-        if parameter.kind is parameter.KEYWORD_ONLY and not starred:
-            entries.append("*")
-            starred = True
-        assert parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-        entries.append((name, parameter.default))
-    return entries
-
-
 def test_signature_of_dispatch():
-    assert schema_of(torch_npu.npu_moe_distribute_dispatch) == DISPATCH_SCHEMA
+    assert harness.schema_of(torch_npu.npu_moe_distribute_dispatch) == DISPATCH_SCHEMA
 
 
 def test_signature_of_combine():
-    assert schema_of(torch_npu.npu_moe_distribute_combine) == COMBINE_SCHEMA
+    assert harness.schema_of(torch_npu.npu_moe_distribute_combine) == COMBINE_SCHEMA
 
 
 @contextmanager

@@ -1,0 +1,488 @@
+"""What version 2 adds, and tensor parallelism and quantised returns in both versions.
+
+Every worked example runs between threads, between processes over windows, and between processes
+over collectives; all three must return the literal numbers bit for bit.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import time
+from dataclasses import replace
+
+import definition
+import harness
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from definition import Group, Remaining, Tokens
+from definition_checks import check_dispatch
+from harness import call_combine, call_dispatch, describe, make_calls, round_trip, run_world
+from worked_examples import (
+    BASIC,
+    EXAMPLES,
+    PLAIN,
+    SHARED,
+    SPECIAL,
+    TENSOR_PARALLEL,
+    bits,
+    check_literal,
+    example_calls,
+)
+
+from moe_triton.compat import torch_npu
+
+REQUIRED = inspect.Parameter.empty
+PLACE = [
+    ("group_tp", ""),
+    ("tp_world_size", 0),
+    ("tp_rank_id", 0),
+    ("expert_shard_type", 0),
+    ("shared_expert_num", 1),
+    ("shared_expert_rank_num", 0),
+]
+SPECIAL_EXPERTS = [("zero_expert_num", 0), ("copy_expert_num", 0), ("const_expert_num", 0)]
+DISPATCH_V2_SCHEMA = [
+    ("x", REQUIRED),
+    ("expert_ids", REQUIRED),
+    ("group_ep", REQUIRED),
+    ("ep_world_size", REQUIRED),
+    ("ep_rank_id", REQUIRED),
+    ("moe_expert_num", REQUIRED),
+    "*",
+    ("scales", None),
+    ("x_active_mask", None),
+    ("expert_scales", None),
+    ("elastic_info", None),
+    ("performance_info", None),
+    *PLACE,
+    ("quant_mode", 0),
+    ("global_bs", 0),
+    ("expert_token_nums_type", 1),
+    ("comm_alg", ""),
+    *SPECIAL_EXPERTS,
+    ("y_dtype", None),
+    ("x_dtype", None),
+    ("scales_dtype", None),
+]
+COMBINE_V2_SCHEMA = [
+    ("expand_x", REQUIRED),
+    ("expert_ids", REQUIRED),
+    ("assist_info_for_combine", REQUIRED),
+    ("ep_send_counts", REQUIRED),
+    ("expert_scales", REQUIRED),
+    ("group_ep", REQUIRED),
+    ("ep_world_size", REQUIRED),
+    ("ep_rank_id", REQUIRED),
+    ("moe_expert_num", REQUIRED),
+    "*",
+    ("tp_send_counts", None),
+    ("x_active_mask", None),
+    ("expand_scales", None),
+    ("shared_expert_x", None),
+    ("elastic_info", None),
+    ("ori_x", None),
+    ("const_expert_alpha_1", None),
+    ("const_expert_alpha_2", None),
+    ("const_expert_v", None),
+    ("performance_info", None),
+    *PLACE,
+    ("global_bs", 0),
+    ("comm_quant_mode", 0),
+    ("comm_alg", ""),
+    *SPECIAL_EXPERTS,
+]
+# Version 1 of the plain ones is in test_torch_npu.py; special experts it does not know.
+VERSIONS = [(2, name) for name in EXAMPLES] + [
+    (1, name) for name in EXAMPLES if name not in (*PLAIN, "special")
+]
+
+
+def test_signature_of_dispatch():
+    found = harness.schema_of(torch_npu.npu_moe_distribute_dispatch_v2)
+    assert found == DISPATCH_V2_SCHEMA
+
+
+def test_signature_of_combine():
+    assert harness.schema_of(torch_npu.npu_moe_distribute_combine_v2) == COMBINE_V2_SCHEMA
+
+
+def run_example(example, world, fn):
+    """``fn(ctx)`` on every rank of a world as the example needs it."""
+    planes = example.group.tp_world_size
+    return run_world(world, len(example.tokens), fn, tp_world_size=planes)
+
+
+@pytest.mark.parametrize("world", harness.WORLDS)
+@pytest.mark.parametrize("version, name", VERSIONS)
+def test_worked_example(version, name, world):
+    example = EXAMPLES[name]
+    calls = example_calls(example, version=version, strides="columns")
+    results = run_example(example, world, lambda ctx: round_trip(ctx, calls, version=version))
+    for rank, (outputs, combined) in enumerate(results):
+        check_literal(example, rank, outputs, combined, version=version)
+
+
+@pytest.mark.parametrize("strides", harness.STRIDES)
+@pytest.mark.parametrize("version, name", VERSIONS)
+def test_worked_example_in_any_layout(version, name, strides):
+    example = EXAMPLES[name]
+    calls = example_calls(
+        example,
+        version=version,
+        strides=strides,
+        token_nums_type=0,
+        more_rows=len(strides),
+    )
+    results = run_example(example, "local", lambda ctx: round_trip(ctx, calls, version=version))
+    for rank, (outputs, combined) in enumerate(results):
+        check_literal(example, rank, outputs, combined, version=version, token_nums_type=0)
+
+
+@pytest.mark.parametrize("comm_alg", ["", "fullmesh", "fullmesh_v1", "fullmesh_v2", "hierarchy"])
+def test_comm_alg_has_no_effect(comm_alg):
+    calls = example_calls(SHARED, version=2, comm_alg=comm_alg)
+    results = run_world("local", 4, lambda ctx: round_trip(ctx, calls, version=2))
+    for rank, (outputs, combined) in enumerate(results):
+        check_literal(SHARED, rank, outputs, combined, version=2)
+
+
+@pytest.mark.parametrize("world", ["symmetric", "collective"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_process_groups_may_stand_for_their_names(version, world):
+    calls = example_calls(TENSOR_PARALLEL, version=version)
+
+    def fn(ctx):
+        groups = {
+            "group_ep": dist.distributed_c10d._resolve_process_group(ctx.ep_group),
+            "group_tp": dist.distributed_c10d._resolve_process_group(ctx.tp_group),
+        }
+        call = calls[ctx.rank]
+        outputs = call_dispatch(ctx, call, version=version, **groups)
+        return outputs, call_combine(ctx, call, outputs, version=version, **groups)
+
+    for rank, (outputs, combined) in enumerate(run_example(TENSOR_PARALLEL, world, fn)):
+        check_literal(TENSOR_PARALLEL, rank, outputs, combined, version=version)
+
+
+def random_tokens(rng, group, batch):
+    """Tokens of one rank, and whatever else its group asks for."""
+    special = group.zero_experts + group.copy_experts + group.const_experts
+    ids = [rng.permutation(group.num_experts + special)[: group.top_k] for _ in range(batch)]
+
+    def rows(count):
+        return definition.encode(rng.normal(size=(count, group.hidden)), group.dtype)
+
+    return Tokens(
+        x=rows(batch),
+        ids=np.array(ids, np.int32).reshape(batch, group.top_k),
+        weights=rng.normal(size=(batch, group.top_k)).astype(np.float32),
+        ori_x=rows(batch) if group.copy_experts or group.const_experts else None,
+        alpha_1=rows(group.const_experts)[:, 0] if group.const_experts else None,
+        alpha_2=rows(group.const_experts)[:, 0] if group.const_experts else None,
+        const_v=rows(group.const_experts) if group.const_experts else None,
+    )
+
+
+def case_of(rng, group, tokens, *, version=2, shared_x=None):
+    """Calls with random expert outputs, and what dispatch and combine must return."""
+    received = definition.dispatch(group, tokens)
+    rows = [
+        None
+        if mine is None
+        else definition.encode(rng.normal(size=(len(mine.expand_x), group.hidden)), group.dtype)
+        for mine in received
+    ]
+    combined = definition.combine(group, tokens, received, rows, shared_x)
+    calls = make_calls(group, tokens, rows, version=version, shared_x=shared_x)
+    return calls, received, combined
+
+
+def check_round(group, received, combined, rank, found, version=2):
+    outputs, result = found
+    check_dispatch(group, received[rank], outputs, rank=rank, version=version)
+    definition.same_bits(result, combined[rank], f"rank {rank} x")
+
+
+@pytest.mark.parametrize("world", harness.WORLDS)
+@pytest.mark.parametrize(
+    "group",
+    [
+        pytest.param(Group(3, 6, 3, 5), id="plain"),
+        pytest.param(Group(4, 6, 2, 16, "float16", 2, 2, 2, comm_quant_mode=2), id="all int8"),
+        pytest.param(Group(2, 2, 2, 5, tp_world_size=2), id="TP"),
+    ],
+)
+def test_both_versions_agree(group, world):
+    """Beside the third output, which each combine reads in its own way."""
+    rng = np.random.default_rng(0)
+    tokens = [random_tokens(rng, group, 4) for _ in range(group.world_size * group.tp_world_size)]
+    for mine in tokens:
+        mine.mask = rng.random((4, group.top_k)) < 0.7
+    first, received, combined = case_of(rng, group, tokens, version=1)
+    rng = np.random.default_rng(0)
+    second, *_ = case_of(rng, group, tokens, version=2)
+    for a, b in zip(first, second, strict=True):
+        b["combine"]["expand_x"] = a["combine"]["expand_x"]
+
+    def fn(ctx):
+        return round_trip(ctx, first), round_trip(ctx, second, version=2)
+
+    results = run_world(world, len(tokens), fn, tp_world_size=group.tp_world_size)
+    for rank, by_version in enumerate(results):
+        for version, found in enumerate(by_version, start=1):
+            check_round(group, received, combined, rank, found, version)
+
+
+@pytest.mark.parametrize("world", harness.WORLDS)
+def test_triples_lead_back_to_the_tokens(world):
+    rng = np.random.default_rng(1)
+    group = Group(3, 4, 2, 8, shared_ranks=1, zero_experts=1)
+    tokens = [random_tokens(rng, group, 5) for _ in range(3)]
+    for mine in tokens:
+        mine.mask = rng.random((5, 2)) < 0.7
+    calls, *_ = case_of(rng, group, tokens)
+    results = run_world(world, 3, lambda ctx: call_dispatch(ctx, calls[ctx.rank], version=2))
+    found = set()
+    for rank, outputs in enumerate(results):
+        n = int(outputs[4][-1])
+        for row, (source, token, slot) in enumerate(outputs[2][: 3 * n].view(-1, 3).tolist()):
+            definition.same_bits(outputs[0][row], tokens[source].x[token], f"row {row}")
+            assert (source, token, slot) not in found
+            found.add((source, token, slot))
+            if slot == 2:
+                assert rank == 0
+            else:
+                assert group.home(int(tokens[source].ids[token, slot]))[0] == rank
+    wanted = {
+        (source, token, slot)
+        for source, mine in enumerate(tokens)
+        for token in range(5)
+        for slot in range(3)
+        if (mine.takes_part(token) if slot == 2 else mine.is_active(token, slot))
+        and (slot == 2 or mine.ids[token, slot] < 4)
+    }
+    assert found == wanted
+
+
+MASKS = {
+    "1-D, all": np.ones(4, bool),
+    "1-D, some": np.arange(4) < 2,
+    "1-D, none": np.zeros(4, bool),
+    "2-D, some": np.array([[1, 0], [0, 0], [1, 1], [0, 1]], bool),
+    "2-D, none": np.zeros((4, 2), bool),
+}
+
+
+@pytest.mark.parametrize("world", harness.WORLDS)
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("mask", MASKS)
+def test_tokens_that_take_no_part_come_back_as_zeros(mask, version, world):
+    """Also those of a rank that sends nothing at all, but holds experts of the others."""
+    rng = np.random.default_rng(2)
+    group = Group(3, 4, 2, 8, quant_mode=2, shared_ranks=1)
+    tokens = [random_tokens(rng, group, 4) for _ in range(3)]
+    tokens[1].mask = MASKS[mask]
+    for mine in (tokens[0], tokens[2]):
+        mine.mask = np.ones_like(MASKS[mask])
+    shared_x = [definition.encode(rng.normal(size=(4, 8)), group.dtype) for _ in range(3)]
+    calls, received, combined = case_of(rng, group, tokens, version=version, shared_x=shared_x)
+    results = run_world(world, 3, lambda ctx: round_trip(ctx, calls, version=version))
+    for rank, found in enumerate(results):
+        check_round(group, received, combined, rank, found, version)
+        for token, row in enumerate(found[1]):
+            assert bool(row.count_nonzero()) == tokens[rank].takes_part(token)
+
+
+@pytest.mark.parametrize("world", harness.WORLDS)
+def test_a_rank_that_chooses_special_experts_only(world):
+    """It sends nothing, but takes part, and what it computes needs no other rank."""
+    rng = np.random.default_rng(3)
+    group = Group(2, 2, 3, 4, zero_experts=2, copy_experts=1, const_experts=1)
+    tokens = [random_tokens(rng, group, 3) for _ in range(2)]
+    # Two zeros; the same expert three times; a constant between copies.
+    tokens[0].ids = np.array([[2, 4, 3], [4, 4, 4], [4, 5, 4]], np.int32)
+    tokens[0].weights = np.array([[7, 2, 7], [1, 2, 4], [0.5, 2, 0.25]], np.float32)
+    tokens[0].ori_x = bits([[1, 2, 3, 4], [1, 0, -1, 2], [4, 8, 0, -4]])
+    tokens[0].alpha_1, tokens[0].alpha_2 = bits([2]), bits([-1])
+    tokens[0].const_v = bits([[1, 1, 2, 2]])
+    calls, received, combined = case_of(rng, group, tokens)
+    results = run_world(world, 2, lambda ctx: round_trip(ctx, calls, version=2))
+    for rank, found in enumerate(results):
+        check_round(group, received, combined, rank, found)
+    assert results[0][1].tolist() == [[2, 4, 6, 8], [7, 0, -7, 14], [17, 36, -4, -23]]
+    for outputs, _ in results:
+        assert outputs[4][0] == 0
+
+
+@pytest.mark.parametrize("world", harness.WORLDS)
+def test_what_takes_no_part_is_not_looked_at(world):
+    """NaN in tokens and weights, and ids that name nothing, change no number of the example."""
+    calls = example_calls(SPECIAL, version=2)
+    for call, mine in zip(calls, SPECIAL.tokens, strict=True):
+        inactive = torch.from_numpy(~mine.mask)
+        for arguments in call.values():
+            senseless = torch.tensor([-(2**31), 2**31 - 1, -1], dtype=torch.int32)[:, None]
+            arguments["expert_ids"] = arguments["expert_ids"].where(~inactive, senseless)
+            weights = arguments["expert_scales"]
+            arguments["expert_scales"] = weights.masked_fill(inactive, torch.nan)
+        silent = inactive.all(dim=1)
+        call["dispatch"]["x"] = call["dispatch"]["x"].clone()
+        call["dispatch"]["x"][silent] = torch.nan
+        for name in ("ori_x", "shared_expert_x"):
+            rows = torch.zeros_like(call["dispatch"]["x"])
+            if name == "ori_x":
+                rows = call["combine"][name].clone()
+            rows[silent] = torch.nan
+            call["combine"][name] = rows
+    results = run_world(world, 2, lambda ctx: round_trip(ctx, calls, version=2))
+    for rank, (outputs, combined) in enumerate(results):
+        check_literal(SPECIAL, rank, outputs, combined, version=2)
+
+
+def test_the_weight_of_a_zero_expert_is_not_looked_at():
+    calls = example_calls(SPECIAL, version=2)
+    for arguments in calls[0].values():
+        arguments["expert_scales"][1, 1] = torch.nan
+    results = run_world("local", 2, lambda ctx: round_trip(ctx, calls, version=2)[1])
+    assert results[0].tolist() == SPECIAL.combined[0]
+
+
+def elastic_cases(rng, group, remaining, batch=3):
+    """The group as a whole, and what is left of it, on the same tokens per rank."""
+    whole = [random_tokens(rng, group, batch) for _ in range(group.world_size)]
+    smaller = replace(group, remaining=remaining)
+    left = [random_tokens(rng, smaller.scaled_down(), batch) for _ in range(group.world_size)]
+    return (group, *case_of(rng, group, whole)), (smaller, *case_of(rng, smaller, left))
+
+
+ELASTIC = [
+    pytest.param(Group(4, 8, 2, 6), Remaining((0, 1, 2), 0, 6), id="the last has left"),
+    pytest.param(Group(4, 8, 2, 6, quant_mode=2), Remaining((2, 3, 0), 0, 6), id="renumbered"),
+    pytest.param(
+        Group(4, 6, 2, 8, shared_ranks=1, comm_quant_mode=2),
+        Remaining((0, 2, 3), 1, 4),
+        id="shared rank stays",
+    ),
+    pytest.param(
+        Group(4, 6, 2, 8, shared_ranks=1), Remaining((1, 2, 3), 0, 6), id="shared rank has left"
+    ),
+]
+
+
+@pytest.mark.parametrize("world", harness.WORLDS)
+@pytest.mark.parametrize("group, remaining", ELASTIC)
+def test_a_group_goes_on_without_a_rank_and_with_it_again(group, remaining, world):
+    """The one that is not needed does nothing; then it is back, and away again."""
+    rng = np.random.default_rng(4)
+    whole, left = elastic_cases(rng, group, remaining)
+    order = (left, left, whole, left, whole, whole)
+
+    def fn(ctx):
+        return [round_trip(ctx, calls, version=2) for _, calls, _, _ in order]
+
+    for rank, rounds in enumerate(run_world(world, 4, fn)):
+        for (agreed, _, received, combined), found in zip(order, rounds, strict=True):
+            if received[rank] is None:
+                assert found is None
+            else:
+                check_round(agreed, received, combined, rank, found)
+
+
+@pytest.mark.parametrize("world", harness.WORLDS)
+def test_elastic_info_without_its_flag_is_ignored(world):
+    calls = example_calls(BASIC, version=2)
+    for call in calls:
+        for arguments in call.values():
+            arguments["elastic_info"] = torch.tensor([0, 9, -3, 7, 5, 5, -1, 12]).int()
+    results = run_world(world, 2, lambda ctx: round_trip(ctx, calls, version=2))
+    for rank, (outputs, combined) in enumerate(results):
+        check_literal(BASIC, rank, outputs, combined, version=2)
+
+
+SLOW, PAUSE = 2, 0.3
+
+
+@pytest.mark.parametrize("world", harness.WORLDS)
+@pytest.mark.parametrize("slow_op", ["dispatch", "combine"])
+def test_performance_info_tells_the_slow_rank(slow_op, world):
+    """Every call adds to what is there; the rank that others waited for stands out."""
+    rng = np.random.default_rng(5)
+    group = Group(4, 4, 2, 8)
+    calls, received, combined = case_of(rng, group, [random_tokens(rng, group, 3)] * 4)
+
+    def fn(ctx):
+        call = calls[ctx.rank]
+        round_trip(ctx, calls, version=2)  # the first call of a group opens its windows
+        waited = torch.arange(4)
+        history = [waited.clone()]
+        options = {"version": 2, "performance_info": waited}
+        found = None
+        for op in ("dispatch", "combine"):
+            if op == slow_op and ctx.rank == SLOW:
+                time.sleep(PAUSE)
+            if op == "dispatch":
+                outputs = call_dispatch(ctx, call, **options)
+            else:
+                found = outputs, call_combine(ctx, call, outputs, **options)
+            history.append(waited.clone())
+        return history, found
+
+    for rank, (history, found) in enumerate(run_world(world, 4, fn)):
+        check_round(group, received, combined, rank, found)
+        for before, after in itertools.pairwise(history):
+            assert (after - before >= 1).all()
+        if rank != SLOW:
+            step = ("dispatch", "combine").index(slow_op)
+            added = history[step + 1] - history[step]
+            # Microseconds; the others do the same work in far less time.
+            assert added[SLOW] >= PAUSE * 1e6 / 2, added
+            others = [added[other] for other in range(4) if other != SLOW]
+            assert max(others) < added[SLOW] / 2, added
+
+
+def break_call(op, arguments):
+    """Arguments that ``op`` refuses."""
+    if op == "dispatch":
+        return {"expert_ids": torch.full_like(arguments["expert_ids"], 99)}
+    return {"expert_scales": arguments["expert_scales"].double()}
+
+
+@pytest.mark.parametrize("world", harness.WORLDS)
+@pytest.mark.parametrize("culprit", range(4))
+@pytest.mark.parametrize("op", ["dispatch", "combine"])
+def test_one_refusal_ends_the_call_on_both_axes(op, culprit, world):
+    """Its own groups hear of it directly, the rank opposite through them; then all goes on."""
+    calls = example_calls(TENSOR_PARALLEL, version=2)
+
+    def attempt(call, *args, **kwargs):
+        start = time.monotonic()
+        try:
+            call(*args, version=2, **kwargs)
+        except Exception as error:
+            return describe(error), time.monotonic() - start
+        return None, time.monotonic() - start
+
+    def fn(ctx):
+        call, attempts, rounds = calls[ctx.rank], [], []
+        changes = break_call(op, call[op]) if ctx.rank == culprit else {}
+        for _ in range(2):
+            if op == "dispatch":
+                attempts.append(attempt(call_dispatch, ctx, call, **changes))
+            else:
+                outputs = call_dispatch(ctx, call, version=2)
+                attempts.append(attempt(call_combine, ctx, call, outputs, **changes))
+            rounds.append(round_trip(ctx, calls, version=2))
+        return attempts, rounds
+
+    results = run_world(world, 4, fn, tp_world_size=2)
+    for rank, (attempts, rounds) in enumerate(results):
+        for error, seconds in attempts:
+            assert error is not None, f"rank {rank} did not hear of it"
+            expected = "ArgumentError" if rank == culprit else "PeerAbortError"
+            assert expected in error["types"], error["traceback"]
+            assert seconds < 5  # told, not timed out
+        for outputs, combined in rounds:
+            check_literal(TENSOR_PARALLEL, rank, outputs, combined, version=2)
