@@ -126,7 +126,7 @@ def configs(draw, version: int, layout: tuple[int, int] | None = None):
         batches = (draw(st.integers(0, 6)),) * ranks
         global_bs = draw(st.sampled_from([0, batches[0] * world_size]))
     mask = "none"
-    if not plain and global_bs in (0, batches[0] * world_size):
+    if not plain and all(global_bs in (0, batch * world_size) for batch in batches):
         mask = draw(st.sampled_from(["none", "1-D", "2-D", "2-D"]))
 
     comm_quant_mode = draw(st.sampled_from([0, 2])) if planes == 1 else 0
