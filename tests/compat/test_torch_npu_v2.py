@@ -443,11 +443,13 @@ def test_performance_info_tells_the_slow_rank(slow_op, world):
             assert max(others) < added[SLOW] / 2, added
 
 
-def break_call(op, arguments):
-    """Arguments that ``op`` refuses."""
+def break_call(op, arguments, early):
+    """Arguments that ``op`` refuses, before or after it has found the pair of its rank."""
+    if early:
+        return {"expert_scales": arguments["expert_scales"].double()}
     if op == "dispatch":
         return {"expert_ids": torch.full_like(arguments["expert_ids"], 99)}
-    return {"expert_scales": arguments["expert_scales"].double()}
+    return {"tp_send_counts": torch.tensor([9, 9], dtype=torch.int32)}
 
 
 @pytest.mark.parametrize("world", harness.WORLDS)
@@ -467,8 +469,8 @@ def test_one_refusal_ends_the_call_on_both_axes(op, culprit, world):
 
     def fn(ctx):
         call, attempts, rounds = calls[ctx.rank], [], []
-        changes = break_call(op, call[op]) if ctx.rank == culprit else {}
-        for _ in range(2):
+        for early in (True, False, False, True):
+            changes = break_call(op, call[op], early) if ctx.rank == culprit else {}
             if op == "dispatch":
                 attempts.append(attempt(call_dispatch, ctx, call, **changes))
             else:
