@@ -17,7 +17,7 @@ HEADING = "Drawn configurations of v1 dispatch and combine against the definitio
 LAYOUTS = [(1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (6, 1), (1, 2), (2, 2), (3, 2)]
 
 
-@drawn.profile(25)
+@drawn.profile(60)
 @given(drawn.configs(VERSION))
 def test_threads(config):
     drawn.check_in_threads(config)
