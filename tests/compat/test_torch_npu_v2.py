@@ -369,6 +369,9 @@ ELASTIC = [
     pytest.param(
         Group(4, 6, 2, 8, shared_ranks=1), Remaining((1, 2, 3), 0, 6), id="shared rank has left"
     ),
+    pytest.param(
+        Group(4, 2, 2, 8, shared_ranks=3), Remaining((1, 2, 3), 2, 2), id="a copy has left"
+    ),
 ]
 
 
