@@ -37,7 +37,7 @@ class Launch:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Policy:
+class Policy:
     """What the tiles of a device look like.
 
     Attributes:
@@ -55,26 +55,37 @@ class _Policy:
     lanes: int
 
 
+# Two programs, because a grid of one would never take the stride from tile to tile.
+INTERPRETER = Policy(2**17, 2**13, num_programs=2, busy=1, lanes=32)
+
+
+def gpu_policy(processors: int, lanes: int) -> Policy:
+    """For a GPU of so many multiprocessors, compute units or subslices, with warps of ``lanes``."""
+    return Policy(2**13, 2**13, num_programs=8 * processors, busy=2 * processors, lanes=lanes)
+
+
+def npu_policy(cores: int) -> Policy:
+    """For an NPU of so many vector cores."""
+    return Policy(2**13, 2**13, num_programs=cores, busy=cores, lanes=32)
+
+
 @functools.lru_cache(maxsize=64)
-def _policy(device: torch.device) -> _Policy:
+def policy(device: torch.device) -> Policy:
+    """That of a device."""
     if device.type == "cpu":
-        # Two programs, because a grid of one would never take the stride from tile to tile.
-        return _Policy(2**17, 2**13, num_programs=2, busy=1, lanes=32)
+        return INTERPRETER
     if device.type == "npu":
         utils = triton.runtime.driver.active.utils
-        cores = int(utils.get_device_properties(device.index or 0)["num_vectorcore"])
-        return _Policy(2**13, 2**13, num_programs=cores, busy=cores, lanes=32)
+        return npu_policy(int(utils.get_device_properties(device.index or 0)["num_vectorcore"]))
     if device.type == "xpu":
-        cores = int(torch.xpu.get_device_properties(device).gpu_subslice_count)
-        return _Policy(2**13, 2**13, num_programs=8 * cores, busy=2 * cores, lanes=32)
-    cores = torch.cuda.get_device_properties(device).multi_processor_count
-    lanes = 64 if torch.version.hip else 32
-    return _Policy(2**13, 2**13, num_programs=8 * cores, busy=2 * cores, lanes=lanes)
+        return gpu_policy(int(torch.xpu.get_device_properties(device).gpu_subslice_count), 32)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return gpu_policy(processors, 64 if torch.version.hip else 32)
 
 
 def widest(device: torch.device) -> int:
     """Most elements of a tile's row: a kernel walks longer rows in steps of this."""
-    return _policy(device).block
+    return policy(device).block
 
 
 def tiles(device: torch.device, num_rows: int, width: int) -> Launch:
@@ -86,21 +97,21 @@ def tiles(device: torch.device, num_rows: int, width: int) -> Launch:
         width: elements of a row that different tiles may take; where one program walks a row, the
             elements of a step.
     """
-    policy = _policy(device)
-    block = min(triton.next_power_of_2(max(width, 1)), policy.block)
+    limits = policy(device)
+    block = min(triton.next_power_of_2(max(width, 1)), limits.block)
     across = triton.cdiv(max(width, 1), block)
     rows = 1
     while (
         rows < num_rows
-        and 2 * rows * block <= policy.tile
-        and across * triton.cdiv(num_rows, 2 * rows) >= policy.busy
+        and 2 * rows * block <= limits.tile
+        and across * triton.cdiv(num_rows, 2 * rows) >= limits.busy
     ):
         rows *= 2
     num_tiles = across * triton.cdiv(num_rows, rows)
     return Launch(
-        num_programs=max(min(num_tiles, policy.num_programs), 1),
+        num_programs=max(min(num_tiles, limits.num_programs), 1),
         rows=rows,
         block=block,
         # 32 elements a lane, at most 256 lanes.
-        num_warps=max(min(rows * block // (32 * policy.lanes), 256 // policy.lanes), 1),
+        num_warps=max(min(rows * block // (32 * limits.lanes), 256 // limits.lanes), 1),
     )

@@ -98,11 +98,14 @@ def pack(
     absent = (index == NOWHERE).nonzero()[:, 0]
     if len(absent) == n:
         x[:n] = 0
-    else:
-        # What is absent takes some row, and is cleared after that.
-        index = index.clamp(min=0) if len(absent) else index
-        torch.index_select(fmt.payload(rows), 0, index, out=x[:n])
-        x.index_fill_(0, absent, 0)
+        if scales is not None:
+            scales[:n] = 0
+        return
+    # What is absent takes some row, and is cleared after that.
+    index = index.clamp(min=0) if len(absent) else index
+    torch.index_select(fmt.payload(rows), 0, index, out=x[:n])
     if scales is not None:
-        scales[:n] = fmt.scales(rows)[index, 0] if len(absent) < n else 0
-        scales.index_fill_(0, absent, 0)
+        scales[:n] = fmt.scales(rows)[index, 0]
+    for out in (x, scales) if len(absent) else ():
+        if out is not None:
+            out.index_fill_(0, absent, 0)

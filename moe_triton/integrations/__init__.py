@@ -1,1 +1,0 @@
-"""Inference engines, one file each; none is imported before its file is asked to register."""
