@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
 import subprocess
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
 
 
 def shown(script: str) -> tuple[list[str], list[str]]:
@@ -34,9 +36,13 @@ def test_transformers_generate(number, tmp_path):
     torchrun, *arguments = shlex.split(commands[number])
     assert torchrun == "torchrun"
     arguments = [word.replace("examples/", f"{EXAMPLES}/") for word in arguments]
+    # This copy of the package, and nothing else of the root: transformers would take the link
+    # `kernels` for a distribution.
+    (tmp_path / "moe_triton").symlink_to(ROOT / "moe_triton")
     run = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments],
-        cwd=tmp_path,  # not the root of the repository, which -m would put on the path
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
         timeout=240,
