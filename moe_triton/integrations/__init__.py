@@ -1,0 +1,1 @@
+"""Inference engines, one file each; none is imported before its file is asked to register."""
