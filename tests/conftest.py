@@ -94,6 +94,13 @@ def poison():
         yield
 
 
+@pytest.fixture
+def fresh_compiler():
+    """Forget what a test has compiled."""
+    yield
+    torch.compiler.reset()
+
+
 class Evidence:
     """Collects results of the run, and what tests report, for a page to be committed."""
 

@@ -31,7 +31,7 @@ ALLOWED = {
     "testing": {"comm", "errors", "ref", "topology"},
     "compat": {"errors", "expert_parallel", "ops"},
     "integrations": {"errors", "expert_parallel", "ops"},
-    "emulate": {"compat", "errors"},
+    "emulate": {"compat", "errors", "ops"},
     "": {"backend", "comm", "errors", "expert_parallel", "ops", "profile"},
 }
 ALLOWED["cli"] = {*ALLOWED, "cli"}

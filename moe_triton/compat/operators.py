@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..ops.arguments import GroupArguments
 from ..ops.distribute import DispatchOutput, distribute_combine, distribute_dispatch
+from ..ops.library import Operator
 from ..ops.names import COMBINE, COMBINE_V2, DISPATCH, DISPATCH_V2
 from ..ops.shapes import combine_output, dispatch_outputs
-from .library import Operator
 
 _GROUP_FIELDS = {field.name for field in dataclasses.fields(GroupArguments)}
 

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..compat.library import Operator
 from ..errors import ArgumentValueError, UnavailableError
+from ..ops.library import Operator
 from .device import HOST
 
 _NAME = "_npu_distribute_barrier"

@@ -202,7 +202,7 @@ class RowExchange:
         """
         handle = rows.dispatched.handle
         if weighted:
-            handle = dataclasses.replace(handle, weights=None)
+            handle = handle.unweighted()
         operation = rows.layer.combine_setup(y[: len(rows.dispatched.x)], handle)
         return SumsPending(rows.layer, operation)
 

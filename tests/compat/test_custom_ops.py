@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-import shutil
 import subprocess
 import sys
 
+import compilers
 import harness
 import pytest
 import torch
@@ -24,22 +24,10 @@ from moe_triton.errors import (
     PeerAbortError,
 )
 
-# Raised within inductor.
-pytestmark = pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
+pytestmark = compilers.MARKS
 
 NAMES = torch_npu.__all__
 BS, H, K, E = 6, 16, 2, 4
-
-needs_compiler = pytest.mark.skipif(
-    not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler"
-)
-BACKENDS = ["aot_eager", pytest.param("inductor", marks=needs_compiler)]
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    yield
-    torch.compiler.reset()
 
 
 @pytest.fixture(scope="module")
@@ -156,29 +144,16 @@ OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_opcheck(name, alone, monkeypatch):
+def test_opcheck(name, alone):
     """All utilities of opcheck, for the calls that a layer makes."""
-    calls = []
-    for operator in (
-        operators.dispatch,
-        operators.dispatch_v2,
-        operators.combine,
-        operators.combine_v2,
-    ):
-        recorded = functools.partial(_record, calls, operator._overload)
-        monkeypatch.setattr(operator, "_overload", recorded)
-    layer(name, (alone, 1, 0, E), *tensors())
-    assert len(calls) == 2
-    for op, token, arguments in calls:
+    with compilers.Recorded() as recorded:
+        layer(name, (alone, 1, 0, E), *tensors())
+    assert len(recorded.calls) == 2
+    for op, args, kwargs in recorded.calls:
         # The last one compares values, also those of rows that a mask leaves unwritten.
-        masked = arguments["x_active_mask"] is not None
+        masked = kwargs.get("x_active_mask") is not None
         utilities = OPCHECK if masked else (*OPCHECK, "test_aot_dispatch_dynamic")
-        torch.library.opcheck(op, (token,), arguments, test_utils=utilities)
-
-
-def _record(calls, op, token, **arguments):
-    calls.append((op, token, arguments))
-    return op(token, **arguments)
+        torch.library.opcheck(op, args, kwargs, test_utils=utilities)
 
 
 # Shapes known in advance.
@@ -325,7 +300,7 @@ def test_shapes_of_wrong_calls_raise_nothing(change):
 # Compiled.
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", compilers.BACKENDS)
 @pytest.mark.parametrize("name", LAYERS)
 def test_compiled_gives_the_eager_bits(name, backend, alone):
     run = functools.partial(layer, name, (alone, 1, 0, E))
@@ -334,7 +309,7 @@ def test_compiled_gives_the_eager_bits(name, backend, alone):
         assert_same(compiled(*tensors(rank)), run(*tensors(rank)))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", compilers.BACKENDS)
 def test_compiled_outputs_have_no_gradients(backend, alone):
     run = functools.partial(layer, "v1", (alone, 1, 0, E))
     x, ids, weights = tensors()
@@ -343,7 +318,7 @@ def test_compiled_outputs_have_no_gradients(backend, alone):
     assert not any(out is not None and out.requires_grad for out in outputs)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", compilers.BACKENDS)
 def test_compiled_calls_are_all_made_in_order(backend, alone, monkeypatch):
     made = []
     for name in ("distribute_dispatch", "distribute_combine"):
@@ -376,7 +351,7 @@ def test_compiled_calls_are_all_made_in_order(backend, alone, monkeypatch):
         made.clear()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", compilers.BACKENDS)
 def test_compiled_performance_info_grows(backend, alone):
     x, ids, weights = tensors()
     info = torch.full((1,), 100, dtype=torch.int64)
@@ -424,7 +399,7 @@ def test_compiled_errors_are_the_same(change, error, argument, alone):
     assert caught.value.argument == (argument or "expert_ids")
 
 
-@needs_compiler
+@compilers.needed
 def test_compiled_on_two_processes():
     def run(ctx):
         torch.set_num_threads(1)

@@ -1,0 +1,307 @@
+"""The operations of one ``ExpertParallel``: checked, then run by its transport.
+
+Values in, values out: gradients and compilers are the business of the modules beside this one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from .. import comm
+from ..comm import (
+    Call,
+    DeviceSteps,
+    Finish,
+    MoeConfig,
+    Outputs,
+    Pending,
+    Received,
+    Tokens,
+    Transport,
+)
+from ..errors import ArgumentTypeError, MoeError, PeerAbortError, SequenceError
+from ..layout import NOWHERE, Plan, Sources
+from ..ops import checks
+from .results import Handle
+
+OP = "ExpertParallel"
+DISPATCH = f"{OP}.dispatch"
+COMBINE = f"{OP}.combine"
+_CPU = torch.device("cpu")  # the only device whose steps exist so far
+
+
+class Exchange:
+    """What the calls of one ``ExpertParallel`` have in common.
+
+    Args:
+        endpoint: of the group.
+        config: sizes and formats.
+        arguments: what must be equal on all ranks.
+        steps: the device steps.
+        exact: allocate exactly as many rows as arrive.
+        counts_dtype: of the rows per expert.
+
+    Attributes:
+        last: configuration and tokens of the last dispatch, or None.
+        lent: memory that ``output_rows`` gave since the last combine, by the handle it is for.
+        in_flight: operations of compiled code between setup and teardown, by number.
+    """
+
+    def __init__(
+        self,
+        endpoint: comm.Endpoint,
+        config: MoeConfig,
+        arguments: dict[str, object],
+        steps: DeviceSteps,
+        *,
+        exact: bool,
+        counts_dtype: torch.dtype,
+    ) -> None:
+        self.endpoint, self.config = endpoint, config
+        self.rank = endpoint.group.rank
+        self.exact, self.counts_dtype = exact, counts_dtype
+        self.last: tuple[MoeConfig, Tokens] | None = None
+        self.lent: dict[int, tuple[Handle, torch.Tensor]] = {}
+        self.in_flight: dict[int, Pending] = {}
+        self._arguments = arguments
+        self._steps = steps
+
+    def open(self) -> None:
+        """Meet the ranks, compare arguments and allocate the windows."""
+        call = self._call(OP)
+        self.endpoint.prepare(
+            [
+                (call, "dispatch", self.config.dispatch.num_bytes),
+                (call, "combine", self.config.combine.num_bytes),
+            ]
+        )
+
+    # Dispatch.
+
+    def start_dispatch(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        scales: torch.Tensor | None,
+    ) -> Pending:
+        """Send each token to the ranks of its experts; arguments as in ``ExpertParallel``."""
+        op, config = DISPATCH, self.config
+        try:
+            self._check_dispatch(op, x, topk_ids, topk_weights, scales)
+        except MoeError as error:
+            self.endpoint.reject("dispatch", op, error)
+            raise
+        # Weights have room in the window whether they come or not, so that ranks may differ.
+        if topk_weights is None:
+            weights = x.new_ones(topk_ids.shape, dtype=config.weight_dtype)
+        else:
+            weights = topk_weights.detach().clone()
+        call = self._call(op)
+        if scales is not None:
+            # Copies of a token differ, which takes larger windows from the first such call on.
+            config = dataclasses.replace(config, per_expert=True)
+            call = self._call(op, config, scales="given")
+        # Copies: they are needed to the end, and routing buffers are refilled for the next layer.
+        ids = topk_ids.to(torch.int32, copy=True)
+        num_rows = None if self.exact else config.capacity(self.rank)
+        tokens = Tokens(x, ids, weights, scales, num_rows)
+        return self.endpoint.transport(op).dispatch_setup(call, tokens)
+
+    def finish_dispatch(self, operation: Pending) -> Received:
+        """Wait for all ranks' tokens."""
+        received = self._transport_of(DISPATCH, operation).dispatch_teardown(operation)
+        self.last = (operation.call.config, operation.data)
+        return received
+
+    # Combine.
+
+    def numbering(self, expert_ids: torch.Tensor, ends: torch.Tensor) -> tuple[Plan, Sources]:
+        """The plan and the sources of a dispatch, from what its handle says in any case.
+
+        Args:
+            expert_ids: [T, K] int32.
+            ends: [L * W] int32.
+        """
+        topology = self.config.topology
+        counts = ends.diff(prepend=ends.new_zeros(1)).view(-1, topology.world_size)
+        return (
+            self._steps.plan(expert_ids, topology.num_experts),
+            self._steps.sources(counts, self.config.alignment),
+        )
+
+    def start_combine(
+        self, y: torch.Tensor, handle: Handle, addend: torch.Tensor | None = None
+    ) -> tuple[Pending, torch.Tensor | None]:
+        """Send the rows back.
+
+        Args:
+            y: [A, H] or [n, H], rows as dispatch delivered them.
+            handle: of that dispatch.
+            addend: what ``finish_combine`` will be given, to be checked before anything is sent.
+
+        Returns:
+            The operation, and the memory of ``output_rows`` if it was for this combine.
+        """
+        op = COMBINE
+        try:
+            checks.required(op, y=y, handle=handle)
+            if not isinstance(handle, Handle):
+                raise ArgumentTypeError(
+                    op, "handle", "be that of a dispatch", type(handle).__name__
+                )
+            ids = handle.expert_ids
+            plan, sources = handle.numbering or self.numbering(ids, handle.ends)
+            self._check_outputs(op, y, len(sources.source))
+            self.check_addend(addend, len(ids))
+        except MoeError as error:
+            self.endpoint.reject("combine", op, error)
+            raise
+        _, lent = self.lent.get(id(handle), (None, None))
+        outputs = Outputs(y, sources, ids, plan, handle.weights, lent=lent is not None)
+        transport = self.endpoint.transport(op)
+        try:
+            operation = transport.combine_setup(self._call(op), outputs)
+        except PeerAbortError:
+            raise  # the rows still stand, for another try
+        except BaseException:
+            self.lent.clear()
+            raise
+        self.lent.clear()
+        return operation, lent
+
+    def finish_combine(self, operation: Pending, addend: torch.Tensor | None) -> torch.Tensor:
+        """Wait for all rows, and sum those of each token; [T, H]."""
+        self.check_addend(addend, len(operation.data.expert_ids))
+        transport = self._transport_of(COMBINE, operation)
+        return transport.combine_teardown(operation, Finish(addend=addend))
+
+    def output_rows(self, handle: Handle) -> torch.Tensor:
+        """Memory from which the next combine need not copy, if there is such."""
+        if id(handle) in self.lent:
+            return self.lent[id(handle)][1]
+        _, sources = handle.numbering or self.numbering(handle.expert_ids, handle.ends)
+        num_rows = len(sources.source)
+        transport = self.endpoint.transport(f"{OP}.output_rows")
+        rows = None if self.lent else transport.output_rows(self.config, num_rows)
+        if rows is None:
+            return torch.empty((num_rows, self.config.hidden), dtype=self.config.dtype)
+        # Detached from the view it was made as, so that autograd lets the experts write to it.
+        rows = rows.detach()
+        self.lent[id(handle)] = (handle, rows)
+        return rows
+
+    # Gradients, which travel the other way.
+
+    def send_gradients(
+        self, gradient: torch.Tensor, expert_ids: torch.Tensor, num_rows: int
+    ) -> torch.Tensor:
+        """From [T, H], a gradient of combine's output, to [num_rows, H], the experts' rows of it.
+
+        Rows come as in the dispatch of the same ids; those after the last one are zeros.
+        """
+        op = f"{COMBINE}, backward"
+        config = dataclasses.replace(self.config, quant=None, with_weights=False)
+        transport = self.endpoint.transport(op)
+        tokens = Tokens(gradient, expert_ids, num_rows=num_rows)
+        call = self._call(op, config, gradient="of the sums")
+        received = transport.dispatch_teardown(transport.dispatch_setup(call, tokens))
+        received.x[len(received.sources.source) :] = 0
+        return received.x
+
+    def return_gradients(
+        self,
+        rows: torch.Tensor | None,
+        row_weights: torch.Tensor,
+        expert_ids: torch.Tensor,
+        ends: torch.Tensor,
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """From gradients of what dispatch delivered to those of what it sent.
+
+        Always both in turn, so that the ranks' sequences agree whatever each of them asked for.
+
+        Args:
+            rows: [A, H] gradient of the rows, or None with quantised rows, which have none.
+            row_weights: [A] gradient of their weights.
+            expert_ids: [T, K] int32.
+            ends: [L * W] int32.
+
+        Returns:
+            x: [T, H], or None.
+            weights: [T, K].
+        """
+        op = f"{DISPATCH}, backward"
+        plan, sources = self.numbering(expert_ids, ends)
+        transport = self.endpoint.transport(op)
+        self.lent.clear()
+
+        def back(call: Call, values: torch.Tensor, finish: Finish) -> torch.Tensor:
+            outputs = Outputs(values, sources, expert_ids, plan, None)
+            return transport.combine_teardown(transport.combine_setup(call, outputs), finish)
+
+        x = None
+        if rows is not None:
+            x = back(self._call(op, gradient="of the tokens"), rows.contiguous(), Finish())
+        scalars = dataclasses.replace(self.config, hidden=1, dtype=self.config.weight_dtype)
+        call = self._call(op, scalars, gradient="of the weights")
+        weights = back(call, row_weights.contiguous()[:, None], Finish(apart=True))
+        return x, weights[:, : self.config.top_k, 0].contiguous()
+
+    def _call(self, op: str, config: MoeConfig | None = None, **more: object) -> Call:
+        return Call(op, config or self.config, self._arguments | more, self._steps)
+
+    def _transport_of(self, op: str, operation: Pending) -> Transport:
+        """The transport, if it is the one that set up an operation."""
+        transport = self.endpoint.transport(op)
+        if operation.owner is not transport:
+            raise SequenceError(
+                op, "pending must come from this object's setup since recover(), got another's"
+            )
+        return transport
+
+    # Checks.
+
+    def check_addend(self, addend: torch.Tensor | None, num_tokens: int) -> None:
+        """``addend`` is None or [T, H] of the object's dtype."""
+        name, expected = "shared_expert_x", (num_tokens, self.config.hidden)
+        checks.dtype(COMBINE, name, addend, (self.config.dtype,))
+        checks.shape(COMBINE, name, addend, expected, "(T, H)", _CPU)
+
+    def _check_outputs(self, op: str, y: torch.Tensor, num_rows: int) -> None:
+        checks.dtype(op, "y", y, (self.config.dtype,))
+        checks.shape(op, "y", y, (None, self.config.hidden), "(rows, H)", _CPU)
+        contract = f"have at least the {num_rows} rows of dispatch"
+        checks.value(op, "y", len(y) >= num_rows, contract, f"shape {tuple(y.shape)}")
+
+    def _check_dispatch(
+        self,
+        op: str,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        scales: torch.Tensor | None,
+    ) -> None:
+        config = self.config
+        checks.required(op, x=x, topk_ids=topk_ids)
+        checks.dtype(op, "x", x, (config.dtype,))
+        checks.dtype(op, "topk_ids", topk_ids, (torch.int32, torch.int64))
+        checks.dtype(op, "topk_weights", topk_weights, (config.weight_dtype,))
+        checks.dtype(op, "scales", scales, (torch.float32,))
+        checks.shape(op, "x", x, (None, config.hidden), "(T, H)", _CPU)
+        most = config.max_tokens
+        contract = f"have at most max_tokens = {most} rows"
+        checks.value(op, "x", len(x) <= most, contract, f"shape {tuple(x.shape)}")
+        expected = (len(x), config.top_k)
+        checks.shape(op, "topk_ids", topk_ids, expected, "(T, K)", _CPU)
+        checks.shape(op, "topk_weights", topk_weights, expected, "(T, K)", _CPU)
+        if scales is not None:
+            contract = 'be None unless quant is "int8"'
+            checks.value(op, "scales", config.quant is not None, contract, "a tensor")
+            rows = config.topology.num_shared_experts + config.topology.num_experts
+            expected = (rows, config.hidden)
+            checks.shape(op, "scales", scales, expected, "(NS + E, H)", _CPU)
+        checks.expert_ids(
+            op, "topk_ids", topk_ids, config.topology.num_experts, active=topk_ids != NOWHERE
+        )

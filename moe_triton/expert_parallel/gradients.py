@@ -1,0 +1,126 @@
+"""Dispatch and combine as functions with gradients: each one's backward is the other one.
+
+What dispatch delivers and combine sums has been computed before it comes here; these functions only
+tell autograd where it came from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import operators
+from .exchange import Exchange
+
+
+def needed(*inputs: Tensor | None) -> bool:
+    """Whether anything computed from the inputs is to have gradients."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
+class Dispatch(torch.autograd.Function):
+    """Rows and their weights, as they came from tokens and their weights.
+
+    The gradient of a token is the sum of those of its rows, which is a combine without weights.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # noqa: ARG004 (has a gradient)
+        topk_weights: Tensor | None,
+        expert_ids: Tensor,
+        ends: Tensor,
+        received: tuple[Tensor, Tensor],
+        name: str,
+        owner: Exchange | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Pass on the rows and their weights, ``received``.
+
+        Args:
+            ctx: of autograd.
+            x: [T, H] tokens.
+            topk_weights: [T, K], or None.
+            expert_ids: [T, K] int32.
+            ends: [L * W] int32.
+            received: [A, H] and [A].
+            name: of the exchange.
+            owner: the exchange itself, to be kept alive.
+        """
+        rows, row_weights = received
+        ctx.save_for_backward(expert_ids, ends)
+        ctx.name, ctx.owner = name, owner
+        ctx.has_weights, ctx.has_rows = topk_weights is not None, rows.is_floating_point()
+        if not ctx.has_rows:
+            ctx.mark_non_differentiable(rows)
+        return rows, row_weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, rows: Tensor, row_weights: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of the tokens and of their weights."""
+        expert_ids, ends = ctx.saved_tensors
+        x, weights = operators.return_gradients(
+            rows=rows if ctx.has_rows else None,
+            row_weights=row_weights,
+            expert_ids=expert_ids,
+            ends=ends,
+            name=ctx.name,
+        )
+        return x, weights if ctx.has_weights else None, None, None, None, None, None
+
+
+class Combine(torch.autograd.Function):
+    """Sums of rows, as they came from the rows and their weights.
+
+    The gradient of a row is its weight times that of its token's sum, which dispatch brings here.
+    The gradient of the weight is the product of the two rows: it is computed here, and goes where
+    the weight came from, through dispatch.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        row_weights: Tensor,
+        addend: Tensor | None,
+        expert_ids: Tensor,
+        out: tuple[Tensor],
+        name: str,
+        owner: Exchange | None,
+    ) -> Tensor:
+        """Pass on the sums, ``out``.
+
+        Args:
+            ctx: of autograd.
+            y: [A, H] or [n, H] rows, which must keep their values.
+            row_weights: [A].
+            addend: [T, H], or None.
+            expert_ids: [T, K] int32.
+            out: [T, H].
+            name: of the exchange.
+            owner: the exchange itself, to be kept alive.
+        """
+        ctx.save_for_backward(y, row_weights, expert_ids)
+        ctx.name, ctx.owner = name, owner
+        ctx.has_addend = addend is not None
+        return out[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of the rows, of their weights and of the addend."""
+        y, row_weights, expert_ids = ctx.saved_tensors
+        rows = operators.send_gradients(
+            gradient=gradient, expert_ids=expert_ids, num_rows=len(y), name=ctx.name
+        ).to(row_weights.dtype)
+        size = min(len(y), len(row_weights))  # y may have more rows than arrived, or fewer than A
+        factors = torch.zeros_like(rows[:, 0])
+        factors[:size] = row_weights[:size]
+        products = torch.zeros_like(row_weights)
+        products[:size] = (rows * y)[:size].sum(1)
+        addend = gradient if ctx.has_addend else None
+        return (rows * factors[:, None]).to(y.dtype), products, addend, None, None, None, None

@@ -1,0 +1,335 @@
+"""Gradients of ExpertParallel: by finite differences, against a dense layer, and in hard places."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+
+import harness
+import pytest
+import torch
+from trained_layer import (
+    TrainedLayer,
+    apply_experts,
+    assert_gradients,
+    dense,
+    dense_gradients,
+    in_halves,
+    over_ranks,
+    rank_gradients,
+)
+
+from moe_triton import ArgumentMismatchError, testing
+
+LAYERS = {
+    "plain": TrainedLayer(),
+    "unweighted": TrainedLayer(weighted=False),
+    "addend": TrainedLayer(addend=True),
+    "slots that go nowhere": TrainedLayer(nowhere=True, addend=True),
+    "aligned": TrainedLayer(options=(("alignment", 4),)),
+    "exact": TrainedLayer(options=(("exact", True),)),
+    "unequal, one idle": TrainedLayer(tokens=(5, 0, 3), num_experts=6),
+    "shared expert": TrainedLayer(
+        tokens=(4, 4, 4), shared_experts=1, shared_ranks=1, nowhere=True, addend=True
+    ),
+    "two copies of a shared expert": TrainedLayer(
+        tokens=(3, 2, 3, 1), shared_experts=1, shared_ranks=2, options=(("alignment", 3),)
+    ),
+}
+# Both sides add the same numbers in float64, in another order.
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+
+
+# By finite differences.
+
+
+@pytest.mark.parametrize("name", ["plain", "unweighted", "slots that go nowhere", "aligned"])
+def test_gradcheck_alone(name):
+    layer = dataclasses.replace(LAYERS[name], tokens=(5,))
+    with layer.make(None) as ep:
+        inputs = {k: v.requires_grad_() for k, v in layer.inputs(0).items()}
+        matrices = layer.matrices().requires_grad_()
+
+        def forward(matrices, *values):
+            named = dict(zip(inputs, values, strict=True))
+            return over_ranks(ep, layer.ids(0), matrices, **named)
+
+        assert torch.autograd.gradcheck(forward, (matrices, *inputs.values()))
+
+
+@pytest.mark.parametrize("name", ["plain", "shared expert"])
+def test_finite_differences_on_several_ranks(name):
+    """Along random directions, in which the inputs of all ranks change together."""
+    layer, step, directions = LAYERS[name], 1e-5, 6
+
+    def fn(ctx):
+        ep = layer.make(ctx.ep_group)
+        gradients = rank_gradients(layer, ep)
+        inputs = layer.inputs(ep.rank)
+        matrices = layer.matrices()[layer.local(ep)]
+        random = torch.Generator().manual_seed(ep.rank)
+        analytic, numeric = [], []
+        for _ in range(directions):
+            change = {
+                name: torch.randn(value.shape, generator=random, dtype=value.dtype)
+                for name, value in {**inputs, "matrices": matrices}.items()
+            }
+            analytic.append(sum((gradients[name] * change[name]).sum() for name in change))
+
+            def loss(size, change=change):
+                changed = {name: inputs[name] + size * change[name] for name in inputs}
+                local = matrices + size * change["matrices"]
+                out = over_ranks(ep, layer.ids(ep.rank), local, **changed)
+                return (out * layer.cotangent(ep.rank)).sum()
+
+            numeric.append((loss(step) - loss(-step)) / (2 * step))
+        return torch.stack(analytic), torch.stack(numeric)
+
+    # The loss is the sum of those of all ranks.
+    analytic, numeric = map(sum, zip(*testing.run_local(len(layer.tokens), fn), strict=True))
+    # What the step leaves of the curvature, and of rounding, is about 1e-9.
+    torch.testing.assert_close(analytic, numeric, rtol=1e-7, atol=1e-7)
+
+
+# Against a dense layer.
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_are_those_of_a_dense_layer(name):
+    layer = LAYERS[name]
+    got = testing.run_local(
+        len(layer.tokens), lambda ctx: rank_gradients(layer, layer.make(ctx.ep_group))
+    )
+    assert_gradients(got, dense_gradients(layer), **EXACT)
+
+
+@pytest.mark.parametrize("world", ["symmetric", "collective"])
+def test_gradients_in_processes(world):
+    layers = [LAYERS["unequal, one idle"], LAYERS["shared expert"]]
+
+    def fn(ctx):
+        return [rank_gradients(layer, layer.make(ctx.ep_group)) for layer in layers]
+
+    for layer, got in zip(layers, zip(*harness.run_world(world, 3, fn), strict=True), strict=True):
+        assert_gradients(got, dense_gradients(layer), **EXACT)
+
+
+@pytest.mark.parametrize(
+    "dtype, tolerance",
+    [
+        # Everything is computed in float32.
+        (torch.float32, {"rtol": 1e-5, "atol": 1e-5}),
+        # A few roundings, each of half a unit in the last place: 2**-12 and 2**-9 relative.
+        (torch.float16, {"rtol": 1e-2, "atol": 1e-2}),
+        (torch.bfloat16, {"rtol": 5e-2, "atol": 5e-2}),
+    ],
+    ids=["float32", "float16", "bfloat16"],
+)
+def test_gradients_have_the_dtype_of_their_tensors(dtype, tolerance):
+    layer = TrainedLayer(dtype=dtype, addend=True, tokens=(4, 3))
+    got = testing.run_local(2, lambda ctx: rank_gradients(layer, layer.make(ctx.ep_group)))
+    assert got[0]["x"].dtype == got[0]["addend"].dtype == dtype
+    assert got[0]["weights"].dtype == torch.float32
+    assert_gradients(got, dense_gradients(layer), **tolerance)
+
+
+# Ways through a layer.
+
+
+def through_own_weights(ep, ids, matrices, x, weights):
+    """The weights are applied to the rows here, and by combine not at all."""
+    received = ep.dispatch(x, ids, weights)
+    y = apply_experts(received, matrices) * received.weights[:, None]
+    return ep.combine(y, received.handle.unweighted())
+
+
+def combined_twice(ep, ids, matrices, x, weights):
+    """One handle, two combines: 3 times the rows less 2 times the rows."""
+    received = ep.dispatch(x, ids, weights)
+    y = apply_experts(received, matrices)
+    return ep.combine(3 * y, received.handle) - ep.combine(2 * y, received.handle)
+
+
+def in_lent_memory(ep, ids, matrices, x, weights):
+    """The outputs lie in memory that the next combine overwrites."""
+    received = ep.dispatch(x, ids, weights)
+    y = apply_experts(received, matrices)
+    rows = ep.output_rows(received.handle)
+    rows.copy_(y[: len(rows)])
+    out = ep.combine(rows, received.handle)
+    other = ep.dispatch(x.detach(), ids)
+    ep.combine(torch.zeros_like(other.x), other.handle)
+    return out
+
+
+def with_more_rows(ep, ids, matrices, x, weights):
+    """Combine takes more rows than there are."""
+    received = ep.dispatch(x, ids, weights)
+    y = apply_experts(received, matrices)
+    return ep.combine(torch.cat([y, y]), received.handle)
+
+
+def with_as_many_rows(ep, ids, matrices, x, weights):
+    received = ep.dispatch(x, ids, weights)
+    y = apply_experts(received, matrices)
+    return ep.combine(y[: int(received.num_tokens)], received.handle)
+
+
+def with_garbage_after_the_rows(ep, ids, matrices, x, weights):
+    """What an expert makes of rows that did not arrive may be anything."""
+    received = ep.dispatch(x, ids, weights)
+    y = apply_experts(received, matrices)
+    real = torch.arange(len(y)) < received.num_tokens
+    return ep.combine(y.where(real[:, None], float("nan")), received.handle)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        in_halves,
+        through_own_weights,
+        combined_twice,
+        in_lent_memory,
+        with_more_rows,
+        with_as_many_rows,
+        with_garbage_after_the_rows,
+    ],
+    ids=lambda forward: forward.__name__,
+)
+def test_ways_through_a_layer(forward):
+    layer = LAYERS["plain"]
+
+    def fn(ctx):
+        return rank_gradients(layer, layer.make(ctx.ep_group, in_flight=2), forward)
+
+    assert_gradients(testing.run_local(2, fn), dense_gradients(layer), **EXACT)
+
+
+def test_two_layers_share_an_object():
+    """The backward of the second layer runs between the forward of the first and its backward."""
+    layer = LAYERS["plain"]
+
+    def twice(ep, ids, matrices, x, weights):
+        return over_ranks(ep, ids, matrices, over_ranks(ep, ids, matrices, x, weights), weights)
+
+    got = testing.run_local(2, lambda ctx: rank_gradients(layer, layer.make(ctx.ep_group), twice))
+
+    def dense_twice(layer, ids, matrices, x, weights):
+        return dense(layer, ids, matrices, dense(layer, ids, matrices, x, weights), weights)
+
+    assert_gradients(got, dense_gradients(layer, forward=dense_twice), **EXACT)
+
+
+def test_a_rank_whose_experts_get_nothing_takes_part():
+    """Its outputs need not even depend on what it received."""
+    layer = TrainedLayer(tokens=(3, 3), num_experts=2, top_k=1)
+
+    def fn(ctx):
+        ep = layer.make(ctx.ep_group)
+        inputs = {name: value.requires_grad_() for name, value in layer.inputs(ep.rank).items()}
+        matrix = layer.matrices()[:1].requires_grad_()
+        received = ep.dispatch(inputs["x"], torch.zeros(3, 1, dtype=torch.int64), inputs["weights"])
+        y = apply_experts(received, matrix) if ep.rank == 0 else torch.zeros_like(received.x)
+        out = ep.combine(y, received.handle)
+        (out * layer.cotangent(ep.rank)).sum().backward()
+        return out.detach(), inputs["x"].grad, inputs["weights"].grad
+
+    for rank, (out, x_grad, weights_grad) in enumerate(testing.run_local(2, fn)):
+        inputs = {name: value.requires_grad_() for name, value in layer.inputs(rank).items()}
+        expected = (inputs["x"] @ layer.matrices()[0]).tanh() * inputs["weights"]
+        (expected * layer.cotangent(rank)).sum().backward()
+        torch.testing.assert_close(out, expected.detach(), **EXACT)
+        torch.testing.assert_close(x_grad, inputs["x"].grad, **EXACT)
+        torch.testing.assert_close(weights_grad, inputs["weights"].grad, **EXACT)
+
+
+def test_quantised_rows_have_no_gradient_but_weights_have():
+    layer = TrainedLayer(dtype=torch.bfloat16, options=(("quant", "int8"),))
+
+    def fn(ctx):
+        ep = layer.make(ctx.ep_group)
+        inputs = {name: value.requires_grad_() for name, value in layer.inputs(ep.rank).items()}
+        received = ep.dispatch(inputs["x"], layer.ids(ep.rank), inputs["weights"])
+        assert not received.x.requires_grad
+        y = (received.x.float() * received.scales[:, None]).bfloat16().requires_grad_()
+        (ep.combine(y, received.handle) * layer.cotangent(ep.rank)).sum().backward()
+        return inputs["weights"].grad, inputs["x"].grad, y.grad
+
+    for rank, (weights_grad, x_grad, y_grad) in enumerate(testing.run_local(2, fn)):
+        x, cotangent = layer.inputs(rank)["x"].float(), layer.cotangent(rank).float()
+        # Every expert returns its row, so that all weights of a token have the same gradient. The
+        # row comes back with an error of half a step of its int8 scale, and of bfloat16.
+        expected = (x * cotangent).sum(1, keepdim=True).expand(-1, layer.top_k)
+        torch.testing.assert_close(weights_grad, expected, rtol=0.05, atol=0.1)
+        assert x_grad is None
+        assert torch.isfinite(y_grad).all() and y_grad.any()
+
+
+# When there are gradients, and when not.
+
+
+def test_rows_that_did_not_arrive_are_zeros():
+    layer = LAYERS["plain"]
+
+    def fn(ctx):
+        ep = layer.make(ctx.ep_group)
+        x, ids = layer.inputs(ep.rank)["x"].requires_grad_(), layer.ids(ep.rank)
+        received = ep.dispatch(x, ids, layer.inputs(ep.rank)["weights"])
+        rest = slice(int(received.num_tokens), None)
+        return received.x[rest].detach(), received.weights[rest].detach()
+
+    for rows, weights in testing.run_local(2, fn):
+        assert len(rows) > 0
+        assert not rows.any() and not weights.any()
+
+
+def test_no_gradients_unless_asked_for():
+    layer = LAYERS["plain"]
+    with layer.make(None) as ep:
+        inputs = layer.inputs(0)
+        matrices = layer.matrices()
+        assert not over_ranks(ep, layer.ids(0), matrices, **inputs).requires_grad
+        inputs["x"].requires_grad_()
+        with torch.no_grad():
+            assert not over_ranks(ep, layer.ids(0), matrices, **inputs).requires_grad
+        with torch.inference_mode():
+            assert not over_ranks(ep, layer.ids(0), matrices, **inputs).requires_grad
+        assert over_ranks(ep, layer.ids(0), matrices, **inputs).requires_grad
+
+
+def test_the_object_lives_until_the_backward():
+    layer = LAYERS["plain"]
+    x = layer.inputs(0)["x"].requires_grad_()
+    out = over_ranks(layer.make(None), layer.ids(0), layer.matrices(), x)
+    gc.collect()
+    out.sum().backward()
+    assert x.grad.any()
+
+
+def test_there_are_no_second_derivatives():
+    layer = LAYERS["plain"]
+    with layer.make(None) as ep:
+        inputs = {name: value.requires_grad_() for name, value in layer.inputs(0).items()}
+        out = over_ranks(ep, layer.ids(0), layer.matrices(), **inputs)
+        (gradient,) = torch.autograd.grad(out.sum(), inputs["x"], create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
+
+
+def test_a_rank_that_goes_backward_alone_is_told():
+    layer = LAYERS["plain"]
+
+    def fn(ctx):
+        ep = layer.make(ctx.ep_group)
+        inputs = {name: value.requires_grad_() for name, value in layer.inputs(ep.rank).items()}
+        out = over_ranks(ep, layer.ids(ep.rank), layer.matrices()[layer.local(ep)], **inputs)
+        try:
+            if ep.rank == 0:
+                out.sum().backward()
+            else:
+                ep.dispatch(layer.inputs(1)["x"], layer.ids(1))
+        except ArgumentMismatchError as error:
+            return error.argument
+        return None
+
+    assert testing.run_local(2, fn) == ["gradient", "gradient"]

@@ -1,0 +1,317 @@
+"""ExpertParallel under ``torch.compile(fullgraph=True)``: same bits, same order, and training."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+
+import compilers
+import harness
+import pytest
+import torch
+import torch.distributed as dist
+from trained_layer import (
+    TrainedLayer,
+    apply_experts,
+    dense,
+    in_halves,
+    over_ranks,
+    rank_gradients,
+)
+
+from moe_triton import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    MoeError,
+    SequenceError,
+    UnavailableError,
+)
+from moe_triton.expert_parallel.exchange import Exchange
+
+pytestmark = compilers.MARKS
+backends = pytest.mark.parametrize("backend", compilers.BACKENDS)
+
+ALONE = TrainedLayer(tokens=(5,))
+LAYERS = {
+    "plain": ALONE,
+    "unweighted": dataclasses.replace(ALONE, weighted=False),
+    "aligned": dataclasses.replace(
+        ALONE, nowhere=True, addend=True, options=(("alignment", 4), ("counts_dtype", torch.int32))
+    ),
+}
+# The compiler sums and multiplies in another order, in float64.
+CLOSE = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def outputs(ep, dtype, x, ids, weights):
+    """What dispatch and combine return, around experts that multiply by -2."""
+    received = ep.dispatch(x, ids, weights)
+    y = received.x
+    if received.scales is not None:
+        y = (y.float() * received.scales[:, None]).to(dtype)
+    written = torch.arange(len(y)) < received.offsets[-1]
+    return (
+        received.x.where(written[:, None], 0),
+        None if received.weights is None else received.weights.where(written, 0),
+        received.tokens_per_expert,
+        received.offsets,
+        received.num_tokens,
+        ep.combine(-2 * y, received.handle, shared_expert_x=x),
+    )
+
+
+@backends
+@pytest.mark.parametrize("quant", [None, "int8"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_eager_bits(name, quant, backend):
+    layer = dataclasses.replace(LAYERS[name], dtype=torch.bfloat16)
+    with layer.make(None, quant=quant) as ep:
+        inputs = layer.inputs(0)
+        arguments = inputs["x"], layer.ids(0), inputs.get("weights")
+        run = functools.partial(outputs, ep, layer.dtype)
+        compiled = torch.compile(run, backend=backend, fullgraph=True)
+        for _ in range(2):  # the second time, nothing is compiled
+            for got, expected in zip(compiled(*arguments), run(*arguments), strict=True):
+                torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@backends
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_eager_gradients(name, backend):
+    layer = LAYERS[name]
+    with layer.make(None) as ep:
+        expected = rank_gradients(layer, ep)
+        compiled = torch.compile(over_ranks, backend=backend, fullgraph=True)
+        for _ in range(2):
+            got = rank_gradients(layer, ep, compiled)
+            for key in expected.keys() - {"local"}:
+                torch.testing.assert_close(got[key], expected[key], **CLOSE, msg=key)
+
+
+@backends
+def test_halves(backend):
+    with ALONE.make(None, in_flight=2) as ep:
+        expected = rank_gradients(ALONE, ep, in_halves)
+        compiled = torch.compile(in_halves, backend=backend, fullgraph=True)
+        got = rank_gradients(ALONE, ep, compiled)
+        for key in expected.keys() - {"local"}:
+            torch.testing.assert_close(got[key], expected[key], **CLOSE, msg=key)
+
+
+@backends
+def test_all_operations_run_in_the_eager_order(backend, monkeypatch):
+    """Forward and backward, with two branches that nothing orders and a layer that nobody needs."""
+    made = []
+    for name in ("start_dispatch", "finish_dispatch", "start_combine", "finish_combine"):
+        record(monkeypatch, made, name, lambda x, *rest: name_of(x))
+    record(monkeypatch, made, "send_gradients", lambda gradient, *rest: tuple(gradient.shape))
+    record(monkeypatch, made, "return_gradients", lambda rows, *rest: tuple(rows.shape))
+
+    def branches(ep, ids, matrices, x, weights):
+        first = over_ranks(ep, ids, matrices, x, weights)
+        over_ranks(ep, ids, matrices, x, weights)  # unused, and equal to the first
+        second = over_ranks(ep, ids[:3], matrices, x[:3], weights[:3])
+        return first + torch.nn.functional.pad(second, (0, 0, 0, len(x) - 3))
+
+    with ALONE.make(None) as ep:
+        rank_gradients(ALONE, ep, branches)
+        expected = made.copy()
+        compiled = torch.compile(branches, backend=backend, fullgraph=True)
+        for _ in range(2):
+            made.clear()
+            rank_gradients(ALONE, ep, compiled)
+            assert made == expected
+    assert len(expected) == 3 * 4 + 2 * 2
+
+
+def name_of(value) -> object:
+    return tuple(value.shape) if torch.is_tensor(value) else "operation"
+
+
+def record(monkeypatch, made, name, describe) -> None:
+    method = getattr(Exchange, name)
+
+    def recorded(self, *args):
+        made.append((name, describe(*args)))
+        return method(self, *args)
+
+    monkeypatch.setattr(Exchange, name, recorded)
+
+
+# Compiled and eager code together.
+
+
+def test_a_handle_from_compiled_code():
+    with ALONE.make(None) as ep:
+        inputs, ids = ALONE.inputs(0), ALONE.ids(0)
+        dispatch = torch.compile(ep.dispatch, backend="aot_eager", fullgraph=True)
+        received = dispatch(inputs["x"], ids, inputs["weights"])
+        rows = ep.output_rows(received.handle)
+        rows.copy_(apply_experts(received, ALONE.matrices())[: len(rows)])
+        out = ep.combine(rows, received.handle)
+        expected = over_ranks(ep, ids, ALONE.matrices(), **inputs)
+        torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
+def test_a_half_from_compiled_code():
+    with ALONE.make(None) as ep:
+        inputs, ids = ALONE.inputs(0), ALONE.ids(0)
+        setup = torch.compile(ep.dispatch_setup, backend="aot_eager", fullgraph=True)
+        pending = setup(inputs["x"], ids, inputs["weights"])
+        received = ep.dispatch_teardown(pending)
+        assert received.num_tokens == ids.numel()
+        with pytest.raises(SequenceError, match="torn down once"):
+            ep.dispatch_teardown(pending)
+        ep.dispatch_teardown(ep.dispatch_setup(inputs["x"], ids))
+
+
+def test_errors_are_the_same():
+    with ALONE.make(None) as ep:
+        inputs, ids = ALONE.inputs(0), ALONE.ids(0)
+        compiled = torch.compile(ep.dispatch, backend="aot_eager", fullgraph=True)
+        for error, x, wrong in (
+            (ArgumentValueError, inputs["x"], ids + 100),
+            (ArgumentValueError, inputs["x"][:3], ids),
+            (ArgumentTypeError, inputs["x"].float(), ids),
+        ):
+            with pytest.raises(error) as caught:
+                compiled(x, wrong)
+            with pytest.raises(error) as eager:
+                ep.dispatch(x, wrong)
+            assert str(caught.value) == str(eager.value)
+        assert compiled(inputs["x"], ids).num_tokens == ids.numel()
+
+
+def test_exact_rows_cannot_be_compiled():
+    with ALONE.make(None, exact=True) as ep:
+        compiled = torch.compile(ep.dispatch, backend="aot_eager", fullgraph=True)
+        with pytest.raises(UnavailableError, match="exact"):
+            compiled(ALONE.inputs(0)["x"], ALONE.ids(0))
+
+
+# What is registered.
+
+
+def calls_of(ep, monkeypatch) -> list[tuple]:
+    """The ops that a layer calls, forward and backward, with their arguments."""
+    layer = dataclasses.replace(ALONE, addend=True)
+    with monkeypatch.context() as patch, compilers.Recorded() as recorded:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        rank_gradients(layer, ep)
+    return recorded.calls
+
+
+def test_opcheck(monkeypatch):
+    """Teardowns are left out: each call needs a setup of its own, and opcheck calls many times."""
+    checked = set()
+    with ALONE.make(None, in_flight=64) as ep:
+        # Setups come last, since what they leave in flight would be in the way of the others.
+        calls = sorted(calls_of(ep, monkeypatch), key=lambda call: call[0].name().endswith("setup"))
+        for op, args, kwargs in calls:
+            name = op.name().removeprefix("moe_triton::expert_parallel_")
+            if name.endswith("teardown"):
+                continue
+            utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
+            if not name.endswith("setup"):  # which returns another number each time
+                utilities += ("test_aot_dispatch_dynamic",)
+            torch.library.opcheck(op, args, kwargs, test_utils=utilities)
+            checked.add(name)
+    assert checked == {"dispatch_setup", "combine_setup", "send_gradients", "return_gradients"}
+
+
+def test_an_object_that_is_gone_is_named(monkeypatch):
+    op, args, kwargs = calls_of(ALONE.make(None), monkeypatch)[0]
+    gc.collect()
+    with pytest.raises(MoeError, match="does not exist any more"):
+        op(*args, **kwargs)
+
+
+# A model.
+
+STEPS, TOKENS, HIDDEN, EXPERTS, TOP_K = 20, 8, 12, 4, 2
+
+
+class Model(torch.nn.Module):
+    """A linear layer and two MoE layers, each on top of its input.
+
+    Args:
+        moe: what a MoE layer does with ids, matrices, tokens and weights.
+        local: the experts whose matrices are here.
+    """
+
+    def __init__(self, moe, local: slice) -> None:
+        super().__init__()
+        random = torch.Generator().manual_seed(5)
+
+        def draw(*shape):
+            return torch.randn(shape, generator=random) / HIDDEN**0.5
+
+        self.moe = moe
+        self.first = torch.nn.Parameter(draw(HIDDEN, HIDDEN))
+        self.gates = torch.nn.Parameter(draw(2, HIDDEN, EXPERTS))
+        experts = draw(2, EXPERTS, HIDDEN, HIDDEN)
+        self.experts = torch.nn.Parameter(experts[:, local].clone())
+
+    def forward(self, x, target) -> torch.Tensor:
+        """The sum of squares by which the outputs miss the target."""
+        h = (x @ self.first).relu()
+        for gate, matrices in zip(self.gates, self.experts, strict=True):
+            weights, ids = torch.topk((h @ gate).softmax(1), TOP_K)
+            h = h + self.moe(ids, matrices, h, weights)
+        return ((h - target) ** 2).sum()
+
+
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of both ranks and what to make of them; the same tokens every other step."""
+    random = torch.Generator().manual_seed(step % 2)
+    x = torch.randn(2 * TOKENS, HIDDEN, generator=random)
+    return x, x.roll(1, dims=1)
+
+
+def train(model, forward, reduce, local: slice) -> list[float]:
+    """The losses of 20 steps; ``reduce`` sums over the ranks."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    losses = []
+    for step in range(STEPS):
+        x, target = (part[local] for part in batch(step))
+        optimizer.zero_grad()
+        loss = forward(x, target) / (2 * TOKENS)
+        loss.backward()
+        # The experts of a rank have seen the tokens of all ranks, the other parameters have not.
+        for shared in (model.first.grad, model.gates.grad):
+            reduce(shared)
+        optimizer.step()
+        losses.append(loss.detach())
+        reduce(losses[-1])
+    return torch.stack(losses)
+
+
+@compilers.needed
+def test_a_compiled_model_trains_like_the_dense_one():
+    layer = TrainedLayer(
+        tokens=(TOKENS, TOKENS),
+        num_experts=EXPERTS,
+        top_k=TOP_K,
+        hidden=HIDDEN,
+        dtype=torch.float32,
+    )
+
+    def fn(ctx):
+        torch.set_num_threads(1)
+        found = []
+        for backend in ("aot_eager", "inductor"):
+            with layer.make(dist.group.WORLD) as ep:
+                model = Model(functools.partial(over_ranks, ep), layer.local(ep))
+                compiled = torch.compile(model, backend=backend, fullgraph=True)
+                tokens = slice(TOKENS * ep.rank, TOKENS * (ep.rank + 1))
+                found.append(train(model, compiled, dist.all_reduce, tokens))
+        return found
+
+    model = Model(functools.partial(dense, layer), slice(None))
+    expected = train(model, model, lambda _: None, slice(None))
+    assert expected[-1] < 0.5 * expected[0]
+    for losses in harness.run_world("symmetric", 2, fn, limit=240):
+        for got in losses:
+            # float32 in another order, from one step to the next.
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=0)
