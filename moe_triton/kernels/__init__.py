@@ -26,8 +26,10 @@ from .quantize import (
     quantize_rows,
     quantize_static,
 )
+from .reduce import add_rows, reduce
 
 __all__ = [
+    "add_rows",
     "decode",
     "encode",
     "quantize_blocks",
@@ -35,4 +37,5 @@ __all__ = [
     "quantize_mx",
     "quantize_rows",
     "quantize_static",
+    "reduce",
 ]

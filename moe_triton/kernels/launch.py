@@ -46,6 +46,8 @@ class Policy:
         num_programs: most programs of a grid.
         busy: tiles that keep the device busy; rows share a tile when that leaves as many.
         lanes: of a warp.
+        token_block: most elements of a tile that sums several rows for one token; 0 where such
+            tiles are like others.
     """
 
     tile: int
@@ -53,20 +55,28 @@ class Policy:
     num_programs: int
     busy: int
     lanes: int
+    token_block: int
 
 
 # Two programs, because a grid of one would never take the stride from tile to tile.
-INTERPRETER = Policy(2**17, 2**13, num_programs=2, busy=1, lanes=32)
+INTERPRETER = Policy(2**17, 2**13, num_programs=2, busy=1, lanes=32, token_block=0)
 
 
 def gpu_policy(processors: int, lanes: int) -> Policy:
     """For a GPU of so many multiprocessors, compute units or subslices, with warps of ``lanes``."""
-    return Policy(2**13, 2**13, num_programs=8 * processors, busy=2 * processors, lanes=lanes)
+    return Policy(
+        2**13,
+        2**13,
+        num_programs=8 * processors,
+        busy=2 * processors,
+        lanes=lanes,
+        token_block=1024,
+    )
 
 
 def npu_policy(cores: int) -> Policy:
     """For an NPU of so many vector cores."""
-    return Policy(2**13, 2**13, num_programs=cores, busy=cores, lanes=32)
+    return Policy(2**13, 2**13, num_programs=cores, busy=cores, lanes=32, token_block=1024)
 
 
 @functools.lru_cache(maxsize=64)
@@ -114,4 +124,34 @@ def tiles(device: torch.device, num_rows: int, width: int) -> Launch:
         block=block,
         # 32 elements a lane, at most 256 lanes.
         num_warps=max(min(rows * block // (32 * limits.lanes), 256 // limits.lanes), 1),
+    )
+
+
+def token_tiles(
+    device: torch.device, num_tokens: int, width: int, *, whole_rows: bool = False
+) -> Launch:
+    """Tiles over [num_tokens, width] sums of several rows each.
+
+    On accelerators a tile belongs to one token: what a lane has in flight are 16 bytes of each of
+    the token's rows. All programs fit the processors at once, so that none waits for another.
+
+    Args:
+        device: where the kernel runs.
+        num_tokens: rows of the result.
+        width: elements of such a row.
+        whole_rows: one program walks a row, in steps if it is longer than a tile.
+    """
+    limits = policy(device)
+    if not limits.token_block:
+        return tiles(device, num_tokens, min(width, limits.block) if whole_rows else width)
+    # A row that fits stays in registers. Steps through a longer one are small: it is read twice.
+    fits = whole_rows and width <= limits.block
+    most = limits.block if fits else limits.token_block
+    block = min(triton.next_power_of_2(max(width, 1)), most)
+    num_tiles = num_tokens * (1 if whole_rows else triton.cdiv(width, block))
+    return Launch(
+        num_programs=max(min(num_tiles, limits.num_programs), 1),
+        rows=1,
+        block=block,
+        num_warps=max(min(block // 8, 1024) // limits.lanes, 1),
     )
