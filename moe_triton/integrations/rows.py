@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import pad
 
-from ..errors import UnavailableError
+from ..errors import ArgumentValueError
 from ..expert_parallel import CombinePending, Dispatched, DispatchPending, ExpertParallel
 
 _DISPATCH = "RowExchange.dispatch"
@@ -120,7 +120,7 @@ class RowExchange:
             weights: [T, K] of any float dtype, for the experts or ``combine`` to apply; or None.
 
         Raises:
-            UnavailableError: the tokens are to have gradients.
+            ArgumentValueError: the tokens are to have gradients, and travel as int8.
             MoeError: as ``ExpertParallel.dispatch``.
         """
         return self.dispatch_teardown(self.dispatch_setup(x, expert_ids, weights))
@@ -138,8 +138,9 @@ class RowExchange:
         Raises:
             The errors of ``dispatch``.
         """
-        if x.requires_grad and torch.is_grad_enabled():
-            raise UnavailableError(_DISPATCH, "there are no gradients yet; use torch.no_grad()")
+        if self._options.quant is not None and x.requires_grad and torch.is_grad_enabled():
+            contract = "be None where tokens have gradients (torch.no_grad() is for inference)"
+            raise ArgumentValueError(_DISPATCH, "quant", contract, repr(self._options.quant))
         layer = self._layer(x, expert_ids.shape[1])
         wide = torch.promote_types(x.dtype, torch.float32)
         operation = layer.dispatch_setup(

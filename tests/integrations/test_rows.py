@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from harness import describe, run_world
 
-from moe_triton import comm
+from moe_triton import ArgumentValueError, comm
 from moe_triton.integrations.rows import (
     Options,
     RowExchange,
@@ -115,6 +115,53 @@ def test_dispatch_before_windows_grew_can_be_combined():
         exchange.close()
 
     run_world("symmetric", 2, work)
+
+
+@worlds
+@pytest.mark.parametrize("weighted", [False, True], ids=["by combine", "by the experts"])
+def test_gradients_reach_tokens_weights_and_experts_on_every_rank(world, weighted):
+    """Rank 0 has no token and rank 1 gets no row: both take part in the backward pass."""
+    tokens = [inputs(count, seed, torch.float64) for seed, count in enumerate((0, 4, 5))]
+    for x, ids, weights in tokens:
+        ids[:, 0], ids[:, 1] = 0, 4  # of experts 0 to 5, two on a rank
+        x.requires_grad_()
+        weights.requires_grad_()
+
+    def dense_gradients():
+        factors = torch.arange(1.0, EXPERTS + 1).double().requires_grad_()
+        outputs = [
+            x * (factors[ids] * weights).sum(dim=1, keepdim=True) for x, ids, weights in tokens
+        ]
+        sum((out**2).sum() for out in outputs).backward()
+        return [(x.grad, weights.grad) for x, _, weights in tokens], factors.grad
+
+    def work(ctx):
+        exchange = RowExchange(group(), EXPERTS, Options())
+        x, ids, weights = (one.detach() for one in tokens[ctx.rank])
+        x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
+        factors = torch.arange(1.0, EXPERTS + 1).double().requires_grad_()
+        rows = exchange.dispatch(x, ids, weights)
+        y = rows.x * factors[rows.experts + rows.layer.local_experts.start][:, None]
+        if weighted:
+            y = y * rows.weights[:, None]
+        (exchange.combine(y, rows, weighted=weighted) ** 2).sum().backward()
+        exchange.close()
+        return x.grad, weights.grad, factors.grad
+
+    found = run_world(world, 3, work)
+    of_tokens, of_factors = dense_gradients()
+    for (x, weights, _), expected in zip(found, of_tokens, strict=True):
+        torch.testing.assert_close((x, weights.double()), (expected[0], expected[1].double()))
+    torch.testing.assert_close(sum(factors for *_, factors in found), of_factors)
+
+
+def test_int8_with_gradients_is_refused():
+    exchange = RowExchange(None, EXPERTS, Options(quant="int8"))
+    x, ids, _ = inputs(2, 0, torch.bfloat16)
+    with pytest.raises(ArgumentValueError, match=r"quant must be None where tokens have gradients"):
+        exchange.dispatch(x.requires_grad_(), ids)
+    with torch.no_grad():
+        exchange.dispatch(x, ids)
 
 
 def test_more_than_max_tokens_is_refused_on_all_ranks():
