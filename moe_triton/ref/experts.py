@@ -50,8 +50,16 @@ def top_k_gating(
     ids = choice.argsort(dim=1, descending=True, stable=True)[:, :top_k]
     weights = scores.gather(1, ids)
     if scoring == "sigmoid":
-        weights = weights / (weights.sum(1, keepdim=True) + epsilon)
+        weights = weights / (_row_sums(weights) + epsilon)
     return weights * scaling, ids.int(), scores
+
+
+def _row_sums(weights: torch.Tensor) -> torch.Tensor:
+    """[T, K] -> [T, 1], added in ascending order; torch's own order depends on K."""
+    total = torch.zeros_like(weights[:, :1])
+    for column in weights.split(1, dim=1):
+        total = total + column
+    return total
 
 
 def eplb_map(
@@ -92,5 +100,5 @@ def keep_experts(
     Returns:
         [T, K] bool.
     """
-    keep = weights >= threshold * weights.sum(1, keepdim=True)
+    keep = weights >= threshold * _row_sums(weights)
     return keep if active is None else keep & active[:, None]

@@ -37,6 +37,15 @@ def test_keep_experts_by_hand():
     assert ref.keep_experts(weights, torch.tensor([0.0, 0.3]), None)[2].tolist() == [True, False]
 
 
+@pytest.mark.parametrize("columns", [5, 6, 16])
+def test_sums_of_weights_are_ascending(columns):
+    # One by one 2**-24 is lost beside 1; two and more together would not be.
+    weights = torch.full((1, columns), 2.0**-24)
+    weights[0, 0] = 1.0
+    threshold = torch.ones(columns)
+    assert ref.keep_experts(weights, threshold, None)[0].tolist() == [True] + [False] * (columns - 1)
+
+
 def test_softmax_gating_by_hand():
     logits = torch.tensor([[1.0, 2, 3, 4], [4, 4, 1, 1]]).log()
     weights, ids, scores = ref.top_k_gating(logits, 2)
