@@ -17,6 +17,7 @@ if __name__ != "moe_triton.kernels":
         name=__name__,
     )
 
+from .experts import eplb_map, keep_experts, top_k_gating
 from .quantize import (
     decode,
     encode,
@@ -32,10 +33,13 @@ __all__ = [
     "add_rows",
     "decode",
     "encode",
+    "eplb_map",
+    "keep_experts",
     "quantize_blocks",
     "quantize_groups",
     "quantize_mx",
     "quantize_rows",
     "quantize_static",
     "reduce",
+    "top_k_gating",
 ]

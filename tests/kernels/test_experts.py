@@ -1,0 +1,283 @@
+"""Gating, replicas and kept slots against their definition, and against numbers worked by hand."""
+
+from __future__ import annotations
+
+import importlib
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+
+from moe_triton import kernels, ref
+from moe_triton.errors import MoeError
+from moe_triton.kernels.launch import Launch
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+NAN, INF = float("nan"), float("inf")
+# exp differs in the last bits from one library to another, and sums of it in their order.
+SCORES = {"rtol": 2e-6, "atol": 1e-30, "equal_nan": True}
+
+
+@pytest.fixture(params=[None, Launch(3, 1, 4, 1), Launch(2, 4, 8, 1)], ids=["own", "low", "tall"])
+def launch(request, monkeypatch):
+    """Every shape of tile that a device may get."""
+    if request.param is not None:
+        module = importlib.import_module("moe_triton.kernels.experts")
+        monkeypatch.setattr(module, "tiles", lambda *args: request.param)
+    return request.param
+
+
+def check_choice(result, top_k, bias, groups, top_groups, group_by_two, scoring, scaling):
+    """Ids and weights are exactly those that follow from the scores."""
+    weights, ids, scores = result
+    choice = scores if bias is None else scores + bias.float()
+    grouped = choice.unflatten(1, (groups, -1))
+    if groups > 1:
+        best = grouped.topk(2, dim=2).values.sum(2) if group_by_two else grouped.amax(2)
+        kept = best.argsort(dim=1, descending=True, stable=True)[:, :top_groups]
+        usable = torch.zeros_like(best).scatter_(1, kept, 1.0) > 0
+        grouped = grouped.masked_fill(~usable[..., None], -INF)
+    order = grouped.flatten(1).argsort(dim=1, descending=True, stable=True)
+    assert torch.equal(ids, order[:, :top_k].int())
+    expected = scores.gather(1, ids.long())
+    if scoring == "sigmoid":
+        total = torch.zeros_like(expected[:, :1])
+        for column in expected.split(1, dim=1):
+            total = total + column
+        expected = expected / (total + 1e-20)
+    torch.testing.assert_close(weights, expected * scaling, rtol=0, atol=0, equal_nan=True)
+
+
+@hypothesis.given(data=st.data())
+def test_gating_of_any_sizes(data, device):
+    draw = data.draw
+    groups, members = draw(st.sampled_from([1, 2, 3, 8])), draw(st.sampled_from([1, 2, 5, 32]))
+    num_experts = groups * members
+    options = {
+        "groups": groups,
+        "top_groups": draw(st.integers(1, groups), "top_groups"),
+        "group_by_two": members > 1 and draw(st.booleans(), "by two"),
+        "scoring": draw(st.sampled_from(["softmax", "sigmoid"])),
+        "scaling": draw(st.sampled_from([1.0, 2.5])),
+    }
+    top_k = draw(st.integers(1, min(num_experts, 12)), "K")
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99), "seed"))
+    logits = 3 * torch.randn(
+        (draw(st.sampled_from([0, 1, 5, 40])), num_experts), generator=generator
+    )
+    if draw(st.booleans(), "ties"):
+        logits.round_()
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]))
+    logits = logits.to(device=device, dtype=dtype)
+    bias = None
+    if draw(st.booleans(), "bias"):
+        bias = torch.randn(num_experts, generator=generator).to(device)
+    result = kernels.top_k_gating(logits, top_k, bias=bias, **options)
+    expected = ref.top_k_gating(logits, top_k, bias=bias, **options)
+    for actual, wanted in zip(result, expected, strict=True):
+        assert (actual.dtype, actual.shape) == (wanted.dtype, wanted.shape)
+    torch.testing.assert_close(result[2], expected[2], **SCORES)
+    check_choice(result, top_k, bias, **options)
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("num_experts", [7, 8, 9])
+def test_gating_with_every_shape_of_tile(num_experts, scoring, launch, device):
+    logits = torch.randn((11, num_experts + 2), device=device)[:, :num_experts]
+    options = {"groups": 1, "top_groups": 1, "group_by_two": False, "scoring": scoring}
+    result = kernels.top_k_gating(logits, 3, **options)
+    torch.testing.assert_close(result[2], ref.top_k_gating(logits, 3, **options)[2], **SCORES)
+    check_choice(result, 3, None, **options, scaling=1.0)
+
+
+def test_many_experts(device):
+    logits = torch.randn((2, 2048), device=device)
+    options = {"groups": 1, "top_groups": 1, "group_by_two": False, "scoring": "softmax"}
+    result = kernels.top_k_gating(logits, 64, **options)
+    check_choice(result, 64, None, **options, scaling=1.0)
+
+
+def test_worked_example_of_softmax_gating(device):
+    logits = torch.tensor([[1.0, 2, 3, 4], [4, 4, 1, 1]], device=device).log()
+    weights, ids, scores = kernels.top_k_gating(logits, 2)
+    torch.testing.assert_close(weights.cpu(), torch.tensor([[0.4, 0.3], [0.4, 0.4]]))
+    assert ids.tolist() == [[3, 2], [0, 1]]
+    torch.testing.assert_close(scores.sum(1).cpu(), torch.ones(2))
+
+
+def test_bias_chooses_but_does_not_weigh(device):
+    bias = torch.tensor([0.0, 0.0, 5.0, 1.0], device=device)
+    logits = torch.zeros((1, 4), device=device)
+    weights, ids, _ = kernels.top_k_gating(logits, 2, bias=bias, scoring="sigmoid", scaling=3.0)
+    assert ids.tolist() == [[2, 3]]
+    assert weights.tolist() == [[1.5, 1.5]]
+
+
+@pytest.mark.parametrize("by_two, expected", [(False, [2, 3]), (True, [0, 1])])
+def test_groups_limit_the_choice(by_two, expected, device):
+    # Group 0 has the better pair, group 1 the best expert.
+    logits = torch.logit(torch.tensor([[0.6, 0.5, 0.9, 0.1]], device=device))
+    options = {"groups": 2, "group_by_two": by_two, "scoring": "sigmoid"}
+    assert kernels.top_k_gating(logits, 2, **options)[1].tolist() == [expected]
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_logits_that_are_no_numbers_stay_with_their_token(scoring, groups, device):
+    logits = torch.arange(24.0, device=device).view(4, 6) / 8
+    logits[0, 4], logits[1, 2], logits[2] = NAN, INF, -INF
+    options = {"scoring": scoring, "groups": groups}
+    weights, ids, scores = kernels.top_k_gating(logits, 3, **options)
+    wanted, wanted_ids, wanted_scores = ref.top_k_gating(logits, 3, **options)
+    assert torch.equal(ids, wanted_ids)
+    torch.testing.assert_close(weights, wanted, **SCORES)
+    torch.testing.assert_close(scores, wanted_scores, **SCORES)
+    assert scores[3].isfinite().all()
+
+
+TABLE = [[1, 5, 0, 0], [2, 0, 4, 0], [3, 1, 3, 6], [2, 7, 2, 0]]
+IDS = [[0, 1], [2, 3], [1, 2]]
+
+
+@pytest.mark.parametrize(
+    "ranks, expected",
+    [
+        ((0, 1, 2), [[5, 0], [1, 7], [0, 1]]),
+        ((3,), [[5, 0], [3, 7], [0, 3]]),
+        ((4, 5), [[5, 4], [3, 2], [4, 3]]),
+        ((6, 7), [[5, 4], [6, 2], [4, 6]]),
+        ((None,), [[5, 0], [3, 2], [0, 6]]),
+    ],
+)
+def test_worked_example_of_replicas(ranks, expected, launch, device):
+    table = torch.tensor(TABLE, dtype=torch.int32, device=device)
+    for rank in ranks:
+        for dtype in (torch.int32, torch.int64):
+            ids = torch.tensor(IDS, dtype=dtype, device=device)
+            found = kernels.eplb_map(ids, table, rank=rank, world_size=8)
+            assert found.dtype == dtype
+            assert found.tolist() == expected
+
+
+@pytest.mark.parametrize("T, K", [(0, 8), (1, 1), (9000, 8), (5, 17)])
+@pytest.mark.parametrize("rank", [None, 0, 5, 12])
+def test_replicas_of_any_sizes(T, K, rank, device):
+    generator = torch.Generator().manual_seed(T + K)
+    table = torch.randint(0, 999, (40, 7), generator=generator).int()
+    table[:, 0] = torch.randint(1, 7, (40,), generator=generator)
+    ids = torch.randint(0, 40, (K, T), generator=generator).T
+    ids, table = ids.to(device), table.to(device)
+    found = kernels.eplb_map(ids, table, rank=rank, world_size=13)
+    assert torch.equal(found, ref.eplb_map(ids, table, rank=rank, world_size=13))
+
+
+@pytest.mark.parametrize(
+    "ids, count, message",
+    [
+        (40, 1, "expert_ids out of range"),
+        (-1, 1, "expert_ids out"),
+        (0, 0, "replicas"),
+        (0, 7, "replicas"),
+    ],
+)
+def test_ids_and_counts_out_of_range_are_errors(ids, count, message, asserting, device):
+    table = torch.full((40, 7), count, dtype=torch.int32)
+    with pytest.raises(Exception, match=message):
+        kernels.eplb_map(torch.tensor([[ids]]), table, rank=0, world_size=8)
+
+
+def test_worked_example_of_kept_slots(launch, device):
+    weights = torch.tensor([[0.75, 0.25], [0.5, 0.5], [0.9, 0.1]], device=device)
+    threshold = torch.tensor([0.0, 0.3], device=device)
+    active = torch.tensor([True, True, False], device=device)
+    keep = kernels.keep_experts(weights, threshold, active)
+    assert keep.tolist() == [[True, False], [True, True], [False, False]]
+    assert kernels.keep_experts(weights, threshold, None)[2].tolist() == [True, False]
+
+
+@pytest.mark.parametrize("T, K", [(0, 8), (3, 0), (1, 1), (9000, 6), (70, 17)])
+def test_kept_slots_of_any_sizes(T, K, launch, device):
+    if launch is not None:
+        T = min(T, 70)
+    generator = torch.Generator().manual_seed(K)
+    # Few different weights, so that many lie just at their threshold.
+    weights = torch.randint(0, 4, (T, K), generator=generator) / 3
+    threshold = torch.randint(0, 3, (K,), generator=generator) / 24
+    active = torch.rand(T, generator=generator) < 0.7
+    if T > 4:
+        weights[1], weights[2, 0] = NAN, INF
+    weights, threshold, active = (x.to(device) for x in (weights, threshold, active))
+    keep = kernels.keep_experts(weights, threshold, active)
+    assert keep.dtype == torch.bool
+    assert torch.equal(keep, ref.keep_experts(weights, threshold, active))
+    apart = torch.stack([weights, weights], dim=2)[..., 1]
+    assert torch.equal(
+        kernels.keep_experts(apart, threshold, None), ref.keep_experts(weights, threshold, None)
+    )
+
+
+LOGITS = torch.zeros((2, 6))
+
+
+@pytest.mark.parametrize(
+    "changed, error, message",
+    [
+        ({"logits": LOGITS.int()}, TypeError, "logits must be one of"),
+        ({"logits": LOGITS[0]}, ValueError, "logits must have the shape"),
+        ({"logits": LOGITS.T}, ValueError, "logits must be contiguous"),
+        ({"top_k": 0}, ValueError, "top_k must be from 1 to 6, got 0"),
+        ({"top_k": 7}, ValueError, "top_k must be from 1 to 6, got 7"),
+        ({"bias": torch.zeros(5)}, ValueError, r"bias must have the shape \(6\)"),
+        ({"bias": torch.zeros(6, device="meta")}, ValueError, "bias must be on cpu"),
+        ({"groups": 4}, ValueError, "groups must divide 6 experts, got 4"),
+        ({"groups": 0}, ValueError, "groups must divide 6 experts, got 0"),
+        ({"groups": 3, "top_groups": 4}, ValueError, "top_groups must be from 1 to 3, got 4"),
+        ({"groups": 6, "group_by_two": True}, ValueError, "group_by_two must be False where"),
+        ({"scoring": "tanh"}, ValueError, "scoring must be .* got 'tanh'"),
+    ],
+)
+def test_gating_refuses(changed, error, message):
+    arguments = {"logits": LOGITS, "top_k": 2} | changed
+    with pytest.raises(error, match=f"top_k_gating: {message}") as caught:
+        kernels.top_k_gating(**arguments)
+    assert isinstance(caught.value, MoeError)
+
+
+@pytest.mark.parametrize(
+    "changed, error, message",
+    [
+        ({"expert_ids": torch.zeros((1, 2))}, TypeError, "expert_ids must be one of"),
+        ({"table": torch.zeros((2, 2)).long()}, TypeError, "table must be one of"),
+        ({"table": torch.zeros((2, 1)).int()}, ValueError, "table must have at least 2 columns"),
+        ({"rank": 8}, ValueError, r"rank must be in \[0, 8\), got 8"),
+        ({"rank": -1}, ValueError, r"rank must be in \[0, 8\), got -1"),
+    ],
+)
+def test_replicas_refuse(changed, error, message):
+    arguments = {
+        "expert_ids": torch.zeros((1, 2)).int(),
+        "table": torch.ones((2, 2)).int(),
+        "rank": 0,
+        "world_size": 8,
+    } | changed
+    with pytest.raises(error, match=f"eplb_map: {message}") as caught:
+        kernels.eplb_map(**arguments)
+    assert isinstance(caught.value, MoeError)
+
+
+@pytest.mark.parametrize(
+    "changed, error, message",
+    [
+        ({"weights": torch.ones((2, 3)).double()}, TypeError, "weights must be one of"),
+        ({"threshold": torch.ones(2)}, ValueError, r"threshold must have the shape \(3\)"),
+        ({"active": torch.ones(2)}, TypeError, "active must be one of"),
+        ({"active": torch.ones(3).bool()}, ValueError, r"active must have the shape \(2\)"),
+    ],
+)
+def test_kept_slots_refuse(changed, error, message):
+    arguments = {"weights": torch.ones((2, 3)), "threshold": torch.ones(3), "active": None}
+    with pytest.raises(error, match=f"keep_experts: {message}") as caught:
+        kernels.keep_experts(**arguments | changed)
+    assert isinstance(caught.value, MoeError)
