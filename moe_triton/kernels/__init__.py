@@ -18,6 +18,10 @@ if __name__ != "moe_triton.kernels":
     )
 
 from .experts import eplb_map, keep_experts, top_k_gating
+from .gather_quant import gather_quant
+from .pack import pack
+from .plan import plan
+from .push import push
 from .quantize import (
     decode,
     encode,
@@ -28,18 +32,24 @@ from .quantize import (
     quantize_static,
 )
 from .reduce import add_rows, reduce
+from .sources import sources
 
 __all__ = [
     "add_rows",
     "decode",
     "encode",
     "eplb_map",
+    "gather_quant",
     "keep_experts",
+    "pack",
+    "plan",
+    "push",
     "quantize_blocks",
     "quantize_groups",
     "quantize_mx",
     "quantize_rows",
     "quantize_static",
     "reduce",
+    "sources",
     "top_k_gating",
 ]

@@ -7,9 +7,12 @@ stored are codes: float8 as bytes, which even a chip without float8 can make.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
+# Integers that are moved in place of elements of as many bytes, so that no conversion touches them.
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # A NaN compares with nothing, as bits it is above infinity.
 INFINITY_BITS = tl.constexpr(0x7F800000)
 
@@ -74,3 +77,18 @@ def float8_code(y, MANTISSA: tl.constexpr):
     code = tl.where(most < ((127 + MIN_EXPONENT) << 23), small, normal)
     code = tl.where(most > INFINITY_BITS, 0x7F, code)
     return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def load_rows(ptr, first, stride, end, other, ROWS: tl.constexpr):
+    """[ROWS] int64 from ptr[row * stride] for the rows from ``first``, those below ``end``.
+
+    One row is loaded as a number: where it is used as an index, NPUs then see consecutive columns.
+    """
+    if ROWS == 1:
+        values = tl.load(ptr + first.to(tl.int64) * stride).to(tl.int64)
+        values += tl.zeros([1], tl.int64)
+    else:
+        row = first.to(tl.int64) + tl.arange(0, ROWS)
+        values = tl.load(ptr + row * stride, mask=row < end, other=other).to(tl.int64)
+    return values

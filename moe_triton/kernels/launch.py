@@ -48,6 +48,11 @@ class Policy:
         lanes: of a warp.
         token_block: most elements of a tile that sums several rows for one token; 0 where such
             tiles are like others.
+        line: most numbers of a block that is not made of rows.
+        compared: most positions of a plan that are compared all with all.
+        own: positions of a program that are compared with others.
+        ranked: positions that are ranked among each other, where there are more.
+        gathers: whether the rows of a tile can lie anywhere; else such rows have one each.
     """
 
     tile: int
@@ -56,10 +61,26 @@ class Policy:
     busy: int
     lanes: int
     token_block: int
+    line: int
+    compared: int
+    own: int
+    ranked: int
+    gathers: bool = True
 
 
 # Two programs, because a grid of one would never take the stride from tile to tile.
-INTERPRETER = Policy(2**17, 2**13, num_programs=2, busy=1, lanes=32, token_block=0)
+INTERPRETER = Policy(
+    2**17,
+    2**13,
+    num_programs=2,
+    busy=1,
+    lanes=32,
+    token_block=0,
+    line=2**13,
+    compared=256,
+    own=128,
+    ranked=512,
+)
 
 
 def gpu_policy(processors: int, lanes: int) -> Policy:
@@ -71,12 +92,17 @@ def gpu_policy(processors: int, lanes: int) -> Policy:
         busy=2 * processors,
         lanes=lanes,
         token_block=1024,
+        line=1024,
+        compared=4096,
+        own=16,
+        ranked=256,
     )
 
 
 def npu_policy(cores: int) -> Policy:
     """For an NPU of so many vector cores."""
-    return Policy(2**13, 2**13, num_programs=cores, busy=cores, lanes=32, token_block=1024)
+    gpu = gpu_policy(cores, 32)
+    return dataclasses.replace(gpu, num_programs=cores, busy=cores, gathers=False)
 
 
 @functools.lru_cache(maxsize=64)
@@ -93,12 +119,17 @@ def policy(device: torch.device) -> Policy:
     return gpu_policy(processors, 64 if torch.version.hip else 32)
 
 
+def _num_warps(limits: Policy, num_elements: int) -> int:
+    """Warps for a tile: 32 elements a lane, at most 256 lanes."""
+    return max(min(num_elements // (32 * limits.lanes), 256 // limits.lanes), 1)
+
+
 def widest(device: torch.device) -> int:
     """Most elements of a tile's row: a kernel walks longer rows in steps of this."""
     return policy(device).block
 
 
-def tiles(device: torch.device, num_rows: int, width: int) -> Launch:
+def tiles(device: torch.device, num_rows: int, width: int, *, indexed: bool = False) -> Launch:
     """Tiles over [num_rows, width] elements.
 
     Args:
@@ -106,13 +137,15 @@ def tiles(device: torch.device, num_rows: int, width: int) -> Launch:
         num_rows: rows of the work.
         width: elements of a row that different tiles may take; where one program walks a row, the
             elements of a step.
+        indexed: whether an index says where rows are.
     """
     limits = policy(device)
     block = min(triton.next_power_of_2(max(width, 1)), limits.block)
     across = triton.cdiv(max(width, 1), block)
     rows = 1
     while (
-        rows < num_rows
+        (limits.gathers or not indexed)
+        and rows < num_rows
         and 2 * rows * block <= limits.tile
         and across * triton.cdiv(num_rows, 2 * rows) >= limits.busy
     ):
@@ -122,8 +155,7 @@ def tiles(device: torch.device, num_rows: int, width: int) -> Launch:
         num_programs=max(min(num_tiles, limits.num_programs), 1),
         rows=rows,
         block=block,
-        # 32 elements a lane, at most 256 lanes.
-        num_warps=max(min(rows * block // (32 * limits.lanes), 256 // limits.lanes), 1),
+        num_warps=_num_warps(limits, rows * block),
     )
 
 
@@ -155,3 +187,63 @@ def token_tiles(
         block=block,
         num_warps=max(min(block // 8, 1024) // limits.lanes, 1),
     )
+
+
+def one_program(device: torch.device, num_rows: int, width: int) -> Launch:
+    """Tiles over [num_rows, width] numbers for a single program that walks down the rows."""
+    limits = policy(device)
+    block = triton.next_power_of_2(max(width, 1))
+    # A few numbers a lane: sums along both axes need registers of their own.
+    rows = max(min(triton.next_power_of_2(max(num_rows, 1)), limits.tile // (4 * block)), 1)
+    return Launch(1, rows, block, _num_warps(limits, 4 * rows * block))
+
+
+def line(device: torch.device, num_elements: int, *, others: int = 1) -> Launch:
+    """Blocks of numbers, such as indices, that do not lie in rows.
+
+    Args:
+        device: where the kernel runs.
+        num_elements: numbers of one line.
+        others: lines that the grid has in its other dimension.
+    """
+    limits = policy(device)
+    block = min(triton.next_power_of_2(max(num_elements, 1)), limits.line)
+    most = max(limits.num_programs // max(others, 1), 1)
+    num_programs = max(min(triton.cdiv(num_elements, block), most), 1)
+    return Launch(num_programs, 1, block, _num_warps(limits, 8 * block))
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanLaunch:
+    """How to count and rank positions.
+
+    Attributes:
+        compare: compare all positions with each other, in one launch.
+        own: positions of a program that are compared with others; else those of a block.
+        others: positions that they are compared with at a time.
+        experts: experts whose counts a program sums over the blocks.
+        num_programs: most programs of a grid.
+        num_warps: of a program.
+    """
+
+    compare: bool
+    own: int
+    others: int
+    experts: int
+    num_programs: int
+    num_warps: int
+
+
+def plan_launch(device: torch.device, num_positions: int) -> PlanLaunch:
+    """How to plan ``num_positions`` positions.
+
+    Comparing all with all costs the square of their number, a histogram two launches more.
+    """
+    limits = policy(device)
+    compare = num_positions <= limits.compared
+    # Larger blocks compare more, smaller ones make more histograms to sum.
+    own = limits.own if compare else limits.ranked * (1 if num_positions <= 2**16 else 2)
+    others = 128 if compare else limits.tile // (2 * own)
+    # A few comparisons a lane: each has a bit in registers that are scarce.
+    warps = _num_warps(limits, 4 * own * others)
+    return PlanLaunch(compare, own, others, limits.tile // 512, limits.num_programs, warps)

@@ -28,7 +28,15 @@ from ..errors import ArgumentTypeError, ArgumentValueError, MissingArgumentError
 from ..layout import FLOAT8, RowFormat
 from . import launch
 from ._checks import FLOATS, check_tensor
-from ._common import float8_code, from_float32, int8_code, magnitude_bits, to_float32
+from ._common import (
+    WORDS,
+    float8_code,
+    from_float32,
+    int8_code,
+    load_rows,
+    magnitude_bits,
+    to_float32,
+)
 
 # dtype -> (MAX, MANTISSA): the largest value of a payload, and the mantissa bits of a float8.
 _PAYLOADS = {
@@ -38,8 +46,6 @@ _PAYLOADS = {
 }
 _MX_BLOCK = 32
 _SMOOTH_SCHEMES = ("static", "token", "group")
-# Integers that are moved in place of elements, so that no conversion can touch them.
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @triton.jit
@@ -103,13 +109,13 @@ def _largest(t, ROWS: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def _row(index_ptr, token, slot, num_slots, num_rows, active):
+def _destination(index_ptr, first_token, slot, num_slots, num_rows, num_tokens, ROWS: tl.constexpr):
     """[ROWS] int64 row of the output for a slot of each token, negative for none."""
-    row = token * num_slots + slot
     if index_ptr is not None:
-        row = tl.load(index_ptr + row, mask=active, other=-1).to(tl.int64)
+        row = load_rows(index_ptr + slot, first_token, num_slots, num_tokens, -1, ROWS)
     else:
-        row = tl.where(active, row, -1)
+        token = first_token.to(tl.int64) + tl.arange(0, ROWS)
+        row = tl.where(token < num_tokens, token * num_slots + slot, -1)
     tl.device_assert(row < num_rows, "index out of range")
     return row
 
@@ -167,7 +173,8 @@ def _write_rows_kernel(
     across = tl.cdiv(num_groups, GROUPS)
     lanes = tl.arange(0, BLOCK)
     for tile in range(tl.program_id(0), tl.cdiv(num_tokens, ROWS) * across, tl.num_programs(0)):
-        token = ((tile // across) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        first_token = (tile // across) * ROWS
+        token = first_token.to(tl.int64) + tl.arange(0, ROWS)
         active = token < num_tokens
         first = (tile % across) * GROUPS
         if ADJACENT:
@@ -184,10 +191,11 @@ def _write_rows_kernel(
         for own in range(num_slots if PER_SLOT else 1):
             smooth_row = token
             if PER_SLOT:
-                routed = active & (own < top_k)
-                expert = tl.load(expert_ids_ptr + token * top_k + own, mask=routed, other=0)
-                # Slots that are not sent get some expert's factors.
-                expert = tl.minimum(tl.maximum(expert, 0), num_experts - 1).to(tl.int64)
+                # Slots that are not sent get some expert's factors. The last slots are those of
+                # the shared experts, whose factors come first.
+                routed = tl.minimum(own, top_k - 1)
+                expert = load_rows(expert_ids_ptr + routed, first_token, top_k, num_tokens, 0, ROWS)
+                expert = tl.minimum(tl.maximum(expert, 0), num_experts - 1)
                 smooth_row = tl.where(own < top_k, expert + (num_slots - top_k), own - top_k)
             if FACTORS != "rows":
                 smooth_row = tl.zeros_like(smooth_row)
@@ -211,7 +219,9 @@ def _write_rows_kernel(
                     scale = from_float32(scale, scale_ptr.dtype.element_ty)
                 groups = first + tl.arange(0, GROUPS)
                 for slot in range(own, own + 1 if PER_SLOT else num_slots):
-                    row = _row(index_ptr, token, slot, num_slots, num_rows, active)
+                    row = _destination(
+                        index_ptr, first_token, slot, num_slots, num_rows, num_tokens, ROWS
+                    )
                     at = (row * scale_stride)[:, None] + groups[None, :]
                     is_scale = (row >= 0)[:, None] & (groups < num_groups)[None, :]
                     tl.store(scale_ptr + at, scale, mask=is_scale)
@@ -236,7 +246,9 @@ def _write_rows_kernel(
                         grouped = _quantize(grouped, factor[:, :, None], SCHEME, MAX, MANTISSA)
                         codes = tl.reshape(grouped, [ROWS, BLOCK])
                 for slot in range(own, own + 1 if PER_SLOT else num_slots):
-                    row = _row(index_ptr, token, slot, num_slots, num_rows, active)
+                    row = _destination(
+                        index_ptr, first_token, slot, num_slots, num_rows, num_tokens, ROWS
+                    )
                     at = (row * out_units * UNIT)[:, None] + (start + cols)[None, :]
                     tl.store(out_ptr + at, codes, mask=part_mask & (row >= 0)[:, None])
 
@@ -401,7 +413,7 @@ def write_rows(
     num_experts = 0 if smooth is None else len(smooth) - (num_slots - top_k)
     maximum, mantissa = _PAYLOADS.get(fmt.dtype, (0.0, 0))
     if fmt.scheme == "none":
-        words = _WORDS[x.element_size()]
+        words = WORDS[x.element_size()]
         x, out = x.view(words), out.view(words)
     elif mantissa:
         out = out.view(torch.uint8)
@@ -409,7 +421,8 @@ def write_rows(
     group = fmt.block or hidden
     num_groups = 1 if scales is None else scales.shape[1]
     lanes = min(triton.next_power_of_2(group), launch.widest(x.device))
-    tiles = launch.tiles(x.device, num_tokens, num_groups * lanes)
+    indexed = index is not None or expert_ids is not None
+    tiles = launch.tiles(x.device, num_tokens, num_groups * lanes, indexed=indexed)
     groups = tiles.block // lanes
     whole = lanes >= group
     adjacent = num_groups == 1 or lanes <= group
@@ -469,6 +482,9 @@ def _check_rows(
         raise ArgumentTypeError(op, "dtype", f"be torch.int8 for {fmt.scheme}", fmt.dtype)
     if fmt.scheme == "static" and smooth is None:
         raise MissingArgumentError(op, "smooth", "hold the factors of the scheme static", None)
+    if (scales is None) != (fmt.scheme in ("none", "static")):
+        contract = f"be None just for the schemes without scales, this is {fmt.scheme!r}"
+        raise ArgumentValueError(op, "scales", contract, scales if scales is None else "a tensor")
     if scales is not None and columns == 0:
         raise ArgumentValueError(op, "x", "have columns to make scales from", tuple(x.shape))
     shape = (None, columns)

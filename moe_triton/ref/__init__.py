@@ -11,7 +11,7 @@ Source: the semantics of Ascend's ``npu_moe_distribute_*`` family.
 from __future__ import annotations
 
 from .experts import eplb_map, keep_experts, top_k_gating
-from .move import pack, push
+from .move import gather_quant, pack, push
 from .quantize import (
     decode,
     encode,
@@ -30,6 +30,7 @@ __all__ = [
     "decode",
     "encode",
     "eplb_map",
+    "gather_quant",
     "keep_experts",
     "pack",
     "plan",

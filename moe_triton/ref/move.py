@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..layout import NOWHERE, DispatchHeader, Plan, RowFormat
-from .quantize import encode
+from ..layout import FLOAT8, NOWHERE, DispatchHeader, Plan, RowFormat
+from .quantize import encode, encode_apart
 
 
 def push(
@@ -94,7 +94,10 @@ def pack(
         x: [A, H] output, of the payload's dtype; rows after the n-th stay untouched.
         scales: [A] output of the scales' dtype, or None.
     """
-    n = index.numel()
+    n, payload = index.numel(), fmt.payload(rows)
+    if fmt.dtype in FLOAT8:
+        # torch selects and fills bytes, not every float8.
+        payload, x = payload.view(torch.uint8), x.view(torch.uint8)
     absent = (index == NOWHERE).nonzero()[:, 0]
     if len(absent) == n:
         x[:n] = 0
@@ -103,9 +106,58 @@ def pack(
         return
     # What is absent takes some row, and is cleared after that.
     index = index.clamp(min=0) if len(absent) else index
-    torch.index_select(fmt.payload(rows), 0, index, out=x[:n])
+    torch.index_select(payload, 0, index, out=x[:n])
     if scales is not None:
         scales[:n] = fmt.scales(rows)[index, 0]
     for out in (x, scales) if len(absent) else ():
         if out is not None:
             out.index_fill_(0, absent, 0)
+
+
+def gather_quant(
+    x: torch.Tensor,
+    index: torch.Tensor,
+    fmt: RowFormat,
+    smooth: torch.Tensor | None,
+    expert_ids: torch.Tensor | None,
+    out: torch.Tensor,
+    scales: torch.Tensor | None = None,
+) -> None:
+    """Write each token to all rows that want it, in the format of dispatched rows.
+
+    What push and pack do together where the ranks of tokens and experts are the same.
+
+    Args:
+        x: [T, H] tokens.
+        index: [T, K + NS] int64 row of ``out`` for each slot of each token, or ``NOWHERE``. A row
+            is named once at most.
+        fmt: scheme, dtypes and block of the rows; its stride is not looked at.
+        smooth: [1] or [H] fp32 factors of all copies, [NS + E, H] factors of each expert, those of
+            shared experts first; or None.
+        expert_ids: [T, K], needed where ``smooth`` has a row for each expert.
+        out: [A, H] output, of the payload's dtype; rows that are not named stay untouched.
+        scales: [A] or [A, C] output of the scales' dtype, or None for a scheme without scales.
+    """
+    num_tokens, num_slots = index.shape
+    codes = x.new_empty((num_tokens, fmt.hidden), dtype=fmt.dtype)
+    found = None if scales is None else scales.new_empty((num_tokens, fmt.num_scales))
+    for slot in range(num_slots):
+        if smooth is not None and smooth.dim() == 2:
+            assert expert_ids is not None
+            top_k = expert_ids.shape[1]
+            num_shared = num_slots - top_k
+            if slot < top_k:
+                # Slots that are not sent get some expert's factors: nobody reads them.
+                expert = expert_ids[:, slot].long().clamp(0, len(smooth) - num_shared - 1)
+                factors = smooth[num_shared + expert]
+            else:
+                factors = smooth[slot - top_k]
+            encode_apart(x, fmt, codes, found, factors)
+        elif slot == 0:
+            encode_apart(x, fmt, codes, found, smooth)
+        token = (index[:, slot] != NOWHERE).nonzero()[:, 0]
+        row = index[token, slot].long()
+        # torch has no indexed copy of every float8; bytes it has.
+        out.view(torch.uint8)[row] = codes.view(torch.uint8)[token]
+        if scales is not None and found is not None:
+            scales.view(len(scales), fmt.num_scales)[row] = found[token]

@@ -165,16 +165,28 @@ def encode(
         rows: output.
         smooth: [R, H] or [H] fp32 factors of the schemes that take such; of "static" also [1].
     """
+    scales = None if fmt.scale_offset is None else fmt.scales(rows)
+    encode_apart(x, fmt, fmt.payload(rows), scales, smooth)
+
+
+def encode_apart(
+    x: torch.Tensor,
+    fmt: RowFormat,
+    payload: torch.Tensor,
+    scales: torch.Tensor | None,
+    smooth: torch.Tensor | None = None,
+) -> None:
+    """Encode [R, H] tokens into [R, H] payload and [R, num_scales] scales, wherever these are."""
     if fmt.scheme == "none":
-        fmt.payload(rows).copy_(x)
+        payload.copy_(x)
         return
     for part in blocks(*x.shape):
         factors = smooth if smooth is None or smooth.dim() == 1 else smooth[part]
-        q, scales = _quantize(x[part], fmt, factors)
+        q, made = _quantize(x[part], fmt, factors)
         # torch has no copy between strided float8 tensors of every kind; bytes it has.
-        fmt.payload(rows[part]).view(torch.uint8).copy_(q.view(torch.uint8))
-        if scales is not None:
-            fmt.scales(rows[part]).copy_(scales)
+        payload[part].view(torch.uint8).copy_(q.view(torch.uint8))
+        if scales is not None and made is not None:
+            scales[part].copy_(made)
 
 
 def _quantize(

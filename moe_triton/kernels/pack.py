@@ -1,0 +1,161 @@
+"""Gather rows from windows into the outputs of dispatch.
+
+    x[i] = payload of rows[index[i]];  scales[i] = its scale;  zeros where index[i] is NOWHERE
+
+Rows are moved in words of 4 bytes where sizes allow it, in accesses of 16 bytes. The tensor of rows
+may be a view over many windows whose rows overlap, so that an index counts 16 bytes: addresses are
+64-bit, and nothing is read that no index names.
+
+Shapes: N rows in reach, n rows taken, H hidden size, A rows of the output.
+Bytes:  2 * n * (H * b + scale bytes), b bytes an element.
+Source: ``moe_triton.ref.pack``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from ..layout import RowFormat
+from . import launch
+from ._checks import INDICES, check_tensor
+from ._common import WORDS, load_rows
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_rows",
+        "num_sources",
+        "width_units",
+        "source_units",
+        "x_units",
+        "source_scale_stride",
+    ]
+)
+def _pack_kernel(
+    source_ptr,  # [N, width] words of payload
+    index_ptr,  # [n] int32 | int64, negative for none
+    source_scale_ptr,  # [N, C] integers as wide as a scale, or None
+    x_ptr,  # [A, width] words
+    scale_ptr,  # [A] integers as wide as a scale, or None
+    num_rows,
+    num_sources,
+    # Sizes and strides of words count UNITs: the compiler sees how wide an access may be.
+    width_units,
+    source_units,
+    x_units,
+    source_scale_stride,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    width = width_units * UNIT
+    across = tl.cdiv(width, BLOCK)
+    for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS) * across, tl.num_programs(0)):
+        first = (tile // across) * ROWS
+        row = first.to(tl.int64) + tl.arange(0, ROWS)
+        active = row < num_rows
+        source = load_rows(index_ptr, first, 1, num_rows, -1, ROWS)
+        tl.device_assert(source < num_sources, "index out of range")
+        present = active & (source >= 0)
+        cols = (tile % across) * BLOCK + tl.arange(0, BLOCK)
+        inside = (cols < width)[None, :]
+        at = (source * source_units * UNIT)[:, None] + cols[None, :]
+        words = tl.load(source_ptr + at, mask=present[:, None] & inside, other=0)
+        at = (row * x_units * UNIT)[:, None] + cols[None, :]
+        tl.store(x_ptr + at, words, mask=active[:, None] & inside)
+        if scale_ptr is not None:
+            once = tile % across == 0
+            at = source_scale_ptr + source * source_scale_stride
+            scale = tl.load(at, mask=present & once, other=0)
+            tl.store(scale_ptr + row, scale, mask=active & once)
+
+
+def pack(
+    rows: torch.Tensor,
+    index: torch.Tensor,
+    fmt: RowFormat,
+    x: torch.Tensor,
+    scales: torch.Tensor | None = None,
+) -> None:
+    """Gather rows from wherever they are into the outputs of dispatch.
+
+    Args:
+        rows: [N, stride] uint8; rows may overlap, as they do when N counts every 16 bytes.
+        index: [n] int32 or int64 rows to take; ``NOWHERE`` makes a row of zeros.
+        fmt: their format.
+        x: [A, H] output, of the payload's dtype; rows after the n-th stay untouched.
+        scales: [A] output of the scales' dtype, or None.
+
+    Raises:
+        ArgumentTypeError: a wrong dtype.
+        ArgumentValueError: a wrong shape, stride or device.
+    """
+    op, device, num_rows = "pack", rows.device, index.numel()
+    check_tensor(
+        op,
+        "rows",
+        rows,
+        dtypes=(torch.uint8,),
+        shape=(None, None),
+        device=device,
+        strided_columns=False,
+    )
+    check_tensor(op, "index", index, dtypes=INDICES, shape=(None,), device=device)
+    check_tensor(
+        op,
+        "x",
+        x[:num_rows],
+        dtypes=(fmt.dtype,),
+        shape=(num_rows, fmt.hidden),
+        device=device,
+        strided_columns=False,
+    )
+    if scales is not None:
+        check_tensor(
+            op,
+            "scales",
+            scales[:num_rows],
+            dtypes=(fmt.scale_dtype,),
+            shape=(num_rows,),
+            device=device,
+            strided_columns=False,
+        )
+    if num_rows == 0:
+        return
+    source, source_scales, scale_step = fmt.payload(rows), None, 0
+    word = math.gcd(4, *(_alignment(tensor) for tensor in (source, x)))
+    source, x = source.view(WORDS[word]), x.view(WORDS[word])
+    if scales is not None:
+        found = fmt.scales(rows)
+        bits = WORDS[found.element_size()]
+        source_scales, scales, scale_step = found.view(bits), scales.view(bits), found.stride(0)
+    width = source.shape[1]
+    tiles = launch.tiles(device, num_rows, width, indexed=True)
+    unit = math.gcd(16, width, source.stride(0), x.stride(0))
+    _pack_kernel[(tiles.num_programs,)](
+        source,
+        index.contiguous(),
+        source_scales,
+        x,
+        scales,
+        num_rows,
+        len(rows),
+        width // unit,
+        source.stride(0) // unit,
+        x.stride(0) // unit,
+        scale_step,
+        UNIT=unit,
+        ROWS=tiles.rows,
+        BLOCK=tiles.block,
+        num_warps=tiles.num_warps,
+    )
+
+
+def _alignment(rows: torch.Tensor) -> int:
+    """Bytes that divide where each row begins, and its size."""
+    elements = math.gcd(rows.shape[1], rows.stride(0), rows.storage_offset())
+    return elements * rows.element_size()

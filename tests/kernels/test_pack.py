@@ -1,0 +1,159 @@
+"""Rows gathered from windows, against the definition."""
+
+from __future__ import annotations
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+
+from moe_triton import kernels, ref
+from moe_triton.errors import MoeError
+from moe_triton.layout import NOWHERE, RowFormat
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+def formats(hidden):
+    """A format of each kind, of the smallest stride."""
+    found = []
+    for dtype, scale_dtype in (
+        (torch.bfloat16, None),
+        (torch.float32, None),
+        (torch.float64, None),
+        (torch.int8, torch.float32),
+        (E4M3, torch.float32),
+        (E5M2, torch.uint8),
+        (torch.int8, torch.bfloat16),
+    ):
+        payload = -(-hidden * dtype.itemsize // 16) * 16
+        if scale_dtype is None:
+            found.append(RowFormat(dtype, hidden, payload))
+        else:
+            found.append(
+                RowFormat(dtype, hidden, payload + 16, "token", payload, scale_dtype=scale_dtype)
+            )
+    return found
+
+
+def assert_same_pack(rows, index, fmt, capacity=None):
+    """Pack with both, into outputs with a few rows more than are taken."""
+    results = []
+    for pack in (kernels.pack, ref.pack):
+        capacity = index.numel() + 2 if capacity is None else capacity
+        x = torch.zeros((capacity, fmt.hidden), device=rows.device).to(fmt.dtype)
+        scales = None
+        if fmt.scale_offset is not None:
+            scales = torch.zeros(capacity, device=rows.device).to(fmt.scale_dtype)
+        for output in (x, scales):
+            if output is not None:
+                output.view(torch.uint8).fill_(0xA5)
+        pack(rows, index, fmt, x, scales)
+        results.append((x, scales))
+    for actual, expected in zip(*results, strict=True):
+        if expected is not None:
+            assert torch.equal(actual.view(torch.uint8), expected.view(torch.uint8))
+
+
+def drawn_rows(count, stride, device, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, stride), generator=generator).byte().to(device)
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("hidden", [1, 3, 8, 130, 7168, 40_000])
+def test_matches_ref(hidden, index_dtype, device):
+    index = torch.tensor([2, NOWHERE, 0, 2, 1, NOWHERE], dtype=index_dtype, device=device)
+    for fmt in formats(hidden):
+        assert_same_pack(drawn_rows(3, fmt.stride, device), index, fmt)
+
+
+@hypothesis.given(
+    num_rows=st.integers(1, 9),
+    taken=st.integers(0, 300),
+    hidden=st.integers(1, 100),
+    which=st.integers(0, 6),
+    seed=st.integers(0, 2**16),
+)
+def test_any_size(num_rows, taken, hidden, which, seed, device):
+    fmt = formats(hidden)[which]
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(NOWHERE, num_rows, (taken,), generator=generator).to(device)
+    assert_same_pack(drawn_rows(num_rows, fmt.stride, device, seed), index, fmt)
+
+
+def test_nothing_there(device):
+    fmt = formats(5)[3]
+    rows = drawn_rows(3, fmt.stride, device)
+    nowhere = torch.full((3,), NOWHERE, device=device)
+    assert_same_pack(rows, nowhere, fmt)
+    assert_same_pack(rows[:0], nowhere, fmt)
+    assert_same_pack(rows, nowhere[:0], fmt)
+
+
+def test_overlapping_rows_are_counted_in_16_bytes(device):
+    fmt = RowFormat(torch.int8, 40, 64, "token", 48)
+    memory = drawn_rows(1, 4096, device)[0]
+    rows = memory.as_strided(((4096 - 64) // 16 + 1, 64), (16, 1))
+    index = torch.tensor([0, 3, 252, NOWHERE, 3], device=device)
+    assert_same_pack(rows, index, fmt)
+
+
+def test_rows_that_are_not_aligned(device):
+    # Outputs of experts of 3 or 5 bf16 elements, wherever their memory begins.
+    for offset, hidden in ((0, 3), (2, 3), (2, 5), (6, 4), (4, 8)):
+        memory = drawn_rows(1, 1000, device)[0]
+        rows = memory[offset : offset + 20 * 2 * hidden].view(20, 2 * hidden)
+        fmt = RowFormat(torch.bfloat16, hidden, 2 * hidden)
+        index = torch.tensor([19, NOWHERE, 4, 0], device=device)
+        assert_same_pack(rows, index, fmt)
+
+
+def test_strided_output(device):
+    fmt = formats(24)[0]
+    rows = drawn_rows(4, fmt.stride, device)
+    wide = torch.zeros((3, 40), dtype=torch.bfloat16, device=device)
+    kernels.pack(rows, torch.tensor([3, 1], device=device), fmt, wide[:, 5:29])
+    expected = fmt.payload(rows)[[3, 1]].view(torch.int16)
+    assert torch.equal(wide[:2, 5:29].view(torch.int16), expected)
+    assert not wide[:, :5].any() and not wide[:, 29:].any() and not wide[2].any()
+
+
+def test_addresses_are_64_bit(device):
+    # Row 1 begins 4 GiB after row 0; of the memory a few pages are touched.
+    rows = torch.empty_strided((2, 32), (2**32, 1), dtype=torch.uint8, device=device)
+    rows[0], rows[1] = 1, 2
+    x = torch.zeros((3, 32), dtype=torch.int8, device=device)
+    kernels.pack(rows, torch.tensor([1, 0, 1], device=device), RowFormat(torch.int8, 32, 32), x)
+    assert x[:, 0].tolist() == [2, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"rows": torch.zeros((2, 16))}, "rows must be one of"),
+        ({"rows": torch.zeros((16, 2), dtype=torch.uint8).T}, "rows must be contiguous in its"),
+        ({"index": torch.zeros(2)}, "index must be one of"),
+        ({"index": torch.zeros((2, 1), dtype=torch.int64)}, r"index must have the shape \(\*\)"),
+        ({"x": torch.zeros((2, 4))}, "x must be one of"),
+        ({"x": torch.zeros((1, 4), dtype=torch.int8)}, r"x must have the shape \(2, 4\)"),
+        ({"x": torch.zeros((2, 5), dtype=torch.int8)}, r"x must have the shape \(2, 4\)"),
+        ({"x": torch.zeros((2, 4), dtype=torch.int8, device="meta")}, "x must be on"),
+        ({"scales": torch.zeros(2, dtype=torch.half)}, "scales must be one of"),
+        ({"scales": torch.zeros(1)}, r"scales must have the shape \(2\)"),
+    ],
+)
+def test_rejects(change, message, device):
+    arguments = {
+        "rows": torch.zeros((2, 32), dtype=torch.uint8),
+        "index": torch.zeros(2, dtype=torch.int64),
+        "fmt": RowFormat(torch.int8, 4, 32, "token", 16),
+        "x": torch.zeros((2, 4), dtype=torch.int8),
+        "scales": torch.zeros(2),
+    } | change
+    moved = {
+        name: value.to(device) if isinstance(value, torch.Tensor) and not value.is_meta else value
+        for name, value in arguments.items()
+    }
+    with pytest.raises(MoeError, match=message):
+        kernels.pack(**moved)
