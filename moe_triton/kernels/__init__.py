@@ -18,6 +18,7 @@ if __name__ != "moe_triton.kernels":
     )
 
 from .experts import eplb_map, keep_experts, top_k_gating
+from .flags import wait_flags, write_flags
 from .gather_quant import gather_quant
 from .pack import pack
 from .plan import plan
@@ -52,4 +53,6 @@ __all__ = [
     "reduce",
     "sources",
     "top_k_gating",
+    "wait_flags",
+    "write_flags",
 ]
