@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["close_exchanges", "register"]
 
-_OLDEST = "5.22"
+_OLDEST = "5.23"
 
 
 def register(

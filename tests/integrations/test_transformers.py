@@ -368,7 +368,7 @@ def test_registering_again_changes_nothing_and_names_have_options_of_their_own()
 @pytest.mark.parametrize("missing", ["distributed.expert_parallel", "integrations.moe"])
 def test_transformers_that_is_missing_or_too_old_is_named(missing, monkeypatch):
     monkeypatch.setitem(sys.modules, f"transformers.{missing}", None)
-    with pytest.raises(UnavailableError, match=r"register: needs transformers 5\.22 or later"):
+    with pytest.raises(UnavailableError, match=r"register: needs transformers 5\.23 or later"):
         integration.register()
 
 
