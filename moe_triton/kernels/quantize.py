@@ -177,6 +177,7 @@ def _write_rows_kernel(
         token = first_token.to(tl.int64) + tl.arange(0, ROWS)
         active = token < num_tokens
         first = (tile % across) * GROUPS
+        groups = first + tl.arange(0, GROUPS)
         if ADJACENT:
             cols = first * (LANES if WHOLE else group) + lanes
             mask = active[:, None] & (cols < hidden)[None, :]
@@ -217,14 +218,6 @@ def _write_rows_kernel(
                 factor, scale = _factor_and_scale(largest, SCHEME, MAX, MANTISSA)
                 if SCHEME != "mx":
                     scale = from_float32(scale, scale_ptr.dtype.element_ty)
-                groups = first + tl.arange(0, GROUPS)
-                for slot in range(own, own + 1 if PER_SLOT else num_slots):
-                    row = _destination(
-                        index_ptr, first_token, slot, num_slots, num_rows, num_tokens, ROWS
-                    )
-                    at = (row * scale_stride)[:, None] + groups[None, :]
-                    is_scale = (row >= 0)[:, None] & (groups < num_groups)[None, :]
-                    tl.store(scale_ptr + at, scale, mask=is_scale)
 
             for start in range(0, LANES if WHOLE else group, LANES):
                 if WHOLE:
@@ -249,8 +242,13 @@ def _write_rows_kernel(
                     row = _destination(
                         index_ptr, first_token, slot, num_slots, num_rows, num_tokens, ROWS
                     )
-                    at = (row * out_units * UNIT)[:, None] + (start + cols)[None, :]
-                    tl.store(out_ptr + at, codes, mask=part_mask & (row >= 0)[:, None])
+                    is_row = (row >= 0)[:, None]
+                    out_at = (row * out_units * UNIT)[:, None] + (start + cols)[None, :]
+                    tl.store(out_ptr + out_at, codes, mask=part_mask & is_row)
+                    if SCALED:
+                        scale_at = (row * scale_stride)[:, None] + groups[None, :]
+                        is_scale = (groups < num_groups)[None, :] & (start == 0)
+                        tl.store(scale_ptr + scale_at, scale, mask=is_row & is_scale)
 
 
 def quantize_static(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
@@ -418,7 +416,7 @@ def write_rows(
     elif mantissa:
         out = out.view(torch.uint8)
 
-    group = fmt.block or hidden
+    group = min(fmt.block or hidden, hidden)
     num_groups = 1 if scales is None else scales.shape[1]
     lanes = min(triton.next_power_of_2(group), launch.widest(x.device))
     indexed = index is not None or expert_ids is not None

@@ -6,6 +6,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+from triton.runtime.errors import InterpreterError
 
 from moe_triton import kernels, ref
 from moe_triton.errors import MoeError
@@ -137,6 +138,16 @@ def test_bad_tokens_leave_the_others_alone(device):
     good = good[good != NOWHERE]
     assert torch.equal(out[good], expected[good])
     assert torch.equal(scales[good], expected_scales[good])
+
+
+def test_an_index_out_of_range_fails_where_the_device_asserts(asserting, device):
+    fmt = formats(8)["int8"]
+    x, _, index = draw(3, 8, device)
+    out, scales = outputs(fmt, index, device)
+    for num_tokens in (1, 3):
+        index[num_tokens - 1, 1] = len(out)
+        with pytest.raises(InterpreterError, match="index out of range"):
+            kernels.gather_quant(x[:num_tokens], index[:num_tokens], fmt, None, None, out, scales)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+from triton.runtime.errors import InterpreterError
 
 from moe_triton import kernels, ref
 from moe_triton.errors import MoeError
@@ -126,6 +127,13 @@ def test_addresses_are_64_bit(device):
     x = torch.zeros((3, 32), dtype=torch.int8, device=device)
     kernels.pack(rows, torch.tensor([1, 0, 1], device=device), RowFormat(torch.int8, 32, 32), x)
     assert x[:, 0].tolist() == [2, 1, 2]
+
+
+def test_an_index_out_of_range_fails_where_the_device_asserts(asserting, device):
+    x = torch.zeros((2, 4), dtype=torch.int8, device=device)
+    rows = torch.zeros((2, 16), dtype=torch.uint8, device=device)
+    with pytest.raises(InterpreterError, match="index out of range"):
+        kernels.pack(rows, torch.tensor([0, 2], device=device), RowFormat(torch.int8, 4, 16), x)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,10 @@ def factors(shape, device, seed=1):
     return (0.5 + torch.rand(shape, generator=torch.Generator().manual_seed(seed))).to(device)
 
 
+def group_of_128(x, dtype):
+    return kernels.quantize_groups(x, 128, None, dtype)
+
+
 SHAPES = [
     pytest.param(1, 1, id="smallest"),
     pytest.param(6, 3, id="odd row"),
@@ -221,6 +225,70 @@ def test_float64_moves_as_it_is_and_quantises_as_float32(device):
     kernels.encode(x, fmt, rows)
     assert_same_bits(fmt.payload(rows), x)
     assert_all_same_bits(kernels.quantize_rows(x), ref.quantize_rows(x))
+
+
+@pytest.mark.parametrize(
+    "factors, rows, scales",
+    [
+        pytest.param(
+            [1.0, 1.0, 1.0, 1.0],
+            [[32, -64, 16, 127], [0, 0, 0, 0], [48, -127, 24, 4], [16, 32, -64, 127]],
+            ["0x1.020408p-5", "0x0p+0", "0x1.020408p-4", "0x1.020408p-7"],
+            id="shared expert",
+        ),
+        pytest.param(
+            [2.0, 0.5, 1.0, 4.0],
+            [[16, -8, 4, 127], [0, 0, 0, 0], [127, -85, 32, 21], [8, 4, -16, 127]],
+            ["0x1.020408p-3", "0x0p+0", "0x1.83060cp-5", "0x1.020408p-5"],
+            id="routed expert",
+        ),
+    ],
+)
+def test_worked_example_of_smooth_rows(factors, rows, scales, device):
+    x = torch.tensor(
+        [[1, -2, 0.5, 4], [0, 0, 0, 0], [3, -8, 1.5, 0.25], [0.125, 0.25, -0.5, 1]],
+        dtype=torch.bfloat16,
+        device=device,
+    )
+    q, found = kernels.quantize_rows(x, torch.tensor(factors, device=device))
+    assert q.tolist() == rows
+    assert found.tolist() == [float.fromhex(scale) for scale in scales]
+
+
+def test_worked_example_of_returned_rows(device):
+    row = [1, -2, 0.5, 4, 3, -0.125, 0, 2.5] + [0] * 8
+    for dtype, expected in (
+        (torch.bfloat16, [1.0078125, -2.015625, 0.50390625, 4, 2.984375, -0.1259765625, 0]),
+        (torch.float16, [1.0078125, -2.015625, 0.50390625, 4, 2.9921875, -0.1259765625, 0]),
+    ):
+        x = torch.tensor([row], dtype=dtype, device=device)
+        q, scales = kernels.quantize_blocks(x, 8, dtype)
+        assert q.tolist() == [[32, -64, 16, 127, 95, -4, 0, 79] + [0] * 8]
+        assert scales.tolist() == [[0.031494140625, 0]]
+        fmt = RowFormat(torch.int8, 16, 32, "return", 16, dtype, 8)
+        rows = torch.zeros((1, 32), dtype=torch.uint8, device=device)
+        kernels.encode(x, fmt, rows)
+        out = torch.empty_like(x)
+        kernels.decode(rows, fmt, out)
+        assert out[0, :7].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "quantize, dtype, scales, codes",
+    [
+        (kernels.quantize_mx, E4M3, [121, 0], "7a fe 5a 32 70 68"),
+        (kernels.quantize_mx, E5M2, [114, 0], "79 fb 69 55 74 70"),
+        (group_of_128, E4M3, [0.0167410708963871], "79 fe 59 32 6f 67"),
+        (group_of_128, E5M2, [0.00013078961637802422], "79 fb 68 55 73 6f"),
+    ],
+)
+def test_worked_example_of_float8(quantize, dtype, scales, codes, device):
+    row = [5, -7.5, 0.30078125, 0.010009765625, 2, 1] + [0] * 58
+    x = torch.tensor([row], dtype=torch.bfloat16, device=device)
+    q, found = quantize(x, dtype)
+    assert found.tolist() == [scales]
+    assert bytes(q.view(torch.uint8)[0, :6].tolist()) == bytes.fromhex(codes)
+    assert not q[0, 6:].float().any()
 
 
 def test_rows_past_2_to_the_31_elements(device):
