@@ -15,6 +15,40 @@ FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 NOWHERE = -1  # as an expert id: the token's slot takes no part; as an index: there is no such row
 
 
+class Quant(NamedTuple):
+    """How tokens are quantised on their way to the experts.
+
+    Attributes:
+        scheme: as in ``RowFormat``.
+        dtype: of the payload.
+        scale_dtype: of the scales, for the schemes that have such.
+        block: elements that share a scale, or 0 where the whole row has one.
+    """
+
+    scheme: str
+    dtype: torch.dtype
+    scale_dtype: torch.dtype = torch.float32
+    block: int = 0
+
+
+# By the names that ``ExpertParallel`` takes. MX scales are e8m0, which travels as its bytes.
+QUANTS = {
+    "int8_static": Quant("static", torch.int8),
+    "int8": Quant("token", torch.int8),
+    "e4m3": Quant("token", torch.float8_e4m3fn),
+    "e5m2": Quant("token", torch.float8_e5m2),
+    "group_e4m3": Quant("group", torch.float8_e4m3fn, block=128),
+    "group_e5m2": Quant("group", torch.float8_e5m2, block=128),
+    "mx_e4m3": Quant("mx", torch.float8_e4m3fn, torch.uint8, 32),
+    "mx_e5m2": Quant("mx", torch.float8_e5m2, torch.uint8, 32),
+}
+
+
+def align(num_bytes: int, to: int = 16) -> int:
+    """``num_bytes`` rounded up to a multiple of ``to``."""
+    return -(-num_bytes // to) * to
+
+
 class Plan(NamedTuple):
     """Where the copies of one rank's tokens go; everything follows from counting.
 
@@ -75,6 +109,30 @@ class RowFormat(NamedTuple):
     scale_dtype: torch.dtype = torch.float32
     block: int = 0
 
+    @classmethod
+    def tight(
+        cls,
+        dtype: torch.dtype,
+        hidden: int,
+        scheme: str = "none",
+        scale_dtype: torch.dtype = torch.float32,
+        block: int = 0,
+    ) -> RowFormat:
+        """The format of these whose rows and scales begin at the next multiple of 16 bytes."""
+        size = align(hidden * dtype.itemsize)
+        if scheme in ("none", "static"):
+            return cls(dtype, hidden, size, scheme)
+        fmt = cls(dtype, hidden, 0, scheme, size, scale_dtype, block)
+        return fmt._replace(stride=align(size + fmt.num_scales * scale_dtype.itemsize))
+
+    @classmethod
+    def quantized(cls, quant: str | None, dtype: torch.dtype, hidden: int) -> RowFormat:
+        """The format of tokens of ``dtype`` after a quantisation of ``QUANTS``, or after none."""
+        if quant is None:
+            return cls.tight(dtype, hidden)
+        made = QUANTS[quant]
+        return cls.tight(made.dtype, hidden, made.scheme, made.scale_dtype, made.block)
+
     @property
     def num_scales(self) -> int:
         """Scales of a row; MX scales come in pairs."""
@@ -82,6 +140,10 @@ class RowFormat(NamedTuple):
             return 1
         scales = -(-self.hidden // self.block)
         return scales + scales % 2 if self.scheme == "mx" else scales
+
+    def scale_shape(self, num_rows: int) -> tuple[int, ...]:
+        """Of the scales of some rows apart from these: one dimension where a row has one scale."""
+        return (num_rows, self.num_scales) if self.block else (num_rows,)
 
     def payload(self, rows: torch.Tensor) -> torch.Tensor:
         """[.., stride] uint8 -> [.., H] of ``dtype``, a view."""

@@ -15,7 +15,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from .errors import ArgumentValueError, UnavailableError
+from .errors import ArgumentTypeError, ArgumentValueError, UnavailableError
 
 ENVIRONMENT = "MOE_TRITON_PROFILE"
 
@@ -42,7 +42,10 @@ class Limits:
         const_experts: number of constant experts.
         tp_world_sizes: ranks of the TP group.
         quant_modes: modes of dispatch that the product and this library have.
+        float8: whether rows of dispatch may come as float8, or become such with quant_mode 2.
+        float16: whether rows of combine may be float16.
         comm_quant_modes: modes of combine that both have.
+        comm_types: ways to communicate, of the split-phase ops.
         refused: tensors that must be None; ``shared_expert_x`` only where S > 0.
         required: tensors that must be given.
         in_combine: whether combine takes this algorithm by name; dispatch does.
@@ -61,7 +64,10 @@ class Limits:
     const_experts: Values | None = None
     tp_world_sizes: Values = (0, 1, 2)
     quant_modes: Values = (0, 2)
+    float8: bool = False
+    float16: bool = True
     comm_quant_modes: Values = (0, 2)
+    comm_types: Values = range(3)
     refused: frozenset[str] = frozenset()
     required: frozenset[str] = frozenset()
     in_combine: bool = True
@@ -73,7 +79,9 @@ class Profile:
 
     Attributes:
         name: "portable", or a product.
-        families: the limits of a family of ops, "v1" or "v2", under each name of an algorithm.
+        families: the limits of a family of ops under each name of an algorithm: "v1", "v2", "rms"
+            (combine with RMSNorm), "split" (split-phase) and "eplb". The product does not have
+            the ops of a family that is not there.
         environment_selects: whether ``comm_alg`` "" means "hierarchy" when the environment says
             HCCL_INTRA_PCIE_ENABLE=1 and HCCL_INTRA_ROCE_ENABLE=0.
     """
@@ -101,7 +109,10 @@ class Profile:
         num_const_experts: int = 0,
         tp_world_size: int = 0,
         quant_mode: int = 0,
+        float8: str | None = None,
+        float16: bool = False,
         comm_quant_mode: int = 0,
+        comm_type: int = 0,
         comm_alg: str = "",
         masked: bool = False,
         elastic: bool = False,
@@ -115,7 +126,7 @@ class Profile:
         An op passes what it has: the defaults are those of the arguments of the other one.
 
         Args:
-            family: "v1" or "v2".
+            family: of the op, see ``families``.
             op: name of the op, a dispatch or a combine.
             max_tokens: largest BS of any rank, as ``global_bs`` says.
             hidden: H.
@@ -131,7 +142,10 @@ class Profile:
             num_const_experts: see above.
             tp_world_size: ranks of the TP group; 0 and 1 both mean that there is none.
             quant_mode: mode of dispatch.
+            float8: the argument by which rows of dispatch are float8, or None.
+            float16: whether rows of combine are float16.
             comm_quant_mode: mode of combine.
+            comm_type: of the split-phase ops.
             comm_alg: the algorithm; always "" in v1.
             masked: whether ``x_active_mask`` is given.
             elastic: whether ``elastic_info`` is given.
@@ -163,9 +177,14 @@ class Profile:
             ("tp_world_size", "be", tp_world_size, limits.tp_world_sizes),
             ("quant_mode", "be", quant_mode, limits.quant_modes),
             ("comm_quant_mode", "be", comm_quant_mode, limits.comm_quant_modes),
+            ("comm_type", "be", comm_type, limits.comm_types),
         ):
             if got is not None and values is not None and got not in values:
                 raise ArgumentValueError(op, argument, f"{contract} {_words(values)} {where}", got)
+        if float8 is not None and not limits.float8:
+            raise ArgumentTypeError(op, float8, f"not be a float8 {where}", "one")
+        if float16 and not limits.float16:
+            raise ArgumentTypeError(op, row, f"be bfloat16 {where}", "torch.float16")
         for argument, given in (
             ("x_active_mask", masked),
             ("elastic_info", elastic),
@@ -181,7 +200,9 @@ class Profile:
 
     def _limits(self, family: str, op: str, comm_alg: str, *, combine: bool) -> tuple[Limits, str]:
         """The limits under an algorithm, and the words for where they hold."""
-        algorithms = self.families[family]
+        algorithms = self.families.get(family)
+        if algorithms is None:
+            raise UnavailableError(op, f"is not an operator of {self.name}")
         names = [name for name, limits in algorithms.items() if limits.in_combine or not combine]
         if comm_alg not in names:
             contract = f"be one of {names} on {self.name}"
@@ -206,7 +227,8 @@ def _words(values: Values) -> str:
     return f"one of {[*values]}" if len(values) > 1 else f"equal to {values[0]}"
 
 
-_ANYTHING = Limits()
+_MODES = range(5)
+_ANYTHING = Limits(quant_modes=_MODES, float8=True)
 
 _PORTABLE = Profile(
     "portable",
@@ -219,6 +241,9 @@ _PORTABLE = Profile(
             "fullmesh_v2": replace(_ANYTHING, top_k=range(1, 13)),
             "hierarchy": _ANYTHING,
         },
+        "rms": {"": _ANYTHING},
+        "split": {"": _ANYTHING},
+        "eplb": {"": _ANYTHING},
     },
 )
 
@@ -296,6 +321,21 @@ _A3_V2_HIERARCHY = replace(
     experts=range(1, 513),
     refused=_A3_V2.refused | {"x_active_mask"},
 )
+_A3_RMS = replace(_A3_V2, float16=False, comm_quant_modes=(0,))
+_A3_SPLIT = replace(
+    _A3_V2,
+    world_sizes=range(2, 385),
+    experts=range(1, 513),
+    expert_slots=None,
+    comm_quant_modes=(0,),
+    comm_types=(0,),
+)
+_EPLB = Limits(
+    tokens=range(1, 513),
+    top_k=range(1, 17),
+    world_sizes=range(2, 769),
+    experts=range(1, 1025),
+)
 _A3 = Profile(
     "a3",
     {
@@ -306,6 +346,9 @@ _A3 = Profile(
             "fullmesh_v2": _A3_V2_FULLMESH_V2,
             "hierarchy": _A3_V2_HIERARCHY,
         },
+        "rms": {"": _A3_RMS},
+        "split": {"": _A3_SPLIT},
+        "eplb": {"": _EPLB},
     },
 )
 
@@ -313,12 +356,16 @@ _950_V1 = replace(
     _A3_V1,
     hidden=None,
     world_sizes=(4, 8, 16, 32, 64, 128, 144, 256, 288),
+    quant_modes=_MODES,
+    float8=True,
     tp_world_sizes=(0, 1),
     comm_quant_modes=(0,),
 )
 _950_V2 = replace(
     _A3_V2,
     world_sizes=range(2, 1025),
+    quant_modes=_MODES,
+    float8=True,
     tp_world_sizes=(0, 1),
     refused=_A3_V2.refused | {"elastic_info"},
 )
@@ -332,6 +379,9 @@ _950 = Profile(
             "fullmesh_v1": _950_V2_FULLMESH_V1,
             "fullmesh_v2": replace(_950_V2_FULLMESH_V1, top_k=range(1, 13)),
         },
+        "rms": {"": replace(_950_V2, float16=False, comm_quant_modes=(0,))},
+        "split": {"": replace(_A3_SPLIT, quant_modes=(0, 4), float8=True, comm_types=(2,))},
+        "eplb": {"": _EPLB},
     },
 )
 

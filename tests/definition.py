@@ -20,9 +20,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 from definition_numbers import (
+    GROUP,
+    MX_BLOCK,
     TORCH_DTYPES,
     decode,
     encode,
+    quantise,
     quantise_int8,
     same_bits,
     through_int8_blocks,
@@ -68,7 +71,9 @@ class Group:
     """The arguments on which all ranks agree.
 
     ``shared_experts`` is the argument; it counts for nothing while ``shared_ranks`` is 0. With
-    ``remaining`` the other fields still describe the group as it was made.
+    ``remaining`` the other fields still describe the group as it was made. ``rows`` is what
+    ``quant_mode`` makes, a name of ``ROW_DTYPES``; with ``given`` the tokens come as such, already
+    quantised, and ``dtype`` is that of combine.
     """
 
     world_size: int
@@ -86,11 +91,28 @@ class Group:
     const_experts: int = 0
     comm_quant_mode: int = 0
     remaining: Remaining | None = None
+    rows: str = "int8"
+    given: str | None = None
 
     @property
     def num_shared(self) -> int:
         """Shared experts that exist."""
         return self.shared_experts if self.shared_ranks else 0
+
+    @property
+    def row_type(self) -> type:
+        """numpy's type of the rows of dispatch."""
+        if self.given or (self.quant_mode and self.rows != "int8"):
+            return np.uint8
+        return np.int8 if self.quant_mode else np.uint16
+
+    @property
+    def scale_shape(self) -> tuple[int, ...] | None:
+        """Of the scales of one row; () also for those that are given; None where there are none."""
+        groups, blocks = -(-self.hidden // GROUP), -(-self.hidden // MX_BLOCK)
+        if self.given:
+            return ()
+        return {2: (), 3: (groups,), 4: (blocks + blocks % 2,)}.get(self.quant_mode)
 
     @property
     def copies(self) -> int:
@@ -156,10 +178,12 @@ class Tokens:
     """What one rank brings.
 
     Attributes:
-        x: (BS, H) uint16, bits of the group's dtype.
+        x: (BS, H) uint16, bits of the group's dtype; or uint8 codes that are given.
         ids: (BS, K) integers; what stands at inactive entries means nothing.
         weights: (BS, K) float32, the routing weights of combine.
-        scales: (NS + E, H) float32 smooth factors of this source, or None.
+        scales: float32 factors of this source before it quantises, (NS + E, H), or (H,) or (1,)
+            where they are static; or of given codes the scales, (BS,) or (BS, d), float32 or e8m0
+            as uint8; or None.
         mask: (BS,) or (BS, K) bool, who takes part; None for all.
         ori_x: (BS, H) bits, the tokens that copy and constant experts see, for combine.
         alpha_1: (n,) or (n, H) bits, of the n constant experts; likewise ``alpha_2``.
@@ -201,8 +225,8 @@ class Received:
     Attributes:
         rows: (local expert, source rank, token, slot) of each own row; slot K + j for shared expert
             j. Sources have their new rank where a group was scaled down.
-        expand_x: (n, H), uint16 bits or int8 codes.
-        dynamic_scales: (n,) float32, or None when nothing is quantised.
+        expand_x: (n, H), uint16 bits, int8 codes or uint8 codes of an 8-bit float.
+        dynamic_scales: (n,) or (n, C), float32 or e8m0 as uint8, or None when there are none.
         expand_idx: (BS*K,) of this rank's own tokens, -1 where an entry is inactive.
         token_nums: (L,) rows of each local expert.
         token_nums_running: (L,) rows up to and including each local expert.
@@ -261,16 +285,25 @@ def exchange(group: Group, tokens: list[Tokens]) -> list[Received]:
             else:
                 smooth_row = group.num_shared + int(sender.ids[token, slot])
                 weights.append(sender.weights[token, slot])
-            if group.quant_mode == 2:
-                smooth = None if sender.scales is None else sender.scales[smooth_row]
-                bits, factor = quantise_int8(decode(bits, group.dtype), smooth)
+            if group.given:
+                factors.append(sender.scales[token])
+            elif group.quant_mode:
+                smooth = sender.scales
+                if smooth is not None and smooth.ndim == 2:
+                    smooth = smooth[smooth_row]
+                row = decode(bits, group.dtype)
+                bits, factor = quantise(row, smooth, group.quant_mode, group.rows)
                 factors.append(factor)
             payload.append(bits)
-        payload_dtype = np.int8 if group.quant_mode == 2 else np.uint16
-        mine.expand_x = np.array(payload, payload_dtype).reshape(len(mine.rows), group.hidden)
+        mine.expand_x = np.array(payload, group.row_type).reshape(len(mine.rows), group.hidden)
         mine.expand_scales = np.array(weights, np.float32)
-        if group.quant_mode == 2:
-            mine.dynamic_scales = np.array(factors, np.float32)
+        if group.scale_shape is not None:
+            if group.given:
+                like = tokens[rank].scales
+                shape, kind = like.shape[1:], like.dtype
+            else:
+                shape, kind = group.scale_shape, np.uint8 if group.quant_mode == 4 else np.float32
+            mine.dynamic_scales = np.array(factors, kind).reshape(len(mine.rows), *shape)
 
         chosen_before: dict[int, int] = {}
         for token in range(tokens[rank].batch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from definition import Group, Received
-from definition_numbers import TORCH_DTYPES, same_bits
+from definition_numbers import ROW_DTYPES, TORCH_DTYPES, same_bits
 
 
 def check_dispatch(
@@ -24,17 +24,19 @@ def check_dispatch(
     """
     x, factors, index, nums, counts, tp_counts, weights = outputs
     rows = group.tp_world_size * expected.capacity
-    quantised = group.quant_mode == 2
     assert tuple(x.shape) == (rows, group.hidden)
-    assert x.dtype == (torch.int8 if quantised else TORCH_DTYPES[group.dtype])
+    kind = group.given or (group.rows if group.quant_mode else None)
+    assert x.dtype == (ROW_DTYPES[kind] if kind else TORCH_DTYPES[group.dtype])
     same_bits(x[: len(expected.expand_x)], expected.expand_x, f"rank {rank} expand_x")
 
-    if quantised:
-        assert tuple(factors.shape) == (rows,) and factors.dtype == torch.float32
-        n = len(expected.dynamic_scales)
-        same_bits(factors[:n], expected.dynamic_scales, f"rank {rank} dynamic_scales")
-    else:
+    if expected.dynamic_scales is None:
         assert factors is None
+    else:
+        wanted = expected.dynamic_scales
+        e8m0 = wanted.dtype == np.uint8
+        assert factors.dtype == (torch.float8_e8m0fnu if e8m0 else torch.float32)
+        assert tuple(factors.shape) == (rows, *wanted.shape[1:])
+        same_bits(factors[: len(wanted)], wanted, f"rank {rank} dynamic_scales")
 
     assert index.dtype == torch.int32 and index.ndim == 1
     if version == 1:

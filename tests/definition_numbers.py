@@ -1,4 +1,4 @@
-"""Numbers of the definition: 16-bit floats as their bits, the two int8 formats, equality of bits.
+"""Numbers of the definition: floats of 16 and 8 bits as their bits, every quantisation, equality.
 
 16-bit floats travel as uint16 arrays, so that a comparison also sees the sign of a zero and the
 payload of a NaN; arithmetic happens in numpy float32, one rounding per operation.
@@ -11,6 +11,42 @@ import torch
 
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 COMM_QUANT_BLOCK = 8
+GROUP, MX_BLOCK = 128, 32
+ROW_DTYPES = {
+    "int8": torch.int8,
+    "e4m3": torch.float8_e4m3fn,
+    "e5m2": torch.float8_e5m2,
+}
+
+
+def finite_values(exponent_bits: int, mantissa_bits: int, count: int) -> np.ndarray:
+    """The values of the first ``count`` codes of an 8-bit float, which ascend."""
+    bias = 2 ** (exponent_bits - 1) - 1
+    values = []
+    for code in range(count):
+        exponent, mantissa = divmod(code, 2**mantissa_bits)
+        fraction = mantissa / 2**mantissa_bits
+        if exponent == 0:
+            values.append(fraction * 2.0 ** (1 - bias))
+        else:
+            values.append((1 + fraction) * 2.0 ** (exponent - bias))
+    return np.array(values)
+
+
+# The positive finite values, and the exponent of the largest.
+FLOAT8 = {"e4m3": (finite_values(4, 3, 0x7F), 8), "e5m2": (finite_values(5, 2, 0x7C), 15)}
+
+
+def encode_float8(values: np.ndarray, name: str) -> np.ndarray:
+    """Codes (uint8) of finite values, to the nearest, ties to the even code, saturating."""
+    table, _ = FLOAT8[name]
+    size = np.abs(np.asarray(values, np.float64))
+    above = np.minimum(np.searchsorted(table, size), len(table) - 1)
+    below = np.maximum(above - 1, 0)
+    up, down = table[above] - size, size - table[below]
+    even = np.where(above % 2 == 0, above, below)
+    code = np.where(up < down, above, np.where(down < up, below, even))
+    return (code | np.where(np.signbit(values), 0x80, 0)).astype(np.uint8)
 
 
 def encode(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -55,6 +91,66 @@ def quantise_int8(row: np.ndarray, smooth: np.ndarray | None) -> tuple[np.ndarra
     return codes, np.float32(1) / factor
 
 
+def quantise_static(row: np.ndarray, factors: np.ndarray) -> tuple[np.ndarray, None]:
+    """int8 codes of one row with given factors."""
+    return np.clip(np.rint(row * factors), -128, 127).astype(np.int8), None
+
+
+def quantise_float8(
+    row: np.ndarray, smooth: np.ndarray | None, name: str, tile: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of one row, and the factor of each of its tiles."""
+    largest_code = np.float32(FLOAT8[name][0][-1])
+    scaled = row if smooth is None else row * smooth
+    codes, factors = [], []
+    for start in range(0, len(row), tile):
+        part = scaled[start : start + tile]
+        largest = np.max(np.abs(part))
+        if largest == 0:
+            codes.append(encode_float8(part, name))
+            factors.append(np.float32(0))
+            continue
+        factor = largest_code / largest
+        codes.append(encode_float8(part * factor, name))
+        factors.append(np.float32(1) / factor)
+    return np.concatenate(codes), np.array(factors, np.float32)
+
+
+def quantise_mx(row: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of one row, and the e8m0 codes of its blocks, as many as is even."""
+    _, largest_exponent = FLOAT8[name]
+    codes, scales = [], []
+    for start in range(0, len(row), MX_BLOCK):
+        part = row[start : start + MX_BLOCK]
+        exponent = int((part.view(np.uint32) >> 23 & 0xFF).max())
+        scale = max(exponent - largest_exponent, 0)
+        codes.append(encode_float8(np.ldexp(part.astype(np.float64), 127 - scale), name))
+        scales.append(scale)
+    scales += [0] * (len(scales) % 2)
+    return np.concatenate(codes), np.array(scales, np.uint8)
+
+
+def quantise(
+    row: np.ndarray, factors: np.ndarray | None, mode: int, name: str
+) -> tuple[np.ndarray, np.ndarray | np.float32 | None]:
+    """Codes and scales of one row in a quant_mode of dispatch.
+
+    Args:
+        row: float32 values.
+        factors: what they are multiplied with before, or None.
+        mode: 1 to 4.
+        name: of the codes' dtype, of ``ROW_DTYPES``.
+    """
+    if mode == 1:
+        return quantise_static(row, factors)
+    if mode == 4:
+        return quantise_mx(row, name)
+    if name == "int8":
+        return quantise_int8(row, factors)
+    codes, scales = quantise_float8(row, factors, name, len(row) if mode == 2 else GROUP)
+    return codes, scales[0] if mode == 2 else scales
+
+
 def through_int8_blocks(bits: np.ndarray, dtype: str) -> np.ndarray:
     """One (H,) row of combine after its way through int8 with comm_quant_mode 2.
 
@@ -76,9 +172,11 @@ def through_int8_blocks(bits: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def same_bits(actual: torch.Tensor, expected: np.ndarray, what: str) -> None:
-    """Assert equality bit for bit; ``expected`` is uint16 bits for a 16-bit float tensor."""
+    """Assert equality bit for bit; ``expected`` is the bits of a float of 16 bits or 8."""
     if actual.dtype in TORCH_DTYPES.values():
         found, wanted = to_bits(actual), expected
+    elif actual.is_floating_point() and actual.element_size() == 1:
+        found, wanted = actual.view(torch.uint8).numpy(), expected.view(np.uint8)
     else:
         found, wanted = actual.detach().cpu().contiguous().numpy(), np.asarray(expected)
         if found.dtype == np.float32:

@@ -92,6 +92,8 @@ def strided(tensor: torch.Tensor, kind: str) -> torch.Tensor:
         return strided(tensor[None], "columns")[0]
     rows, columns = tensor.shape
     poison = float("nan") if tensor.is_floating_point() else 10**9
+    if tensor.dtype == torch.uint8:
+        poison = 0xAA
     if kind == "columns":
         out = tensor.new_full((rows, 2 * columns + 1), poison)[:, 1::2]
     elif kind == "rows":
@@ -179,8 +181,17 @@ def make_calls(
     def floats(bits: np.ndarray | None) -> torch.Tensor | None:
         return None if bits is None else strided(definition.to_tensor(bits, group.dtype), strides)
 
+    def factors(values: np.ndarray | None) -> torch.Tensor | None:
+        if values is not None and values.dtype == np.uint8:
+            return torch.from_numpy(values).view(torch.float8_e8m0fnu)
+        return plain(values)
+
     def plain(values: np.ndarray | None) -> torch.Tensor | None:
         return None if values is None else strided(torch.from_numpy(values), strides)
+
+    def codes(values: np.ndarray) -> torch.Tensor:
+        kind = definition_numbers.ROW_DTYPES[group.given]
+        return strided(torch.from_numpy(values), strides).view(kind)
 
     agreed = {
         "ep_world_size": group.world_size,
@@ -210,13 +221,15 @@ def make_calls(
         }
         weights = plain(mine.weights.astype(np.float32))
         dispatch = {
-            "x": floats(mine.x),
-            "scales": plain(mine.scales),
+            "x": floats(mine.x) if group.given is None else codes(mine.x),
+            "scales": factors(mine.scales),
             "expert_scales": weights if weights_in_dispatch else None,
             "quant_mode": group.quant_mode,
             "expert_token_nums_type": token_nums_type,
             **routing,
         }
+        if version == 2 and group.quant_mode:
+            dispatch["y_dtype"] = definition_numbers.ROW_DTYPES[group.rows]
         outputs = expert_rows[rank]
         capacity = group.capacity(rank // group.tp_world_size, mine.batch)
         height = group.tp_world_size * capacity + more_rows

@@ -15,6 +15,7 @@ import harness
 import numpy as np
 import pytest
 import torch
+from definition_numbers import ROW_DTYPES
 from harness import run_world
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -57,12 +58,36 @@ def run_experts(ep: ExpertParallel, received, numbers, dtype, *, out=None) -> to
     for number, count in zip(numbers, received.tokens_per_expert.tolist(), strict=True):
         rows = slice(start, start + count)
         x = received.x[rows]
-        if received.scales is not None:
-            x = (x.float() * received.scales[rows, None]).to(dtype)
+        if x.dtype != dtype:
+            scales = received.scales
+            x = dequantised(x, None if scales is None else scales[rows]).to(dtype)
         out[rows] = expert(x, number)
         start += count
     assert start == int(received.num_tokens)
     return out
+
+
+# What definition.quantise calls them: quant_mode and rows.
+QUANTS = {
+    "int8_static": (1, "int8"),
+    "int8": (2, "int8"),
+    "e4m3": (2, "e4m3"),
+    "e5m2": (2, "e5m2"),
+    "group_e4m3": (3, "e4m3"),
+    "group_e5m2": (3, "e5m2"),
+    "mx_e4m3": (4, "e4m3"),
+    "mx_e5m2": (4, "e5m2"),
+}
+
+
+def dequantised(codes: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    """float32 values of [n, H] codes with one scale a row, or one for so many elements."""
+    if scales is None:
+        return codes.float()
+    if scales.dim() == 1:
+        return codes.float() * scales[:, None]
+    block = 32 if scales.dtype == torch.float8_e8m0fnu else 128
+    return codes.float() * scales.float().repeat_interleave(block, 1)[:, : codes.shape[1]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,9 +152,13 @@ class Layer:
             first = number - self.num_experts
             row = first if first >= 0 else self.shared_experts + number
             smooth = smooth[row].numpy()
-        codes, factor = definition.quantise_int8(x.float().numpy(), smooth)
-        values = codes.astype(np.float32) * factor
-        return torch.from_numpy(values)[None].to(self.dtype)
+        mode, rows = QUANTS[self.quant]
+        codes, scales = definition.quantise(x.float().numpy(), smooth, mode, rows)
+        codes = torch.from_numpy(codes)[None].view(ROW_DTYPES[rows])
+        if scales is not None:
+            scales = torch.from_numpy(np.array(scales)[None])
+            scales = scales.view(torch.float8_e8m0fnu) if mode == 4 else scales
+        return dequantised(codes, scales).to(self.dtype)
 
     def dense(self, inputs, addend: torch.Tensor | None) -> torch.Tensor:
         out = torch.empty_like(inputs["x"])
@@ -171,8 +200,11 @@ LAYERS = {
     "shared_expert_x": Layer(addend=True),
     "no weights": Layer(weighted=False, addend=True),
     "int64 ids": Layer(id_dtype=torch.int64),
-    "int8": Layer(quant="int8"),
     "int8 with scales": Layer(quant="int8", smooth=True),
+    "int8": Layer(quant="int8"),
+    **{name: Layer(quant=name, hidden=130) for name in QUANTS if not name.startswith("int8")},
+    "int8_static": Layer(quant="int8_static", smooth=True, shared_experts=1, shared_ranks=1),
+    "group_e5m2 with scales": Layer(quant="group_e5m2", hidden=129, smooth=True, exact=True),
     "odd sizes": Layer(hidden=1, num_experts=3, top_k=3),
     "exact": Layer(exact=True),
     "hot": Layer(routing="hot", tokens=(7, 7, 7)),
@@ -708,7 +740,7 @@ BAD_DISPATCHES = {
     "ids rows": bad("topk_ids", lambda ids: ids[1:], VALUE, "got shape (6, 2)"),
     "ids columns": bad("topk_ids", lambda ids: ids[:, 1:], VALUE, "got shape (7, 1)"),
     "weights shape": bad("topk_weights", lambda w: w.T, VALUE, "got shape (2, 7)"),
-    "scales": bad("scales", lambda _: torch.ones(6, 24), VALUE, "got a tensor"),
+    "scales": bad("scales", lambda _: torch.ones(6, 24), VALUE, "got (6, 24)"),
     "id too large": bad("topk_ids", with_id((1, 1), 6), VALUE, "got 6 for token 1, slot 1"),
     "id negative": bad("topk_ids", with_id((0, 0), -2), VALUE, "got -2 for token 0, slot 0"),
     "id twice": bad("topk_ids", with_id((2, slice(None)), 3), VALUE, "got 3 twice for token 2"),

@@ -55,6 +55,7 @@ SOME = ((0, 1, 1000), ())
 WITH_TP, WITHOUT_TP = ((0, 1, 2), (-1, 3)), ((0, 1), (2,))
 LISTED_ON_A3 = (8, 16, 32, 64, 128, 144, 256, 288)
 
+EVERY_MODE = ((0, 1, 2, 3, 4), (-1, 5))
 ON_PRODUCTS = {
     "quant_mode": ((0, 2), (-1, 1, 3, 4, 5)),
     "with_shared_expert_x": EITHER,
@@ -152,10 +153,12 @@ _950_V1 = A3_V1 | {
     "hidden": ((1, 7168, 10000), ()),
     "world_size": ((4, *LISTED_ON_A3), (2, 12, 143, 145, 287, 289)),
     "tp_world_size": WITHOUT_TP,
+    "quant_mode": EVERY_MODE,
     "comm_quant_mode": ((0,), (1, 2)),
 }
 _950_V2 = A3_V2 | {
     "world_size": ((2, 3, 1024), (1, 1025)),
+    "quant_mode": EVERY_MODE,
     "tp_world_size": WITHOUT_TP,
     "elastic": NEVER,
 }
@@ -173,7 +176,7 @@ PORTABLE_V1 = {
     "num_shared_ranks": ((0, 15), ()),
     "num_shared_experts, S > 0": ((1, 9), ()),
     "tp_world_size": WITH_TP,
-    "quant_mode": ON_PRODUCTS["quant_mode"],
+    "quant_mode": EVERY_MODE,
     "comm_quant_mode": ((0, 2), (1, 3)),
 }
 PORTABLE_V2 = PORTABLE_V1 | {

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .window import align
+from ..layout import align
 
 
 def parts_bytes(sizes: Sequence[int]) -> int:

@@ -41,7 +41,7 @@ def traffic(config: MoeConfig, tokens: Tokens) -> Traffic:
     active = int((ids != NOWHERE).any(1).sum())
     shared = active * topology.num_shared_experts
     copies = sent = int(routed.sum())
-    if tokens.smooth is None:
+    if not config.per_expert:
         ranks = (ids // topology.experts_per_rank).where(routed, -1).sort(dim=1).values
         sent -= int(((ranks[:, 1:] == ranks[:, :-1]) & (ranks[:, 1:] >= 0)).sum())
     stride = config.row_format.stride
@@ -84,14 +84,16 @@ def receive(
     sources = call.steps.sources(counts, config.alignment)
     n = len(sources.source)
     num_rows = n if tokens.num_rows is None else tokens.num_rows
-    x = tokens.x.new_empty((num_rows, config.hidden), dtype=config.row_format.dtype)
-    scales = x.new_empty(num_rows, dtype=torch.float32) if config.quant else None
+    fmt, scales = config.row_format, None
+    x = tokens.x.new_empty((num_rows, config.hidden), dtype=fmt.dtype)
+    if fmt.scale_offset is not None:
+        scales = x.new_empty(fmt.scale_shape(num_rows), dtype=fmt.scale_dtype)
     # Without alignment every row is a real one, and none is a row of padding.
     real = (sources.source != NOWHERE).nonzero()[:, 0]
     source, number = sources.source[real], sources.copy[real]
     copies = headers.copies[source, number]
     rows, index = locate(source, config.row_of(copies))
-    call.steps.pack(rows, _spread(index, real, n), config.row_format, x, scales)
+    call.steps.pack(rows, _spread(index, real, n), fmt, x, scales)
     weights = None
     if headers.weights is not None:
         weights = x.new_empty(num_rows, dtype=config.weight_dtype)
@@ -124,7 +126,7 @@ def finish_rows(
         return apart
     out = outputs.y.new_empty((len(index), config.hidden))
     weights, special, addend = outputs.weights, finish.special, finish.addend
-    call.steps.reduce(rows, index, fmt, weights, special, addend, out)
+    call.steps.reduce(rows, index, fmt, weights, special, addend, out, finish.norm)
     return out
 
 

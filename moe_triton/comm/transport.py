@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar, cast
 import torch
 
 from ..errors import MoeError
-from ..layout import Plan, Sources, SpecialExperts
+from ..layout import Norm, Plan, Sources, SpecialExperts
 from .window import MoeConfig
 
 _P = ParamSpec("_P")
@@ -64,7 +64,8 @@ class Tokens:
         x: [T, H].
         expert_ids: [T, K] int32; those outside [0, E) are not sent.
         weights: [T, K] to send along, of the configuration's ``weight_dtype``, or None.
-        smooth: [NS + E, H] fp32, or None.
+        smooth: fp32 factors of the quantisation: [1] or [H] for all copies, [NS + E, H] for those
+            of each expert; or None.
         num_rows: rows to allocate for what arrives, or None for exactly as many as do.
     """
 
@@ -100,7 +101,8 @@ class Received:
 
     Attributes:
         x: [num_rows, H] rows in (local expert, source, flat position) order; padding rows are zero.
-        scales: [num_rows] fp32, or None.
+        scales: [num_rows], or [num_rows, C] where a row has several, of the format's dtype; or
+            None.
         weights: [num_rows], or None.
         counts: [L, W] int32 rows for each local expert from each source.
         sources: the numbering of the n rows.
@@ -145,12 +147,14 @@ class Finish:
     Attributes:
         special: the experts without a network, or None.
         addend: [T, H] to add with weight 1, or None.
+        norm: a residual to add to the sum, and what to make of it, or None.
         apart: return [T, K + NS, H], the row of each slot by itself and zeros where there is none,
             instead of their sum.
     """
 
     special: SpecialExperts | None = None
     addend: torch.Tensor | None = None
+    norm: Norm | None = None
     apart: bool = False
 
 

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..layout import DispatchHeader, RowFormat
+from ..layout import DispatchHeader, RowFormat, align
 from ..topology import Topology
 from .memory import Block
 
@@ -34,11 +34,6 @@ FLAG_WORDS = 4
 FLAG_BYTES = 4 * FLAG_WORDS
 RETURN_BLOCK = 8  # elements that share a scale when rows return quantised
 _MAX_VIEWS = 1024  # views an arena remembers
-
-
-def align(num_bytes: int, to: int = 16) -> int:
-    """``num_bytes`` rounded up to a multiple of ``to``."""
-    return -(-num_bytes // to) * to
 
 
 def num_slots(in_flight: int) -> int:
@@ -62,7 +57,8 @@ class MoeConfig:
         hidden: H.
         max_tokens: most tokens of a rank.
         dtype: of the tokens and of the experts' outputs.
-        quant: None, or "int8" for rows quantised per token on the way to the experts.
+        quant: how rows are quantised on the way to the experts, a name of ``layout.QUANTS``, or
+            None.
         per_expert: each expert has a smooth row of its own, so that copies of a token differ.
         with_weights: the routing weights travel with the tokens.
         max_rows: most rows a rank receives, where that is less than the worst case; or None.
@@ -95,29 +91,14 @@ class MoeConfig:
     @functools.cached_property
     def row_format(self) -> RowFormat:
         """How a dispatched row travels."""
-        if self.quant is None:
-            return self._plain_format
-        return self._quantized_format(RowFormat(torch.int8, self.hidden, 0, "token"))
+        return RowFormat.quantized(self.quant, self.dtype, self.hidden)
 
     @functools.cached_property
     def return_format(self) -> RowFormat:
         """How a row returns from its expert."""
         if self.quant_return is None:
-            return self._plain_format
-        fmt = RowFormat(
-            torch.int8, self.hidden, 0, "return", scale_dtype=self.dtype, block=RETURN_BLOCK
-        )
-        return self._quantized_format(fmt)
-
-    @functools.cached_property
-    def _plain_format(self) -> RowFormat:
-        return RowFormat(self.dtype, self.hidden, align(self.hidden * self.dtype.itemsize))
-
-    def _quantized_format(self, fmt: RowFormat) -> RowFormat:
-        """``fmt`` with its scales behind the payload."""
-        offset = align(self.hidden * fmt.dtype.itemsize)
-        stride = align(offset + fmt.num_scales * fmt.scale_dtype.itemsize)
-        return fmt._replace(scale_offset=offset, stride=stride)
+            return RowFormat.tight(self.dtype, self.hidden)
+        return RowFormat.tight(torch.int8, self.hidden, "return", self.dtype, RETURN_BLOCK)
 
     @property
     def weight_dtype(self) -> torch.dtype:

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from ..ops.arguments import GroupArguments
-from ..ops.distribute import DispatchOutput, distribute_combine, distribute_dispatch
+from ..ops.combine import distribute_combine
+from ..ops.dispatch import DispatchOutput, distribute_dispatch
 from ..ops.library import Operator
 from ..ops.names import COMBINE, COMBINE_V2, DISPATCH, DISPATCH_V2
 from ..ops.shapes import combine_output, dispatch_outputs
@@ -63,9 +64,11 @@ def _combine(op: str, *, performance_info: Tensor | None = None, **given: Any) -
 
 
 def _dispatch_outputs(op: str, **given: Any) -> tuple[Tensor | None, ...]:
-    names = ("x", "expert_ids", "arguments", "expert_scales", "quant_mode")
+    names = ["x", "expert_ids", "arguments", "scales", "expert_scales", "quant_mode"]
+    names += ["y_dtype", "x_dtype", "scales_dtype"]
     arguments = _grouped(given)
-    return _ordered(dispatch_outputs(op, **{name: arguments[name] for name in names}))
+    known = {name: arguments[name] for name in names if name in arguments}
+    return _ordered(dispatch_outputs(op, **known))
 
 
 def _combine_outputs(*, expand_x: Tensor, expert_ids: Tensor, **_: object) -> Tensor:

@@ -19,9 +19,11 @@ Source: the API documents of torch_npu and the operator documents of aclnnMoeDis
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..ops.formats import dtype_number
 from . import operators
 
 __all__ = [
@@ -56,13 +58,17 @@ def npu_moe_distribute_dispatch(
     """Send each token to the ranks of its experts; collective over the group.
 
     Args:
-        x: (BS, H) float16 or bfloat16. BS may be 0, and may differ between ranks with global_bs.
+        x: (BS, H) float16 or bfloat16, or with quant_mode 0 tokens that are quantised already,
+            float8_e4m3fn or float8_e5m2. BS may be 0, and may differ between ranks with global_bs.
         expert_ids: (BS, K) int32 in [0, E), distinct within a row.
         group_ep: the group.
         ep_world_size: W.
         ep_rank_id: this rank.
         moe_expert_num: E, a multiple of W - S.
-        scales: (NS + E, H) float32 smooth factors, one row per expert, only with quant_mode 2.
+        scales: float32 factors of the tokens before they are quantised: (NS + E, H), a row for
+            each expert, shared ones first, as quant_mode 2 and 3 may have it; quant_mode 1 needs
+            that, or one row (H,) or one factor (1,) for all. Of tokens that are quantised already
+            their scales, (BS,) or (BS, d) with d <= H, float32 or float8_e8m0fnu.
         x_active_mask: bool, (BS,) with the active tokens first, or (BS, K); None for all. What is
             not active is not sent, and its expert id may be anything. Not with unequal BS.
         expert_scales: (BS, K) float32 weights to send along with the rows.
@@ -72,16 +78,21 @@ def npu_moe_distribute_dispatch(
         expert_shard_type: 0, shared experts on the first ranks.
         shared_expert_num: NS; without effect when S is 0.
         shared_expert_rank_num: S, a divisor of W and a multiple of NS.
-        quant_mode: 0 none, 2 int8 with a scale per row.
+        quant_mode: 0 none, 1 int8 with the given factors, 2 int8 with a scale per row, 3
+            float8_e4m3fn with a scale for every 128 elements, 4 float8_e4m3fn with a power of two
+            for every 32 (MX).
         global_bs: 0 when BS is the same on all ranks, else W times the largest BS or more.
         expert_token_nums_type: 0 prefix sums, 1 counts.
 
     Returns:
-        expand_x: (T * A, H) rows by (local expert, source rank, token), dtype of x or int8. With
-            T = 2, the rows of the other rank of group_tp follow this rank's. Rows after the last
-            received one are not written.
-        dynamic_scales: (T * A,) float32 such that expand_x * dynamic_scales approximates the
-            (smoothed) tokens; None with quant_mode 0.
+        expand_x: (T * A, H) rows by (local expert, source rank, token), dtype of x or of the
+            quant_mode. With T = 2, the rows of the other rank of group_tp follow this rank's. Rows
+            after the last received one are not written.
+        dynamic_scales: such that expand_x * dynamic_scales approximates the (smoothed) tokens:
+            quant_mode 2 (T * A,) float32, 3 (T * A, ceil(H / 128)) float32, 4 (T * A, C)
+            float8_e8m0fnu with C = ceil(H / 32) rounded up to an even number, the one added for
+            that being the byte 0. Of tokens that were quantised already their scales, (T * A,) or
+            (T * A, d), as they were. Else None.
         expand_idx: (BS * K,) int32, earlier entries of expert_ids that name the same expert; -1
             for what is not active.
         expert_token_nums: (L,) int64 rows per local expert, of all T ranks.
@@ -146,9 +157,9 @@ def npu_moe_distribute_dispatch_v2(
     zero_expert_num: int = 0,
     copy_expert_num: int = 0,
     const_expert_num: int = 0,
-    y_dtype: int | None = None,
-    x_dtype: int | None = None,
-    scales_dtype: int | None = None,
+    y_dtype: int | torch.dtype | None = None,
+    x_dtype: int | torch.dtype | None = None,
+    scales_dtype: int | torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Send each token to the ranks of its experts; collective over the group.
 
@@ -176,16 +187,18 @@ def npu_moe_distribute_dispatch_v2(
         expert_shard_type: 0, shared experts on the first ranks.
         shared_expert_num: NS, at most 4; without effect when S is 0.
         shared_expert_rank_num: S, a multiple of NS.
-        quant_mode: 0 none, 2 int8 with a scale per row.
+        quant_mode: as in ``npu_moe_distribute_dispatch``.
         global_bs: 0 when BS is the same on all ranks, else W times the largest BS or more.
         expert_token_nums_type: 0 prefix sums, 1 counts.
         comm_alg: "", "fullmesh", "fullmesh_v1", "fullmesh_v2" or "hierarchy"; the same results.
         zero_expert_num: special experts that add nothing.
         copy_expert_num: special experts that add the token itself.
         const_expert_num: special experts that add a mix of the token and a constant.
-        y_dtype: reserved, None.
-        x_dtype: reserved, None.
-        scales_dtype: reserved, None.
+        y_dtype: of expand_x, a torch dtype or torch_npu's number of one. None for the one that
+            quant_mode has in ``npu_moe_distribute_dispatch``; 2, 3 and 4 also make float8_e4m3fn
+            and float8_e5m2. HiFloat8 and fp4 are refused.
+        x_dtype: of x, likewise, where bytes (uint8 or int8) stand for float8; else None.
+        scales_dtype: of scales, likewise, where bytes stand for float8_e8m0fnu.
 
     Returns:
         The outputs of ``npu_moe_distribute_dispatch``, but for the third one:
@@ -221,9 +234,9 @@ def npu_moe_distribute_dispatch_v2(
         zero_expert_num=zero_expert_num,
         copy_expert_num=copy_expert_num,
         const_expert_num=const_expert_num,
-        y_dtype=y_dtype,
-        x_dtype=x_dtype,
-        scales_dtype=scales_dtype,
+        y_dtype=dtype_number(y_dtype),
+        x_dtype=dtype_number(x_dtype),
+        scales_dtype=dtype_number(scales_dtype),
     )
 
 

@@ -23,7 +23,7 @@ from ..comm import (
 )
 from ..errors import ArgumentTypeError, MoeError, PeerAbortError, SequenceError
 from ..layout import NOWHERE, Plan, Sources
-from ..ops import checks
+from ..ops import checks, formats
 from .results import Handle
 
 OP = "ExpertParallel"
@@ -100,7 +100,7 @@ class Exchange:
         else:
             weights = topk_weights.detach().clone()
         call = self._call(op)
-        if scales is not None:
+        if scales is not None and scales.dim() == 2:
             # Copies of a token differ, which takes larger windows from the first such call on.
             config = dataclasses.replace(config, per_expert=True)
             call = self._call(op, config, scales="given")
@@ -114,7 +114,10 @@ class Exchange:
         """Wait for all ranks' tokens."""
         received = self._transport_of(DISPATCH, operation).dispatch_teardown(operation)
         self.last = (operation.call.config, operation.data)
-        return received
+        if received.scales is None:
+            return received
+        scales = formats.as_e8m0(self.config.quant, received.scales)
+        return dataclasses.replace(received, scales=scales)
 
     # Combine.
 
@@ -296,12 +299,7 @@ class Exchange:
         expected = (len(x), config.top_k)
         checks.shape(op, "topk_ids", topk_ids, expected, "(T, K)", _CPU)
         checks.shape(op, "topk_weights", topk_weights, expected, "(T, K)", _CPU)
-        if scales is not None:
-            contract = 'be None unless quant is "int8"'
-            checks.value(op, "scales", config.quant is not None, contract, "a tensor")
-            rows = config.topology.num_shared_experts + config.topology.num_experts
-            expected = (rows, config.hidden)
-            checks.shape(op, "scales", scales, expected, "(NS + E, H)", _CPU)
+        formats.check_factors(op, scales, config.quant, config.topology, config.hidden, _CPU)
         checks.expert_ids(
             op, "topk_ids", topk_ids, config.topology.num_experts, active=topk_ids != NOWHERE
         )

@@ -40,7 +40,10 @@ class ExpertParallel:
         hidden: H.
         max_tokens: most tokens any rank dispatches in one call.
         dtype: torch.bfloat16, float16, float32, or float64 to check gradients with.
-        quant: None, or "int8" to send rows quantised with a scale per row.
+        quant: None, or how rows are quantised before they are sent: "int8", "e4m3" and "e5m2" with
+            a scale per row, "group_e4m3" and "group_e5m2" with one for every 128 elements,
+            "mx_e4m3" and "mx_e5m2" with a power of two for every 32, "int8_static" with factors
+            that each dispatch is given.
         shared_experts: NS shared experts on ranks of their own.
         shared_ranks: S ranks for them, the first of the group, a multiple of NS.
         max_recv_tokens: rows to allocate for what a rank receives; None holds the worst case. More
@@ -190,7 +193,9 @@ class ExpertParallel:
                 goes nowhere.
             topk_weights: [T, K] float32, or float64 where x is; they travel along, and combine
                 applies them.
-            scales: [NS + E, H] float32 smooth factors, only with quant="int8".
+            scales: float32 factors of the rows before they are quantised: [NS + E, H], one row for
+                each expert, shared ones first; for "int8_static", which needs them, also [H] or [1]
+                for all experts. None without quant and with MX.
 
         Raises:
             ArgumentTypeError, ArgumentValueError: nothing was sent; the peers raise PeerAbortError.

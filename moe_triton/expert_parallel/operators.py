@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..comm import Pending
 from ..errors import MoeError, SequenceError, UnavailableError
+from ..ops import formats
 from ..ops.library import Operator
 from .exchange import COMBINE, DISPATCH, OP, Exchange
 from .results import Handle
@@ -79,9 +80,12 @@ def _dispatch_teardown_outputs(*, number: Tensor, name: str) -> tuple[Tensor | N
     config = exchange.config
     rows = config.capacity(exchange.rank)
     local = config.topology.num_local_experts(exchange.rank)
-    scales = number.new_empty(rows, dtype=torch.float32) if config.quant else None
+    fmt, scales = config.row_format, None
+    if fmt.scale_offset is not None:
+        scales = number.new_empty(fmt.scale_shape(rows), dtype=fmt.scale_dtype)
+        scales = formats.as_e8m0(config.quant, scales)
     return (
-        number.new_empty((rows, config.hidden), dtype=config.row_format.dtype),
+        number.new_empty((rows, config.hidden), dtype=fmt.dtype),
         scales,
         number.new_empty(rows, dtype=config.weight_dtype),
         number.new_empty(local, dtype=exchange.counts_dtype),

@@ -53,8 +53,10 @@ class Dispatched:
     written otherwise.
 
     Attributes:
-        x: [A, H] of the model's dtype, or int8; [n, H] with ``exact``.
-        scales: [A] float32 such that x * scales approximates the tokens; None without quant.
+        x: [A, H] of the model's dtype, or quantised; [n, H] with ``exact``.
+        scales: such that x * scales approximates the tokens: [A] float32 for a scale per row,
+            [A, ceil(H / 128)] for those of groups, [A, C] float8_e8m0fnu of MX with C =
+            ceil(H / 32) rounded up to an even number. None without quant, and with "int8_static".
         weights: [A] routing weights of the rows, of the dtype of topk_weights; None without those.
         tokens_per_expert: [L] rows of each local expert without padding, int64 or ``counts_dtype``.
         offsets: [L] int32.

@@ -88,7 +88,7 @@ def pack(
         index: [n] int32 or int64 rows to take; ``NOWHERE`` makes a row of zeros.
         fmt: their format.
         x: [A, H] output, of the payload's dtype; rows after the n-th stay untouched.
-        scales: [A] output of the scales' dtype, or None.
+        scales: [A] output of the scales' dtype, [A, C] where a row has several, or None.
 
     Raises:
         ArgumentTypeError: a wrong dtype.
@@ -120,19 +120,36 @@ def pack(
             "scales",
             scales[:num_rows],
             dtypes=(fmt.scale_dtype,),
-            shape=(num_rows,),
+            shape=fmt.scale_shape(num_rows),
             device=device,
             strided_columns=False,
         )
     if num_rows == 0:
         return
-    source, source_scales, scale_step = fmt.payload(rows), None, 0
+    found = None if scales is None else fmt.scales(rows)
+    if scales is not None and found is not None and scales.dim() == 2:
+        # As many as that are rows themselves.
+        _gather(found, index, scales)
+        found = scales = None
+    _gather(fmt.payload(rows), index, x, found, scales)
+
+
+def _gather(
+    source: torch.Tensor,
+    index: torch.Tensor,
+    x: torch.Tensor,
+    source_scales: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
+) -> None:
+    """Launch for [N, C] ``source`` and [A, C] ``x``, with one scale a row or without."""
+    num_rows, num_sources, device = index.numel(), len(source), source.device
     word = math.gcd(4, *(_alignment(tensor) for tensor in (source, x)))
     source, x = source.view(WORDS[word]), x.view(WORDS[word])
-    if scales is not None:
-        found = fmt.scales(rows)
-        bits = WORDS[found.element_size()]
-        source_scales, scales, scale_step = found.view(bits), scales.view(bits), found.stride(0)
+    scale_step = 0
+    if source_scales is not None and scales is not None:
+        bits = WORDS[scales.element_size()]
+        source_scales, scales = source_scales.view(bits), scales.view(bits)
+        scale_step = source_scales.stride(0)
     width = source.shape[1]
     tiles = launch.tiles(device, num_rows, width, indexed=True)
     unit = math.gcd(16, width, source.stride(0), x.stride(0))
@@ -143,7 +160,7 @@ def pack(
         x,
         scales,
         num_rows,
-        len(rows),
+        num_sources,
         width // unit,
         source.stride(0) // unit,
         x.stride(0) // unit,

@@ -126,11 +126,12 @@ def push(
         x: [T, H] tokens.
         expert_ids: [T, K] int32 or int64.
         weights: [T, K] to send along, or None.
-        smooth: [NS + E, H] fp32, or None.
+        smooth: [1] or [H] fp32 factors of all copies, [NS + E, H] factors of each expert, those of
+            shared experts first; or None.
         fmt: the format of the rows.
         routing: the plan of ``expert_ids``.
-        rows: [R, stride] uint8 output; row t is token t, or with ``smooth`` row t * (K + NS) + k
-            slot k of it.
+        rows: [R, stride] uint8 output; row t is token t, or with factors of each expert row
+            t * (K + NS) + k slot k of it.
         headers: this rank's header in every rank's window.
         experts_per_rank: L of the MoE ranks.
         shared_targets: the rank that gets all tokens, for each shared expert.
@@ -146,13 +147,14 @@ def push(
         shape = tuple(expert_ids.shape)
         check_tensor(op, "weights", weights, dtypes=FLOATS, shape=shape, device=device)
     num_tokens, top_k = expert_ids.shape
-    num_slots = 1 if smooth is None else top_k + len(shared_targets)
+    per_expert = smooth is not None and smooth.dim() == 2
+    num_slots = top_k + len(shared_targets) if per_expert else 1
     num_rows = num_tokens * num_slots
     check_tensor(op, "rows", rows, dtypes=(torch.uint8,), shape=(None, None), device=device)
     if len(rows) < num_rows:
         raise ArgumentValueError(op, "rows", f"have {num_rows} rows at least", len(rows))
     payload, scales = split_rows(fmt, rows[:num_rows])
-    per_slot = expert_ids if smooth is not None else None
+    per_slot = expert_ids if per_expert else None
     write_rows(op, x, fmt, payload, scales, smooth, expert_ids=per_slot, num_slots=num_slots)
 
     weight_dtype = None if headers[0].weights is None else headers[0].weights.dtype

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .arguments import GroupArguments
-from .distribute import distribute_combine, distribute_dispatch
+from .combine import distribute_combine
+from .dispatch import distribute_dispatch
 from .sizes import layer_config, window_bytes
 from .steps import device_steps
 

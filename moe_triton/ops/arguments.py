@@ -101,7 +101,8 @@ class GroupArguments:
         Args:
             op: for error messages.
             group: the expert-parallel group, of its original size.
-            family: "v1", where shared ranks divide the group, or "v2".
+            family: as in ``names``; in "v1" shared ranks divide the group, in "split" they are half
+                of it at most.
         """
         world = group.size
         contract = f"be {world}, the size of the group"
@@ -129,6 +130,9 @@ class GroupArguments:
             number = self.shared_expert_num
             contract = f"be in [0, {_MOST_SHARED}]"
             checks.value(op, "shared_expert_num", number <= _MOST_SHARED, contract, number)
+        if family == "split":
+            contract = f"be in [0, {world // 2}], half of the group at most"
+            checks.value(op, "shared_expert_rank_num", shared <= world // 2, contract, shared)
         if self.has_tp:
             local = topology.experts_per_rank
             contract = "leave one expert per rank when tp_world_size is 2"

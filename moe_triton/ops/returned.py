@@ -57,10 +57,16 @@ def check_expand_idx(op: str, expand_idx: torch.Tensor, plan: Plan, size: int) -
 
 
 def check_assist(
-    op: str, assist: torch.Tensor, sources: Sources, config: MoeConfig, shared: bool, capacity: int
+    op: str,
+    assist: torch.Tensor,
+    sources: Sources,
+    config: MoeConfig,
+    shared: bool,
+    capacity: int,
+    *,
+    name: str = "assist_info_for_combine",
 ) -> None:
     """The triples have come back unchanged, so that no row goes astray."""
-    name = "assist_info_for_combine"
     checks.shape(op, name, assist, (None,), "(A * 128,)", sources.ends.device)
     contract = f"have at least A * {ASSIST_WORDS} = {capacity * ASSIST_WORDS} elements"
     size = len(assist)

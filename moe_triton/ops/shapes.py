@@ -11,9 +11,9 @@ import torch
 
 from ..errors import MoeError
 from ..topology import Topology
-from . import checks
+from . import checks, formats
 from .arguments import GroupArguments
-from .distribute import DispatchOutput
+from .dispatch import DispatchOutput
 from .names import DISPATCH_V2
 from .returned import ASSIST_WORDS
 
@@ -24,20 +24,25 @@ def dispatch_outputs(
     expert_ids: torch.Tensor,
     arguments: GroupArguments,
     *,
+    scales: torch.Tensor | None = None,
     expert_scales: torch.Tensor | None = None,
     quant_mode: int = 0,
+    y_dtype: object = None,
+    x_dtype: object = None,
+    scales_dtype: object = None,
 ) -> DispatchOutput:
     """What ``distribute_dispatch`` returns for these arguments, with no values yet."""
     num_tokens, top_k = _sizes(expert_ids)
     _, hidden = _sizes(x)
+    kind = _rows_of(op, x, scales, quant_mode, y_dtype, x_dtype, scales_dtype)
     rows, local = _capacity(arguments, num_tokens, top_k)
     world, tp = max(arguments.ep_world_size, 1), max(arguments.tp_world_size, 1)
     int32, assist = torch.int32, None
     if op == DISPATCH_V2:
         assist = x.new_empty(max(num_tokens * top_k, ASSIST_WORDS * rows), dtype=int32)
     return DispatchOutput(
-        expand_x=x.new_empty((tp * rows, hidden), dtype=torch.int8 if quant_mode else x.dtype),
-        dynamic_scales=x.new_empty(tp * rows, dtype=torch.float32) if quant_mode else None,
+        expand_x=x.new_empty((tp * rows, hidden), dtype=kind.dtype),
+        dynamic_scales=_of_rows(kind.scales, tp * rows),
         expand_idx=x.new_empty(num_tokens * top_k, dtype=int32),
         assist_info=assist,
         expert_token_nums=x.new_empty(local, dtype=torch.int64),
@@ -52,6 +57,37 @@ def combine_output(expand_x: torch.Tensor, expert_ids: torch.Tensor) -> torch.Te
     """The tensor that ``distribute_combine`` returns for these arguments, with no values yet."""
     (num_tokens, _), (_, hidden) = _sizes(expert_ids), _sizes(expand_x)
     return expand_x.new_empty((num_tokens, hidden))
+
+
+def _rows_of(
+    op: str,
+    x: torch.Tensor,
+    scales: torch.Tensor | None,
+    quant_mode: int,
+    y_dtype: object,
+    x_dtype: object,
+    scales_dtype: object,
+) -> formats.Rows:
+    """What the rows of the dispatch are; as the tokens where the arguments make no sense."""
+    try:
+        x_kind, scales_kind, y_kind = (
+            formats.named_dtype(op, name, value)
+            for name, value in (
+                ("x_dtype", x_dtype),
+                ("scales_dtype", scales_dtype),
+                ("y_dtype", y_dtype),
+            )
+        )
+        stored = formats.stored_as(op, "x", x, x_kind)
+        if scales is not None:
+            scales = formats.stored_as(op, "scales", scales, scales_kind)
+        return formats.rows_of(op, stored, scales, quant_mode, y_kind)
+    except (MoeError, IndexError):
+        return formats.Rows(None, x.dtype, None)
+
+
+def _of_rows(scales: torch.Tensor | None, num_rows: int) -> torch.Tensor | None:
+    return None if scales is None else scales.new_empty((num_rows, *scales.shape[1:]))
 
 
 def _sizes(matrix: torch.Tensor) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import torch
 
 from .. import comm
 from ..comm import MoeConfig, WindowBytes
+from ..layout import QUANTS
 from . import checks
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -54,7 +55,8 @@ def layer_config(
     checks.value(op, "hidden", hidden >= 1, "be positive", hidden)
     checks.value(op, "max_tokens", max_tokens >= 0, "not be negative", max_tokens)
     checks.value(op, "dtype", dtype in DTYPES, f"be one of {[*DTYPES]}", dtype)
-    checks.value(op, "quant", quant in (None, "int8"), "be None or 'int8'", repr(quant))
+    contract = f"be None or one of {[*QUANTS]}"
+    checks.value(op, "quant", quant is None or quant in QUANTS, contract, repr(quant))
     checks.value(op, "alignment", alignment >= 1, "be positive", alignment)
     if max_recv_tokens is not None:
         checks.integers(op, max_recv_tokens=max_recv_tokens)
@@ -103,7 +105,7 @@ def window_bytes(
         hidden: H.
         max_tokens: most tokens of a rank.
         dtype: of the tokens.
-        quant: None or "int8".
+        quant: None, or a name of ``layout.QUANTS``, as for ``ExpertParallel``.
         per_expert_scales: dispatch gets smooth scales per expert, so that copies of a token differ.
         shared_experts: NS.
         shared_ranks: S.

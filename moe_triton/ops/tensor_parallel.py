@@ -41,7 +41,7 @@ def share_received(
         endpoint: of the pair.
         call: the call.
         x: [2 * A, H] that holds the own rows, and gets those of the peer behind them.
-        scales: [2 * A] in the same way, or None.
+        scales: [2 * A] or [2 * A, C] in the same way, or None.
         ends: [W] int32 prefix sums of the own rows.
     """
     own = int(ends[-1])
@@ -50,7 +50,7 @@ def share_received(
     sizes = [4 * len(ends), capacity * hidden * x.element_size()]
     if scales is not None:
         parts.append(scales[:own])
-        sizes.append(4 * capacity)
+        sizes.append(capacity * scales.shape[1:].numel() * scales.element_size())
 
     def consume(received: list[torch.Tensor]) -> PeerRows:
         reader = PartsReader(received[1 - endpoint.group.rank])
@@ -58,7 +58,8 @@ def share_received(
         count = int(peer_ends[-1])
         x[own : own + count] = reader.take((count, hidden), x.dtype)
         if scales is not None:
-            scales[own : own + count] = reader.take((count,), torch.float32)
+            shape = (count, *scales.shape[1:])
+            scales[own : own + count] = reader.take(shape, scales.dtype)
         return PeerRows(count, peer_ends)
 
     transport = endpoint.transport(call.op)

@@ -26,18 +26,19 @@ def push(
 ) -> None:
     """Write this rank's tokens where all ranks can read them, and tell each rank which are for it.
 
-    A token is written once, however many ranks and experts want it. Only when each expert has a
-    smooth row of its own do the copies differ, and then there is a row for each.
+    A token is written once, however many ranks and experts want it. Only when each expert has
+    factors of its own do the copies differ, and then there is a row for each.
 
     Args:
         x: [T, H] tokens.
         expert_ids: [T, K].
         weights: [T, K] to send along, or None.
-        smooth: [NS + E, H] fp32, or None.
+        smooth: [1] or [H] fp32 factors of all copies, [NS + E, H] factors of each expert, those of
+            shared experts first; or None.
         fmt: the format of the rows.
         routing: the plan of ``expert_ids``.
-        rows: [R, stride] uint8 output; row t is token t, or with ``smooth`` row t * (K + NS) + k
-            slot k of it.
+        rows: [R, stride] uint8 output; row t is token t, or with factors of each expert row
+            t * (K + NS) + k slot k of it.
         headers: this rank's header in every rank's window.
         experts_per_rank: L of the MoE ranks.
         shared_targets: the rank that gets all tokens, for each shared expert.
@@ -46,8 +47,8 @@ def push(
     num_tokens, top_k = expert_ids.shape
     num_shared = len(shared_targets)
     num_slots = top_k + num_shared
-    if smooth is None:
-        encode(x, fmt, rows[:num_tokens])
+    if smooth is None or smooth.dim() == 1:
+        encode(x, fmt, rows[:num_tokens], smooth)
     else:
         slots = rows[: num_tokens * num_slots].unflatten(0, (num_tokens, num_slots))
         # Slots that are not sent get some expert's factors: nobody reads them.
@@ -92,7 +93,7 @@ def pack(
         index: [n] int64 rows to take; ``NOWHERE`` makes a row of zeros.
         fmt: their format.
         x: [A, H] output, of the payload's dtype; rows after the n-th stay untouched.
-        scales: [A] output of the scales' dtype, or None.
+        scales: [A] output of the scales' dtype, [A, C] where a row has several, or None.
     """
     n, payload = index.numel(), fmt.payload(rows)
     if fmt.dtype in FLOAT8:
@@ -108,7 +109,8 @@ def pack(
     index = index.clamp(min=0) if len(absent) else index
     torch.index_select(payload, 0, index, out=x[:n])
     if scales is not None:
-        scales[:n] = fmt.scales(rows)[index, 0]
+        scales = scales.view(len(scales), fmt.num_scales)
+        scales[:n] = fmt.scales(rows)[index]
     for out in (x, scales) if len(absent) else ():
         if out is not None:
             out.index_fill_(0, absent, 0)

@@ -313,10 +313,44 @@ DTYPES = [
     ),
 ]
 
-# Arguments that only have their default so far.
-RESERVED = [
-    row(f"reserved-{name}", put(**{name: 1}), name, r"\b1\b", ops=DISPATCH)
-    for name in ("y_dtype", "x_dtype", "scales_dtype")
+FLOAT8_X = edit("x", lambda x: x.to(torch.float8_e4m3fn))
+# A row of one scale for each of 3 tokens.
+GIVEN = both(FLOAT8_X, put(scales=torch.ones(3, 1)))
+OF_FORMATS = {**DTYPE, "ops": DISPATCH}
+STRICT_A3 = {"base": "strict", "on": ("a3",)}
+
+# Formats that there are not, or not in the mode.
+FORMATS = [
+    row("format-y-hifloat8", put(quant_mode=2, y_dtype=290), "y_dtype", "HiFloat8", **OF_FORMATS),
+    row("format-y-fp4", put(quant_mode=4, y_dtype=296), "y_dtype", "fp4", **OF_FORMATS),
+    row("format-y-unknown", put(quant_mode=2, y_dtype=77), "y_dtype", "77", **OF_FORMATS),
+    row("format-y-word", put(quant_mode=2, y_dtype="int8"), "y_dtype", "int8", **OF_FORMATS),
+    row("format-y-fp32", put(y_dtype=torch.float32), "y_dtype", "float32", **OF_FORMATS),
+    row("format-x-hifloat8", put(x_dtype=290), "x_dtype", "HiFloat8", **OF_FORMATS),
+    row("format-x-fp4", put(x_dtype=297), "x_dtype", "fp4", **OF_FORMATS),
+    row("format-x-other", put(x_dtype=torch.float8_e5m2), "x", "bfloat16", **OF_FORMATS),
+    row("format-x-int4", edit("x", torch.Tensor.int), "x", "packed int4", **OF_FORMATS),
+    row("format-scales-fp4", put(scales_dtype=296), "scales_dtype", "fp4", **OF_FORMATS),
+    *(
+        row(f"format-y-mode-{mode}", put(quant_mode=mode, y_dtype=kind), "y_dtype", **OF_FORMATS)
+        for mode, kind in ((0, 24), (1, 23), (2, 15), (3, torch.int8), (4, 258))
+    ),
+    row("format-x-quantised-twice", both(GIVEN, put(quant_mode=2)), "x", "float8", **OF_FORMATS),
+    row("format-scales-of-bytes", put(scales=torch.ones(6, 4).byte()), "scales", **OF_FORMATS),
+    row(
+        "format-float8-on-a3",
+        both(FLOAT8_X, put(scales=torch.ones(2, 1))),
+        "x",
+        **OF_FORMATS,
+        **STRICT_A3,
+    ),
+    row(
+        "format-y-float8-on-a3",
+        put(quant_mode=2, y_dtype=torch.float8_e4m3fn),
+        "y_dtype",
+        **OF_FORMATS,
+        **STRICT_A3,
+    ),
 ]
 
 SHAPES = [
@@ -504,6 +538,12 @@ QUANTISATION = [
         "6, 4",
         ops=DISPATCH,
     ),
+    row("row15-mode-4", put(quant_mode=4, scales=torch.ones(6, 4)), "scales", ops=DISPATCH),
+    row("row15-mode-1", put(quant_mode=1), "scales", "None", ops=DISPATCH),
+    row("row15-mode-1-3", put(quant_mode=1, scales=torch.ones(3)), "scales", "3", ops=DISPATCH),
+    row("row15-given", FLOAT8_X, "scales", "None", ops=DISPATCH),
+    row("row15-given-2", both(GIVEN, put(scales=torch.ones(2))), "scales", "2", ops=DISPATCH),
+    row("row15-given-5", both(GIVEN, put(scales=torch.ones(3, 5))), "scales", "5", ops=DISPATCH),
     row("row14-scales-of-7-experts", smooth(7, 4), "scales", "7, 4", ops=DISPATCH),
     row("row14-scales-without-ns", smooth(4, 4), "scales", "4, 4", ops=DISPATCH, base="shared"),
     row("row14-scales-with-s", smooth(6, 4), "scales", "6, 4", ops=DISPATCH, base="shared"),
@@ -971,7 +1011,7 @@ OTHERS = [
 PARTS = (
     REQUIRED,
     DTYPES,
-    RESERVED,
+    FORMATS,
     SHAPES,
     GROUPS,
     EXPERTS,

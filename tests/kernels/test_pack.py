@@ -45,7 +45,8 @@ def assert_same_pack(rows, index, fmt, capacity=None):
         x = torch.zeros((capacity, fmt.hidden), device=rows.device).to(fmt.dtype)
         scales = None
         if fmt.scale_offset is not None:
-            scales = torch.zeros(capacity, device=rows.device).to(fmt.scale_dtype)
+            shape = fmt.scale_shape(capacity)
+            scales = torch.zeros(shape, device=rows.device).to(fmt.scale_dtype)
         for output in (x, scales):
             if output is not None:
                 output.view(torch.uint8).fill_(0xA5)
@@ -67,6 +68,15 @@ def test_matches_ref(hidden, index_dtype, device):
     index = torch.tensor([2, NOWHERE, 0, 2, 1, NOWHERE], dtype=index_dtype, device=device)
     for fmt in formats(hidden):
         assert_same_pack(drawn_rows(3, fmt.stride, device), index, fmt)
+
+
+@pytest.mark.parametrize("quant", ["group_e4m3", "mx_e5m2"])
+@pytest.mark.parametrize("hidden", [1, 40, 130, 7168])
+def test_several_scales_a_row(quant, hidden, device):
+    index = torch.tensor([2, NOWHERE, 0, 2, 1, NOWHERE], device=device)
+    fmt = RowFormat.quantized(quant, torch.bfloat16, hidden)
+    assert_same_pack(drawn_rows(3, fmt.stride, device), index, fmt)
+    assert_same_pack(drawn_rows(3, fmt.stride, device), index[[1]], fmt)
 
 
 @hypothesis.given(

@@ -32,6 +32,7 @@ def assert_same_push(
     shared_targets=(),
     num_shared_ranks=0,
     per_expert=False,
+    static=(),
     scheme="token",
     weight_dtype=torch.float32,
     send_weights=True,
@@ -49,7 +50,11 @@ def assert_same_push(
     if per_expert:
         shape = (len(shared_targets) + num_experts, hidden)
         smooth = (0.5 + torch.rand(shape, generator=generator)).to(device)
-    if scheme == "none":
+    elif static:
+        smooth = (50 * torch.rand(static, generator=generator)).to(device)
+    if static:
+        fmt = RowFormat.quantized("int8_static", torch.bfloat16, hidden)
+    elif scheme == "none":
         fmt = RowFormat(torch.bfloat16, hidden, -(-hidden * 2 // 16) * 16)
     else:
         payload = -(-hidden // 16) * 16
@@ -97,6 +102,8 @@ def assert_same_push(
         pytest.param({"num_tokens": 300, "top_k": 8}, id="several blocks"),
         pytest.param({"moe_ranks": 1, "experts_per_rank": 9000}, id="many experts"),
         pytest.param({"per_expert": True}, id="copies that differ"),
+        pytest.param({"static": (1,)}, id="one factor"),
+        pytest.param({"static": (40,)}, id="a factor for each column"),
         pytest.param({"per_expert": True, "scheme": "none"}, id="copies that could differ"),
         pytest.param({"weight_dtype": None}, id="no room for weights"),
         pytest.param({"send_weights": False}, id="no weights"),
