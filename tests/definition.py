@@ -36,6 +36,7 @@ from definition_numbers import (
 __all__ = [
     "TORCH_DTYPES",
     "Group",
+    "Norm",
     "Received",
     "Remaining",
     "Tokens",
@@ -248,6 +249,30 @@ class Received:
     capacity: int = 0
 
 
+@dataclass
+class Norm:
+    """What one rank adds to its sums and normalises them by.
+
+    Attributes:
+        residual: (BS, H) bits.
+        gamma: (H,) bits.
+        epsilon: of all ranks.
+    """
+
+    residual: np.ndarray
+    gamma: np.ndarray
+    epsilon: float
+
+
+def normalise(total: np.ndarray, token: int, norm: Norm, dtype: str) -> tuple[np.ndarray, ...]:
+    """y, rstd and x of one token, from its sum before that is rounded."""
+    total = total + decode(norm.residual[token], dtype)
+    mean = np.mean(total.astype(np.float64) ** 2)
+    rstd = np.float32(1 / np.sqrt(mean + norm.epsilon))
+    scaled = decode(encode(total * rstd, dtype), dtype)
+    return encode(scaled * decode(norm.gamma, dtype), dtype), rstd, encode(total, dtype)
+
+
 def rows_of(group: Group, tokens: list[Tokens], rank: int) -> list[tuple[int, int, int, int]]:
     """(local expert, source, token, slot) of every row ``rank`` receives, in order."""
     rows = []
@@ -374,7 +399,8 @@ def give_back(
     received: list[Received],
     expert_rows: list[np.ndarray],
     shared_x: list[np.ndarray | None],
-) -> list[np.ndarray]:
+    norms: list[Norm | None],
+) -> list[np.ndarray | tuple[np.ndarray, ...]]:
     """What combine returns on every rank of one expert-parallel group."""
     returned = {}
     for mine, outputs in zip(received, expert_rows, strict=True):
@@ -385,7 +411,8 @@ def give_back(
 
     results = []
     for rank, mine in enumerate(tokens):
-        out = np.zeros((mine.batch, group.hidden), np.uint16)
+        out, y = np.zeros((2, mine.batch, group.hidden), np.uint16)
+        rstd, norm = np.zeros(mine.batch, np.float32), norms[rank]
         for token in range(mine.batch):
             if not mine.takes_part(token):
                 continue
@@ -415,8 +442,11 @@ def give_back(
             if shared_x[rank] is not None:
                 total = total + decode(shared_x[rank][token], group.dtype)
             assert total.dtype == np.float32
-            out[token] = encode(total, group.dtype)
-        results.append(out)
+            if norm is None:
+                out[token] = encode(total, group.dtype)
+            else:
+                y[token], rstd[token], out[token] = normalise(total, token, norm, group.dtype)
+        results.append(out if norm is None else (y, rstd, out))
     return results
 
 
@@ -426,7 +456,8 @@ def combine(
     received: list[Received | None],
     expert_rows: list[np.ndarray | None],
     shared_x: list[np.ndarray | None] | None = None,
-) -> list[np.ndarray | None]:
+    norms: list[Norm | None] | None = None,
+) -> list:
     """The output of combine on every rank.
 
     Args:
@@ -436,15 +467,19 @@ def combine(
         expert_rows: of every rank (n, H) uint16 bits, the expert outputs in the row order of
             dispatch.
         shared_x: of every rank (BS, H) uint16 bits of an already computed shared expert, or None.
+        norms: of every rank, for combine with RMSNorm, or None.
 
     Returns:
-        Of every rank (BS, H) uint16 bits; None of a rank that a group was scaled down by.
+        Of every rank (BS, H) uint16 bits; None of a rank that a group was scaled down by. With
+        ``norms`` y, the (BS,) float32 rstd, and those.
     """
     shared_x = [None] * len(tokens) if shared_x is None else shared_x
+    norms = [None] * len(tokens) if norms is None else norms
+    inputs = (tokens, received, expert_rows, shared_x, norms)
     if group.remaining is not None:
         left = group.remaining.ranks
         results: list[np.ndarray | None] = [None] * group.world_size
-        parts = [[of[old] for old in left] for of in (tokens, received, expert_rows, shared_x)]
+        parts = [[of[old] for old in left] for of in inputs]
         for old, mine in zip(left, combine(group.scaled_down(), *parts), strict=True):
             results[old] = mine
         return results
@@ -461,7 +496,7 @@ def combine(
         ]
     results = [None] * len(tokens)
     for plane in range(planes):
-        parts = [of[plane::planes] for of in (tokens, received, expert_rows, shared_x)]
+        parts = [of[plane::planes] for of in (tokens, received, expert_rows, shared_x, norms)]
         results[plane::planes] = give_back(group, *parts)
     return results
 

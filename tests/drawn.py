@@ -287,12 +287,18 @@ def poison(rng: np.random.Generator, config: Config, mine: Tokens) -> None:
 
 @dataclass
 class Case:
-    """A configuration with its data: what every rank passes, and must get."""
+    """A configuration with its data: what every rank brings, passes, and must get.
+
+    The last three are what combine needs of the definition.
+    """
 
     config: Config
     calls: list[dict | None]
     received: list[Received | None]
     combined: list[np.ndarray | None]
+    tokens: list[Tokens]
+    expert_rows: list[np.ndarray | None]
+    shared_x: list[np.ndarray | None] | None
 
 
 def build(config: Config) -> Case:
@@ -332,7 +338,7 @@ def build(config: Config) -> Case:
             words[0] = 0
             for arguments in call.values():
                 arguments["elastic_info"] = torch.from_numpy(words.astype(np.int32))
-    return Case(config, calls, received, combined)
+    return Case(config, calls, received, combined, tokens, expert_rows, shared_x)
 
 
 def split_in_three(rows: torch.Tensor) -> torch.Tensor:

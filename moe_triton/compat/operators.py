@@ -6,13 +6,14 @@ import dataclasses
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..ops.arguments import GroupArguments
 from ..ops.combine import distribute_combine
 from ..ops.dispatch import DispatchOutput, distribute_dispatch
 from ..ops.library import Operator
-from ..ops.names import COMBINE, COMBINE_V2, DISPATCH, DISPATCH_V2
+from ..ops.names import COMBINE, COMBINE_ADD_RMS_NORM, COMBINE_V2, DISPATCH, DISPATCH_V2
 from ..ops.shapes import combine_output, dispatch_outputs
 
 _GROUP_FIELDS = {field.name for field in dataclasses.fields(GroupArguments)}
@@ -63,6 +64,14 @@ def _combine(op: str, *, performance_info: Tensor | None = None, **given: Any) -
     return out.x
 
 
+def _combine_add_rms_norm(
+    op: str, *, expand_idx: Tensor, **given: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = distribute_combine(op, index=expand_idx, **_grouped(given))
+    assert out.norm is not None
+    return out.norm.y[:, None], out.norm.rstd[:, None, None], out.x[:, None]
+
+
 def _dispatch_outputs(op: str, **given: Any) -> tuple[Tensor | None, ...]:
     names = ["x", "expert_ids", "arguments", "scales", "expert_scales", "quant_mode"]
     names += ["y_dtype", "x_dtype", "scales_dtype"]
@@ -73,6 +82,13 @@ def _dispatch_outputs(op: str, **given: Any) -> tuple[Tensor | None, ...]:
 
 def _combine_outputs(*, expand_x: Tensor, expert_ids: Tensor, **_: object) -> Tensor:
     return combine_output(expand_x, expert_ids)
+
+
+def _combine_add_rms_norm_outputs(
+    *, expand_x: Tensor, expert_ids: Tensor, **_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = combine_output(expand_x, expert_ids)[:, None]
+    return torch.empty_like(x), x.new_empty((len(x), 1, 1), dtype=torch.float32), x
 
 
 dispatch = Operator(
@@ -121,4 +137,20 @@ combine_v2 = Operator(
     "Tensor",
     run=functools.partial(_combine, COMBINE_V2),
     outputs=_combine_outputs,
+)
+
+combine_add_rms_norm = Operator(
+    COMBINE_ADD_RMS_NORM,
+    "Tensor expand_x, Tensor expert_ids, Tensor expand_idx, Tensor ep_send_counts, "
+    f"Tensor expert_scales, Tensor residual_x, Tensor gamma, {_GROUP}, *, "
+    "Tensor? tp_send_counts=None, Tensor? x_active_mask=None, Tensor? activation_scale=None, "
+    "Tensor? weight_scale=None, Tensor? group_list=None, Tensor? expand_scales=None, "
+    "Tensor? shared_expert_x=None, Tensor? elastic_info=None, Tensor? ori_x=None, "
+    "Tensor? const_expert_alpha_1=None, Tensor? const_expert_alpha_2=None, "
+    f"Tensor? const_expert_v=None, {_PLACEMENT}, int global_bs=0, int out_dtype=0, "
+    'int comm_quant_mode=0, int group_list_type=0, str comm_alg="", float norm_eps=1e-06, '
+    f"{_SPECIAL}",
+    "(Tensor y, Tensor rstd_out, Tensor x)",
+    run=functools.partial(_combine_add_rms_norm, COMBINE_ADD_RMS_NORM),
+    outputs=_combine_add_rms_norm_outputs,
 )

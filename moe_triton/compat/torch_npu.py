@@ -28,6 +28,7 @@ from . import operators
 
 __all__ = [
     "npu_moe_distribute_combine",
+    "npu_moe_distribute_combine_add_rms_norm",
     "npu_moe_distribute_combine_v2",
     "npu_moe_distribute_dispatch",
     "npu_moe_distribute_dispatch_v2",
@@ -456,6 +457,147 @@ def npu_moe_distribute_combine_v2(
         global_bs=global_bs,
         comm_quant_mode=comm_quant_mode,
         comm_alg=comm_alg,
+        zero_expert_num=zero_expert_num,
+        copy_expert_num=copy_expert_num,
+        const_expert_num=const_expert_num,
+    )
+
+
+def npu_moe_distribute_combine_add_rms_norm(
+    expand_x: Tensor,
+    expert_ids: Tensor,
+    expand_idx: Tensor,
+    ep_send_counts: Tensor,
+    expert_scales: Tensor,
+    residual_x: Tensor,
+    gamma: Tensor,
+    group_ep: str,
+    ep_world_size: int,
+    ep_rank_id: int,
+    moe_expert_num: int,
+    *,
+    tp_send_counts: Tensor | None = None,
+    x_active_mask: Tensor | None = None,
+    activation_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+    group_list: Tensor | None = None,
+    expand_scales: Tensor | None = None,
+    shared_expert_x: Tensor | None = None,
+    elastic_info: Tensor | None = None,
+    ori_x: Tensor | None = None,
+    const_expert_alpha_1: Tensor | None = None,
+    const_expert_alpha_2: Tensor | None = None,
+    const_expert_v: Tensor | None = None,
+    group_tp: str = "",
+    tp_world_size: int = 0,
+    tp_rank_id: int = 0,
+    expert_shard_type: int = 0,
+    shared_expert_num: int = 1,
+    shared_expert_rank_num: int = 0,
+    global_bs: int = 0,
+    out_dtype: int = 0,
+    comm_quant_mode: int = 0,
+    group_list_type: int = 0,
+    comm_alg: str = "",
+    norm_eps: float = 1e-06,
+    zero_expert_num: int = 0,
+    copy_expert_num: int = 0,
+    const_expert_num: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Combine, add a residual and apply RMSNorm; collective over the group.
+
+    With the sum of ``npu_moe_distribute_combine_v2`` before it is rounded:
+
+        t = sum + residual_x;  x = t;  rstd = 1 / sqrt(mean(t * t) + norm_eps)
+        y = (t * rstd) * gamma
+
+    in float32; what is returned is rounded, and t * rstd too before gamma.
+
+    Args:
+        expand_x: as in ``npu_moe_distribute_combine``.
+        expert_ids: (BS, K) int32, as given to dispatch.
+        expand_idx: the third output of ``npu_moe_distribute_dispatch_v2``, or that of
+            ``npu_moe_distribute_dispatch``.
+        ep_send_counts: as in ``npu_moe_distribute_combine``.
+        expert_scales: (BS, K) float32 weights.
+        residual_x: (BS, 1, H) of the dtype of expand_x.
+        gamma: (H,) of that dtype.
+        group_ep: as in dispatch.
+        ep_world_size: as in dispatch.
+        ep_rank_id: as in dispatch.
+        moe_expert_num: as in dispatch.
+        tp_send_counts: as in ``npu_moe_distribute_combine``.
+        x_active_mask: as in dispatch.
+        activation_scale: reserved, None.
+        weight_scale: reserved, None.
+        group_list: reserved, None.
+        expand_scales: (A,) float32 from dispatch, or None; not needed here.
+        shared_expert_x: as in ``npu_moe_distribute_combine``.
+        elastic_info: as in dispatch.
+        ori_x: as in ``npu_moe_distribute_combine_v2``, as the next three.
+        const_expert_alpha_1: see there.
+        const_expert_alpha_2: see there.
+        const_expert_v: see there.
+        group_tp: as in dispatch.
+        tp_world_size: as in dispatch.
+        tp_rank_id: as in dispatch.
+        expert_shard_type: as in dispatch.
+        shared_expert_num: as in dispatch.
+        shared_expert_rank_num: as in dispatch.
+        global_bs: as in dispatch.
+        out_dtype: reserved, 0.
+        comm_quant_mode: as in ``npu_moe_distribute_combine``.
+        group_list_type: reserved, 0.
+        comm_alg: "".
+        norm_eps: not negative.
+        zero_expert_num: as in dispatch.
+        copy_expert_num: as in dispatch.
+        const_expert_num: as in dispatch.
+
+    Returns:
+        y: (BS, 1, H) of the dtype of expand_x; zeros for tokens that take no part, as the others.
+        rstd_out: (BS, 1, 1) float32.
+        x: (BS, 1, H) of the dtype of expand_x.
+
+    Raises:
+        The errors of ``npu_moe_distribute_dispatch``.
+    """
+    return operators.combine_add_rms_norm(
+        expand_x=expand_x,
+        expert_ids=expert_ids,
+        expand_idx=expand_idx,
+        ep_send_counts=ep_send_counts,
+        expert_scales=expert_scales,
+        residual_x=residual_x,
+        gamma=gamma,
+        group_ep=_name(group_ep),
+        ep_world_size=ep_world_size,
+        ep_rank_id=ep_rank_id,
+        moe_expert_num=moe_expert_num,
+        tp_send_counts=tp_send_counts,
+        x_active_mask=x_active_mask,
+        activation_scale=activation_scale,
+        weight_scale=weight_scale,
+        group_list=group_list,
+        expand_scales=expand_scales,
+        shared_expert_x=shared_expert_x,
+        elastic_info=elastic_info,
+        ori_x=ori_x,
+        const_expert_alpha_1=const_expert_alpha_1,
+        const_expert_alpha_2=const_expert_alpha_2,
+        const_expert_v=const_expert_v,
+        group_tp=_name(group_tp),
+        tp_world_size=tp_world_size,
+        tp_rank_id=tp_rank_id,
+        expert_shard_type=expert_shard_type,
+        shared_expert_num=shared_expert_num,
+        shared_expert_rank_num=shared_expert_rank_num,
+        global_bs=global_bs,
+        out_dtype=out_dtype,
+        comm_quant_mode=comm_quant_mode,
+        group_list_type=group_list_type,
+        comm_alg=comm_alg,
+        norm_eps=norm_eps,
         zero_expert_num=zero_expert_num,
         copy_expert_num=copy_expert_num,
         const_expert_num=const_expert_num,

@@ -16,7 +16,12 @@ import torch
 
 TOKEN = torch.zeros((), device="cpu")  # of all ops of this process; its value means nothing
 
-_KINDS: dict[str, Any] = {"Tensor": torch.Tensor, "int": (int, torch.SymInt), "str": str}
+_KINDS: dict[str, Any] = {
+    "Tensor": torch.Tensor,
+    "int": (int, torch.SymInt),
+    "float": (float, int),
+    "str": str,
+}
 
 
 class Operator:

@@ -115,7 +115,7 @@ def assert_same(got, expected) -> None:
 def test_the_schema_is_the_public_signature(name):
     schema = getattr(torch.ops.moe_triton, name).default._schema
     parameters = inspect.signature(getattr(torch_npu, name), eval_str=True).parameters
-    kinds = {"Tensor": torch.Tensor, "int": int, "str": str}
+    kinds = {"Tensor": torch.Tensor, "int": int, "float": float, "str": str}
     kinds |= {f"Optional[{kind}]": python | None for kind, python in kinds.items()}
     token, *arguments = schema.arguments
     assert token.alias_info.is_write
