@@ -56,10 +56,8 @@ def _quantize(t, factor, SCHEME: tl.constexpr, MAX: tl.constexpr, MANTISSA: tl.c
         y = tl.div_rn(t, tl.broadcast_to(factor, t.shape))
         codes = int8_code(y.to(tl.float16).to(tl.float32), -127.0)
     elif SCHEME == "mx":
-        bad = factor != factor
-        y = tl.where(bad, 0.0, t * factor)
-        codes = float8_code(tl.minimum(tl.maximum(y, -MAX), MAX), MANTISSA)
-        codes = tl.where(bad, 0x7F, codes.to(tl.int32)).to(tl.uint8)
+        y = tl.minimum(tl.maximum(t * factor, -MAX), MAX)
+        codes = tl.where(factor != factor, 0x7F, float8_code(y, MANTISSA).to(tl.int32)).to(tl.uint8)
     elif MANTISSA == 0:
         codes = int8_code(t * factor, -127.0)
     else:
