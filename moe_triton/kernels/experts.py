@@ -106,14 +106,12 @@ def _top_k_gating_kernel(
     for tile in range(tl.program_id(0), tl.cdiv(num_tokens, BLOCK_T), tl.num_programs(0)):
         token = (tile * BLOCK_T + tl.arange(0, BLOCK_T))[:, None, None].to(tl.int64)
         active = token < num_tokens
-        x = tl.load(logits_ptr + token * logits_stride + column, mask=active & real, other=0.0)
-        x = to_float32(x)
+        logits = logits_ptr + token * logits_stride + column
+        x = to_float32(tl.load(logits, mask=active & real, other=float("-inf")))
         if SIGMOID:
             scores = 1.0 / (1.0 + tl.exp(-x))
         else:
-            x = tl.where(real, x, float("-inf"))
-            # A row without a finite maximum is no number throughout, also after the end.
-            power = tl.where(real, tl.exp(x - _max(x)), 0.0)
+            power = tl.exp(x - _max(x))
             scores = power / _sum(power)
         tl.store(scores_ptr + token * num_experts + column, scores, mask=active & real)
 

@@ -123,6 +123,20 @@ def test_groups_limit_the_choice(by_two, expected, device):
     assert kernels.top_k_gating(logits, 2, **options)[1].tolist() == [expected]
 
 
+def test_experts_of_other_groups_follow_where_there_are_too_few(device):
+    logits = torch.tensor([[0.1, 0.2, 0.9, 0.8, 0.3, 0.4]], device=device)
+    _, ids, _ = kernels.top_k_gating(logits, 4, groups=3)
+    assert ids.tolist() == [[2, 3, 0, 1]]
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_bias_that_is_no_number_comes_first(sign, device):
+    bias = torch.tensor([0.0, 1.0, 0.0, 0.5], device=device)
+    bias[2] = torch.copysign(torch.tensor(NAN), torch.tensor(sign))
+    _, ids, _ = kernels.top_k_gating(torch.zeros((1, 4), device=device), 3, bias=bias)
+    assert ids.tolist() == [[2, 1, 3]]
+
+
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_logits_that_are_no_numbers_stay_with_their_token(scoring, groups, device):

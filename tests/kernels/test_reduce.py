@@ -84,10 +84,13 @@ class Drawn:
         return torch.randint(low, high, shape, generator=self.generator).to(self.device)
 
     def with_special(self, wide_alpha=False):
-        """Experts 0 to 3 have networks, 4 and 5 are zero, 6 and 7 copy, 8 to 10 are constant."""
+        """Experts 0 to 3 have networks, 4 and 5 are zero, 6 and 7 copy, 8 to 10 are constant.
+
+        There is none of number 11.
+        """
         T, H = self.shape
         K = self.weights.shape[1]
-        ids = self.integers(0, 11, (T, K)).int()
+        ids = self.integers(0, 12, (T, K)).int()
         self.index[:, :K].masked_fill_(ids >= 4, NOWHERE)
         alphas = [self.numbers(*((3, H) if wide_alpha else (3,))) for _ in range(2)]
         self.special = SpecialExperts(
@@ -345,6 +348,17 @@ def test_worked_example_of_residual_and_norm(launch, device):
     assert plain(x, [[0]], [[1.0]], norm=norm).tolist() == [[2, 3, 2, 4]]
     assert norm.rstd.item() == pytest.approx(0.34815528988838196, rel=1e-6)
     assert norm.y.tolist() == [[0.6953125, 0.5234375, 1.390625, 1.390625]]
+
+
+def test_norm_rounds_before_gamma_and_after(launch, device):
+    # With rstd = 1 / 2 the scaled sum is 1 / 2 + 3 * 2**-11, which rounds to 1 / 2.
+    total = 1 + 3 * 2.0**-10
+    x = torch.tensor([[1.0]], dtype=BF16, device=device)
+    residual, gamma = torch.full_like(x, total - 1), torch.full_like(x[0], 3.0)
+    norm = Norm(residual, gamma, 4 - total**2, torch.empty_like(x), torch.empty(1, device=device))
+    plain(x, [[0]], norm=norm)
+    assert norm.rstd.item() == pytest.approx(0.5, rel=1e-6)
+    assert norm.y.item() == 1.5
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
