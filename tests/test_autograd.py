@@ -19,7 +19,7 @@ from trained_layer import (
     rank_gradients,
 )
 
-from moe_triton import ArgumentMismatchError, testing
+from moe_triton import ArgumentMismatchError, ArgumentValueError, testing
 
 LAYERS = {
     "plain": TrainedLayer(),
@@ -220,7 +220,8 @@ def test_two_layers_share_an_object():
     assert_gradients(got, dense_gradients(layer, forward=dense_twice), **EXACT)
 
 
-def test_a_rank_whose_experts_get_nothing_takes_part():
+@pytest.mark.parametrize("weighted", ["by combine", "by the experts"])
+def test_a_rank_whose_experts_get_nothing_takes_part(weighted):
     """Its outputs need not even depend on what it received."""
     layer = TrainedLayer(tokens=(3, 3), num_experts=2, top_k=1)
 
@@ -229,8 +230,13 @@ def test_a_rank_whose_experts_get_nothing_takes_part():
         inputs = {name: value.requires_grad_() for name, value in layer.inputs(ep.rank).items()}
         matrix = layer.matrices()[:1].requires_grad_()
         received = ep.dispatch(inputs["x"], torch.zeros(3, 1, dtype=torch.int64), inputs["weights"])
-        y = apply_experts(received, matrix) if ep.rank == 0 else torch.zeros_like(received.x)
-        out = ep.combine(y, received.handle)
+        y, handle = torch.zeros_like(received.x), received.handle
+        if ep.rank == 0:
+            y = apply_experts(received, matrix)
+        if weighted == "by the experts":
+            handle = handle.unweighted()
+            y = y * received.weights.detach()[:, None] if ep.rank else y * received.weights[:, None]
+        out = ep.combine(y, handle)
         (out * layer.cotangent(ep.rank)).sum().backward()
         return out.detach(), inputs["x"].grad, inputs["weights"].grad
 
@@ -297,13 +303,58 @@ def test_no_gradients_unless_asked_for():
         assert over_ranks(ep, layer.ids(0), matrices, **inputs).requires_grad
 
 
-def test_the_object_lives_until_the_backward():
+def only_dispatched(ep, ids, matrices, x):
+    return ep.dispatch(x, ids).x
+
+
+def only_combined(ep, ids, matrices, x):
+    received = ep.dispatch(x.detach(), ids)
+    return ep.combine(received.x * x.sum(), received.handle)
+
+
+@pytest.mark.parametrize("forward", [only_dispatched, only_combined, over_ranks])
+def test_the_object_lives_until_the_backward(forward):
     layer = LAYERS["plain"]
     x = layer.inputs(0)["x"].requires_grad_()
-    out = over_ranks(layer.make(None), layer.ids(0), layer.matrices(), x)
+    out = forward(layer.make(None), layer.ids(0), layer.matrices(), x)
     gc.collect()
     out.sum().backward()
     assert x.grad.any()
+
+
+def test_a_loss_that_is_a_sum():
+    """Its gradient is one number, expanded."""
+    layer = LAYERS["plain"]
+
+    def fn(ctx):
+        ep = layer.make(ctx.ep_group)
+        inputs = {name: value.requires_grad_() for name, value in layer.inputs(ep.rank).items()}
+        received = ep.dispatch(inputs["x"], layer.ids(ep.rank), inputs["weights"])
+        out = ep.combine(received.x, received.handle)
+        (out.sum() + received.x.sum() + received.weights.sum()).backward()
+        return inputs["x"].grad, inputs["weights"].grad
+
+    for rank, (x_grad, weights_grad) in enumerate(testing.run_local(2, fn)):
+        x, weights = (layer.inputs(rank)[name] for name in ("x", "weights"))
+        expected = (weights.sum(1, keepdim=True) + layer.top_k).expand_as(x)
+        torch.testing.assert_close(x_grad, expected, **EXACT)
+        expected = (x.sum(1, keepdim=True) + 1).expand_as(weights)
+        torch.testing.assert_close(weights_grad, expected, **EXACT)
+
+
+def test_going_backward_voids_lent_memory():
+    layer = LAYERS["plain"]
+
+    def fn(ctx):
+        ep = layer.make(ctx.ep_group)
+        x, ids = layer.inputs(ep.rank)["x"].requires_grad_(), layer.ids(ep.rank)
+        first, second = ep.dispatch(x, ids), ep.dispatch(x, ids)
+        rows = ep.output_rows(second.handle)
+        first.x.sum().backward()
+        with pytest.raises(ArgumentValueError, match="output_rows"):
+            ep.combine(rows, second.handle)
+
+    testing.run_local(2, fn)
 
 
 def test_there_are_no_second_derivatives():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import threading
 
 import compilers
 import harness
@@ -24,8 +25,10 @@ from moe_triton import (
     ArgumentTypeError,
     ArgumentValueError,
     MoeError,
+    PeerAbortError,
     SequenceError,
     UnavailableError,
+    testing,
 )
 from moe_triton.expert_parallel.exchange import Exchange
 
@@ -89,6 +92,25 @@ def test_the_eager_gradients(name, backend):
                 torch.testing.assert_close(got[key], expected[key], **CLOSE, msg=key)
 
 
+def test_gradients_of_quantised_layers():
+    """The weights have some, the tokens have none."""
+    layer = dataclasses.replace(ALONE, dtype=torch.float32, options=(("quant", "int8"),))
+
+    def forward(ep, ids, matrices, x, weights):
+        received = ep.dispatch(x, ids, weights)
+        y = (received.x.float() * received.scales[:, None]) * matrices.mean()
+        return ep.combine(y, received.handle)
+
+    with layer.make(None) as ep:
+        expected = rank_gradients(layer, ep, forward)
+        compiled = torch.compile(forward, backend="aot_eager", fullgraph=True)
+        got = rank_gradients(layer, ep, compiled)
+    assert got["x"] is expected["x"] is None
+    for key in ("weights", "matrices", "out"):
+        torch.testing.assert_close(got[key], expected[key], msg=key)
+        assert got[key].any()
+
+
 @backends
 def test_halves(backend):
     with ALONE.make(None, in_flight=2) as ep:
@@ -143,27 +165,40 @@ def record(monkeypatch, made, name, describe) -> None:
 
 
 def test_a_handle_from_compiled_code():
+    """It is good for eager code, and whatever becomes of the caller's routing."""
     with ALONE.make(None) as ep:
-        inputs, ids = ALONE.inputs(0), ALONE.ids(0)
+        inputs, ids = ALONE.inputs(0), ALONE.ids(0).int()
+        expected = over_ranks(ep, ids, ALONE.matrices(), **inputs)
         dispatch = torch.compile(ep.dispatch, backend="aot_eager", fullgraph=True)
         received = dispatch(inputs["x"], ids, inputs["weights"])
+        ids.zero_()
+        inputs["weights"].zero_()
         rows = ep.output_rows(received.handle)
         rows.copy_(apply_experts(received, ALONE.matrices())[: len(rows)])
         out = ep.combine(rows, received.handle)
-        expected = over_ranks(ep, ids, ALONE.matrices(), **inputs)
         torch.testing.assert_close(out, expected, rtol=0, atol=0)
 
 
-def test_a_half_from_compiled_code():
+def test_halves_from_compiled_code():
+    """They can be torn down by eager code, once."""
     with ALONE.make(None) as ep:
         inputs, ids = ALONE.inputs(0), ALONE.ids(0)
-        setup = torch.compile(ep.dispatch_setup, backend="aot_eager", fullgraph=True)
-        pending = setup(inputs["x"], ids, inputs["weights"])
-        received = ep.dispatch_teardown(pending)
-        assert received.num_tokens == ids.numel()
-        with pytest.raises(SequenceError, match="torn down once"):
-            ep.dispatch_teardown(pending)
-        ep.dispatch_teardown(ep.dispatch_setup(inputs["x"], ids))
+        expected = over_ranks(ep, ids, ALONE.matrices(), **inputs)
+        start, go_on = (
+            torch.compile(setup, backend="aot_eager", fullgraph=True)
+            for setup in (ep.dispatch_setup, ep.combine_setup)
+        )
+        dispatching = start(inputs["x"], ids, inputs["weights"])
+        received = ep.dispatch_teardown(dispatching)
+        combining = go_on(apply_experts(received, ALONE.matrices()), received.handle)
+        torch.testing.assert_close(ep.combine_teardown(combining), expected, rtol=0, atol=0)
+        for teardown, pending in (
+            (ep.dispatch_teardown, dispatching),
+            (ep.combine_teardown, combining),
+        ):
+            with pytest.raises(SequenceError, match="torn down once"):
+                teardown(pending)
+        over_ranks(ep, ids, ALONE.matrices(), **inputs)
 
 
 def test_errors_are_the_same():
@@ -183,11 +218,20 @@ def test_errors_are_the_same():
         assert compiled(inputs["x"], ids).num_tokens == ids.numel()
 
 
-def test_exact_rows_cannot_be_compiled():
-    with ALONE.make(None, exact=True) as ep:
-        compiled = torch.compile(ep.dispatch, backend="aot_eager", fullgraph=True)
-        with pytest.raises(UnavailableError, match="exact"):
-            compiled(ALONE.inputs(0)["x"], ALONE.ids(0))
+def test_exact_rows_cannot_be_compiled(monkeypatch):
+    """The other ranks are told, who need not have asked for them. One rank seems to be compiled."""
+    compiled = threading.local()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: hasattr(compiled, "here"))
+    layer = TrainedLayer()
+
+    def fn(ctx):
+        ep = layer.make(ctx.ep_group, exact=ctx.rank == 0)
+        if ctx.rank == 0:
+            compiled.here = True
+        with pytest.raises([UnavailableError, PeerAbortError][ctx.rank], match="exact"):
+            ep.dispatch(layer.inputs(ctx.rank)["x"], layer.ids(ctx.rank))
+
+    testing.run_local(2, fn)
 
 
 # What is registered.

@@ -246,10 +246,10 @@ class Exchange:
 
         x = None
         if rows is not None:
-            x = back(self._call(op, gradient="of the tokens"), rows.contiguous(), Finish())
+            x = back(self._call(op, gradient="of the tokens"), rows, Finish())
         scalars = dataclasses.replace(self.config, hidden=1, dtype=self.config.weight_dtype)
         call = self._call(op, scalars, gradient="of the weights")
-        weights = back(call, row_weights.contiguous()[:, None], Finish(apart=True))
+        weights = back(call, row_weights[:, None], Finish(apart=True))
         return x, weights[:, : self.config.top_k, 0].contiguous()
 
     def _call(self, op: str, config: MoeConfig | None = None, **more: object) -> Call:

@@ -54,8 +54,6 @@ class Dispatch(torch.autograd.Function):
         ctx.save_for_backward(expert_ids, ends)
         ctx.name, ctx.owner = name, owner
         ctx.has_weights, ctx.has_rows = topk_weights is not None, rows.is_floating_point()
-        if not ctx.has_rows:
-            ctx.mark_non_differentiable(rows)
         return rows, row_weights
 
     @staticmethod

@@ -160,6 +160,13 @@ def test_opcheck(name, alone):
         torch.library.opcheck(op, args, kwargs, test_utils=utilities)
 
 
+@pytest.mark.parametrize("number", [True, 1.0, "1"])
+def test_numbers_that_the_dispatcher_would_convert(number, alone):
+    x, ids, _ = tensors()
+    with pytest.raises(ArgumentTypeError, match="ep_world_size must be an integer"):
+        torch_npu.npu_moe_distribute_dispatch(x, ids, alone, number, 0, E)
+
+
 # Shapes known in advance.
 
 
