@@ -201,6 +201,13 @@ WORLDS = {
         [(6, 1), (6, 1), (24, 2), (24, 2)],
     ),
     "pairs": (4, 2, {"moe_expert_num": 2}, [3, 3, 3, 3], [(6, 1), (6, 1)]),
+    "more slots than words": (
+        2,
+        1,
+        {"moe_expert_num": 258, "shared_expert_rank_num": 1},
+        [1, 1],
+        [(2, 1), (516, 258)],
+    ),
 }
 
 
@@ -210,7 +217,7 @@ WORLDS = {
 def test_static_shapes(case, version, quant_mode):
     world, tp, group, batches, sizes = WORLDS[case]
     suffix = "_v2" if version == 2 else ""
-    top_k, int32 = 2, torch.int32
+    top_k, int32 = 258 if case == "more slots than words" else 2, torch.int32
 
     def calls(ctx):
         given = {
