@@ -32,11 +32,10 @@ _NOWHERE = tl.constexpr(NOWHERE)
 
 @triton.jit
 def _experts(expert_ids_ptr, position, num_positions, num_experts):
-    """Experts at positions, E for what is not sent, E + 1 past the end."""
+    """Experts at positions, E for what is not sent; past the end too, where nothing follows."""
     expert = tl.load(expert_ids_ptr + position, mask=position < num_positions, other=-1)
     sent = (expert >= 0) & (expert < num_experts)
-    expert = tl.where(sent, expert, num_experts).to(tl.int32)
-    return tl.where(position < num_positions, expert, num_experts + 1)
+    return tl.where(sent, expert, num_experts).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["num_positions", "num_experts"])
@@ -84,12 +83,12 @@ def _histogram_kernel(
     num_experts,
     num_blocks,
     BLOCK: tl.constexpr,
-    BINS: tl.constexpr,  # a power of two above E + 1
+    BINS: tl.constexpr,  # a power of two above E
 ):
     row_size = (num_experts + 1).to(tl.int64)
     for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
         position = block * BLOCK + tl.arange(0, BLOCK)
-        # Triton 3.2 has no mask here: what is past the end has a bin of its own, the one after E.
+        # Triton 3.2 has no mask here: what is past the end comes last in the last bin.
         expert = _experts(expert_ids_ptr, position, num_positions, num_experts)
         bins = tl.arange(0, BINS)
         tl.store(
@@ -225,7 +224,7 @@ def _plan_many(
     sizes = (ids.numel(), num_experts, num_blocks)
     programs = min(num_blocks, shape.num_programs)
     _histogram_kernel[(programs,)](
-        ids, histogram, *sizes, BLOCK=block, BINS=triton.next_power_of_2(num_experts + 2)
+        ids, histogram, *sizes, BLOCK=block, BINS=triton.next_power_of_2(bins)
     )
     tile = launch.one_program(device, num_blocks, shape.experts)
     _starts_kernel[(min(triton.cdiv(bins, tile.block), shape.num_programs),)](

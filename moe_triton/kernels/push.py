@@ -30,7 +30,7 @@ from . import launch
 from ._checks import FLOATS, INDICES, check_tensor
 from .quantize import split_rows, write_rows
 
-_NO_ROLE = -(2**31)  # a rank of a shared expert that belongs to other ranks
+_NO_ROLE = tl.constexpr(-(2**31))  # a rank with a shared expert that serves other ranks
 _TABLE_COLUMNS = tl.constexpr(5)
 _NOWHERE = tl.constexpr(NOWHERE)
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
@@ -87,7 +87,7 @@ def _write_headers_kernel(
             tl.store(weights_out + place, weight.to(WEIGHT), mask=mask)
 
     # A token takes part if any of its slots does.
-    is_shared = (role < 0) & (role >= -num_shared)
+    is_shared = (role < 0) & (role != _NO_ROLE)
     slot = tl.arange(0, SLOTS)
     num_active = 0
     for begin in range(0, tl.where(first_part, num_tokens, 0), TOKENS):
@@ -158,7 +158,9 @@ def push(
     write_rows(op, x, fmt, payload, scales, smooth, expert_ids=per_slot, num_slots=num_slots)
 
     weight_dtype = None if headers[0].weights is None else headers[0].weights.dtype
-    line = launch.line(device, num_tokens * top_k, others=len(headers))
+    num_experts = len(routing.counts)
+    work = max(num_tokens * top_k, num_experts)
+    line = launch.line(device, work, others=len(headers))
     slots = triton.next_power_of_2(top_k)
     _write_headers_kernel[(len(headers), line.num_programs)](
         _header_table(headers, tuple(shared_targets), num_shared_ranks, device),
@@ -169,7 +171,7 @@ def push(
         num_tokens,
         top_k,
         len(shared_targets),
-        len(routing.counts),
+        num_experts,
         experts_per_rank,
         WEIGHT=None if weight_dtype is None else _TRITON_DTYPES[weight_dtype],
         BLOCK=line.block,
@@ -205,7 +207,7 @@ def _table_of(
     num_shared_ranks: int,
     device: torch.device,
 ) -> torch.Tensor:
-    roles = [_NO_ROLE] * num_shared_ranks + [*range(len(addresses) - num_shared_ranks)]
+    roles = [_NO_ROLE.value] * num_shared_ranks + [*range(len(addresses) - num_shared_ranks)]
     for shared, rank in enumerate(shared_targets):
         roles[rank] = -1 - shared
     records = [(*record, role) for record, role in zip(addresses, roles, strict=True)]
