@@ -118,7 +118,7 @@ def _starts_kernel(
             for first_block in range(0, num_blocks, BLOCKS):
                 block = first_block + tl.arange(0, BLOCKS)
                 at = block.to(tl.int64)[:, None] * bins + expert[None, :]
-                mask = (block < num_blocks)[:, None] & (expert < begin)[None, :]
+                mask = (block < num_blocks)[:, None]
                 lower += tl.sum(tl.load(histogram_ptr + at, mask=mask, other=0), axis=0)
         expert = begin + tl.arange(0, EXPERTS)
         total = tl.zeros([EXPERTS], tl.int32)

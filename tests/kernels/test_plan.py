@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import hypothesis
 import hypothesis.strategies as st
 import pytest
@@ -68,6 +70,12 @@ def test_all_tokens_to_one_expert(num_tokens, expert, device):
 )
 def test_plans_of_any_size(num_tokens, top_k, num_experts, seed, device):
     assert_same_plan(draw(num_tokens, top_k, num_experts, device, seed), num_experts)
+
+
+def test_more_blocks_than_are_summed_at_a_time(device, monkeypatch):
+    few = dataclasses.replace(launch.policy(device), tile=512, compared=0, ranked=4)
+    monkeypatch.setattr(launch, "policy", lambda device: few)
+    assert_same_plan(draw(150, 4, 5, device), 5)
 
 
 def test_strided_and_64_bit_ids(device):
