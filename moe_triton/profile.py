@@ -179,8 +179,7 @@ class Profile:
             ("comm_quant_mode", "be", comm_quant_mode, limits.comm_quant_modes),
             ("comm_type", "be", comm_type, limits.comm_types),
         ):
-            if got is not None and values is not None and got not in values:
-                raise ArgumentValueError(op, argument, f"{contract} {_words(values)} {where}", got)
+            _check_value(op, argument, contract, got, values, where)
         if float8 is not None and not limits.float8:
             raise ArgumentTypeError(op, float8, f"not be a float8 {where}", "one")
         if float16 and not limits.float16:
@@ -197,6 +196,27 @@ class Profile:
                 raise ArgumentValueError(op, argument, f"be None {where}", "a tensor")
             if given is False and argument in limits.required:
                 raise ArgumentValueError(op, argument, f"be given {where}", None)
+
+    def check_replicas(
+        self, op: str, *, num_tokens: int, top_k: int, num_experts: int, world_size: int | None
+    ) -> None:
+        """What ``check`` does, for the op that replaces experts by their replicas.
+
+        Args:
+            op: name of the op.
+            num_tokens: BS.
+            top_k: K.
+            num_experts: experts before they are replaced.
+            world_size: W, or None where it does not matter.
+        """
+        limits, where = self._limits("eplb", op, "", combine=False)
+        for argument, contract, got, values in (
+            ("expert_ids", "have a BS", num_tokens, limits.tokens),
+            ("expert_ids", "have a K", top_k, limits.top_k),
+            ("eplb_table", "have an E", num_experts, limits.experts),
+            ("world_size", "be", world_size, limits.world_sizes),
+        ):
+            _check_value(op, argument, contract, got, values, where)
 
     def _limits(self, family: str, op: str, comm_alg: str, *, combine: bool) -> tuple[Limits, str]:
         """The limits under an algorithm, and the words for where they hold."""
@@ -217,6 +237,14 @@ def _environment_says_hierarchy() -> bool:
     """Whether the two switches of A2 choose its hierarchical algorithm."""
     pcie, roce = (os.environ.get(f"HCCL_INTRA_{bus}_ENABLE") for bus in ("PCIE", "ROCE"))
     return (pcie, roce) == ("1", "0")
+
+
+def _check_value(
+    op: str, argument: str, contract: str, got: int | None, values: Values | None, where: str
+) -> None:
+    """``got`` is among the values, if there is something to compare."""
+    if got is not None and values is not None and got not in values:
+        raise ArgumentValueError(op, argument, f"{contract} {_words(values)} {where}", got)
 
 
 def _words(values: Values) -> str:

@@ -13,7 +13,15 @@ from ..ops.arguments import GroupArguments
 from ..ops.combine import distribute_combine
 from ..ops.dispatch import DispatchOutput, distribute_dispatch
 from ..ops.library import Operator
-from ..ops.names import COMBINE, COMBINE_ADD_RMS_NORM, COMBINE_V2, DISPATCH, DISPATCH_V2
+from ..ops.names import (
+    COMBINE,
+    COMBINE_ADD_RMS_NORM,
+    COMBINE_V2,
+    DISPATCH,
+    DISPATCH_V2,
+    UPDATE_EXPERT,
+)
+from ..ops.replicas import update_expert as run_update_expert
 from ..ops.shapes import combine_output, dispatch_outputs
 
 _GROUP_FIELDS = {field.name for field in dataclasses.fields(GroupArguments)}
@@ -153,4 +161,17 @@ combine_add_rms_norm = Operator(
     "(Tensor y, Tensor rstd_out, Tensor x)",
     run=functools.partial(_combine_add_rms_norm, COMBINE_ADD_RMS_NORM),
     outputs=_combine_add_rms_norm_outputs,
+)
+
+update_expert = Operator(
+    UPDATE_EXPERT,
+    "Tensor expert_ids, Tensor eplb_table, *, Tensor? expert_scales=None, "
+    "Tensor? pruning_threshold=None, Tensor? active_mask=None, int local_rank_id=-1, "
+    "int world_size=-1, int balance_mode=0",
+    "(Tensor balanced_expert_ids, Tensor balanced_active_mask)",
+    run=run_update_expert,
+    outputs=lambda *, expert_ids, **_: (
+        torch.empty_like(expert_ids),
+        torch.empty_like(expert_ids, dtype=torch.bool),
+    ),
 )

@@ -27,6 +27,8 @@ _KINDS: dict[str, Any] = {
 class Operator:
     """An op that sends, as a custom op without gradients.
 
+    What does not send may be one too, so that it is not taken apart by compilers.
+
     Args:
         name: in the namespace ``moe_triton``.
         arguments: of the schema, after the token.

@@ -24,15 +24,25 @@ def device_steps(device: torch.device) -> DeviceSteps:
     return _table(get_backend(device))
 
 
+def local_step(name: str, device: torch.device) -> Callable[..., Any]:
+    """A step that no transport needs, by its name in ``ref``; errors as above."""
+    return _step(get_backend(device), name)
+
+
 @functools.cache
 def _table(backend: str) -> DeviceSteps:
     names = [field.name for field in dataclasses.fields(DeviceSteps)]
+    return DeviceSteps(**{name: _step(backend, name) for name in names})
+
+
+@functools.cache
+def _step(backend: str, name: str) -> Callable[..., Any]:
     if backend == "cpu":
-        return DeviceSteps(**{name: getattr(ref, name) for name in names})
+        return getattr(ref, name)
     assert backend == "interpret"
     # Only here: importing the kernels imports Triton, as an interpreter or not.
     kernels = importlib.import_module("moe_triton.kernels")
-    return DeviceSteps(**{name: _one_at_a_time(getattr(kernels, name)) for name in names})
+    return _one_at_a_time(getattr(kernels, name))
 
 
 def _one_at_a_time(step: Callable[..., Any]) -> Callable[..., Any]:

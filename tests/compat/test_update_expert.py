@@ -1,0 +1,199 @@
+"""Replicas of experts: the worked example, any table, refusals, and the chain around it."""
+
+from __future__ import annotations
+
+import harness
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+
+from moe_triton import MoeError, set_profile
+from moe_triton.compat import torch_npu
+
+TABLE = torch.tensor([[1, 5, 0, 0], [2, 0, 4, 0], [3, 1, 3, 6], [2, 7, 2, 0]], dtype=torch.int32)
+IDS = torch.tensor([[0, 1], [2, 3], [1, 2]], dtype=torch.int32)
+WEIGHTS = torch.tensor([[0.75, 0.25], [0.5, 0.5], [0.9, 0.1]])
+update = torch_npu.npu_moe_update_expert
+
+
+# 13 #33: the replica is that of the rank, not always the first; 13 #34: its id comes out.
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    "ranks, expected",
+    [
+        ((0, 1, 2), [[5, 0], [1, 7], [0, 1]]),
+        ((3,), [[5, 0], [3, 7], [0, 3]]),
+        ((4, 5), [[5, 4], [3, 2], [4, 3]]),
+        ((6, 7), [[5, 4], [6, 2], [4, 6]]),
+    ],
+)
+def test_worked_example_by_rank(ranks, expected, dtype):
+    for rank in ranks:
+        ids, mask = update(IDS.to(dtype), TABLE, local_rank_id=rank, world_size=8)
+        assert ids.dtype == dtype
+        assert ids.tolist() == expected
+        assert mask.all() and mask.dtype == torch.bool and mask.shape == ids.shape
+
+
+def test_worked_example_by_token():
+    ids, _ = update(IDS, TABLE, balance_mode=1)
+    assert ids.tolist() == [[5, 0], [3, 2], [0, 6]]
+
+
+@pytest.mark.parametrize("shape", [(2,), (1, 2)])
+def test_worked_example_of_pruning(shape):
+    """13 #35: a weight that is just the threshold stays."""
+    _, mask = update(
+        IDS,
+        TABLE,
+        expert_scales=WEIGHTS,
+        pruning_threshold=torch.tensor([0, 0.3]).view(shape),
+        active_mask=torch.tensor([True, True, False]),
+        balance_mode=1,
+    )
+    assert mask.tolist() == [[True, False], [True, True], [False, False]]
+    _, mask = update(
+        IDS,
+        TABLE,
+        expert_scales=WEIGHTS,
+        pruning_threshold=torch.tensor([0.75, 0.5]),
+        balance_mode=1,
+    )
+    assert mask.tolist() == [[True, False], [False, True], [True, False]]
+
+
+def test_a_mask_alone_goes_through():
+    _, mask = update(IDS, TABLE, active_mask=torch.tensor([True, False, False]), balance_mode=1)
+    assert mask.tolist() == [[True, True], [False, False], [False, False]]
+
+
+@hypothesis.given(st.data())
+def test_any_table(data):
+    """Against the formula, entry by entry."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**31 - 1)))
+    experts, world = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))
+    columns = data.draw(st.integers(2, world + 1))
+    tokens, top_k = data.draw(st.integers(0, 6)), data.draw(st.integers(1, experts))
+    mode, rank = data.draw(st.integers(0, 1)), data.draw(st.integers(0, world - 1))
+    table = rng.integers(0, 100, (experts, columns)).astype(np.int32)
+    table[:, 0] = rng.integers(1, columns, experts)
+    ids = rng.integers(0, experts, (tokens, top_k)).astype(np.int32)
+    found, _ = update(
+        harness.strided(torch.from_numpy(ids), "columns"),
+        harness.strided(torch.from_numpy(table), "transposed"),
+        local_rank_id=rank,
+        world_size=world,
+        balance_mode=mode,
+    )
+    for token in range(tokens):
+        for slot in range(top_k):
+            row = table[ids[token, slot]]
+            number = rank // -(-world // row[0]) if mode == 0 else token % row[0]
+            assert found[token, slot] == row[1 + number]
+
+
+def without_replicas():
+    table = TABLE.clone()
+    table[2, 0] = 0
+    return table
+
+
+BAD = {
+    "ids None": ({"expert_ids": None}, 161001, "expert_ids"),
+    "table None": ({"eplb_table": None}, 161001, "eplb_table"),
+    "ids float": ({"expert_ids": IDS.float()}, 161002, "expert_ids"),
+    "table int64": ({"eplb_table": TABLE.long()}, 161002, "eplb_table"),
+    "weights half": ({"expert_scales": WEIGHTS.half()}, 161002, "expert_scales"),
+    "mask int": ({"active_mask": IDS[:, 0]}, 161002, "active_mask"),
+    "world size text": ({"world_size": "8"}, 161002, "world_size"),
+    "ids 1-D": ({"expert_ids": IDS[0]}, 561002, "expert_ids"),
+    "table 1-D": ({"eplb_table": TABLE[0]}, 561002, "eplb_table"),
+    "K above E": ({"expert_ids": IDS.repeat(1, 3)}, 561002, "expert_ids"),
+    "F 1": ({"eplb_table": TABLE[:, :1]}, 561002, "eplb_table"),
+    "F above W + 1": ({"world_size": 2, "local_rank_id": 1}, 561002, "eplb_table"),
+    "rank W": ({"local_rank_id": 8}, 561002, "local_rank_id"),
+    "no rank": ({"local_rank_id": -1}, 561002, "local_rank_id"),
+    "no world": ({"world_size": -1}, 561002, "world_size"),
+    "mode 2": ({"balance_mode": 2}, 561002, "balance_mode"),
+    "id E": ({"expert_ids": IDS + 1}, 561002, "expert_ids"),
+    "id negative": ({"expert_ids": IDS - 1}, 561002, "expert_ids"),
+    "no replicas": ({"eplb_table": without_replicas()}, 561002, "eplb_table"),
+    "more than F": ({"eplb_table": TABLE[:, :3]}, 561002, "eplb_table"),
+    "weights alone": ({"expert_scales": WEIGHTS}, 561002, "pruning_threshold"),
+    "threshold alone": ({"pruning_threshold": torch.ones(2)}, 561002, "expert_scales"),
+    "threshold K + 1": (
+        {"pruning_threshold": torch.ones(3), "expert_scales": WEIGHTS},
+        561002,
+        "pruning_threshold",
+    ),
+    "mask 2-D": ({"active_mask": WEIGHTS > 0}, 561002, "active_mask"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_refused(name):
+    changes, code, argument = BAD[name]
+    given = {"expert_ids": IDS, "eplb_table": TABLE, "local_rank_id": 3, "world_size": 8} | changes
+    with pytest.raises(MoeError) as caught:
+        update(**given)
+    assert (caught.value.code, caught.value.argument) == (code, argument)
+
+
+@pytest.mark.parametrize(
+    "changes, argument",
+    [
+        ({"world_size": 1, "eplb_table": TABLE[:, :2].clamp(max=1)}, "world_size"),
+        ({"world_size": 769}, "world_size"),
+        ({"expert_ids": torch.zeros(513, 2, dtype=torch.int32)}, "expert_ids"),
+        ({"expert_ids": torch.zeros(0, 2, dtype=torch.int32)}, "expert_ids"),
+        ({"eplb_table": torch.ones(1025, 4, dtype=torch.int32)}, "eplb_table"),
+    ],
+)
+def test_refused_on_a3(changes, argument):
+    given = {"expert_ids": IDS, "eplb_table": TABLE, "local_rank_id": 0, "world_size": 8} | changes
+    if "world_size" not in changes or changes["world_size"] > 1:
+        update(**given)
+    set_profile("a3")
+    try:
+        with pytest.raises(MoeError) as caught:
+            update(**given)
+    finally:
+        set_profile(None)
+    assert (caught.value.code, caught.value.argument) == (561002, argument)
+
+
+def test_the_chain():
+    """Replicas, dispatch_v2, combine with RMSNorm: as if each expert were only there once."""
+    table = torch.tensor([[2, 0, 2], [2, 3, 1]], dtype=torch.int32)
+    logical = [0, 1, 0, 1]  # what each of the 4 physical experts is a replica of
+    x = torch.arange(1, 13).view(3, 4).bfloat16()
+    ids, weights = torch.tensor([[0, 1], [1, 0], [0, 1]], dtype=torch.int32), torch.ones(3, 2) / 2
+    threshold = torch.tensor([0.0, 0.6])  # the second slot goes
+
+    def fn(ctx):
+        where = (ctx.ep_group, 2, ctx.ep_rank, 4)
+        balanced, mask = update(
+            ids,
+            table,
+            expert_scales=weights,
+            pruning_threshold=threshold,
+            local_rank_id=ctx.ep_rank,
+            world_size=2,
+        )
+        rows, _, assist, nums, counts, *_ = torch_npu.npu_moe_distribute_dispatch_v2(
+            x, balanced, *where, x_active_mask=mask
+        )
+        local = torch.arange(2).repeat_interleave(nums)
+        factor = torch.tensor([logical[2 * ctx.ep_rank + int(i)] + 1 for i in local])
+        rows[: len(local)] *= factor[:, None]
+        residual, gamma = torch.zeros(3, 1, 4).bfloat16(), torch.ones(4).bfloat16()
+        _, _, total = torch_npu.npu_moe_distribute_combine_add_rms_norm(
+            rows, balanced, assist, counts, weights, residual, gamma, *where, x_active_mask=mask
+        )
+        return total[:, 0]
+
+    expected = x * (ids[:, :1] + 1) / 2
+    for total in harness.run_world("local", 2, fn):
+        assert torch.equal(total, expected)
