@@ -130,6 +130,13 @@ def test_blocks(x_dtype, block, scale_dtype, device):
     assert_all_same_bits(actual, ref.quantize_blocks(x, block, scale_dtype))
 
 
+def test_a_nan_of_all_ones_stays_one_in_bf16(device):
+    x = torch.full((1, 8), 0x7FFFFFFF, dtype=torch.int32, device=device).view(torch.float32)
+    q, scale = kernels.quantize_blocks(x, 8, torch.bfloat16)
+    assert q.tolist() == [[0] * 8]
+    assert scale.isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 def test_every_half_converts_to_float8(dtype, device):
     # With the largest value in each row the factor is 1, and the other values come out rounded.
