@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import shapes, split
 from ..ops.arguments import GroupArguments
 from ..ops.combine import distribute_combine
 from ..ops.dispatch import DispatchOutput, distribute_dispatch
@@ -16,8 +17,12 @@ from ..ops.library import Operator
 from ..ops.names import (
     COMBINE,
     COMBINE_ADD_RMS_NORM,
+    COMBINE_SETUP,
+    COMBINE_TEARDOWN,
     COMBINE_V2,
     DISPATCH,
+    DISPATCH_SETUP,
+    DISPATCH_TEARDOWN,
     DISPATCH_V2,
     UPDATE_EXPERT,
 )
@@ -99,6 +104,24 @@ def _combine_add_rms_norm_outputs(
     return torch.empty_like(x), x.new_empty((len(x), 1, 1), dtype=torch.float32), x
 
 
+def _dispatch_setup_outputs(**given: Any) -> tuple[Tensor, ...]:
+    names = ("x", "expert_ids", "arguments", "quant_mode", "y_dtype")
+    arguments = _grouped(given)
+    return shapes.dispatch_setup_outputs(**{name: arguments[name] for name in names})
+
+
+def _dispatch_teardown_outputs(**given: Any) -> tuple[Tensor | None, ...]:
+    names = ("x", "y", "expert_ids", "arguments", "quant_mode")
+    arguments = _grouped(given)
+    return shapes.dispatch_teardown_outputs(**{name: arguments[name] for name in names})
+
+
+def _combine_setup_outputs(**given: Any) -> tuple[Tensor, Tensor]:
+    names = ("expand_x", "expert_ids", "arguments")
+    arguments = _grouped(given)
+    return shapes.combine_setup_outputs(**{name: arguments[name] for name in names})
+
+
 dispatch = Operator(
     DISPATCH,
     f"Tensor x, Tensor expert_ids, {_GROUP}, *, Tensor? scales=None, Tensor? x_active_mask=None, "
@@ -174,4 +197,51 @@ update_expert = Operator(
         torch.empty_like(expert_ids),
         torch.empty_like(expert_ids, dtype=torch.bool),
     ),
+)
+
+_SPLIT = (
+    "int expert_shard_type=0, int shared_expert_num=1, int shared_expert_rank_num=0, "
+    "int quant_mode=0, int global_bs=0"
+)
+_SPLIT_BACK = (
+    "int expert_shard_type=0, int shared_expert_num=1, int shared_expert_rank_num=0, "
+    'int global_bs=0, int comm_quant_mode=0, int comm_type=0, str comm_alg=""'
+)
+
+dispatch_setup = Operator(
+    DISPATCH_SETUP,
+    f"Tensor x, Tensor expert_ids, {_GROUP}, *, Tensor? scales=None, Tensor? x_active_mask=None, "
+    f'{_SPLIT}, int comm_type=0, str comm_alg="", int? y_dtype=None',
+    "(Tensor y, Tensor expand_idx, Tensor comm_cmd_info)",
+    run=lambda **given: split.dispatch_setup(**_grouped(given)),
+    outputs=_dispatch_setup_outputs,
+)
+
+dispatch_teardown = Operator(
+    DISPATCH_TEARDOWN,
+    f"Tensor x, Tensor y, Tensor expert_ids, Tensor comm_cmd_info, {_GROUP}, "
+    f'{_SPLIT}, int expert_token_nums_type=1, int comm_type=0, str comm_alg=""',
+    "(Tensor expand_x, Tensor dynamic_scales, Tensor assist_info_for_combine, "
+    "Tensor expert_token_nums)",
+    run=lambda **given: split.dispatch_teardown(**_grouped(given)),
+    outputs=_dispatch_teardown_outputs,
+)
+
+combine_setup = Operator(
+    COMBINE_SETUP,
+    f"Tensor expand_x, Tensor expert_ids, Tensor assist_info_for_combine, {_GROUP}, *, "
+    f"{_SPLIT_BACK}",
+    "(Tensor quant_expand_x, Tensor comm_cmd_info)",
+    run=lambda **given: split.combine_setup(**_grouped(given)),
+    outputs=_combine_setup_outputs,
+)
+
+combine_teardown = Operator(
+    COMBINE_TEARDOWN,
+    "Tensor expand_x, Tensor quant_expand_x, Tensor expert_ids, Tensor expand_idx, "
+    f"Tensor expert_scales, Tensor comm_cmd_info, {_GROUP}, *, Tensor? x_active_mask=None, "
+    f"Tensor? shared_expert_x=None, {_SPLIT_BACK}",
+    "Tensor",
+    run=lambda **given: split.combine_teardown(**_grouped(given)),
+    outputs=_combine_outputs,
 )

@@ -89,6 +89,7 @@ def check_dispatch(
     y_dtype: object = None,
     x_dtype: object = None,
     scales_dtype: object = None,
+    comm_type: int = 0,
 ) -> Dispatch:
     """The call that these arguments make, or the error of the first that is wrong."""
     checks.required(op, x=x, expert_ids=expert_ids)
@@ -119,6 +120,7 @@ def check_dispatch(
         **sizes(arguments, topology, x, expert_ids, max_tokens),
         quant_mode=quant_mode,
         float8=_float8(rows, named["y_dtype"]),
+        comm_type=comm_type,
         masked=x_active_mask is not None,
         elastic=elastic_info is not None,
         with_scales=scales is not None,

@@ -21,8 +21,12 @@ def check_tokens(
     x_active_mask: torch.Tensor | None,
     elastic: ScaledDown | None,
     topology: Topology,
+    *,
+    with_ids: bool = True,
 ) -> tuple[int, torch.Tensor | None]:
     """Check shapes and values that dispatch and combine share.
+
+    ``with_ids`` is False where the values of the ids are for later, as the mask comes then.
 
     Returns:
         The largest batch of any rank, and the [BS, K] slots that take part, None for all.
@@ -59,6 +63,8 @@ def check_tokens(
         ):
             contract = f"go without {argument} when it is 'fullmesh_v2'"
             checks.value(op, "comm_alg", not given, contract, f"{argument} as well")
+    if not with_ids:
+        return max_tokens, active
     # Special experts follow the routed ones that are left.
     num_experts = (topology if elastic is None else elastic.topology).num_experts
     checks.expert_ids(op, "expert_ids", expert_ids, num_experts, num_special=special, active=active)

@@ -20,8 +20,10 @@ def received_counts(
     rank: int,
     ends: torch.Tensor,
     arguments: GroupArguments,
+    *,
+    name: str = "ep_send_counts",
 ) -> torch.Tensor:
-    """[L, W] int32 rows of this rank, from ep_send_counts."""
+    """[L, W] int32 rows of this rank, from their prefix sums."""
     local = topology.num_local_experts(rank)
     size = topology.world_size * local
     if arguments.has_tp and len(ends) == size:
@@ -29,7 +31,7 @@ def received_counts(
     else:
         length = size * (2 if arguments.has_tp else 1)
         meaning = "(W * T * L,)" if arguments.has_tp else "(W * L,)"
-        checks.shape(op, "ep_send_counts", ends, (length,), meaning, ends.device)
+        checks.shape(op, name, ends, (length,), meaning, ends.device)
     left = config.topology.world_size
     ends = ends[: local * left]
     counts = ends.diff(prepend=ends.new_zeros(1)).view(local, left)
@@ -38,7 +40,7 @@ def received_counts(
     if ends.device.type == "cpu":
         checks.value(
             op,
-            "ep_send_counts",
+            name,
             counts.numel() == 0 or (int(counts.min()) >= 0 and int(from_source.max()) <= most),
             f"be non-decreasing prefix sums with at most {most} rows from each rank, as dispatch "
             "returned them",

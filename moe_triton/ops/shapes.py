@@ -14,8 +14,10 @@ from ..topology import Topology
 from . import checks, formats
 from .arguments import GroupArguments
 from .dispatch import DispatchOutput
+from .messages import message_format, quant_row_bytes
 from .names import DISPATCH_V2
 from .returned import ASSIST_WORDS
+from .split import RECORD
 
 
 def dispatch_outputs(
@@ -59,6 +61,62 @@ def combine_output(expand_x: torch.Tensor, expert_ids: torch.Tensor) -> torch.Te
     return expand_x.new_empty((num_tokens, hidden))
 
 
+def dispatch_setup_outputs(
+    x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    arguments: GroupArguments,
+    *,
+    quant_mode: int = 0,
+    y_dtype: object = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What ``split.dispatch_setup`` returns for these arguments, with no values yet."""
+    (num_tokens, top_k), (_, hidden) = _sizes(expert_ids), _sizes(x)
+    kind = _rows_of("", x, None, quant_mode, y_dtype, None, None)
+    topology = _topology(arguments)
+    fmt = message_format(kind.quant, x.dtype, hidden)
+    rows = num_tokens * (top_k + topology.num_shared_experts)
+    records = rows + topology.world_size * topology.experts_per_rank
+    return (
+        x.new_empty((rows, fmt.stride // kind.dtype.itemsize), dtype=kind.dtype),
+        x.new_empty(num_tokens * top_k, dtype=torch.int32),
+        x.new_empty(records * RECORD, dtype=torch.int32),
+    )
+
+
+def dispatch_teardown_outputs(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    expert_ids: torch.Tensor,
+    arguments: GroupArguments,
+    *,
+    quant_mode: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """What ``split.dispatch_teardown`` returns for these arguments, with no values yet."""
+    (num_tokens, top_k), (_, hidden) = _sizes(expert_ids), _sizes(x)
+    kind = _rows_of("", x, None, quant_mode, y.dtype, None, None)
+    rows, local = _capacity(arguments, num_tokens, top_k)
+    words = max(rows * ASSIST_WORDS, max(arguments.ep_world_size, 1) * local)
+    return (
+        x.new_empty((rows, hidden), dtype=kind.dtype),
+        _of_rows(kind.scales, rows),
+        x.new_empty(words, dtype=torch.int32),
+        x.new_empty(local, dtype=torch.int64),
+    )
+
+
+def combine_setup_outputs(
+    expand_x: torch.Tensor, expert_ids: torch.Tensor, arguments: GroupArguments
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What ``split.combine_setup`` returns for these arguments, with no values yet."""
+    (num_tokens, top_k), (_, hidden) = _sizes(expert_ids), _sizes(expand_x)
+    rows, _ = _capacity(arguments, num_tokens, top_k)
+    records = rows + max(arguments.ep_world_size, 1)
+    return (
+        expand_x.new_empty((rows, quant_row_bytes(hidden)), dtype=torch.int8),
+        expand_x.new_empty(records * RECORD, dtype=torch.int32),
+    )
+
+
 def _rows_of(
     op: str,
     x: torch.Tensor,
@@ -96,11 +154,11 @@ def _sizes(matrix: torch.Tensor) -> tuple[int, int]:
     return rows, columns
 
 
-def _capacity(arguments: GroupArguments, num_tokens: int, top_k: int) -> tuple[int, int]:
-    """A and L of this rank."""
-    world, rank = max(arguments.ep_world_size, 1), arguments.ep_rank_id
+def _topology(arguments: GroupArguments) -> Topology:
+    """Where the experts are; there are none where the arguments make no sense."""
+    world = max(arguments.ep_world_size, 1)
     try:
-        placement = checks.topology(
+        return checks.topology(
             "",
             world,
             arguments.moe_expert_num,
@@ -108,6 +166,12 @@ def _capacity(arguments: GroupArguments, num_tokens: int, top_k: int) -> tuple[i
             arguments.shared_expert_rank_num,
         )
     except MoeError:
-        placement = Topology(world, 0)
+        return Topology(world, 0)
+
+
+def _capacity(arguments: GroupArguments, num_tokens: int, top_k: int) -> tuple[int, int]:
+    """A and L of this rank."""
+    world, rank = max(arguments.ep_world_size, 1), arguments.ep_rank_id
+    placement = _topology(arguments)
     max_tokens = max(arguments.global_bs, 0) // world if arguments.global_bs else num_tokens
     return placement.capacity(rank, max_tokens, top_k), placement.num_local_experts(rank)
