@@ -31,6 +31,7 @@ RECORD = 16  # words of comm_cmd_info for each record that Ascend's ops send
 
 
 def _info(first: torch.Tensor, records: int, device: torch.device) -> torch.Tensor:
+    """comm_cmd_info for so many records: the number of the setup, then zeros."""
     info = torch.zeros(records * RECORD, dtype=torch.int32, device=device)
     info[:1] = first
     return info
@@ -43,12 +44,6 @@ def _group(arguments: GroupArguments) -> dict[str, Any]:
     found = {name: getattr(arguments, name) for name in names}
     shared = arguments.shared_expert_num if arguments.shared_expert_rank_num else 0
     return found | {"shared_expert_num": shared}
-
-
-def _check_way(op: str, comm_type: int, comm_alg: str) -> None:
-    checks.integers(op, comm_type=comm_type)
-    checks.value(op, "comm_type", 0 <= comm_type <= 2, "be in [0, 2]", comm_type)
-    checks.reserved(op, comm_alg=comm_alg)
 
 
 def dispatch_setup(
@@ -67,6 +62,7 @@ def dispatch_setup(
     ranks = Ranks.of(op, arguments, "gather")
     with ranks.told(op, "dispatch", None):
         checks.required(op, x=x, expert_ids=expert_ids)
+        checks.integers(op, comm_type=comm_type)
         checks.dtype(op, "x", x, checks.FLOATS)  # nothing would say what scales a teardown returns
         dispatch = check_dispatch(
             op,
@@ -80,7 +76,6 @@ def dispatch_setup(
             y_dtype=y_dtype,
             comm_type=comm_type,
         )
-        _check_way(op, comm_type, arguments.comm_alg)
         plan = dispatch.call.steps.plan(dispatch.tokens.expert_ids, dispatch.topology.num_experts)
         y = messages(dispatch)
     pending = ranks.ep.transport(op).dispatch_setup(dispatch.call, dispatch.tokens)
@@ -176,7 +171,7 @@ def combine_setup(
             op, expand_x=expand_x, expert_ids=expert_ids, assist_info_for_combine=assist
         )
         arguments.check_types(op)
-        checks.integers(op, comm_quant_mode=comm_quant_mode)
+        checks.integers(op, comm_quant_mode=comm_quant_mode, comm_type=comm_type)
         checks.dtype(op, "expand_x", expand_x, checks.FLOATS)
         checks.dtype(op, "expert_ids", expert_ids, (torch.int32,))
         checks.dtype(op, "assist_info_for_combine", assist, (torch.int32,))
@@ -191,7 +186,6 @@ def combine_setup(
             comm_quant_mode=comm_quant_mode,
             comm_type=comm_type,
         )
-        _check_way(op, comm_type, arguments.comm_alg)
         top_k, hidden = expert_ids.shape[1], expand_x.shape[1]
         check_return_quant(op, comm_quant_mode, arguments, hidden)
         capacity = topology.capacity(rank, max_tokens, top_k)

@@ -194,6 +194,7 @@ SETUP = {
     "x float8": ({"x": torch.ones(3, 2).to(torch.float8_e5m2)}, 161002, "x"),
     "ids int64": ({"expert_ids": torch.zeros(3, 2, dtype=torch.int64)}, 161002, "expert_ids"),
     "y_dtype HiFloat8": ({"y_dtype": 290, "quant_mode": 2}, 161002, "y_dtype"),
+    "comm_type text": ({"comm_type": "0"}, 161002, "comm_type"),
     "comm_type 3": ({"comm_type": 3}, 561002, "comm_type"),
     "comm_alg": ({"comm_alg": "fullmesh"}, 561002, "comm_alg"),
     "row 14": ({"quant_mode": 2, "scales": torch.ones(6, 2)}, 561002, "scales"),
