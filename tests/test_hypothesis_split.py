@@ -88,7 +88,7 @@ def test_processes(world):
 @pytest.mark.parametrize("world", harness.WORLDS)
 def test_many(world, record_evidence):
     tally = drawn.Tally()
-    sizes, examples = ([None], FULL + FULL // 10) if world == "local" else ([2, 3, 4], 3)
+    sizes, examples = ([None], FULL + FULL // 3) if world == "local" else ([2, 3, 4], 3)
     each = 1 if world == "local" else 4
     for size in sizes:
 

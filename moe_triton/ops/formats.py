@@ -215,8 +215,10 @@ def check_given(op: str, x: torch.Tensor, scales: torch.Tensor | None) -> None:
 
 def with_scales(x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """[T, bytes] uint8: tokens that are quantised already, each with its scales behind it."""
-    columns = scales.reshape(len(scales), scales.shape[1:].numel()).contiguous()
-    return torch.cat([x.contiguous().view(torch.uint8), columns.view(torch.uint8)], dim=1)
+    # Not contiguous(): of one row, torch keeps any strides.
+    columns = scales.new_empty((len(scales), scales.shape[1:].numel()))
+    columns.view(scales.shape).copy_(scales)
+    return torch.cat([x.view(torch.uint8), columns.view(torch.uint8)], dim=1)
 
 
 def without_scales(received: Received, rows: Rows, hidden: int) -> Received:

@@ -128,6 +128,20 @@ def test_given_codes_pass_as_they_are(world, scales, kind):
     assert torch.equal(found.view(torch.uint8), scales.view(torch.uint8))
 
 
+def test_one_given_scale_of_any_strides():
+    """torch calls one strided row contiguous."""
+    x = torch.tensor([[1, 2]], dtype=torch.uint8).view(E4M3)
+    where = {"ep_world_size": 1, "ep_rank_id": 0, "moe_expert_num": 1}
+    scales = torch.tensor([[3.0, 7.0]])[:, ::2]
+    ids = torch.zeros(1, 1, dtype=torch.int32)
+
+    def fn(ctx):
+        dispatch = torch_npu.npu_moe_distribute_dispatch
+        return dispatch(x, ids, group_ep=ctx.ep_group, scales=scales, **where)[1].tolist()
+
+    assert harness.run_world("local", 1, fn) == [[[3.0]]]
+
+
 def test_given_codes_may_come_as_bytes():
     x = torch.tensor([[1, 2, 3]], dtype=torch.uint8)
     scales = torch.tensor([[7, 9]], dtype=torch.uint8)
