@@ -22,8 +22,8 @@ from moe_triton.compat import torch_npu
 
 FULL = 300
 HEADING = "Drawn configurations of combine with RMSNorm against the definition"
-# Two roundings of y.
-TOLERANCE = {"bfloat16": 2.0**-7, "float16": 2.0**-10}
+# Two units in the last place of y, which is rounded twice.
+TOLERANCE = {"bfloat16": 2 * 2.0**-7, "float16": 2 * 2.0**-10}
 
 
 @st.composite
@@ -85,7 +85,7 @@ def check(config: drawn.Config) -> None:
         torch.testing.assert_close(rstd[:, 0, 0], wanted_rstd, rtol=1e-5, atol=0)
         dtype = config.group.dtype
         wanted_y = definition.to_tensor(wanted_y, dtype)
-        torch.testing.assert_close(y[:, 0], wanted_y, rtol=TOLERANCE[dtype] * 2, atol=1e-6)
+        torch.testing.assert_close(y[:, 0], wanted_y, rtol=TOLERANCE[dtype], atol=1e-6)
 
 
 @drawn.profile(30)
@@ -106,4 +106,6 @@ def test_many_in_threads(record_evidence):
 
     draw_and_check()
     assert len(tally.distinct) >= FULL
-    record_evidence(HEADING, tally.summary("threads"))
+    summary = tally.summary("threads")
+    equal = "all with x equal bit for bit, y and rstd within rounding"
+    record_evidence(HEADING, summary.replace("all equal bit for bit", equal))
