@@ -5,6 +5,13 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 SPEC := pyproject.toml constraints.txt
+# The compiler of triton-ascend, whose module is called triton too: an environment of its own, which
+# finds everything else in the one beside it.
+ASCEND := $(VENV)/ascend
+
+# Tests of ops that also run on the Triton kernels, in Triton's interpreter.
+INTERPRETED := tests/test_expert_rows.py tests/test_hypothesis_v1.py tests/test_hypothesis_v2.py
+INTERPRETED_FULL := $(INTERPRETED) tests/compat/test_torch_npu.py tests/compat/test_torch_npu_v2.py
 
 .PHONY: help demo test test-full lint clean
 .DEFAULT_GOAL := help
@@ -15,12 +22,14 @@ help: ## list the targets
 demo: $(VENV)/.test ## a MoE layer over 8 processes, checked against the dense layer
 	$(BIN)/moe-triton demo
 
-test: $(VENV)/.test ## the tests
+test: $(VENV)/.test $(ASCEND)/.tried ## the tests
 	$(BIN)/pytest $(PYTEST_ARGS)
+	$(if $(PYTEST_ARGS),,MOE_TRITON_BACKEND=interpret $(BIN)/pytest $(INTERPRETED))
 
-test-full: $(VENV)/.test ## the tests and the long runs; rewrites docs/evidence/test-full.md
+test-full: $(VENV)/.test $(ASCEND)/.tried ## the tests and long runs; rewrites docs/evidence/test-full.md
 	MOE_TRITON_TEST_PROFILE=full $(BIN)/pytest -m "full or not full" -o faulthandler_timeout=3600 \
 		--evidence=docs/evidence/test-full.md $(PYTEST_ARGS)
+	$(if $(PYTEST_ARGS),,MOE_TRITON_BACKEND=interpret $(BIN)/pytest $(INTERPRETED_FULL))
 
 lint: $(VENV)/.dev ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .
@@ -38,6 +47,14 @@ $(VENV)/.test: $(SPEC) | $(BIN)/python
 
 $(VENV)/.dev: $(SPEC) | $(VENV)/.test
 	$(PIP_INSTALL) -e ".[dev]"
+	@touch $@
+
+# Where there is no wheel of it, the test that needs it says so and is skipped.
+$(ASCEND)/.tried: constraints-ascend.txt | $(VENV)/.test
+	$(BIN)/python -m venv $(ASCEND)
+	$(ASCEND)/bin/python -m pip install --disable-pip-version-check --no-deps -r $< \
+		&& $(BIN)/python tests/ascend.py $(ASCEND) \
+		|| echo "triton-ascend cannot be installed here"
 	@touch $@
 
 $(BIN)/python:

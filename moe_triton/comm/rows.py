@@ -133,7 +133,7 @@ def finish_rows(
 def as_rows(call: Call, y: torch.Tensor) -> torch.Tensor:
     """[n, stride] uint8 rows in the way they return, without a copy where y already is that."""
     fmt = call.config.return_format
-    if fmt.scale_offset is None and y.stride(1) == 1:
+    if fmt.scheme == "none" and y.stride(1) == 1 and y.shape[1] * y.itemsize == fmt.stride:
         return y.view(torch.uint8)
     rows = torch.empty((len(y), fmt.stride), dtype=torch.uint8, device=y.device)
     call.steps.encode(y, fmt, rows)

@@ -43,6 +43,12 @@ def check_tensor(
         raise ArgumentValueError(op, name, f"have the shape ({wanted})", tuple(tensor.shape))
     if tensor.device != device:
         raise ArgumentValueError(op, name, f"be on {device}", tensor.device)
-    if not strided_columns and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+    apart = tensor.numel() > 0 and tensor.shape[-1] > 1 and tensor.stride(-1) != 1
+    if apart and not strided_columns:
         contract = "be contiguous in its last dimension"
         raise ArgumentValueError(op, name, contract, f"strides {tensor.stride()}")
+
+
+def with_adjacent_columns(rows: torch.Tensor) -> torch.Tensor:
+    """[.., H] rows as they are, or a copy where the elements of a row lie apart."""
+    return rows if rows.shape[-1] <= 1 or rows.stride(-1) == 1 else rows.contiguous()

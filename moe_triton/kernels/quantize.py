@@ -453,7 +453,8 @@ def write_rows(
         LANES=lanes,
         ADJACENT=adjacent,
         WHOLE=whole,
-        num_warps=tiles.num_warps,
+        # Making a float8 takes more registers than a lane of that many elements has.
+        num_warps=tiles.num_warps * (2 if mantissa else 1),
         enable_fp_fusion=False,
     )
 

@@ -25,7 +25,7 @@ import triton.language as tl
 
 from ..errors import ArgumentTypeError, ArgumentValueError, MissingArgumentError
 from ..layout import Norm, RowFormat, SpecialExperts
-from ._checks import FLOATS, INDICES, check_tensor
+from ._checks import FLOATS, INDICES, check_tensor, with_adjacent_columns
 from ._common import from_float32, to_float32
 from .launch import tiles, token_tiles
 
@@ -329,7 +329,12 @@ def reduce(
         ids, first_copy, first_constant, end, tokens, alpha_1, alpha_2, value = special
         ids = ids.contiguous()
         alpha_1, alpha_2, value = map(_contiguous, (alpha_1, alpha_2, value))
+        tokens = None if tokens is None else with_adjacent_columns(tokens)
     residual, gamma, epsilon, y, rstd = norm or (None, None, 0.0, None, None)
+    if residual is not None:
+        residual = with_adjacent_columns(residual)
+    if addend is not None:
+        addend = with_adjacent_columns(addend)
     launch = token_tiles(out.device, num_tokens, hidden, whole_rows=norm is not None)
     _reduce_kernel[(launch.num_programs,)](
         payload,
@@ -461,8 +466,9 @@ def _check_terms(
             )
     for name, rows in wide.items():
         if rows is not None:
+            apart = name != "norm.y"  # the one output among them
             check_tensor(
-                op, name, rows, dtypes=(dtype,), shape=shape, device=device, strided_columns=False
+                op, name, rows, dtypes=(dtype,), shape=shape, device=device, strided_columns=apart
             )
 
 
@@ -530,7 +536,6 @@ def add_rows(own: torch.Tensor, peer: torch.Tensor, out: torch.Tensor) -> None:
         dtypes=FLOATS[:3],
         shape=(None, None),
         device=own.device,
-        strided_columns=False,
     )
     for name, rows in (("peer", peer), ("out", out)):
         check_tensor(
@@ -540,10 +545,11 @@ def add_rows(own: torch.Tensor, peer: torch.Tensor, out: torch.Tensor) -> None:
             dtypes=(own.dtype,),
             shape=shape,
             device=own.device,
-            strided_columns=False,
+            strided_columns=name == "peer",
         )
     if own.numel() == 0:
         return
+    own, peer = with_adjacent_columns(own), with_adjacent_columns(peer)
     num_rows, hidden = shape
     launch = tiles(own.device, num_rows, hidden)
     _add_rows_kernel[(launch.num_programs,)](

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from .. import ref
@@ -48,7 +49,8 @@ def _step(backend: str, name: str) -> Callable[..., Any]:
 def _one_at_a_time(step: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(step)
     def call(*args: Any, **kwargs: Any) -> Any:
-        with _interpreter:
+        # The interpreter computes with numpy, which warns of zeros and NaNs that are meant.
+        with _interpreter, np.errstate(all="ignore"):
             return step(*args, **kwargs)
 
     return call

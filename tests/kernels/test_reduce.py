@@ -455,7 +455,7 @@ def test_reduce_refuses(changed, error, message):
         (ROWS.double(), ROWS.double(), TypeError, "own must be one of"),
         (ROWS, ROWS.half(), TypeError, "peer must be one of"),
         (ROWS, ROWS[:1], ValueError, "peer must have the shape"),
-        (ROWS.T, ROWS.T, ValueError, "own must be contiguous"),
+        (ROWS.T, ROWS.T, ValueError, "out must be contiguous"),
     ],
 )
 def test_add_rows_refuses(own, peer, error, message):

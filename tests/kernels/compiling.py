@@ -1,0 +1,132 @@
+"""Compile every launch for a device that is not here; a program, as Triton is needed as itself.
+
+Triton is told of a device, launchers of their policy for it, and what they launch is compiled in
+the usual way, but not run. Prints a JSON line for each kernel of each case.
+
+    python tests/kernels/compiling.py TARGET [CASE]
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from launches import launches
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from moe_triton.kernels import launch
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
+}
+PROCESSORS = 132
+
+
+class Device:
+    """What Triton asks its driver while it compiles."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return device
+
+    def is_active(self) -> bool:
+        return True
+
+
+def facts(compiled) -> dict:
+    """What the assembly says; ``order`` are the barriers and what orders memory, as they come."""
+    if "ptx" in compiled.asm:
+        text = compiled.asm["ptx"]
+        return {
+            "accesses": sorted(set(re.findall(r"\b(?:ld|st)\.global[.\w]*", text))),
+            "fma": len(re.findall(r"\bfma\.", text)),
+            "spills": spills_of_ptx(text, compiled.metadata.arch),
+            "order": re.findall(r"bar\.sync|\S*(?:acquire|release|acq_rel)\S*", text),
+            "text": text,
+        }
+    text = compiled.asm["amdgcn"]
+    return {
+        "accesses": sorted(set(re.findall(r"\b(?:global|buffer)_(?:load|store)_\w+", text))),
+        # A rounded division has five of its own, and ends in one v_div_fixup.
+        "fma": len(re.findall(r"\bv_(?:pk_)?(?:fma|fmac|mad)_f32", text))
+        - 5 * len(re.findall(r"\bv_div_fixup_f32", text)),
+        "spills": sum(map(int, re.findall(r"spill_count: *(\d+)", text))),
+        "order": re.findall(r"s_barrier|buffer_wbl2.*|buffer_inv.*", text),
+        "text": text,
+    }
+
+
+def spills_of_ptx(text: str, arch: str) -> int:
+    """Bytes that ptxas spills."""
+    name = "ptxas-blackwell" if arch.startswith("sm_1") or arch == "sm100" else "ptxas"
+    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
+    assembler = folder / name if (folder / name).exists() else folder / "ptxas"
+    target = re.search(r"^\.target (\w+)", text, re.MULTILINE).group(1)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
+        source.write(text)
+        source.flush()
+        said = subprocess.run(
+            [assembler, "-v", f"--gpu-name={target}", source.name, "-o", "/dev/null"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    return sum(map(int, re.findall(r"(\d+) bytes spill", said.stderr)))
+
+
+def main() -> None:
+    target = TARGETS[sys.argv[1]]
+    wanted = sys.argv[2] if len(sys.argv) > 2 else ""
+    driver.set_active(Device(target))
+    policy = launch.gpu_policy(PROCESSORS, target.warp_size)
+    found = []
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
+        found.append((self, compiled))
+        return compiled
+
+    with (
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(launch, "policy", return_value=policy),
+    ):
+        for case, call in launches():
+            if wanted not in case:
+                continue
+            found.clear()
+            call()
+            for kernel, compiled in found:
+                said = facts(compiled)
+                text = said.pop("text")
+                if wanted:
+                    sys.stderr.write(text)
+                line = json.dumps({"case": case, "kernel": kernel.__name__, **said})
+                sys.stdout.write(line + "\n")
+                sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

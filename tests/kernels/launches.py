@@ -1,0 +1,209 @@
+"""Launches that stand for what engines ask of the kernels: every kernel, each format, real sizes.
+
+Nothing runs here. ``compiling.py`` compiles what is launched, and ``lowering.py`` hands it to the
+compiler of another vendor. A launch that a case name calls "wide" has rows that begin at multiples
+of 16 bytes, so that its accesses must be 128 bits wide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from moe_triton import kernels, ref
+from moe_triton.layout import NOWHERE, DispatchHeader, Norm, RowFormat, SpecialExperts
+
+HIDDEN, EXPERTS, TOP_K, TOKENS = 7168, 256, 8, 64
+BF16, INT8, E4M3, E5M2 = torch.bfloat16, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2
+
+
+def formats(hidden: int) -> dict[str, RowFormat]:
+    """Each way in which a row travels."""
+    codes = -(-hidden // 16) * 16
+
+    def quantised(dtype, scheme, count, scale=torch.float32, block=0):
+        stride = -(-(codes + count * scale.itemsize) // 16) * 16
+        return RowFormat(dtype, hidden, stride, scheme, codes, scale, block)
+
+    found = {
+        "bf16": RowFormat(BF16, hidden, -(-2 * hidden // 16) * 16),
+        "int8": quantised(INT8, "token", 1),
+        "static": RowFormat(INT8, hidden, codes, "static"),
+    }
+    for name, dtype in (("e4m3", E4M3), ("e5m2", E5M2)):
+        found[name] = quantised(dtype, "token", 1)
+        found[f"group {name}"] = quantised(dtype, "group", -(-hidden // 128), block=128)
+        mx = -(-hidden // 64) * 2
+        found[f"mx {name}"] = quantised(dtype, "mx", mx, torch.uint8, 32)
+    return found
+
+
+def return_format(hidden: int, dtype: torch.dtype) -> RowFormat:
+    """Rows on their way back, quantised in blocks of 8."""
+    codes = -(-hidden // 16) * 16
+    stride = -(-(codes + hidden // 8 * 2) // 16) * 16
+    return RowFormat(INT8, hidden, stride, "return", codes, dtype, 8)
+
+
+def launches() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Name and call of each case."""
+    yield from _routing()
+    yield from _moves("wide", HIDDEN)
+    yield from _moves("odd", 33)
+    yield from _sums("wide", HIDDEN)
+    yield from _sums("odd", 33)
+    yield from _experts()
+    yield from _flags()
+
+
+def _ids(tokens: int = TOKENS) -> torch.Tensor:
+    step = torch.arange(tokens)[:, None] + torch.arange(TOP_K) * 31
+    return (step % EXPERTS).int()
+
+
+def _routing() -> Iterator[tuple[str, Callable[[], object]]]:
+    yield "plan tile", lambda: kernels.plan(_ids(), EXPERTS)
+    yield "plan blocks", lambda: kernels.plan(_ids(4096), EXPERTS)
+    counts = torch.full((EXPERTS // 8, 8), 2, dtype=torch.int32)
+    yield "sources", lambda: kernels.sources(counts, capacity=4096)
+    yield "sources aligned", lambda: kernels.sources(counts, 128, capacity=4096)
+
+
+def _moves(kind: str, hidden: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    x = torch.zeros((TOKENS, hidden), dtype=BF16)
+    ids = _ids()
+    smooth = torch.ones((EXPERTS, hidden))
+    index = torch.arange(TOKENS * TOP_K).view(TOKENS, TOP_K)
+    places = torch.arange(TOKENS)
+    for name, fmt in formats(hidden).items():
+        rows = torch.zeros((TOKENS * TOP_K, fmt.stride), dtype=torch.uint8)
+        factors = torch.ones(1) if fmt.scheme == "static" else None
+        out = torch.zeros((TOKENS * TOP_K, hidden), dtype=fmt.dtype)
+        scales = None
+        if fmt.scale_offset is not None:
+            shape = (len(out), fmt.num_scales) if fmt.block else (len(out),)
+            scales = torch.zeros(shape, dtype=fmt.scale_dtype)
+        yield (
+            f"encode {name}, {kind}",
+            lambda fmt=fmt, rows=rows, factors=factors: kernels.encode(
+                x, fmt, rows[:TOKENS], factors
+            ),
+        )
+        yield (
+            f"gather_quant {name}, {kind}",
+            lambda fmt=fmt, out=out, scales=scales, factors=factors: kernels.gather_quant(
+                x, index, fmt, factors, None, out, scales
+            ),
+        )
+        if fmt.scheme in ("token", "group"):
+            yield (
+                f"gather_quant {name} with factors, {kind}",
+                lambda fmt=fmt, out=out, scales=scales: kernels.gather_quant(
+                    x, index, fmt, smooth, ids, out, scales
+                ),
+            )
+        if not fmt.block:
+            yield (
+                f"pack {name}, {kind}",
+                lambda fmt=fmt, rows=rows, out=out, scales=scales: kernels.pack(
+                    rows, places, fmt, out, scales
+                ),
+            )
+    fmt = formats(hidden)["int8"]
+    rows = torch.zeros((TOKENS * TOP_K, fmt.stride), dtype=torch.uint8)
+    headers = [
+        DispatchHeader(
+            torch.zeros(1, dtype=torch.int32),
+            torch.zeros(EXPERTS, dtype=torch.int32),
+            torch.zeros(TOKENS * TOP_K, dtype=torch.int32),
+            torch.zeros(TOKENS * TOP_K),
+        )
+        for _ in range(8)
+    ]
+    routing = ref.plan(ids, EXPERTS)
+    for name, factors in (("int8", None), ("int8 with factors", smooth)):
+        yield (
+            f"push {name}, {kind}",
+            lambda factors=factors: kernels.push(
+                x, ids, torch.ones(ids.shape), factors, fmt, routing, rows, headers,
+                experts_per_rank=EXPERTS // 8, shared_targets=[], num_shared_ranks=0,
+            ),
+        )  # fmt: skip
+
+
+def _sums(kind: str, hidden: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    plain = formats(hidden)["bf16"]
+    rows = torch.zeros((TOKENS * TOP_K, plain.stride), dtype=torch.uint8)
+    index = torch.arange(TOKENS * TOP_K).view(TOKENS, TOP_K)
+    weights = torch.ones((TOKENS, TOP_K))
+    out = torch.zeros((TOKENS, hidden), dtype=BF16)
+    tokens = torch.zeros_like(out)
+    alphas = (torch.zeros(2, dtype=BF16), torch.zeros(2, dtype=BF16))
+    value = torch.zeros((2, hidden), dtype=BF16)
+    special = SpecialExperts(_ids(), EXPERTS, EXPERTS + 1, EXPERTS + 3, tokens, *alphas, value)
+    norm = Norm(tokens, value[0], 1e-6, torch.zeros_like(out), torch.zeros(TOKENS))
+    missing = index.clone()
+    missing[0, 0] = NOWHERE
+    for name, extra in (
+        ("", (weights, None, None)),
+        (" without weights", (None, None, None)),
+        (" and addend", (weights, None, tokens)),
+        (" and special experts", (weights, special, None)),
+    ):
+        yield (
+            f"reduce{name}, {kind}",
+            lambda extra=extra: kernels.reduce(rows, missing, plain, *extra, out),
+        )
+    yield (
+        f"reduce and norm, {kind}",
+        lambda: kernels.reduce(rows, index, plain, weights, None, None, out, norm),
+    )
+    if hidden % 8 == 0:
+        for dtype in (BF16, torch.float16):
+            fmt = return_format(hidden, dtype)
+            coded = torch.zeros((TOKENS * TOP_K, fmt.stride), dtype=torch.uint8)
+            yield (
+                f"encode return {dtype}, {kind}",
+                lambda fmt=fmt, coded=coded, dtype=dtype: kernels.encode(
+                    tokens.to(dtype), fmt, coded[:TOKENS]
+                ),
+            )
+            yield (
+                f"reduce return {dtype}, {kind}",
+                lambda fmt=fmt, coded=coded, dtype=dtype: kernels.reduce(
+                    coded, index, fmt, weights, None, None, out.to(dtype)
+                ),
+            )
+    yield f"add_rows, {kind}", lambda: kernels.add_rows(tokens, tokens, out)
+
+
+def _experts() -> Iterator[tuple[str, Callable[[], object]]]:
+    logits = torch.zeros((TOKENS, EXPERTS))
+    yield "gating softmax", lambda: kernels.top_k_gating(logits, TOP_K)
+    yield (
+        "gating sigmoid groups",
+        lambda: kernels.top_k_gating(
+            logits, TOP_K, bias=logits[0], groups=8, top_groups=4, group_by_two=True,
+            scoring="sigmoid",
+        ),
+    )  # fmt: skip
+    table = torch.ones((EXPERTS, 4), dtype=torch.int32)
+    yield "eplb rank", lambda: kernels.eplb_map(_ids(), table, rank=1, world_size=8)
+    yield "eplb token", lambda: kernels.eplb_map(_ids(), table, rank=None, world_size=8)
+    weights = torch.ones((TOKENS, TOP_K))
+    yield "keep", lambda: kernels.keep_experts(weights, weights[0], None)
+
+
+def _flags() -> Iterator[tuple[str, Callable[[], object]]]:
+    addresses = torch.zeros(8, dtype=torch.int64)
+    epoch, problem = torch.zeros(1, dtype=torch.int32), torch.zeros(6, dtype=torch.int32)
+    ring = {"slots": 2, "slot_bytes": 4096, "digest": 1}
+    yield "flags write", lambda: kernels.write_flags(addresses, epoch, problem, status=0, **ring)
+    records = torch.zeros((8, 4), dtype=torch.int32)
+    yield (
+        "flags wait",
+        lambda: kernels.wait_flags(
+            addresses, epoch, problem, records, addresses.clone(), operation=0, timeout=1.0, **ring
+        ),
+    )

@@ -1,0 +1,116 @@
+"""What the launchers launch compiles for devices that are not here, and the assembly is as meant.
+
+Of the targets that ordinary runs leave out only the wide rows are compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import ascend
+import pytest
+
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parents[1]
+WIDE_ACCESSES = ("v4.b32", "v2.b64", "v8.b32", "v4.b64", "dwordx4")  # 16 bytes, or 32
+# Sums of squares and exponentials: no bits are promised.
+MAY_CONTRACT = ("norm", "gating")
+# Constant experts need more registers than there are, on NVIDIA: bytes, of a path that is rare.
+MAY_SPILL = {"reduce and special experts, wide": 16}
+# Rows go through these: 16 bytes at a time.
+ROW_KERNELS = {
+    "_add_rows_kernel",
+    "_decode_kernel",
+    "_pack_kernel",
+    "_reduce_kernel",
+    "_write_rows_kernel",
+}
+
+
+def run(program: str, *arguments: str, interpreter=sys.executable, stdin: str = "") -> str:
+    """What a program of this folder prints, in an environment without an interpreter of kernels."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [interpreter, FOLDER / program, *arguments],
+        input=stdin,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def lines(text: str) -> list[dict]:
+    found = [json.loads(line) for line in text.splitlines()]
+    assert found
+    return found
+
+
+def width(access: str) -> bool:
+    return any(access.endswith(wide) for wide in WIDE_ACCESSES)
+
+
+@pytest.mark.parametrize(
+    "target, cases",
+    [
+        ("sm_90", ""),
+        ("gfx942", ""),
+        ("sm_80", "wide"),
+        ("sm_100", "wide"),
+        ("gfx950", "wide"),
+        *(
+            pytest.param(target, "", marks=pytest.mark.full)
+            for target in ("sm_80", "sm_100", "gfx950")
+        ),
+    ],
+)
+def test_every_launch_compiles(target, cases):
+    """No spills, no contraction where bits are promised, rows in accesses of 16 bytes."""
+    for one in lines(run("compiling.py", target, cases)):
+        case = one["case"]
+        assert one["spills"] <= MAY_SPILL.get(case, 0), one
+        if not any(word in case for word in MAY_CONTRACT):
+            assert one["fma"] == 0, one
+        # A lane takes the 8 codes that share a scale of a row on its way back.
+        if "wide" in case and one["kernel"] in ROW_KERNELS and "reduce return" not in case:
+            kinds = {"load": ("ld.", "load"), "store": ("st.", "store")}
+            for kind, words in kinds.items():
+                of_kind = [access for access in one["accesses"] if any(w in access for w in words)]
+                assert any(map(width, of_kind)), f"no wide {kind}: {one}"
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_flags_order_memory_between_devices(target):
+    """All threads have written before the flag is; what is read after it is not older."""
+    write, wait = lines(run("compiling.py", target, "flags"))
+    if target == "sm_90":
+        assert write["order"][0] == "bar.sync"
+        assert any("release" in word and "sys" in word for word in write["order"])
+        polls = [word for word in wait["order"] if "acquire" in word]
+        # One thread looks, at one number: more would write to what others poll.
+        assert polls
+        assert all(word.startswith("ld.global") and "sys" in word for word in polls), polls
+    else:
+        # The program is one wave there, which needs no barrier.
+        assert any(word.startswith("buffer_wbl2") and "sc1" in word for word in write["order"])
+        assert any(word.startswith("buffer_inv") and "sc1" in word for word in wait["order"])
+
+
+@pytest.mark.skipif(
+    ascend.python() is None, reason="triton-ascend is not installed; `make test` tries to"
+)
+def test_every_launch_is_lowered_for_ascend():
+    """As far as triton-ascend's own compiler goes without CANN: to Linalg, not to a binary."""
+    launches = run("lowering.py", "record", "")
+    lowered = lines(run("lowering.py", "lower", interpreter=ascend.python(), stdin=launches))
+    assert len(lowered) == len(launches.splitlines())
+    for one in lowered:
+        assert not one["error"], f"{one['case']}, {one['kernel']}:\n{one['error']}"
+        assert one["length"] > 500
