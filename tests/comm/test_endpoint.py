@@ -77,7 +77,7 @@ def make(ctx, **options) -> ExpertParallel:
 
 
 def round_trip(ep: ExpertParallel) -> None:
-    x = torch.full((3, ep._config.hidden), 1.5 + ep.rank, dtype=torch.bfloat16)
+    x = torch.full((3, ep._exchange.config.hidden), 1.5 + ep.rank, dtype=torch.bfloat16)
     received = ep.dispatch(x, torch.arange(3, dtype=torch.int32)[:, None])
     assert torch.equal(ep.combine(received.x, received.handle), x)
 
@@ -118,7 +118,7 @@ def test_windows_for_which_one_rank_has_no_room(lacking, choice, provider, texts
                 with make(ctx, **options) as ep:
                     found = ep.transport
                     if found == "symmetric":
-                        found = ep._endpoint._connected._channel._memory.name
+                        found = ep._exchange.endpoint._connected._channel._memory.name
                     assert found == provider
         assert time.monotonic() - began < 10
         with make(ctx) as ep:
@@ -217,11 +217,11 @@ def test_a_forked_child_does_not_leave_for_its_parent():
             if ctx.rank == 1:
                 child = os.fork()
                 if child == 0:
-                    ep._endpoint._connected._channel._leave()
+                    ep._exchange.endpoint._connected._channel._leave()
                     os._exit(0)
                 assert os.waitpid(child, 0)[1] == 0
             barrier(ctx, "forked")
-            assert not ep._endpoint._connected._channel._is_gone(1)
+            assert not ep._exchange.endpoint._connected._channel._is_gone(1)
             round_trip(ep)
 
     harness.run_world("symmetric", 2, fn)
