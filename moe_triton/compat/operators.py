@@ -12,8 +12,8 @@ from torch import Tensor
 from ..ops import shapes, split
 from ..ops.arguments import GroupArguments
 from ..ops.combine import distribute_combine
+from ..ops.custom_op import Operator
 from ..ops.dispatch import DispatchOutput, distribute_dispatch
-from ..ops.library import Operator
 from ..ops.names import (
     COMBINE,
     COMBINE_ADD_RMS_NORM,

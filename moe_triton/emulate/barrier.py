@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import ArgumentValueError, UnavailableError
-from ..ops.library import Operator
+from ..ops.custom_op import Operator
 from .device import HOST
 
 _NAME = "_npu_distribute_barrier"

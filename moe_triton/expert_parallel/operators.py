@@ -15,7 +15,7 @@ from torch import Tensor
 from ..comm import Pending
 from ..errors import MoeError, SequenceError, UnavailableError
 from ..ops import formats
-from ..ops.library import Operator
+from ..ops.custom_op import Operator
 from .exchange import COMBINE, DISPATCH, OP, Exchange
 from .results import Handle
 
