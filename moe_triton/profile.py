@@ -12,16 +12,32 @@ Source: the parameter and constraint sections of the aclnnMoeDistribute* operato
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
 
 from .errors import ArgumentTypeError, ArgumentValueError, UnavailableError
 
 ENVIRONMENT = "MOE_TRITON_PROFILE"
 
+BUFFER = "HCCL_BUFFSIZE"  # MB of a group's communication buffer; checked where it is set
+
 _MB = 2**20
 
 Values = range | tuple[int, ...]
+
+
+class Sizes(NamedTuple):
+    """What the size of a communication buffer follows from: W, E, L, K, H, largest BS, NS."""
+
+    world: int
+    experts: int
+    local: int
+    top_k: int
+    hidden: int
+    tokens: int
+    shared: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,6 +65,7 @@ class Limits:
         refused: tensors that must be None; ``shared_expert_x`` only where S > 0.
         required: tensors that must be given.
         in_combine: whether combine takes this algorithm by name; dispatch does.
+        buffer: bytes that the communication buffer must have; None where no formula is known.
     """
 
     tokens: Values | None = None
@@ -71,6 +88,7 @@ class Limits:
     refused: frozenset[str] = frozenset()
     required: frozenset[str] = frozenset()
     in_combine: bool = True
+    buffer: Callable[[Sizes], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -184,6 +202,20 @@ class Profile:
             raise ArgumentTypeError(op, float8, f"not be a float8 {where}", "one")
         if float16 and not limits.float16:
             raise ArgumentTypeError(op, row, f"be bfloat16 {where}", "torch.float16")
+        _check_buffer(
+            op,
+            limits,
+            Sizes(
+                world_size,
+                num_experts,
+                experts_per_rank,
+                top_k,
+                hidden,
+                max_tokens,
+                num_shared_experts if num_shared_ranks else 0,
+            ),
+            where,
+        )
         for argument, given in (
             ("x_active_mask", masked),
             ("elastic_info", elastic),
@@ -255,6 +287,65 @@ def _words(values: Values) -> str:
     return f"one of {[*values]}" if len(values) > 1 else f"equal to {values[0]}"
 
 
+def _check_buffer(op: str, limits: Limits, sizes: Sizes, where: str) -> None:
+    """The buffer that the environment sets, if it does, is large enough."""
+    found = os.environ.get(BUFFER)
+    if found is None or limits.buffer is None:
+        return
+    least = -(-limits.buffer(sizes) // _MB)
+    if not found.isdecimal() or int(found) < least:
+        raise ArgumentValueError(op, BUFFER, f"be at least {least} MB {where}", found)
+
+
+# Rows of 2-byte elements. Letters as above; BS is the largest of any rank.
+
+
+def _align(number: int, to: int) -> int:
+    return -(-number // to) * to
+
+
+def _a2_fullmesh(s: Sizes) -> int:
+    rows = s.tokens * s.world * min(s.local, s.top_k)
+    return 2 * (rows * s.hidden * 2 + 2 * _MB)
+
+
+def _hierarchy(s: Sizes, extra: int) -> int:
+    return s.experts * s.tokens * (2 * s.hidden + 4 * _align(s.top_k, 8) * 4) + extra
+
+
+def _a2_v2_hierarchy(s: Sizes) -> int:
+    row = 2 * s.hidden + 16 * _align(s.top_k, 8)
+    return (s.experts + s.world // 4) * _align(s.tokens * row, 512) + 8 * _MB
+
+
+def _a3_v1(s: Sizes) -> int:
+    half = s.tokens * 2 * (s.hidden + 128) * (s.world * s.local + s.top_k + 1)
+    return 2 * half + 2 * _MB
+
+
+def _a3_rows(s: Sizes, row_bytes: int) -> int:
+    """Dispatched rows of so many bytes, and those that come back."""
+    returned = (s.top_k + s.shared) * s.tokens * _align(2 * s.hidden, 512)
+    return 2 * (s.local * s.tokens * s.world * row_bytes + returned)
+
+
+def _a3_v2(s: Sizes) -> int:
+    return _a3_rows(s, _align(_align(2 * s.hidden, 32) + 64, 512))
+
+
+def _a3_fullmesh_v2(s: Sizes) -> int:
+    # 480 bytes of a row in each 512.
+    return _a3_rows(s, -(-(_align(2 * s.hidden, 32) + 64) // 480) * 512)
+
+
+def _a3_split(s: Sizes) -> int:
+    return max(_a3_rows(s, _align(_align(2 * s.hidden, 32) + 44, 512)), 2 * _MB)
+
+
+def _950_split(s: Sizes) -> int:
+    return max(2 * _a3_rows(s, _align(_align(2 * s.hidden, 32) + 44, 512)), 2 * _MB)
+
+
 _MODES = range(5)
 _ANYTHING = Limits(quant_modes=_MODES, float8=True)
 
@@ -287,12 +378,14 @@ _A2_V1 = Limits(
     comm_quant_modes=(0,),
     refused=frozenset({"x_active_mask"}),
     required=frozenset({"expand_scales"}),
+    buffer=_a2_fullmesh,
 )
 _A2_V1_HIERARCHY = replace(
     _A2_V1,
     experts_per_rank=None,
     comm_quant_modes=(0, 2),
     refused=_A2_V1.refused | {"scales"},
+    buffer=partial(_hierarchy, extra=104 * _MB),
 )
 _A2_V2 = replace(
     _A2_V1,
@@ -311,6 +404,7 @@ _A2_V2_HIERARCHY = replace(
     zero_experts=(0,),
     comm_quant_modes=(0, 2),
     refused=_A2_V2.refused | {"x_active_mask", "scales"},
+    buffer=_a2_v2_hierarchy,
 )
 _A2 = Profile(
     "a2",
@@ -329,6 +423,7 @@ _A3_V1 = Limits(
     experts=range(1, 513),
     shared_experts=(1,),
     refused=frozenset({"x_active_mask", "expert_scales", "expand_scales", "shared_expert_x"}),
+    buffer=_a3_v1,
 )
 _A3_V2 = replace(
     _A3_V1,
@@ -339,17 +434,21 @@ _A3_V2 = replace(
     expert_slots=range(1, 2049),
     shared_experts=range(1, 5),
     refused=frozenset({"shared_expert_x"}),
+    buffer=_a3_v2,
 )
 _A3_V2_FULLMESH_V1 = replace(_A3_V2, in_combine=False)
-_A3_V2_FULLMESH_V2 = replace(_A3_V2_FULLMESH_V1, tokens=range(1, 257), top_k=range(1, 13))
+_A3_V2_FULLMESH_V2 = replace(
+    _A3_V2_FULLMESH_V1, tokens=range(1, 257), top_k=range(1, 13), buffer=_a3_fullmesh_v2
+)
 _A3_V2_HIERARCHY = replace(
     _A3_V2,
     tokens=range(1, 257),
     world_sizes=range(16, 257, 16),
     experts=range(1, 513),
     refused=_A3_V2.refused | {"x_active_mask"},
+    buffer=partial(_hierarchy, extra=404 * _MB),
 )
-_A3_RMS = replace(_A3_V2, float16=False, comm_quant_modes=(0,))
+_A3_RMS = replace(_A3_V2, float16=False, comm_quant_modes=(0,), buffer=_a3_v1)
 _A3_SPLIT = replace(
     _A3_V2,
     world_sizes=range(2, 385),
@@ -357,6 +456,7 @@ _A3_SPLIT = replace(
     expert_slots=None,
     comm_quant_modes=(0,),
     comm_types=(0,),
+    buffer=_a3_split,
 )
 _EPLB = Limits(
     tokens=range(1, 513),
@@ -388,6 +488,7 @@ _950_V1 = replace(
     float8=True,
     tp_world_sizes=(0, 1),
     comm_quant_modes=(0,),
+    buffer=None,  # the formula asks for the number of vector cores
 )
 _950_V2 = replace(
     _A3_V2,
@@ -405,10 +506,18 @@ _950 = Profile(
         "v2": {
             "": _950_V2,
             "fullmesh_v1": _950_V2_FULLMESH_V1,
-            "fullmesh_v2": replace(_950_V2_FULLMESH_V1, top_k=range(1, 13)),
+            "fullmesh_v2": replace(_950_V2_FULLMESH_V1, top_k=range(1, 13), buffer=_a3_fullmesh_v2),
         },
-        "rms": {"": replace(_950_V2, float16=False, comm_quant_modes=(0,))},
-        "split": {"": replace(_A3_SPLIT, quant_modes=(0, 4), float8=True, comm_types=(2,))},
+        "rms": {"": replace(_950_V2, float16=False, comm_quant_modes=(0,), buffer=None)},
+        "split": {
+            "": replace(
+                _A3_SPLIT,
+                quant_modes=(0, 4),
+                float8=True,
+                comm_types=(2,),
+                buffer=_950_split,
+            )
+        },
         "eplb": {"": _EPLB},
     },
 )
@@ -477,13 +586,12 @@ def ascend_buffer_mb(
     Raises:
         UnavailableError: a product without a formula.
     """
+    if product not in ("a2", "a3"):
+        raise UnavailableError(
+            "ascend_buffer_mb", f"product must be 'a2' or 'a3', got {product!r}", argument="product"
+        )
+    buffer = PROFILES[product].families["v1"][""].buffer
+    assert buffer is not None
     local = num_experts // (world_size - num_shared_ranks)
-    if product == "a2":
-        rows = max_tokens * world_size * min(local, top_k)
-        return -(-2 * (rows * hidden * 2 + 2 * _MB) // _MB)
-    if product == "a3":
-        half = max_tokens * 2 * (hidden + 128) * (world_size * local + top_k + 1)
-        return -(-2 * half // _MB) + 2
-    raise UnavailableError(
-        "ascend_buffer_mb", f"product must be 'a2' or 'a3', got {product!r}", argument="product"
-    )
+    sizes = Sizes(world_size, num_experts, local, top_k, hidden, max_tokens)
+    return -(-buffer(sizes) // _MB)

@@ -392,6 +392,36 @@ def test_buffers_of_deepseek_v3_on_eight_ranks(product, expected):
     assert profile.ascend_buffer_mb(product, **shape) == expected
 
 
+# W 16, E 32 (L 2), K 4, H 2048, 64 tokens; for rows of 4096 bytes.
+BUFFERS = [
+    ("a2", "v1", "", 2 * (64 * 16 * 2 * 4096 + 2 * 2**20)),
+    ("a2", "v1", "hierarchy", 32 * 64 * (4096 + 128) + 104 * 2**20),
+    ("a2", "v2", "fullmesh", 2 * (64 * 16 * 2 * 4096 + 2 * 2**20)),
+    ("a2", "v2", "hierarchy", 36 * 64 * (4096 + 128) + 8 * 2**20),
+    ("a3", "v1", "", 2 * 64 * 2 * 2176 * 37 + 2 * 2**20),
+    ("a3", "v2", "", 2 * (2 * 64 * 16 * 4608 + 4 * 64 * 4096)),
+    ("a3", "v2", "fullmesh_v2", 2 * (2 * 64 * 16 * 4608 + 4 * 64 * 4096)),
+    ("a3", "v2", "hierarchy", 32 * 64 * (4096 + 128) + 404 * 2**20),
+    ("a3", "rms", "", 2 * 64 * 2 * 2176 * 37 + 2 * 2**20),
+    ("a3", "split", "", 2 * (2 * 64 * 16 * 4608 + 4 * 64 * 4096)),
+    ("950", "v2", "", 2 * (2 * 64 * 16 * 4608 + 4 * 64 * 4096)),
+    ("950", "split", "", 4 * (2 * 64 * 16 * 4608 + 4 * 64 * 4096)),
+]
+
+
+@pytest.mark.parametrize("product, family, algorithm, num_bytes", BUFFERS)
+def test_bytes_of_a_buffer(product, family, algorithm, num_bytes):
+    limits = profile.PROFILES[product].families[family][algorithm]
+    assert limits.buffer(profile.Sizes(16, 32, 2, 4, 2048, 64)) == num_bytes
+
+
+def test_rows_of_fullmesh_v2_leave_room_for_flags():
+    # 14336 + 64 bytes are 30 times 480, where 14848 would be 29 times 512.
+    limits = profile.PROFILES["a3"].families["v2"]["fullmesh_v2"]
+    sizes = profile.Sizes(2, 2, 1, 1, 7168, 1, 3)
+    assert limits.buffer(sizes) == 2 * (2 * 30 * 512 + 4 * 14336)
+
+
 def test_a_product_without_a_formula():
     with pytest.raises(UnavailableError, match="'a2' or 'a3'"):
         profile.ascend_buffer_mb(

@@ -9,6 +9,7 @@ calls around them.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +29,7 @@ from refusals import (
     VALUE,
     Bad,
     Change,
+    attempt,
     bad_call,
     both,
     check_peer,
@@ -1203,3 +1205,36 @@ def test_as_many_experts_as_there_may_be():
     results = run_world("local", 2, lambda ctx: harness.round_trip(ctx, calls, version=2))
     for rank, result in enumerate(results):
         check_round(group, result, received, combined, rank)
+
+
+# W 2, L 2, BS 2, K 2, H 1024: 52 KB by the formula of A3 and 950, 4 MB and a little by A2's.
+@pytest.mark.parametrize("profile, least", [("a2", 5), ("a3", 1), ("950", 1)], indirect=["profile"])
+@pytest.mark.usefixtures("profile")
+def test_row22_a_buffer_too_small(least, monkeypatch):
+    """HCCL_BUFFSIZE is looked at where it is set; one that is large enough is accepted."""
+    calls, received, combined = prepare("strict")
+    bad = replace(ROWS["row16-h-1040-on-a2-dispatch"], argument="HCCL_BUFFSIZE")
+
+    def dispatched(ctx):
+        return harness.call_dispatch(ctx, calls[ctx.rank], version=2)
+
+    outputs = in_a_world("local", "strict", dispatched)
+
+    def both_ops(ctx):
+        call = calls[ctx.rank]
+        return {
+            "dispatch": attempt(lambda: dispatched(ctx)),
+            "combine": attempt(
+                lambda: harness.call_combine(ctx, call, outputs[ctx.rank], version=2)
+            ),
+        }
+
+    for found in (str(least - 1), "many"):
+        monkeypatch.setenv("HCCL_BUFFSIZE", found)
+        for refusals in in_a_world("local", "strict", both_ops):
+            for op, refusal in refusals.items():
+                check_refusal(replace(bad, op=op, got=re.escape(found)), refusal)
+    monkeypatch.setenv("HCCL_BUFFSIZE", str(least))
+    results = in_a_world("local", "strict", lambda ctx: harness.round_trip(ctx, calls, version=2))
+    for rank, result in enumerate(results):
+        check_round(STRICT, result, received, combined, rank)
