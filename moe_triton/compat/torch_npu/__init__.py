@@ -1,0 +1,47 @@
+"""The functions of torch_npu, with their names, argument order and defaults, on any device.
+
+Letters: BS tokens of this rank, H hidden size, K experts per token, W ranks, E routed experts, L
+experts of this rank, S shared-expert ranks with NS shared experts, T tensor-parallel ranks (1 or
+2), A rows this rank can receive from its group:
+
+    shared rank   A = maxBS * ceil(W / (S / NS))
+    other rank    A = maxBS * W * min(L, K)
+
+where maxBS = global_bs / W, or BS when global_bs is 0.
+
+``group_ep`` and ``group_tp`` are names of communicators: of torch process groups, or registered
+with ``moe_triton.comm.register_group``; a ``ProcessGroup`` itself is accepted too.
+
+Each function calls the custom op of its name in ``torch.ops.moe_triton``, and so can be compiled.
+The ops are for inference, and have no gradients; ``ExpertParallel`` has.
+Source: the API documents of torch_npu and the operator documents of aclnnMoeDistribute*.
+"""
+
+from __future__ import annotations
+
+from .combine import (
+    npu_moe_distribute_combine,
+    npu_moe_distribute_combine_add_rms_norm,
+    npu_moe_distribute_combine_v2,
+)
+from .dispatch import npu_moe_distribute_dispatch, npu_moe_distribute_dispatch_v2
+from .replicas import npu_moe_update_expert
+from .split_phase import (
+    npu_moe_distribute_combine_setup,
+    npu_moe_distribute_combine_teardown,
+    npu_moe_distribute_dispatch_setup,
+    npu_moe_distribute_dispatch_teardown,
+)
+
+__all__ = [
+    "npu_moe_distribute_combine",
+    "npu_moe_distribute_combine_add_rms_norm",
+    "npu_moe_distribute_combine_setup",
+    "npu_moe_distribute_combine_teardown",
+    "npu_moe_distribute_combine_v2",
+    "npu_moe_distribute_dispatch",
+    "npu_moe_distribute_dispatch_setup",
+    "npu_moe_distribute_dispatch_teardown",
+    "npu_moe_distribute_dispatch_v2",
+    "npu_moe_update_expert",
+]
