@@ -28,6 +28,25 @@ def shown(script: str) -> tuple[list[str], list[str]]:
     return commands, blocks[1:]
 
 
+def output_of(script: str, arguments: list[str], folder: Path) -> str:
+    """What ``python arguments`` prints, where they name the script as its docstring does."""
+    # This copy of the package, and nothing else of the root: transformers would take the link
+    # `kernels` for a distribution.
+    (folder / "moe_triton").symlink_to(ROOT / "moe_triton")
+    arguments = [word.replace(f"examples/{script}", f"{EXAMPLES / script}") for word in arguments]
+    run = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.rstrip()
+
+
 @pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.full)])
 def test_transformers_generate(number, tmp_path):
     pytest.importorskip("transformers", reason="transformers is not installed")
@@ -35,18 +54,14 @@ def test_transformers_generate(number, tmp_path):
     assert len(commands) == len(outputs) == 2
     torchrun, *arguments = shlex.split(commands[number])
     assert torchrun == "torchrun"
-    arguments = [word.replace("examples/", f"{EXAMPLES}/") for word in arguments]
-    # This copy of the package, and nothing else of the root: transformers would take the link
-    # `kernels` for a distribution.
-    (tmp_path / "moe_triton").symlink_to(ROOT / "moe_triton")
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.rstrip() == outputs[number]
+    arguments = ["-m", "torch.distributed.run", "--standalone", *arguments]
+    assert output_of("transformers_generate.py", arguments, tmp_path) == outputs[number]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_eplb_chain(number, tmp_path):
+    commands, (output,) = shown("eplb_chain.py")
+    assert len(commands) == 2
+    python, *arguments = shlex.split(commands[number])
+    assert python == "python"
+    assert output_of("eplb_chain.py", arguments, tmp_path) == output
