@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import comm
 from ..comm import Call, Finish, MoeConfig, Outputs
 from ..errors import ArgumentTypeError
-from ..layout import Norm, Plan, Sources
+from ..layout import Norm, Plan, Sources, SpecialExperts
 from ..profile import active_profile
 from ..topology import Topology
 from . import checks
-from .arguments import GroupArguments
+from .arguments import GroupArguments, ScaledDown
 from .inputs import check_tokens, flat_addend, special_experts
 from .names import COMBINE, COMBINE_ADD_RMS_NORM, COMBINE_V2, family
 from .places import microseconds, place, routed_ids, sizes
@@ -23,7 +23,9 @@ from .ranks import Ranks
 from .returned import (
     ASSIST_WORDS,
     check_assist,
+    check_assist_size,
     check_expand_idx,
+    check_tp_counts,
     received_counts,
     tp_counts,
 )
@@ -31,7 +33,6 @@ from .steps import device_steps
 from .tensor_parallel import add_halves
 
 _RETURN_QUANT = {0: None, 2: "int8"}
-_INDEX = {COMBINE_V2: "assist_info_for_combine"}  # else expand_idx
 
 
 class CombineOutput(NamedTuple):
@@ -72,8 +73,58 @@ class _Normalized:
         return Norm(residual, self.gamma, float(self.norm_eps), y, rstd)
 
 
-def distribute_combine(
+@dataclasses.dataclass(frozen=True)
+class Combine:
+    """A combine whose arguments are right, but for what they say of the places of rows.
+
+    Attributes:
+        expand_x: [.., H] the experts' rows.
+        weights: [BS, K] of the slots.
+        index: where rows belong, as the version has it.
+        by_token: whether that is expand_idx, not assist_info_for_combine.
+        topology: of the whole group.
+        elastic: what is left of the group, or None.
+        active: [BS, K] the slots that take part, or None.
+        ids: [BS, K] their experts.
+        special: the experts without a network, or None.
+        addend: [BS, H] rows to add, or None.
+        norm: what RMSNorm needs, or None.
+        counts: [L, W] rows of this rank.
+        capacity: A.
+        num_rows: rows that expand_x must have.
+        config: for the transport.
+        agreed: likewise.
+    """
+
+    expand_x: torch.Tensor
+    weights: torch.Tensor
+    index: torch.Tensor
+    by_token: bool
+    topology: Topology
+    elastic: ScaledDown | None
+    active: torch.Tensor | None
+    ids: torch.Tensor
+    special: SpecialExperts | None
+    addend: torch.Tensor | None
+    norm: Norm | None
+    counts: torch.Tensor
+    capacity: int
+    num_rows: int
+    config: MoeConfig
+    agreed: dict[str, Any]
+
+    def check_index(self, op: str, plan: Plan, sources: Sources, rank: int) -> None:
+        """What dispatch said of the places of rows has come back."""
+        if self.by_token:
+            check_expand_idx(op, self.index, plan)
+        else:
+            shared = self.topology.is_shared_rank(rank)
+            check_assist(op, _index_name(op), self.index, sources, self.config, shared)
+
+
+def check_combine(
     op: str,
+    ranks: Ranks,
     expand_x: torch.Tensor,
     expert_ids: torch.Tensor,
     index: torch.Tensor,
@@ -96,107 +147,141 @@ def distribute_combine(
     gamma: torch.Tensor | None = None,
     norm_eps: float = 1e-6,
     **reserved: object,
-) -> CombineOutput:
-    """Bring the experts' rows back and sum them; shapes and errors in ``compat.torch_npu``.
+) -> Combine:
+    """The call that these arguments make, or the error of the first that is wrong.
 
     ``op`` is ``names.COMBINE``, whose ``index`` is expand_idx, ``COMBINE_V2``, whose ``index`` is
     assist_info_for_combine, or ``COMBINE_ADD_RMS_NORM``, whose is either and which alone takes
     ``residual_x`` and ``gamma``. ``performance_info`` is only looked at; it is for the caller to
     add ``waited``. ``reserved`` are arguments that must have their defaults.
+
+    Tensors on the meta device have no values to be wrong; what they make is not for sending.
     """
-    index_name = _INDEX.get(op, "expand_idx")
+    index_name = _index_name(op)
     normalized = None
     if op == COMBINE_ADD_RMS_NORM:
         normalized = _Normalized(residual_x, gamma, norm_eps)
-    ranks = Ranks.of(op, arguments, "gather")
-    group = ranks.group
-    with ranks.told(op, "combine", "gather"):
-        needed = {"expand_x": expand_x, "expert_ids": expert_ids, index_name: index}
-        needed |= {"ep_send_counts": ep_send_counts, "expert_scales": expert_scales}
-        checks.required(op, **needed)
-        if normalized is not None:
-            checks.required(op, residual_x=residual_x, gamma=gamma)
-        arguments.check_types(op)
-        checks.integers(op, comm_quant_mode=comm_quant_mode)
-        checks.dtype(op, "expand_x", expand_x, checks.FLOATS)
-        same = (expand_x.dtype,)
-        for name, tensor, allowed in (
-            ("expert_ids", expert_ids, (torch.int32,)),
-            (index_name, index, (torch.int32,)),
-            ("ep_send_counts", ep_send_counts, (torch.int32,)),
-            ("expert_scales", expert_scales, (torch.float32,)),
-            ("tp_send_counts", tp_send_counts, (torch.int32,)),
-            ("x_active_mask", x_active_mask, (torch.bool,)),
-            ("expand_scales", expand_scales, (torch.float32,)),
-            ("shared_expert_x", shared_expert_x, same),
-            ("elastic_info", elastic_info, (torch.int32,)),
-            ("ori_x", ori_x, same),
-            ("const_expert_alpha_1", const_expert_alpha_1, same),
-            ("const_expert_alpha_2", const_expert_alpha_2, same),
-            ("const_expert_v", const_expert_v, same),
-            ("performance_info", performance_info, (torch.int64,)),
-        ):
-            checks.dtype(op, name, tensor, allowed)
-        if normalized is not None:
-            normalized.check_types(op, expand_x.dtype)
-        topology, elastic = place(op, arguments, ranks, elastic_info)
-        checks.reserved(op, **reserved)
-        max_tokens, active = check_tokens(
-            op, arguments, expand_x, expert_ids, expert_scales, x_active_mask, elastic, topology
-        )
-        active_profile().check(
-            family(op),
-            op,
-            **sizes(arguments, topology, expand_x, expert_ids, max_tokens),
-            float16=expand_x.dtype == torch.float16,
-            comm_quant_mode=comm_quant_mode,
-            masked=x_active_mask is not None,
-            elastic=elastic_info is not None,
-            with_expand_scales=expand_scales is not None,
-            with_shared_expert_x=shared_expert_x is not None,
-        )
-        num_tokens, top_k = expert_ids.shape
-        hidden, device = expand_x.shape[1], expand_x.device
-        per_rank = (topology.world_size,)
-        checks.shape(op, "performance_info", performance_info, per_rank, "(W,)", device)
-        check_return_quant(op, comm_quant_mode, arguments, hidden)
-        capacity = topology.capacity(group.rank, max_tokens, top_k)
-        num_rows = capacity * (2 if arguments.has_tp else 1)
-        check_num_rows(op, expand_x, num_rows, has_tp=arguments.has_tp)
-        addend = flat_addend(op, shared_expert_x, num_tokens, hidden, device)
-        norm = None
-        if normalized is not None:
-            norm = normalized.norm(op, num_tokens, hidden, device)
-        ids = routed_ids(expert_ids, active)
-        steps = device_steps(device)
-        placement = topology if elastic is None else elastic.topology
-        plan = steps.plan(ids, placement.num_experts)
-        alphas = (const_expert_alpha_1, const_expert_alpha_2)
-        special = special_experts(
-            op, arguments, placement.num_experts, ids, hidden, ori_x, *alphas, const_expert_v
-        )
-        config = return_config(placement, top_k, max_tokens, expand_x, comm_quant_mode)
-        counts = received_counts(op, topology, config, group.rank, ep_send_counts, arguments)
-        sources = steps.sources(counts)
-        shared = topology.is_shared_rank(group.rank)
-        _check_index(op, index, plan, sources, config, expert_ids.numel(), shared, capacity)
-        own, count = tp_counts(op, arguments, tp_send_counts, sources, num_rows)
-
+    needed = {"expand_x": expand_x, "expert_ids": expert_ids, index_name: index}
+    needed |= {"ep_send_counts": ep_send_counts, "expert_scales": expert_scales}
+    checks.required(op, **needed)
+    if normalized is not None:
+        checks.required(op, residual_x=residual_x, gamma=gamma)
+    arguments.check_types(op)
+    checks.integers(op, comm_quant_mode=comm_quant_mode)
+    checks.dtype(op, "expand_x", expand_x, checks.FLOATS)
+    same = (expand_x.dtype,)
+    for name, tensor, allowed in (
+        ("expert_ids", expert_ids, (torch.int32,)),
+        (index_name, index, (torch.int32,)),
+        ("ep_send_counts", ep_send_counts, (torch.int32,)),
+        ("expert_scales", expert_scales, (torch.float32,)),
+        ("tp_send_counts", tp_send_counts, (torch.int32,)),
+        ("x_active_mask", x_active_mask, (torch.bool,)),
+        ("expand_scales", expand_scales, (torch.float32,)),
+        ("shared_expert_x", shared_expert_x, same),
+        ("elastic_info", elastic_info, (torch.int32,)),
+        ("ori_x", ori_x, same),
+        ("const_expert_alpha_1", const_expert_alpha_1, same),
+        ("const_expert_alpha_2", const_expert_alpha_2, same),
+        ("const_expert_v", const_expert_v, same),
+        ("performance_info", performance_info, (torch.int64,)),
+    ):
+        checks.dtype(op, name, tensor, allowed)
+    if normalized is not None:
+        normalized.check_types(op, expand_x.dtype)
+    topology, elastic = place(op, arguments, ranks, elastic_info)
+    checks.reserved(op, **reserved)
+    max_tokens, active = check_tokens(
+        op, arguments, expand_x, expert_ids, expert_scales, x_active_mask, elastic, topology
+    )
+    active_profile().check(
+        family(op),
+        op,
+        **sizes(arguments, topology, expand_x, expert_ids, max_tokens),
+        float16=expand_x.dtype == torch.float16,
+        comm_quant_mode=comm_quant_mode,
+        masked=x_active_mask is not None,
+        elastic=elastic_info is not None,
+        with_expand_scales=expand_scales is not None,
+        with_shared_expert_x=shared_expert_x is not None,
+    )
+    num_tokens, top_k = expert_ids.shape
+    hidden, device = expand_x.shape[1], expand_x.device
+    per_rank = (topology.world_size,)
+    checks.shape(op, "performance_info", performance_info, per_rank, "(W,)", device)
+    check_return_quant(op, comm_quant_mode, arguments, hidden)
+    rank = ranks.group.rank
+    capacity = topology.capacity(rank, max_tokens, top_k)
+    num_rows = capacity * (2 if arguments.has_tp else 1)
+    check_num_rows(op, expand_x, num_rows, has_tp=arguments.has_tp)
+    addend = flat_addend(op, shared_expert_x, num_tokens, hidden, device)
+    norm = None
+    if normalized is not None:
+        norm = normalized.norm(op, num_tokens, hidden, device)
+    ids = routed_ids(expert_ids, active)
+    placement = topology if elastic is None else elastic.topology
+    alphas = (const_expert_alpha_1, const_expert_alpha_2)
+    special = special_experts(
+        op, arguments, placement.num_experts, ids, hidden, ori_x, *alphas, const_expert_v
+    )
+    config = return_config(placement, top_k, max_tokens, expand_x, comm_quant_mode)
+    counts = received_counts(op, topology, config, rank, ep_send_counts, arguments)
+    by_token = _check_index_shape(op, index, expert_ids.numel(), capacity, device)
+    check_tp_counts(op, arguments, tp_send_counts)
     agreed = arguments.agreed(op, expand_x, "expand_x", expert_ids) | {
         "comm_quant_mode": int(comm_quant_mode),
         "elastic_info": None if elastic is None else elastic.digest,
     }
-    call = Call(op, config, agreed, steps)
-    y = expand_x
+    return Combine(
+        expand_x,
+        expert_scales,
+        index,
+        by_token,
+        topology,
+        elastic,
+        active,
+        ids,
+        special,
+        addend,
+        norm,
+        counts,
+        capacity,
+        num_rows,
+        config,
+        agreed,
+    )
+
+
+def distribute_combine(op: str, arguments: GroupArguments, **given: Any) -> CombineOutput:
+    """Bring the experts' rows back and sum them; shapes and errors in ``compat.torch_npu``.
+
+    ``op`` and ``given`` are those of ``check_combine``.
+    """
+    ranks = Ranks.of(op, arguments, "gather")
+    rank = ranks.group.rank
+    with ranks.told(op, "combine", "gather"):
+        combine = check_combine(op, ranks, arguments=arguments, **given)
+        ids, config, topology = combine.ids, combine.config, combine.topology
+        steps = device_steps(combine.expand_x.device)
+        plan = steps.plan(ids, config.topology.num_experts)
+        sources = steps.sources(combine.counts)
+        combine.check_index(op, plan, sources, rank)
+        sent = given.get("tp_send_counts")
+        own, count = tp_counts(op, arguments, sent, sources, combine.num_rows)
+
+    call = Call(op, config, combine.agreed, steps)
+    y = combine.expand_x
     if ranks.tp is not None:
         with ranks.told(op, "combine", None):
-            tp_call = Call(op, config, agreed | {"ep_rank_id": group.rank}, steps)
-            y = add_halves(ranks.tp, tp_call, expand_x, own, count, capacity)
+            tp_call = Call(op, config, combine.agreed | {"ep_rank_id": rank}, steps)
+            y = add_halves(ranks.tp, tp_call, y, own, count, combine.capacity)
     transport = ranks.ep.transport(op)
-    pending = transport.combine_setup(call, Outputs(y, sources, ids, plan, expert_scales))
-    out = transport.combine_teardown(pending, Finish(special, addend, norm))
-    clear_inactive(active, out, *(() if norm is None else (norm.y, norm.rstd[:, None])))
-    return CombineOutput(out, microseconds(pending.waited, topology, elastic), norm)
+    pending = transport.combine_setup(call, Outputs(y, sources, ids, plan, combine.weights))
+    norm = combine.norm
+    out = transport.combine_teardown(pending, Finish(combine.special, combine.addend, norm))
+    normed = () if norm is None else (norm.y, norm.rstd[:, None])
+    clear_inactive(combine.active, out, *normed)
+    return CombineOutput(out, microseconds(pending.waited, topology, combine.elastic), norm)
 
 
 def return_config(
@@ -227,17 +312,14 @@ def check_num_rows(op: str, expand_x: torch.Tensor, num_rows: int, *, has_tp: bo
     checks.value(op, "expand_x", len(expand_x) >= num_rows, contract, got)
 
 
-def _check_index(
-    op: str,
-    index: torch.Tensor,
-    plan: Plan,
-    sources: Sources,
-    config: MoeConfig,
-    num_ids: int,
-    shared: bool,
-    capacity: int,
-) -> None:
-    """What dispatch said of the places of rows has come back; its form depends on the version.
+def _index_name(op: str) -> str:
+    return "assist_info_for_combine" if op == COMBINE_V2 else "expand_idx"
+
+
+def _check_index_shape(
+    op: str, index: torch.Tensor, num_ids: int, capacity: int, device: torch.device
+) -> bool:
+    """Check what says where rows belong; returns whether it is expand_idx.
 
     With RMSNorm either will do. Triples take more words than ids, unless K is 128 or more.
     """
@@ -245,10 +327,10 @@ def _check_index(
     if op == COMBINE_ADD_RMS_NORM:
         by_token = index.numel() == num_ids < capacity * ASSIST_WORDS
     if by_token:
-        check_expand_idx(op, index, plan, num_ids)
+        checks.shape(op, "expand_idx", index, (num_ids,), "(BS * K,)", device)
     else:
-        name = _INDEX.get(op, "expand_idx")
-        check_assist(op, index, sources, config, shared, capacity, name=name)
+        check_assist_size(op, _index_name(op), index, capacity * ASSIST_WORDS, device)
+    return by_token
 
 
 def check_return_quant(op: str, mode: int, arguments: GroupArguments, hidden: int) -> None:

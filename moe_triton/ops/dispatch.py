@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,22 +46,31 @@ class Dispatch:
     """A dispatch whose arguments are right.
 
     Attributes:
+        op: its name.
         x: [BS, H] the tokens.
         rows: what they travel as.
         topology: of the whole group.
         elastic: what is left of the group, or None.
         capacity: A.
-        call: for the transport.
+        config: for the transport.
+        agreed: likewise.
         tokens: likewise.
     """
 
+    op: str
     x: torch.Tensor
     rows: formats.Rows
     topology: Topology
     elastic: ScaledDown | None
     capacity: int
-    call: Call
+    config: MoeConfig
+    agreed: dict[str, Any]
     tokens: Tokens
+
+    @functools.cached_property
+    def call(self) -> Call:
+        """For the transport; ``UnavailableError`` when the back end of ``x`` cannot run."""
+        return Call(self.op, self.config, self.agreed, device_steps(self.x.device))
 
     def outputs(self, received: Received) -> Received:
         """``received`` with tokens and scales as they come out."""
@@ -91,7 +101,10 @@ def check_dispatch(
     scales_dtype: object = None,
     comm_type: int = 0,
 ) -> Dispatch:
-    """The call that these arguments make, or the error of the first that is wrong."""
+    """The call that these arguments make, or the error of the first that is wrong.
+
+    Tensors on the meta device have no values to be wrong; what they make is not for sending.
+    """
     checks.required(op, x=x, expert_ids=expert_ids)
     arguments.check_types(op)
     checks.integers(op, quant_mode=quant_mode, expert_token_nums_type=expert_token_nums_type)
@@ -130,7 +143,6 @@ def check_dispatch(
         formats.check_given(op, x, scales)
     else:
         formats.check_factors(op, scales, rows.quant, topology, x.shape[1], x.device)
-    steps = device_steps(x.device)
 
     top_k = expert_ids.shape[1]
     sent, factors = (x, scales) if not rows.given else (_joined(x, scales), None)
@@ -155,12 +167,14 @@ def check_dispatch(
     num_rows = capacity * (2 if arguments.has_tp else 1)
     ids = routed_ids(expert_ids, active)
     return Dispatch(
+        op,
         x,
         rows,
         topology,
         elastic,
         capacity,
-        Call(op, config, agreed, steps),
+        config,
+        agreed,
         Tokens(sent, ids, expert_scales, factors, num_rows),
     )
 
@@ -187,47 +201,24 @@ def _in_words(scales: torch.Tensor | None, rows: formats.Rows) -> str | None:
 
 
 def distribute_dispatch(
-    op: str,
-    x: torch.Tensor,
-    expert_ids: torch.Tensor,
-    arguments: GroupArguments,
-    *,
-    scales: torch.Tensor | None = None,
-    x_active_mask: torch.Tensor | None = None,
-    expert_scales: torch.Tensor | None = None,
-    elastic_info: torch.Tensor | None = None,
-    performance_info: torch.Tensor | None = None,
-    quant_mode: int = 0,
-    expert_token_nums_type: int = 1,
-    y_dtype: object = None,
-    x_dtype: object = None,
-    scales_dtype: object = None,
+    op: str, arguments: GroupArguments, *, expert_token_nums_type: int = 1, **given: Any
 ) -> DispatchOutput:
     """Send each token to its experts; shapes and errors in ``compat.torch_npu``.
 
-    ``op`` is ``names.DISPATCH`` or ``DISPATCH_V2``. ``performance_info`` is only looked at; it is
-    for the caller to add ``waited``.
+    ``op`` is ``names.DISPATCH`` or ``DISPATCH_V2``, and ``given`` is that of ``check_dispatch``.
+    ``performance_info`` is only looked at; it is for the caller to add ``waited``.
     """
     ranks = Ranks.of(op, arguments, "gather")
     with ranks.told(op, "dispatch", "gather"):
         dispatch = check_dispatch(
             op,
             ranks,
-            x,
-            expert_ids,
-            arguments,
-            scales=scales,
-            x_active_mask=x_active_mask,
-            expert_scales=expert_scales,
-            elastic_info=elastic_info,
-            performance_info=performance_info,
-            quant_mode=quant_mode,
+            arguments=arguments,
             expert_token_nums_type=expert_token_nums_type,
-            y_dtype=y_dtype,
-            x_dtype=x_dtype,
-            scales_dtype=scales_dtype,
+            **given,
         )
-    call, topology, elastic = dispatch.call, dispatch.topology, dispatch.elastic
+        call = dispatch.call
+    topology, elastic = dispatch.topology, dispatch.elastic
     rank, capacity = ranks.group.rank, dispatch.capacity
     with ranks.told(op, None, "gather"):
         transport = ranks.ep.transport(op)
@@ -244,15 +235,15 @@ def distribute_dispatch(
         token_nums = token_nums + peer.count
         ends = torch.cat([ends, peer.ends])
         counts = [num_own, peer.count] if arguments.tp_rank_id == 0 else [peer.count, num_own]
-        tp_counts = torch.tensor(counts, dtype=torch.int32, device=x.device)
+        tp_counts = torch.tensor(counts, dtype=torch.int32, device=dispatch.x.device)
         weights = None if weights is None else weights[:capacity].clone()
     elif elastic is not None:
         size = topology.world_size * topology.num_local_experts(rank)
         ends = torch.cat([ends, ends[-1:].expand(size - len(ends))])
     assist = None
     if op == DISPATCH_V2:
-        size = max(expert_ids.numel(), capacity * ASSIST_WORDS)
-        assist = torch.empty(size, dtype=torch.int32, device=x.device)
+        size = max(dispatch.tokens.expert_ids.numel(), capacity * ASSIST_WORDS)
+        assist = torch.empty(size, dtype=torch.int32, device=dispatch.x.device)
         slots = call.config.num_slots
         copies = received.copies
         columns = [received.sources.source, copies // slots, copies % slots]

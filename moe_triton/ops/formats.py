@@ -115,6 +115,12 @@ def check_dtypes(op: str, x: torch.Tensor, scales: torch.Tensor | None) -> None:
     checks.dtype(op, "scales", scales, (torch.float32, E8M0) if given else (torch.float32,))
 
 
+def check_mode(op: str, quant_mode: int) -> None:
+    """There is such a ``quant_mode``."""
+    modes = [*QUANT_MODES]
+    checks.value(op, "quant_mode", quant_mode in modes, f"be in {modes}", quant_mode)
+
+
 def rows_of(
     op: str,
     x: torch.Tensor,
@@ -128,8 +134,7 @@ def rows_of(
         ArgumentTypeError: tokens are quantised already, or the mode does not make the dtype.
         ArgumentValueError: there is no such mode.
     """
-    modes = [*QUANT_MODES]
-    checks.value(op, "quant_mode", quant_mode in modes, f"be in {modes}", quant_mode)
+    check_mode(op, quant_mode)
     if quant_mode == 0:
         if y_dtype not in (None, x.dtype):
             contract = f"be that of x, {x.dtype}, when quant_mode is 0"

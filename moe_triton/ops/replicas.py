@@ -10,7 +10,7 @@ from .names import UPDATE_EXPERT as OP
 from .steps import local_step
 
 
-def update_expert(
+def check_update_expert(
     expert_ids: torch.Tensor,
     eplb_table: torch.Tensor,
     *,
@@ -20,8 +20,11 @@ def update_expert(
     local_rank_id: int = -1,
     world_size: int = -1,
     balance_mode: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """From logical experts to their replicas; shapes and errors in ``compat.torch_npu``."""
+) -> torch.Tensor | None:
+    """Check all arguments; returns the threshold as [K], or None where nothing is pruned.
+
+    Tensors on the meta device have no values to be wrong.
+    """
     checks.required(OP, expert_ids=expert_ids, eplb_table=eplb_table)
     checks.integers(
         OP, local_rank_id=local_rank_id, world_size=world_size, balance_mode=balance_mode
@@ -58,8 +61,33 @@ def update_expert(
     _check_values(expert_ids, eplb_table)
     threshold = _check_pruning(expert_ids, expert_scales, pruning_threshold)
     checks.shape(OP, "active_mask", active_mask, (num_tokens,), "(BS,)", device)
+    return threshold
 
-    rank = int(local_rank_id) if by_rank else None
+
+def update_expert(
+    expert_ids: torch.Tensor,
+    eplb_table: torch.Tensor,
+    *,
+    expert_scales: torch.Tensor | None = None,
+    pruning_threshold: torch.Tensor | None = None,
+    active_mask: torch.Tensor | None = None,
+    local_rank_id: int = -1,
+    world_size: int = -1,
+    balance_mode: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """From logical experts to their replicas; shapes and errors in ``compat.torch_npu``."""
+    threshold = check_update_expert(
+        expert_ids,
+        eplb_table,
+        expert_scales=expert_scales,
+        pruning_threshold=pruning_threshold,
+        active_mask=active_mask,
+        local_rank_id=local_rank_id,
+        world_size=world_size,
+        balance_mode=balance_mode,
+    )
+    device, top_k = expert_ids.device, expert_ids.shape[1]
+    rank = int(local_rank_id) if balance_mode == 0 else None
     replicas = local_step("eplb_map", device)
     balanced = replicas(expert_ids, eplb_table, rank=rank, world_size=int(world_size))
     if threshold is not None:

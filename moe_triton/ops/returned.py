@@ -49,30 +49,27 @@ def received_counts(
     return counts
 
 
-def check_expand_idx(op: str, expand_idx: torch.Tensor, plan: Plan, size: int) -> None:
+def check_expand_idx(op: str, expand_idx: torch.Tensor, plan: Plan) -> None:
     """The values have come back unchanged, so that no row goes astray."""
-    checks.shape(op, "expand_idx", expand_idx, (size,), "(BS * K,)", plan.expand_idx.device)
     if expand_idx.device.type == "cpu":
         same = (expand_idx == plan.expand_idx) | (plan.expand_idx == NOWHERE)
         contract = "be what dispatch returned for these expert_ids"
         checks.value(op, "expand_idx", bool(same.all()), contract, "other values")
 
 
+def check_assist_size(
+    op: str, name: str, assist: torch.Tensor, least: int, device: torch.device
+) -> None:
+    """There are words enough for the rows that can come."""
+    checks.shape(op, name, assist, (None,), "(A * 128,)", device)
+    contract = f"have at least A * {ASSIST_WORDS} = {least} elements"
+    checks.value(op, name, len(assist) >= least, contract, f"{len(assist)} elements")
+
+
 def check_assist(
-    op: str,
-    assist: torch.Tensor,
-    sources: Sources,
-    config: MoeConfig,
-    shared: bool,
-    capacity: int,
-    *,
-    name: str = "assist_info_for_combine",
+    op: str, name: str, assist: torch.Tensor, sources: Sources, config: MoeConfig, shared: bool
 ) -> None:
     """The triples have come back unchanged, so that no row goes astray."""
-    checks.shape(op, name, assist, (None,), "(A * 128,)", sources.ends.device)
-    contract = f"have at least A * {ASSIST_WORDS} = {capacity * ASSIST_WORDS} elements"
-    size = len(assist)
-    checks.value(op, name, size >= capacity * ASSIST_WORDS, contract, f"{size} elements")
     if assist.device.type != "cpu":
         return
     n = len(sources.source)
@@ -95,6 +92,15 @@ def check_assist(
         checks.value(op, name, False, contract, f"row {row} before the one it follows")
 
 
+def check_tp_counts(op: str, arguments: GroupArguments, counts: torch.Tensor | None) -> None:
+    """``tp_send_counts`` is there, where there are such."""
+    if arguments.has_tp:
+        contract = "be given when tp_world_size is 2"
+        checks.value(op, "tp_send_counts", counts is not None, contract, None)
+        assert counts is not None
+        checks.shape(op, "tp_send_counts", counts, (2,), "(T,)", counts.device)
+
+
 def tp_counts(
     op: str,
     arguments: GroupArguments,
@@ -106,10 +112,7 @@ def tp_counts(
     own = len(sources.source)
     if not arguments.has_tp:
         return own, 0
-    contract = "be given when tp_world_size is 2"
-    checks.value(op, "tp_send_counts", counts is not None, contract, None)
     assert counts is not None
-    checks.shape(op, "tp_send_counts", counts, (2,), "(T,)", counts.device)
     mine, theirs = (int(counts[rank]) for rank in (arguments.tp_rank_id, 1 - arguments.tp_rank_id))
     contract = f"hold {own} rows for this rank, the last of ep_send_counts, and at most A of either"
     fits = mine == own and 0 <= theirs <= num_rows // 2
