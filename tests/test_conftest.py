@@ -90,3 +90,34 @@ def test_evidence_page(tmp_path):
     assert "- `test_page.py::test_skipped`: Skipped: no device" in page
     assert "\n## rounds\n\n2000 rounds were exact\n" in page
     assert f"torch {torch.__version__}" in page
+
+
+_WITHOUT = """
+import sys, pytest
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("hypothesis", "cloudpickle"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Missing())
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
+def test_kernels_are_tested_without_hypothesis_and_cloudpickle():
+    """As on a machine with a GPU that has pytest, but not these."""
+    chosen = ["tests/kernels", "-k", "test_sources.py and (example or any_size)"]
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT, "-rs", "-p", "no:cacheprovider", *chosen],
+        cwd=Path(__file__).parents[1],
+        # Else pytest finds hypothesis for its plugin.
+        env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed, 1 skipped" in done.stdout
+    assert "hypothesis is not installed" in done.stdout

@@ -28,3 +28,40 @@ def asserting(monkeypatch, device):
 
     options = interpreter.InterpreterOptions(debug=True)
     monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
+
+
+@pytest.fixture
+def reserve(device):
+    """``reserve(size)`` skips the test where so many bytes cannot be had.
+
+    A CPU only reserves what nobody touches; a GPU has it or not.
+    """
+
+    def check(num_bytes: int) -> None:
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            if free < num_bytes:
+                pytest.skip(f"{num_bytes} bytes of device memory are needed, {free} are free")
+
+    return check
+
+
+@pytest.fixture
+def captured(device):
+    """``captured(call)`` repeats the launches of ``call``, in the memory that they had.
+
+    On a GPU it replays a graph. The interpreter has no graphs: there the call itself is made again.
+    """
+
+    def capture(call):
+        if device.type == "cpu":
+            return call
+        with torch.cuda.stream(torch.cuda.Stream()):
+            call()  # what is compiled and copied to the device once comes before the graph
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return graph.replay
+
+    return capture

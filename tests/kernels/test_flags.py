@@ -259,6 +259,10 @@ def test_a_wait_sees_a_flag_that_is_written_while_it_runs(device):
         window.put(1, rank, 0)
     problem = no_problem(device)
     addresses = torch.tensor(window.addresses, device=device)
+    # Loading a kernel can wait for all that run, and so for the wait that the kernel is to end.
+    elsewhere = Window(2, device)
+    write(elsewhere.addresses, 1, device)
+    wait(elsewhere.addresses, 1, device, timeout=60.0)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         wait_flags(

@@ -130,8 +130,9 @@ def test_strided_output(device):
     assert not wide[:, :5].any() and not wide[:, 29:].any() and not wide[2].any()
 
 
-def test_addresses_are_64_bit(device):
+def test_addresses_are_64_bit(device, reserve):
     # Row 1 begins 4 GiB after row 0; of the memory a few pages are touched.
+    reserve(2**32 + 2**20)
     rows = torch.empty_strided((2, 32), (2**32, 1), dtype=torch.uint8, device=device)
     rows[0], rows[1] = 1, 2
     x = torch.zeros((3, 32), dtype=torch.int8, device=device)

@@ -259,8 +259,9 @@ def test_columns_of_small_tensors_may_lie_apart(device):
     case.check()
 
 
-def test_addresses_have_64_bits(device):
+def test_addresses_have_64_bits(device, reserve):
     # Row 2 begins at byte 2**33. On a CPU the memory is only reserved: three pages are touched.
+    reserve(2**33 + 2**20)
     rows = torch.empty_strided((3, 16), (2**32, 1), dtype=torch.uint8, device=device)
     fmt = RowFormat(BF16, 8, 16)
     fmt.payload(rows).copy_(torch.tensor([[1.0], [2.0], [4.0]], device=device).expand(3, 8))

@@ -1,0 +1,221 @@
+"""Launches that are recorded once and repeated with other inputs, as serving engines do.
+
+On a GPU each case is a CUDA graph. Nothing of a launcher runs in a replay: whatever it takes from
+its inputs on the host, or copies to the device, is what it was at the recording.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_triton import kernels, ref
+from moe_triton.kernels import flags
+from moe_triton.layout import NOWHERE, DispatchHeader, Norm, RowFormat
+
+BF16 = torch.bfloat16
+T, K, E, H, W = 37, 4, 24, 128, 3
+DRAWS = range(1, 4)  # of inputs that the recording did not see
+EPSILON = 1e-6
+
+
+def tensor(draw, low, high, shape, seed, device):
+    generator = torch.Generator().manual_seed(100 * draw + seed)
+    return torch.randint(low, high, shape, generator=generator).to(device)
+
+
+def numbers(draw, shape, seed, device, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(100 * draw + seed)
+    return torch.randn(shape, generator=generator).to(device, dtype)
+
+
+def poison(*tensors):
+    for one in tensors:
+        one.view(torch.uint8).fill_(0xA5)
+
+
+def bits(x):
+    return x.contiguous().view(torch.uint8)
+
+
+def expert_ids(draw, device, tokens=T):
+    return tensor(draw, NOWHERE, E, (tokens, K), 0, device).int()
+
+
+@pytest.mark.parametrize("tokens", [T, 5000], ids=["few", "many"])
+def test_plan(tokens, captured, device):
+    ids, kept = expert_ids(0, device, tokens), {}
+    replay = captured(lambda: kept.update(plan=kernels.plan(ids, E)))
+    for draw in DRAWS:
+        ids.copy_(expert_ids(draw, device, tokens))
+        replay()
+        for one, other in zip(kept["plan"], ref.plan(ids, E), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_sources(captured, device):
+    counts = torch.zeros((E // W, W), dtype=torch.int32, device=device)
+    capacity, kept = 1000, {}
+    replay = captured(lambda: kept.update(found=kernels.sources(counts, 8, capacity)))
+    for draw in DRAWS:
+        counts.copy_(tensor(draw, 0, 9, counts.shape, 0, device))
+        replay()
+        expected = ref.sources(counts, 8)
+        n = len(expected.source)
+        assert torch.equal(kept["found"].source[:n], expected.source)
+        assert (kept["found"].source[n:] == NOWHERE).all()
+        assert torch.equal(kept["found"].offsets, expected.offsets)
+
+
+@pytest.mark.parametrize("quant", [None, "int8", "group_e4m3", "mx_e4m3"])
+def test_gather_quant(quant, captured, device):
+    fmt = RowFormat.quantized(quant, BF16, H)
+    x, ids = numbers(0, (T, H), 0, device, BF16), expert_ids(0, device)
+    index = torch.arange(T * K, device=device).view(T, K)
+    smooth = 0.5 + torch.rand((E, H), device=device) if quant == "int8" else None
+    out = torch.zeros((T * K, H), dtype=fmt.dtype, device=device)
+    scales = None
+    if fmt.scale_offset is not None:
+        scales = torch.zeros(fmt.scale_shape(T * K), dtype=fmt.scale_dtype, device=device)
+    outputs = [out] if scales is None else [out, scales]
+    replay = captured(lambda: kernels.gather_quant(x, index, fmt, smooth, ids, out, scales))
+    for draw in DRAWS:
+        x.copy_(numbers(draw, (T, H), 0, device))
+        ids.copy_(expert_ids(draw, device))
+        index.copy_(torch.randperm(T * K, device=device).view(T, K))
+        poison(*outputs)
+        replay()
+        expected = [torch.zeros_like(one) for one in outputs]
+        ref.gather_quant(x, index, fmt, smooth, ids, *expected)
+        for one, other in zip(outputs, expected, strict=True):
+            assert torch.equal(bits(one), bits(other))
+
+
+def test_push_and_pack(captured, device):
+    fmt = RowFormat.quantized("int8", BF16, H)
+    x, ids = numbers(0, (T, H), 0, device, BF16), expert_ids(0, device)
+    weights, index = torch.rand((T, K), device=device), torch.arange(T, device=device)
+
+    def outputs():
+        rows = torch.zeros((T, fmt.stride), dtype=torch.uint8, device=device)
+        headers = [
+            DispatchHeader(
+                torch.zeros(1, dtype=torch.int32, device=device),
+                torch.zeros(E, dtype=torch.int32, device=device),
+                torch.zeros(T * K, dtype=torch.int32, device=device),
+                torch.zeros(T * K, device=device),
+            )
+            for _ in range(W)
+        ]
+        packed = torch.zeros((T, H), dtype=torch.int8, device=device)
+        return rows, headers, packed, torch.zeros(T, device=device)
+
+    def work(steps, rows, headers, packed, scales):
+        routing = steps.plan(ids, E)
+        sizes = {"experts_per_rank": E // W, "shared_targets": (), "num_shared_ranks": 0}
+        steps.push(x, ids, weights, None, fmt, routing, rows, headers, **sizes)
+        steps.pack(rows, index, fmt, packed, scales)
+
+    ours = outputs()
+    replay = captured(lambda: work(kernels, *ours))
+    for draw in DRAWS:
+        x.copy_(numbers(draw, (T, H), 0, device))
+        ids.copy_(expert_ids(draw, device))
+        index.copy_(torch.randperm(T, device=device))
+        # What no copy comes to, or lies between rows, stays as it is.
+        for one in (ours[0], *(part for header in ours[1] for part in header), *ours[2:]):
+            one.zero_()
+        replay()
+        expected = outputs()
+        work(ref, *expected)
+        for one, other in zip(ours[1], expected[1], strict=True):
+            assert all(map(torch.equal, one, other))
+        for part in (0, 2, 3):
+            assert torch.equal(bits(ours[part]), bits(expected[part]))
+
+
+@pytest.mark.parametrize("normalised", [False, True], ids=["sum", "norm"])
+def test_reduce(normalised, captured, device):
+    fmt = RowFormat.tight(BF16, H)
+    y, index = numbers(0, (T * K, H), 0, device, BF16), torch.zeros((T, K), dtype=torch.int64)
+    index, weights = index.to(device), torch.rand((T, K), device=device)
+    residual, gamma = numbers(0, (T, H), 1, device, BF16), numbers(0, (H,), 2, device, BF16)
+
+    def outputs():
+        out, scaled = torch.zeros((2, T, H), dtype=BF16, device=device)
+        norm = Norm(residual, gamma, EPSILON, scaled, torch.zeros(T, device=device))
+        return out, norm if normalised else None
+
+    def work(steps, out, norm):
+        steps.reduce(y.view(torch.uint8), index, fmt, weights, None, None, out, norm)
+
+    out, norm = outputs()
+    replay = captured(lambda: work(kernels, out, norm))
+    for draw in DRAWS:
+        y.copy_(numbers(draw, (T * K, H), 0, device))
+        index.copy_(tensor(draw, NOWHERE, T * K, (T, K), 3, device))
+        residual.copy_(numbers(draw, (T, H), 1, device))
+        poison(out)
+        replay()
+        expected, expected_norm = outputs()
+        work(ref, expected, expected_norm)
+        assert torch.equal(out, expected)
+        if normalised:
+            torch.testing.assert_close(norm.y, expected_norm.y, rtol=1.6e-2, atol=1e-6)
+            torch.testing.assert_close(norm.rstd, expected_norm.rstd, rtol=1e-5, atol=1e-6)
+
+
+def test_gating_replicas_and_kept_slots(captured, device):
+    logits, kept = torch.zeros((T, E), device=device), {}
+    table = torch.tensor([[2, e, E + e] for e in range(E)], dtype=torch.int32, device=device)
+    threshold = torch.zeros(K, device=device)
+
+    def work(steps):
+        weights, ids, _ = steps.top_k_gating(logits, K, scoring="sigmoid")
+        return {
+            "ids": ids,
+            "weights": weights,
+            "replicas": steps.eplb_map(ids, table, rank=5, world_size=8),
+            "keep": steps.keep_experts(weights, threshold, None),
+        }
+
+    replay = captured(lambda: kept.update(work(kernels)))
+    for draw in DRAWS:
+        # Steps that no exponential function rounds away, and thresholds that lie between them.
+        logits.copy_(torch.argsort(numbers(draw, (T, E), 0, device), dim=1) / 4.0 - 3)
+        threshold.fill_(0.24 + 0.005 * draw)
+        replay()
+        expected = work(ref)
+        torch.testing.assert_close(kept["weights"], expected["weights"], rtol=2e-6, atol=1e-30)
+        for name in ("ids", "replicas", "keep"):
+            assert torch.equal(kept[name], expected[name]), name
+
+
+def test_flags_move_through_the_ring(captured, device):
+    slots, slot_bytes, ranks = 4, 256, 2
+    ring = {"slots": slots, "slot_bytes": slot_bytes, "digest": 7}
+    window = torch.zeros((slots, slot_bytes // 4), dtype=torch.int32, device=device)
+    record = 4 * flags.RECORD_WORDS
+    addresses = [window.data_ptr() + rank * record for rank in range(ranks)]
+    addresses = torch.tensor(addresses, device=device)
+    epoch = torch.tensor([2**31 - 4], dtype=torch.int32, device=device)  # wraps around on its way
+    problem = torch.zeros(flags.PROBLEM_WORDS, dtype=torch.int32, device=device)
+    records = torch.zeros((ranks, flags.RECORD_WORDS), dtype=torch.int32, device=device)
+    waited = torch.zeros(ranks, dtype=torch.int64, device=device)
+
+    def exchange():
+        epoch.add_(1)
+        # What one rank writes to two is here what two write to one.
+        kernels.write_flags(addresses, epoch, problem, status=0, **ring)
+        kernels.wait_flags(
+            addresses, epoch, problem, records, waited, operation=0, timeout=5.0, **ring
+        )
+
+    replay = captured(exchange)
+    before = int(epoch)
+    for step in range(1, 3 * slots):
+        replay()
+        wanted = (before + step + 2**31) % 2**32 - 2**31
+        assert problem.tolist() == [0] * flags.PROBLEM_WORDS
+        assert records[:, 0].tolist() == [wanted] * ranks
+        assert window[wanted % slots, :: flags.RECORD_WORDS][:ranks].tolist() == [wanted] * ranks
