@@ -23,6 +23,7 @@ ALLOWED = {
     "profile": {"errors"},
     "backend": {"errors"},
     "layout": {"errors"},
+    "eplb": {"errors"},
     "ref": {"errors", "layout"},
     "kernels": {"errors", "layout"},
     "comm": {"errors", "layout", "topology"},
@@ -38,7 +39,7 @@ ALLOWED["cli"] = {*ALLOWED, "cli"}
 ALLOWED["__main__"] = {"cli"}
 
 # Scripts are users: what they may import is what users may import.
-PUBLIC = {"", "compat", "errors", "integrations", "testing"}
+PUBLIC = {"", "compat", "eplb", "errors", "integrations", "testing"}
 
 
 def imported(source: str, module: str, is_package: bool = False) -> set[str]:

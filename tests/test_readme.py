@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -30,6 +32,18 @@ def test_the_example_runs_on_four_ranks(tmp_path):
         check=False,
     )
     assert run.returncode == 0, run.stderr
+
+
+def test_the_plan_of_replicas_is_as_balanced_as_it_says():
+    (block,) = re.findall(r"```py\n(from moe_triton import eplb\n.*?)```", README, re.DOTALL)
+    names = {"torch": torch, "ids": torch.arange(256).view(-1, 8), "rank": 5}
+    exec(block, names)
+    plan = names["plan"]
+    before, after = re.search(r"([\d.]+) and ([\d.]+): the most", block).groups()
+    assert f"{plan.balance_before:.1f} {plan.balance_after:.4f}" == f"{before} {after}"
+    assert torch.equal(plan.placement[names["ids"]], torch.arange(256).view(-1, 8))
+    greedy = names["eplb"].plan_greedy(names["load"], num_ranks=32, num_slots=288)
+    assert f"`eplb.plan_greedy`, {greedy.balance_after:.2f} here" in README
 
 
 def test_the_files_of_the_layout_exist():

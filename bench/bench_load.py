@@ -1,0 +1,182 @@
+"""How evenly do replicas of hot experts spread the load, and how long does planning take?
+
+DeepSeek-V3's shape: 256 experts, 32 redundant ones on 8 to 32 ranks. 288 slots are 4.5 for each of
+64 ranks, and so these get 64 redundant experts, 5 slots a rank. The load of experts follows Zipf's
+law, in an order drawn for each of a few layers; a balance is the most that a rank receives over
+the mean, of the worst layer.
+
+Each plan is compared with DeepSeek's published greedy scheme on the same loads: as that scheme sees
+it, every replica of an expert getting an equal part, and as it comes out when
+``npu_moe_update_expert`` picks the replica by rank. Predictions are checked first, against ids that
+go through that operator. "next" are ids that the plan has not seen, drawn from the same law: top-8
+of 256, 512 tokens a rank, from which no expert can get more than an eighth.
+
+    python bench/bench_load.py [--layers 5] [--plot bench/results/load.svg]
+"""
+
+import argparse
+import functools
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import report
+import torch
+
+from moe_triton import eplb, testing
+from moe_triton.compat.torch_npu import npu_moe_update_expert
+
+EXPERTS, TOP_K, TOKENS = 256, 8, 512
+SHAPES = ((8, 288), (16, 288), (32, 288), (64, 320))  # ranks, slots
+EXPONENTS = (0.5, 0.8, 1.0, 1.2, 1.5, 2.0)
+BY_RANK, BY_TOKEN = 0, 1
+PICTURE = {"exponent": 1.0, "ranks": 32}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=5, help="orders of the experts")
+    parser.add_argument("--out", type=Path, default=report.ROOT / "bench/results/load.jsonl")
+    parser.add_argument("--plot", type=Path, help="a picture of one case, .svg or .png")
+    arguments = parser.parse_args()
+
+    rows = []
+    for num_ranks, num_slots in SHAPES:
+        for exponent in EXPONENTS:
+            rows.append(measure(num_ranks, num_slots, exponent, arguments.layers))
+            print(report.table(rows[-1:], COLUMNS).splitlines()[-1], flush=True)
+    report.write(arguments.out, rows)
+    print(report.table(rows, COLUMNS))
+    if arguments.plot:
+        ranks, slots = next(shape for shape in SHAPES if shape[0] == PICTURE["ranks"])
+        load = zipf(PICTURE["exponent"], layers=1)[0]
+        figure = eplb.plot_load(eplb.plan(load, num_ranks=ranks, num_slots=slots))
+        figure.savefig(arguments.plot, metadata={"Date": None})
+
+
+def measure(num_ranks, num_slots, exponent, layers):
+    """Balances and seconds of one shape and law."""
+    load = zipf(exponent, layers)
+    sizes = {"num_ranks": num_ranks, "num_slots": num_slots}
+    works = {
+        "plan": functools.partial(eplb.plan, **sizes),
+        "plan_by_token": functools.partial(eplb.plan, **sizes, balance_mode=BY_TOKEN),
+        "greedy": functools.partial(eplb.plan_greedy, **sizes),
+        "greedy_equal_parts": functools.partial(eplb.plan_greedy, **sizes, balance_mode=BY_TOKEN),
+    }
+    seconds = {name: [] for name in works}
+    plans = {name: [] for name in works}
+    for layer in load:
+        for name, work in works.items():
+            start = time.perf_counter()
+            plans[name].append(work(layer))
+            seconds[name].append(time.perf_counter() - start)
+    check(load[0], plans["plan"][0])
+    check(load[0], plans["greedy"][0])
+    row = {
+        "bench": "load",
+        "experts": EXPERTS,
+        "ranks": num_ranks,
+        "slots": num_slots,
+        "exponent": exponent,
+        "layers": layers,
+        "no_replicas": worst(plan.balance_before for plan in plans["plan"]),
+        "at_least": worst(map(functools.partial(least, **sizes), load)),
+    }
+    for name in works:
+        row[name] = worst(plan.balance_after for plan in plans[name])
+        row[f"{name}_ms"] = statistics.median(seconds[name]) * 1e3
+    return row | unseen(num_ranks, num_slots, exponent)
+
+
+def zipf(exponent, layers):
+    """[layers, E], popularity ``place ** -exponent`` with the places drawn for each layer."""
+    popularity = np.arange(1, EXPERTS + 1) ** -exponent
+    draws = np.random.default_rng(0)
+    return torch.from_numpy(np.stack([draws.permutation(popularity) for _ in range(layers)]))
+
+
+def worst(balances):
+    return max(map(float, balances))
+
+
+def least(load, num_ranks, num_slots):
+    """A balance that no table can go below.
+
+    The hottest expert has at most a replica for each redundant slot and its own, and comes in W-ths
+    of its load. If no rank takes two of these, every rank has a replica of it, and the second
+    hottest expert can be divided by what is left of the redundant slots.
+    """
+    hottest, second = (load * num_ranks / load.sum()).topk(2).values.tolist()
+    redundant = num_slots - EXPERTS
+    one_each = float("inf")
+    if redundant >= num_ranks - 1:
+        replicas = min(1 + redundant - (num_ranks - 1), num_ranks)
+        one_each = hottest / num_ranks + second / replicas
+    elsewise = max(hottest / min(1 + redundant, num_ranks), 2 * hottest / num_ranks)
+    return max(1.0, min(one_each, elsewise))
+
+
+def check(load, plan):
+    """Ids through the operator, of ranks that send alike, give the load that was predicted."""
+    rows = (load / load.sum() * 10_000).round().long()
+    ids = torch.repeat_interleave(torch.arange(EXPERTS, dtype=torch.int32), rows)[:, None]
+    received = receive([ids] * plan.num_ranks, plan)
+    expected = eplb.rank_load(
+        rows * plan.num_ranks,
+        plan.eplb_table,
+        num_ranks=plan.num_ranks,
+        num_slots=len(plan.placement),
+    )
+    torch.testing.assert_close(received.double(), expected, rtol=1e-9, atol=0)
+
+
+def receive(ids, plan):
+    """[W], the rows of each rank when each sends ``ids[rank]``."""
+    received = torch.zeros(plan.num_ranks, dtype=torch.int64)
+    for rank, one in enumerate(ids):
+        mapped, _ = npu_moe_update_expert(
+            one, plan.eplb_table, local_rank_id=rank, world_size=plan.num_ranks
+        )
+        received += plan.ranks[mapped.long()].flatten().bincount(minlength=plan.num_ranks)
+    return received
+
+
+def unseen(num_ranks, num_slots, exponent):
+    """Balances of ids that were drawn after those that the plans are made for."""
+    order = torch.randperm(EXPERTS, generator=torch.Generator().manual_seed(0)).int()
+
+    def batch(first):
+        draws = (
+            testing.routing_zipf(TOKENS, EXPERTS, TOP_K, seed=first + rank, exponent=exponent)
+            for rank in range(num_ranks)
+        )
+        return [order[ids.long()] for ids in draws]
+
+    load = torch.cat(batch(0)).flatten().bincount(minlength=EXPERTS)
+    following = batch(num_ranks)
+    balances = {}
+    for name, make in (("plan", eplb.plan), ("greedy", eplb.plan_greedy)):
+        received = receive(following, make(load, num_ranks=num_ranks, num_slots=num_slots))
+        balances[f"{name}_next"] = float(received.max() / received.double().mean())
+    return balances
+
+
+COLUMNS = {
+    "ranks": lambda row: row["ranks"],
+    "slots": lambda row: row["slots"],
+    "Zipf": lambda row: row["exponent"],
+    "no replicas": lambda row: f"{row['no_replicas']:.2f}",
+    "greedy, equal parts": lambda row: f"{row['greedy_equal_parts']:.3f}",
+    "greedy, by rank": lambda row: f"{row['greedy']:.3f}",
+    "ours, by rank": lambda row: f"{row['plan']:.3f}",
+    "ours, by token": lambda row: f"{row['plan_by_token']:.3f}",
+    "no table below": lambda row: f"{row['at_least']:.3f}",
+    "next ids: greedy / ours": lambda row: f"{row['greedy_next']:.2f} / {row['plan_next']:.2f}",
+    "time: greedy / ours": lambda row: f"{row['greedy_ms']:.0f} / {row['plan_ms']:.0f} ms",
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,16 @@
+"""Balance the load of experts: which get replicas, where, and which rank uses which.
+
+    plan = eplb.plan(load, num_ranks=32, num_slots=288)  # load: rows per logical expert
+    ids, _ = npu_moe_update_expert(ids, plan.eplb_table, local_rank_id=rank, world_size=32)
+
+Nothing here communicates or needs a device: a planner runs beside the model, once in many steps.
+"""
+
+from __future__ import annotations
+
+from .plan import Plan
+from .planner import plan, plan_greedy
+from .plot import plot_load
+from .table import rank_load
+
+__all__ = ["Plan", "plan", "plan_greedy", "plot_load", "rank_load"]

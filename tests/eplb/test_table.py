@@ -1,0 +1,77 @@
+"""The meaning of a table's columns, and tables made of parts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from moe_triton import eplb
+from moe_triton.eplb import table
+
+# Four experts, three slots on each of two ranks: 0, 1, 2 and 3, 4, 5.
+TABLE = torch.tensor([[2, 0, 3], [1, 5, -1], [1, 1, -1], [1, 4, -1]], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "num_ranks, balance_mode, expected",
+    [
+        # ceil(8 / 3) = 3 ranks for each replica but the last; ceil(8 / 5) = 2, none for the fifth.
+        (8, 0, [[1, 0, 0, 0, 0], [3 / 8, 3 / 8, 1 / 4, 0, 0], [1 / 4] * 4 + [0]]),
+        (8, 1, [[1, 0, 0, 0, 0], [1 / 3, 1 / 3, 1 / 3, 0, 0], [1 / 5] * 5]),
+    ],
+)
+def test_shares_of_columns(num_ranks, balance_mode, expected):
+    found = table.column_shares(np.array([1, 3, 5]), 5, num_ranks, balance_mode)
+    np.testing.assert_allclose(found, expected, rtol=1e-15)
+
+
+@pytest.mark.parametrize("balance_mode", [0, 1])
+def test_load_of_ranks(balance_mode):
+    load = torch.tensor([10, 1, 2, 4])
+    found = eplb.rank_load(load, TABLE, num_ranks=2, num_slots=6, balance_mode=balance_mode)
+    assert found.dtype == torch.float64
+    assert found.tolist() == [7, 10]
+
+
+# Experts 0 on all four ranks, 1 on the second; slots 0 and 1, 2 and 3, ...
+PLACEMENT = np.array([0, 2, 0, 1, 0, 3, 0, 4])
+PARTS = np.array([[1, 0, 0, 3], [0, 4, 0, 0], [4, 0, 0, 0], [0, 0, 4, 0], [0, 0, 0, 4]])
+
+
+def test_by_rank_a_rank_uses_its_own_replica():
+    found = table.of_parts(PARTS, PLACEMENT, 0, 1)
+    # Rank 0 and rank 3 themselves; the others what is left of rank 3.
+    assert found[0].tolist() == [4, 0, 6, 6, 6]
+    assert found[1:].tolist() == [[1, slot, -1, -1, -1] for slot in (3, 1, 5, 7)]
+
+
+def test_by_rank_a_rank_uses_a_replica_of_its_node():
+    parts = np.array([[2, 0, 0, 2], *PARTS[1:]])
+    assert table.of_parts(parts, PLACEMENT, 0, 2)[0].tolist() == [4, 0, 0, 6, 6]
+    # One part of rank 0 is left for the other node, after its own is served.
+    parts = np.array([[3, 0, 0, 1], *PARTS[1:]])
+    assert table.of_parts(parts, PLACEMENT, 0, 2)[0].tolist() == [4, 0, 0, 0, 6]
+
+
+def test_by_token_parts_are_reduced_and_spread():
+    parts = np.array([[2, 0, 4, 2], *PARTS[1:]])
+    found = table.of_parts(parts, PLACEMENT, 1, 1)
+    # 1 : 2 : 1, and the one with two of four columns does not stand there twice in a row.
+    assert found[0].tolist() == [4, 4, 0, 6, 4]
+    equal = np.array([[2, 2, 2, 2], *PARTS[1:]])
+    assert table.of_parts(equal, PLACEMENT, 1, 1)[0].tolist() == [4, 0, 2, 4, 6]
+
+
+def test_the_first_columns_by_token_are_near_the_parts():
+    parts = np.array([7, 3, 0, 2])
+    placement = np.array([0, 0, 0, 0])
+    (row,) = table.of_parts(parts[None], placement, 1, 1)
+    for columns in range(1, 13):
+        given = np.bincount(row[1 : 1 + columns], minlength=4)
+        assert (abs(given - columns * parts / 12) < 1).all()
+
+
+def test_tables_of_layers_are_as_wide_as_the_widest():
+    narrow, wide = np.ones((1, 2), np.int32), np.full((1, 3), 2, np.int32)
+    assert table.stack([narrow, wide]).tolist() == [[[1, 1, -1]], [[2, 2, 2]]]
