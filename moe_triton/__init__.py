@@ -21,7 +21,7 @@ from .errors import (
     UnavailableError,
 )
 from .expert_parallel import CombinePending, Dispatched, DispatchPending, ExpertParallel, Handle
-from .ops import window_bytes
+from .ops import required_buffsize_mb, window_bytes
 from .profile import get_profile, set_profile
 
 __version__ = "0.1.0"
@@ -51,6 +51,7 @@ __all__ = [
     "get_backend",
     "get_profile",
     "recover",
+    "required_buffsize_mb",
     "set_backend",
     "set_profile",
     "window_bytes",

@@ -6,8 +6,8 @@ import argparse
 import dataclasses
 from typing import Any
 
-from ..ops import window_bytes
-from ..profile import ascend_buffer_mb
+from ..ops import required_buffsize_mb, window_bytes
+from ..ops.names import DISPATCH
 from .terminal import Terminal, positive, size
 
 _QUANTS = {"none": "bf16", "int8": "int8"}  # name of the option, and what rows are then
@@ -101,7 +101,7 @@ def _window_bytes(sizes: dict[str, Any], chosen: str | None) -> dict[str, dict[s
 
 
 def _ascend_buffers(sizes: dict[str, Any]) -> dict[str, int]:
-    return {product: ascend_buffer_mb(product, **sizes) for product in ("a2", "a3")}
+    return {product: required_buffsize_mb(product, DISPATCH, **sizes) for product in ("a2", "a3")}
 
 
 def show(terminal: Terminal, windows: list[dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .arguments import GroupArguments
+from .buffsize import required_buffsize_mb
 from .combine import distribute_combine
 from .dispatch import distribute_dispatch
 from .sizes import layer_config, window_bytes
@@ -14,5 +15,6 @@ __all__ = [
     "distribute_combine",
     "distribute_dispatch",
     "layer_config",
+    "required_buffsize_mb",
     "window_bytes",
 ]

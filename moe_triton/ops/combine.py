@@ -200,7 +200,7 @@ def check_combine(
         **sizes(arguments, topology, expand_x, expert_ids, max_tokens),
         float16=expand_x.dtype == torch.float16,
         comm_quant_mode=comm_quant_mode,
-        masked=x_active_mask is not None,
+        mask_dims=None if x_active_mask is None else x_active_mask.dim(),
         elastic=elastic_info is not None,
         with_expand_scales=expand_scales is not None,
         with_shared_expert_x=shared_expert_x is not None,

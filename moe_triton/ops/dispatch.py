@@ -134,7 +134,7 @@ def check_dispatch(
         quant_mode=quant_mode,
         float8=_float8(rows, named["y_dtype"]),
         comm_type=comm_type,
-        masked=x_active_mask is not None,
+        mask_dims=None if x_active_mask is None else x_active_mask.dim(),
         elastic=elastic_info is not None,
         with_scales=scales is not None,
         with_expert_scales=expert_scales is not None,

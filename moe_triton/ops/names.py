@@ -12,8 +12,9 @@ DISPATCH_TEARDOWN = "npu_moe_distribute_dispatch_teardown"
 COMBINE_SETUP = "npu_moe_distribute_combine_setup"
 COMBINE_TEARDOWN = "npu_moe_distribute_combine_teardown"
 UPDATE_EXPERT = "npu_moe_update_expert"
+EPLB_UPDATE_EXPERT = "aclnnMoeEPLBUpdateExpert"  # its predecessor, in the C interface only
 
-_FAMILIES = {
+FAMILIES = {
     DISPATCH: "v1",
     COMBINE: "v1",
     DISPATCH_V2: "v2",
@@ -23,7 +24,8 @@ _FAMILIES = {
     DISPATCH_TEARDOWN: "split",
     COMBINE_SETUP: "split",
     COMBINE_TEARDOWN: "split",
-    UPDATE_EXPERT: "eplb",
+    UPDATE_EXPERT: "update_expert",
+    EPLB_UPDATE_EXPERT: "eplb",
 }
 
 
@@ -33,5 +35,5 @@ def is_dispatch(op: str) -> bool:
 
 
 def family(op: str) -> str:
-    """What an op belongs to: "v1", "v2", "rms" (of v2), "split" (split-phase) or "eplb"."""
-    return _FAMILIES[op]
+    """What an op that a profile limits belongs to, as in ``profile.Profile``."""
+    return FAMILIES[op]

@@ -178,6 +178,7 @@ def _check_dispatch_teardown_types(
     checks.dtype(op, "comm_cmd_info", comm_cmd_info, (torch.int32,))
     checks.reserved(op, comm_alg=arguments.comm_alg)
     check_token_nums_type(op, expert_token_nums_type)
+    active_profile().check(family(op), op, token_nums_type=expert_token_nums_type)
 
 
 def check_dispatch_teardown(
@@ -365,6 +366,14 @@ def _check_combine_teardown_types(
     ):
         checks.dtype(op, name, tensor, (kind,))
     checks.reserved(op, comm_alg=arguments.comm_alg)
+    active_profile().check(
+        family(op),
+        op,
+        num_shared_ranks=arguments.shared_expert_rank_num,
+        num_shared_experts=arguments.shared_expert_num,
+        mask_dims=None if x_active_mask is None else x_active_mask.dim(),
+        with_shared_expert_x=shared_expert_x is not None,
+    )
 
 
 def check_combine_teardown(

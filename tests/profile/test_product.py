@@ -1,4 +1,4 @@
-"""Products: each range at its edges, and buffers against numbers worked out by hand."""
+"""Products: each range at both of its edges, by the rows of the constraints in the documents."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-import moe_triton
 from moe_triton import profile
-from moe_triton.errors import ArgumentValueError, UnavailableError
+from moe_triton.errors import ArgumentTypeError, ArgumentValueError, UnavailableError
 
 # What every product takes, with any algorithm.
 USUAL: dict[str, Any] = {
@@ -37,7 +36,9 @@ ARGUMENTS: dict[str, tuple[str | None, str | None]] = {
     "num_copy_experts": ("copy_expert_num", "copy_expert_num"),
     "num_const_experts": ("const_expert_num", "const_expert_num"),
     "tp_world_size": ("tp_world_size", "tp_world_size"),
-    "masked": ("x_active_mask", "x_active_mask"),
+    "mask_dims": ("x_active_mask", "x_active_mask"),
+    "comm_type": ("comm_type", "comm_type"),
+    "token_nums_type": ("expert_token_nums_type", None),
     "elastic": ("elastic_info", "elastic_info"),
     "quant_mode": ("quant_mode", None),
     "with_scales": ("scales", None),
@@ -47,7 +48,37 @@ ARGUMENTS: dict[str, tuple[str | None, str | None]] = {
     "with_shared_expert_x": (None, "shared_expert_x"),
 }
 
+# The row of the documents' constraints, by which a test is found.
+ROW = {
+    "world_size": 3,
+    "tp_world_size": 5,
+    "num_shared_ranks": 8,
+    "num_shared_experts": 9,
+    "num_experts": 11,
+    "experts_per_rank": 12,
+    "quant_mode": 13,
+    "with_scales": 15,
+    "hidden": 16,
+    "num_tokens": 17,
+    "top_k": 18,
+    "max_tokens": 19,
+    "mask_dims": 20,
+    "with_expert_scales": 21,
+    "with_expand_scales": 21,
+    "comm_quant_mode": 23,
+    "comm_type": 25,
+    "num_zero_experts": 26,
+    "num_copy_experts": 26,
+    "num_const_experts": 26,
+    "elastic": 27,
+    "with_shared_expert_x": 30,
+    "token_nums_type": 31,
+}
+
 EITHER = ((False, True), ())
+ANY_MASK = ((None, 1, 2), ())
+FIRST_TOKENS = ((None, 1), (2,))
+NO_MASK = ((None,), (1, 2))
 NEVER = ((False,), (True,))
 ALWAYS = ((True,), (False,))
 NONE = ((0,), (1,))
@@ -71,7 +102,7 @@ A2_V1 = {
     "experts_per_rank": ((1, 24), (25,)),
     "num_shared_ranks": NONE,
     "tp_world_size": WITHOUT_TP,
-    "masked": NEVER,
+    "mask_dims": NO_MASK,
     "quant_mode": ON_PRODUCTS["quant_mode"],
     "with_scales": EITHER,
     "with_expert_scales": EITHER,
@@ -94,7 +125,7 @@ A2_V2 = A2_V1 | {
     "num_zero_experts": SOME,
     "num_copy_experts": SOME,
     "num_const_experts": NONE,
-    "masked": EITHER,
+    "mask_dims": ANY_MASK,
     "elastic": NEVER,
 }
 A2_V2_HIERARCHY = A2_V2 | {
@@ -105,7 +136,7 @@ A2_V2_HIERARCHY = A2_V2 | {
     "num_experts": ((1, 512), (0, 513)),
     "num_zero_experts": NONE,
     "num_copy_experts": NONE,
-    "masked": NEVER,
+    "mask_dims": NO_MASK,
     "with_scales": NEVER,
     "comm_quant_mode": ((0, 2), (1, 3)),
 }
@@ -121,7 +152,7 @@ A3_V1 = ON_PRODUCTS | {
     "num_shared_experts": ((0, 1), ()),
     "num_shared_experts, S > 0": ((1,), (0, 2)),
     "tp_world_size": WITH_TP,
-    "masked": NEVER,
+    "mask_dims": NO_MASK,
     "with_scales": EITHER,
     "with_expert_scales": NEVER,
     "comm_quant_mode": ((0, 2), (1, 3)),
@@ -137,7 +168,7 @@ A3_V2 = A3_V1 | {
     "num_zero_experts": SOME,
     "num_copy_experts": SOME,
     "num_const_experts": SOME,
-    "masked": EITHER,
+    "mask_dims": ANY_MASK,
     "elastic": EITHER,
     "with_expert_scales": EITHER,
     "with_expand_scales": EITHER,
@@ -147,7 +178,7 @@ A3_V2_HIERARCHY = A3_V2 | {
     "max_tokens": ((16, 256), (257,)),
     "world_size": ((16, 32, 144, 256), (8, 15, 17, 40, 272)),
     "num_experts": ((1, 512), (0, 513)),
-    "masked": NEVER,
+    "mask_dims": NO_MASK,
 }
 _950_V1 = A3_V1 | {
     "hidden": ((1, 7168, 10000), ()),
@@ -162,14 +193,13 @@ _950_V2 = A3_V2 | {
     "tp_world_size": WITHOUT_TP,
     "elastic": NEVER,
 }
-PORTABLE_V1 = {
-    fact: EITHER for fact in ARGUMENTS if fact.startswith("with") or fact == "masked"
-} | {
+PORTABLE_V1 = {fact: EITHER for fact in ARGUMENTS if fact.startswith("with")} | {
+    "mask_dims": ANY_MASK,
     "with_shared_expert_x, S > 0": EITHER,
     "num_tokens": ((0, 1, 10**6), ()),
     "max_tokens": ((16, 10**6), ()),
     "hidden": ((1, 10**6), ()),
-    "top_k": ((1, 1000), ()),
+    "top_k": ((1, 16), (0, 17)),
     "world_size": ((1, 10**4), ()),
     "num_experts": ((1, 10**6), ()),
     "experts_per_rank": ((1, 10**6), ()),
@@ -185,6 +215,28 @@ PORTABLE_V2 = PORTABLE_V1 | {
     "num_const_experts": SOME,
     "elastic": EITHER,
 }
+A3_RMS = A3_V2 | {"comm_quant_mode": ((0,), (1, 2))}
+NOT_IN_SPLIT = {
+    *("num_zero_experts", "num_copy_experts", "num_const_experts", "tp_world_size"),
+    *("elastic", "with_expert_scales", "with_expand_scales"),
+}
+A3_SPLIT = {fact: values for fact, values in A3_V2.items() if fact not in NOT_IN_SPLIT} | {
+    "world_size": ((2, 3, 384), (1, 385)),
+    "num_experts": ((1, 512), (0, 513)),
+    "experts_per_rank": ((1, 128, 129, 512), ()),
+    "mask_dims": FIRST_TOKENS,
+    "comm_quant_mode": ((0,), (1, 2)),
+    "comm_type": ((0,), (-1, 1, 2)),
+    "token_nums_type": ((0, 1), (-1, 2)),
+}
+_950_RMS = _950_V2 | {"comm_quant_mode": ((0,), (1, 2))}
+_950_SPLIT = A3_SPLIT | {
+    "quant_mode": ((0, 4), (-1, 1, 2, 3, 5)),
+    "comm_type": ((2,), (0, 1, 3)),
+    "token_nums_type": ((1,), (0, 2)),
+}
+PORTABLE_SPLIT = {fact: values for fact, values in PORTABLE_V2.items() if fact not in NOT_IN_SPLIT}
+PORTABLE_SPLIT |= {"comm_type": ((0, 1, 2), (-1, 3)), "token_nums_type": ((0, 1), (-1, 2))}
 UP_TO_12 = {"top_k": ((1, 12), (0, 13))}
 
 # Product, family and algorithm. "by environment" is the algorithm that the two switches choose.
@@ -195,6 +247,8 @@ RANGES = {
     ("portable", "v2", "fullmesh_v1"): PORTABLE_V2,
     ("portable", "v2", "fullmesh_v2"): PORTABLE_V2 | UP_TO_12,
     ("portable", "v2", "hierarchy"): PORTABLE_V2,
+    ("portable", "rms", ""): PORTABLE_V2,
+    ("portable", "split", ""): PORTABLE_SPLIT,
     ("a2", "v1", ""): A2_V1,
     ("a2", "v1", "by environment"): A2_V1_HIERARCHY,
     ("a2", "v2", ""): A2_V2,
@@ -209,10 +263,14 @@ RANGES = {
     | UP_TO_12
     | {"num_tokens": ((1, 256), (0, 257)), "max_tokens": ((16, 256), (257,))},
     ("a3", "v2", "hierarchy"): A3_V2_HIERARCHY,
+    ("a3", "rms", ""): A3_RMS,
+    ("a3", "split", ""): A3_SPLIT,
     ("950", "v1", ""): _950_V1,
     ("950", "v2", ""): _950_V2,
     ("950", "v2", "fullmesh_v1"): _950_V2,
     ("950", "v2", "fullmesh_v2"): _950_V2 | UP_TO_12,
+    ("950", "rms", ""): _950_RMS,
+    ("950", "split", ""): _950_SPLIT,
 }
 # What the combine of a product takes as comm_alg; dispatch takes all of the above.
 COMBINE_ALGORITHMS = {
@@ -224,9 +282,16 @@ COMBINE_ALGORITHMS = {
 
 
 def dispatch_and_combine(product: str, family: str, algorithm: str) -> list[str]:
-    """The ops that take the algorithm."""
+    """The ops of the family that take the algorithm."""
+    if family == "rms":
+        return ["combine"]
     takes = family == "v1" or algorithm in (*COMBINE_ALGORITHMS[product], "by environment")
     return ["dispatch", "combine"] if takes else ["dispatch"]
+
+
+def row_of(fact: str) -> str:
+    """The row of a fact, as ids show it."""
+    return f"row{ROW[fact.partition(',')[0]]:02}"
 
 
 ROWS = [
@@ -237,7 +302,7 @@ ROWS = [
         op,
         fact,
         *values,
-        id=f"{product}-{family}-{algorithm}-{op}-{fact}",
+        id=f"{row_of(fact)}-{product}-{family}-{algorithm}-{op}-{fact}",
     )
     for (product, family, algorithm), ranges in RANGES.items()
     for op in dispatch_and_combine(product, family, algorithm)
@@ -272,8 +337,10 @@ def test_a_range_at_its_edges(product, family, algorithm, op, fact, inside, outs
             check(family, op, **facts | {fact: value})
         assert caught.value.code == 561002
         assert caught.value.argument == argument
-        got = "a tensor" if value is True else "None" if value is False else str(value)
-        if fact == "experts_per_rank" and family == "v2":
+        got = {True: "a tensor", False: "None"}[value] if isinstance(value, bool) else str(value)
+        if fact == "mask_dims" and family != "split":
+            got = "a tensor"
+        if fact == "experts_per_rank" and family != "v1":
             got = str(16 * value)
         assert re.fullmatch(
             rf"{op}: {argument} must .* on {product}\b.*, got {got}", str(caught.value)
@@ -308,7 +375,7 @@ def test_a_refusal_names_argument_range_and_value(product, facts, contract):
 
 
 @pytest.mark.parametrize("product", profile.PROFILES)
-def test_algorithms(product):
+def test_row24_algorithms(product):
     known = {
         "dispatch": {name for p, family, name in RANGES if p == product and family == "v2"},
         "combine": set(COMBINE_ALGORITHMS[product]),
@@ -349,81 +416,89 @@ def test_a_named_algorithm_beats_the_switches(monkeypatch):
         )
 
 
-@pytest.fixture
-def no_choice(monkeypatch):
-    monkeypatch.delenv("MOE_TRITON_PROFILE", raising=False)
-    yield
-    moe_triton.set_profile(None)
-
-
-@pytest.mark.usefixtures("no_choice")
-def test_the_default_the_environment_and_the_process(monkeypatch):
-    assert moe_triton.get_profile() == "portable"
-    monkeypatch.setenv("MOE_TRITON_PROFILE", "a2")
-    assert moe_triton.get_profile() == "a2"
-    moe_triton.set_profile("950")
-    assert moe_triton.get_profile() == profile.active_profile().name == "950"
-    moe_triton.set_profile(None)
-    assert moe_triton.get_profile() == profile.active_profile().name == "a2"
-
-
-@pytest.mark.usefixtures("no_choice")
-def test_an_unknown_profile_lists_the_known(monkeypatch):
-    known = r"one of \['portable', 'a2', 'a3', '950'\], got 'a9'"
-    with pytest.raises(UnavailableError, match=known):
-        moe_triton.set_profile("a9")
-    assert moe_triton.get_profile() == "portable"
-    monkeypatch.setenv("MOE_TRITON_PROFILE", "a9")
-    with pytest.raises(UnavailableError, match=known):
-        profile.active_profile()
+REPLICAS = {
+    "a3-eplb": {
+        "num_tokens": ((1, 512), (0, 513)),
+        "top_k": ((1, 16), (0, 17)),
+        "num_experts": ((1, 512), (0, 513)),
+        "world_size": ((2, 384), (1, 385)),
+        "balance_mode": ((0,), (1,)),
+    },
+    "a3-update_expert": {
+        "num_tokens": ((1, 512), (0, 513)),
+        "top_k": ((1, 16), (0, 17)),
+        "num_experts": ((1, 1024), (0, 1025)),
+        "world_size": ((2, 768, None), (1, 769)),
+        "balance_mode": ((0, 1), (-1, 2)),
+    },
+    "portable-eplb": {"balance_mode": ((0,), (1,)), "top_k": ((1, 1000), ())},
+    "portable-update_expert": {"balance_mode": ((0, 1), (-1, 2)), "num_tokens": ((0, 10**6), ())},
+}
+REPLICA_ARGUMENTS = {"num_tokens": "expert_ids", "top_k": "expert_ids", "num_experts": "eplb_table"}
 
 
 @pytest.mark.parametrize(
-    "product, expected",
+    "name, fact, inside, outside",
     [
-        # 2 * (128 * 8 * 8 * 7168 * 2 bytes + 2 MB) = 228 MB.
-        ("a2", 228),
-        # 2 * 128 * 2 * (7168 + 128) * (8 * 32 + 8 + 1) bytes = 944.1 MB, rounded up, plus 2.
-        ("a3", 947),
+        pytest.param(name, fact, *values, id=f"row28-{name}-{fact}")
+        for name, ranges in REPLICAS.items()
+        for fact, values in ranges.items()
     ],
 )
-def test_buffers_of_deepseek_v3_on_eight_ranks(product, expected):
-    shape = {"world_size": 8, "num_experts": 256, "top_k": 8, "hidden": 7168, "max_tokens": 128}
-    assert profile.ascend_buffer_mb(product, **shape) == expected
+def test_a_range_of_the_replicas(name, fact, inside, outside):
+    product, family = name.split("-")
+    facts = {"num_tokens": 8, "top_k": 4, "num_experts": 64, "world_size": 8, "balance_mode": 0}
+    for value in inside:
+        profile.PROFILES[product].check(family, "op", **facts | {fact: value})
+    for value in outside:
+        with pytest.raises(ArgumentValueError, match=f"on {product}, got {value}$") as caught:
+            profile.PROFILES[product].check(family, "op", **facts | {fact: value})
+        assert caught.value.argument == REPLICA_ARGUMENTS.get(fact, fact)
 
 
-# W 16, E 32 (L 2), K 4, H 2048, 64 tokens; for rows of 4096 bytes.
-BUFFERS = [
-    ("a2", "v1", "", 2 * (64 * 16 * 2 * 4096 + 2 * 2**20)),
-    ("a2", "v1", "hierarchy", 32 * 64 * (4096 + 128) + 104 * 2**20),
-    ("a2", "v2", "fullmesh", 2 * (64 * 16 * 2 * 4096 + 2 * 2**20)),
-    ("a2", "v2", "hierarchy", 36 * 64 * (4096 + 128) + 8 * 2**20),
-    ("a3", "v1", "", 2 * 64 * 2 * 2176 * 37 + 2 * 2**20),
-    ("a3", "v2", "", 2 * (2 * 64 * 16 * 4608 + 4 * 64 * 4096)),
-    ("a3", "v2", "fullmesh_v2", 2 * (2 * 64 * 16 * 4608 + 4 * 64 * 4096)),
-    ("a3", "v2", "hierarchy", 32 * 64 * (4096 + 128) + 404 * 2**20),
-    ("a3", "rms", "", 2 * 64 * 2 * 2176 * 37 + 2 * 2**20),
-    ("a3", "split", "", 2 * (2 * 64 * 16 * 4608 + 4 * 64 * 4096)),
-    ("950", "v2", "", 2 * (2 * 64 * 16 * 4608 + 4 * 64 * 4096)),
-    ("950", "split", "", 4 * (2 * 64 * 16 * 4608 + 4 * 64 * 4096)),
-]
+FAMILIES = {
+    "portable": ["v1", "v2", "rms", "split", "eplb", "update_expert"],
+    "a2": ["v1", "v2"],
+    "a3": ["v1", "v2", "rms", "split", "eplb", "update_expert"],
+    "950": ["v1", "v2", "rms", "split"],
+}
 
 
-@pytest.mark.parametrize("product, family, algorithm, num_bytes", BUFFERS)
-def test_bytes_of_a_buffer(product, family, algorithm, num_bytes):
-    limits = profile.PROFILES[product].families[family][algorithm]
-    assert limits.buffer(profile.Sizes(16, 32, 2, 4, 2048, 64)) == num_bytes
+@pytest.mark.parametrize("product", FAMILIES)
+def test_the_ops_of_a_product(product):
+    for family in FAMILIES["portable"]:
+        if family in FAMILIES[product]:
+            profile.PROFILES[product].check(
+                family, "combine", with_expand_scales=True if product == "a2" else None
+            )
+        else:
+            with pytest.raises(UnavailableError, match=f"combine: is not an operator of {product}"):
+                profile.PROFILES[product].check(family, "combine")
 
 
-def test_rows_of_fullmesh_v2_leave_room_for_flags():
-    # 14336 + 64 bytes are 30 times 480, where 14848 would be 29 times 512.
-    limits = profile.PROFILES["a3"].families["v2"]["fullmesh_v2"]
-    sizes = profile.Sizes(2, 2, 1, 1, 7168, 1, 3)
-    assert limits.buffer(sizes) == 2 * (2 * 30 * 512 + 4 * 14336)
+@pytest.mark.parametrize("product", FAMILIES)
+def test_dtypes(product):
+    """They come first: of two faults, the documents report that of the lower code."""
+    check = profile.PROFILES[product].check
+    wrong = {"world_size": 10**5} if product != "portable" else {}
+    for family in FAMILIES[product]:
+        if family in ("v1", "v2", "split") and product in ("a2", "a3"):
+            with pytest.raises(ArgumentTypeError, match="y_dtype must not be a float8") as caught:
+                check(family, "dispatch", float8="y_dtype", **wrong)
+            assert caught.value.code == 161002
+        elif family in ("v1", "v2", "split"):
+            check(family, "dispatch", float8="y_dtype")
+        if family == "rms" and product != "portable":
+            with pytest.raises(ArgumentTypeError, match="expand_x must be bfloat16"):
+                check(family, "combine", float16=True, **wrong)
+        elif family not in ("eplb", "update_expert"):
+            check(family, "combine", float16=True, with_expand_scales=product == "a2" or None)
 
 
-def test_a_product_without_a_formula():
-    with pytest.raises(UnavailableError, match="'a2' or 'a3'"):
-        profile.ascend_buffer_mb(
-            "950", world_size=8, num_experts=8, top_k=1, hidden=8, max_tokens=1
-        )
+@pytest.mark.parametrize(
+    "product, world, tokens, spare",
+    [("a2", 16, 8, 2 * 8 * 16 * 4 * 2), ("a2", 7, 8, 0), ("a3", 16, 8, 0), ("portable", 16, 8, 0)],
+)
+def test_words_behind_the_counts(product, world, tokens, spare):
+    """2 * G * K * (W / 8) on a2: the indices that its hierarchical algorithm keeps there."""
+    assert profile.PROFILES[product].spare_counts(world, tokens, 4) == spare

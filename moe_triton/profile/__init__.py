@@ -1,0 +1,23 @@
+"""What a product accepts, and how large a communication buffer it would ask for.
+
+A profile changes only validation ranges and the sizes of outputs; arithmetic is the same for all.
+``portable`` is this library's own. The others, a module each, refuse what the operators of that
+product refuse, so that a script which runs here can run there.
+
+Source: the parameter and constraint sections of the aclnnMoeDistribute* operator documents.
+"""
+
+from __future__ import annotations
+
+from .choice import ENVIRONMENT, PROFILES, active_profile, get_profile, named, set_profile
+from .product import Profile
+
+__all__ = [
+    "ENVIRONMENT",
+    "PROFILES",
+    "Profile",
+    "active_profile",
+    "get_profile",
+    "named",
+    "set_profile",
+]

@@ -1,0 +1,54 @@
+"""Which profile is in effect: that of the process, of the environment, or the portable one."""
+
+from __future__ import annotations
+
+import os
+
+from ..errors import UnavailableError
+from . import a2, a3, a950, portable
+from .product import Profile
+
+ENVIRONMENT = "MOE_TRITON_PROFILE"
+
+PROFILES = {module.PROFILE.name: module.PROFILE for module in (portable, a2, a3, a950)}
+
+_override: str | None = None
+
+
+def named(op: str, name: str, argument: str = "profile") -> Profile:
+    """The profile of that name.
+
+    Raises:
+        UnavailableError: there is none; the message lists the known ones.
+    """
+    if name not in PROFILES:
+        problem = f"{argument} must be one of {[*PROFILES]}, got {name!r}"
+        raise UnavailableError(op, problem, argument=argument)
+    return PROFILES[name]
+
+
+def set_profile(name: str | None) -> None:
+    """Choose the profile of all following calls of this process.
+
+    None goes back to the environment variable ``MOE_TRITON_PROFILE``, and without that to
+    "portable".
+
+    Raises:
+        UnavailableError: an unknown name; the message lists the known ones.
+    """
+    global _override
+    _override = None if name is None else named("set_profile", name).name
+
+
+def get_profile() -> str:
+    """The name of the profile in effect.
+
+    Raises:
+        UnavailableError: the environment variable has an unknown name.
+    """
+    return active_profile().name
+
+
+def active_profile() -> Profile:
+    """The profile in effect; errors as in ``get_profile``."""
+    return named("get_profile", _override or os.environ.get(ENVIRONMENT) or "portable")
