@@ -412,7 +412,7 @@ def test_38_sums_of_a_pair_round_to_even(version):
 
 
 def test_23_how_many_experts_a_token_has():
-    """K: 8 or 16 by document and version. The product's; portable has no limit of its own."""
+    """K: 8 or 16 by document and version. The product's, and 16 where there is none."""
 
     def fn(ctx, hidden, top_k, version):
         x, where = torch.ones(1, hidden).bfloat16(), torch.arange(top_k).int()[None]
@@ -427,7 +427,8 @@ def test_23_how_many_experts_a_token_has():
         ("a3", 2, 1024, 17, 2, too_many),
         ("a2", 16, 32, 16, 1, None),
         ("a2", 16, 32, 17, 1, too_many),
-        ("portable", 2, 4, 17, 1, None),
+        ("portable", 2, 4, 16, 1, None),
+        ("portable", 2, 4, 17, 1, too_many),
     ):
         with product(name):
             call = functools.partial(fn, hidden=hidden, top_k=top_k, version=version)

@@ -321,11 +321,11 @@ def _check_index_shape(
 ) -> bool:
     """Check what says where rows belong; returns whether it is expand_idx.
 
-    With RMSNorm either will do. Triples take more words than ids, unless K is 128 or more.
+    With RMSNorm either will do: as K is at most 16, triples take more words than ids.
     """
     by_token = op == COMBINE
     if op == COMBINE_ADD_RMS_NORM:
-        by_token = index.numel() == num_ids < capacity * ASSIST_WORDS
+        by_token = index.numel() == num_ids
     if by_token:
         checks.shape(op, "expand_idx", index, (num_ids,), "(BS * K,)", device)
     else:

@@ -242,7 +242,7 @@ def distribute_dispatch(
         ends = torch.cat([ends, ends[-1:].expand(size - len(ends))])
     assist = None
     if op == DISPATCH_V2:
-        size = max(dispatch.tokens.expert_ids.numel(), capacity * ASSIST_WORDS)
+        size = capacity * ASSIST_WORDS
         assist = torch.empty(size, dtype=torch.int32, device=dispatch.x.device)
         slots = call.config.num_slots
         copies = received.copies

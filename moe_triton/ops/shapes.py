@@ -41,7 +41,7 @@ def dispatch_outputs(
     world, tp = max(arguments.ep_world_size, 1), max(arguments.tp_world_size, 1)
     int32, assist = torch.int32, None
     if op == DISPATCH_V2:
-        assist = x.new_empty(max(num_tokens * top_k, ASSIST_WORDS * rows), dtype=int32)
+        assist = x.new_empty(ASSIST_WORDS * rows, dtype=int32)
     return DispatchOutput(
         expand_x=x.new_empty((tp * rows, hidden), dtype=kind.dtype),
         dynamic_scales=_of_rows(kind.scales, tp * rows),

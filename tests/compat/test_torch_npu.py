@@ -419,7 +419,7 @@ EDGES = [
     pytest.param(
         Group(6, 4, 2, 5, shared_ranks=2, global_bs=12), [2, 0, 1, 2, 2, 0], id="two copies, uneven"
     ),
-    pytest.param(Group(2, 40, 20, 17, dtype="float16", quant_mode=2), [3, 3], id="K above 16"),
+    pytest.param(Group(2, 40, 16, 17, dtype="float16", quant_mode=2), [3, 3], id="K 16"),
     pytest.param(Group(2, 514, 2, 33), [5, 5], id="E above 512"),
     pytest.param(Group(2, 2, 1, 7168, quant_mode=2), [520, 520], id="BS above 512"),
 ]

@@ -178,7 +178,7 @@ def npu_moe_distribute_dispatch_v2(
 
     Returns:
         The outputs of ``npu_moe_distribute_dispatch``, but for the third one:
-        assist_info_for_combine: (max(BS * K, 128 * A),) int32. Words 3i, 3i + 1 and 3i + 2 are the
+        assist_info_for_combine: (128 * A,) int32. Words 3i, 3i + 1 and 3i + 2 are the
             source rank, token and slot of row i of this rank; slot K + j is shared expert j. The
             other words are not written. With elastic_info, ranks have their new numbers.
 
