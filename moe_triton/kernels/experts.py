@@ -1,7 +1,8 @@
 """Which experts a token goes to: top-k gating, replicas, and slots worth their expert.
 
     gating: scores = softmax(logits) or sigmoid(logits); the K experts with the largest
-            scores + bias within the best groups, ties to the lower id; weights = scores of these
+            scores + bias within the best groups, ties to the lower id; weights = scores of these.
+            Or scores = logits, and weights = softmax of the K that were chosen
     replicas: id -> table[id, 1 + number], number by rank or by token
     keep:   weights[t, k] >= threshold[k] * sum_k weights[t, k]
 
@@ -21,6 +22,7 @@ from ._checks import FLOATS, INDICES, check_tensor
 from ._common import to_float32
 from .launch import tiles
 
+_SCORINGS = ("softmax", "sigmoid", "chosen")
 _TAKEN = tl.constexpr(-(2**31))  # below the order of every number
 _MINUS_INFINITY = tl.constexpr(-0x7F800001)  # its order
 _NO_EXPERT = tl.constexpr(2**31 - 1)  # an id that no expert has
@@ -76,6 +78,7 @@ def _in_best_groups(order, ids, group, num_groups, top_groups, BY_TWO: tl.conste
 def _top_k_gating_kernel(
     logits_ptr,  # [T, E] fp16 | bf16 | fp32 | fp64
     bias_ptr,  # [E] fp16 | bf16 | fp32 | fp64, or None
+    given_ptr,  # [T, K] int32, or None
     weights_ptr,  # [T, K] fp32
     ids_ptr,  # [T, K] int32
     scores_ptr,  # [T, E] fp32
@@ -87,7 +90,7 @@ def _top_k_gating_kernel(
     top_k,
     scaling,
     epsilon,
-    SIGMOID: tl.constexpr,
+    SCORING: tl.constexpr,  # "softmax", "sigmoid", "chosen"
     GROUPED: tl.constexpr,
     BY_TWO: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -108,7 +111,9 @@ def _top_k_gating_kernel(
         active = token < num_tokens
         logits = logits_ptr + token * logits_stride + column
         x = to_float32(tl.load(logits, mask=active & real, other=float("-inf")))
-        if SIGMOID:
+        if SCORING == "chosen":
+            scores = x
+        elif SCORING == "sigmoid":
             scores = 1.0 / (1.0 + tl.exp(-x))
         else:
             power = tl.exp(x - _max(x))
@@ -118,6 +123,8 @@ def _top_k_gating_kernel(
         choice = scores
         if bias_ptr is not None:
             choice = scores + to_float32(tl.load(bias_ptr + column, mask=real, other=0.0))
+        if SCORING == "chosen":
+            choice = tl.where(choice == 0.0, 0.0, choice)  # -0.0 ties with 0.0
         order = tl.where(real, _order(choice), _TAKEN)
         if GROUPED:
             usable = _in_best_groups(order, ids, group, num_groups, top_groups, BY_TWO)
@@ -128,13 +135,22 @@ def _top_k_gating_kernel(
         chosen = tl.zeros((BLOCK_T, 1, BLOCK_K), tl.int32)
         total = tl.zeros((BLOCK_T, 1, 1), tl.float32)
         for k in range(top_k):
-            best = _first_best(order, ids)
+            if given_ptr is None:
+                best = _first_best(order, ids)
+            else:
+                best = tl.load(given_ptr + token * top_k + k, mask=active, other=0)
+                tl.device_assert((best >= 0) & (best < num_experts), "given id out of range")
             order = tl.where(ids == best, _TAKEN, order)
             weight = _sum(tl.where(ids == best, scores, 0.0))
             total = total + weight
             weights = tl.where(slot == k, weight, weights)
             chosen = tl.where(slot == k, best, chosen)
-        if SIGMOID:
+        if SCORING == "chosen":
+            used = slot < top_k
+            power = tl.exp(weights - _max(tl.where(used, weights, float("-inf"))))
+            power = tl.where(used, power, 0.0)
+            weights = power / _sum(power)
+        elif SCORING == "sigmoid":
             weights = tl.div_rn(weights, tl.broadcast_to(total + epsilon, weights.shape))
         here = token * top_k + slot
         inside = active & (slot < top_k)
@@ -147,6 +163,7 @@ def top_k_gating(
     top_k: int,
     *,
     bias: torch.Tensor | None = None,
+    given: torch.Tensor | None = None,
     groups: int = 1,
     top_groups: int = 1,
     group_by_two: bool = False,
@@ -162,10 +179,11 @@ def top_k_gating(
         logits: [T, E] fp16, bf16, fp32 or fp64.
         top_k: K, from 1 to E.
         bias: [E] of such a dtype, or None.
+        given: [T, K] int32 the experts, where they are chosen already and only need weights.
         groups: equal groups of consecutive experts.
         top_groups: groups that a token may use, from 1 to ``groups``.
         group_by_two: a group is as good as its two best experts together, not as its best one.
-        scoring: "softmax" or "sigmoid".
+        scoring: "softmax", "sigmoid" or "chosen".
         scaling: factor of all weights.
         epsilon: keeps the division of "sigmoid" finite.
 
@@ -192,6 +210,10 @@ def top_k_gating(
     if bias is not None:
         check_tensor(op, "bias", bias, dtypes=FLOATS, shape=(num_experts,), device=device)
         bias = bias.contiguous()
+    if given is not None:
+        shape = (num_tokens, top_k)
+        check_tensor(op, "given", given, dtypes=(torch.int32,), shape=shape, device=device)
+        given = given.contiguous()
     if groups < 1 or num_experts % groups:
         raise ArgumentValueError(op, "groups", f"divide {num_experts} experts", groups)
     if not 1 <= top_groups <= groups:
@@ -201,8 +223,8 @@ def top_k_gating(
     if group_by_two and groups > 1 and num_experts < 2 * groups:
         contract = f"be False where groups have one expert, {num_experts} in {groups} groups"
         raise ArgumentValueError(op, "group_by_two", contract, group_by_two)
-    if scoring not in ("softmax", "sigmoid"):
-        raise ArgumentValueError(op, "scoring", 'be "softmax" or "sigmoid"', repr(scoring))
+    if scoring not in _SCORINGS:
+        raise ArgumentValueError(op, "scoring", f"be one of {[*_SCORINGS]}", repr(scoring))
 
     weights = logits.new_empty((num_tokens, top_k), dtype=torch.float32)
     ids = logits.new_empty((num_tokens, top_k), dtype=torch.int32)
@@ -215,6 +237,7 @@ def top_k_gating(
     _top_k_gating_kernel[(launch.num_programs,)](
         logits,
         bias,
+        given,
         weights,
         ids,
         scores,
@@ -226,7 +249,7 @@ def top_k_gating(
         top_k,
         scaling,
         epsilon,
-        SIGMOID=scoring == "sigmoid",
+        SCORING=scoring,
         GROUPED=groups > 1,
         BY_TWO=group_by_two,
         BLOCK_T=launch.rows,

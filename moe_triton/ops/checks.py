@@ -63,6 +63,20 @@ def integers(op: str, **arguments: object) -> None:
             raise ArgumentTypeError(op, name, "be an integer", repr(value))
 
 
+def reals(op: str, **arguments: object) -> None:
+    """All arguments are numbers, Python's or numpy's."""
+    for name, value in arguments.items():
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            raise ArgumentTypeError(op, name, "be a number", repr(value))
+
+
+def flags(op: str, **arguments: object) -> None:
+    """All arguments are True or False."""
+    for name, value in arguments.items():
+        if not isinstance(value, bool):
+            raise ArgumentTypeError(op, name, "be True or False", repr(value))
+
+
 def shape(
     op: str,
     name: str,
@@ -91,6 +105,17 @@ def value(op: str, name: str, holds: bool, contract: str, got: object) -> None:
     """``holds``, or the value breaks its contract."""
     if not holds:
         raise ArgumentValueError(op, name, contract, got)
+
+
+def indices(op: str, name: str, tensor: torch.Tensor, end: int, *, start: int = 0) -> None:
+    """On the CPU: all entries are in [start, end)."""
+    if tensor.device.type != "cpu":
+        return
+    wrong = ((tensor < start) | (tensor >= end)).nonzero()
+    if len(wrong):
+        where = tuple(wrong[0].tolist())
+        got = f"{int(tensor[where])} at {list(where)}"
+        raise ArgumentValueError(op, name, f"be in [{start}, {end})", got)
 
 
 def topology(

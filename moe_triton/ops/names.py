@@ -13,6 +13,18 @@ COMBINE_SETUP = "npu_moe_distribute_combine_setup"
 COMBINE_TEARDOWN = "npu_moe_distribute_combine_teardown"
 UPDATE_EXPERT = "npu_moe_update_expert"
 EPLB_UPDATE_EXPERT = "aclnnMoeEPLBUpdateExpert"  # its predecessor, in the C interface only
+# On one device.
+GATING_TOP_K = "npu_moe_gating_top_k"
+GATING_TOP_K_SOFTMAX = "npu_moe_gating_top_k_softmax"
+GATING_TOP_K_SOFTMAX_V2 = "npu_moe_gating_top_k_softmax_v2"
+INIT_ROUTING_V2 = "npu_moe_init_routing_v2"
+RE_ROUTING = "npu_moe_re_routing"
+FINALIZE_ROUTING = "npu_moe_finalize_routing"
+COMPUTE_EXPERT_TOKENS = "npu_moe_compute_expert_tokens"
+TOKEN_PERMUTE = "npu_moe_token_permute"
+TOKEN_UNPERMUTE = "npu_moe_token_unpermute"
+TOKEN_PERMUTE_MAP = "npu_moe_token_permute_with_routing_map"
+TOKEN_UNPERMUTE_MAP = "npu_moe_token_unpermute_with_routing_map"
 
 FAMILIES = {
     DISPATCH: "v1",

@@ -10,6 +10,7 @@ def top_k_gating(
     top_k: int,
     *,
     bias: torch.Tensor | None = None,
+    given: torch.Tensor | None = None,
     groups: int = 1,
     top_groups: int = 1,
     group_by_two: bool = False,
@@ -20,16 +21,18 @@ def top_k_gating(
     """Choose the ``top_k`` experts with the largest score + bias; ties go to the lower id.
 
     Where experts come in groups, only those of the best groups can be chosen. Weights are the
-    scores without bias; those of "sigmoid" are divided by their sum + ``epsilon``.
+    scores without bias; those of "sigmoid" are divided by their sum + ``epsilon``. With "chosen"
+    the scores are the logits, and the weights a softmax over those that are chosen.
 
     Args:
         logits: [T, E] floating point.
         top_k: K.
         bias: [E], or None.
+        given: [T, K] int32 the experts, where they are chosen already and only need weights.
         groups: equal groups of consecutive experts.
         top_groups: groups that a token may use.
         group_by_two: a group is as good as its two best experts together, not as its best one.
-        scoring: "softmax" or "sigmoid".
+        scoring: "softmax", "sigmoid" or "chosen".
         scaling: factor of all weights.
         epsilon: keeps the division of "sigmoid" finite.
 
@@ -39,7 +42,10 @@ def top_k_gating(
         scores: [T, E] fp32.
     """
     x = logits.float()
-    scores = torch.softmax(x, dim=1) if scoring == "softmax" else torch.sigmoid(x)
+    if scoring == "chosen":
+        scores = x
+    else:
+        scores = torch.softmax(x, dim=1) if scoring == "softmax" else torch.sigmoid(x)
     choice = scores if bias is None else scores + bias.float()
     if groups > 1:
         grouped = choice.unflatten(1, (groups, -1))
@@ -47,10 +53,15 @@ def top_k_gating(
         chosen = best.argsort(dim=1, descending=True, stable=True)[:, :top_groups]
         usable = torch.zeros_like(best, dtype=torch.bool).scatter_(1, chosen, True)
         choice = grouped.masked_fill(~usable[..., None], float("-inf")).flatten(1)
-    ids = choice.argsort(dim=1, descending=True, stable=True)[:, :top_k]
+    if given is None:
+        ids = choice.argsort(dim=1, descending=True, stable=True)[:, :top_k]
+    else:
+        ids = given.long()
     weights = scores.gather(1, ids)
     if scoring == "sigmoid":
         weights = weights / (_row_sums(weights) + epsilon)
+    elif scoring == "chosen":
+        weights = torch.softmax(weights, dim=1)
     return weights * scaling, ids.int(), scores
 
 

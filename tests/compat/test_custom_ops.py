@@ -10,6 +10,7 @@ import inspect
 import subprocess
 import sys
 import typing
+from collections.abc import Sequence
 
 import compilers
 import harness
@@ -18,16 +19,24 @@ import torch
 import torch.distributed as dist
 
 from moe_triton import comm, testing
-from moe_triton.compat import operators, torch_npu
+from moe_triton.compat import local_operators, operators, torch_npu
 from moe_triton.errors import (
     ArgumentTypeError,
     ArgumentValueError,
     PeerAbortError,
 )
+from moe_triton.ops.custom_op import Function, Operator
 
 pytestmark = compilers.MARKS
 
 NAMES = torch_npu.__all__
+REGISTERED = [
+    one
+    for module in (operators, local_operators)
+    for one in vars(module).values()
+    if isinstance(one, (Operator, Function))
+]
+WRITE = ("npu_moe_distribute_dispatch_v2", "npu_moe_distribute_combine_v2")  # performance_info
 BS, H, K, E = 6, 16, 2, 4
 
 
@@ -115,17 +124,24 @@ def assert_same(got, expected) -> None:
 def test_the_schema_is_the_public_signature(name):
     schema = getattr(torch.ops.moe_triton, name).default._schema
     parameters = inspect.signature(getattr(torch_npu, name), eval_str=True).parameters
-    kinds = {"Tensor": torch.Tensor, "int": int, "float": float, "str": str}
+    kinds = {"Tensor": torch.Tensor, "int": int, "float": float, "str": str, "bool": bool}
+    kinds["List[int]"] = Sequence[int]
     kinds |= {f"Optional[{kind}]": python | None for kind, python in kinds.items()}
-    token, *arguments = schema.arguments
-    assert token.alias_info.is_write
+    operator = next(one for one in REGISTERED if one._name == f"moe_triton::{name}")
+    arguments = [*schema.arguments]
+    if isinstance(operator, Operator):
+        assert arguments.pop(0).alias_info.is_write
+    assert not any(argument.alias_info for argument in arguments if name not in WRITE)
+    # What has gradients has no tensors by keyword only.
+    by_keyword = not getattr(operator, "_has_gradients", False)
     assert [argument.name for argument in arguments] == [*parameters]
     for argument, parameter in zip(arguments, parameters.values(), strict=True):
         annotation = parameter.annotation
         if torch.dtype in typing.get_args(annotation):  # goes by its number
             annotation = int | None
         assert kinds[str(argument.type)] == annotation
-        assert argument.kwarg_only == (parameter.kind is inspect.Parameter.KEYWORD_ONLY)
+        keyword_only = parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        assert argument.kwarg_only == (keyword_only and by_keyword)
         has_default = parameter.default is not inspect.Parameter.empty
         assert argument.has_default_value() == has_default
         assert not has_default or argument.default_value == parameter.default

@@ -188,6 +188,11 @@ def _experts() -> Iterator[tuple[str, Callable[[], object]]]:
             scoring="sigmoid",
         ),
     )  # fmt: skip
+    yield (
+        "gating chosen",
+        lambda: kernels.top_k_gating(logits.bfloat16(), TOP_K, scoring="chosen"),
+    )
+    yield "gating given", lambda: kernels.top_k_gating(logits, TOP_K, given=_ids())
     table = torch.ones((EXPERTS, 4), dtype=torch.int32)
     yield "eplb rank", lambda: kernels.eplb_map(_ids(), table, rank=1, world_size=8)
     yield "eplb token", lambda: kernels.eplb_map(_ids(), table, rank=None, world_size=8)

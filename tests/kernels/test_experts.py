@@ -47,7 +47,10 @@ def check_choice(result, top_k, bias, groups, top_groups, group_by_two, scoring,
         for column in expected.split(1, dim=1):
             total = total + column
         expected = expected / (total + 1e-20)
-    torch.testing.assert_close(weights, expected * scaling, rtol=0, atol=0, equal_nan=True)
+    tolerance = {"rtol": 0, "atol": 0, "equal_nan": True}
+    if scoring == "chosen":
+        expected, tolerance = torch.softmax(expected, dim=1), SCORES
+    torch.testing.assert_close(weights, expected * scaling, **tolerance)
 
 
 @hypothesis.given(data=st.data())
@@ -59,7 +62,7 @@ def test_gating_of_any_sizes(data, device):
         "groups": groups,
         "top_groups": draw(st.integers(1, groups), "top_groups"),
         "group_by_two": members > 1 and draw(st.booleans(), "by two"),
-        "scoring": draw(st.sampled_from(["softmax", "sigmoid"])),
+        "scoring": draw(st.sampled_from(["softmax", "sigmoid", "chosen"])),
         "scaling": draw(st.sampled_from([1.0, 2.5])),
     }
     top_k = draw(st.integers(1, min(num_experts, 12)), "K")
@@ -82,7 +85,7 @@ def test_gating_of_any_sizes(data, device):
     check_choice(result, top_k, bias, **options)
 
 
-@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "chosen"])
 @pytest.mark.parametrize("num_experts", [7, 8, 9])
 def test_gating_with_every_shape_of_tile(num_experts, scoring, launch, device):
     logits = torch.randn((11, num_experts + 2), device=device)[:, :num_experts]
@@ -137,7 +140,32 @@ def test_a_bias_that_is_no_number_comes_first(sign, device):
     assert ids.tolist() == [[2, 1, 3]]
 
 
-@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "chosen"])
+def test_weights_of_given_experts(scoring, device):
+    """One twice, not the best ones, not in their order."""
+    logits = torch.randn((4, 5), device=device)
+    given = torch.tensor([[0, 4, 2], [3, 3, 1], [4, 3, 2], [2, 0, 0]], dtype=torch.int32).to(device)
+    found = kernels.top_k_gating(logits, 3, given=given, scoring=scoring, scaling=2.0)
+    wanted = ref.top_k_gating(logits, 3, given=given, scoring=scoring, scaling=2.0)
+    assert torch.equal(found[1], given) and torch.equal(wanted[1], given)
+    torch.testing.assert_close(found[0], wanted[0], **SCORES)
+
+
+def test_zeros_of_either_sign_are_equal(device):
+    logits = torch.tensor([[-1.0, -0.0, 0.0, -0.0]], device=device)
+    weights, ids, _ = kernels.top_k_gating(logits, 3, scoring="chosen")
+    assert ids.tolist() == [[1, 2, 3]]
+    torch.testing.assert_close(weights.cpu(), torch.full((1, 3), 1 / 3))
+
+
+def test_chosen_logits_may_be_alike_to_a_softmax_over_all(device):
+    """Both of the small ones underflow there; which is larger still decides."""
+    logits = torch.tensor([[0.0, -300.0, -200.0]], device=device)
+    assert kernels.top_k_gating(logits, 2)[1].tolist() == [[0, 1]]
+    assert kernels.top_k_gating(logits, 2, scoring="chosen")[1].tolist() == [[0, 2]]
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "chosen"])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_logits_that_are_no_numbers_stay_with_their_token(scoring, groups, device):
     logits = torch.arange(24.0, device=device).view(4, 6) / 8

@@ -25,6 +25,11 @@ from .combine import (
     npu_moe_distribute_combine_v2,
 )
 from .dispatch import npu_moe_distribute_dispatch, npu_moe_distribute_dispatch_v2
+from .gating import (
+    npu_moe_gating_top_k,
+    npu_moe_gating_top_k_softmax,
+    npu_moe_gating_top_k_softmax_v2,
+)
 from .replicas import npu_moe_update_expert
 from .split_phase import (
     npu_moe_distribute_combine_setup,
@@ -43,5 +48,8 @@ __all__ = [
     "npu_moe_distribute_dispatch_setup",
     "npu_moe_distribute_dispatch_teardown",
     "npu_moe_distribute_dispatch_v2",
+    "npu_moe_gating_top_k",
+    "npu_moe_gating_top_k_softmax",
+    "npu_moe_gating_top_k_softmax_v2",
     "npu_moe_update_expert",
 ]

@@ -1,0 +1,37 @@
+"""Ops of one device under the schemas of torch_npu: they send nothing, and compilers may move them.
+
+An op with gradients has no tensors by keyword only, which torch cannot differentiate; its function
+in ``compat.torch_npu`` has.
+"""
+
+from __future__ import annotations
+
+from ..ops import gating
+from ..ops.custom_op import Function
+from ..ops.names import GATING_TOP_K, GATING_TOP_K_SOFTMAX, GATING_TOP_K_SOFTMAX_V2
+
+gating_top_k = Function(
+    GATING_TOP_K,
+    "Tensor x, int k, *, Tensor? bias=None, Tensor? input_ids=None, Tensor? tid2eid=None, "
+    "int k_group=1, int group_count=1, int group_select_mode=0, int renorm=0, int norm_type=0, "
+    "bool out_flag=False, float routed_scaling_factor=1.0, float eps=1e-20",
+    "(Tensor y, Tensor expert_idx, Tensor out)",
+    run=gating.gating_top_k,
+    outputs=gating.gating_top_k_outputs,
+)
+
+gating_top_k_softmax = Function(
+    GATING_TOP_K_SOFTMAX,
+    "Tensor x, Tensor? finished=None, int k=1",
+    "(Tensor y, Tensor expert_idx, Tensor row_idx)",
+    run=gating.gating_top_k_softmax,
+    outputs=gating.gating_top_k_softmax_outputs,
+)
+
+gating_top_k_softmax_v2 = Function(
+    GATING_TOP_K_SOFTMAX_V2,
+    "Tensor x, *, int k=1, Tensor? finished=None, int? renorm=0, bool? output_softmax=False",
+    "(Tensor y, Tensor expert_idx, Tensor softmax_result)",
+    run=gating.gating_top_k_softmax_v2,
+    outputs=gating.gating_top_k_softmax_v2_outputs,
+)

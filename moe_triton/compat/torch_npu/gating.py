@@ -1,0 +1,124 @@
+"""Which experts each token goes to; on one device. Letters: N tokens, E experts, k of a token."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import local_operators
+
+
+def npu_moe_gating_top_k(
+    x: Tensor,
+    k: int,
+    *,
+    bias: Tensor | None = None,
+    input_ids: Tensor | None = None,
+    tid2eid: Tensor | None = None,
+    k_group: int = 1,
+    group_count: int = 1,
+    group_select_mode: int = 0,
+    renorm: int = 0,
+    norm_type: int = 0,
+    out_flag: bool = False,
+    routed_scaling_factor: float = 1.0,
+    eps: float = 1e-20,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Choose the k experts with the largest score + bias, from the best groups of experts.
+
+        p = softmax(x) or sigmoid(x);  s = p + bias;  y = p of the chosen, without bias
+
+    in float32. Of equal scores, of experts or of groups, the lower number comes first, and NaN
+    comes before all numbers. Sigmoid scores are divided by their sum + eps. The products' own
+    limits of the groups (more than 2 experts each, and so on) are not imposed.
+
+    Args:
+        x: (N, E) float16, bfloat16 or float32, E at most 2048.
+        k: from 1 to the experts of k_group groups.
+        bias: (E,) of the dtype of x.
+        input_ids: (N,) int32 or int64 rows of tid2eid, which choose instead of the scores.
+        tid2eid: (any, k) int32 or int64 in [0, E), with input_ids.
+        k_group: groups that a token may use, from 1 to group_count.
+        group_count: equal groups of consecutive experts, a divisor of E.
+        group_select_mode: a group is as good as 0 its best expert, 1 its best two together.
+        renorm: 0.
+        norm_type: 0 softmax, 1 sigmoid.
+        out_flag: whether to return p.
+        routed_scaling_factor: factor of y.
+        eps: keeps the division finite.
+
+    Returns:
+        y: (N, k) of the dtype of x, largest score + bias first.
+        expert_idx: (N, k) int32.
+        out: (N, E) float32, p; None without out_flag.
+
+    Raises:
+        MissingArgumentError: 161001.
+        ArgumentTypeError: 161002.
+        ArgumentValueError: 561002, a shape or value; contents are checked on the CPU.
+    """
+    return local_operators.gating_top_k(
+        x=x,
+        k=k,
+        bias=bias,
+        input_ids=input_ids,
+        tid2eid=tid2eid,
+        k_group=k_group,
+        group_count=group_count,
+        group_select_mode=group_select_mode,
+        renorm=renorm,
+        norm_type=norm_type,
+        out_flag=out_flag,
+        routed_scaling_factor=routed_scaling_factor,
+        eps=eps,
+    )
+
+
+def npu_moe_gating_top_k_softmax(
+    x: Tensor, finished: Tensor | None = None, k: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose the k experts with the largest softmax, in float32; ties go to the lower id.
+
+    Args:
+        x: (N, E), or (B, N, E), float16, bfloat16 or float32.
+        finished: bool, (N,) or (B, N), the tokens that need no experts.
+        k: from 1 to E, at most 1024.
+
+    Returns:
+        y: (.., k) of the dtype of x, the softmax of the chosen, largest first.
+        expert_idx: (.., k) int32; E for tokens that are finished.
+        row_idx: (.., k) int32: j * (number of tokens) + i for choice j of token i.
+
+    Raises:
+        The errors of ``npu_moe_gating_top_k``.
+    """
+    return local_operators.gating_top_k_softmax(x=x, finished=finished, k=k)
+
+
+def npu_moe_gating_top_k_softmax_v2(
+    x: Tensor,
+    *,
+    k: int = 1,
+    finished: Tensor | None = None,
+    renorm: int | None = 0,
+    output_softmax: bool | None = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose the k experts with the largest softmax, or the softmax of the k largest.
+
+    Args:
+        x: as in ``npu_moe_gating_top_k_softmax``.
+        k: see there.
+        finished: see there.
+        renorm: 0 softmax over all experts, 1 over the chosen ones; None is 0.
+        output_softmax: whether to return the softmax, with renorm 0; None is False.
+
+    Returns:
+        y: as in ``npu_moe_gating_top_k_softmax``.
+        expert_idx: see there.
+        softmax_result: float32 of the shape of x; (0,) where it is not asked for.
+
+    Raises:
+        The errors of ``npu_moe_gating_top_k``.
+    """
+    return local_operators.gating_top_k_softmax_v2(
+        x=x, k=k, finished=finished, renorm=renorm, output_softmax=output_softmax
+    )
