@@ -92,8 +92,8 @@ def strided(tensor: torch.Tensor, kind: str) -> torch.Tensor:
         return strided(tensor[None], "columns")[0]
     rows, columns = tensor.shape
     poison = float("nan") if tensor.is_floating_point() else 10**9
-    if tensor.dtype == torch.uint8:
-        poison = 0xAA
+    if tensor.dtype.itemsize == 1 and not tensor.is_floating_point():
+        poison = 0x55
     if kind == "columns":
         out = tensor.new_full((rows, 2 * columns + 1), poison)[:, 1::2]
     elif kind == "rows":

@@ -6,9 +6,17 @@ in ``compat.torch_npu`` has.
 
 from __future__ import annotations
 
-from ..ops import gating
+from ..ops import gating, gradients, permute, routing_map
 from ..ops.custom_op import Function
-from ..ops.names import GATING_TOP_K, GATING_TOP_K_SOFTMAX, GATING_TOP_K_SOFTMAX_V2
+from ..ops.names import (
+    GATING_TOP_K,
+    GATING_TOP_K_SOFTMAX,
+    GATING_TOP_K_SOFTMAX_V2,
+    TOKEN_PERMUTE,
+    TOKEN_PERMUTE_MAP,
+    TOKEN_UNPERMUTE,
+    TOKEN_UNPERMUTE_MAP,
+)
 
 gating_top_k = Function(
     GATING_TOP_K,
@@ -34,4 +42,47 @@ gating_top_k_softmax_v2 = Function(
     "(Tensor y, Tensor expert_idx, Tensor softmax_result)",
     run=gating.gating_top_k_softmax_v2,
     outputs=gating.gating_top_k_softmax_v2_outputs,
+)
+
+token_permute = Function(
+    TOKEN_PERMUTE,
+    "Tensor tokens, Tensor indices, int? num_out_tokens=None, bool padded_mode=False",
+    "(Tensor permuted_tokens, Tensor sorted_indices)",
+    run=permute.token_permute,
+    outputs=permute.token_permute_outputs,
+    backward=gradients.permute_backward,
+    save=gradients.save_permute,
+)
+
+token_unpermute = Function(
+    TOKEN_UNPERMUTE,
+    "Tensor permuted_tokens, Tensor sorted_indices, Tensor? probs=None, bool padded_mode=False, "
+    "int[]? restore_shape=None",
+    "Tensor",
+    run=permute.token_unpermute,
+    outputs=permute.token_unpermute_outputs,
+    backward=gradients.unpermute_backward,
+    save=gradients.save_unpermute,
+)
+
+token_permute_with_routing_map = Function(
+    TOKEN_PERMUTE_MAP,
+    "Tensor tokens, Tensor routing_map, Tensor? probs=None, int? num_out_tokens=None, "
+    "bool drop_and_pad=False",
+    "(Tensor permuted_tokens, Tensor permuted_probs, Tensor sorted_indices)",
+    run=routing_map.token_permute_with_routing_map,
+    outputs=routing_map.token_permute_with_routing_map_outputs,
+    backward=gradients.permute_map_backward,
+    save=gradients.save_permute_map,
+)
+
+token_unpermute_with_routing_map = Function(
+    TOKEN_UNPERMUTE_MAP,
+    "Tensor permuted_tokens, Tensor sorted_indices, SymInt[] restore_shape, Tensor? probs=None, "
+    "Tensor? routing_map=None, bool drop_and_pad=False",
+    "Tensor",
+    run=routing_map.token_unpermute_with_routing_map,
+    outputs=routing_map.token_unpermute_with_routing_map_outputs,
+    backward=gradients.unpermute_map_backward,
+    save=gradients.save_unpermute_map,
 )

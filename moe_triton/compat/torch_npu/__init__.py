@@ -13,7 +13,8 @@ where maxBS = global_bs / W, or BS when global_bs is 0.
 with ``moe_triton.comm.register_group``; a ``ProcessGroup`` itself is accepted too.
 
 Each function calls the custom op of its name in ``torch.ops.moe_triton``, and so can be compiled.
-The ops are for inference, and have no gradients; ``ExpertParallel`` has.
+Ops that send are for inference, and have no gradients; ``ExpertParallel`` has. Of those on one
+device, permuting and its inverse have gradients.
 Source: the API documents of torch_npu and the operator documents of aclnnMoeDistribute*.
 """
 
@@ -29,6 +30,12 @@ from .gating import (
     npu_moe_gating_top_k,
     npu_moe_gating_top_k_softmax,
     npu_moe_gating_top_k_softmax_v2,
+)
+from .permute import (
+    npu_moe_token_permute,
+    npu_moe_token_permute_with_routing_map,
+    npu_moe_token_unpermute,
+    npu_moe_token_unpermute_with_routing_map,
 )
 from .replicas import npu_moe_update_expert
 from .split_phase import (
@@ -51,5 +58,9 @@ __all__ = [
     "npu_moe_gating_top_k",
     "npu_moe_gating_top_k_softmax",
     "npu_moe_gating_top_k_softmax_v2",
+    "npu_moe_token_permute",
+    "npu_moe_token_permute_with_routing_map",
+    "npu_moe_token_unpermute",
+    "npu_moe_token_unpermute_with_routing_map",
     "npu_moe_update_expert",
 ]
