@@ -10,8 +10,11 @@ SPEC := pyproject.toml constraints.txt
 ASCEND := $(VENV)/ascend
 
 # Tests of ops that also run on the Triton kernels, in Triton's interpreter.
-INTERPRETED := tests/test_expert_rows.py tests/test_hypothesis_v1.py tests/test_hypothesis_v2.py
-INTERPRETED_FULL := $(INTERPRETED) tests/compat/test_torch_npu.py tests/compat/test_torch_npu_v2.py
+INTERPRETED := tests/test_expert_rows.py $(wildcard tests/test_hypothesis_*.py) \
+	tests/compat/test_combine_add_rms_norm.py tests/compat/test_quantisation.py
+INTERPRETED_FULL := $(INTERPRETED) tests/test_expert_parallel.py tests/test_resolutions.py \
+	tests/compat/test_split_phase.py tests/compat/test_torch_npu.py \
+	tests/compat/test_torch_npu_v2.py tests/compat/test_update_expert.py
 
 .PHONY: help demo test test-full lint clean
 .DEFAULT_GOAL := help

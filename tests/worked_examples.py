@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import harness
 import numpy as np
 import torch
 from definition import Group, Tokens, encode
@@ -368,6 +367,8 @@ def dynamic_scales(example: Example, rank: int) -> np.ndarray:
 
 def example_calls(example: Example, **options: Any) -> list[dict | None]:
     """What every rank passes to the ops; options as for :func:`harness.make_calls`."""
+    import harness  # needs cloudpickle, which who wants the numbers alone does without
+
     rows = [expert_bits(example, rank) for rank in range(len(example.tokens))]
     return harness.make_calls(example.group, example.tokens, rows, **options)
 
