@@ -8,8 +8,8 @@ the mean, of the worst layer.
 Each plan is compared with DeepSeek's published greedy scheme on the same loads: as that scheme sees
 it, every replica of an expert getting an equal part, and as it comes out when
 ``npu_moe_update_expert`` picks the replica by rank. Predictions are checked first, against ids that
-go through that operator. "next" are ids that the plan has not seen, drawn from the same law: top-8
-of 256, 512 tokens a rank, from which no expert can get more than an eighth.
+go through that operator. Unseen ids are drawn from the same law after those that are planned for:
+top-8 of 256, 512 tokens a rank, so that no expert can get more than an eighth.
 
     python bench/bench_load.py [--layers 5] [--plot bench/results/load.svg]
 """
@@ -45,9 +45,9 @@ def main():
     for num_ranks, num_slots in SHAPES:
         for exponent in EXPONENTS:
             rows.append(measure(num_ranks, num_slots, exponent, arguments.layers))
-            print(report.table(rows[-1:], COLUMNS).splitlines()[-1], flush=True)
+            print(report.table(rows[-1:], report.LOAD).splitlines()[-1], flush=True)
     report.write(arguments.out, rows)
-    print(report.table(rows, COLUMNS))
+    print(report.table(rows, report.LOAD))
     if arguments.plot:
         ranks, slots = next(shape for shape in SHAPES if shape[0] == PICTURE["ranks"])
         load = zipf(PICTURE["exponent"], layers=1)[0]
@@ -56,7 +56,7 @@ def main():
 
 
 def measure(num_ranks, num_slots, exponent, layers):
-    """Balances and seconds of one shape and law."""
+    """Balances, and seconds of one core, of one shape and law."""
     load = zipf(exponent, layers)
     sizes = {"num_ranks": num_ranks, "num_slots": num_slots}
     works = {
@@ -69,9 +69,9 @@ def measure(num_ranks, num_slots, exponent, layers):
     plans = {name: [] for name in works}
     for layer in load:
         for name, work in works.items():
-            start = time.perf_counter()
+            start = time.process_time()
             plans[name].append(work(layer))
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.process_time() - start)
     check(load[0], plans["plan"][0])
     check(load[0], plans["greedy"][0])
     row = {
@@ -161,21 +161,6 @@ def unseen(num_ranks, num_slots, exponent):
         received = receive(following, make(load, num_ranks=num_ranks, num_slots=num_slots))
         balances[f"{name}_next"] = float(received.max() / received.double().mean())
     return balances
-
-
-COLUMNS = {
-    "ranks": lambda row: row["ranks"],
-    "slots": lambda row: row["slots"],
-    "Zipf": lambda row: row["exponent"],
-    "no replicas": lambda row: f"{row['no_replicas']:.2f}",
-    "greedy, equal parts": lambda row: f"{row['greedy_equal_parts']:.3f}",
-    "greedy, by rank": lambda row: f"{row['greedy']:.3f}",
-    "ours, by rank": lambda row: f"{row['plan']:.3f}",
-    "ours, by token": lambda row: f"{row['plan_by_token']:.3f}",
-    "no table below": lambda row: f"{row['at_least']:.3f}",
-    "next ids: greedy / ours": lambda row: f"{row['greedy_next']:.2f} / {row['plan_next']:.2f}",
-    "time: greedy / ours": lambda row: f"{row['greedy_ms']:.0f} / {row['plan_ms']:.0f} ms",
-}
 
 
 if __name__ == "__main__":

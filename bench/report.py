@@ -82,6 +82,21 @@ TRANSFORMERS = {
 }
 
 
+LOAD = {
+    "ranks": lambda row: row["ranks"],
+    "slots": lambda row: row["slots"],
+    "Zipf": lambda row: row["exponent"],
+    "no replicas": lambda row: f"{row['no_replicas']:.2f}",
+    "greedy, equal parts": lambda row: f"{row['greedy_equal_parts']:.3f}",
+    "greedy, by rank": lambda row: f"{row['greedy']:.3f}",
+    "ours, by rank": lambda row: f"{row['plan']:.3f}",
+    "ours, by token": lambda row: f"{row['plan_by_token']:.3f}",
+    "no table below": lambda row: f"{row['at_least']:.3f}",
+    "unseen ids: greedy / ours": lambda row: f"{row['greedy_next']:.2f} / {row['plan_next']:.2f}",
+    "CPU time: greedy / ours": lambda row: f"{row['greedy_ms']:.0f} / {row['plan_ms']:.0f} ms",
+}
+
+
 def section():
     """The README's results, from ``bench/results``."""
     return f"{_transport()}\n\n{_transformers()}"

@@ -153,7 +153,7 @@ def test_deepseek_v3_is_balanced(exponent, num_ranks, num_slots, balance_mode):
     given = {"num_ranks": num_ranks, "num_slots": num_slots, "balance_mode": balance_mode}
     plan = eplb.plan(load, **given)
     assert plan.balance_after < 1.1
-    assert plan.balance_after <= eplb.plan_greedy(load, **given).balance_after
+    assert plan.balance_after <= eplb.plan_greedy(load, **given).balance_after * (1 + 1e-9)
 
 
 def test_what_cannot_be_balanced():

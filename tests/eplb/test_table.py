@@ -47,11 +47,11 @@ def test_by_rank_a_rank_uses_its_own_replica():
 
 
 def test_by_rank_a_rank_uses_a_replica_of_its_node():
-    parts = np.array([[2, 0, 0, 2], *PARTS[1:]])
-    assert table.of_parts(parts, PLACEMENT, 0, 2)[0].tolist() == [4, 0, 0, 6, 6]
-    # One part of rank 0 is left for the other node, after its own is served.
-    parts = np.array([[3, 0, 0, 1], *PARTS[1:]])
-    assert table.of_parts(parts, PLACEMENT, 0, 2)[0].tolist() == [4, 0, 0, 0, 6]
+    """One expert on six ranks of three nodes; ranks 1, 3 and 5 get nothing to serve."""
+    parts, placement = np.array([[3, 0, 2, 0, 1, 0]]), np.zeros(6, np.int64)
+    # Rank 3 uses rank 2, though rank 0 could serve it; rank 5 what is left, which is rank 0.
+    assert table.of_parts(parts, placement, 0, 3).tolist() == [[6, 0, 0, 2, 2, 4, 0]]
+    assert table.of_parts(parts, placement, 0, 1).tolist() == [[6, 0, 0, 2, 0, 4, 2]]
 
 
 def test_by_token_parts_are_reduced_and_spread():
