@@ -121,7 +121,9 @@ def quantize_mx(
         exponent = ((grouped.view(torch.int32) >> 23) & 0xFF).amax(dim=2)
         code = (exponent - _LARGEST_EXPONENT[dtype]).clamp_(min=0)
         bad = exponent == _NOT_A_NUMBER
-        values = torch.ldexp(grouped, (127 - code)[..., None]).clamp_(-most, most)
+        # 2 ** (127 - code) by its bits: torch.ldexp takes it from pow, which may be off on a GPU.
+        factor = ((254 - code) << 23).view(torch.float32)
+        values = (grouped * factor[..., None]).clamp_(-most, most)
         values.masked_fill_(bad[..., None], float("nan"))
         q[rows] = values.flatten(1)[:, :hidden]
         codes[rows, :num_blocks] = code.masked_fill_(bad, _NOT_A_NUMBER).to(torch.uint8)
