@@ -8,32 +8,52 @@ import os
 import platform
 import subprocess
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+import moe_triton
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def machine():
     """Device, versions and revision, for every line of results."""
-    revision = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "moe_triton": version("moe_triton"),
-        "revision": revision.stdout.strip(),
+        "triton": _version("triton"),
+        "moe_triton": moe_triton.__version__,
+        "revision": _revision(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
+
+
+def _version(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def _revision():
+    """That of the checkout; a copy without one has it from ``MOE_TRITON_REVISION``."""
+    if given := os.environ.get("MOE_TRITON_REVISION"):
+        return given
+    try:
+        said = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return said.stdout.strip()
 
 
 def _cpu():
@@ -97,9 +117,64 @@ LOAD = {
 }
 
 
+# Which others there may be, and at which numbers of tokens the README says something.
+PEERS = ("pytorch", "torch.compile", "transformer_engine", "triton_kernels")
+KERNEL_TOKENS = (128, 4096)
+
+
+def kernels(rows):
+    """Tables of bench_kernels: all models beside each other, and ours beside others."""
+    chosen = [row for row in rows if row["tokens"] in KERNEL_TOKENS] or rows
+    models = list(dict.fromkeys(row["model"] for row in chosen))
+    found, ours = {}, {}
+    for row in chosen:
+        key = row["kernel"], row["tokens"]
+        found.setdefault((*key, row["model"]), {})[row["implementation"]] = row
+        ours.setdefault(key, {"kernel": row["kernel"], "tokens": row["tokens"]})
+    columns = {"kernel": lambda line: line["kernel"], "tokens": lambda line: line["tokens"]}
+
+    def cell(line, model, name, share):
+        row = found.get((line["kernel"], line["tokens"], model), {}).get(name)
+        if row is None:
+            return ""
+        text = f"{row.get('graph_us', row['eager_us']):.1f}"
+        text += "" if "graph_us" in row else " (eager)"
+        return f"{text}, {row['share_of_copy']:.0%}" if share else text
+
+    def models_cell(model):
+        return lambda line: cell(line, model, "moe_triton", True)
+
+    tables = table(ours.values(), columns | {model: models_cell(model) for model in models})
+    beside = {(kernel, tokens) for (kernel, tokens, _), by in found.items() if len(by) > 1}
+    if not beside:
+        return tables
+    # The model that comes first is the one that others were timed on.
+    names = {"ours": "moe_triton"} | {name: name for name in PEERS}
+
+    def peer_cell(name):
+        return lambda line: cell(line, models[0], name, False)
+
+    lines = [line for key, line in ours.items() if key in beside]
+    others = table(lines, columns | {head: peer_cell(name) for head, name in names.items()})
+    return f"{tables}\n\nThe same beside others, {models[0]}:\n\n{others}"
+
+
 def section():
     """The README's results, from ``bench/results``."""
-    return f"{_transport()}\n\n{_transformers()}"
+    return "\n\n".join([_transport(), _transformers(), *_kernels()])
+
+
+def _kernels():
+    """A paragraph and tables for each GPU that has results."""
+    for path in sorted((ROOT / "bench/results").glob("*/kernels.jsonl")):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        one = rows[0]
+        yield (
+            f"The kernels on one {one['device']} (torch {one['torch']}, triton {one['triton']}, "
+            f"{one['date']},\nrevision {one['revision']}): microseconds of a call in a CUDA graph, "
+            "medians, over rotating\ninputs, and the share of the rate of a plain copy on the "
+            "device of as many bytes in the same run.\n\n" + kernels(rows)
+        )
 
 
 def _transport():

@@ -1,0 +1,236 @@
+"""How fast are the kernels, against the bytes they move and against others, in one run?
+
+Each kernel is compared with the definition, then timed over rotating inputs: one call at a time,
+and as a graph of one call for each set of inputs. Its bytes are counted by the formula in its
+docstring. The share beside the time is that of the rate of a plain copy on the device of as many
+bytes, in the same run.
+
+Most telling cases come first: ``--seconds`` cuts the others off, and says how many. What others do
+as well is timed beside (``kernel_peers.py``), for DeepSeek-V3 at 128 and 4096 tokens first.
+
+    python bench/bench_kernels.py [--seconds 300] [--peers-from FOLDER] [--only TEXT]
+    python bench/bench_kernels.py --dry-run    # a CPU: checks only, on tiny shapes, and no times
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import report
+import torch
+
+TOKENS = (1, 8, 32, 128, 512, 2048, 4096, 16384)
+FIRST_TOKENS = (4096, 128)
+FIRST_MODEL = "DeepSeek-V3"
+TARGETS = {  # at 4096 tokens of the first model: the least share of the copy
+    "gather_quant int8": 0.85,
+    "reduce": 0.85,
+}
+TARGET_TOKENS = 4096
+
+
+def main(arguments=None):
+    options = parsed(arguments)
+    if options.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+        # numpy's, of zeros and infinities that are meant.
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
+        options.device = torch.device("cpu")
+        torch.set_num_threads(1)
+    elif not torch.cuda.is_available():
+        sys.exit(
+            "PyTorch sees no GPU here. --dry-run checks the kernels on this CPU, without times"
+        )
+    else:
+        options.device = torch.device("cuda", 0)
+        torch.cuda.set_device(options.device)
+    run = Run(options)
+    run.all()
+    run.summary()
+    return 1 if run.wrong else 0
+
+
+def parsed(arguments):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=300, help="after which no case begins")
+    parser.add_argument("--only", default="", help="kernels with this in their name")
+    parser.add_argument("--models", nargs="+", help="of the table; all by default")
+    parser.add_argument("--tokens", type=int, nargs="+", help=f"{list(TOKENS)} by default")
+    parser.add_argument("--peers-from", type=Path, help="a folder with peers; see kernel_peers.py")
+    parser.add_argument("--no-peers", action="store_true", help="only ours")
+    parser.add_argument("--dry-run", action="store_true", help="check on a CPU, time nothing")
+    parser.add_argument("--out", type=Path, help="JSON lines; below bench/results by default")
+    return parser.parse_args(arguments)
+
+
+def say(text):
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+class Run:
+    """One run: its cases, in order, and a line for each implementation of each."""
+
+    def __init__(self, options):
+        import gpu_timing
+        import kernel_cases  # imports Triton, which by now knows whether it interprets
+        import kernel_peers
+
+        self.cases, self.peers_module = kernel_cases, kernel_peers
+        self.options, self.device = options, options.device
+        self.start = time.monotonic()
+        self.rows, self.wrong, self.left_out = [], [], 0
+        self.timer = self.clocks = None
+        folder = "dry-run"
+        if not options.dry_run:
+            self.timer = gpu_timing.Timer(self.device)
+            self.clocks = gpu_timing.Clocks(device_uuid(self.device))
+            folder = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+        self.path = options.out or report.ROOT / f"bench/results/{folder}/kernels.jsonl"
+        if options.dry_run and options.out is None:
+            self.path = None
+        names = () if options.no_peers else kernel_peers.NAMES
+        if options.dry_run:
+            names = tuple(name for name in names if name == "pytorch")
+        self.peers = kernel_peers.Peers(options.peers_from, names)
+        self.facts = report.machine() | {"dry_run": options.dry_run}
+        for name, why in self.peers.missing.items():
+            say(f"no {name} here: {why}")
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text("", encoding="utf-8")
+
+    def order(self):
+        """(shape, tokens, kind, with peers), most telling first, none of them twice."""
+        options, cases = self.options, self.cases
+        if options.dry_run:
+            shapes, sizes, first = (cases.TINY,), options.tokens or (1, 5), (5,)
+        else:
+            shapes = [s for s in cases.SHAPES if s.model in (options.models or [s.model])]
+            sizes, first = options.tokens or TOKENS, FIRST_TOKENS
+        first = [tokens for tokens in first if tokens in sizes]
+        rest = [tokens for tokens in sizes if tokens not in first]
+        blocks = [(shape, tokens) for shape in shapes for tokens in first]
+        blocks += [(shape, tokens) for shape in shapes for tokens in rest]
+        kinds = [kind for kind in cases.KINDS if options.only in kind]
+        leading = shapes[0].model if shapes else None
+        for shape, tokens in blocks:
+            for kind in kinds:
+                yield shape, tokens, kind, tokens in first and shape.model == leading
+
+    def all(self):
+        todo = list(self.order())
+        for number, (shape, tokens, kind, with_peers) in enumerate(todo, start=1):
+            spent = time.monotonic() - self.start
+            if spent > self.options.seconds:
+                self.left_out = len(todo) - number + 1
+                say(f"{spent:.0f} s are over: {self.left_out} of {len(todo)} cases are left out")
+                return
+            say(f"[{number}/{len(todo)}, {spent:.0f} s] {kind}, {shape.model}, {tokens} tokens")
+            self.case(shape, tokens, kind, with_peers)
+
+    def case(self, shape, tokens, kind, with_peers):
+        try:
+            case = self.cases.KINDS[kind](shape, tokens, self.device)
+            self.cases.check(case)
+            sets = case.sets(2 if self.timer is None else self.timer.num_sets(case.num_bytes))
+            calls = [case.bind(self.cases.kernels, *tensors) for tensors in sets]
+            self.measure(case, "moe_triton", calls)
+        except Exception as error:  # noqa: BLE001 - one wrong kernel does not hide the others
+            self.refuse(kind, shape, tokens, "moe_triton", error)
+            return
+        if not with_peers:
+            return
+        ours = calls[0]()
+        for name, bind in self.peers.of(case).items():
+            try:
+                theirs = [bind(*tensors) for tensors in sets]
+                self.peers_module.check(case, theirs[0](), ours)
+                self.measure(case, name, theirs)
+            except Exception as error:  # noqa: BLE001 - a peer that fails is reported as such
+                self.refuse(kind, shape, tokens, name, error)
+
+    def refuse(self, kind, shape, tokens, name, error):
+        what = f"{kind}, {shape.model}, {tokens} tokens, {name}: {type(error).__name__}: {error}"
+        say(f"no figures of {what}")
+        if name == "moe_triton":
+            self.wrong.append(what)
+
+    def measure(self, case, name, calls):
+        row = {
+            "bench": "kernels",
+            "kernel": case.name,
+            "implementation": name,
+            "world_size": 1,
+            **case.shape._asdict(),
+            "tokens": case.tokens,
+            "bytes": case.num_bytes,
+        }
+        if self.timer is not None:
+            row |= figures(self.timer, case.num_bytes, calls)
+            row |= self.clocks.read()
+        target = TARGETS.get(case.name)
+        if target and (case.shape.model, case.tokens) == (FIRST_MODEL, TARGET_TOKENS):
+            row["target_share"] = target
+        self.rows.append(row | self.facts)
+        if self.path:
+            with self.path.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(self.rows[-1]) + "\n")
+
+    def summary(self):
+        if self.options.dry_run:
+            print(f"{len(self.rows)} checks passed on a CPU, in Triton's interpreter: no times")
+        else:
+            print(report.kernels(self.rows))
+            for row in self.rows:
+                if "target_share" in row and row["implementation"] == "moe_triton":
+                    met = "met" if row["share_of_copy"] >= row["target_share"] else "MISSED"
+                    print(
+                        f"target {met}: {row['kernel']}, {row['tokens']} tokens of {row['model']}: "
+                        f"{row['share_of_copy']:.0%} of the copy, {row['target_share']:.0%} wanted"
+                    )
+        for name, why in self.peers.missing.items():
+            print(f"not here: {name} ({why})")
+        for what in self.wrong:
+            print(f"WRONG: {what}")
+        if self.left_out:
+            print(f"{self.left_out} cases were left out for lack of time")
+
+
+def figures(timer, num_bytes, calls):
+    """Microseconds eager and as a graph, and what follows from them."""
+    eager, host = timer.eager(calls), timer.host(calls)
+    copy = timer.copy(num_bytes)
+    row = {
+        "eager_us": eager.median,
+        "eager_iqr_us": eager.spread,
+        "host_us": host,
+        "copy_us": copy.median,
+        "copy_gb_s": num_bytes / copy.median / 1e3,
+        "sets": len(calls),
+        "larger_than_cache": len(calls) * num_bytes > timer.cache_bytes,
+    }
+    try:
+        graph = timer.graph(calls)
+    except Exception as error:  # noqa: BLE001 - some peers wait for the device, which no graph can
+        best = eager.median
+        row["no_graph"] = f"{type(error).__name__}: {error}"
+        torch.cuda.synchronize()
+    else:
+        best = graph.median
+        row |= {"graph_us": graph.median, "graph_iqr_us": graph.spread, "samples": graph.samples}
+    return row | {"gb_s": num_bytes / best / 1e3, "share_of_copy": copy.median / best}
+
+
+def device_uuid(device):
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    return None if uuid is None else f"GPU-{uuid}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,364 @@
+"""What bench_kernels runs: the shapes of models, and for each kernel its inputs, bytes and check.
+
+One rank: rows of experts stand in (expert, token) order, and every slot is sent. Bytes are counted
+by the formula of the kernel's docstring, which ``FORMULAS`` repeats so that a test can see whether
+they still agree.
+
+Letters: T tokens, H hidden size, E experts, K experts per token, S slots of a token, n rows,
+b bytes of an element, W ranks, N = T * K.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from moe_triton import kernels, ref, testing
+from moe_triton.kernels import launch
+from moe_triton.layout import DispatchHeader, Norm, Plan, RowFormat
+
+BF16, FP32 = torch.bfloat16, torch.float32
+EPSILON = 1e-6
+RANKS = 8  # whose headers a push writes; here all of them lie in memory of this device
+# RMSNorm sums squares in another order, and bf16 has 8 bits. Libraries differ in the last bits of
+# exp, and so do the scores of gating.
+CLOSE = {"y": 1.6e-2, "rstd": 1e-5, "scores": 2e-6}
+
+
+class Shape(NamedTuple):
+    """The mixture-of-experts layer of a model."""
+
+    model: str
+    hidden: int
+    experts: int
+    top_k: int
+
+
+SHAPES = (
+    Shape("DeepSeek-V3", 7168, 256, 8),
+    Shape("Qwen3-235B", 4096, 128, 8),
+    Shape("Kimi-K2", 7168, 384, 8),
+    Shape("gpt-oss-120b", 2880, 128, 4),
+    Shape("Mixtral-8x7B", 4096, 8, 2),
+)
+TINY = Shape("tiny", 128, 8, 2)
+
+FORMULAS = {
+    "plan": "few: reads N * 4 for each program; many: about N * 16 + B * E * 12",
+    "gather_quant": (
+        "reads T * H * x.itemsize, writes n * (H * b + C * scale bytes) for the n rows that are "
+        "named"
+    ),
+    "reduce": (
+        "reads T * S * H * b, and T * H * b for each of tokens, addend and residual; writes "
+        "T * H * b, with a norm twice that"
+    ),
+    "pack": "2 * n * (H * b + scale bytes), b bytes an element",
+    "push": (
+        "reads T * H * x.itemsize, writes T * stride, or T * (K + NS) * stride with smooth "
+        "factors for each expert; headers of 4 * (1 + E) for each rank, and 4 or 8 for each copy"
+    ),
+    "top_k_gating": "gating reads and writes T * E numbers",
+}
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One kernel on one shape.
+
+    Attributes:
+        kernel: its name in ``moe_triton.kernels``.
+        variant: the format or option, or "".
+        shape: of the model.
+        tokens: T.
+        inputs: tensors by name.
+        outputs: makes the tensors that the kernel writes into, poisoned; none for a kernel that
+            returns new ones.
+        bind: ``bind(steps, inputs, outputs)`` gives a function that makes one launch and returns
+            the results by name; ``steps`` is ``kernels`` or ``ref``.
+        num_bytes: that the kernel reads and writes.
+    """
+
+    kernel: str
+    variant: str
+    shape: Shape
+    tokens: int
+    inputs: Tensors
+    outputs: Callable[[], Tensors]
+    bind: Callable[..., Callable[[], Tensors]]
+    num_bytes: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel} {self.variant}".strip()
+
+    def sets(self, count: int) -> list[tuple[Tensors, Tensors]]:
+        """Inputs and outputs ``count`` times, each in memory of its own."""
+        found = [(self.inputs, self.outputs())]
+        while len(found) < count:
+            found.append(({name: x.clone() for name, x in self.inputs.items()}, self.outputs()))
+        return found
+
+
+def check(case: Case) -> None:
+    """Raise unless the kernel makes what ``ref`` does, bit for bit where that is promised."""
+    actual = case.bind(kernels, case.inputs, case.outputs())()
+    expected = case.bind(ref, case.inputs, case.outputs())()
+    where = f"{case.name}, {case.shape.model}, {case.tokens} tokens"
+    if case.kernel == "top_k_gating":
+        # Which of two experts is better may hang on a last bit of their scores. The choice has to
+        # be the one that follows from the scores it was made of.
+        order = actual["scores"].argsort(dim=1, descending=True, stable=True)
+        ids = order[:, : case.shape.top_k]
+        expected = {
+            "scores": expected["scores"],
+            "ids": ids.int(),
+            "weights": actual["scores"].gather(1, ids),
+        }
+    for name, wanted in expected.items():
+        found = actual[name]
+        if name in CLOSE:
+            torch.testing.assert_close(found, wanted, rtol=CLOSE[name], atol=1e-6)
+        elif not torch.equal(_bytes(found), _bytes(wanted)):
+            raise AssertionError(f"{where}: {name} differs from the definition")
+
+
+def _bytes(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view(torch.uint8)
+
+
+def _poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    x = torch.empty(shape, dtype=dtype, device=device)
+    x.view(torch.uint8).fill_(0xA5)
+    return x
+
+
+@functools.lru_cache(maxsize=2)
+def routed(shape: Shape, tokens: int, device: torch.device) -> tuple[torch.Tensor, Plan]:
+    """[T, K] int32 ids of experts that are all equally popular, and their plan."""
+    ids = testing.routing_uniform(tokens, shape.experts, shape.top_k).to(device)
+    return ids, ref.plan(ids, shape.experts)
+
+
+def places(routing: Plan, shape: Shape) -> torch.Tensor:
+    """[T, K] int64, the row of each slot where rows are in (expert, token) order."""
+    row = torch.empty(len(routing.order), dtype=torch.int64, device=routing.order.device)
+    row[routing.order.long()] = torch.arange(len(row), device=row.device)
+    return row.view(-1, shape.top_k)
+
+
+def _row_bytes(fmt: RowFormat) -> int:
+    scales = 0 if fmt.scale_offset is None else fmt.num_scales * fmt.scale_dtype.itemsize
+    return fmt.hidden * fmt.dtype.itemsize + scales
+
+
+def _numbers(shape: tuple[int, ...], device: torch.device, dtype=BF16) -> torch.Tensor:
+    """Standard normal, made on the device: a CPU takes seconds for those of the largest cases."""
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+
+def _rows(fmt: RowFormat, count: int, device: torch.device) -> Tensors:
+    """Poisoned rows apart from their scales."""
+    found = {"rows": _poisoned((count, fmt.hidden), fmt.dtype, device)}
+    if fmt.scale_offset is not None:
+        found["scales"] = _poisoned(fmt.scale_shape(count), fmt.scale_dtype, device)
+    return found
+
+
+def plan(shape: Shape, tokens: int, device: torch.device) -> Case:
+    ids, _ = routed(shape, tokens, device)
+    num_bytes = plan_bytes(shape, tokens, launch.plan_launch(device, ids.numel()))
+
+    def bind(steps, inputs, _):
+        return lambda: steps.plan(inputs["ids"], shape.experts)._asdict()
+
+    return Case("plan", "", shape, tokens, {"ids": ids}, dict, bind, num_bytes)
+
+
+def plan_bytes(shape: Shape, tokens: int, how: launch.PlanLaunch) -> int:
+    positions = tokens * shape.top_k
+    if how.compare:
+        programs = min(-(-max(positions, shape.experts) // how.own), how.num_programs)
+        return positions * 4 * programs
+    return positions * 16 + -(-positions // how.own) * shape.experts * 12
+
+
+def gather_quant(shape: Shape, tokens: int, device: torch.device, *, quant: str | None) -> Case:
+    fmt = RowFormat.quantized(quant, BF16, shape.hidden)
+    ids, routing = routed(shape, tokens, device)
+    x = _numbers((tokens, shape.hidden), device)
+    inputs = {"x": x, "index": places(routing, shape)}
+
+    def bind(steps, inputs, outputs):
+        x, index, rows, scales = (
+            inputs["x"],
+            inputs["index"],
+            outputs["rows"],
+            outputs.get("scales"),
+        )
+
+        def call():
+            steps.gather_quant(x, index, fmt, None, None, rows, scales)
+            return outputs
+
+        return call
+
+    outputs = functools.partial(_rows, fmt, ids.numel(), device)
+    num_bytes = gather_quant_bytes(shape, tokens, fmt)
+    return Case("gather_quant", quant or "bf16", shape, tokens, inputs, outputs, bind, num_bytes)
+
+
+def gather_quant_bytes(shape: Shape, tokens: int, fmt: RowFormat) -> int:
+    return tokens * shape.hidden * 2 + tokens * shape.top_k * _row_bytes(fmt)
+
+
+def reduce(shape: Shape, tokens: int, device: torch.device, *, normalised: bool) -> Case:
+    fmt = RowFormat.tight(BF16, shape.hidden)
+    ids, routing = routed(shape, tokens, device)
+    inputs = {
+        "rows": _numbers((ids.numel(), shape.hidden), device),
+        "index": places(routing, shape),
+        "weights": testing.weights(tokens, shape.top_k).to(device),
+    }
+    if normalised:
+        inputs["residual"] = _numbers((tokens, shape.hidden), device)
+        inputs["gamma"] = _numbers((shape.hidden,), device)
+
+    def outputs():
+        size = (tokens, shape.hidden)
+        found = {"out": _poisoned(size, BF16, device)}
+        if normalised:
+            found["y"], found["rstd"] = (
+                _poisoned(size, BF16, device),
+                _poisoned((tokens,), FP32, device),
+            )
+        return found
+
+    def bind(steps, inputs, outputs):
+        rows, index, weights = inputs["rows"].view(torch.uint8), inputs["index"], inputs["weights"]
+        norm = None
+        if normalised:
+            given = inputs["residual"], inputs["gamma"]
+            norm = Norm(*given, EPSILON, outputs["y"], outputs["rstd"])
+
+        def call():
+            steps.reduce(rows, index, fmt, weights, None, None, outputs["out"], norm)
+            return outputs
+
+        return call
+
+    num_bytes = reduce_bytes(shape, tokens, normalised=normalised)
+    variant = "and norm" if normalised else ""
+    return Case("reduce", variant, shape, tokens, inputs, outputs, bind, num_bytes)
+
+
+def reduce_bytes(shape: Shape, tokens: int, *, normalised: bool) -> int:
+    return tokens * (shape.top_k + (3 if normalised else 1)) * shape.hidden * 2
+
+
+def pack(shape: Shape, tokens: int, device: torch.device, *, quant: str | None) -> Case:
+    fmt = RowFormat.quantized(quant, BF16, shape.hidden)
+    ids, routing = routed(shape, tokens, device)
+    window = torch.zeros((tokens, fmt.stride), dtype=torch.uint8, device=device)
+    ref.encode(_numbers((tokens, shape.hidden), device), fmt, window)
+    inputs = {"window": window, "index": routing.order.long() // shape.top_k}
+
+    def bind(steps, inputs, outputs):
+        window, index, rows = inputs["window"], inputs["index"], outputs["rows"]
+
+        def call():
+            steps.pack(window, index, fmt, rows, outputs.get("scales"))
+            return outputs
+
+        return call
+
+    outputs = functools.partial(_rows, fmt, ids.numel(), device)
+    num_bytes = 2 * ids.numel() * _row_bytes(fmt)
+    return Case("pack", quant or "bf16", shape, tokens, inputs, outputs, bind, num_bytes)
+
+
+def push(shape: Shape, tokens: int, device: torch.device, *, quant: str | None) -> Case:
+    fmt = RowFormat.quantized(quant, BF16, shape.hidden)
+    ids, routing = routed(shape, tokens, device)
+    inputs = {
+        "x": _numbers((tokens, shape.hidden), device),
+        "ids": ids,
+        "weights": testing.weights(tokens, shape.top_k).to(device),
+        **routing._asdict(),
+    }
+    sizes = {
+        "num_tokens": 1,
+        "counts": shape.experts,
+        "copies": ids.numel(),
+        "weights": ids.numel(),
+    }
+
+    def outputs():
+        # Zeros, not poison: what lies between rows and after the copies stays as it was.
+        found = {"window": torch.zeros((tokens, fmt.stride), dtype=torch.uint8, device=device)}
+        for name, size in sizes.items():
+            dtype = FP32 if name == "weights" else torch.int32
+            found[name] = torch.zeros((RANKS, size), dtype=dtype, device=device)
+        return found
+
+    def bind(steps, inputs, outputs):
+        parts = [outputs[name].unbind(0) for name in DispatchHeader._fields]
+        headers = [DispatchHeader(*of_rank) for of_rank in zip(*parts, strict=True)]
+        routing = Plan(*(inputs[name] for name in Plan._fields))
+        x, ids, weights, window = inputs["x"], inputs["ids"], inputs["weights"], outputs["window"]
+        layer = {"experts_per_rank": shape.experts // RANKS, "num_shared_ranks": 0}
+
+        def call():
+            steps.push(
+                x, ids, weights, None, fmt, routing, window, headers, shared_targets=(), **layer
+            )
+            return outputs
+
+        return call
+
+    num_bytes = push_bytes(shape, tokens, fmt)
+    return Case("push", quant or "bf16", shape, tokens, inputs, outputs, bind, num_bytes)
+
+
+def push_bytes(shape: Shape, tokens: int, fmt: RowFormat) -> int:
+    headers = RANKS * 4 * (1 + shape.experts) + tokens * shape.top_k * 8
+    return tokens * (shape.hidden * 2 + fmt.stride) + headers
+
+
+def top_k_gating(shape: Shape, tokens: int, device: torch.device) -> Case:
+    logits = _numbers((tokens, shape.experts), device, FP32)
+
+    def bind(steps, inputs, _):
+        logits = inputs["logits"]
+
+        def call():
+            weights, ids, scores = steps.top_k_gating(logits, shape.top_k)
+            return {"weights": weights, "ids": ids, "scores": scores}
+
+        return call
+
+    num_bytes = tokens * shape.experts * (4 + 4)
+    return Case("top_k_gating", "", shape, tokens, {"logits": logits}, dict, bind, num_bytes)
+
+
+# Those with a target first.
+KINDS: dict[str, Callable[[Shape, int, torch.device], Case]] = {
+    "gather_quant int8": functools.partial(gather_quant, quant="int8"),
+    "reduce": functools.partial(reduce, normalised=False),
+    "plan": plan,
+    "gather_quant bf16": functools.partial(gather_quant, quant=None),
+    "gather_quant e4m3": functools.partial(gather_quant, quant="e4m3"),
+    "gather_quant group_e4m3": functools.partial(gather_quant, quant="group_e4m3"),
+    "gather_quant mx_e4m3": functools.partial(gather_quant, quant="mx_e4m3"),
+    "reduce and norm": functools.partial(reduce, normalised=True),
+    "push int8": functools.partial(push, quant="int8"),
+    "push bf16": functools.partial(push, quant=None),
+    "pack int8": functools.partial(pack, quant="int8"),
+    "pack bf16": functools.partial(pack, quant=None),
+    "top_k_gating": top_k_gating,
+}

@@ -1,0 +1,291 @@
+"""Other implementations of the same steps, timed beside ours in the same run.
+
+    pytorch             argsort, index_select, index_add and element by element
+    torch.compile       the same by inductor; sums as gather, multiply and add, which it fuses
+    transformer_engine  its Triton kernels of permutation: plan, rows as they are, sums
+    triton_kernels      its top-k, of the package of this name in Triton's repository (a
+                        distribution called so on package indices is another one)
+
+Two files of TransformerEngine are enough, ``pytorch/triton/permutation.py`` and
+``common/triton/permutation.py`` in ``transformer_engine``; ``--peers-from FOLDER`` finds them in a
+folder that holds these paths. They are in its pure Python wheel, unpacked, and in its repository.
+Importing the whole package would load libraries that need not be there. ``triton_kernels`` is found
+in such a folder too.
+
+A peer prepares what it likes before it is timed: masks, maps, weights in another order.
+"""
+
+import functools
+import importlib
+import inspect
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from kernel_cases import EPSILON, Case, Tensors, places, routed
+
+NAMES = ("pytorch", "torch.compile", "transformer_engine", "triton_kernels")
+PAYLOADS = {
+    "int8": (torch.int8, 127.0),
+    "e4m3": (torch.float8_e4m3fn, 448.0),
+    "group_e4m3": (torch.float8_e4m3fn, 448.0),
+}
+GROUP = 128
+
+Bind = Callable[[Tensors, Tensors], Callable[[], Tensors]]
+
+
+class Peers:
+    """The peers that can be imported here.
+
+    Attributes:
+        missing: why each of the others cannot, by name.
+    """
+
+    def __init__(self, folder: Path | None = None, names: tuple[str, ...] = NAMES) -> None:
+        self.missing: dict[str, str] = {}
+        self._found: dict[str, Callable[[Case], Bind | None]] = {}
+        if folder is not None:
+            sys.path.append(str(folder))
+        make = {
+            "pytorch": lambda: functools.partial(_pytorch, prepare=lambda function: function),
+            "torch.compile": lambda: functools.partial(_pytorch, prepare=_compiled),
+            "transformer_engine": lambda: functools.partial(
+                _transformer_engine, _permutation_of(folder)
+            ),
+            "triton_kernels": lambda: functools.partial(
+                _triton_kernels, importlib.import_module("triton_kernels.topk").topk
+            ),
+        }
+        for name in names:
+            try:
+                self._found[name] = make[name]()
+            except Exception as error:  # noqa: BLE001 - a peer that cannot be had is left out, openly
+                self.missing[name] = f"{type(error).__name__}: {error}"
+
+    def of(self, case: Case) -> dict[str, Bind]:
+        """The peers that do what ``case`` does."""
+        bound = {name: make(case) for name, make in self._found.items()}
+        return {name: bind for name, bind in bound.items() if bind is not None}
+
+
+def check(case: Case, actual: Tensors, ours: Tensors) -> None:
+    """Raise unless a peer did the same work as our kernel, which the definition agreed with.
+
+    Roundings may fall otherwise.
+    """
+    for name, theirs in actual.items():
+        if name == "row_id_map":
+            # The rows of each token, by expert.
+            found = theirs[:, : case.shape.top_k].long().sort(dim=1).values
+            _, routing = routed(case.shape, case.tokens, theirs.device)
+            wanted = places(routing, case.shape).sort(dim=1).values
+        elif name == "chosen":
+            found, wanted = (x.long().sort(dim=1).values for x in (theirs, ours["ids"]))
+        else:
+            found, wanted = theirs, ours[name]
+        if wanted.is_floating_point():
+            # One step of e4m3, or the last bits of bf16 sums in another order.
+            torch.testing.assert_close(found.float(), wanted.float(), rtol=0.13, atol=0.05)
+        else:
+            most = int((found.long() - wanted.long()).abs().amax())
+            if most > (wanted.dtype == torch.int8):
+                raise AssertionError(f"{name} differs by up to {most}")
+
+
+def _compiled(function):
+    # Numbers of tokens vary as they do in serving. Formats and models are code of their own.
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(function, dynamic=True)
+
+
+def _pytorch(case: Case, *, prepare: Callable) -> Bind | None:
+    if case.kernel == "plan":
+        return functools.partial(_torch_plan, case, prepare(_plan))
+    if case.kernel == "gather_quant" and case.variant == "bf16":
+        return functools.partial(_torch_gather, case, prepare(_select))
+    if case.kernel == "gather_quant" and case.variant in PAYLOADS and not _short_group(case):
+        return functools.partial(_torch_gather_quant, case, prepare(_select_quantised))
+    if case.kernel == "reduce":
+        return functools.partial(_torch_reduce, case, prepare)
+    if case.kernel == "top_k_gating":
+        return functools.partial(_torch_gating, case, prepare(_gate))
+    return None
+
+
+def _short_group(case):
+    """Whether rows end with a group that is shorter, which a reshape cannot express."""
+    return case.variant.startswith("group") and case.shape.hidden % GROUP > 0
+
+
+def _plan(ids, ones, experts):
+    flat = ids.reshape(-1).long()
+    order = torch.argsort(flat, stable=True)
+    counts = torch.zeros(experts, dtype=torch.int32, device=ids.device)
+    counts = counts.scatter_add(0, flat, ones)
+    start = counts.cumsum(0) - counts
+    place = torch.empty_like(flat).scatter(0, order, torch.arange(len(flat), device=ids.device))
+    return counts, place - start[flat], order
+
+
+def _torch_plan(case, function, inputs, _):
+    ids = inputs["ids"]
+    ones = torch.ones(ids.numel(), dtype=torch.int32, device=ids.device)
+
+    def call():
+        names = ("counts", "expand_idx", "order")
+        return dict(zip(names, function(ids, ones, case.shape.experts), strict=True))
+
+    return call
+
+
+def _tokens_of_rows(case, device):
+    """[n] int64 token of each row."""
+    return routed(case.shape, case.tokens, device)[1].order.long() // case.shape.top_k
+
+
+def _select(x, token):
+    return x.index_select(0, token)
+
+
+def _torch_gather(case, function, inputs, _):
+    x = inputs["x"]
+    token = _tokens_of_rows(case, x.device)
+    return lambda: {"rows": function(x, token)}
+
+
+def _select_quantised(x, token, group, dtype, largest):
+    """Quantised once, then copied, as codes and scales."""
+    grouped = x.float().unflatten(1, (-1, group))
+    scale = grouped.abs().amax(dim=2, keepdim=True) / largest
+    codes = grouped / scale
+    codes = codes.round() if dtype == torch.int8 else codes
+    codes = codes.flatten(1).to(dtype).view(torch.uint8)
+    return codes.index_select(0, token), scale[..., 0].index_select(0, token)
+
+
+def _torch_gather_quant(case, function, inputs, outputs):
+    x = inputs["x"]
+    dtype, largest = PAYLOADS[case.variant]
+    token = _tokens_of_rows(case, x.device)
+    group = GROUP if case.variant.startswith("group") else case.shape.hidden
+
+    def call():
+        codes, scales = function(x, token, group, dtype, largest)
+        return {"rows": codes.view(dtype), "scales": scales.view_as(outputs["scales"])}
+
+    return call
+
+
+def _add(rows, token, row_weights, zeros):
+    return zeros.clone().index_add_(0, token, rows.float() * row_weights).to(rows.dtype)
+
+
+def _gather_add(rows, index, weights):
+    return (rows[index].float() * weights[..., None]).sum(1).to(rows.dtype)
+
+
+def _gather_add_norm(rows, index, weights, residual, gamma):
+    total = (rows[index].float() * weights[..., None]).sum(1) + residual.float()
+    rstd = torch.rsqrt(total.square().mean(1, keepdim=True) + EPSILON)
+    scaled = (total * rstd).to(rows.dtype)
+    return total.to(rows.dtype), scaled * gamma, rstd[:, 0]
+
+
+def _torch_reduce(case, prepare, inputs, _):
+    rows, index, weights = inputs["rows"], inputs["index"], inputs["weights"]
+    if case.variant:
+        function, given = prepare(_gather_add_norm), (inputs["residual"], inputs["gamma"])
+        names = ("out", "y", "rstd")
+        return lambda: dict(zip(names, function(rows, index, weights, *given), strict=True))
+    function = prepare(_gather_add)
+    if function is not _gather_add:
+        return lambda: {"out": function(rows, index, weights)}
+    token = _tokens_of_rows(case, rows.device)
+    row_weights = torch.empty((len(rows), 1), device=rows.device)
+    row_weights[index.reshape(-1), 0] = weights.reshape(-1)
+    zeros = torch.zeros((case.tokens, case.shape.hidden), device=rows.device)
+    return lambda: {"out": _add(rows, token, row_weights, zeros)}
+
+
+def _gate(logits, top_k):
+    scores = torch.softmax(logits, dim=1)
+    weights, ids = scores.topk(top_k, dim=1)
+    return weights, ids, scores
+
+
+def _torch_gating(case, function, inputs, _):
+    logits = inputs["logits"]
+
+    def call():
+        weights, _, scores = function(logits, case.shape.top_k)
+        return {"weights": weights, "scores": scores}
+
+    return call
+
+
+def _permutation_of(folder: Path | None) -> types.ModuleType:
+    """TransformerEngine's module, from its package or, without that, from its two files."""
+    name = "transformer_engine.pytorch.triton.permutation"
+    if folder is None or not (folder / "transformer_engine").is_dir():
+        return importlib.import_module(name)
+    # In place of the packages, whose __init__ would load everything: only where files lie.
+    for package in ("", ".common", ".common.triton", ".pytorch", ".pytorch.triton"):
+        module = types.ModuleType(f"transformer_engine{package}")
+        module.__path__ = [str(folder.joinpath("transformer_engine", *package.split(".")[1:]))]
+        sys.modules[module.__name__] = module
+    return importlib.import_module(name)
+
+
+def _transformer_engine(module: types.ModuleType, case: Case) -> Bind | None:
+    if case.name in ("plan", "gather_quant bf16", "reduce"):
+        return functools.partial(_permutation, module, case)
+    return None
+
+
+def _permutation(module, case, inputs, _):
+    tokens, hidden, experts = case.tokens, case.shape.hidden, case.shape.experts
+    device = next(iter(inputs.values())).device
+    ids = routed(case.shape, tokens, device)[0].long()
+    mask = torch.zeros((tokens, experts), dtype=torch.int32, device=device).scatter_(1, ids, 1)
+    if case.kernel == "plan":
+        return lambda: {"row_id_map": module.make_row_id_map(mask, tokens, experts)}
+    row_id_map = module.make_row_id_map(mask, tokens, experts)
+    sizes = {"num_tokens": tokens, "num_experts": experts, "hidden_size": hidden}
+    if case.kernel == "gather_quant":
+        extra = {"num_out_tokens": ids.numel(), "scale_hidden_dim": 0}
+        permute = _with_nothing_else(
+            module.permute_with_mask_map, row_id_map=row_id_map, **sizes, **extra
+        )
+        return lambda: {"rows": permute(inputs["x"])[0]}
+    probabilities = torch.zeros((tokens, experts), device=device)
+    probabilities.scatter_(1, ids, inputs["weights"])
+    unpermute = _with_nothing_else(
+        module.unpermute_with_mask_map,
+        row_id_map=row_id_map,
+        merging_probs=probabilities,
+        **sizes,
+    )
+    return lambda: {"out": unpermute(inputs["rows"])[0]}
+
+
+def _with_nothing_else(function, **given):
+    """``function`` of one argument; versions differ in which others there are to be None."""
+    names = list(inspect.signature(function).parameters)[1:]
+    return functools.partial(function, **{name: given.get(name) for name in names})
+
+
+def _triton_kernels(top_k, case: Case) -> Bind | None:
+    if case.kernel != "top_k_gating":
+        return None
+
+    def bind(inputs, _):
+        def call():
+            found = top_k(inputs["logits"], case.shape.top_k)
+            return {"chosen": found.indx if hasattr(found, "indx") else found[1]}
+
+        return call
+
+    return bind

@@ -1,0 +1,250 @@
+"""bench_kernels runs where there is no GPU, counts bytes as the kernels say, and reports."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import moe_triton
+from moe_triton.kernels import launch
+from moe_triton.layout import RowFormat
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """``module(name)``: a script of bench/, as another of them imports it."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    yield importlib.import_module
+    for path in BENCH.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+def test_dry_run(tmp_path):
+    out = tmp_path / "kernels.jsonl"
+    command = [sys.executable, BENCH / "bench_kernels.py", "--dry-run", "--tokens", "5"]
+    done = subprocess.run(
+        [*command, "--out", out], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no times" in done.stdout
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    kernels = {row["kernel"].split()[0] for row in rows}
+    assert kernels == {"plan", "gather_quant", "reduce", "push", "pack", "top_k_gating"}
+    assert {row["implementation"] for row in rows} == {"moe_triton", "pytorch"}
+    assert all(row["dry_run"] for row in rows)
+    assert not any(name.endswith(("_us", "gb_s", "share_of_copy")) for row in rows for name in row)
+
+
+def test_a_wrong_kernel_has_no_figures(module, monkeypatch, capsys):
+    bench = module("bench_kernels")
+    cases = module("kernel_cases")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    def short(x, index, fmt, smooth, ids, out, scales=None):
+        out.view(torch.uint8)[:-1] = 0
+
+    monkeypatch.setattr(cases.kernels, "gather_quant", short)
+    status = bench.main(["--dry-run", "--only", "gather_quant bf16", "--tokens", "5"])
+    said = capsys.readouterr().out
+    assert status == 1
+    assert "WRONG: gather_quant bf16, tiny, 5 tokens, moe_triton" in said
+    assert "0 checks passed" in said
+
+
+def test_formulas_are_those_of_the_docstrings(module):
+    for kernel, formula in module("kernel_cases").FORMULAS.items():
+        name = "experts" if kernel == "top_k_gating" else kernel
+        source = importlib.import_module(f"moe_triton.kernels.{name}").__doc__
+        assert formula in " ".join(source.split()), kernel
+
+
+def test_bytes_of_deepseek(module):
+    """4096 tokens of 7168, top-8 of 256, by hand."""
+    cases = module("kernel_cases")
+    shape, tokens = cases.SHAPES[0], 4096
+    rows, token_bytes = 4096 * 8, 4096 * 7168 * 2
+
+    def fmt(quant):
+        return RowFormat.quantized(quant, torch.bfloat16, 7168)
+
+    for quant, row in (
+        (None, 14336),
+        ("int8", 7168 + 4),
+        ("group_e4m3", 7168 + 56 * 4),
+        ("mx_e4m3", 7168 + 224),
+    ):
+        assert cases.gather_quant_bytes(shape, tokens, fmt(quant)) == token_bytes + rows * row
+    assert cases.reduce_bytes(shape, tokens, normalised=False) == 9 * token_bytes
+    assert cases.reduce_bytes(shape, tokens, normalised=True) == 11 * token_bytes
+    headers = 8 * 4 * 257 + rows * 8
+    assert cases.push_bytes(shape, tokens, fmt("int8")) == token_bytes + tokens * 7184 + headers
+    how = launch.PlanLaunch(False, 256, 16, 16, 1056, 4)
+    assert cases.plan_bytes(shape, tokens, how) == rows * 16 + 128 * 256 * 12
+    few = launch.PlanLaunch(True, 16, 128, 16, 1056, 4)
+    assert cases.plan_bytes(shape, 128, few) == 1024 * 4 * 64
+
+
+class Event:
+    """A clock of 2 microseconds for each event that is recorded."""
+
+    ticks = 0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        Event.ticks += 2
+        self.at = Event.ticks
+
+    def elapsed_time(self, end):
+        return (end.at - self.at) / 1e3
+
+
+class Graph:
+    """Counts replays, so that a test sees what is timed."""
+
+    replays = 0
+
+    def replay(self):
+        Graph.replays += 1
+
+
+class Scope:
+    """A context that does nothing, and a stream that waits for nothing."""
+
+    def __init__(self, *arguments):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *caught):
+        return False
+
+    def wait_stream(self, other):
+        pass
+
+
+@pytest.fixture
+def cuda():
+    """What a timer asks of torch.cuda."""
+    return SimpleNamespace(
+        get_device_properties=lambda device: SimpleNamespace(L2_cache_size=1000),
+        Event=Event,
+        CUDAGraph=Graph,
+        Stream=Scope,
+        current_stream=Scope,
+        stream=Scope,
+        graph=Scope,
+        synchronize=lambda: None,
+    )
+
+
+def test_timer(module, cuda, monkeypatch):
+    timing = module("gpu_timing")
+    monkeypatch.setattr(timing, "OTHER_BYTES", 64)
+    timer = timing.Timer(torch.device("cpu"), cuda, seconds=0.01)
+    assert [timer.num_sets(n) for n in (1, 300, 10**9, 2**34)] == [32, 10, 2, 2]
+    seen = []
+    calls = [lambda number=number: seen.append(number) for number in range(4)]
+    eager = timer.eager(calls)
+    assert eager.median == pytest.approx(2)
+    assert eager.spread == pytest.approx(0)
+    assert eager.samples >= timing.FEWEST
+    assert set(seen) == set(range(4)), "all sets take their turn"
+    replays = Graph.replays
+    graph = timer.graph(calls)
+    assert graph.median == pytest.approx(0.5), "the time of one call of four"
+    assert Graph.replays - replays > graph.samples
+    assert timer.copy(10**4).median == pytest.approx(1), "two sets"
+    assert timer.host(calls) > 0
+
+
+def test_figures_become_tables_and_a_plot(module, cuda, monkeypatch, tmp_path):
+    bench, report, timing = module("bench_kernels"), module("report"), module("gpu_timing")
+    monkeypatch.setattr(timing, "OTHER_BYTES", 64)
+    timer = timing.Timer(torch.device("cpu"), cuda, seconds=0.01)
+    facts = bench.figures(timer, 6000, [lambda: None] * 2)
+    assert facts["graph_us"] == pytest.approx(1)
+    assert facts["gb_s"] == pytest.approx(6)
+    assert facts["share_of_copy"] == pytest.approx(1)
+    rows = [
+        {"kernel": "reduce", "model": model, "tokens": tokens, "implementation": name, **facts}
+        | {"device": "a GPU"}
+        for model in ("one", "other")
+        for tokens in (8, 128, 4096)
+        for name in ("moe_triton", "pytorch")
+        if name == "moe_triton" or (model, tokens) == ("one", 4096)
+    ]
+    tables = report.kernels(rows)
+    assert "| reduce | 4096 | 1.0, 100% | 1.0, 100% |" in tables
+    assert "| kernel | tokens | ours | pytorch | torch.compile |" in tables
+    assert "| reduce | 4096 | 1.0 | 1.0 |  |" in tables
+    assert "| 8 |" not in tables
+    pytest.importorskip("matplotlib", reason="plots are an extra")
+    path = tmp_path / "kernels.png"
+    module("kernel_plot").plot(rows, path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_call_that_no_graph_can_hold_has_its_eager_time(module, cuda, monkeypatch):
+    timing, bench = module("gpu_timing"), module("bench_kernels")
+    monkeypatch.setattr(timing, "OTHER_BYTES", 64)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    timer = timing.Timer(torch.device("cpu"), cuda, seconds=0.01)
+    timer.copy(6000)
+
+    def refuse(calls):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    timer.graph = refuse
+    facts = bench.figures(timer, 6000, [lambda: None] * 2)
+    assert "not permitted" in facts["no_graph"]
+    assert facts["gb_s"] == pytest.approx(3)
+
+
+def test_clocks_without_a_gpu_are_unknown(module, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setenv("PATH", "")
+    assert module("gpu_timing").Clocks().read() == {"clocks_from": "unknown"}
+
+
+def test_results_need_neither_git_nor_an_installation(module, monkeypatch):
+    report = module("report")
+    monkeypatch.delenv("MOE_TRITON_REVISION", raising=False)
+    monkeypatch.setenv("PATH", "")
+    facts = report.machine()
+    assert facts["revision"] == "unknown"
+    assert facts["moe_triton"] == moe_triton.__version__
+    monkeypatch.setenv("MOE_TRITON_REVISION", "abc")
+    assert report.machine()["revision"] == "abc"
+
+
+def test_transformer_engine_is_loaded_from_two_files(module, tmp_path):
+    """Nothing else of the package is run."""
+    peers = module("kernel_peers")
+    for name in ("common", "pytorch"):
+        folder = tmp_path / f"transformer_engine/{name}/triton"
+        folder.mkdir(parents=True)
+        (tmp_path / f"transformer_engine/{name}/__init__.py").write_text("raise ImportError")
+    (tmp_path / "transformer_engine/common/triton/permutation.py").write_text("kernel = 5\n")
+    (tmp_path / "transformer_engine/pytorch/triton/permutation.py").write_text(
+        "from transformer_engine.common.triton.permutation import kernel\n"
+    )
+    try:
+        found = peers.Peers(tmp_path, ("transformer_engine", "triton_kernels"))
+        assert found.missing.keys() == {"triton_kernels"}
+        assert sys.modules["transformer_engine.pytorch.triton.permutation"].kernel == 5
+    finally:
+        sys.path.remove(str(tmp_path))
+        for name in [name for name in sys.modules if name.startswith("transformer_engine")]:
+            del sys.modules[name]
