@@ -6,12 +6,14 @@ in ``compat.torch_npu`` has.
 
 from __future__ import annotations
 
-from ..ops import gating, gradients, permute, routing_map
+from ..ops import expert_order, gating, gradients, permute, routing_map
 from ..ops.custom_op import Function
 from ..ops.names import (
+    COMPUTE_EXPERT_TOKENS,
     GATING_TOP_K,
     GATING_TOP_K_SOFTMAX,
     GATING_TOP_K_SOFTMAX_V2,
+    RE_ROUTING,
     TOKEN_PERMUTE,
     TOKEN_PERMUTE_MAP,
     TOKEN_UNPERMUTE,
@@ -85,4 +87,22 @@ token_unpermute_with_routing_map = Function(
     outputs=routing_map.token_unpermute_with_routing_map_outputs,
     backward=gradients.unpermute_map_backward,
     save=gradients.save_unpermute_map,
+)
+
+re_routing = Function(
+    RE_ROUTING,
+    "Tensor tokens, Tensor expert_token_num_per_rank, *, Tensor? per_token_scales=None, "
+    "int expert_token_num_type=1, int idx_type=0, int? tokens_dtype=None",
+    "(Tensor permute_tokens, Tensor permute_per_token_scales, Tensor permute_token_idx, "
+    "Tensor expert_token_num)",
+    run=expert_order.re_routing,
+    outputs=expert_order.re_routing_outputs,
+)
+
+compute_expert_tokens = Function(
+    COMPUTE_EXPERT_TOKENS,
+    "Tensor sorted_experts, int num_expert",
+    "Tensor",
+    run=expert_order.compute_expert_tokens,
+    outputs=expert_order.compute_expert_tokens_outputs,
 )

@@ -38,6 +38,7 @@ from .permute import (
     npu_moe_token_unpermute_with_routing_map,
 )
 from .replicas import npu_moe_update_expert
+from .routing import npu_moe_compute_expert_tokens, npu_moe_re_routing
 from .split_phase import (
     npu_moe_distribute_combine_setup,
     npu_moe_distribute_combine_teardown,
@@ -46,6 +47,7 @@ from .split_phase import (
 )
 
 __all__ = [
+    "npu_moe_compute_expert_tokens",
     "npu_moe_distribute_combine",
     "npu_moe_distribute_combine_add_rms_norm",
     "npu_moe_distribute_combine_setup",
@@ -58,6 +60,7 @@ __all__ = [
     "npu_moe_gating_top_k",
     "npu_moe_gating_top_k_softmax",
     "npu_moe_gating_top_k_softmax_v2",
+    "npu_moe_re_routing",
     "npu_moe_token_permute",
     "npu_moe_token_permute_with_routing_map",
     "npu_moe_token_unpermute",

@@ -1,0 +1,147 @@
+"""Re-routing and the ends of experts' rows: worked example, definitions in loops, refusals."""
+
+from __future__ import annotations
+
+import compilers
+import harness
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+
+from moe_triton import MoeError
+from moe_triton.compat import torch_npu
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+re_routing = torch_npu.npu_moe_re_routing
+expert_tokens = torch_npu.npu_moe_compute_expert_tokens
+
+TOKENS = torch.arange(1.0, 6)[:, None].half()
+COUNTS = torch.tensor([[1, 2], [2, 0]])
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_worked_example(dtype, back_end):
+    permuted, scales, index, numbers = re_routing(TOKENS, COUNTS.to(dtype))
+    assert permuted[:, 0].tolist() == [1, 4, 5, 2, 3]
+    assert index.tolist() == [0, 3, 4, 1, 2]
+    assert numbers.tolist() == [3, 2]
+    assert (index.dtype, numbers.dtype, scales) == (torch.int32, dtype, None)
+
+
+@hypothesis.given(data=st.data())
+def test_any_re_routing(back_end, data):
+    draw = data.draw
+    ranks, experts = draw(st.integers(0, 4)), draw(st.integers(0, 4))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+    counts = torch.randint(0, 4, (ranks, experts), generator=random)
+    counts = counts.to(draw(st.sampled_from([torch.int32, torch.int64])))
+    rows = int(counts.sum())
+    dtype = draw(st.sampled_from([torch.float16, torch.bfloat16, torch.int8]))
+    tokens = torch.randint(-99, 99, (rows, draw(st.integers(1, 9))), generator=random).to(dtype)
+    scales = torch.rand(rows, generator=random) if draw(st.booleans()) else None
+    kind = draw(st.sampled_from(harness.STRIDES))
+    found = re_routing(
+        harness.strided(tokens, kind),
+        harness.strided(counts, kind),
+        per_token_scales=scales,
+        tokens_dtype=draw(st.sampled_from([None, dtype])),
+    )
+    places, start = {}, 0
+    for rank in range(ranks):
+        for expert in range(experts):
+            end = start + int(counts[rank, expert])
+            places[expert, rank] = range(start, end)
+            start = end
+    index = [place for pair in sorted(places) for place in places[pair]]
+    assert found[2].tolist() == index
+    assert torch.equal(found[0], tokens[index])
+    assert found[0].dtype == dtype
+    assert found[1] is scales is None or torch.equal(found[1], scales[index])
+    assert found[3].tolist() == [int(counts[:, expert].sum()) for expert in range(experts)]
+
+
+def test_the_documented_ends(back_end):
+    ids = torch.tensor([0, 0, 0, 1, 1, 2], dtype=torch.int32)
+    ends = expert_tokens(ids, 3)
+    assert (ends.tolist(), ends.dtype) == ([3, 5, 6], torch.int32)
+
+
+@hypothesis.given(
+    ids=st.lists(st.integers(0, 9), max_size=40).map(sorted), experts=st.integers(1, 9)
+)
+def test_any_ends(back_end, ids, experts):
+    """Ids at the end may be those of no expert."""
+    given = harness.strided(torch.tensor(ids, dtype=torch.int32), "columns")
+    ends = expert_tokens(given, experts)
+    assert ends.tolist() == [sum(one <= expert for one in ids) for expert in range(experts)]
+
+
+def test_many_rows(back_end):
+    """More than are compared with each other."""
+    ids = torch.randint(0, 50, (3000,), dtype=torch.int32).sort().values
+    assert torch.equal(expert_tokens(ids, 50), ids.bincount(minlength=50).cumsum(0).int())
+
+
+IDS = torch.tensor([0, 1, 1], dtype=torch.int32)
+GOOD = {
+    re_routing: {"tokens": TOKENS, "expert_token_num_per_rank": COUNTS},
+    expert_tokens: {"sorted_experts": IDS, "num_expert": 2},
+}
+COUNTS_NAME = "expert_token_num_per_rank"
+BAD = {
+    "no tokens": (re_routing, {"tokens": None}, 161001, "tokens"),
+    "no counts": (re_routing, {COUNTS_NAME: None}, 161001, COUNTS_NAME),
+    "tokens fp32": (re_routing, {"tokens": TOKENS.float()}, 161002, "tokens"),
+    "counts float": (re_routing, {COUNTS_NAME: COUNTS.float()}, 161002, COUNTS_NAME),
+    "scales half": (re_routing, {"per_token_scales": TOKENS[:, 0]}, 161002, "per_token_scales"),
+    "hifloat8": (re_routing, {"tokens_dtype": 290}, 161002, "tokens_dtype"),
+    "another dtype": (re_routing, {"tokens_dtype": torch.int8}, 161002, "tokens_dtype"),
+    "type a word": (re_routing, {"idx_type": "0"}, 161002, "idx_type"),
+    "tokens 1-D": (re_routing, {"tokens": TOKENS[:, 0]}, 561002, "tokens"),
+    "H 0": (re_routing, {"tokens": TOKENS[:, :0]}, 561002, "tokens"),
+    "H 16384": (re_routing, {"tokens": TOKENS.expand(-1, 16384)}, 561002, "tokens"),
+    "counts 1-D": (re_routing, {COUNTS_NAME: COUNTS[0]}, 561002, COUNTS_NAME),
+    "counts of more": (re_routing, {COUNTS_NAME: COUNTS + 1}, 561002, COUNTS_NAME),
+    "counts of fewer": (re_routing, {COUNTS_NAME: COUNTS[:1]}, 561002, COUNTS_NAME),
+    "negative count": (
+        re_routing,
+        {COUNTS_NAME: torch.tensor([[6, -1]])},
+        561002,
+        COUNTS_NAME,
+    ),
+    "scales A + 1": (re_routing, {"per_token_scales": torch.ones(6)}, 561002, "per_token_scales"),
+    "prefix sums": (re_routing, {"expert_token_num_type": 0}, 561002, "expert_token_num_type"),
+    "scatter": (re_routing, {"idx_type": 1}, 561002, "idx_type"),
+    "ends: no ids": (expert_tokens, {"sorted_experts": None}, 161001, "sorted_experts"),
+    "ends: int64": (expert_tokens, {"sorted_experts": IDS.long()}, 161002, "sorted_experts"),
+    "ends: a word": (expert_tokens, {"num_expert": "2"}, 161002, "num_expert"),
+    "ends: 2-D": (expert_tokens, {"sorted_experts": IDS[None]}, 561002, "sorted_experts"),
+    "ends: E 0": (expert_tokens, {"num_expert": 0}, 561002, "num_expert"),
+    "ends: E 2049": (expert_tokens, {"num_expert": 2049}, 561002, "num_expert"),
+    "ends: negative": (expert_tokens, {"sorted_experts": IDS - 1}, 561002, "sorted_experts"),
+    "ends: descending": (expert_tokens, {"sorted_experts": IDS.flip(0)}, 561002, "sorted_experts"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_refused(name):
+    op, changes, code, argument = BAD[name]
+    op(**GOOD[op])
+    with pytest.raises(MoeError) as caught:
+        op(**GOOD[op] | changes)
+    assert (caught.value.code, caught.value.argument) == (code, argument)
+
+
+@pytest.mark.parametrize("op", GOOD, ids=lambda op: op.__name__)
+@compilers.usual
+def test_compiled(op):
+    first, *rest = GOOD[op].items()
+    compilers.check(lambda x: op(**{first[0]: x}, **dict(rest)), first[1])
+
+
+@compilers.usual
+def test_compiled_with_scales():
+    scales = torch.rand(5)
+    compilers.check(lambda x: re_routing(x, COUNTS, per_token_scales=scales), TOKENS)
