@@ -102,6 +102,18 @@ TRANSFORMERS = {
 }
 
 
+OVERLAP = {
+    "ranks": lambda row: row["world_size"],
+    "operation": lambda row: row["operation"],
+    "one rank is late by": lambda row: f"{row['late_ms']:g} ms",
+    "own compute": lambda row: f"{row['compute_ms']:.1f} ms",
+    "in sequence": lambda row: f"{row['sequence_ms']:.1f} ms",
+    "compute in between": lambda row: f"{row['overlap_ms']:.1f} ms",
+    "saved": lambda row: f"{row['saved_ms']:.1f} ms",
+    "until the setups are back": lambda row: f"{row['setup_ms']:.1f} ms",
+}
+
+
 LOAD = {
     "ranks": lambda row: row["ranks"],
     "slots": lambda row: row["slots"],

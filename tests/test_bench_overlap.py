@@ -1,0 +1,30 @@
+"""bench_overlap runs, and finds what does not depend on how busy the machine is."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+
+
+def test_setups_wait_for_nobody(tmp_path):
+    out, late = tmp_path / "overlap.jsonl", 500
+    command = [sys.executable, BENCH / "bench_overlap.py", "--out", out, "--world-size", "2"]
+    done = subprocess.run(
+        [*command, "--late", str(late), "--samples", "2"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [row["operation"] for row in rows] == ["dispatch", "combine"]
+    for row in rows:
+        assert row["setup_ms"] < late / 2
+        # The teardowns do wait. The ranks leave the barrier before at about the same time.
+        assert min(row["sequence_ms"], row["overlap_ms"]) >= 0.9 * late
+        assert f"| {row['operation']} | {late} ms |" in done.stdout
