@@ -240,6 +240,12 @@ def distribute_dispatch(
     elif elastic is not None:
         size = topology.world_size * topology.num_local_experts(rank)
         ends = torch.cat([ends, ends[-1:].expand(size - len(ends))])
+    profile, config = active_profile(), call.config
+    spare = profile.spare_counts(topology.world_size, config.max_tokens, config.top_k)
+    if spare:
+        ends = torch.cat([ends, ends.new_empty(spare)])
+    if weights is None and profile.returns_weights:
+        weights = torch.empty(capacity, device=dispatch.x.device)
     assist = None
     if op == DISPATCH_V2:
         size = capacity * ASSIST_WORDS

@@ -6,6 +6,7 @@ import torch
 
 from ..comm import MoeConfig
 from ..layout import NOWHERE, Plan, Sources
+from ..profile import active_profile
 from ..topology import Topology
 from . import checks
 from .arguments import GroupArguments
@@ -29,8 +30,13 @@ def received_counts(
     if arguments.has_tp and len(ends) == size:
         pass  # the peer's half is not needed
     else:
-        length = size * (2 if arguments.has_tp else 1)
+        spare = active_profile().spare_counts(
+            topology.world_size, config.max_tokens, config.top_k
+        )
+        length = size * (2 if arguments.has_tp else 1) + spare
         meaning = "(W * T * L,)" if arguments.has_tp else "(W * L,)"
+        if spare:
+            meaning = "(W * L + 2 * G * K * (W / 8),)"
         checks.shape(op, name, ends, (length,), meaning, ends.device)
     left = config.topology.world_size
     ends = ends[: local * left]

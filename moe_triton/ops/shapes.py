@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from ..errors import MoeError
+from ..profile import active_profile
 from ..topology import Topology
 from . import checks, formats
 from .arguments import GroupArguments
@@ -39,7 +40,10 @@ def dispatch_outputs(
     kind = _rows_of(op, x, scales, quant_mode, y_dtype, x_dtype, scales_dtype)
     rows, local = _capacity(arguments, num_tokens, top_k)
     world, tp = max(arguments.ep_world_size, 1), max(arguments.tp_world_size, 1)
-    int32, assist = torch.int32, None
+    int32, assist, profile = torch.int32, None, active_profile()
+    max_tokens = _max_tokens(arguments, num_tokens)
+    counts = tp * world * local + profile.spare_counts(world, max_tokens, top_k)
+    with_weights = expert_scales is not None or profile.returns_weights
     if op == DISPATCH_V2:
         assist = x.new_empty(ASSIST_WORDS * rows, dtype=int32)
     return DispatchOutput(
@@ -48,9 +52,9 @@ def dispatch_outputs(
         expand_idx=x.new_empty(num_tokens * top_k, dtype=int32),
         assist_info=assist,
         expert_token_nums=x.new_empty(local, dtype=torch.int64),
-        ep_recv_counts=x.new_empty(tp * world * local, dtype=int32),
+        ep_recv_counts=x.new_empty(counts, dtype=int32),
         tp_recv_counts=x.new_empty(tp, dtype=int32) if tp > 1 else None,
-        expand_scales=None if expert_scales is None else x.new_empty(rows, dtype=torch.float32),
+        expand_scales=x.new_empty(rows, dtype=torch.float32) if with_weights else None,
         waited=x.new_empty(world, dtype=torch.int64),
     )
 
@@ -169,9 +173,15 @@ def _topology(arguments: GroupArguments) -> Topology:
         return Topology(world, 0)
 
 
+def _max_tokens(arguments: GroupArguments, num_tokens: int) -> int:
+    """The largest batch of a rank."""
+    world = max(arguments.ep_world_size, 1)
+    return max(arguments.global_bs, 0) // world if arguments.global_bs else num_tokens
+
+
 def _capacity(arguments: GroupArguments, num_tokens: int, top_k: int) -> tuple[int, int]:
     """A and L of this rank."""
-    world, rank = max(arguments.ep_world_size, 1), arguments.ep_rank_id
+    rank = arguments.ep_rank_id
     placement = _topology(arguments)
-    max_tokens = max(arguments.global_bs, 0) // world if arguments.global_bs else num_tokens
+    max_tokens = _max_tokens(arguments, num_tokens)
     return placement.capacity(rank, max_tokens, top_k), placement.num_local_experts(rank)

@@ -48,7 +48,8 @@ def npu_moe_distribute_combine(
         expand_x: (T * A, H) float16 or bfloat16 expert outputs, rows as dispatch delivered them.
         expert_ids: (BS, K) int32, as given to dispatch.
         expand_idx: (BS * K,) int32 from dispatch.
-        ep_send_counts: (T * W * L,) int32, dispatch's ep_recv_counts; the first W * L will do.
+        ep_send_counts: (T * W * L,) int32, dispatch's ep_recv_counts; with T = 2, the first W * L
+            will do.
         expert_scales: (BS, K) float32 weights.
         group_ep: as in dispatch.
         ep_world_size: as in dispatch.

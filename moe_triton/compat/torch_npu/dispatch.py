@@ -73,9 +73,11 @@ def npu_moe_distribute_dispatch(
             for what is not active.
         expert_token_nums: (L,) int64 rows per local expert, of all T ranks.
         ep_recv_counts: (T * W * L,) int32 inclusive prefix sums of the rows by (local expert,
-            source); with T = 2, those of the other rank of group_tp follow, and start from 0.
+            source); with T = 2, those of the other rank of group_tp follow, and start from 0. With
+            the profile "a2", 2 * maxBS * W * K * (W // 8) words follow, which are not written.
         tp_recv_counts: (T,) int32 rows that each rank of group_tp received; None without.
-        expand_scales: (A,) float32 weights of this rank's rows; None without expert_scales.
+        expand_scales: (A,) float32 weights of this rank's rows; None without expert_scales, or
+            not written with the profile "a2".
 
     Raises:
         MissingArgumentError: 161001.
