@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,9 +13,9 @@ from torch import Tensor
 
 from ..ops import shapes, split
 from ..ops.arguments import GroupArguments
-from ..ops.combine import distribute_combine
+from ..ops.combine import check_combine, distribute_combine
 from ..ops.custom_op import Operator
-from ..ops.dispatch import DispatchOutput, distribute_dispatch
+from ..ops.dispatch import DispatchOutput, check_dispatch, distribute_dispatch
 from ..ops.names import (
     COMBINE,
     COMBINE_ADD_RMS_NORM,
@@ -26,8 +28,31 @@ from ..ops.names import (
     DISPATCH_V2,
     UPDATE_EXPERT,
 )
+from ..ops.ranks import checking
+from ..ops.replicas import check_update_expert
 from ..ops.replicas import update_expert as run_update_expert
 from ..ops.shapes import combine_output, dispatch_outputs
+
+
+class CheckedOperator(Operator):
+    """An op that can also be checked before it runs.
+
+    Args:
+        checking: what ``ranks.checking`` returns for the arguments of ``run``; tensors on the meta
+            device stand for such that have no values yet.
+        args: of ``Operator``.
+        kwargs: likewise.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        checking: Callable[..., contextlib.AbstractContextManager[Callable[[], object]]],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.checking = checking
+
 
 _GROUP_FIELDS = {field.name for field in dataclasses.fields(GroupArguments)}
 
@@ -44,6 +69,23 @@ def _grouped(given: dict[str, Any]) -> dict[str, Any]:
     group = {name: value for name, value in given.items() if name in _GROUP_FIELDS}
     rest = {name: value for name, value in given.items() if name not in _GROUP_FIELDS}
     return rest | {"arguments": GroupArguments(**group)}
+
+
+def _indexed(op: str, given: dict[str, Any]) -> dict[str, Any]:
+    """``given`` to a combine, with what says where rows belong as ``index``."""
+    name = "assist_info_for_combine" if op == COMBINE_V2 else "expand_idx"
+    rest = {key: value for key, value in given.items() if key != name}
+    return _grouped(rest | {"index": given[name]})
+
+
+def _checking_combine(op: str, **given: Any) -> contextlib.AbstractContextManager[Any]:
+    return checking(op, check_combine, ("combine", "gather"), **_indexed(op, given))
+
+
+def _checking(
+    op: str, check: Callable[..., object], kind: str | None, tp_kind: str | None = None
+) -> Callable[..., contextlib.AbstractContextManager[Any]]:
+    return lambda **given: checking(op, check, (kind, tp_kind), **_grouped(given))
 
 
 def _dispatch(
@@ -69,18 +111,15 @@ def _ordered(out: DispatchOutput) -> tuple[Tensor | None, ...]:
 
 
 def _combine(op: str, *, performance_info: Tensor | None = None, **given: Any) -> Tensor:
-    index = given.pop("expand_idx" if op == COMBINE else "assist_info_for_combine")
-    arguments = _grouped(given)
-    out = distribute_combine(op, index=index, performance_info=performance_info, **arguments)
+    arguments = _indexed(op, given)
+    out = distribute_combine(op, performance_info=performance_info, **arguments)
     if performance_info is not None:
         performance_info.add_(out.waited)
     return out.x
 
 
-def _combine_add_rms_norm(
-    op: str, *, expand_idx: Tensor, **given: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    out = distribute_combine(op, index=expand_idx, **_grouped(given))
+def _combine_add_rms_norm(op: str, **given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    out = distribute_combine(op, **_indexed(op, given))
     assert out.norm is not None
     return out.norm.y[:, None], out.norm.rstd[:, None, None], out.x[:, None]
 
@@ -122,7 +161,7 @@ def _combine_setup_outputs(**given: Any) -> tuple[Tensor, Tensor]:
     return shapes.combine_setup_outputs(**{name: arguments[name] for name in names})
 
 
-dispatch = Operator(
+dispatch = CheckedOperator(
     DISPATCH,
     f"Tensor x, Tensor expert_ids, {_GROUP}, *, Tensor? scales=None, Tensor? x_active_mask=None, "
     f"Tensor? expert_scales=None, {_PLACEMENT}, int quant_mode=0, int global_bs=0, "
@@ -131,9 +170,10 @@ dispatch = Operator(
     "Tensor expert_token_nums, Tensor ep_recv_counts, Tensor tp_recv_counts, Tensor expand_scales)",
     run=functools.partial(_dispatch, DISPATCH),
     outputs=functools.partial(_dispatch_outputs, DISPATCH),
+    checking=_checking(DISPATCH, check_dispatch, "dispatch", "gather"),
 )
 
-dispatch_v2 = Operator(
+dispatch_v2 = CheckedOperator(
     DISPATCH_V2,
     f"Tensor x, Tensor expert_ids, {_GROUP}, *, Tensor? scales=None, Tensor? x_active_mask=None, "
     "Tensor? expert_scales=None, Tensor? elastic_info=None, Tensor(b!)? performance_info=None, "
@@ -143,9 +183,10 @@ dispatch_v2 = Operator(
     "Tensor expert_token_nums, Tensor ep_recv_counts, Tensor tp_recv_counts, Tensor expand_scales)",
     run=functools.partial(_dispatch, DISPATCH_V2),
     outputs=functools.partial(_dispatch_outputs, DISPATCH_V2),
+    checking=_checking(DISPATCH_V2, check_dispatch, "dispatch", "gather"),
 )
 
-combine = Operator(
+combine = CheckedOperator(
     COMBINE,
     "Tensor expand_x, Tensor expert_ids, Tensor expand_idx, Tensor ep_send_counts, "
     f"Tensor expert_scales, {_GROUP}, *, Tensor? tp_send_counts=None, Tensor? x_active_mask=None, "
@@ -155,9 +196,10 @@ combine = Operator(
     "Tensor",
     run=functools.partial(_combine, COMBINE),
     outputs=_combine_outputs,
+    checking=functools.partial(_checking_combine, COMBINE),
 )
 
-combine_v2 = Operator(
+combine_v2 = CheckedOperator(
     COMBINE_V2,
     "Tensor expand_x, Tensor expert_ids, Tensor assist_info_for_combine, Tensor ep_send_counts, "
     f"Tensor expert_scales, {_GROUP}, *, Tensor? tp_send_counts=None, Tensor? x_active_mask=None, "
@@ -168,9 +210,10 @@ combine_v2 = Operator(
     "Tensor",
     run=functools.partial(_combine, COMBINE_V2),
     outputs=_combine_outputs,
+    checking=functools.partial(_checking_combine, COMBINE_V2),
 )
 
-combine_add_rms_norm = Operator(
+combine_add_rms_norm = CheckedOperator(
     COMBINE_ADD_RMS_NORM,
     "Tensor expand_x, Tensor expert_ids, Tensor expand_idx, Tensor ep_send_counts, "
     f"Tensor expert_scales, Tensor residual_x, Tensor gamma, {_GROUP}, *, "
@@ -184,9 +227,10 @@ combine_add_rms_norm = Operator(
     "(Tensor y, Tensor rstd_out, Tensor x)",
     run=functools.partial(_combine_add_rms_norm, COMBINE_ADD_RMS_NORM),
     outputs=_combine_add_rms_norm_outputs,
+    checking=functools.partial(_checking_combine, COMBINE_ADD_RMS_NORM),
 )
 
-update_expert = Operator(
+update_expert = CheckedOperator(
     UPDATE_EXPERT,
     "Tensor expert_ids, Tensor eplb_table, *, Tensor? expert_scales=None, "
     "Tensor? pruning_threshold=None, Tensor? active_mask=None, int local_rank_id=-1, "
@@ -196,6 +240,10 @@ update_expert = Operator(
     outputs=lambda *, expert_ids, **_: (
         torch.empty_like(expert_ids),
         torch.empty_like(expert_ids, dtype=torch.bool),
+    ),
+    # On this rank alone: there is nobody to tell.
+    checking=lambda **given: contextlib.nullcontext(
+        functools.partial(check_update_expert, **given)
     ),
 )
 
@@ -208,16 +256,17 @@ _SPLIT_BACK = (
     'int global_bs=0, int comm_quant_mode=0, int comm_type=0, str comm_alg=""'
 )
 
-dispatch_setup = Operator(
+dispatch_setup = CheckedOperator(
     DISPATCH_SETUP,
     f"Tensor x, Tensor expert_ids, {_GROUP}, *, Tensor? scales=None, Tensor? x_active_mask=None, "
     f'{_SPLIT}, int comm_type=0, str comm_alg="", int? y_dtype=None',
     "(Tensor y, Tensor expand_idx, Tensor comm_cmd_info)",
     run=lambda **given: split.dispatch_setup(**_grouped(given)),
     outputs=_dispatch_setup_outputs,
+    checking=_checking(DISPATCH_SETUP, split.check_dispatch_setup, "dispatch"),
 )
 
-dispatch_teardown = Operator(
+dispatch_teardown = CheckedOperator(
     DISPATCH_TEARDOWN,
     f"Tensor x, Tensor y, Tensor expert_ids, Tensor comm_cmd_info, {_GROUP}, "
     f'{_SPLIT}, int expert_token_nums_type=1, int comm_type=0, str comm_alg=""',
@@ -225,18 +274,20 @@ dispatch_teardown = Operator(
     "Tensor expert_token_nums)",
     run=lambda **given: split.dispatch_teardown(**_grouped(given)),
     outputs=_dispatch_teardown_outputs,
+    checking=_checking(DISPATCH_TEARDOWN, split.check_dispatch_teardown, None),
 )
 
-combine_setup = Operator(
+combine_setup = CheckedOperator(
     COMBINE_SETUP,
     f"Tensor expand_x, Tensor expert_ids, Tensor assist_info_for_combine, {_GROUP}, *, "
     f"{_SPLIT_BACK}",
     "(Tensor quant_expand_x, Tensor comm_cmd_info)",
     run=lambda **given: split.combine_setup(**_grouped(given)),
     outputs=_combine_setup_outputs,
+    checking=_checking(COMBINE_SETUP, split.check_combine_setup, "combine"),
 )
 
-combine_teardown = Operator(
+combine_teardown = CheckedOperator(
     COMBINE_TEARDOWN,
     "Tensor expand_x, Tensor quant_expand_x, Tensor expert_ids, Tensor expand_idx, "
     f"Tensor expert_scales, Tensor comm_cmd_info, {_GROUP}, *, Tensor? x_active_mask=None, "
@@ -244,4 +295,5 @@ combine_teardown = Operator(
     "Tensor",
     run=lambda **given: split.combine_teardown(**_grouped(given)),
     outputs=_combine_outputs,
+    checking=_checking(COMBINE_TEARDOWN, split.check_combine_teardown, None),
 )

@@ -50,7 +50,7 @@ class _Registered:
         run: Callable[..., Any],
         outputs: Callable[..., Any],
     ) -> None:
-        self._run = run
+        self.run, self.outputs = run, outputs
         self._hidden = len(hidden)
         self._name = f"moe_triton::{name}"
         # Not torch.library.custom_op, whose first call imports the whole compiler.
@@ -97,6 +97,10 @@ class Operator(_Registered):
         run: the op itself. Takes all arguments by name, without the token.
         outputs: what ``run`` will return for the same arguments, with no values yet. Must not
             raise, as a compiler would hide its error: what is wrong is for ``run`` to say.
+
+    Attributes:
+        run: as given.
+        outputs: as given.
     """
 
     def __init__(
@@ -119,7 +123,7 @@ class Operator(_Registered):
         if torch.compiler.is_compiling() or self._takes(arguments):
             with torch.no_grad():  # else the outputs would seem to have gradients
                 return self._overload(TOKEN, **arguments)
-        return self._run(**arguments)
+        return self.run(**arguments)
 
 
 class Function(_Registered):
@@ -163,7 +167,7 @@ class Function(_Registered):
             else value
             for name, value in arguments.items()
         }
-        return self._call(arguments) if self._takes(arguments) else self._run(**arguments)
+        return self._call(arguments) if self._takes(arguments) else self.run(**arguments)
 
     def _call(self, arguments: dict[str, Any]) -> Any:
         if self._has_gradients:

@@ -132,7 +132,7 @@ def check_dispatch(
         op,
         **sizes(arguments, topology, x, expert_ids, max_tokens),
         quant_mode=quant_mode,
-        float8=_float8(rows, named["y_dtype"]),
+        float8=_float8(rows, quant_mode, named["y_dtype"]),
         comm_type=comm_type,
         mask_dims=None if x_active_mask is None else x_active_mask.dim(),
         elastic=elastic_info is not None,
@@ -179,11 +179,11 @@ def check_dispatch(
     )
 
 
-def _float8(rows: formats.Rows, y_dtype: torch.dtype | None) -> str | None:
-    """The argument by which rows are float8 without a quant_mode that means it."""
+def _float8(rows: formats.Rows, quant_mode: int, y_dtype: torch.dtype | None) -> str | None:
+    """The argument by which rows are float8 without a quant_mode that means it, as 3 and 4 do."""
     if rows.given:
         return "x"
-    return "y_dtype" if y_dtype in FLOAT8 else None
+    return "y_dtype" if quant_mode == 2 and y_dtype in FLOAT8 else None
 
 
 def _joined(x: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from .. import comm
 from ..errors import MoeError
@@ -67,3 +69,28 @@ class Ranks:
             if tp_kind is not None and self.tp is not None:
                 self.tp.reject(tp_kind, op, reason)
             raise
+
+
+@contextlib.contextmanager
+def checking(
+    op: str,
+    check: Callable[..., object],
+    kinds: tuple[str | None, str | None],
+    arguments: GroupArguments,
+    **given: Any,
+) -> Iterator[Callable[[], object]]:
+    """What is found wrong with a call before it is made; within it, the peers are told.
+
+    Args:
+        op: for error messages.
+        check: one of the ops' own, called as ``check(op, ranks, arguments=arguments, **given)``.
+        kinds: of ``told``.
+        arguments: of the call.
+        given: of the call, the others.
+
+    Yields:
+        The check, to be called once what goes before it is right.
+    """
+    ranks = Ranks.of(op, arguments, "gather")
+    with ranks.told(op, *kinds):
+        yield functools.partial(check, op, ranks, arguments=arguments, **given)

@@ -1,0 +1,253 @@
+"""aclnnMoeDistributeCombine, versions 1 to 4."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import operators
+from .interface import Executor, FirstPhase, Interface, Output, Stream, first_phase, second_phase
+
+_V1 = Interface(
+    "aclnnMoeDistributeCombine",
+    operators.combine,
+    (Output("x", "(BS, H)"),),
+)
+_V2, _V3, _V4 = (
+    Interface(
+        f"aclnnMoeDistributeCombineV{version}",
+        operators.combine_v2,
+        (Output("xOut", "(BS, H)"),),
+    )
+    for version in (2, 3, 4)
+)
+
+
+def aclnnMoeDistributeCombineGetWorkspaceSize(
+    expandX: Tensor | None,
+    expertIds: Tensor | None,
+    expandIdx: Tensor | None,
+    epSendCounts: Tensor | None,
+    expertScales: Tensor | None,
+    tpSendCounts: Tensor | None,
+    xActiveMask: Tensor | None,
+    activationScale: Tensor | None,
+    weightScale: Tensor | None,
+    groupList: Tensor | None,
+    expandScales: Tensor | None,
+    groupEp: str | None,
+    epWorldSize: int,
+    epRankId: int,
+    moeExpertNum: int,
+    groupTp: str | None,
+    tpWorldSize: int,
+    tpRankId: int,
+    expertShardType: int,
+    sharedExpertNum: int,
+    sharedExpertRankNum: int,
+    globalBs: int,
+    outDtype: int,
+    commQuantMode: int,
+    groupListType: int,
+    x: Tensor | None,
+) -> FirstPhase:
+    """Check a call of ``npu_moe_distribute_combine``, where the arguments are described.
+
+    Args:
+        expandX: (T * A, H) the experts' rows.
+        expertIds: (BS, K) int32, as in dispatch.
+        expandIdx: (BS * K,) int32 from dispatch.
+        epSendCounts: (T * W * L,) int32, dispatch's epRecvCounts.
+        expertScales: (BS, K) float32.
+        tpSendCounts: (T,) int32, dispatch's tpRecvCounts; None without T = 2.
+        xActiveMask: as in dispatch.
+        activationScale: reserved, None.
+        weightScale: reserved, None.
+        groupList: reserved, None.
+        expandScales: (A,) float32 from dispatch, or None.
+        groupEp: as in dispatch, and so are the others of the group.
+        epWorldSize: W.
+        epRankId: this rank.
+        moeExpertNum: E.
+        groupTp: the group of the T ranks with the same experts, "" without.
+        tpWorldSize: T.
+        tpRankId: this rank in groupTp.
+        expertShardType: 0.
+        sharedExpertNum: NS.
+        sharedExpertRankNum: S.
+        globalBs: W times the largest BS, or 0 where all are equal.
+        outDtype: reserved, 0.
+        commQuantMode: 0, or 2 for int8 on the way.
+        groupListType: reserved, 0.
+        x: (BS, H) of the dtype of expandX, for the output.
+
+    Returns:
+        As in ``aclnnMoeDistributeDispatchGetWorkspaceSize``.
+    """
+    return first_phase(_V1, locals())
+
+
+def aclnnMoeDistributeCombine(
+    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
+) -> int:
+    """Make the call that ``aclnnMoeDistributeCombineGetWorkspaceSize`` has checked."""
+    return second_phase(_V1, workspace, workspaceSize, executor, stream)
+
+
+def aclnnMoeDistributeCombineV2GetWorkspaceSize(
+    expandX: Tensor | None,
+    expertIds: Tensor | None,
+    assistInfoForCombine: Tensor | None,
+    epSendCounts: Tensor | None,
+    expertScales: Tensor | None,
+    tpSendCountsOptional: Tensor | None,
+    xActiveMaskOptional: Tensor | None,
+    activationScaleOptional: Tensor | None,
+    weightScaleOptional: Tensor | None,
+    groupListOptional: Tensor | None,
+    expandScalesOptional: Tensor | None,
+    sharedExpertXOptional: Tensor | None,
+    groupEp: str | None,
+    epWorldSize: int,
+    epRankId: int,
+    moeExpertNum: int,
+    groupTp: str | None,
+    tpWorldSize: int,
+    tpRankId: int,
+    expertShardType: int,
+    sharedExpertNum: int,
+    sharedExpertRankNum: int,
+    globalBS: int,
+    outDtype: int,
+    commQuantMode: int,
+    groupListType: int,
+    commAlg: str | None,
+    xOut: Tensor | None,
+) -> FirstPhase:
+    """Check a call of ``npu_moe_distribute_combine_v2``, where the arguments are described.
+
+    The parameters are those of version 1, with assistInfoForCombine in the place of expandIdx,
+    sharedExpertXOptional and commAlg.
+
+    Returns:
+        As in ``aclnnMoeDistributeDispatchGetWorkspaceSize``.
+    """
+    return first_phase(_V2, locals())
+
+
+def aclnnMoeDistributeCombineV2(
+    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
+) -> int:
+    """Make the call that ``aclnnMoeDistributeCombineV2GetWorkspaceSize`` has checked."""
+    return second_phase(_V2, workspace, workspaceSize, executor, stream)
+
+
+def aclnnMoeDistributeCombineV3GetWorkspaceSize(
+    expandX: Tensor | None,
+    expertIds: Tensor | None,
+    assistInfoForCombine: Tensor | None,
+    epSendCounts: Tensor | None,
+    expertScales: Tensor | None,
+    tpSendCountsOptional: Tensor | None,
+    xActiveMaskOptional: Tensor | None,
+    activationScaleOptional: Tensor | None,
+    weightScaleOptional: Tensor | None,
+    groupListOptional: Tensor | None,
+    expandScalesOptional: Tensor | None,
+    sharedExpertXOptional: Tensor | None,
+    elasticInfoOptional: Tensor | None,
+    oriXOptional: Tensor | None,
+    constExpertAlpha1Optional: Tensor | None,
+    constExpertAlpha2Optional: Tensor | None,
+    constExpertVOptional: Tensor | None,
+    groupEp: str | None,
+    epWorldSize: int,
+    epRankId: int,
+    moeExpertNum: int,
+    groupTp: str | None,
+    tpWorldSize: int,
+    tpRankId: int,
+    expertShardType: int,
+    sharedExpertNum: int,
+    sharedExpertRankNum: int,
+    globalBS: int,
+    outDtype: int,
+    commQuantMode: int,
+    groupListType: int,
+    commAlg: str | None,
+    zeroExpertNum: int,
+    copyExpertNum: int,
+    constExpertNum: int,
+    xOut: Tensor | None,
+) -> FirstPhase:
+    """Check a call of ``npu_moe_distribute_combine_v2``, where the arguments are described.
+
+    The parameters are those of version 2, elasticInfoOptional, which is read now, and what special
+    experts need.
+
+    Returns:
+        As in ``aclnnMoeDistributeDispatchGetWorkspaceSize``.
+    """
+    return first_phase(_V3, locals())
+
+
+def aclnnMoeDistributeCombineV3(
+    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
+) -> int:
+    """Make the call that ``aclnnMoeDistributeCombineV3GetWorkspaceSize`` has checked."""
+    return second_phase(_V3, workspace, workspaceSize, executor, stream)
+
+
+def aclnnMoeDistributeCombineV4GetWorkspaceSize(
+    expandX: Tensor | None,
+    expertIds: Tensor | None,
+    assistInfoForCombine: Tensor | None,
+    epSendCounts: Tensor | None,
+    expertScales: Tensor | None,
+    tpSendCountsOptional: Tensor | None,
+    xActiveMaskOptional: Tensor | None,
+    activationScaleOptional: Tensor | None,
+    weightScaleOptional: Tensor | None,
+    groupListOptional: Tensor | None,
+    expandScalesOptional: Tensor | None,
+    sharedExpertXOptional: Tensor | None,
+    elasticInfoOptional: Tensor | None,
+    oriXOptional: Tensor | None,
+    constExpertAlpha1Optional: Tensor | None,
+    constExpertAlpha2Optional: Tensor | None,
+    constExpertVOptional: Tensor | None,
+    performanceInfoOptional: Tensor | None,
+    groupEp: str | None,
+    epWorldSize: int,
+    epRankId: int,
+    moeExpertNum: int,
+    groupTp: str | None,
+    tpWorldSize: int,
+    tpRankId: int,
+    expertShardType: int,
+    sharedExpertNum: int,
+    sharedExpertRankNum: int,
+    globalBS: int,
+    outDtype: int,
+    commQuantMode: int,
+    groupListType: int,
+    commAlg: str | None,
+    zeroExpertNum: int,
+    copyExpertNum: int,
+    constExpertNum: int,
+    xOut: Tensor | None,
+) -> FirstPhase:
+    """Check a call of ``npu_moe_distribute_combine_v2``, where the arguments are described.
+
+    The parameters are those of version 3, and performanceInfoOptional, which gains what is waited.
+
+    Returns:
+        As in ``aclnnMoeDistributeDispatchGetWorkspaceSize``.
+    """
+    return first_phase(_V4, locals())
+
+
+def aclnnMoeDistributeCombineV4(
+    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
+) -> int:
+    """Make the call that ``aclnnMoeDistributeCombineV4GetWorkspaceSize`` has checked."""
+    return second_phase(_V4, workspace, workspaceSize, executor, stream)

@@ -1,0 +1,259 @@
+"""aclnnMoeDistributeDispatch, versions 1 to 4."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...errors import ArgumentValueError
+from .. import operators
+from .interface import Executor, FirstPhase, Interface, Output, Stream, first_phase, second_phase
+
+
+def _outputs(suffix: str, third: Output) -> tuple[Output, ...]:
+    int32 = torch.int32
+    return (
+        Output(f"expandX{suffix}", "(T * A, H)", larger=True),
+        Output(f"dynamicScales{suffix}", "(T * A, ..)", larger=True, always=False),
+        third,
+        Output(f"expertTokenNums{suffix}", "(L,)", torch.int64),
+        Output(f"epRecvCounts{suffix}", "(T * W * L,)", int32),
+        Output(f"tpRecvCounts{suffix}", "(T,)", int32, always=False, absent=ArgumentValueError),
+        Output(
+            f"expandScales{suffix}", "(A,)", torch.float32, larger=True, always=False, absent=None
+        ),
+    )
+
+
+_V1 = Interface(
+    "aclnnMoeDistributeDispatch",
+    operators.dispatch,
+    _outputs("", Output("expandIdx", "(BS * K,)", torch.int32)),
+    dtype_from="expandX",
+)
+_V2, _V3, _V4 = (
+    Interface(
+        f"aclnnMoeDistributeDispatchV{version}",
+        operators.dispatch_v2,
+        _outputs("Out", Output("assistInfoForCombineOut", "(A * 128,)", torch.int32, larger=True)),
+        dtype_from="expandXOut",
+    )
+    for version in (2, 3, 4)
+)
+
+
+def aclnnMoeDistributeDispatchGetWorkspaceSize(
+    x: Tensor | None,
+    expertIds: Tensor | None,
+    scales: Tensor | None,
+    xActiveMask: Tensor | None,
+    expertScales: Tensor | None,
+    groupEp: str | None,
+    epWorldSize: int,
+    epRankId: int,
+    moeExpertNum: int,
+    groupTp: str | None,
+    tpWorldSize: int,
+    tpRankId: int,
+    expertShardType: int,
+    sharedExpertNum: int,
+    sharedExpertRankNum: int,
+    quantMode: int,
+    globalBs: int,
+    expertTokenNumsType: int,
+    expandX: Tensor | None,
+    dynamicScales: Tensor | None,
+    expandIdx: Tensor | None,
+    expertTokenNums: Tensor | None,
+    epRecvCounts: Tensor | None,
+    tpRecvCounts: Tensor | None,
+    expandScales: Tensor | None,
+) -> FirstPhase:
+    """Check a call of ``npu_moe_distribute_dispatch``, where the arguments are described.
+
+    The dtype of expandX chooses among those that quantMode makes: int8 or a float8.
+
+    Args:
+        x: (BS, H).
+        expertIds: (BS, K) int32.
+        scales: or None.
+        xActiveMask: (BS,) or (BS, K) bool, or None.
+        expertScales: (BS, K) float32, or None.
+        groupEp: the group.
+        epWorldSize: W.
+        epRankId: this rank.
+        moeExpertNum: E.
+        groupTp: the group of the T ranks with the same experts, "" without.
+        tpWorldSize: T.
+        tpRankId: this rank in groupTp.
+        expertShardType: 0.
+        sharedExpertNum: NS.
+        sharedExpertRankNum: S.
+        quantMode: how rows are quantised.
+        globalBs: W times the largest BS, or 0 where all are equal.
+        expertTokenNumsType: 0 prefix sums, 1 counts.
+        expandX: (T * A, H) or more rows, for the output.
+        dynamicScales: (T * A, ..) or more rows, likewise; None where there are none.
+        expandIdx: (BS * K,) int32, likewise.
+        expertTokenNums: (L,) int64, likewise.
+        epRecvCounts: (T * W * L,) int32, likewise.
+        tpRecvCounts: (T,) int32, likewise; None without T = 2.
+        expandScales: (A,) float32 or more, likewise; None if not wanted.
+
+    Returns:
+        A status, the bytes of workspace needed, and the executor; that is None after an error.
+    """
+    return first_phase(_V1, locals())
+
+
+def aclnnMoeDistributeDispatch(
+    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
+) -> int:
+    """Make the call that ``aclnnMoeDistributeDispatchGetWorkspaceSize`` has checked."""
+    return second_phase(_V1, workspace, workspaceSize, executor, stream)
+
+
+def aclnnMoeDistributeDispatchV2GetWorkspaceSize(
+    x: Tensor | None,
+    expertIds: Tensor | None,
+    scalesOptional: Tensor | None,
+    xActiveMaskOptional: Tensor | None,
+    expertScalesOptional: Tensor | None,
+    groupEp: str | None,
+    epWorldSize: int,
+    epRankId: int,
+    moeExpertNum: int,
+    groupTp: str | None,
+    tpWorldSize: int,
+    tpRankId: int,
+    expertShardType: int,
+    sharedExpertNum: int,
+    sharedExpertRankNum: int,
+    quantMode: int,
+    globalBs: int,
+    expertTokenNumsType: int,
+    commAlg: str | None,
+    expandXOut: Tensor | None,
+    dynamicScalesOut: Tensor | None,
+    assistInfoForCombineOut: Tensor | None,
+    expertTokenNumsOut: Tensor | None,
+    epRecvCountsOut: Tensor | None,
+    tpRecvCountsOut: Tensor | None,
+    expandScalesOut: Tensor | None,
+) -> FirstPhase:
+    """Check a call of ``npu_moe_distribute_dispatch_v2``, where the arguments are described.
+
+    The parameters are those of version 1, then commAlg, and for the third output
+    assistInfoForCombineOut, (A * 128,) int32 or more.
+
+    Returns:
+        As in ``aclnnMoeDistributeDispatchGetWorkspaceSize``.
+    """
+    return first_phase(_V2, locals())
+
+
+def aclnnMoeDistributeDispatchV2(
+    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
+) -> int:
+    """Make the call that ``aclnnMoeDistributeDispatchV2GetWorkspaceSize`` has checked."""
+    return second_phase(_V2, workspace, workspaceSize, executor, stream)
+
+
+def aclnnMoeDistributeDispatchV3GetWorkspaceSize(
+    x: Tensor | None,
+    expertIds: Tensor | None,
+    scalesOptional: Tensor | None,
+    xActiveMaskOptional: Tensor | None,
+    expertScalesOptional: Tensor | None,
+    elasticInfoOptional: Tensor | None,
+    groupEp: str | None,
+    epWorldSize: int,
+    epRankId: int,
+    moeExpertNum: int,
+    groupTp: str | None,
+    tpWorldSize: int,
+    tpRankId: int,
+    expertShardType: int,
+    sharedExpertNum: int,
+    sharedExpertRankNum: int,
+    quantMode: int,
+    globalBs: int,
+    expertTokenNumsType: int,
+    commAlg: str | None,
+    zeroExpertNum: int,
+    copyExpertNum: int,
+    constExpertNum: int,
+    expandXOut: Tensor | None,
+    dynamicScalesOut: Tensor | None,
+    assistInfoForCombineOut: Tensor | None,
+    expertTokenNumsOut: Tensor | None,
+    epRecvCountsOut: Tensor | None,
+    tpRecvCountsOut: Tensor | None,
+    expandScalesOut: Tensor | None,
+) -> FirstPhase:
+    """Check a call of ``npu_moe_distribute_dispatch_v2``, where the arguments are described.
+
+    The parameters are those of version 2, and elasticInfoOptional and the numbers of special
+    experts. elasticInfoOptional is read now.
+
+    Returns:
+        As in ``aclnnMoeDistributeDispatchGetWorkspaceSize``.
+    """
+    return first_phase(_V3, locals())
+
+
+def aclnnMoeDistributeDispatchV3(
+    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
+) -> int:
+    """Make the call that ``aclnnMoeDistributeDispatchV3GetWorkspaceSize`` has checked."""
+    return second_phase(_V3, workspace, workspaceSize, executor, stream)
+
+
+def aclnnMoeDistributeDispatchV4GetWorkspaceSize(
+    x: Tensor | None,
+    expertIds: Tensor | None,
+    scalesOptional: Tensor | None,
+    xActiveMaskOptional: Tensor | None,
+    expertScalesOptional: Tensor | None,
+    elasticInfoOptional: Tensor | None,
+    performanceInfoOptional: Tensor | None,
+    groupEp: str | None,
+    epWorldSize: int,
+    epRankId: int,
+    moeExpertNum: int,
+    groupTp: str | None,
+    tpWorldSize: int,
+    tpRankId: int,
+    expertShardType: int,
+    sharedExpertNum: int,
+    sharedExpertRankNum: int,
+    quantMode: int,
+    globalBs: int,
+    expertTokenNumsType: int,
+    commAlg: str | None,
+    zeroExpertNum: int,
+    copyExpertNum: int,
+    constExpertNum: int,
+    expandXOut: Tensor | None,
+    dynamicScalesOut: Tensor | None,
+    assistInfoForCombineOut: Tensor | None,
+    expertTokenNumsOut: Tensor | None,
+    epRecvCountsOut: Tensor | None,
+    tpRecvCountsOut: Tensor | None,
+    expandScalesOut: Tensor | None,
+) -> FirstPhase:
+    """Check a call of ``npu_moe_distribute_dispatch_v2``, where the arguments are described.
+
+    The parameters are those of version 3, and performanceInfoOptional, which gains what is waited.
+
+    Returns:
+        As in ``aclnnMoeDistributeDispatchGetWorkspaceSize``.
+    """
+    return first_phase(_V4, locals())
+
+
+def aclnnMoeDistributeDispatchV4(
+    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
+) -> int:
+    """Make the call that ``aclnnMoeDistributeDispatchV4GetWorkspaceSize`` has checked."""
+    return second_phase(_V4, workspace, workspaceSize, executor, stream)

@@ -1,0 +1,99 @@
+"""How large the tensors for the outputs of the split-phase interfaces have to be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ops import checks
+from .. import operators
+from .interface import described, translated
+from .status import ACLNN_SUCCESS, failed
+
+
+def aclnnMoeDistributeDispatchSetupTeardownCalcOutputSize(
+    x: Tensor | None,
+    expertIds: Tensor | None,
+    scalesOptional: Tensor | None,
+    xActiveMaskOptional: Tensor | None,
+    groupEp: str | None,
+    epWorldSize: int,
+    epRankId: int,
+    moeExpertNum: int,
+    expertShardType: int,
+    sharedExpertNum: int,
+    sharedExpertRankNum: int,
+    quantMode: int,
+    globalBs: int,
+    expertTokenNumsType: int,
+    commType: int,
+    commAlg: str | None,
+) -> tuple[int, int, int, int, int]:
+    """Sizes of outputs of the two halves of a dispatch.
+
+    The parameters are those of the two halves.
+
+    Returns:
+        A status; the second dimension of the setup's yOut; the sizes of its expandIdxOut, of the
+        teardown's assistInfoForCombineOut, and of the setup's commCmdInfoOut.
+    """
+    call = locals()
+    try:
+        given = _checked(_DISPATCH, "x", call)
+        y, expand_idx, info = operators.dispatch_setup.outputs(**given, y_dtype=None)
+        _, _, assist, _ = operators.dispatch_teardown.outputs(**given, y=y)
+    except Exception as error:  # noqa: BLE001 (the interface has statuses, no exceptions)
+        return failed(_DISPATCH, error, translated(call)[1]), 0, 0, 0, 0
+    return ACLNN_SUCCESS, y.shape[1], len(expand_idx), len(assist), len(info)
+
+
+def aclnnMoeDistributeCombineSetupTeardownCalcOutputSize(
+    expandX: Tensor | None,
+    expertIds: Tensor | None,
+    assistInfoForCombine: Tensor | None,
+    groupEp: str | None,
+    epWorldSize: int,
+    epRankId: int,
+    moeExpertNum: int,
+    expertShardType: int,
+    sharedExpertNum: int,
+    sharedExpertRankNum: int,
+    globalBs: int,
+    commQuantMode: int,
+    commType: int,
+    commAlg: str | None,
+) -> tuple[int, int, int]:
+    """Sizes of outputs of a combine setup, whose parameters these are.
+
+    Returns:
+        A status; the second dimension of quantExpandXOut; the size of commCmdInfoOut.
+    """
+    call = locals()
+    try:
+        given = _checked(_COMBINE, "expandX", call)
+        sent, info = operators.combine_setup.outputs(**given)
+    except Exception as error:  # noqa: BLE001 (the interface has statuses, no exceptions)
+        return failed(_COMBINE, error, translated(call)[1]), 0, 0
+    return ACLNN_SUCCESS, sent.shape[1], len(info)
+
+
+_DISPATCH = aclnnMoeDistributeDispatchSetupTeardownCalcOutputSize.__name__
+_COMBINE = aclnnMoeDistributeCombineSetupTeardownCalcOutputSize.__name__
+
+
+def _checked(function: str, tokens: str, call: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the op, if sizes follow from them."""
+    given, _ = translated(call)
+    matrices = {tokens: call[tokens], "expertIds": call["expertIds"]}
+    checks.required(function, **matrices)
+    for name, tensor in matrices.items():
+        checks.dtype(function, name, tensor, (*checks.FLOATS, torch.int32))
+        checks.shape(function, name, tensor, (None, None), "(BS, H)", tensor.device)
+    names = ("ep_world_size", "moe_expert_num", "shared_expert_num", "shared_expert_rank_num")
+    world, *experts = (given[name] for name in names)
+    checks.integers(function, **{name: given[name] for name in names})
+    checks.value(function, "ep_world_size", world >= 1, "be positive", world)
+    checks.topology(function, world, *experts)
+    return described(given)

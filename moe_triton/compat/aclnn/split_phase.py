@@ -1,0 +1,199 @@
+"""The four split-phase interfaces."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import operators
+from .interface import Executor, FirstPhase, Interface, Output, Stream, first_phase, second_phase
+
+_DISPATCH_SETUP = Interface(
+    "aclnnMoeDistributeDispatchSetup",
+    operators.dispatch_setup,
+    (
+        Output("yOut", "(BS * (K + NS), tokenMsgSize)"),
+        Output("expandIdxOut", "(BS * K,)", torch.int32),
+        Output("commCmdInfoOut", "((BS * (K + NS) + W * L) * 16,)", torch.int32),
+    ),
+    dtype_from="yOut",
+)
+_DISPATCH_TEARDOWN = Interface(
+    "aclnnMoeDistributeDispatchTeardown",
+    operators.dispatch_teardown,
+    (
+        Output("expandXOut", "(A, H)", larger=True),
+        Output("dynamicScalesOut", "(A, ..)", larger=True, always=False),
+        Output("assistInfoForCombineOut", "(A * 128,)", torch.int32, larger=True),
+        Output("expertTokenNumsOut", "(L,)", torch.int64),
+    ),
+)
+_COMBINE_SETUP = Interface(
+    "aclnnMoeDistributeCombineSetup",
+    operators.combine_setup,
+    (
+        Output("quantExpandXOut", "(A, tokenMsgSize)", torch.int8),
+        Output("commCmdInfoOut", "((A + W) * 16,)", torch.int32),
+    ),
+)
+_COMBINE_TEARDOWN = Interface(
+    "aclnnMoeDistributeCombineTeardown",
+    operators.combine_teardown,
+    (Output("xOut", "(BS, H)"),),
+)
+
+
+def aclnnMoeDistributeDispatchSetupGetWorkspaceSize(
+    x: Tensor | None,
+    expertIds: Tensor | None,
+    scalesOptional: Tensor | None,
+    xActiveMaskOptional: Tensor | None,
+    groupEp: str | None,
+    epWorldSize: int,
+    epRankId: int,
+    moeExpertNum: int,
+    expertShardType: int,
+    sharedExpertNum: int,
+    sharedExpertRankNum: int,
+    quantMode: int,
+    globalBs: int,
+    commType: int,
+    commAlg: str | None,
+    yOut: Tensor | None,
+    expandIdxOut: Tensor | None,
+    commCmdInfoOut: Tensor | None,
+) -> FirstPhase:
+    """Check a call of ``npu_moe_distribute_dispatch_setup``; the arguments are described there.
+
+    Outputs: yOut (BS * (K + NS), tokenMsgSize), expandIdxOut (BS * K,) and commCmdInfoOut,
+    with the sizes that ``aclnnMoeDistributeDispatchSetupTeardownCalcOutputSize`` tells.
+
+    Returns:
+        As in ``aclnnMoeDistributeDispatchGetWorkspaceSize``.
+    """
+    return first_phase(_DISPATCH_SETUP, locals())
+
+
+def aclnnMoeDistributeDispatchSetup(
+    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
+) -> int:
+    """Make the call that ``aclnnMoeDistributeDispatchSetupGetWorkspaceSize`` has checked."""
+    return second_phase(_DISPATCH_SETUP, workspace, workspaceSize, executor, stream)
+
+
+def aclnnMoeDistributeDispatchTeardownGetWorkspaceSize(
+    x: Tensor | None,
+    y: Tensor | None,
+    expertIds: Tensor | None,
+    commCmdInfo: Tensor | None,
+    groupEp: str | None,
+    epWorldSize: int,
+    epRankId: int,
+    moeExpertNum: int,
+    expertShardType: int,
+    sharedExpertNum: int,
+    sharedExpertRankNum: int,
+    quantMode: int,
+    globalBs: int,
+    expertTokenNumsType: int,
+    commType: int,
+    commAlg: str | None,
+    expandXOut: Tensor | None,
+    dynamicScalesOut: Tensor | None,
+    assistInfoForCombineOut: Tensor | None,
+    expertTokenNumsOut: Tensor | None,
+) -> FirstPhase:
+    """Check a call of ``npu_moe_distribute_dispatch_teardown``; the arguments are described there.
+
+    Outputs: expandXOut (A, H), dynamicScalesOut, None where there are none,
+    assistInfoForCombineOut (A * 128,), all or more rows, and expertTokenNumsOut (L,). What the
+    setup was given is compared with it in the second phase. No peer is told of a fault, as this
+    may be tried again.
+
+    Returns:
+        As in ``aclnnMoeDistributeDispatchGetWorkspaceSize``.
+    """
+    return first_phase(_DISPATCH_TEARDOWN, locals())
+
+
+def aclnnMoeDistributeDispatchTeardown(
+    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
+) -> int:
+    """Make the call that ``aclnnMoeDistributeDispatchTeardownGetWorkspaceSize`` has checked."""
+    return second_phase(_DISPATCH_TEARDOWN, workspace, workspaceSize, executor, stream)
+
+
+def aclnnMoeDistributeCombineSetupGetWorkspaceSize(
+    expandX: Tensor | None,
+    expertIds: Tensor | None,
+    assistInfoForCombine: Tensor | None,
+    groupEp: str | None,
+    epWorldSize: int,
+    epRankId: int,
+    moeExpertNum: int,
+    expertShardType: int,
+    sharedExpertNum: int,
+    sharedExpertRankNum: int,
+    globalBs: int,
+    commQuantMode: int,
+    commType: int,
+    commAlg: str | None,
+    quantExpandXOut: Tensor | None,
+    commCmdInfoOut: Tensor | None,
+) -> FirstPhase:
+    """Check a call of ``npu_moe_distribute_combine_setup``; the arguments are described there.
+
+    Outputs: quantExpandXOut (A, tokenMsgSize) and commCmdInfoOut, with the sizes that
+    ``aclnnMoeDistributeCombineSetupTeardownCalcOutputSize`` tells.
+
+    Returns:
+        As in ``aclnnMoeDistributeDispatchGetWorkspaceSize``.
+    """
+    return first_phase(_COMBINE_SETUP, locals())
+
+
+def aclnnMoeDistributeCombineSetup(
+    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
+) -> int:
+    """Make the call that ``aclnnMoeDistributeCombineSetupGetWorkspaceSize`` has checked."""
+    return second_phase(_COMBINE_SETUP, workspace, workspaceSize, executor, stream)
+
+
+def aclnnMoeDistributeCombineTeardownGetWorkspaceSize(
+    expandX: Tensor | None,
+    quantExpandX: Tensor | None,
+    expertIds: Tensor | None,
+    expandIdx: Tensor | None,
+    expertScales: Tensor | None,
+    commCmdInfo: Tensor | None,
+    xActiveMaskOptional: Tensor | None,
+    sharedExpertXOptional: Tensor | None,
+    groupEp: str | None,
+    epWorldSize: int,
+    epRankId: int,
+    moeExpertNum: int,
+    expertShardType: int,
+    sharedExpertNum: int,
+    sharedExpertRankNum: int,
+    globalBs: int,
+    commQuantMode: int,
+    commType: int,
+    commAlg: str | None,
+    xOut: Tensor | None,
+) -> FirstPhase:
+    """Check a call of ``npu_moe_distribute_combine_teardown``; the arguments are described there.
+
+    Outputs: xOut (BS, H). What the setup was given is compared with it in the second phase.
+    No peer is told of a fault, as this may be tried again.
+
+    Returns:
+        As in ``aclnnMoeDistributeDispatchGetWorkspaceSize``.
+    """
+    return first_phase(_COMBINE_TEARDOWN, locals())
+
+
+def aclnnMoeDistributeCombineTeardown(
+    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
+) -> int:
+    """Make the call that ``aclnnMoeDistributeCombineTeardownGetWorkspaceSize`` has checked."""
+    return second_phase(_COMBINE_TEARDOWN, workspace, workspaceSize, executor, stream)

@@ -1,0 +1,131 @@
+"""Calls that must be refused, through the aclnn interface: row by row of the contract's tables.
+
+The rows are those that torch_npu's functions must refuse. What is an exception there is a status
+here, of the first phase where no value in a tensor is to blame; the peers get one too, at once, and
+after it the next correct call of the same group returns the right bits.
+"""
+
+from __future__ import annotations
+
+import re
+
+import aclnn_calls
+import definition
+import pytest
+from aclnn_calls import keyword, parameters
+from compat import test_torch_npu_errors as v1
+from compat import test_torch_npu_v2_errors as v2
+from definition_checks import check_dispatch
+from harness import run_world
+from refusals import AT_ONCE, Bad, put
+
+import moe_triton
+from moe_triton.compat import aclnn
+
+DISPATCH, COMBINE = "aclnnMoeDistributeDispatch", "aclnnMoeDistributeCombine"
+VALUES = ("value", "row20-no-prefix")  # rows in which a value of a tensor is wrong
+
+
+def check_culprit(bad: Bad, name: str, function: str, ending: dict) -> None:
+    """The rank that called wrongly has the status, and the sentence names its own parameter."""
+    assert ending["status"] == bad.code, ending
+    sentence = ending["sentence"]
+    known = {keyword(function, parameter): parameter for parameter in parameters(function)}
+    assert sentence.startswith(function), sentence
+    assert any(
+        re.search(rf": {known.get(argument, argument)}\b", sentence) for argument in bad.arguments
+    ), sentence
+    assert re.search(bad.got, sentence.rpartition(", got ")[2]), sentence
+    assert ending["phase"] == (2 if name.startswith(VALUES) else 1), ending
+    assert ending["seconds"] < AT_ONCE
+
+
+def check_peer(bad: Bad, ending: dict) -> None:
+    """A rank that called correctly hears of it in its second phase."""
+    assert (ending["phase"], ending["status"]) == (2, aclnn.ACLNN_ERR_RUNTIME_ERROR), ending
+    assert "rejected this call" in ending["sentence"], ending
+    assert any(argument in ending["sentence"] for argument in bad.arguments), ending
+    assert ending["seconds"] < AT_ONCE
+
+
+ABSENT = ("shared_expert_x",)  # of version 1 in C
+V1 = {
+    name: bad
+    for name, bad in v1.BAD.items()
+    if not any(absent in bad.arguments for absent in ABSENT)
+}
+
+
+@pytest.fixture(scope="module")
+def base():
+    return v1.prepare(v1.BASE, [v1.BATCH] * v1.WORLD)
+
+
+@pytest.mark.parametrize("name", V1)
+def test_version_1(name, base):
+    """By one rank, whose peers hear of it; then by all."""
+    bad = V1[name]
+    calls, received, combined = base
+    function = DISPATCH if bad.op == "dispatch" else COMBINE
+    every_rank = range(v1.WORLD)
+    wrong = [[list(V1).index(name) % v1.WORLD], every_rank] if bad.reaches_peers else [every_rank]
+
+    def fn(ctx):
+        call, results = calls[ctx.rank], []
+        for culprits in wrong:
+            change = bad.change if ctx.rank in culprits else put()
+            ending = aclnn_calls.bad_call(ctx, call, bad.op, change, DISPATCH, COMBINE)
+            results.append((ending, aclnn_calls.round_trip(ctx, call, DISPATCH, COMBINE)))
+        return results
+
+    for rank, results in enumerate(run_world("local", v1.WORLD, fn, limit=v1.LIMIT)):
+        for culprits, (ending, (outputs, x)) in zip(wrong, results, strict=True):
+            if rank in culprits:
+                check_culprit(bad, name, function, ending)
+            else:
+                check_peer(bad, ending)
+            check_dispatch(v1.BASE, received[rank], outputs, rank=rank)
+            definition.same_bits(x, combined[rank], f"rank {rank} x")
+
+
+# In C there are no y_dtype, x_dtype and scales_dtype, which stands for the dtypes of the tensors.
+V2 = {
+    name: bad
+    for name, bad in v2.ROWS.items()
+    if name != "format-x-other-dispatch" and not any("_dtype" in one for one in bad.arguments)
+}
+
+
+@pytest.fixture
+def profile(request):
+    moe_triton.set_profile(request.param)
+    yield
+    moe_triton.set_profile(None)
+
+
+@pytest.mark.parametrize(
+    "name, profile",
+    [pytest.param(name, bad.profile, id=name) for name, bad in V2.items()],
+    indirect=["profile"],
+)
+@pytest.mark.usefixtures("profile")
+def test_later_versions(name):
+    """By one rank, whose peers hear of it, under the profile of the row."""
+    bad = V2[name]
+    calls, received, combined = v2.prepare(bad.base)
+    names = f"{DISPATCH}V4", f"{COMBINE}V4"
+    function = names[bad.op == "combine"]
+    culprit = list(V2).index(name) % len(calls)
+    culprits = [culprit] if bad.reaches_peers else range(len(calls))
+
+    def fn(ctx):
+        change = bad.change if ctx.rank in culprits else put()
+        ending = aclnn_calls.bad_call(ctx, calls[ctx.rank], bad.op, change, *names)
+        return ending, aclnn_calls.round_trip(ctx, calls[ctx.rank], *names)
+
+    for rank, (ending, result) in enumerate(v2.in_a_world("local", bad.base, fn)):
+        if rank in culprits:
+            check_culprit(bad, name, function, ending)
+        else:
+            check_peer(bad, ending)
+        v2.check_round(v2.BASES[bad.base].group, result, received, combined, rank)
