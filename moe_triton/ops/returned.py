@@ -30,9 +30,7 @@ def received_counts(
     if arguments.has_tp and len(ends) == size:
         pass  # the peer's half is not needed
     else:
-        spare = active_profile().spare_counts(
-            topology.world_size, config.max_tokens, config.top_k
-        )
+        spare = active_profile().spare_counts(topology.world_size, config.max_tokens, config.top_k)
         length = size * (2 if arguments.has_tp else 1) + spare
         meaning = "(W * T * L,)" if arguments.has_tp else "(W * L,)"
         if spare:
