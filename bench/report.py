@@ -173,7 +173,7 @@ def kernels(rows):
 
 def section():
     """The README's results, from ``bench/results``."""
-    return "\n\n".join([_transport(), _transformers(), *_kernels()])
+    return "\n\n".join([_transport(), *_overlap(), _transformers(), *_kernels()])
 
 
 def _kernels():
@@ -200,6 +200,23 @@ def _transport():
         f"{one['samples']} samples of the slowest\nrank. The last column is a plain copy of the "
         "rows that each rank gets delivered, and its share of\nthe time of the windows.\n\n"
         + table(rows, TRANSPORT)
+    )
+
+
+def _overlap():
+    """A paragraph and a table, if there are results."""
+    if not (ROOT / "bench/results/overlap.jsonl").exists():
+        return
+    rows = _read("overlap")
+    one = rows[0]
+    yield (
+        f"Split-phase dispatch and combine between processes of one host, {one['tokens']} tokens a "
+        f"rank,\nhidden {one['hidden']}, top-{one['top_k']} of {one['experts']} experts, on "
+        f"{one['cores']} cores ({one['device']},\ntorch {one['torch']}, {one['date']}, revision "
+        f"{one['revision']}), while one rank enters late:\ntime until an operation and compute of "
+        "the rank's own are done, which comes after the teardown or\nbetween setup and teardown. "
+        f"Medians of {one['samples']} samples of the slowest rank that is not late.\nThe wait can "
+        "be hidden; the copies cannot, as the same cores make them.\n\n" + table(rows, OVERLAP)
     )
 
 
