@@ -58,10 +58,11 @@ def test_transformers_generate(number, tmp_path):
     assert output_of("transformers_generate.py", arguments, tmp_path) == outputs[number]
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_eplb_chain(number, tmp_path):
-    commands, (output,) = shown("eplb_chain.py")
+@pytest.mark.parametrize("number", [0, 1], ids=["threads", "processes"])
+@pytest.mark.parametrize("script", ["aclnn_dispatch_combine.py", "eplb_chain.py"])
+def test_on_16_ranks(script, number, tmp_path):
+    commands, (output,) = shown(script)
     assert len(commands) == 2
     python, *arguments = shlex.split(commands[number])
     assert python == "python"
-    assert output_of("eplb_chain.py", arguments, tmp_path) == output
+    assert output_of(script, arguments, tmp_path) == output
