@@ -6,7 +6,7 @@ set up, tear down, which waits for the late rank, and then compute; overlapped t
 between. At best that takes the longer of delay and compute, where the sequence takes both.
 
 It is the wait that is hidden. Between processes of one host the cores that compute also copy the
-rows: that is never hidden, and without a late rank there is nothing to gain. The late rank sleeps,
+rows, and that is never hidden: where nobody is late there is little to gain. The late rank sleeps,
 and leaves its core to the others.
 
 A sample is one operation, timed from a barrier on, and its time that of the slowest rank that is
