@@ -33,17 +33,21 @@ from .launch import tiles, token_tiles
 @triton.jit
 def _widen(x, ACC: tl.constexpr):
     """``x`` in fp32 or fp64, exactly."""
-    if ACC == tl.float64:  # noqa: SIM300 - ACC is the parameter
-        return x.to(ACC)
-    return to_float32(x)
+    if ACC == tl.float64:  # noqa: SIM300, SIM108 - the parameter; only one of them is compiled
+        y = x.to(ACC)
+    else:
+        y = to_float32(x)
+    return y
 
 
 @triton.jit
 def _narrow(x, DTYPE: tl.constexpr):
     """``x`` rounded half to even to DTYPE."""
-    if DTYPE == tl.float64:  # noqa: SIM300 - DTYPE is the parameter
-        return x.to(DTYPE)
-    return from_float32(x, DTYPE)
+    if DTYPE == tl.float64:  # noqa: SIM300, SIM108 - the parameter; only one of them is compiled
+        y = x.to(DTYPE)
+    else:
+        y = from_float32(x, DTYPE)
+    return y
 
 
 @triton.jit

@@ -159,6 +159,14 @@ def _sums(kind: str, hidden: int) -> Iterator[tuple[str, Callable[[], object]]]:
         f"reduce and norm, {kind}",
         lambda: kernels.reduce(rows, index, plain, weights, None, None, out, norm),
     )
+    double = RowFormat.tight(torch.float64, hidden)
+    yield (
+        f"reduce fp64, {kind}",
+        lambda: kernels.reduce(
+            torch.zeros((TOKENS * TOP_K, double.stride), dtype=torch.uint8), index, double,
+            weights, None, None, out.double(),
+        ),
+    )  # fmt: skip
     if hidden % 8 == 0:
         for dtype in (BF16, torch.float16):
             fmt = return_format(hidden, dtype)

@@ -1,0 +1,153 @@
+#!/usr/bin/env bash
+# What wants a GPU, in less than ten minutes: the tests of the kernels on the device, the benches,
+# what is recorded in graphs, and a memory checker. It installs nothing, and says what it misses.
+#
+#     bench/gpu.sh [--peers-from FOLDER]    # for FOLDER see bench/kernel_peers.py
+#     bench/gpu.sh --dry-run                # the same parts on a CPU, small and without figures
+#
+# Logs and results come into $OUT (build/gpu). Every part has a limit, and the status is 1 if one of
+# them failed. PYTHON says with which interpreter; otherwise .venv's, or python3.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 2
+
+dry_run=
+bench_options=()
+while (($#)); do
+    case $1 in
+    --dry-run) dry_run=1 ;;
+    --peers-from) bench_options+=(--peers-from "${2:?a folder}") && shift ;;
+    *) echo "gpu.sh: no option $1; see its head" >&2 && exit 2 ;;
+    esac
+    shift
+done
+
+most_seconds=570
+out=${OUT:-build/gpu}
+mkdir -p "$out"
+summary=$out/summary.txt
+: >"$summary"
+failed=0
+
+python=${PYTHON:-}
+if [[ -z $python ]]; then
+    python=python3
+    [[ -x .venv/bin/python ]] && python=.venv/bin/python
+fi
+
+# The package alone: the repository's root holds links that hide other distributions.
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+ln -s "$PWD/moe_triton" "$site/moe_triton"
+export PYTHONPATH="$site:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+if [[ $dry_run ]]; then
+    export TRITON_INTERPRET=1
+else
+    unset TRITON_INTERPRET
+fi
+
+note() {
+    echo "$*" | tee -a "$summary"
+}
+
+has() {
+    "$python" -c "import $1" 2>/dev/null
+}
+
+# part NAME LIMIT COMMAND...: run it for LIMIT seconds at most, with its output in NAME.log.
+part() {
+    local name=$1 limit=$2 start=$SECONDS status
+    shift 2
+    ((limit > most_seconds - SECONDS)) && limit=$((most_seconds - SECONDS))
+    if ((limit < 5)); then
+        note "FAILED  $name: no time is left"
+        failed=1
+        return
+    fi
+    echo "== $name, at most $limit s: $*"
+    timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1
+    status=$?
+    tail -n 25 "$out/$name.log"
+    if ((status == 0)); then
+        note "passed  $name in $((SECONDS - start)) s"
+    elif ((status == 124 || status == 137)); then
+        note "FAILED  $name: stopped after $limit s"
+        failed=1
+    else
+        note "FAILED  $name: status $status after $((SECONDS - start)) s, see $name.log"
+        failed=1
+    fi
+}
+
+environment() {
+    date -u +%Y-%m-%dT%H:%MZ
+    nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem,power.limit \
+        --format=csv,noheader 2>/dev/null || echo "no nvidia-smi"
+    "$python" - <<'END'
+import importlib.util, os, platform, torch, triton
+device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+print(f"{device}; Python {platform.python_version()}, torch {torch.__version__}, "
+      f"triton {triton.__version__}, {os.cpu_count()} cores")
+without = {
+    "hypothesis": "tests of drawn examples are skipped",
+    "xdist": "tests run one after the other",
+    "matplotlib": "there is no plot",
+    "pynvml": "clocks are asked of nvidia-smi",
+}
+for name, what in without.items():
+    if importlib.util.find_spec(name) is None:
+        print(f"no {name}: {what}")
+END
+}
+
+if ! has torch || ! has triton || ! has pytest; then
+    note "FAILED  $python has no torch, no triton or no pytest"
+    exit 1
+fi
+note "$(environment)"
+if [[ ! $dry_run ]] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    note "FAILED  PyTorch sees no GPU; --dry-run goes without"
+    exit 1
+fi
+
+# Without -m's usual look into the current directory, for the same links.
+pytest=(env PYTHONSAFEPATH=1 "$python" -m pytest -q -rs -p no:cacheprovider -o faulthandler_timeout=120)
+if ! "$python" -c 'import sys, pytest; sys.exit(pytest.version_tuple < (9,))'; then
+    # The settings in pyproject.toml ask for 9; these are the ones that matter.
+    note "an old pytest: without the settings of pyproject.toml"
+    pytest+=(-c /dev/null --rootdir "$PWD" --import-mode=importlib -m "not full")
+fi
+workers=()
+if has xdist && [[ ! $dry_run ]]; then
+    # Most of their time is the compiler's.
+    workers=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")
+fi
+
+# What other targets compile to needs no GPU, and is tested without one.
+tests=(tests/kernels --ignore tests/kernels/test_compiled.py)
+if [[ $dry_run ]]; then
+    part tests 120 "${pytest[@]}" tests/kernels/test_plan.py tests/kernels/test_sources.py
+    part kernels 120 "$python" bench/bench_kernels.py --dry-run --tokens 5 \
+        --out "$out/kernels.jsonl" "${bench_options[@]}"
+    part graphs 60 "${pytest[@]}" tests/kernels/test_graphs.py
+    note "left out  memory checker: it needs a GPU"
+else
+    part tests 230 "${pytest[@]}" "${workers[@]}" "${tests[@]}" -k "not graph"
+    part kernels 240 "$python" bench/bench_kernels.py --seconds 200 \
+        --out "$out/kernels.jsonl" "${bench_options[@]}"
+    if has matplotlib; then
+        part plot 30 "$python" bench/kernel_plot.py "$out/kernels.jsonl" "$out/kernels.png"
+    fi
+    part graphs 60 "${pytest[@]}" "${tests[@]}" -k graph
+    if command -v compute-sanitizer >/dev/null; then
+        # Memory of its own for each tensor, so that the end of one is not inside another.
+        part sanitizer 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+            compute-sanitizer --tool memcheck --error-exitcode 9 \
+            "${pytest[@]}" "${tests[@]}" -k "example and not any_size"
+    else
+        note "left out  memory checker: there is no compute-sanitizer"
+    fi
+fi
+
+echo
+cat "$summary"
+exit "$failed"
