@@ -16,7 +16,7 @@ INTERPRETED_FULL := $(INTERPRETED) tests/test_expert_parallel.py tests/test_reso
 	tests/compat/test_split_phase.py tests/compat/test_torch_npu.py \
 	tests/compat/test_torch_npu_v2.py tests/compat/test_update_expert.py
 
-.PHONY: help demo test test-full lint clean
+.PHONY: help demo test test-full lint docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -38,6 +38,9 @@ lint: $(VENV)/.dev ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.test ## rewrite docs/ascend.md from the code
+	$(BIN)/python docs/ascend.py
 
 clean: ## remove the virtual environment, caches and build output
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

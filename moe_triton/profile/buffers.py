@@ -122,7 +122,7 @@ def a3_v2(s: Sizes) -> int:
 
 
 def a3_fullmesh_v2(s: Sizes) -> int:
-    """As a3_v2, with ceil((Align32(2 * H) + 64) / 480) * 512 for a dispatched row."""
+    """As without it, with ceil((Align32(2 * H) + 64) / 480) * 512 for a dispatched row."""
     return _rows(s, -(-(_align(2 * s.hidden, 32) + 64) // 480) * 512)
 
 
@@ -136,7 +136,7 @@ def _split_rows(s: Sizes) -> int:
 
 
 def a3_split(s: Sizes) -> int:
-    """As a3_v2, with Align512(Align32(2 * H) + 44) for a dispatched row, and 2 MB at least."""
+    """As v2, with Align512(Align32(2 * H) + 44) for a dispatched row, and 2 MB at least."""
     return max(_split_rows(s), 2 * MB)
 
 
@@ -149,5 +149,5 @@ def a950_v1(s: Sizes) -> int:
 
 
 def a950_split(s: Sizes) -> int:
-    """As a3_split, with 4 in place of the 2 in front."""
+    """As on a3, with 4 in front in place of 2."""
     return max(2 * _split_rows(s), 2 * MB)
