@@ -18,7 +18,6 @@ BACKENDS = ("cpu", "interpret", "cuda", "rocm", "xpu", "npu")
 ENVIRONMENT = "MOE_TRITON_BACKEND"
 INTERPRETER = "TRITON_INTERPRET"  # Triton reads it once, when it is imported
 
-_NO_KERNELS = "its Triton kernels are not part of this version; tensors on the CPU work"
 _override: str | None = None
 
 
@@ -43,21 +42,32 @@ def unavailable_because(name: str) -> str | None:
             return f"this PyTorch was built without {wanted}"
         if not torch.cuda.is_available():
             return f"PyTorch sees no {wanted} device"
-    elif name == "xpu" and not torch.xpu.is_available():
-        return "PyTorch sees no XPU device"
     elif name == "npu" and not hasattr(torch, "npu"):
         return "torch_npu is not imported, so there is no NPU"
-    return _NO_KERNELS
+    elif name == "xpu":
+        return "no program of this version has run on such a device"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if _is_interpreter():
+        return f"Triton was imported as its interpreter, which {INTERPRETER}=1 asked for"
+    return None
 
 
 def _no_interpreter_because() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    language = sys.modules.get("triton.language")
-    # Triton's own library of device functions shows which of both it was imported as.
-    if language is not None and type(language.cdiv).__name__ != "InterpretedFunction":
+    if _is_interpreter() is False:
         return f"Triton was imported before {INTERPRETER}=1 was set; set it when the process starts"
     return None
+
+
+def _is_interpreter() -> bool | None:
+    """Which of both Triton was imported as, or None before that."""
+    language = sys.modules.get("triton.language")
+    if language is None:
+        return None
+    # Its own library of device functions shows it.
+    return type(language.cdiv).__name__ == "InterpretedFunction"
 
 
 def enable_interpreter() -> None:

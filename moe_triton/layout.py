@@ -166,12 +166,47 @@ class Sources(NamedTuple):
         copy: [n] int64 its place in that source's list of copies.
         ends: [L*W] inclusive prefix sums of the counts, without padding: ep_recv_counts.
         offsets: [L] the rows up to the end of each local expert's, padding included.
+        begins: [L, W + 1] the first row of each (local expert, source), then of its padding.
     """
 
     source: torch.Tensor
     copy: torch.Tensor
     ends: torch.Tensor
     offsets: torch.Tensor
+    begins: torch.Tensor
+
+
+class Arrivals(NamedTuple):
+    """What a rank knows of each row that it receives, in the order of ``Sources``.
+
+    Attributes:
+        sources: the numbering of the rows.
+        copies: [n] which copy of its source each row is, token * (K + NS) + slot, or ``NOWHERE``
+            for padding.
+        places: [n] int64 where each row lies, or ``NOWHERE``.
+        weights: [n] the routing weight that came with it, 0 for padding; or None.
+    """
+
+    sources: Sources
+    copies: torch.Tensor
+    places: torch.Tensor
+    weights: torch.Tensor | None
+
+
+class Permutation(NamedTuple):
+    """Where a rank's tokens go when their experts are its own.
+
+    Attributes:
+        sources: the numbering of the rows, all from rank 0.
+        copies: [n] which copy each row is, token * K + slot, or ``NOWHERE`` for padding.
+        places: [T, K] int64 row of each slot, or ``NOWHERE`` where it is not sent.
+        weights: [n] the routing weight of each row, 0 for padding; or None.
+    """
+
+    sources: Sources
+    copies: torch.Tensor
+    places: torch.Tensor
+    weights: torch.Tensor | None
 
 
 class Norm(NamedTuple):

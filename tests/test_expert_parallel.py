@@ -1010,9 +1010,9 @@ def test_window_bytes(name, in_flight):
     taken = []
     allocate = LocalMemory.allocate
 
-    def counted(memory, num_bytes):
+    def counted(memory, num_bytes, *rest):
         taken.append(num_bytes)
-        return allocate(memory, num_bytes)
+        return allocate(memory, num_bytes, *rest)
 
     def build(ctx):
         with make(ctx, **layer.options(), in_flight=in_flight) as ep:

@@ -12,6 +12,7 @@ if __name__ != "moe_triton.comm":
     )
 
 from .all_to_all import all_to_all_v
+from .collective import only_on_device
 from .endpoint import Endpoint
 from .groups import TRANSPORTS, Group, bind_rank, resolve, set_transport, subgroup
 from .groups import register as register_group
@@ -63,6 +64,7 @@ __all__ = [
     "close_all",
     "close_endpoint",
     "default_endpoint",
+    "only_on_device",
     "open_endpoint",
     "parts_bytes",
     "recover",

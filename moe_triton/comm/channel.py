@@ -27,6 +27,8 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
+
 from ..errors import (
     ArgumentMismatchError,
     BrokenGroupError,
@@ -38,9 +40,9 @@ from ..errors import (
 )
 from . import atomics
 from .groups import Group
-from .memory import Block, Memory
+from .memory import HOST, Block, Memory
 from .waiting import Waiter, ranks_text
-from .window import Arena, clear_flags, num_slots, ring_bytes
+from .window import Arena, clear_flags, flag_bytes, num_slots, ring_bytes
 
 KINDS = ("dispatch", "combine", "gather", "exchange")
 _DATA, _ABORT = 0, 1
@@ -156,7 +158,13 @@ class Channel:
         return epoch
 
     def agree(
-        self, kind: str, epoch: int, op: str, arguments: Mapping[str, Any], slot_bytes: int
+        self,
+        kind: str,
+        epoch: int,
+        op: str,
+        arguments: Mapping[str, Any],
+        slot_bytes: int,
+        device: torch.device = HOST,
     ) -> Arena:
         """Announce the call; for new arguments, wait until all ranks announced the same.
 
@@ -166,6 +174,7 @@ class Channel:
             op: for error messages.
             arguments: what must be equal on all ranks, as names and printable values.
             slot_bytes: what a slot must hold; the windows grow when they are too small.
+            device: in whose memory the windows must be.
 
         Returns:
             The windows of all ranks.
@@ -177,10 +186,12 @@ class Channel:
             UnavailableError: there is no memory for the windows, or no way to a peer's.
         """
         ring = self._rings[kind]
+        if device.type != "cpu":
+            arguments = {**arguments, "device": device.type}
         record: dict[str, Any] = {"arguments": arguments}
         own: Block | None = None
-        if ring.arena is None or ring.arena.capacity < slot_bytes:
-            own = self._allocate(kind, epoch, op, slot_bytes)
+        if ring.arena is None or not ring.arena.serves(slot_bytes, device):
+            own = self._allocate(kind, epoch, op, slot_bytes, device)
             record["window"] = own.handle
         self._announce(kind, epoch, _DATA, json.dumps(record), "")
         known = (kind, json.dumps(arguments))
@@ -211,7 +222,7 @@ class Channel:
             owner = (self.rank + 1 + step) % self.size
             address = arena.flag_address(owner, self.slot(epoch), self.rank)
             words = _words(address)
-            words[1], words[2] = status, operation.digest
+            words[1], words[2], words[3] = status, operation.digest, arena.stream()
             atomics.store_release(address, epoch)
 
     def wait(self, kind: str, epoch: int, op: str) -> list[float]:
@@ -324,6 +335,7 @@ class Channel:
         }
         aborted: list[int] = []
         waited = [0.0] * self.size
+        stream = arena.stream()
         start = time.monotonic()
         for source in self._arrivals(op, epoch, addresses, retry=(kind, epoch)):
             waited[source] = time.monotonic() - start
@@ -332,6 +344,13 @@ class Channel:
                 aborted.append(source)
             if words[1] == _ABORT or words[2] != digest:
                 self._raise_cause(kind, epoch, op, source)
+            elif words[3] != stream:
+                self._end_early(kind, epoch)
+                raise SequenceError(
+                    op,
+                    "ranks that share a device must issue their operations on one stream, but "
+                    f"rank {source} used another than rank {self.rank}",
+                )
         return waited, aborted
 
     def _arrivals(
@@ -426,11 +445,14 @@ class Channel:
         self.broken = problem
         raise PeerTimeoutError(op, ranks, f"{problem}, in group {self.group.name!r}")
 
-    def _allocate(self, kind: str, epoch: int, op: str, slot_bytes: int) -> Block:
+    def _allocate(
+        self, kind: str, epoch: int, op: str, slot_bytes: int, device: torch.device
+    ) -> Block:
         """This rank's own windows, with flags that no operation from ``epoch`` on waits for."""
         num_bytes = ring_bytes(self.size, slot_bytes, self.in_flight)
         try:
-            own = self._memory.allocate(num_bytes)
+            flags = self.slots * flag_bytes(self.size)
+            own = self._memory.allocate(num_bytes, device, flags)
         except (OSError, OverflowError, RuntimeError) as error:
             raise UnavailableError(
                 op,

@@ -6,7 +6,9 @@ agree and the number of rows to come, or why this rank rejects the call. A teard
 notices and, when they agree, exchanges the rows.
 
 Messages go rank to rank, not through one all-to-all: a rank that does not answer is known by name.
-gloo sends only some dtypes, so everything travels as bytes.
+gloo sends only some dtypes, so everything travels as bytes. Notices are read on the host and always
+go over gloo; rows in the memory of a device go over the group's own NCCL, RCCL or HCCL, or through
+host memory where it has none.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import dataclasses
 import datetime as dt
 import json
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import torch
@@ -29,12 +31,18 @@ from ..errors import (
     PeerTimeoutError,
     RoutingMismatchError,
     SequenceError,
-    UnavailableError,
 )
 from ..layout import NOWHERE, DispatchHeader
 from .groups import Group
+from .memory import HOST
 from .parts import parts_bytes, write_parts
-from .rows import finish_rows, receive, rows_in_plan_order, write_tokens
+from .rows import (
+    finish_rows,
+    receive,
+    received_counts,
+    rows_in_plan_order,
+    write_tokens,
+)
 from .transport import (
     Call,
     Finish,
@@ -77,11 +85,14 @@ class _Operation:
 
 
 class CollectiveTransport:
-    """The transport over a torch process group whose back end moves CPU tensors.
+    """The transport over a torch process group.
 
     Args:
         group: the group.
-        connection: what sends and receives between its ranks, from ``connect`` or ``reconnect``.
+        connection: what sends and receives CPU tensors between its ranks: the group's own gloo, or
+            one from ``reconnect``.
+        device_group: what sends and receives the tensors of a device, or None to do it through host
+            memory.
         name: sets its messages apart from those of others that use the connection, or did.
         in_flight: setups that may run ahead of teardowns.
         timeout: seconds a wait may take.
@@ -90,12 +101,20 @@ class CollectiveTransport:
     name = "collective"
 
     def __init__(
-        self, group: Group, connection: Connection, name: str, *, in_flight: int, timeout: float
+        self,
+        group: Group,
+        connection: Connection,
+        device_group: dist.ProcessGroup | None,
+        name: str,
+        *,
+        in_flight: int,
+        timeout: float,
     ) -> None:
         self.group_name = group.name
         self._group = group
         self._name = name
         self._connection: Connection | None = connection
+        self._device_group = device_group
         self._rank, self._size = group.rank, group.size
         self._timeout = timeout
         self._limit = in_flight
@@ -103,7 +122,7 @@ class CollectiveTransport:
         self._epochs = dict.fromkeys(_KINDS, 0)
         self._in_flight: dict[str, dict[int, _Operation]] = {kind: {} for kind in _KINDS}
         self._debts: dict[str, list[_Operation]] = {kind: [] for kind in _KINDS}
-        self._buffers: dict[tuple[str, int], torch.Tensor] = {}
+        self._buffers: dict[tuple[str, int, torch.device], torch.Tensor] = {}
 
     @outside_autograd
     def prepare(self, call: Call, kind: str, slot_bytes: int) -> None:  # noqa: ARG002
@@ -119,7 +138,7 @@ class CollectiveTransport:
         epoch = self._begin("dispatch", call.op)
         config, layout = call.config, call.config.dispatch
         try:
-            data = self._buffer("dispatch send", epoch, layout.num_bytes)
+            data = self._buffer("dispatch send", epoch, layout.num_bytes, call.device)
             headers, rows = layout.headers(data), layout.rows(data)
             targets = [header_of(headers, rank) for rank in range(self._size)]
             plan = write_tokens(call, self._rank, tokens, rows, targets)
@@ -138,9 +157,11 @@ class CollectiveTransport:
         layout, stride = config.dispatch, config.row_format.stride
         coming = self._await(pending, "dispatch")
         # The header of a source is one piece of memory, from its count of tokens to its weights.
-        staged = self._buffer("dispatch send", epoch, layout.rows_start).view(self._size, -1)
-        received = self._buffer("dispatch headers", epoch, layout.rows_start).view(self._size, -1)
-        rows = self._buffer("dispatch receive", epoch, sum(coming) * stride).view(-1, stride)
+        device, size = call.device, layout.rows_start
+        staged = self._buffer("dispatch send", epoch, size, device).view(self._size, -1)
+        received = self._buffer("dispatch headers", epoch, size, device).view(self._size, -1)
+        buffer = self._buffer("dispatch receive", epoch, sum(coming) * stride, device)
+        rows = buffer.view(-1, stride)
         self._transfer(
             call.op,
             self._tag("dispatch", epoch, "rows"),
@@ -149,16 +170,10 @@ class CollectiveTransport:
         )
         self._finish("dispatch", epoch)
         headers = layout.headers(received.reshape(-1))
-        first = torch.tensor([0, *coming]).cumsum(0)
-
-        def locate(source: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            # A source sent the rows this rank wants in ascending order: find each one's place.
-            wanted = torch.zeros((self._size, layout.num_rows), dtype=torch.bool)
-            wanted[source, row] = True
-            place = wanted.cumsum(1) - 1
-            return rows, first[source] + place[source, row]
-
-        return receive(call, self._rank, pending.data, plan, headers, locate)
+        wanted = self._wanted(config, headers, received_counts(config, self._rank, headers).sum(0))
+        # A source sent the rows this rank wants in ascending order, behind those of others.
+        table = wanted.view(-1).cumsum(0).view(wanted.shape) - 1
+        return receive(call, self._rank, pending.data, plan, headers, rows, table=table)
 
     def _parts(
         self,
@@ -173,14 +188,25 @@ class CollectiveTransport:
         counts = [0] * topology.num_shared_ranks + copies
         for rank in topology.shared_ranks_of(self._rank):
             counts[rank] = int(headers.num_tokens[rank])
-        wanted = torch.zeros((self._size, len(rows)), dtype=torch.bool)
-        for rank, count in enumerate(counts):
-            wanted[rank, config.row_of(headers.copies[rank, :count])] = True
+        wanted = self._wanted(config, headers, counts)
         index = wanted.nonzero()[:, 1]
         stride = rows.shape[1]
-        staged = self._buffer("dispatch rows", epoch, len(index) * stride).view(-1, stride)
+        num_bytes = len(index) * stride
+        staged = self._buffer("dispatch rows", epoch, num_bytes, rows.device).view(-1, stride)
         torch.index_select(rows, 0, index, out=staged)
         return list(staged.split(wanted.sum(1).tolist()))
+
+    def _wanted(
+        self, config: MoeConfig, headers: DispatchHeader, counts: Iterable[int]
+    ) -> torch.Tensor:
+        """[W, R] whether each row is named by so many copies of each header."""
+        copies = headers.copies
+        wanted = torch.zeros(
+            (self._size, config.dispatch.num_rows), dtype=torch.bool, device=copies.device
+        )
+        for rank, count in enumerate(counts):
+            wanted[rank, config.row_of(copies[rank, :count])] = True
+        return wanted
 
     @phase("combine setup")
     def combine_setup(self, call: Call, outputs: Outputs) -> Pending:
@@ -192,7 +218,8 @@ class CollectiveTransport:
             real = (source != NOWHERE).nonzero()[:, 0]
             order = real[source[real].argsort(stable=True)]
             num_bytes = len(order) * fmt.stride
-            staged = self._buffer("combine send", epoch, num_bytes).view(-1, fmt.stride)
+            buffer = self._buffer("combine send", epoch, num_bytes, call.device)
+            staged = buffer.view(-1, fmt.stride)
             if fmt.scale_offset is None:
                 torch.index_select(outputs.y, 0, order, out=fmt.payload(staged))
             else:
@@ -214,7 +241,8 @@ class CollectiveTransport:
         call, config, outputs = pending.call, pending.call.config, pending.data
         topology, stride = config.topology, config.return_format.stride
         coming = self._await(pending, "combine")
-        buffer = self._buffer("combine receive", pending.epoch, sum(coming) * stride)
+        num_bytes = sum(coming) * stride
+        buffer = self._buffer("combine receive", pending.epoch, num_bytes, call.device)
         rows = buffer.view(-1, stride)
         # Rows of routed experts first, then those of the shared experts, which have lower ranks.
         ranks = [*range(topology.num_shared_ranks, self._size), *range(topology.num_shared_ranks)]
@@ -247,7 +275,7 @@ class CollectiveTransport:
         epoch = self._begin("gather", call.op)
         try:
             size = parts_bytes([part.numel() * part.element_size() for part in parts])
-            staged = self._buffer("gather send", epoch, size)
+            staged = self._buffer("gather send", epoch, size, call.device)
             write_parts(staged, parts)
         except BaseException as error:
             self._give_up(call.op, "gather", epoch, error)
@@ -259,7 +287,9 @@ class CollectiveTransport:
     def gather_teardown(self, pending: Pending, consume: Callable[[list[torch.Tensor]], _T]) -> _T:
         """Exchange the parts."""
         coming = self._await(pending, "gather")
-        received = self._buffer("gather receive", pending.epoch, sum(coming)).split(coming)
+        device = pending.call.device
+        buffer = self._buffer("gather receive", pending.epoch, sum(coming), device)
+        received = buffer.split(coming)
         self._transfer(
             pending.call.op,
             self._tag("gather", pending.epoch, "rows"),
@@ -310,7 +340,7 @@ class CollectiveTransport:
     def close(self) -> None:
         """Forget the buffers and the connection."""
         self._buffers.clear()
-        self._connection = None
+        self._connection = self._device_group = None
 
     def _begin(self, kind: str, op: str) -> int:
         self.raise_if_broken(op)
@@ -330,11 +360,11 @@ class CollectiveTransport:
     def _finish(self, kind: str, epoch: int) -> None:
         del self._in_flight[kind][epoch]
 
-    def _buffer(self, role: str, epoch: int, num_bytes: int) -> torch.Tensor:
+    def _buffer(self, role: str, epoch: int, num_bytes: int, device: torch.device) -> torch.Tensor:
         """Bytes that are free again after as many operations as may be in flight."""
-        key = (role, epoch % self._limit)
+        key = (role, epoch % self._limit, device)
         if key not in self._buffers or self._buffers[key].numel() < num_bytes:
-            self._buffers[key] = torch.empty(num_bytes, dtype=torch.uint8)
+            self._buffers[key] = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         return self._buffers[key][:num_bytes]
 
     def _tag(self, kind: str, epoch: int, what: str) -> int:
@@ -477,7 +507,6 @@ class CollectiveTransport:
         receive: list[list[torch.Tensor]],
     ) -> None:
         """Move tensors, some to and some from each rank, all contiguous."""
-        waiter = Waiter(self._timeout)
         # Each rank starts with its neighbour, so that not all of them serve rank 0 first.
         steps = range(1, self._size)
         sources = [(self._rank - step) % self._size for step in steps]
@@ -485,11 +514,51 @@ class CollectiveTransport:
         transfers = [("receive", rank, data) for rank in sources for data in receive[rank]]
         transfers += [("send", rank, data) for rank in targets for data in send[rank]]
         transfers = [(action, rank, _as_bytes(data)) for action, rank, data in transfers]
-        works = self._start(op, [transfer for transfer in transfers if len(transfer[2])], tag)
+        transfers = [transfer for transfer in transfers if len(transfer[2])]
         for own, data in zip(receive[self._rank], send[self._rank], strict=True):
             own.copy_(data)
-        for rank, work in works:
+        if in_host_memory(send[self._rank][0]):
+            self._transfer_bytes(op, tag, transfers)
+        elif self._device_group is not None:
+            self._transfer_on_device(self._device_group, transfers)
+        else:
+            self._transfer_through_host(op, tag, transfers)
+
+    def _transfer_bytes(
+        self, op: str, tag: int, transfers: list[tuple[str, int, torch.Tensor]]
+    ) -> None:
+        waiter = Waiter(self._timeout)
+        for rank, work in self._start(op, transfers, tag):
             self._wait(work, rank, op, waiter)
+
+    def _transfer_on_device(
+        self, group: dist.ProcessGroup, transfers: list[tuple[str, int, torch.Tensor]]
+    ) -> None:
+        """Through NCCL, RCCL or HCCL, which have no tags and keep the order between two ranks.
+
+        The notices have come, so that all ranks are here.
+        """
+        if not transfers:
+            return
+        actions = {"send": dist.isend, "receive": dist.irecv}
+        batch = [
+            dist.P2POp(actions[action], data, dist.get_global_rank(group, rank), group)
+            for action, rank, data in transfers
+        ]
+        for work in dist.batch_isend_irecv(batch):
+            work.wait()
+
+    def _transfer_through_host(
+        self, op: str, tag: int, transfers: list[tuple[str, int, torch.Tensor]]
+    ) -> None:
+        staged = [
+            (action, rank, data.cpu() if action == "send" else torch.empty_like(data, device=HOST))
+            for action, rank, data in transfers
+        ]
+        self._transfer_bytes(op, tag, staged)
+        for (action, _, data), (_, _, copy) in zip(transfers, staged, strict=True):
+            if action == "receive":
+                data.copy_(copy)
 
     def _wait(self, work: dist.Work, rank: int, op: str, waiter: Waiter) -> None:
         # gloo takes a zero timeout for none at all.
@@ -510,21 +579,36 @@ class CollectiveTransport:
         raise PeerTimeoutError(op, ranks, message) from cause
 
 
+def in_host_memory(data: torch.Tensor) -> bool:
+    """Whether gloo sends and receives a tensor as it is."""
+    return data.device.type == "cpu"
+
+
 def _as_bytes(data: torch.Tensor) -> torch.Tensor:
     return data.view(torch.uint8).reshape(-1)
 
 
-def connect(group: Group) -> Connection:
-    """The group's own torch process group, if it can be used."""
+def only_on_device(group: Group) -> bool:
+    """Whether the group's own torch process group sends the tensors of a device alone."""
+    made_by_torch = group.process_group is not None
+    return made_by_torch and device_group(group) is not None and not has_gloo(group)
+
+
+def has_gloo(group: Group) -> bool:
+    """Whether the group's own torch process group sends CPU tensors."""
     assert group.process_group is not None
-    backends = dist.get_backend_config(group.process_group)
     # One name for all devices, or "cpu:gloo,cuda:nccl".
-    if not any(name in ("gloo", "cpu:gloo") for name in backends.split(",")):
-        raise UnavailableError(
-            "collective transport",
-            f"the process group must have a gloo back end for CPU tensors, got {backends!r}",
-        )
-    return group.process_group
+    backends = dist.get_backend_config(group.process_group).split(",")
+    return any(name in ("gloo", "cpu:gloo") for name in backends)
+
+
+def device_group(group: Group) -> dist.ProcessGroup | None:
+    """The group's own torch process group, if it sends the tensors of a device."""
+    assert group.process_group is not None
+    backends = dist.get_backend_config(group.process_group).split(",")
+    vendors = ("nccl", "hccl", "xccl")
+    found = any(name.rpartition(":")[2] in vendors for name in backends)
+    return group.process_group if found else None
 
 
 def reconnect(op: str, group: Group, store: dist.Store, timeout: float) -> Connection:

@@ -192,29 +192,28 @@ class Endpoint:
         if self.choice == "symmetric" or self.group.process_group is None:
             cause = "; ".join(causes) or "the group has no torch process group"
             raise UnavailableError(op, f"transport {self.choice!r} cannot work here: {cause}")
-        transport = self._connect_process_group(op, causes)
+        transport = self._connect_process_group(op)
         with contextlib.ExitStack() as unless_used:
             unless_used.callback(transport.close)
             self._prepare_on(transport)
             unless_used.pop_all()
         return transport
 
-    def _connect_process_group(self, op: str, causes: list[str]) -> Transport:
+    def _connect_process_group(self, op: str) -> Transport:
         assert self._meeting is not None
-        try:
-            connection = collective.connect(self.group)
-        except UnavailableError as error:
-            cause = "; ".join([*causes, f"collective: {error.problem}"])
-            problem = f"transport {self.choice!r} cannot work here: {cause}"
-            raise UnavailableError(op, problem) from error
+        connection: collective.Connection | None = self.group.process_group
+        device_group = collective.device_group(self.group)
         # Before recover() it was used, so that it is broken; and it cannot do without some ranks.
         if self._process_group_used or self.group.members is not None:
+            connection = device_group = None
+        if connection is None or not collective.has_gloo(self.group):
             store = self._meeting.private_store()
             connection = collective.reconnect(op, self.group, store, self._timeout)
         self._process_group_used = True
         return collective.CollectiveTransport(
             self.group,
             connection,
+            device_group,
             self._meeting.name,
             in_flight=self._in_flight,
             timeout=self._timeout,

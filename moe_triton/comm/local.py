@@ -7,27 +7,28 @@ import weakref
 
 import torch
 
-from .memory import Block
+from .memory import HOST, Block
 
 _next = itertools.count()
-_blocks: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
+_blocks: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()
 
 
 class LocalMemory:
-    """Blocks that threads of this process find by number."""
+    """Blocks that threads of this process find by number, in the memory of any device."""
 
     name = "local"
 
-    def allocate(self, num_bytes: int) -> Block:
-        """A zeroed block; it lives as long as somebody holds a view of it."""
-        data = torch.zeros(num_bytes, dtype=torch.uint8)
+    def allocate(self, num_bytes: int, device: torch.device = HOST, flag_bytes: int = 0) -> Block:
+        """A zeroed block; it lives as long as some rank holds it."""
+        data = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        flags = torch.zeros(flag_bytes, dtype=torch.uint8) if flag_bytes else None
         number = next(_next)
-        _blocks[number] = data
-        return Block(data, {"number": number})
+        block = _blocks[number] = Block(data, {"number": number}, flags)
+        return block
 
     def open(self, handle: dict[str, int | str]) -> Block:
         """The block behind a peer's handle."""
-        data = _blocks.get(int(handle["number"]))
-        if data is None:
+        block = _blocks.get(int(handle["number"]))
+        if block is None:
             raise FileNotFoundError(f"block {handle['number']} is no longer held by anybody")
-        return Block(data, handle)
+        return block

@@ -12,6 +12,8 @@ from typing import Protocol
 
 import torch
 
+HOST = torch.device("cpu")
+
 
 @dataclasses.dataclass
 class Block:
@@ -20,11 +22,13 @@ class Block:
     Attributes:
         data: [num_bytes] uint8, zero at first.
         handle: what peers need to open it.
+        flags: [flag_bytes] uint8 in host memory for flags, or None where they stand in the data.
         hide: takes away what lets peers find the block; None when there is nothing, or no more.
     """
 
     data: torch.Tensor
     handle: dict[str, int | str]
+    flags: torch.Tensor | None = None
     hide: Callable[[], None] | None = None
 
     def release(self) -> None:
@@ -42,8 +46,11 @@ class Memory(Protocol):
 
     name: str
 
-    def allocate(self, num_bytes: int) -> Block:
-        """A zeroed block of this rank."""
+    def allocate(self, num_bytes: int, device: torch.device = HOST, flag_bytes: int = 0) -> Block:
+        """A zeroed block of this rank; ``OSError`` too without memory of ``device``.
+
+        A provider of host memory may leave the flags to the data.
+        """
         ...
 
     def open(self, handle: dict[str, int | str]) -> Block:

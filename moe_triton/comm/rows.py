@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from ..errors import ReceiveOverflowError, RoutingMismatchError
-from ..layout import NOWHERE, DispatchHeader, Plan
+from ..layout import NOWHERE, DispatchHeader, Plan, Sources
+from ..topology import Topology
 from .transport import Call, Finish, Outputs, Received, Tokens, Traffic
 from .window import MoeConfig
 
@@ -54,8 +57,36 @@ def received_counts(config: MoeConfig, rank: int, headers: DispatchHeader) -> to
     if not topology.is_shared_rank(rank):
         local = topology.local_experts(rank)
         return headers.counts[:, local.start : local.stop].T.contiguous()
-    serves = [topology.serves(rank, source) for source in range(topology.world_size)]
-    return (headers.num_tokens.T * torch.tensor(serves, device=headers.counts.device)).int()
+    return headers.num_tokens.T * _serves(topology, rank, headers.counts.device)
+
+
+# Made once on a device, so that graphs can replay what uses it.
+@functools.lru_cache(maxsize=256)
+def _serves(topology: Topology, rank: int, device: torch.device) -> torch.Tensor:
+    """[1, W] int32 whether a shared rank has the tokens of each source."""
+    serves = [[topology.serves(rank, source) for source in range(topology.world_size)]]
+    return torch.tensor(serves, dtype=torch.int32, device=device)
+
+
+def capacity_of(call: Call, rank: int, tokens: Tokens) -> int | None:
+    """How many rows to number: None for just those that there are, which waits for the device."""
+    if tokens.num_rows is None or not call.steps.fixed_shapes:
+        return None
+    return min(tokens.num_rows, call.config.capacity(rank))
+
+
+def row_count(call: Call, sources: Sources) -> torch.Tensor | None:
+    """[1] int32 the rows that there are, where that many are not what the tensors hold."""
+    return sources.offsets[-1:] if call.steps.fixed_shapes else None
+
+
+def new_rows(call: Call, tokens: Tokens, num_rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Memory for rows as dispatch delivers them, and for their scales."""
+    fmt = call.config.row_format
+    x = tokens.x.new_empty((num_rows, call.config.hidden), dtype=fmt.dtype)
+    if fmt.scale_offset is None:
+        return x, None
+    return x, x.new_empty(fmt.scale_shape(num_rows), dtype=fmt.scale_dtype)
 
 
 def receive(
@@ -64,7 +95,8 @@ def receive(
     tokens: Tokens,
     plan: Plan,
     headers: DispatchHeader,
-    locate: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    rows: torch.Tensor,
+    **where: Any,
 ) -> Received:
     """Pack what all ranks sent into the outputs of dispatch.
 
@@ -74,43 +106,50 @@ def receive(
         tokens: its input.
         plan: of its tokens.
         headers: of all sources.
-        locate: from the source of each received row, and its number among the source's rows, to a
-            tensor of rows and the index of each.
+        rows: that hold all that came.
+        where: ``origins`` and ``step``, or a ``table``: which of them each source's row is.
     """
-    config = call.config
-    if config.max_rows is not None:
-        _check_overflow(call, config.max_rows, headers)
+    config, steps = call.config, call.steps
+    check_overflow(call, lambda rank: received_counts(config, rank, headers))
     counts = received_counts(config, rank, headers)
-    sources = call.steps.sources(counts, config.alignment)
-    n = len(sources.source)
+    found = steps.arrivals(
+        counts,
+        headers.copies,
+        headers.weights,
+        copies_per_row=1 if config.per_expert else config.num_slots,
+        alignment=config.alignment,
+        capacity=capacity_of(call, rank, tokens),
+        **where,
+    )
+    n = len(found.places)
     num_rows = n if tokens.num_rows is None else tokens.num_rows
-    fmt, scales = config.row_format, None
-    x = tokens.x.new_empty((num_rows, config.hidden), dtype=fmt.dtype)
-    if fmt.scale_offset is not None:
-        scales = x.new_empty(fmt.scale_shape(num_rows), dtype=fmt.scale_dtype)
-    # Without alignment every row is a real one, and none is a row of padding.
-    real = (sources.source != NOWHERE).nonzero()[:, 0]
-    source, number = sources.source[real], sources.copy[real]
-    copies = headers.copies[source, number]
-    rows, index = locate(source, config.row_of(copies))
-    call.steps.pack(rows, _spread(index, real, n), fmt, x, scales)
-    weights = None
-    if headers.weights is not None:
-        weights = x.new_empty(num_rows, dtype=config.weight_dtype)
-        weights[:n] = 0
-        weights[real] = headers.weights[source, number]
-    return Received(x, scales, weights, counts, sources, _spread(copies, real, n), plan)
+    x, scales = new_rows(call, tokens, num_rows)
+    count = row_count(call, found.sources)
+    steps.pack(rows, found.places, config.row_format, x, scales, count)
+    weights = padded(found.weights, num_rows)
+    return Received(x, scales, weights, counts, found.sources, found.copies, plan)
 
 
-def _spread(values: torch.Tensor, places: torch.Tensor, size: int) -> torch.Tensor:
-    """[size] with the values at their places and ``NOWHERE`` between them."""
-    return values.new_full((size,), NOWHERE).index_copy_(0, places, values)
+def padded(weights: torch.Tensor | None, num_rows: int) -> torch.Tensor | None:
+    """[n] as [num_rows], with anything after the n-th."""
+    if weights is None or len(weights) == num_rows:
+        return weights
+    grown = weights.new_empty(num_rows)
+    grown[: len(weights)] = weights
+    return grown
 
 
-def _check_overflow(call: Call, limit: int, headers: DispatchHeader) -> None:
-    """Raise on every rank alike when any rank receives more than ``limit`` rows."""
+def check_overflow(call: Call, counts_of: Callable[[int], torch.Tensor]) -> None:
+    """Raise on every rank alike when any rank receives more rows than the call allows.
+
+    While a graph is captured nothing can be asked of the device. Rows that have no room are then
+    left out.
+    """
+    limit = call.config.max_rows
+    if limit is None or (call.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return
     for rank in range(call.config.topology.world_size):
-        rows = int(received_counts(call.config, rank, headers).sum())
+        rows = int(counts_of(rank).sum())
         if rows > limit:
             raise ReceiveOverflowError(call.op, rank, rows, limit)
 
@@ -130,13 +169,13 @@ def finish_rows(
     return out
 
 
-def as_rows(call: Call, y: torch.Tensor) -> torch.Tensor:
+def as_rows(call: Call, y: torch.Tensor, count: torch.Tensor | None) -> torch.Tensor:
     """[n, stride] uint8 rows in the way they return, without a copy where y already is that."""
     fmt = call.config.return_format
     if fmt.scheme == "none" and y.stride(1) == 1 and y.shape[1] * y.itemsize == fmt.stride:
         return y.view(torch.uint8)
     rows = torch.empty((len(y), fmt.stride), dtype=torch.uint8, device=y.device)
-    call.steps.encode(y, fmt, rows)
+    call.steps.encode(y, fmt, rows, count=count)
     return rows
 
 
@@ -164,19 +203,21 @@ def rows_in_plan_order(config: MoeConfig, outputs: Outputs) -> torch.Tensor:
     return torch.cat([routed, (start + token).where(active, NOWHERE)], dim=1)
 
 
-def check_returns(call: Call, rank: int, outputs: Outputs, ends: torch.Tensor) -> None:
+def check_returns(call: Call, rank: int, outputs: Outputs, begins: torch.Tensor) -> None:
     """Raise unless every rank returns as many rows as ``rank`` sent it, expert by expert.
 
     Args:
         call: the call.
         rank: this rank, the source of the tokens.
         outputs: its input to combine.
-        ends: [W, L*W] every rank's prefix sums by (local expert, source).
+        begins: [W, L, W + 1] of every rank, as in ``Sources``.
     """
+    if call.steps.fixed_shapes:
+        return
     topology = call.config.topology
     local, first = topology.experts_per_rank, topology.num_shared_ranks
-    counts = ends.diff(dim=1, prepend=ends.new_zeros((len(ends), 1)))
-    returned = counts[first:].view(-1, local, topology.world_size)[..., rank].reshape(-1)
+    counts = begins.diff(dim=2)
+    returned = counts[first:, :, rank].reshape(-1)
     wrong = (returned != outputs.plan.counts).nonzero()
     if len(wrong):
         expert = int(wrong[0])
@@ -184,49 +225,32 @@ def check_returns(call: Call, rank: int, outputs: Outputs, ends: torch.Tensor) -
         raise RoutingMismatchError(call.op, first + expert // local, f"expert {expert}", sent, got)
     tokens = int((outputs.expert_ids != NOWHERE).any(1).sum())
     for shared, holder in enumerate(topology.shared_ranks_of(rank)):
-        got = int(counts[holder, rank])
+        got = int(counts[holder, 0, rank])
         if got != tokens:
             raise RoutingMismatchError(call.op, holder, f"shared expert {shared}", tokens, got)
 
 
-def rows_at_holders(
-    config: MoeConfig, rank: int, outputs: Outputs, ends: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which rank holds each token's rows after the experts, and at which place.
+def returned_rows(
+    call: Call, rank: int, outputs: Outputs, begins: torch.Tensor, origins: torch.Tensor, step: int
+) -> torch.Tensor:
+    """[T, K + NS] int64 where each token's rows are after the experts.
 
     Args:
-        config: sizes.
+        call: the call.
         rank: this rank, the source of the tokens.
         outputs: its input to combine.
-        ends: [W, L*W] every rank's prefix sums.
-
-    Returns:
-        holder: [T, K + NS] int64.
-        row: [T, K + NS] int64 among the holder's rows, or ``NOWHERE``.
+        begins: [W, L, W + 1] of every rank, as in ``Sources``.
+        origins: [W] int64 where each rank's rows begin.
+        step: from one row to the next.
     """
-    topology, ids = config.topology, outputs.expert_ids.long()
-    local = topology.experts_per_rank
-    starts = _group_starts(ends.view(len(ends), local, -1), config.alignment)
-    place = outputs.plan.expand_idx.view(ids.shape)
-    sent = place != NOWHERE
-    expert = ids.where(sent, 0)
-    holder = topology.num_shared_ranks + expert // local
-    row = (starts[holder, expert % local, rank] + place).where(sent, NOWHERE)
-    shared = torch.tensor(topology.shared_ranks_of(rank), dtype=torch.long, device=ids.device)
-    token = active_places(ids)
-    shared_row = (starts[shared, 0, rank] + token).where(token != NOWHERE, NOWHERE)
-    return (
-        torch.cat([holder, shared.expand(len(ids), -1)], dim=1),
-        torch.cat([row, shared_row], dim=1),
+    topology = call.config.topology
+    return call.steps.returns(
+        begins,
+        outputs.plan,
+        outputs.expert_ids,
+        rank=rank,
+        num_shared_ranks=topology.num_shared_ranks,
+        shared_ranks=topology.shared_ranks_of(rank),
+        origins=origins,
+        step=step,
     )
-
-
-def _group_starts(ends: torch.Tensor, alignment: int) -> torch.Tensor:
-    """The first row of each group from [W, L, W] prefix sums, int64 of that shape."""
-    flat = ends.flatten(1).long()
-    starts = torch.nn.functional.pad(flat, (1, 0))[:, :-1].view(ends.shape)
-    if alignment == 1:
-        return starts
-    rows = ends[..., -1].long() - starts[..., 0]
-    padding = -rows % alignment
-    return starts + (padding.cumsum(1) - padding)[..., None]

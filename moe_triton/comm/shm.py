@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .memory import Block
+from .memory import HOST, Block
 
 _SHM = Path("/dev/shm")
 
@@ -31,13 +31,19 @@ def _map(fd: int, num_bytes: int) -> torch.Tensor:
     return torch.frombuffer(mapping, dtype=torch.uint8)
 
 
+def _check_host(device: torch.device) -> None:
+    if device.type != "cpu":
+        raise OSError(f"processes share host memory, the tensors are on {device}")
+
+
 class MemfdMemory:
     """Anonymous shared memory, opened by peers as /proc/<pid>/fd/<fd>."""
 
     name = "memfd"
 
-    def allocate(self, num_bytes: int) -> Block:
+    def allocate(self, num_bytes: int, device: torch.device = HOST, flag_bytes: int = 0) -> Block:  # noqa: ARG002
         """A zeroed block; pages are committed when they are first written."""
+        _check_host(device)
         label = f"moe_triton-{secrets.token_hex(8)}"
         fd = os.memfd_create(label, os.MFD_CLOEXEC)
         try:
@@ -66,8 +72,9 @@ class PosixMemory:
 
     name = "posix"
 
-    def allocate(self, num_bytes: int) -> Block:
+    def allocate(self, num_bytes: int, device: torch.device = HOST, flag_bytes: int = 0) -> Block:  # noqa: ARG002
         """A zeroed block with a name of its own, which ``release`` removes."""
+        _check_host(device)
         path = _SHM / f"moe_triton-{secrets.token_hex(8)}"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:

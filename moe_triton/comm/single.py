@@ -9,9 +9,18 @@ import torch
 
 from ..errors import MoeError, SequenceError
 from .parts import write_parts
-from .rows import as_rows, finish_rows, receive, rows_at_holders, write_tokens
+from .rows import (
+    as_rows,
+    capacity_of,
+    check_overflow,
+    finish_rows,
+    new_rows,
+    padded,
+    returned_rows,
+    row_count,
+)
 from .transport import Call, Finish, Outputs, Pending, Received, Tokens, outside_autograd, phase
-from .window import MoeConfig, header_of
+from .window import MoeConfig
 
 _T = TypeVar("_T")
 
@@ -26,6 +35,7 @@ class SingleTransport:
         self._limit = in_flight
         self._epochs: dict[str, list[int]] = {"dispatch": [], "combine": [], "gather": []}
         self._next = 0
+        self._origins: dict[torch.device, torch.Tensor] = {}
 
     @outside_autograd
     def prepare(self, call: Call, kind: str, slot_bytes: int) -> None:
@@ -33,20 +43,48 @@ class SingleTransport:
 
     @phase("dispatch setup")
     def dispatch_setup(self, call: Call, tokens: Tokens) -> Pending:
-        """Write the tokens as they would travel."""
+        """Permute the tokens into expert order, each read once; they go no further."""
         epoch = self._begin("dispatch", call.op)
-        layout = call.config.dispatch
-        data = torch.empty(layout.num_bytes, dtype=torch.uint8)
-        headers, rows = layout.headers(data), layout.rows(data)
-        plan = write_tokens(call, 0, tokens, rows, [header_of(headers, 0)])
-        return Pending(self, call, tokens, epoch, (plan, headers, rows))
+        try:
+            received = self._permute(call, tokens)
+        except BaseException:
+            self._epochs["dispatch"].remove(epoch)
+            raise
+        return Pending(self, call, tokens, epoch, received)
+
+    def _permute(self, call: Call, tokens: Tokens) -> Received:
+        config, steps, ids = call.config, call.steps, tokens.expert_ids
+        plan = steps.plan(ids, config.topology.num_experts)
+        check_overflow(call, lambda _: plan.counts)
+        weights = None if tokens.weights is None else tokens.weights.to(config.weight_dtype)
+        capacity = capacity_of(call, 0, tokens)
+        found = steps.permutation(plan, ids, weights, alignment=config.alignment, capacity=capacity)
+        n = len(found.copies)
+        num_rows = n if tokens.num_rows is None else tokens.num_rows
+        x, scales = new_rows(call, tokens, num_rows)
+        fmt = config.row_format
+        steps.gather_quant(tokens.x, found.places, fmt, tokens.smooth, ids, x, scales)
+        if config.alignment > 1:
+            count = row_count(call, found.sources)
+            for rows in (x, scales):
+                if rows is not None:
+                    steps.clear(rows.view(num_rows, -1), found.copies, count)
+        return Received(
+            x,
+            scales,
+            padded(found.weights, num_rows),
+            plan.counts[:, None],
+            found.sources,
+            found.copies,
+            plan,
+        )
 
     @phase("dispatch teardown")
     def dispatch_teardown(self, pending: Pending) -> Received:
-        """Permute the tokens into expert order."""
+        """What the setup made."""
         self._finish("dispatch", pending)
-        plan, headers, rows = pending.state
-        return receive(pending.call, 0, pending.data, plan, headers, lambda _, row: (rows, row))
+        received: Received = pending.state
+        return received
 
     @phase("combine setup")
     def combine_setup(self, call: Call, outputs: Outputs) -> Pending:
@@ -59,14 +97,22 @@ class SingleTransport:
         self._finish("combine", pending)
         call, outputs = pending.call, pending.data
         sources = outputs.sources
-        rows = as_rows(call, outputs.y[: len(sources.source)])
-        _, index = rows_at_holders(call.config, 0, outputs, sources.ends[None])
+        count = row_count(call, sources)
+        rows = as_rows(call, outputs.y[: len(sources.source)], count)
+        begins = sources.begins[None]
+        index = returned_rows(call, 0, outputs, begins, self._origin(rows.device), 1)
         return finish_rows(call, outputs, rows, index, finish)
+
+    def _origin(self, device: torch.device) -> torch.Tensor:
+        """[1] int64 zero, made once so that graphs can replay what reads it."""
+        if device not in self._origins:
+            self._origins[device] = torch.zeros(1, dtype=torch.int64, device=device)
+        return self._origins[device]
 
     @phase("gather setup")
     def gather_setup(self, call: Call, parts: Sequence[torch.Tensor], num_bytes: int) -> Pending:
         """Keep the parts."""
-        data = torch.empty(num_bytes, dtype=torch.uint8)
+        data = torch.empty(num_bytes, dtype=torch.uint8, device=call.device)
         write_parts(data, parts)
         return Pending(self, call, data, self._begin("gather", call.op))
 

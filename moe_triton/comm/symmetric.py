@@ -1,4 +1,8 @@
-"""Dispatch and combine over host memory: each rank writes its rows, flags tell, all ranks read."""
+"""Dispatch and combine over memory that ranks share: each writes its rows, flags tell, all read.
+
+The memory may be that of a device on which all ranks of a process work, in one stream: there the
+flags say that the work has been issued, and what reads is issued after it.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,16 @@ from typing import TypeVar
 import torch
 
 from ..errors import ArgumentValueError, MoeError
-from ..layout import NOWHERE
 from .channel import Channel
 from .parts import write_parts
-from .rows import check_returns, finish_rows, receive, rows_at_holders, write_tokens
+from .rows import (
+    check_returns,
+    finish_rows,
+    receive,
+    returned_rows,
+    row_count,
+    write_tokens,
+)
 from .transport import (
     Call,
     Finish,
@@ -29,7 +39,7 @@ _T = TypeVar("_T")
 
 
 class SymmetricTransport:
-    """The transport over host memory that all ranks of the group can read and write."""
+    """The transport over memory that all ranks of the group can read and write."""
 
     name = "symmetric"
 
@@ -43,7 +53,7 @@ class SymmetricTransport:
         """Allocate the windows of ``kind`` before the first call, by an operation without data."""
         epoch = self._channel.begin(kind, call.op)
         try:
-            self._channel.agree(kind, epoch, call.op, call.arguments, slot_bytes)
+            self._channel.agree(kind, epoch, call.op, call.arguments, slot_bytes, call.device)
         except BaseException as error:
             self._channel.abort(kind, epoch, error)
             raise
@@ -58,7 +68,9 @@ class SymmetricTransport:
         epoch = channel.begin("dispatch", call.op)
         slot = channel.slot(epoch)
         try:
-            arena = channel.agree("dispatch", epoch, call.op, call.arguments, layout.num_bytes)
+            arena = channel.agree(
+                "dispatch", epoch, call.op, call.arguments, layout.num_bytes, call.device
+            )
             headers = [
                 header_of(arena.view(owner, slot, layout, layout.headers), self._rank)
                 for owner in range(channel.size)
@@ -78,29 +90,27 @@ class SymmetricTransport:
         plan, arena = pending.state
         self._wait("dispatch", pending)
         slot, stride = channel.slot(pending.epoch), call.config.row_format.stride
-        reach = arena.reach(slot, layout.rows_start, stride)
-
-        def locate(source: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return reach.rows, reach.origins[source] + row * reach.step
-
         try:
             headers = arena.view(self._rank, slot, layout, layout.headers)
-            return receive(call, self._rank, pending.data, plan, headers, locate)
+            reach = arena.reach(slot, layout.rows_start, stride)
+            return receive(call, self._rank, pending.data, plan, headers, **reach._asdict())
         finally:
             channel.finish("dispatch", pending.epoch)
 
     @phase("combine setup")
     def combine_setup(self, call: Call, outputs: Outputs) -> Pending:
-        """Write the experts' rows, unless they are in place already, and where each group ends."""
+        """Write the experts' rows, unless they are in place already, and where groups begin."""
         channel, layout = self._channel, call.config.combine
         epoch = channel.begin("combine", call.op)
         slot = channel.slot(epoch)
         try:
-            arena = channel.agree("combine", epoch, call.op, call.arguments, layout.num_bytes)
+            arena = channel.agree(
+                "combine", epoch, call.op, call.arguments, layout.num_bytes, call.device
+            )
             rows = arena.view(self._rank, slot, layout, layout.rows)
             self._put_rows(call, arena, rows, outputs)
-            ends = outputs.sources.ends
-            arena.view(self._rank, slot, layout, layout.ends)[: len(ends)] = ends
+            begins = outputs.sources.begins
+            arena.view(self._rank, slot, layout, layout.begins)[: len(begins)] = begins
         except BaseException as error:
             channel.abort("combine", epoch, error)
             raise
@@ -119,7 +129,8 @@ class SymmetricTransport:
         if in_window and (y.data_ptr(), y.stride()) == (place.data_ptr(), place.stride()):
             return
         # From elsewhere in the window, the copy might overlap what it reads.
-        call.steps.encode(y.clone() if in_window else y, fmt, rows[: len(y)])
+        count = row_count(call, outputs.sources)
+        call.steps.encode(y.clone() if in_window else y, fmt, rows[: len(y)], count=count)
 
     @phase("combine teardown")
     def combine_teardown(self, pending: Pending, finish: Finish) -> torch.Tensor:
@@ -127,16 +138,16 @@ class SymmetricTransport:
         channel, call, layout = self._channel, pending.call, pending.call.config.combine
         arena = pending.state
         self._wait("combine", pending)
-        slot, config = channel.slot(pending.epoch), call.config
+        slot, outputs = channel.slot(pending.epoch), pending.data
         try:
-            ends = torch.stack(
-                [arena.view(owner, slot, layout, layout.ends) for owner in range(channel.size)]
+            begins = torch.stack(
+                [arena.view(owner, slot, layout, layout.begins) for owner in range(channel.size)]
             )
-            check_returns(call, self._rank, pending.data, ends)
-            holder, row = rows_at_holders(config, self._rank, pending.data, ends)
-            reach = arena.reach(slot, layout.rows_start, config.return_format.stride)
-            index = (reach.origins[holder] + row * reach.step).where(row != NOWHERE, NOWHERE)
-            return finish_rows(call, pending.data, reach.rows, index, finish)
+            check_returns(call, self._rank, outputs, begins)
+            stride = call.config.return_format.stride
+            rows, origins, step = arena.reach(slot, layout.rows_start, stride)
+            index = returned_rows(call, self._rank, outputs, begins, origins, step)
+            return finish_rows(call, outputs, rows, index, finish)
         finally:
             channel.finish("combine", pending.epoch)
 
@@ -147,7 +158,7 @@ class SymmetricTransport:
         epoch = channel.begin("gather", call.op)
         slot = channel.slot(epoch)
         try:
-            arena = channel.agree("gather", epoch, call.op, call.arguments, num_bytes)
+            arena = channel.agree("gather", epoch, call.op, call.arguments, num_bytes, call.device)
             write_parts(arena.data(self._rank, slot), parts)
         except BaseException as error:
             channel.abort("gather", epoch, error)
@@ -185,7 +196,7 @@ class SymmetricTransport:
     def all_to_all_v(self, op: str, x: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
         """Exchange counts through one operation, then rows through a second."""
         row_bytes = x.shape[1]
-        table = torch.tensor(counts, dtype=torch.int64).view(torch.uint8)
+        table = torch.tensor(counts, dtype=torch.int64, device=x.device).view(torch.uint8)
         sizes = [8 * self._channel.size] * self._channel.size
         arguments = {"op": op, "row_bytes": row_bytes}
         all_counts = torch.stack(
@@ -212,7 +223,8 @@ class SymmetricTransport:
         channel = self._channel
         epoch = channel.begin("exchange", op)
         try:
-            arena = channel.agree("exchange", epoch, op, arguments, channel.size * capacity)
+            num_bytes, device = channel.size * capacity, parts[0].device
+            arena = channel.agree("exchange", epoch, op, arguments, num_bytes, device)
             slot = channel.slot(epoch)
             for rank, part in enumerate(parts):
                 start = self._rank * capacity

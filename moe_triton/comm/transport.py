@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar, cast
 import torch
 
 from ..errors import MoeError
-from ..layout import Norm, Plan, Sources, SpecialExperts
+from ..layout import Arrivals, Norm, Permutation, Plan, Sources, SpecialExperts
 from .window import MoeConfig
 
 _P = ParamSpec("_P")
@@ -26,13 +26,23 @@ _T = TypeVar("_T")
 class DeviceSteps:
     """The steps that run on the device; ``ref`` defines each.
 
-    ``pack`` and ``reduce`` gather from one tensor by index. In host memory that tensor can span the
-    windows of all ranks; steps for memory that needs a pointer per rank will take a table instead.
+    ``pack`` and ``reduce`` gather from one tensor by index. That tensor spans the windows of all
+    ranks, which one address space must hold.
+
+    Attributes:
+        fixed_shapes: nothing waits for the device: outputs have room for the most rows that there
+            can be, the values of tensors are not checked, and a graph can replay the calls.
     """
 
+    fixed_shapes: bool
     plan: Callable[..., Plan]
     push: Callable[..., None]
     sources: Callable[..., Sources]
+    arrivals: Callable[..., Arrivals]
+    permutation: Callable[..., Permutation]
+    returns: Callable[..., torch.Tensor]
+    gather_quant: Callable[..., None]
+    clear: Callable[..., None]
     pack: Callable[..., None]
     encode: Callable[..., None]
     add_rows: Callable[..., None]
@@ -48,12 +58,14 @@ class Call:
         config: sizes and formats.
         arguments: names and printable values that must be equal on all ranks.
         steps: the device steps.
+        device: where the tensors are.
     """
 
     op: str
     config: MoeConfig
     arguments: Mapping[str, Any]
     steps: DeviceSteps
+    device: torch.device
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,11 +5,11 @@ use in turn. A slot begins with one flag record per source, four int32 words (ep
 of the arguments, unused), and goes on with what the kind needs:
 
     dispatch   [W] headers (token count, counts[E], copies[C], weights[C]); [R] rows
-    combine    [L*W] prefix sums of the rows by (local expert, source); [A] rows
+    combine    [L, W + 1] the first row of each (local expert, source); [A] rows
     gather     bytes of any kind, one piece for all ranks
     exchange   [W] bytes of any kind, a piece for each rank
 
-What has one part for each source is written by the sources, flags included; rows and prefix sums
+What has one part for each source is written by the sources, flags included; rows and their numbers
 are the owner's, and the others read them. In host memory a load from a peer's window costs what a
 load from one's own costs (on one memory node; others were not measured), so a row is written once,
 where it is, and every rank that wants it gathers it from there into its place. That makes a combine
@@ -21,6 +21,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ import torch
 
 from ..layout import DispatchHeader, RowFormat, align
 from ..topology import Topology
+from . import atomics
 from .memory import Block
 
 FLAG_WORDS = 4
@@ -199,9 +201,10 @@ class CombineLayout:
     config: MoeConfig
 
     @functools.cached_property
-    def num_ends(self) -> int:
-        """Prefix sums by (local expert, source)."""
-        return self.config.topology.experts_per_rank * self.config.topology.world_size
+    def groups(self) -> tuple[int, int]:
+        """(L, W + 1): rows by (local expert, source), and the padding of each expert."""
+        topology = self.config.topology
+        return topology.experts_per_rank, topology.world_size + 1
 
     @functools.cached_property
     def num_rows(self) -> int:
@@ -212,16 +215,16 @@ class CombineLayout:
     @property
     def rows_start(self) -> int:
         """Bytes before the rows."""
-        return align(4 * self.num_ends)
+        return align(4 * math.prod(self.groups))
 
     @property
     def num_bytes(self) -> int:
         """Size of a slot without its flags."""
         return self.rows_start + self.num_rows * self.config.return_format.stride
 
-    def ends(self, data: torch.Tensor) -> torch.Tensor:
-        """[L*W] int32 prefix sums of the slot whose bytes begin with ``data``."""
-        return data[: 4 * self.num_ends].view(torch.int32)
+    def begins(self, data: torch.Tensor) -> torch.Tensor:
+        """[L, W + 1] int32 first rows of the slot whose bytes begin with ``data``."""
+        return data[: 4 * math.prod(self.groups)].view(torch.int32).view(self.groups)
 
     def rows(self, data: torch.Tensor) -> torch.Tensor:
         """[A, stride] uint8 rows of the slot whose bytes begin with ``data``."""
@@ -242,9 +245,14 @@ class WindowBytes:
         return self.dispatch + self.combine
 
 
+def flag_bytes(world_size: int) -> int:
+    """Bytes of the flags of one slot."""
+    return align(world_size * FLAG_BYTES)
+
+
 def ring_bytes(world_size: int, slot_bytes: int, in_flight: int) -> int:
     """Bytes of a ring whose slots hold ``slot_bytes`` beside their flags."""
-    return num_slots(in_flight) * (align(world_size * FLAG_BYTES) + align(slot_bytes))
+    return num_slots(in_flight) * (flag_bytes(world_size) + align(slot_bytes))
 
 
 def window_bytes(config: MoeConfig, *, in_flight: int = 1) -> WindowBytes:
@@ -263,16 +271,18 @@ def window_bytes(config: MoeConfig, *, in_flight: int = 1) -> WindowBytes:
 
 def clear_flags(block: Block, world_size: int, slots: int, epoch: int) -> None:
     """Set all flags of new windows to an epoch that is over."""
-    words = block.data.view(torch.int32).view(slots, -1)[:, : world_size * FLAG_WORDS]
+    flags = block.data if block.flags is None else block.flags
+    words = flags.view(torch.int32).view(slots, -1)[:, : world_size * FLAG_WORDS]
     words[:, ::FLAG_WORDS] = epoch
 
 
 class Reach(NamedTuple):
-    """The rows of all ranks' windows in host memory as one tensor.
+    """The rows of all ranks' windows as one tensor.
 
     Attributes:
         rows: [N, stride] uint8, a row beginning every 16 bytes from the lowest window to the
-            highest. In between lies memory of others, which no index names.
+            highest, in host memory or in that of one device. In between lies memory of others,
+            which no index names.
         origins: [W] int64 index of each rank's first row.
         step: from one row of a rank to its next.
     """
@@ -280,6 +290,32 @@ class Reach(NamedTuple):
     rows: torch.Tensor
     origins: torch.Tensor
     step: int
+
+
+def _memory_at(address: int, num_bytes: int, device: torch.device) -> torch.Tensor:
+    """[num_bytes] uint8 of an address space, which the caller knows to be readable where it reads.
+
+    Raises:
+        NotImplementedError: PyTorch makes no tensors of addresses of such a device.
+    """
+    if device.type == "cpu":
+        memory = (ctypes.c_uint8 * num_bytes).from_address(address)
+        return torch.frombuffer(memory, dtype=torch.uint8)
+    if device.type != "cuda":
+        raise NotImplementedError(f"tensors over addresses of {device}")
+    return torch.as_tensor(_CudaArray(address, num_bytes), device=device)
+
+
+class _CudaArray:
+    """Memory as CUDA and ROCm programs in Python hand it to each other."""
+
+    def __init__(self, address: int, num_bytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
 
 
 class Arena:
@@ -292,8 +328,15 @@ class Arena:
         self.blocks = blocks
         self.slots = slots
         self.stride = blocks[0].data.numel() // slots
-        self._flags = align(len(blocks) * FLAG_BYTES)
+        self._flags = flag_bytes(len(blocks))
         self._base = [block.data.data_ptr() for block in blocks]
+        # Where the flags of each rank begin, and how far apart those of its slots are.
+        self._flag_records = [
+            (block.data.data_ptr(), self.stride)
+            if block.flags is None
+            else (block.flags.data_ptr(), self._flags)
+            for block in blocks
+        ]
         self._views: dict[tuple[object, ...], Any] = {}
 
     @property
@@ -301,9 +344,28 @@ class Arena:
         """Bytes of a slot behind its flags."""
         return self.stride - self._flags
 
+    def serves(self, slot_bytes: int, device: torch.device) -> bool:
+        """Whether slots hold that much, in the memory of that device."""
+        own = self.blocks[0].data.device
+        # Without a number "cuda" is whichever was current.
+        same = own.type == device.type and device.index in (None, own.index)
+        return same and slot_bytes <= self.capacity
+
+    def stream(self) -> int:
+        """32 bits that stand for the stream on which this thread works with the windows.
+
+        On one stream what is issued later runs later, so that a flag may stand for work that has
+        only been issued.
+        """
+        device = self.blocks[0].data.device
+        if device.type != "cuda":
+            return 0
+        return atomics.wrap(torch.cuda.current_stream(device).cuda_stream)
+
     def flag_address(self, owner: int, slot: int, source: int) -> int:
         """Where ``source`` writes its flag record in the window of ``owner``."""
-        return self._base[owner] + slot * self.stride + source * FLAG_BYTES
+        base, stride = self._flag_records[owner]
+        return base + slot * stride + source * FLAG_BYTES
 
     def data(self, owner: int, slot: int) -> torch.Tensor:
         """The bytes of a slot behind its flags."""
@@ -338,11 +400,13 @@ class Arena:
             base + block.data.numel() for base, block in zip(self._base, self.blocks, strict=True)
         ]
         lowest, highest = min(self._base) + first, max(ends)
-        memory = (ctypes.c_uint8 * (highest - lowest)).from_address(lowest)
+        device = self.blocks[0].data.device
+        memory = _memory_at(lowest, highest - lowest, device)
         count = max((highest - lowest - stride) // 16 + 1, 0)
+        origins = [(base + first - lowest) // 16 for base in self._base]
         return Reach(
-            torch.frombuffer(memory, dtype=torch.uint8).as_strided((count, stride), (16, 1)),
-            torch.tensor([(base + first - lowest) // 16 for base in self._base]),
+            memory.as_strided((count, stride), (16, 1)),
+            torch.tensor(origins, device=device),
             stride // 16,
         )
 

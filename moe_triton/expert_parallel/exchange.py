@@ -29,7 +29,6 @@ from .results import Handle
 OP = "ExpertParallel"
 DISPATCH = f"{OP}.dispatch"
 COMBINE = f"{OP}.combine"
-_CPU = torch.device("cpu")  # the only device whose steps exist so far
 
 
 class Exchange:
@@ -40,6 +39,7 @@ class Exchange:
         config: sizes and formats.
         arguments: what must be equal on all ranks.
         steps: the device steps.
+        device: where the tensors are.
         exact: allocate exactly as many rows as arrive.
         counts_dtype: of the rows per expert.
 
@@ -55,6 +55,7 @@ class Exchange:
         config: MoeConfig,
         arguments: dict[str, object],
         steps: DeviceSteps,
+        device: torch.device,
         *,
         exact: bool,
         counts_dtype: torch.dtype,
@@ -66,7 +67,7 @@ class Exchange:
         self.lent: dict[int, tuple[Handle, torch.Tensor]] = {}
         self.in_flight: dict[int, Pending] = {}
         self._arguments = arguments
-        self._steps = steps
+        self._steps, self.device = steps, device
 
     def open(self) -> None:
         """Meet the ranks, compare arguments and allocate the windows."""
@@ -128,11 +129,13 @@ class Exchange:
             expert_ids: [T, K] int32.
             ends: [L * W] int32.
         """
-        topology = self.config.topology
+        config, topology = self.config, self.config.topology
         counts = ends.diff(prepend=ends.new_zeros(1)).view(-1, topology.world_size)
+        fixed = self._steps.fixed_shapes and not self.exact
+        capacity = config.capacity(self.rank) if fixed else None
         return (
             self._steps.plan(expert_ids, topology.num_experts),
-            self._steps.sources(counts, self.config.alignment),
+            self._steps.sources(counts, config.alignment, capacity),
         )
 
     def start_combine(
@@ -190,7 +193,8 @@ class Exchange:
         transport = self.endpoint.transport(f"{OP}.output_rows")
         rows = None if self.lent else transport.output_rows(self.config, num_rows)
         if rows is None:
-            return torch.empty((num_rows, self.config.hidden), dtype=self.config.dtype)
+            shape = (num_rows, self.config.hidden)
+            return torch.empty(shape, dtype=self.config.dtype, device=self.device)
         # Detached from the view it was made as, so that autograd lets the experts write to it.
         rows = rows.detach()
         self.lent[id(handle)] = (handle, rows)
@@ -211,7 +215,9 @@ class Exchange:
         tokens = Tokens(gradient, expert_ids, num_rows=num_rows)
         call = self._call(op, config, gradient="of the sums")
         received = transport.dispatch_teardown(transport.dispatch_setup(call, tokens))
-        received.x[len(received.sources.source) :] = 0
+        source = received.sources.source
+        received.x[len(source) :] = 0
+        self._steps.clear(received.x, source)
         return received.x
 
     def return_gradients(
@@ -253,7 +259,7 @@ class Exchange:
         return x, weights[:, : self.config.top_k, 0].contiguous()
 
     def _call(self, op: str, config: MoeConfig | None = None, **more: object) -> Call:
-        return Call(op, config or self.config, self._arguments | more, self._steps)
+        return Call(op, config or self.config, self._arguments | more, self._steps, self.device)
 
     def _transport_of(self, op: str, operation: Pending) -> Transport:
         """The transport, if it is the one that set up an operation."""
@@ -270,11 +276,11 @@ class Exchange:
         """``addend`` is None or [T, H] of the object's dtype."""
         name, expected = "shared_expert_x", (num_tokens, self.config.hidden)
         checks.dtype(COMBINE, name, addend, (self.config.dtype,))
-        checks.shape(COMBINE, name, addend, expected, "(T, H)", _CPU)
+        checks.shape(COMBINE, name, addend, expected, "(T, H)", self.device)
 
     def _check_outputs(self, op: str, y: torch.Tensor, num_rows: int) -> None:
         checks.dtype(op, "y", y, (self.config.dtype,))
-        checks.shape(op, "y", y, (None, self.config.hidden), "(rows, H)", _CPU)
+        checks.shape(op, "y", y, (None, self.config.hidden), "(rows, H)", self.device)
         contract = f"have at least the {num_rows} rows of dispatch"
         checks.value(op, "y", len(y) >= num_rows, contract, f"shape {tuple(y.shape)}")
 
@@ -292,14 +298,14 @@ class Exchange:
         checks.dtype(op, "topk_ids", topk_ids, (torch.int32, torch.int64))
         checks.dtype(op, "topk_weights", topk_weights, (config.weight_dtype,))
         checks.dtype(op, "scales", scales, (torch.float32,))
-        checks.shape(op, "x", x, (None, config.hidden), "(T, H)", _CPU)
+        checks.shape(op, "x", x, (None, config.hidden), "(T, H)", self.device)
         most = config.max_tokens
         contract = f"have at most max_tokens = {most} rows"
         checks.value(op, "x", len(x) <= most, contract, f"shape {tuple(x.shape)}")
         expected = (len(x), config.top_k)
-        checks.shape(op, "topk_ids", topk_ids, expected, "(T, K)", _CPU)
-        checks.shape(op, "topk_weights", topk_weights, expected, "(T, K)", _CPU)
-        formats.check_factors(op, scales, config.quant, config.topology, config.hidden, _CPU)
+        checks.shape(op, "topk_ids", topk_ids, expected, "(T, K)", self.device)
+        checks.shape(op, "topk_weights", topk_weights, expected, "(T, K)", self.device)
+        formats.check_factors(op, scales, config.quant, config.topology, config.hidden, self.device)
         checks.expert_ids(
             op, "topk_ids", topk_ids, config.topology.num_experts, active=topk_ids != NOWHERE
         )

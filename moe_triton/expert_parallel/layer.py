@@ -56,6 +56,9 @@ class ExpertParallel:
         timeout: seconds any wait for peers may take.
         transport: "auto", "symmetric" or "collective".
         rank: this rank, for an in-process group whose thread is not bound to one.
+        device: where the tensors of all calls are. None stands for the accelerator where the
+            process group sends no other tensors than its, as NCCL's does, and else for torch's
+            default device.
 
     Raises:
         MoeError: a wrong argument, ranks that disagree, or a transport that cannot work here.
@@ -81,6 +84,7 @@ class ExpertParallel:
         timeout: float = 30.0,
         transport: str = "auto",
         rank: int | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         resolved = comm.resolve(_OP, group, rank)
         self.rank, self.world_size = resolved.rank, resolved.size
@@ -103,7 +107,8 @@ class ExpertParallel:
                 max_recv_tokens=max_recv_tokens,
                 alignment=alignment,
             )
-            steps = device_steps(torch.device("cpu"))  # the only device whose steps exist so far
+            self.device = _device(device, resolved)
+            steps = device_steps(self.device)
         except MoeError as error:
             comm.refuse_endpoint(resolved, _OP, error)
             raise
@@ -123,7 +128,13 @@ class ExpertParallel:
             "alignment": config.alignment,
         }
         self._exchange = Exchange(
-            endpoint, config, arguments, steps, exact=exact, counts_dtype=counts_dtype
+            endpoint,
+            config,
+            arguments,
+            steps,
+            self.device,
+            exact=exact,
+            counts_dtype=counts_dtype,
         )
         try:
             self._exchange.open()
@@ -433,3 +444,15 @@ def _check_connection(in_flight: int, timeout: float, transport: str) -> None:
     checks.value(_OP, "timeout", 0 < timeout <= _LONGEST_TIMEOUT, contract, timeout)
     choices = comm.TRANSPORTS
     checks.value(_OP, "transport", transport in choices, f"be in {choices}", repr(transport))
+
+
+def _device(device: torch.device | str | None, group: comm.Group) -> torch.device:
+    """The device that an argument means, with its number."""
+    if device is None:
+        device = torch.get_default_device()
+        if comm.only_on_device(group):
+            device = torch.accelerator.current_accelerator() or device
+    found = torch.device(device)
+    if found.type != "cpu" and found.index is None:
+        found = torch.device(found.type, torch.accelerator.current_device_index())
+    return found

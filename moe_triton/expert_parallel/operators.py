@@ -39,7 +39,7 @@ def _find(name: str) -> Exchange:
 def _launch(exchange: Exchange, operation: Pending) -> Tensor:
     number = next(_numbers)
     exchange.in_flight[number] = operation
-    return torch.tensor(number)
+    return torch.tensor(number, device="cpu")
 
 
 def _in_flight(exchange: Exchange, op: str, number: Tensor) -> Pending:
@@ -75,22 +75,22 @@ def _dispatch_teardown(*, number: Tensor, name: str) -> tuple[Tensor | None, ...
     )
 
 
-def _dispatch_teardown_outputs(*, number: Tensor, name: str) -> tuple[Tensor | None, ...]:
+def _dispatch_teardown_outputs(*, name: str, **_: object) -> tuple[Tensor | None, ...]:
     exchange = _find(name)
-    config = exchange.config
+    config, device = exchange.config, exchange.device
     rows = config.capacity(exchange.rank)
     local = config.topology.num_local_experts(exchange.rank)
     fmt, scales = config.row_format, None
     if fmt.scale_offset is not None:
-        scales = number.new_empty(fmt.scale_shape(rows), dtype=fmt.scale_dtype)
+        scales = torch.empty(fmt.scale_shape(rows), dtype=fmt.scale_dtype, device=device)
         scales = formats.as_e8m0(config.quant, scales)
     return (
-        number.new_empty((rows, config.hidden), dtype=fmt.dtype),
+        torch.empty((rows, config.hidden), dtype=fmt.dtype, device=device),
         scales,
-        number.new_empty(rows, dtype=config.weight_dtype),
-        number.new_empty(local, dtype=exchange.counts_dtype),
-        number.new_empty(local, dtype=torch.int32),
-        number.new_empty(local * config.topology.world_size, dtype=torch.int32),
+        torch.empty(rows, dtype=config.weight_dtype, device=device),
+        torch.empty(local, dtype=exchange.counts_dtype, device=device),
+        torch.empty(local, dtype=torch.int32, device=device),
+        torch.empty(local * config.topology.world_size, dtype=torch.int32, device=device),
     )
 
 
@@ -146,7 +146,7 @@ dispatch_setup = Operator(
     "Tensor x, Tensor topk_ids, Tensor? topk_weights, Tensor? scales, str name",
     "Tensor",
     run=_dispatch_setup,
-    outputs=lambda *, topk_ids, **_: topk_ids.new_empty((), dtype=torch.int64),
+    outputs=lambda **_: torch.empty((), dtype=torch.int64, device="cpu"),
 )
 
 dispatch_teardown = Operator(
@@ -164,7 +164,7 @@ combine_setup = Operator(
     "Tensor? addend, str name",
     "Tensor",
     run=_combine_setup,
-    outputs=lambda *, expert_ids, **_: expert_ids.new_empty((), dtype=torch.int64),
+    outputs=lambda **_: torch.empty((), dtype=torch.int64, device="cpu"),
 )
 
 combine_teardown = Operator(

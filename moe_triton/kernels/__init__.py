@@ -20,7 +20,8 @@ if __name__ != "moe_triton.kernels":
 from .experts import eplb_map, keep_experts, top_k_gating
 from .flags import wait_flags, write_flags
 from .gather_quant import gather_quant
-from .pack import pack
+from .locate import arrivals, permutation, returns
+from .pack import clear, pack
 from .plan import plan
 from .push import push
 from .quantize import (
@@ -37,12 +38,15 @@ from .sources import sources
 
 __all__ = [
     "add_rows",
+    "arrivals",
+    "clear",
     "decode",
     "encode",
     "eplb_map",
     "gather_quant",
     "keep_experts",
     "pack",
+    "permutation",
     "plan",
     "push",
     "quantize_blocks",
@@ -51,6 +55,7 @@ __all__ = [
     "quantize_rows",
     "quantize_static",
     "reduce",
+    "returns",
     "sources",
     "top_k_gating",
     "wait_flags",

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..errors import ArgumentValueError
 from ..layout import RowFormat
 from . import launch
 from ._checks import INDICES, check_tensor
@@ -38,6 +39,7 @@ from ._common import WORDS, load_rows
 def _pack_kernel(
     source_ptr,  # [N, width] words of payload
     index_ptr,  # [n] int32 | int64, negative for none
+    count_ptr,  # [1] int32 rows that there are, or None for n
     source_scale_ptr,  # [N, C] integers as wide as a scale, or None
     x_ptr,  # [A, width] words
     scale_ptr,  # [A] integers as wide as a scale, or None
@@ -54,6 +56,8 @@ def _pack_kernel(
 ):
     width = width_units * UNIT
     across = tl.cdiv(width, BLOCK)
+    if count_ptr is not None:
+        num_rows = tl.minimum(num_rows, tl.load(count_ptr))
     for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS) * across, tl.num_programs(0)):
         first = (tile // across) * ROWS
         row = first.to(tl.int64) + tl.arange(0, ROWS)
@@ -80,6 +84,7 @@ def pack(
     fmt: RowFormat,
     x: torch.Tensor,
     scales: torch.Tensor | None = None,
+    count: torch.Tensor | None = None,
 ) -> None:
     """Gather rows from wherever they are into the outputs of dispatch.
 
@@ -89,6 +94,7 @@ def pack(
         fmt: their format.
         x: [A, H] output, of the payload's dtype; rows after the n-th stay untouched.
         scales: [A] output of the scales' dtype, [A, C] where a row has several, or None.
+        count: [1] int32 on the device: only so many rows are taken; None for all n.
 
     Raises:
         ArgumentTypeError: a wrong dtype.
@@ -105,6 +111,8 @@ def pack(
         strided_columns=False,
     )
     check_tensor(op, "index", index, dtypes=INDICES, shape=(None,), device=device)
+    if count is not None:
+        check_tensor(op, "count", count, dtypes=(torch.int32,), shape=(1,), device=device)
     check_tensor(
         op,
         "x",
@@ -129,14 +137,15 @@ def pack(
     found = None if scales is None else fmt.scales(rows)
     if scales is not None and found is not None and scales.dim() == 2:
         # As many as that are rows themselves.
-        _gather(found, index, scales)
+        _gather(found, index, count, scales)
         found = scales = None
-    _gather(fmt.payload(rows), index, x, found, scales)
+    _gather(fmt.payload(rows), index, count, x, found, scales)
 
 
 def _gather(
     source: torch.Tensor,
     index: torch.Tensor,
+    count: torch.Tensor | None,
     x: torch.Tensor,
     source_scales: torch.Tensor | None = None,
     scales: torch.Tensor | None = None,
@@ -156,6 +165,7 @@ def _gather(
     _pack_kernel[(tiles.num_programs,)](
         source,
         index.contiguous(),
+        count,
         source_scales,
         x,
         scales,
@@ -165,6 +175,72 @@ def _gather(
         source.stride(0) // unit,
         x.stride(0) // unit,
         scale_step,
+        UNIT=unit,
+        ROWS=tiles.rows,
+        BLOCK=tiles.block,
+        num_warps=tiles.num_warps,
+    )
+
+
+@triton.jit(do_not_specialize=["num_rows", "width_units", "x_units"])
+def _clear_kernel(
+    x_ptr,  # [A, width] words
+    index_ptr,  # [n] int32 | int64
+    count_ptr,  # [1] int32, or None
+    num_rows,
+    width_units,
+    x_units,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    width = width_units * UNIT
+    across = tl.cdiv(width, BLOCK)
+    if count_ptr is not None:
+        num_rows = tl.minimum(num_rows, tl.load(count_ptr))
+    for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS) * across, tl.num_programs(0)):
+        first = (tile // across) * ROWS
+        row = first.to(tl.int64) + tl.arange(0, ROWS)
+        empty = load_rows(index_ptr, first, 1, num_rows, 0, ROWS) < 0
+        cols = (tile % across) * BLOCK + tl.arange(0, BLOCK)
+        at = (row * x_units * UNIT)[:, None] + cols[None, :]
+        mask = empty[:, None] & (cols < width)[None, :]
+        tl.store(x_ptr + at, tl.zeros([ROWS, BLOCK], x_ptr.dtype.element_ty), mask=mask)
+
+
+def clear(x: torch.Tensor, index: torch.Tensor, count: torch.Tensor | None = None) -> None:
+    """Zero the rows of [A, C] ``x`` that ``index`` leaves empty.
+
+    Args:
+        x: changed in place; rows after the n-th stay untouched.
+        index: [n] int32 or int64, negative for a row to zero.
+        count: [1] int32 on the device: only so many rows are looked at; None for all n.
+
+    Raises:
+        ArgumentTypeError: a wrong dtype.
+        ArgumentValueError: a wrong shape, stride or device, or fewer rows than indices.
+    """
+    op, device, num_rows = "clear", x.device, index.numel()
+    check_tensor(op, "index", index, dtypes=INDICES, shape=(None,), device=device)
+    check_tensor(
+        op, "x", x, dtypes=(x.dtype,), shape=(None, None), device=device, strided_columns=False
+    )
+    if len(x) < num_rows:
+        raise ArgumentValueError(op, "x", f"have a row for each of {num_rows} indices", len(x))
+    if count is not None:
+        check_tensor(op, "count", count, dtypes=(torch.int32,), shape=(1,), device=device)
+    if num_rows == 0 or x.numel() == 0:
+        return
+    words = x.view(WORDS[math.gcd(4, _alignment(x))])
+    tiles = launch.tiles(device, num_rows, words.shape[1], indexed=True)
+    unit = math.gcd(16, words.shape[1], words.stride(0))
+    _clear_kernel[(tiles.num_programs,)](
+        words,
+        index.contiguous(),
+        count,
+        num_rows,
+        words.shape[1] // unit,
+        words.stride(0) // unit,
         UNIT=unit,
         ROWS=tiles.rows,
         BLOCK=tiles.block,

@@ -138,6 +138,7 @@ def _write_rows_kernel(
     smooth_ptr,  # [1], [H], [T, H] or [NS + E, H] fp32, or None
     expert_ids_ptr,  # [T, K] int32 | int64 where each slot has smooth factors of its own, or None
     index_ptr,  # [T, S] int32 | int64 rows of out, negative for none; None for row t * S + slot
+    count_ptr,  # [1] int32 tokens that there are, or None for T
     out_ptr,  # [A, H] int8 | uint8 codes, or integers as wide as x
     scale_ptr,  # [A, C] fp32 | bf16 | fp16 | uint8, or None
     num_tokens,
@@ -170,6 +171,8 @@ def _write_rows_kernel(
     group = group_units * UNIT
     across = tl.cdiv(num_groups, GROUPS)
     lanes = tl.arange(0, BLOCK)
+    if count_ptr is not None:
+        num_tokens = tl.minimum(num_tokens, tl.load(count_ptr))
     for tile in range(tl.program_id(0), tl.cdiv(num_tokens, ROWS) * across, tl.num_programs(0)):
         first_token = (tile // across) * ROWS
         token = first_token.to(tl.int64) + tl.arange(0, ROWS)
@@ -345,7 +348,11 @@ def _quantized(
 
 
 def encode(
-    x: torch.Tensor, fmt: RowFormat, rows: torch.Tensor, smooth: torch.Tensor | None = None
+    x: torch.Tensor,
+    fmt: RowFormat,
+    rows: torch.Tensor,
+    smooth: torch.Tensor | None = None,
+    count: torch.Tensor | None = None,
 ) -> None:
     """Write [R, H] tokens into [R, stride] uint8 ``rows`` as they travel; padding is left.
 
@@ -354,12 +361,13 @@ def encode(
         fmt: of the rows.
         rows: output.
         smooth: [R, H] or [H] fp32 factors of the schemes that take such; of "static" also [1].
+        count: [1] int32 on the device: only so many rows are written; None for all R.
     """
     check_tensor(
         "encode", "rows", rows, dtypes=(torch.uint8,), shape=(len(x), None), device=x.device
     )
     payload, scales = split_rows(fmt, rows)
-    write_rows("encode", x, fmt, payload, scales, smooth)
+    write_rows("encode", x, fmt, payload, scales, smooth, count=count)
 
 
 def split_rows(fmt: RowFormat, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -378,6 +386,7 @@ def write_rows(
     index: torch.Tensor | None = None,
     expert_ids: torch.Tensor | None = None,
     num_slots: int = 1,
+    count: torch.Tensor | None = None,
 ) -> None:
     """Write the codes and scales of each token to one row or to several.
 
@@ -392,9 +401,12 @@ def write_rows(
         expert_ids: [T, K] where slot k has the factors NS + expert_ids[t, k], and slot K + j
             those of shared expert j; or None.
         num_slots: S.
+        count: [1] int32 on the device: only so many tokens are written; None for all T.
     """
     num_tokens, hidden = x.shape
     _check_rows(op, x, fmt, out, scales, smooth, expert_ids is not None)
+    if count is not None:
+        check_tensor(op, "count", count, dtypes=(torch.int32,), shape=(1,), device=x.device)
     if num_tokens == 0 or num_slots == 0 or out.numel() == 0:
         return
     # The rows of a tensor may lie apart, its columns may not.
@@ -430,6 +442,7 @@ def write_rows(
         smooth,
         None if expert_ids is None else expert_ids.contiguous(),
         None if index is None else index.contiguous(),
+        count,
         out,
         scales,
         num_tokens,

@@ -262,18 +262,22 @@ def distribute_combine(op: str, arguments: GroupArguments, **given: Any) -> Comb
     with ranks.told(op, "combine", "gather"):
         combine = check_combine(op, ranks, arguments=arguments, **given)
         ids, config, topology = combine.ids, combine.config, combine.topology
-        steps = device_steps(combine.expand_x.device)
+        device = combine.expand_x.device
+        steps = device_steps(device)
         plan = steps.plan(ids, config.topology.num_experts)
-        sources = steps.sources(combine.counts)
+        # The two ranks of a pair tell each other on the host how many rows they have.
+        fixed = steps.fixed_shapes and ranks.tp is None
+        most = config.capacity(ranks.ep.group.rank) if fixed else None
+        sources = steps.sources(combine.counts, capacity=most)
         combine.check_index(op, plan, sources, rank)
         sent = given.get("tp_send_counts")
         own, count = tp_counts(op, arguments, sent, sources, combine.num_rows)
 
-    call = Call(op, config, combine.agreed, steps)
+    call = Call(op, config, combine.agreed, steps, device)
     y = combine.expand_x
     if ranks.tp is not None:
         with ranks.told(op, "combine", None):
-            tp_call = Call(op, config, combine.agreed | {"ep_rank_id": rank}, steps)
+            tp_call = Call(op, config, combine.agreed | {"ep_rank_id": rank}, steps, device)
             y = add_halves(ranks.tp, tp_call, y, own, count, combine.capacity)
     transport = ranks.ep.transport(op)
     pending = transport.combine_setup(call, Outputs(y, sources, ids, plan, combine.weights))

@@ -70,7 +70,8 @@ class Dispatch:
     @functools.cached_property
     def call(self) -> Call:
         """For the transport; ``UnavailableError`` when the back end of ``x`` cannot run."""
-        return Call(self.op, self.config, self.agreed, device_steps(self.x.device))
+        device = self.x.device
+        return Call(self.op, self.config, self.agreed, device_steps(device), device)
 
     def outputs(self, received: Received) -> Received:
         """``received`` with tokens and scales as they come out."""
@@ -226,9 +227,9 @@ def distribute_dispatch(
         received = dispatch.outputs(transport.dispatch_teardown(pending))
 
     ends, weights, tp_counts = received.sources.ends, received.weights, None
-    num_own = len(received.sources.source)
     token_nums = received.counts.sum(1)
     if ranks.tp is not None:
+        num_own = int(ends[-1])
         arguments_of_pair = {**call.arguments, "ep_rank_id": rank}
         tp_call = dataclasses.replace(call, arguments=arguments_of_pair)
         peer = share_received(ranks.tp, tp_call, received.x, received.scales, ends)
@@ -253,7 +254,7 @@ def distribute_dispatch(
         slots = call.config.num_slots
         copies = received.copies
         columns = [received.sources.source, copies // slots, copies % slots]
-        torch.stack(columns, dim=1, out=assist[: 3 * num_own].view(num_own, 3))
+        torch.stack(columns, dim=1, out=assist[: 3 * len(copies)].view(-1, 3))
     return DispatchOutput(
         received.x,
         received.scales,

@@ -76,10 +76,10 @@ def check_assist(
     """The triples have come back unchanged, so that no row goes astray."""
     if assist.device.type != "cpu":
         return
-    n = len(sources.source)
+    n = int(sources.ends[-1])
     source, token, slot = assist[: 3 * n].view(n, 3).long().unbind(1)
     first, last = (config.top_k, config.num_slots) if shared else (0, config.top_k)
-    holds = (source == sources.source) & (token >= 0) & (token < config.max_tokens)
+    holds = (source == sources.source[:n]) & (token >= 0) & (token < config.max_tokens)
     holds &= (slot >= first) & (slot < last)
     contract = "hold the triples that dispatch returned for these rows"
     if not bool(holds.all()):

@@ -312,13 +312,14 @@ def combine_setup(
             comm_type=comm_type,
         )
         steps = device_steps(expand_x.device)
-        sources = steps.sources(counts)
+        sources = steps.sources(counts, capacity=capacity if steps.fixed_shapes else None)
         plan = steps.plan(expert_ids, config.topology.num_experts)
 
     agreed = arguments.agreed(op, expand_x, "expand_x", expert_ids)
     agreed |= {"comm_quant_mode": int(comm_quant_mode)}
     outputs = Outputs(expand_x, sources, expert_ids, plan, None)
-    pending = ranks.ep.transport(op).combine_setup(Call(op, config, agreed, steps), outputs)
+    call = Call(op, config, agreed, steps, expand_x.device)
+    pending = ranks.ep.transport(op).combine_setup(call, outputs)
     sent = sent_rows(pending, expand_x, capacity)
     started = Started(
         pending,

@@ -32,18 +32,19 @@ def local_step(name: str, device: torch.device) -> Callable[..., Any]:
 
 @functools.cache
 def _table(backend: str) -> DeviceSteps:
-    names = [field.name for field in dataclasses.fields(DeviceSteps)]
-    return DeviceSteps(**{name: _step(backend, name) for name in names})
+    names = {field.name for field in dataclasses.fields(DeviceSteps)} - {"fixed_shapes"}
+    # On the CPU a value is as near as a shape, so that memory need not be set aside for the worst.
+    fixed_shapes = backend not in ("cpu", "interpret")
+    return DeviceSteps(fixed_shapes, **{name: _step(backend, name) for name in names})
 
 
 @functools.cache
 def _step(backend: str, name: str) -> Callable[..., Any]:
     if backend == "cpu":
         return getattr(ref, name)
-    assert backend == "interpret"
     # Only here: importing the kernels imports Triton, as an interpreter or not.
-    kernels = importlib.import_module("moe_triton.kernels")
-    return _one_at_a_time(getattr(kernels, name))
+    step = getattr(importlib.import_module("moe_triton.kernels"), name)
+    return _one_at_a_time(step) if backend == "interpret" else step
 
 
 def _one_at_a_time(step: Callable[..., Any]) -> Callable[..., Any]:

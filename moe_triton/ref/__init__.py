@@ -11,7 +11,7 @@ Source: the semantics of Ascend's ``npu_moe_distribute_*`` family.
 from __future__ import annotations
 
 from .experts import eplb_map, keep_experts, top_k_gating
-from .move import gather_quant, pack, push
+from .move import clear, gather_quant, pack, push
 from .quantize import (
     decode,
     encode,
@@ -22,17 +22,20 @@ from .quantize import (
     quantize_static,
 )
 from .reduce import accumulator, add_rows, reduce
-from .routing import plan, sources
+from .routing import arrivals, permutation, plan, returns, sources
 
 __all__ = [
     "accumulator",
     "add_rows",
+    "arrivals",
+    "clear",
     "decode",
     "encode",
     "eplb_map",
     "gather_quant",
     "keep_experts",
     "pack",
+    "permutation",
     "plan",
     "push",
     "quantize_blocks",
@@ -41,6 +44,7 @@ __all__ = [
     "quantize_rows",
     "quantize_static",
     "reduce",
+    "returns",
     "sources",
     "top_k_gating",
 ]

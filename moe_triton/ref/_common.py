@@ -14,6 +14,11 @@ def exclusive_cumsum(counts: torch.Tensor, dim: int = 0) -> torch.Tensor:
     return counts.cumsum(dim, dtype=counts.dtype) - counts
 
 
+def fitted(values: torch.Tensor, size: int, fill: int) -> torch.Tensor:
+    """[n] cut or filled up to [size]."""
+    return torch.nn.functional.pad(values[:size], (0, max(size - len(values), 0)), value=fill)
+
+
 def blocks(num_rows: int, row_elements: int) -> Iterator[slice]:
     """Slices of as many rows as make one block."""
     rows = max(BLOCK // max(row_elements, 1), 1)

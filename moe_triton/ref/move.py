@@ -85,6 +85,7 @@ def pack(
     fmt: RowFormat,
     x: torch.Tensor,
     scales: torch.Tensor | None = None,
+    count: torch.Tensor | None = None,
 ) -> None:
     """Gather rows from wherever they are into the outputs of dispatch.
 
@@ -94,7 +95,10 @@ def pack(
         fmt: their format.
         x: [A, H] output, of the payload's dtype; rows after the n-th stay untouched.
         scales: [A] output of the scales' dtype, [A, C] where a row has several, or None.
+        count: [1] int32: only so many rows are taken; None for all n.
     """
+    if count is not None:
+        index = index[: int(count)]
     n, payload = index.numel(), fmt.payload(rows)
     if fmt.dtype in FLOAT8:
         # torch selects and fills bytes, not every float8.
@@ -114,6 +118,20 @@ def pack(
     for out in (x, scales) if len(absent) else ():
         if out is not None:
             out.index_fill_(0, absent, 0)
+
+
+def clear(x: torch.Tensor, index: torch.Tensor, count: torch.Tensor | None = None) -> None:
+    """Zero the rows of [A, C] ``x`` that ``index`` leaves empty.
+
+    Args:
+        x: changed in place; rows after the n-th stay untouched.
+        index: [n], negative for a row to zero.
+        count: [1] int32: only so many rows are looked at; None for all n.
+    """
+    if count is not None:
+        index = index[: int(count)]
+    # torch fills bytes, not every float8.
+    x.view(torch.uint8).index_fill_(0, (index < 0).nonzero()[:, 0], 0)
 
 
 def gather_quant(

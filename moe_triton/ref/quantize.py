@@ -157,7 +157,11 @@ def quantize_blocks(
 
 
 def encode(
-    x: torch.Tensor, fmt: RowFormat, rows: torch.Tensor, smooth: torch.Tensor | None = None
+    x: torch.Tensor,
+    fmt: RowFormat,
+    rows: torch.Tensor,
+    smooth: torch.Tensor | None = None,
+    count: torch.Tensor | None = None,
 ) -> None:
     """Write [R, H] tokens into [R, stride] uint8 ``rows`` as they travel; padding is left.
 
@@ -166,7 +170,11 @@ def encode(
         fmt: of the rows.
         rows: output.
         smooth: [R, H] or [H] fp32 factors of the schemes that take such; of "static" also [1].
+        count: [1] int32: only so many rows are written; None for all R.
     """
+    if count is not None:
+        x, rows = x[: int(count)], rows[: int(count)]
+        smooth = smooth if smooth is None or smooth.dim() == 1 else smooth[: len(x)]
     scales = None if fmt.scale_offset is None else fmt.scales(rows)
     encode_apart(x, fmt, fmt.payload(rows), scales, smooth)
 

@@ -1,11 +1,13 @@
-"""Which copy goes where: the plan of a rank's tokens, the numbers of the rows it receives."""
+"""Which copy goes where: plans, the rows that a rank receives, those that it gets back."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from ..layout import NOWHERE, Plan, Sources
-from ._common import exclusive_cumsum
+from ..layout import NOWHERE, Arrivals, Permutation, Plan, Sources
+from ._common import exclusive_cumsum, fitted
 
 
 def plan(expert_ids: torch.Tensor, num_experts: int) -> Plan:
@@ -21,27 +23,156 @@ def plan(expert_ids: torch.Tensor, num_experts: int) -> Plan:
     return Plan(counts[:num_experts], expand_idx, order.int())
 
 
-def sources(counts: torch.Tensor, alignment: int = 1) -> Sources:
+def sources(counts: torch.Tensor, alignment: int = 1, capacity: int | None = None) -> Sources:
     """Number the rows that [L, W] int32 ``counts`` (local expert, source) announce.
 
     Args:
         counts: rows for each local expert from each source.
         alignment: the rows of each expert are padded to a multiple of this.
+        capacity: rows to return numbers for; those after the n-th have the source ``NOWHERE`` and
+            the copy 0. None for the n rows there are.
     """
     world = counts.shape[1]
     rows = counts.sum(1, dtype=torch.int32)
     padded = (rows + alignment - 1) // alignment * alignment
-    groups = torch.cat([counts, (padded - rows)[:, None]], dim=1).reshape(-1)
+    groups = torch.cat([counts, (padded - rows)[:, None]], dim=1)
+    begins = exclusive_cumsum(groups.reshape(-1))
     group = torch.repeat_interleave(
-        torch.arange(groups.numel(), device=counts.device), groups.long()
+        torch.arange(groups.numel(), device=counts.device), groups.reshape(-1).long()
     )
     # Where the group's copies begin in its source's list, which runs over this rank's experts.
     first = torch.nn.functional.pad(exclusive_cumsum(counts, dim=0), (0, 1)).reshape(-1)
-    within = torch.arange(group.numel(), device=counts.device) - exclusive_cumsum(groups)[group]
+    within = torch.arange(group.numel(), device=counts.device) - begins[group]
     source = group % (world + 1)
+    source = source.where(source < world, NOWHERE)
+    copy = (first[group] + within).long()
+    if capacity is not None:
+        source = fitted(source, capacity, NOWHERE)
+        copy = fitted(copy, capacity, 0)
     return Sources(
-        source.where(source < world, NOWHERE),
-        (first[group] + within).long(),
+        source,
+        copy,
         counts.reshape(-1).cumsum(0, dtype=torch.int32),
         padded.cumsum(0, dtype=torch.int32),
+        begins.view(groups.shape).int(),
     )
+
+
+def arrivals(
+    counts: torch.Tensor,
+    copies: torch.Tensor,
+    weights: torch.Tensor | None,
+    *,
+    copies_per_row: int,
+    origins: torch.Tensor | None = None,
+    step: int = 1,
+    table: torch.Tensor | None = None,
+    alignment: int = 1,
+    capacity: int | None = None,
+) -> Arrivals:
+    """Number the rows that all sources sent this rank, and say where each lies.
+
+    Row r of source s is at ``origins[s] + r * step``, or at ``table[s, r]``.
+
+    Args:
+        counts: [L, W] int32 rows for each local expert from each source.
+        copies: [W, C] int32 the sources' lists of copies for this rank.
+        weights: [W, C] their weights, or None.
+        copies_per_row: K + NS where the copies of a token share its row, or 1.
+        origins: [W] int64, or None with a table.
+        step: from one row of a source to its next.
+        table: [W, R] int64, or None.
+        alignment: as in ``sources``.
+        capacity: as in ``sources``.
+    """
+    numbering = sources(counts, alignment, capacity)
+    real = numbering.source != NOWHERE
+    source, copy = numbering.source.where(real, 0), numbering.copy.where(real, 0)
+    found = copies[source, copy] if copies.numel() else copy.int()
+    row = (found // copies_per_row).long().where(real, 0)
+    if table is not None:
+        index = table[source, row]
+    else:
+        assert origins is not None
+        index = origins[source] + row * step
+    received = None
+    if weights is not None:
+        received = weights[source, copy] if weights.numel() else weights.new_zeros(len(real))
+        received = received.where(real, 0)
+    return Arrivals(
+        numbering, found.where(real, NOWHERE).int(), index.where(real, NOWHERE), received
+    )
+
+
+def permutation(
+    routing: Plan,
+    expert_ids: torch.Tensor,
+    weights: torch.Tensor | None,
+    *,
+    alignment: int = 1,
+    capacity: int | None = None,
+) -> Permutation:
+    """Number the rows of a rank whose tokens and experts are its own.
+
+    Args:
+        routing: the plan of ``expert_ids``.
+        expert_ids: [T, K].
+        weights: [T, K], or None.
+        alignment: as in ``sources``.
+        capacity: as in ``sources``.
+    """
+    numbering = sources(routing.counts[:, None], alignment, capacity)
+    real = (numbering.source != NOWHERE).nonzero()[:, 0]
+    flat = routing.order[numbering.copy[real]].long()
+    copies = routing.order.new_full((len(numbering.source),), NOWHERE)
+    copies[real] = flat.int()
+    places = real.new_full(expert_ids.shape, NOWHERE)
+    places.view(-1)[flat] = real
+    received = None
+    if weights is not None:
+        received = weights.new_zeros(len(copies))
+        received[real] = weights.reshape(-1)[flat]
+    return Permutation(numbering, copies, places, received)
+
+
+def returns(
+    begins: torch.Tensor,
+    routing: Plan,
+    expert_ids: torch.Tensor,
+    *,
+    rank: int,
+    num_shared_ranks: int,
+    shared_ranks: Sequence[int],
+    origins: torch.Tensor,
+    step: int = 1,
+) -> torch.Tensor:
+    """Where each token's rows are after the experts: row r of holder h at origins[h] + r * step.
+
+    Args:
+        begins: [W, L, W + 1] int32 every rank's ``Sources.begins``; a shared expert's is its
+            holder's first.
+        routing: the plan of ``expert_ids``.
+        expert_ids: [T, K] of this rank's tokens.
+        rank: this rank, the source of the tokens.
+        num_shared_ranks: S; the MoE ranks come after them.
+        shared_ranks: the rank that has its tokens, for each shared expert.
+        origins: [W] int64.
+        step: from one row of a holder to its next.
+
+    Returns:
+        [T, K + NS] int64, ``NOWHERE`` for a slot without a row.
+    """
+    ids, local = expert_ids.long(), begins.shape[1]
+    place = routing.expand_idx.view(ids.shape)
+    sent = place != NOWHERE
+    expert = ids.where(sent, 0)
+    holder = num_shared_ranks + expert // local
+    row = begins[holder, expert % local, rank] + place
+    routed = (origins[holder] + row * step).where(sent, NOWHERE)
+    # A token takes part if any of its slots does; shared experts get those in their order.
+    active = (ids != NOWHERE).any(1, keepdim=True)
+    token = active.cumsum(0) - 1
+    shared = torch.tensor(shared_ranks, dtype=torch.long, device=ids.device)
+    shared_row = begins[shared, 0, rank] + token
+    shared_index = (origins[shared] + shared_row * step).where(active, NOWHERE)
+    return torch.cat([routed, shared_index], dim=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .inputs import routing_hot, routing_uniform, routing_zipf, tokens, weights
-from .launch import run_local, run_processes
+from .launch import lockstep, run_local, run_processes
 from .pool import close_pool, pool_pids
 from .processes import Processes, start_processes
 from .world import RankContext, WorkerDiedError
@@ -13,6 +13,7 @@ __all__ = [
     "RankContext",
     "WorkerDiedError",
     "close_pool",
+    "lockstep",
     "pool_pids",
     "routing_hot",
     "routing_uniform",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -54,14 +55,56 @@ def run_local(
             explains the others goes before ``PeerAbortError``, ``PeerTimeoutError`` and
             ``BrokenGroupError``.
     """
-    layout = Layout(world_size, tp_world_size)
-    device = torch.device(device)
+    contexts = _local_contexts(Layout(world_size, tp_world_size), torch.device(device))
+    return _in_threads(contexts, fn, keep_groups=False)
+
+
+@contextlib.contextmanager
+def lockstep(
+    world_size: int,
+    make: Callable[[RankContext], R],
+    *,
+    tp_world_size: int = 1,
+    device: str | torch.device = "cpu",
+) -> Iterator[list[R]]:
+    """Let one thread drive all ranks, for a world on one device or in one CUDA graph.
+
+    The thread issues an operation's setups of all ranks, and then their teardowns: a teardown waits
+    for all setups. Calls that ranks make together for the first time, as constructing an
+    ``ExpertParallel`` is, wait for each other within one call, and belong into ``make``.
+
+    Args:
+        world_size: ranks in all, EP x TP.
+        make: called with the :class:`RankContext` of each rank, each in a thread, as by
+            :func:`run_local`.
+        tp_world_size: ranks of a tensor-parallel group; 0 and 1 mean none.
+        device: where all ranks compute.
+
+    Yields:
+        What ``make`` returned, in the order of the ranks.
+
+    Raises:
+        As for :func:`run_local`.
+    """
+    contexts = _local_contexts(Layout(world_size, tp_world_size), torch.device(device))
+    made = _in_threads(contexts, make, keep_groups=True)
+    try:
+        yield made
+    finally:
+        _forget_groups(contexts)
+
+
+def _in_threads(
+    contexts: list[RankContext], fn: Callable[[RankContext], R], *, keep_groups: bool
+) -> list[R]:
+    """Run ``fn`` on every rank; keep the groups if all goes well and that is wanted."""
     results: dict[int, R] = {}
     failures: list[Failure] = []
     changed = threading.Condition()
 
     def run(context: RankContext) -> None:
         try:
+            device = context.device
             if device.index is not None:
                 torch.get_device_module(device).set_device(device)
             comm.bind_rank(context.ep_group, context.ep_rank)
@@ -80,7 +123,7 @@ def run_local(
     def answers() -> int:
         return len(results) + len(failures)
 
-    contexts = _local_contexts(layout, device)
+    world_size = len(contexts)
     for context in contexts:
         threading.Thread(
             target=run, args=(context,), daemon=True, name=f"rank {context.rank}"
@@ -90,12 +133,17 @@ def run_local(
         changed.wait_for(lambda: answers() == world_size, timeout=_GRACE)
         unfinished = set(range(world_size)) - results.keys() - {f.rank for f in failures}
         failures = list(failures)
-    if not unfinished:  # else there are threads that still use the groups
-        for group in {c.ep_group for c in contexts} | {c.tp_group for c in contexts} - {""}:
-            comm.unregister_group(group)
+    # Threads that have not come back still use the groups.
+    if not unfinished and (failures or not keep_groups):
+        _forget_groups(contexts)
     if failures:
         raise_first(failures, sorted(unfinished))
     return [results[rank] for rank in range(world_size)]
+
+
+def _forget_groups(contexts: list[RankContext]) -> None:
+    for group in {c.ep_group for c in contexts} | {c.tp_group for c in contexts} - {""}:
+        comm.unregister_group(group)
 
 
 def _local_contexts(layout: Layout, device: torch.device) -> list[RankContext]:

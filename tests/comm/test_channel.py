@@ -337,10 +337,10 @@ def test_memory_that_cannot_be_had(monkeypatch):
     channels = agreed(3)
     allocate = LocalMemory.allocate
 
-    def refuse(memory, num_bytes):
+    def refuse(memory, *sizes):
         if memory is channels[1]._memory:
             raise OSError(28, "No space left on device")
-        return allocate(memory, num_bytes)
+        return allocate(memory, *sizes)
 
     channels[1]._memory = LocalMemory()
     monkeypatch.setattr(LocalMemory, "allocate", refuse)

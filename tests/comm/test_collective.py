@@ -15,7 +15,6 @@ from moe_triton import (
     MoeError,
     PeerAbortError,
     PeerTimeoutError,
-    UnavailableError,
     comm,
 )
 from moe_triton.comm import collective
@@ -45,22 +44,39 @@ def test_a_process_group_that_has_gloo_for_the_cpu(backend):
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         group = comm.resolve("test", None)
-        assert collective.connect(group) is group.process_group
+        assert collective.has_gloo(group)
+        assert collective.device_group(group) is None
+        assert not collective.only_on_device(group)
     finally:
         dist.destroy_process_group()
 
 
 def test_a_process_group_without_gloo():
+    """Notices, and tensors in host memory, go over a gloo of the group's store."""
+
     def fn(ctx):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
-            with pytest.raises(UnavailableError) as caught:
-                exchange(ctx.ep_group)
-        return str(caught.value)
+            assert collective.only_on_device(comm.resolve("test", ctx.ep_group))
+            return exchange(ctx.ep_group)
 
-    for text in harness.run_world("collective", WORLD, fn):
-        assert "gloo" in text
-        assert "'cuda:nccl'" in text
+    assert harness.run_world("collective", WORLD, fn) == [heard(rank) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("through", ["the group", "host memory"])
+def test_rows_that_are_not_in_host_memory(through):
+    """As with the tensors of a device: in batches over the group, or by way of copies."""
+
+    def fn(ctx):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(collective, "in_host_memory", lambda data: False)
+            if through == "the group":
+                patch.setattr(collective, "device_group", lambda group: group.process_group)
+            return [exchange(ctx.ep_group, number) for number in range(3)]
+
+    results = harness.run_world("collective", WORLD, fn)
+    for rank, found in enumerate(results):
+        assert found == [heard(rank, number) for number in range(3)]
 
 
 @pytest.mark.parametrize("rounds", [0, 3])

@@ -18,7 +18,8 @@ worlds = pytest.mark.parametrize("world", harness.WORLDS)
 
 
 def call_with(**arguments) -> Call:
-    return Call("test_gather", CONFIG, arguments, device_steps(torch.device("cpu")))
+    cpu = torch.device("cpu")
+    return Call("test_gather", CONFIG, arguments, device_steps(cpu), cpu)
 
 
 def gather(endpoint, call, parts, num_bytes):

@@ -89,14 +89,14 @@ def test_a_layout_by_hand():
     assert layout.num_rows == 3
     assert layout.num_bytes == 192 + 3 * 16
     layout = config.combine
-    assert layout.num_ends == 4
-    assert layout.rows_start == 16
+    assert layout.groups == (2, 3)
+    assert layout.rows_start == 32
     assert layout.num_rows == 12
-    assert layout.num_bytes == 16 + 12 * 16
+    assert layout.num_bytes == 32 + 12 * 16
     # Two slots with two flags of 16 bytes each.
-    assert window_bytes(config) == WindowBytes(2 * (32 + 240), 2 * (32 + 208))
-    assert window_bytes(config, in_flight=2) == WindowBytes(4 * (32 + 240), 4 * (32 + 208))
-    assert window_bytes(config).total == 1024
+    assert window_bytes(config) == WindowBytes(2 * (32 + 240), 2 * (32 + 224))
+    assert window_bytes(config, in_flight=2) == WindowBytes(4 * (32 + 240), 4 * (32 + 224))
+    assert window_bytes(config).total == 1056
 
 
 @pytest.mark.parametrize(
@@ -160,13 +160,13 @@ def test_nothing_overlaps_in_a_combine_window(config, in_flight):
     views = []
     for slot in range(arena.slots):
         data = arena.data(0, slot)
-        ends, rows = layout.ends(data), layout.rows(data)
-        assert ends.shape == (world * config.topology.experts_per_rank,)
+        begins, rows = layout.begins(data), layout.rows(data)
+        assert begins.shape == (config.topology.experts_per_rank, world + 1)
         assert rows.shape == (layout.num_rows, config.return_format.stride)
         for rank in range(world):
             assert layout.num_rows >= config.capacity(rank)
-            assert len(ends) >= world * config.topology.num_local_experts(rank)
-        views += [ends, *(row.view(torch.int32) for row in rows), *flags_of(arena, slot)]
+            assert len(begins) >= config.topology.num_local_experts(rank)
+        views += [begins.view(-1), *(row.view(torch.int32) for row in rows), *flags_of(arena, slot)]
     distinct(views)
     inside(arena, views)
 
@@ -244,7 +244,7 @@ def test_views_are_remembered_and_forgotten():
     layout = config.combine
     first = arena.view(0, 0, layout, layout.rows)
     assert arena.view(0, 0, layout, layout.rows) is first
-    for owner, slot, make in ((1, 0, layout.rows), (0, 1, layout.rows), (0, 0, layout.ends)):
+    for owner, slot, make in ((1, 0, layout.rows), (0, 1, layout.rows), (0, 0, layout.begins)):
         assert arena.view(owner, slot, layout, make).data_ptr() != first.data_ptr()
     smaller = MoeConfig(Topology(2, 4), 2, 8, 2).combine
     assert arena.view(0, 0, smaller, smaller.rows).shape != first.shape

@@ -68,6 +68,27 @@ def _routing() -> Iterator[tuple[str, Callable[[], object]]]:
     counts = torch.full((EXPERTS // 8, 8), 2, dtype=torch.int32)
     yield "sources", lambda: kernels.sources(counts, capacity=4096)
     yield "sources aligned", lambda: kernels.sources(counts, 128, capacity=4096)
+    copies, weights = torch.zeros((8, 4096), dtype=torch.int32), torch.zeros((8, 4096))
+    origins, table = torch.zeros(8, dtype=torch.int64), torch.zeros((8, 512), dtype=torch.int64)
+    for name, where in (("", {"origins": origins, "step": 449}), (" by table", {"table": table})):
+        yield (
+            f"arrivals{name}",
+            lambda where=where: kernels.arrivals(
+                counts, copies, weights, copies_per_row=TOP_K, capacity=4096, **where
+            ),
+        )
+    ids, ones = _ids(), torch.ones((TOKENS, TOP_K))
+    routing = ref.plan(ids, EXPERTS)
+    yield "permutation", lambda: kernels.permutation(routing, ids, ones, capacity=TOKENS * TOP_K)
+    begins = torch.zeros((8, EXPERTS // 8, 9), dtype=torch.int32)
+    for name, shared in (("", ()), (" with shared experts", (0, 1))):
+        yield (
+            f"returns{name}",
+            lambda shared=shared: kernels.returns(
+                begins, routing, ids, rank=1, num_shared_ranks=0, shared_ranks=shared,
+                origins=origins, step=896,
+            ),
+        )  # fmt: skip
 
 
 def _moves(kind: str, hidden: int) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -103,6 +124,8 @@ def _moves(kind: str, hidden: int) -> Iterator[tuple[str, Callable[[], object]]]
                     x, index, fmt, smooth, ids, out, scales
                 ),
             )
+        if name == "int8":
+            yield f"clear {name}, {kind}", lambda out=out: kernels.clear(out, places)
         if not fmt.block:
             yield (
                 f"pack {name}, {kind}",

@@ -1,0 +1,149 @@
+"""The rows of each (local expert, source): where each group begins, and which group a row is in.
+
+One program sums the counts: a group for each (expert, source), and one for the padding of each
+expert. Then each row looks up its group by bisection.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..errors import ArgumentValueError
+from ..layout import NOWHERE
+from . import launch
+from ._checks import check_tensor
+
+_NOWHERE = tl.constexpr(NOWHERE)
+
+
+@triton.jit(do_not_specialize=["num_experts", "world", "alignment", "by_expert", "by_source"])
+def _groups_kernel(
+    counts_ptr,  # [L, W] int32
+    ends_ptr,  # [L * W] int32
+    offsets_ptr,  # [L] int32
+    begins_ptr,  # [L, W + 1] int32 first row of each group, the last one being padding
+    copies_ptr,  # [L, W + 1] int32 first copy of each group in its source's list
+    num_experts,
+    world,
+    alignment,
+    by_expert,  # strides of the counts
+    by_source,
+    EXPERTS: tl.constexpr,
+    WORLD: tl.constexpr,  # a power of two above W
+):
+    source = tl.arange(0, WORLD)
+    copies = tl.zeros([WORLD], tl.int32)
+    num_rows, num_padded = 0, 0
+    for first in range(0, num_experts, EXPERTS):
+        expert = first + tl.arange(0, EXPERTS)
+        is_expert = (expert < num_experts)[:, None]
+        mask = is_expert & (source < world)[None, :]
+        at = expert[:, None] * by_expert + source[None, :] * by_source
+        counts = tl.load(counts_ptr + at, mask=mask, other=0)
+        rows = tl.sum(counts, axis=1)
+        padded = (rows + alignment - 1) // alignment * alignment
+        within = tl.cumsum(counts, axis=1)
+        row_ends = num_rows + tl.cumsum(rows, axis=0)
+        offsets = num_padded + tl.cumsum(padded, axis=0)
+        at = expert[:, None] * world + source[None, :]
+        tl.store(ends_ptr + at, (row_ends - rows)[:, None] + within, mask=mask)
+        tl.store(offsets_ptr + expert, offsets, mask=expert < num_experts)
+        group = expert[:, None] * (world + 1) + source[None, :]
+        mask = is_expert & (source <= world)[None, :]
+        # Padding is in the column W, which counts nothing: it begins where the rows end.
+        tl.store(begins_ptr + group, (offsets - padded)[:, None] + within - counts, mask=mask)
+        before = copies[None, :] + tl.cumsum(counts, axis=0) - counts
+        tl.store(copies_ptr + group, before, mask=mask)
+        copies += tl.sum(counts, axis=0)
+        num_rows += tl.sum(rows)
+        num_padded += tl.sum(padded)
+
+
+@triton.jit
+def find_row(row, num_rows, begins_ptr, copies_ptr, num_groups, world, steps):
+    """Source and copy of each row, ``NOWHERE`` and anything for padding and from ``num_rows`` on.
+
+    Args:
+        row: [BLOCK] int32.
+        num_rows: of all groups together.
+        begins_ptr: [L * (W + 1)] int32, as ``number_groups`` made them.
+        copies_ptr: likewise.
+        num_groups: L * (W + 1).
+        world: W.
+        steps: of the bisection, log2 of the groups rounded up.
+    """
+    present = row < num_rows
+    # The last group that begins at or before the row; those that begin with it are empty.
+    low = tl.zeros_like(row)
+    high = tl.zeros_like(row) + num_groups
+    for _ in range(steps):
+        middle = (low + high) // 2
+        at_or_before = tl.load(begins_ptr + middle, mask=present, other=0) <= row
+        low = tl.where(at_or_before, middle, low)
+        high = tl.where(at_or_before, high, middle)
+    within = row - tl.load(begins_ptr + low, mask=present, other=0)
+    copy = tl.load(copies_ptr + low, mask=present, other=0) + within
+    source = low % (world + 1)
+    source = tl.where(present & (source < world), source, _NOWHERE)
+    return source, tl.where(present, copy, 0)
+
+
+class Groups(NamedTuple):
+    """The rows of each (local expert, source), and of the padding of each expert.
+
+    Attributes:
+        ends: as in ``Sources``.
+        offsets: as in ``Sources``.
+        begins: as in ``Sources``.
+        copies: [L, W + 1] the first copy of each group in its source's list.
+    """
+
+    ends: torch.Tensor
+    offsets: torch.Tensor
+    begins: torch.Tensor
+    copies: torch.Tensor
+
+    @property
+    def steps(self) -> int:
+        """Of a bisection of the groups."""
+        return (self.begins.numel() - 1).bit_length()
+
+    def rows(self, capacity: int | None) -> int:
+        """``capacity``, or the number of rows, which waits for the device."""
+        return int(self.offsets[-1]) if capacity is None else capacity
+
+
+def number_groups(op: str, counts: torch.Tensor, alignment: int) -> Groups:
+    """Sum the counts; arguments and errors as in ``sources``, which are those of ``op``."""
+    device = counts.device
+    check_tensor(op, "counts", counts, dtypes=(torch.int32,), shape=(None, None), device=device)
+    if alignment < 1:
+        raise ArgumentValueError(op, "alignment", "be at least 1", alignment)
+    if counts.numel() == 0:
+        raise ArgumentValueError(op, "counts", "have an expert and a source", tuple(counts.shape))
+    num_experts, world = counts.shape
+    ends = torch.empty(num_experts * world, dtype=torch.int32, device=device)
+    offsets = torch.empty(num_experts, dtype=torch.int32, device=device)
+    begins, copies = torch.empty(
+        (2, num_experts, world + 1), dtype=torch.int32, device=device
+    ).unbind()
+    tile = launch.one_program(device, num_experts, world + 1)
+    _groups_kernel[(1,)](
+        counts,
+        ends,
+        offsets,
+        begins,
+        copies,
+        num_experts,
+        world,
+        alignment,
+        *counts.stride(),
+        EXPERTS=tile.rows,
+        WORLD=tile.block,
+        num_warps=tile.num_warps,
+    )
+    return Groups(ends, offsets, begins, copies)

@@ -1,0 +1,176 @@
+"""Where rows are, against the definition: numbers of rows, places, and what travelled with them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_triton import kernels, ref
+from moe_triton.errors import ArgumentTypeError, ArgumentValueError, MissingArgumentError
+from moe_triton.layout import NOWHERE
+
+ALIGNMENTS = pytest.mark.parametrize("alignment", [1, 8])
+# Rows to number: those that there are, more, too few.
+CAPACITIES = pytest.mark.parametrize("spare", [None, 0, 5, -3])
+
+
+def same(found, expected):
+    """Equal in every field, tuples in tuples included."""
+    for name, one, other in zip(expected._fields, found, expected, strict=True):
+        if isinstance(other, tuple):
+            same(one, other)
+        elif other is None:
+            assert one is None, name
+        else:
+            assert one.dtype == other.dtype, name
+            assert one.shape == other.shape, name
+            assert one.tolist() == other.tolist(), name
+
+
+def capacity_of(counts: torch.Tensor, alignment: int, spare: int | None) -> int | None:
+    if spare is None:
+        return None
+    return max(int(ref.sources(counts.cpu(), alignment).offsets[-1]) + spare, 0)
+
+
+def drawn_headers(L, W, per_token, seed, device):
+    """Counts [L, W], lists of copies [W, C] and their weights; what no count covers is poison."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.randint(0, 4, (L, W), generator=generator, dtype=torch.int32)
+    counts[:, torch.rand(W, generator=generator) < 0.3] = 0
+    longest = int(counts.sum(0).max()) + 2
+    copies = torch.full((W, longest), 2**30, dtype=torch.int32)
+    weights = torch.full((W, longest), float("nan"))
+    for source in range(W):
+        n = int(counts[:, source].sum())
+        copies[source, :n] = torch.randperm(n * per_token, generator=generator)[:n].int()
+        weights[source, :n] = torch.rand(n, generator=generator)
+    return counts.to(device), copies.to(device), weights.to(device)
+
+
+@ALIGNMENTS
+@CAPACITIES
+@pytest.mark.parametrize("L, W", [(1, 1), (3, 4), (32, 8)])
+def test_arrivals(L, W, alignment, spare, device):
+    counts, copies, weights = drawn_headers(L, W, 3, L + W, device)
+    capacity = capacity_of(counts, alignment, spare)
+    origins = torch.arange(W, device=device) * 1000 + 2**33
+    options = {"copies_per_row": 3, "alignment": alignment, "capacity": capacity}
+    for given in (weights, None):
+        arguments = (counts, copies, given)
+        found = kernels.arrivals(*arguments, origins=origins, step=7, **options)
+        same(found, ref.arrivals(*arguments, origins=origins, step=7, **options))
+
+
+@ALIGNMENTS
+def test_arrivals_by_a_table(alignment, device):
+    counts, copies, weights = drawn_headers(4, 3, 2, 0, device)
+    table = torch.randperm(3 * 50, device=device).view(3, 50)
+    options = {"copies_per_row": 1, "table": table, "alignment": alignment}
+    same(
+        kernels.arrivals(counts, copies, weights.double(), **options),
+        ref.arrivals(counts, copies, weights.double(), **options),
+    )
+
+
+def test_arrivals_by_hand(device):
+    """Two experts, two sources: source 0 sends copies 4 and 1, source 1 copies 0 and 5."""
+    counts = torch.tensor([[1, 0], [1, 2]], dtype=torch.int32, device=device)
+    copies = torch.tensor([[4, 1, -7], [0, 5, -7]], dtype=torch.int32, device=device)
+    weights = torch.tensor([[0.5, 0.25, 9.0], [0.125, 1.0, 9.0]], device=device)
+    origins = torch.tensor([100, 200], device=device)
+    found = kernels.arrivals(
+        counts, copies, weights, copies_per_row=2, origins=origins, step=10, capacity=6
+    )
+    assert found.sources.source.tolist() == [0, 0, 1, 1, NOWHERE, NOWHERE]
+    assert found.copies.tolist() == [4, 1, 0, 5, NOWHERE, NOWHERE]
+    assert found.places.tolist() == [120, 100, 200, 220, NOWHERE, NOWHERE]
+    assert found.weights.tolist() == [0.5, 0.25, 0.125, 1.0, 0.0, 0.0]
+
+
+def drawn_ids(T, K, E, device, seed=0, masked=0.2):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.rand((T, E), generator=generator).argsort(1)[:, :K].int()
+    ids[torch.rand((T, K), generator=generator) < masked] = NOWHERE
+    # Beyond the routed experts: takes part, but has no row.
+    ids[torch.rand((T, K), generator=generator) < masked / 2] = E + 1
+    return ids.to(device)
+
+
+@ALIGNMENTS
+@CAPACITIES
+@pytest.mark.parametrize("T, K, E", [(0, 2, 4), (1, 1, 1), (13, 3, 5), (300, 8, 40)])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_permutation(T, K, E, dtype, alignment, spare, device):
+    ids = drawn_ids(T, K, E, device).to(dtype)
+    routing = ref.plan(ids, E)
+    capacity = capacity_of(routing.counts[:, None], alignment, spare)
+    weights = torch.rand((T, K)).to(device)
+    for given in (weights, None):
+        options = {"alignment": alignment, "capacity": capacity}
+        found = kernels.permutation(routing, ids, given, **options)
+        same(found, ref.permutation(routing, ids, given, **options))
+
+
+def test_permutation_by_hand(device):
+    ids = torch.tensor([[2, 0], [NOWHERE, 2]], dtype=torch.int32, device=device)
+    weights = torch.tensor([[0.5, 0.25], [0.75, 1.0]], device=device)
+    routing = kernels.plan(ids, 3)
+    found = kernels.permutation(routing, ids, weights, alignment=2, capacity=5)
+    assert found.places.tolist() == [[2, 0], [NOWHERE, 3]]
+    assert found.copies.tolist() == [1, NOWHERE, 0, 3, NOWHERE]
+    assert found.weights.tolist() == [0.25, 0.0, 0.5, 1.0, 0.0]
+    assert found.sources.offsets.tolist() == [2, 2, 4]
+
+
+@pytest.mark.parametrize("num_shared", [0, 2])
+@pytest.mark.parametrize("T, K", [(0, 2), (1, 1), (37, 3), (1500, 8)])
+def test_returns(T, K, num_shared, device):
+    """For every rank of a group in which shared experts have a rank each."""
+    moe_ranks, L = 4, 10
+    E, W = moe_ranks * L, moe_ranks + num_shared
+    ids = drawn_ids(T, K, E, device, seed=K)
+    routing = ref.plan(ids, E)
+    generator = torch.Generator().manual_seed(T)
+    begins = torch.randint(0, 2**20, (W, L, W + 1), generator=generator, dtype=torch.int32)
+    origins = torch.randint(0, 2**40, (W,), generator=generator).to(device)
+    for rank in (0, W - 1):
+        options = {
+            "rank": rank,
+            "num_shared_ranks": num_shared,
+            "shared_ranks": range(num_shared),
+            "origins": origins,
+            "step": 449,
+        }
+        found = kernels.returns(begins.to(device), routing, ids, **options)
+        expected = ref.returns(begins.to(device), routing, ids, **options)
+        assert found.dtype == expected.dtype == torch.int64
+        assert found.tolist() == expected.tolist()
+
+
+def test_refusals(device):
+    counts = torch.ones((2, 3), dtype=torch.int32, device=device)
+    copies = torch.zeros((3, 4), dtype=torch.int32, device=device)
+    origins = torch.zeros(3, dtype=torch.int64, device=device)
+    with pytest.raises(MissingArgumentError, match="origins"):
+        kernels.arrivals(counts, copies, None, copies_per_row=1)
+    with pytest.raises(ArgumentTypeError, match="copies"):
+        kernels.arrivals(counts, copies.long(), None, copies_per_row=1, origins=origins)
+    with pytest.raises(ArgumentValueError, match="origins"):
+        kernels.arrivals(counts, copies, None, copies_per_row=1, origins=origins[:2])
+    with pytest.raises(ArgumentValueError, match="alignment"):
+        kernels.arrivals(counts, copies, None, copies_per_row=1, origins=origins, alignment=0)
+    ids = torch.zeros((2, 1), dtype=torch.int32, device=device)
+    with pytest.raises(ArgumentValueError, match="weights"):
+        kernels.permutation(kernels.plan(ids, 2), ids, torch.ones((1, 2), device=device))
+    begins = torch.zeros((3, 2, 3), dtype=torch.int32, device=device)
+    with pytest.raises(ArgumentValueError, match=r"W, L, W \+ 1"):
+        kernels.returns(
+            begins,
+            kernels.plan(ids, 2),
+            ids,
+            rank=0,
+            num_shared_ranks=0,
+            shared_ranks=(),
+            origins=origins,
+        )
