@@ -1,4 +1,4 @@
-"""What devices do, on the CPU: outputs of the worst size, one thread for all ranks, no look at data.
+"""What devices do, on the CPU: outputs of the worst size, one thread for all ranks, blindly.
 
 On a device no size may follow from data, because nothing waits for it. Here the same steps are told
 not to look either, and must come to what they come to when they may.
@@ -66,8 +66,7 @@ def drive(ranks: list[ExpertParallel], given) -> tuple[list, list]:
     pending = [ep.dispatch_setup(*values) for ep, values in zip(ranks, given, strict=True)]
     received = [ep.dispatch_teardown(one) for ep, one in zip(ranks, pending, strict=True)]
     outputs = [
-        ep.combine_setup(experts(one), one.handle)
-        for ep, one in zip(ranks, received, strict=True)
+        ep.combine_setup(experts(one), one.handle) for ep, one in zip(ranks, received, strict=True)
     ]
     return received, [ep.combine_teardown(one) for ep, one in zip(ranks, outputs, strict=True)]
 

@@ -422,8 +422,8 @@ def test_windows_whose_owner_has_let_go_of_them():
     channels = connect(2)
     allocate = LocalMemory.allocate
 
-    def allocate_and_forget(num_bytes):
-        block = allocate(channels[1]._memory, num_bytes)
+    def allocate_and_forget(*sizes):
+        block = allocate(channels[1]._memory, *sizes)
         block.handle["number"] = -1
         return block
 

@@ -86,11 +86,11 @@ def scarce(memory: type, patch: pytest.MonkeyPatch, broken: str) -> None:
     """Let a provider refuse to allocate, or to open, what is larger than a control block."""
     refused = getattr(memory, broken)
 
-    def refuse(self, what):
+    def refuse(self, what, *rest):
         num_bytes = what if broken == "allocate" else what["bytes"]
         if num_bytes > control_bytes(1):
             raise OSError(28, "No space left on device")
-        return refused(self, what)
+        return refused(self, what, *rest)
 
     patch.setattr(memory, broken, refuse)
 
