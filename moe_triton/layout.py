@@ -94,8 +94,8 @@ class RowFormat(NamedTuple):
         hidden: H.
         stride: bytes from row to row, a multiple of 16.
         scheme: how the payload came about: "none" as it was; "static" with factors that the caller
-            gave; "token", "group" and "mx" with scales made from the row; "return" likewise, on the
-            way back from an expert.
+            gave; "token", "group" and "mx" with scales made from the row; "divide" as "token", but
+            the row is divided by its scale; "return" likewise, on the way back from an expert.
         scale_offset: byte offset of the first scale, a multiple of 16, or None.
         scale_dtype: of the scales.
         block: elements that share a scale, or 0 where the whole row has one.

@@ -6,13 +6,14 @@ in ``compat.torch_npu`` has.
 
 from __future__ import annotations
 
-from ..ops import expert_order, gating, gradients, permute, routing_map
+from ..ops import expert_order, gating, gradients, init_routing, permute, routing_map
 from ..ops.custom_op import Function
 from ..ops.names import (
     COMPUTE_EXPERT_TOKENS,
     GATING_TOP_K,
     GATING_TOP_K_SOFTMAX,
     GATING_TOP_K_SOFTMAX_V2,
+    INIT_ROUTING_V2,
     RE_ROUTING,
     TOKEN_PERMUTE,
     TOKEN_PERMUTE_MAP,
@@ -105,4 +106,18 @@ compute_expert_tokens = Function(
     "Tensor",
     run=expert_order.compute_expert_tokens,
     outputs=expert_order.compute_expert_tokens_outputs,
+)
+
+init_routing_v2 = Function(
+    INIT_ROUTING_V2,
+    "Tensor x, Tensor expert_idx, Tensor? scale=None, Tensor? offset=None, int active_num=-1, "
+    "int expert_capacity=-1, int expert_num=-1, int drop_pad_mode=0, "
+    "int expert_tokens_num_type=0, bool expert_tokens_num_flag=False, int quant_mode=-1, "
+    "int[] active_expert_range=[], int row_idx_type=0, int? x_dtype=None",
+    "(Tensor expanded_x, Tensor expanded_row_idx, Tensor expert_token_cumsum_or_count, "
+    "Tensor expanded_scale)",
+    run=init_routing.init_routing_v2,
+    outputs=init_routing.init_routing_v2_outputs,
+    backward=gradients.init_routing_backward,
+    save=gradients.save_init_routing,
 )

@@ -17,6 +17,7 @@ if __name__ != "moe_triton.kernels":
         name=__name__,
     )
 
+from .affine import quantize_affine
 from .experts import eplb_map, keep_experts, top_k_gating
 from .flags import wait_flags, write_flags
 from .gather_quant import gather_quant
@@ -28,6 +29,7 @@ from .quantize import (
     decode,
     encode,
     quantize_blocks,
+    quantize_by_division,
     quantize_groups,
     quantize_mx,
     quantize_rows,
@@ -49,7 +51,9 @@ __all__ = [
     "permutation",
     "plan",
     "push",
+    "quantize_affine",
     "quantize_blocks",
+    "quantize_by_division",
     "quantize_groups",
     "quantize_mx",
     "quantize_rows",

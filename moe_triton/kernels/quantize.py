@@ -2,13 +2,15 @@
 
     static   code = int8(clamp(x * factor, -128, 127))
     token    factor = MAX / max |x|;  code = round(x * factor);  scale = 1 / factor
-    group    the same for every G elements of a row
+    divide   scale = max |x| / 127;  code = round(x / scale)
+    group    token for every G elements of a row
     mx       scale = 2 ** (largest exponent - EMAX);  code = saturate(x / scale); 32 elements
     return   s = max |x| * (1 / 127);  code = int8(fp16(x / s));  scale = s in 16 bits
 
 One kernel writes rows in any of these schemes, or as they are, to one place or to several. In its
-eyes "token" has one group for a row. A token row is read once and quantised once, unless each of
-its copies has smooth factors of its own, or it is longer than a tile: then it comes from the cache.
+eyes "token" and "divide" have one group for a row. A token row is read once and quantised once,
+unless each of its copies has smooth factors of its own, or it is longer than a tile: then it comes
+from the cache.
 
 Shapes: T tokens, H hidden size, S places of a token, A rows of the output, C scales of a row, G
         elements of a group.
@@ -45,7 +47,8 @@ _PAYLOADS = {
     torch.float8_e5m2: (57344.0, 2),
 }
 _MX_BLOCK = 32
-_SMOOTH_SCHEMES = ("static", "token", "group")
+_SMOOTH_SCHEMES = ("static", "token", "divide", "group")
+_INT8_SCHEMES = ("static", "divide", "return")
 
 
 @triton.jit
@@ -55,6 +58,8 @@ def _quantize(t, factor, SCHEME: tl.constexpr, MAX: tl.constexpr, MANTISSA: tl.c
         # Here the factor is a divisor. Where it has lost bits the quotient can pass 127.
         y = tl.div_rn(t, tl.broadcast_to(factor, t.shape))
         codes = int8_code(y.to(tl.float16).to(tl.float32), -127.0)
+    elif SCHEME == "divide":
+        codes = int8_code(tl.div_rn(t, tl.broadcast_to(factor, t.shape)), -127.0)
     elif SCHEME == "mx":
         y = tl.minimum(tl.maximum(t * factor, -MAX), MAX)
         codes = tl.where(factor != factor, 0x7F, float8_code(y, MANTISSA).to(tl.int32)).to(tl.uint8)
@@ -79,6 +84,9 @@ def _factor_and_scale(largest, SCHEME: tl.constexpr, MAX: tl.constexpr, MANTISSA
         scale = tl.where(exponent == 255, 255, code).to(tl.uint8)
     elif SCHEME == "return":
         factor = amax * (1.0 / 127.0)
+        scale = factor
+    elif SCHEME == "divide":
+        factor = tl.div_rn(amax, tl.full(amax.shape, MAX, tl.float32))
         scale = factor
     else:
         inverse = tl.div_rn(tl.full(amax.shape, MAX, tl.float32), amax)
@@ -287,6 +295,24 @@ def quantize_rows(
     return q, scale[:, 0]
 
 
+def quantize_by_division(
+    x: torch.Tensor, smooth: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise each row to int8, as ``ref.quantize_by_division``.
+
+    Args:
+        x: [R, H] floating point.
+        smooth: [R, H] or [H] fp32, or None for no factor.
+
+    Returns:
+        q: [R, H] int8.
+        scale: [R] fp32.
+    """
+    fmt = RowFormat(torch.int8, x.shape[1], 0, "divide")
+    q, scale = _quantized("quantize_by_division", x, fmt, smooth)
+    return q, scale[:, 0]
+
+
 def quantize_groups(
     x: torch.Tensor,
     group: int,
@@ -488,7 +514,7 @@ def _check_rows(
         raise ArgumentTypeError(op, "dtype", f"be one of {[*FLOAT8]} for MX", fmt.dtype)
     if fmt.scheme != "none" and fmt.dtype not in _PAYLOADS:
         raise ArgumentTypeError(op, "dtype", f"be one of {[*_PAYLOADS]}", fmt.dtype)
-    if fmt.scheme in ("static", "return") and fmt.dtype != torch.int8:
+    if fmt.scheme in _INT8_SCHEMES and fmt.dtype != torch.int8:
         raise ArgumentTypeError(op, "dtype", f"be torch.int8 for {fmt.scheme}", fmt.dtype)
     if fmt.scheme == "static" and smooth is None:
         raise MissingArgumentError(op, "smooth", "hold the factors of the scheme static", None)

@@ -159,3 +159,28 @@ def _to_cells(values: Tensor, token: Tensor, expert: Tensor, shape: torch.Size) 
     """[N, E] with values [n] added to the cells (token, expert), zeros elsewhere."""
     flat = token.long() * shape[1] + expert
     return values.new_zeros(shape.numel()).index_add(0, flat, values).view(shape)
+
+
+def save_init_routing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Of ``init_routing_v2``; what is quantised has no gradient, and scales have none."""
+    x, ids, *_ = inputs
+    row_idx_type = inputs[12]
+    expanded, row_idx, _, scales = output
+    if scales is not None:
+        ctx.mark_non_differentiable(scales)
+    ctx.sizes, ctx.scattered = x.shape, row_idx_type == 1 and expanded.dim() == 2
+    start, end = inputs[11] or (0, inputs[6])
+    ctx.save_for_backward(row_idx, ((ids >= start) & (ids < end)).reshape(-1))
+
+
+def init_routing_backward(ctx: Any, gradient: Tensor, *_: Tensor | None) -> _Gradients:
+    """Of ``init_routing_v2``: a token gets the gradients of its copies."""
+    row_idx, inside = ctx.saved_tensors
+    row = row_idx.long()
+    if ctx.scattered:
+        row = torch.empty_like(row).scatter(0, row, _numbers(row))
+    num_tokens, hidden = ctx.sizes
+    token = _numbers(row, len(row) // max(num_tokens, 1))
+    row = row.where(inside, -1)
+    x = add_terms(gradient.reshape(-1, hidden), row, token, None, num_tokens)
+    return x, *[None] * 13

@@ -95,6 +95,56 @@ def _in_groups(x: torch.Tensor, group: int) -> torch.Tensor:
     return x.unflatten(1, (-1, group))
 
 
+def quantize_by_division(
+    x: torch.Tensor, smooth: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise each row to int8 as ``npu_moe_init_routing_v2`` does, and not dispatch.
+
+        t = x * smooth;  scale = max |t| / 127;  q = round(t / scale)
+
+    Args:
+        x: [R, H] floating point.
+        smooth: [R, H] or [H] fp32, or None for no factor.
+
+    Returns:
+        q: [R, H] int8; 0 where the quotient is no number, as in a row of zeros.
+        scale: [R] fp32.
+    """
+    q = torch.empty_like(x, dtype=torch.int8)
+    scale = x.new_zeros(len(x), dtype=torch.float32)
+    for rows in blocks(*x.shape):
+        t = x[rows].float()
+        if smooth is not None:
+            t = t * (smooth[rows] if smooth.dim() == 2 else smooth)
+        largest = t.abs().amax(dim=1)
+        scale[rows] = largest / torch.full_like(largest, LARGEST[torch.int8])
+        quotient = (t / scale[rows, None]).round_().nan_to_num_(0.0)
+        q[rows] = quotient.clamp_(-127, 127)
+    return q, scale
+
+
+def quantize_affine(x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """Quantise to int8 with one factor and one offset, in fp16.
+
+        q = saturate(round(fp16(fp16(x) * fp16(scale)) + fp16(offset)))
+
+    Args:
+        x: [R, H] floating point.
+        scale: [1] fp32.
+        offset: [1] fp32.
+
+    Returns:
+        [R, H] int8; 0 where the sum is no number.
+    """
+    q = torch.empty_like(x, dtype=torch.int8)
+    factor, addend = scale.half().float(), offset.half().float()
+    for rows in blocks(*x.shape):
+        product = (x[rows].half().float() * factor).half().float()
+        total = (product + addend).half().float()
+        q[rows] = total.round_().nan_to_num_(0.0).clamp_(-128, 127)
+    return q
+
+
 def quantize_mx(
     x: torch.Tensor, dtype: torch.dtype = torch.float8_e4m3fn
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -207,6 +257,9 @@ def _quantize(
         return quantize_static(x, smooth), None
     if fmt.scheme == "token":
         q, scale = quantize_rows(x, smooth, fmt.dtype)
+        return q, scale[:, None]
+    if fmt.scheme == "divide":
+        q, scale = quantize_by_division(x, smooth)
         return q, scale[:, None]
     if fmt.scheme == "group":
         return quantize_groups(x, fmt.block, smooth, fmt.dtype)

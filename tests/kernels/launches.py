@@ -29,6 +29,7 @@ def formats(hidden: int) -> dict[str, RowFormat]:
     found = {
         "bf16": RowFormat(BF16, hidden, -(-2 * hidden // 16) * 16),
         "int8": quantised(INT8, "token", 1),
+        "divide": quantised(INT8, "divide", 1),
         "static": RowFormat(INT8, hidden, codes, "static"),
     }
     for name, dtype in (("e4m3", E4M3), ("e5m2", E5M2)):
@@ -117,7 +118,7 @@ def _moves(kind: str, hidden: int) -> Iterator[tuple[str, Callable[[], object]]]
                 x, index, fmt, factors, None, out, scales
             ),
         )
-        if fmt.scheme in ("token", "group"):
+        if fmt.scheme in ("token", "divide", "group"):
             yield (
                 f"gather_quant {name} with factors, {kind}",
                 lambda fmt=fmt, out=out, scales=scales: kernels.gather_quant(
@@ -133,6 +134,8 @@ def _moves(kind: str, hidden: int) -> Iterator[tuple[str, Callable[[], object]]]
                     rows, places, fmt, out, scales
                 ),
             )
+    one = torch.ones(1)
+    yield f"affine, {kind}", lambda: kernels.quantize_affine(x, one, one)
     fmt = formats(hidden)["int8"]
     rows = torch.zeros((TOKENS * TOP_K, fmt.stride), dtype=torch.uint8)
     headers = [

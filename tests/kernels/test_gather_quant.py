@@ -21,6 +21,7 @@ def formats(hidden, dtype=torch.bfloat16):
         "none": RowFormat(dtype, hidden, 0),
         "static": RowFormat(torch.int8, hidden, 0, "static"),
         "int8": RowFormat(torch.int8, hidden, 0, "token", 0),
+        "divide": RowFormat(torch.int8, hidden, 0, "divide", 0),
         "e4m3": RowFormat(E4M3, hidden, 0, "token", 0),
         "group e4m3": RowFormat(E4M3, hidden, 0, "group", 0, block=128),
         "group e5m2": RowFormat(E5M2, hidden, 0, "group", 0, block=128),

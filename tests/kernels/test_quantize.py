@@ -86,6 +86,15 @@ def test_static(T, H, x_dtype, device):
         assert_same_bits(actual, ref.quantize_static(x, given_factors))
 
 
+@pytest.mark.parametrize("x_dtype", FLOATS)
+@pytest.mark.parametrize("T, H", SHAPES)
+def test_by_division(T, H, x_dtype, device):
+    x = tokens(T, H, x_dtype, device)
+    for smooth in (None, factors(H, device), factors((T, H), device)):
+        actual = kernels.quantize_by_division(x, smooth)
+        assert_all_same_bits(actual, ref.quantize_by_division(x, smooth))
+
+
 @pytest.mark.parametrize("group", [128, 7, 5000, 8200])
 @pytest.mark.parametrize("T, H", SHAPES)
 def test_groups(T, H, group, device):
@@ -181,6 +190,7 @@ def formats(hidden, dtype):
         RowFormat(dtype, hidden, -(-hidden * dtype.itemsize // 16) * 16),
         RowFormat(torch.int8, hidden, 4096, "static"),
         RowFormat(torch.int8, hidden, 4096, "token", 2048),
+        RowFormat(torch.int8, hidden, 4096, "divide", 2048),
         RowFormat(E4M3, hidden, 4096, "group", 2048, torch.float32, 128),
         RowFormat(E5M2, hidden, 4096, "mx", 2048, torch.uint8, 32),
         RowFormat(torch.int8, hidden, 4096, "return", 2048, dtype, 8),

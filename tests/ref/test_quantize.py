@@ -206,3 +206,14 @@ def test_encode_writes_payload_and_scales_only(fmt):
         end = fmt.scale_offset + fmt.num_scales * fmt.scale_dtype.itemsize
         assert (rows[:, 70:80] == 0xA5).all()
     assert (rows[:, end:] == 0xA5).all()
+
+
+def test_by_division_by_hand():
+    """As rows are, but for the scale: a row of zeros has the scale 0, and codes of 0."""
+    x = torch.tensor([[127.0, -63.5, 1.5], [0, 0, 0], [float("inf"), 1, 0]])
+    q, scale = ref.quantize_by_division(x)
+    assert q.tolist() == [[127, -64, 2], [0, 0, 0], [0, 0, 0]]
+    assert scale.tolist() == [1.0, 0.0, float("inf")]
+    q, scale = ref.quantize_by_division(x[:1].repeat(2, 1), torch.tensor([[1.0] * 3, [0, 2, 2]]))
+    assert q.tolist() == [[127, -64, 2], [0, -127, 3]]
+    assert scale.tolist() == [1.0, 1.0]

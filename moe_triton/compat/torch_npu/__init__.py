@@ -13,8 +13,8 @@ where maxBS = global_bs / W, or BS when global_bs is 0.
 with ``moe_triton.comm.register_group``; a ``ProcessGroup`` itself is accepted too.
 
 Each function calls the custom op of its name in ``torch.ops.moe_triton``, and so can be compiled.
-Ops that send are for inference, and have no gradients; ``ExpertParallel`` has. Of those on one
-device, permuting and its inverse have gradients.
+Ops that send are for inference, and have no gradients; ``ExpertParallel`` has. Those on one
+device that copy or sum rows have gradients.
 Source: the API documents of torch_npu and the operator documents of aclnnMoeDistribute*.
 """
 
@@ -38,7 +38,11 @@ from .permute import (
     npu_moe_token_unpermute_with_routing_map,
 )
 from .replicas import npu_moe_update_expert
-from .routing import npu_moe_compute_expert_tokens, npu_moe_re_routing
+from .routing import (
+    npu_moe_compute_expert_tokens,
+    npu_moe_init_routing_v2,
+    npu_moe_re_routing,
+)
 from .split_phase import (
     npu_moe_distribute_combine_setup,
     npu_moe_distribute_combine_teardown,
@@ -60,6 +64,7 @@ __all__ = [
     "npu_moe_gating_top_k",
     "npu_moe_gating_top_k_softmax",
     "npu_moe_gating_top_k_softmax_v2",
+    "npu_moe_init_routing_v2",
     "npu_moe_re_routing",
     "npu_moe_token_permute",
     "npu_moe_token_permute_with_routing_map",

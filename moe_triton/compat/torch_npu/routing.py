@@ -5,11 +5,92 @@ Letters: N tokens (of re-routing: ranks), H hidden size, K experts of a token, E
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ...ops.formats import dtype_number
 from .. import local_operators
+
+
+def npu_moe_init_routing_v2(
+    x: Tensor,
+    expert_idx: Tensor,
+    *,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
+    active_num: int = -1,
+    expert_capacity: int = -1,
+    expert_num: int = -1,
+    drop_pad_mode: int = 0,
+    expert_tokens_num_type: int = 0,
+    expert_tokens_num_flag: bool = False,
+    quant_mode: int = -1,
+    active_expert_range: Sequence[int] = (),
+    row_idx_type: int = 0,
+    x_dtype: int | torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Copy each token for each of its experts, in the order of (expert, token), quantised or not.
+
+    With drop_pad_mode every expert has expert_capacity rows, for the first copies that come; what
+    is left of them is zeros.
+
+    Args:
+        x: (N, H) float16, bfloat16, float32, or float64, which torch_npu has not; int8 unless
+            quantised. Without quantisation gradients go to it.
+        expert_idx: (N, K) int32. Ids outside active_expert_range have no row.
+        scale: float32. quant_mode -1: (N,), copied like the tokens. 0: (1,). 1: factors of the
+            tokens, (end - start, H) by expert or (1, H) for all, or None. 2 and 3: None.
+        offset: (1,) float32 for quant_mode 0, else None.
+        active_num: rows of expanded_x, if there are more copies; -1 or 0 for all.
+        expert_capacity: C, from 1 to N, with drop_pad_mode 1.
+        expert_num: E, at most 10240; 5120 with expert_tokens_num_type 2.
+        drop_pad_mode: 0 or 1.
+        expert_tokens_num_type: 0 prefix sums, 1 counts, 2 pairs of expert and count. They count
+            copies before any is dropped.
+        expert_tokens_num_flag: whether to return these.
+        quant_mode: -1 none. 0: int8 of x * scale + offset, each step rounded to float16. 1: int8
+            with a scale for each row, the largest magnitude / 127, by which the row is divided. 2
+            and 3: float8_e5m2 and float8_e4m3fn with a power of two for every 32 elements, as
+            quant_mode 4 of ``npu_moe_distribute_dispatch``; not with drop_pad_mode 1. Others of
+            torch_npu, such as HiFloat8 and fp4, are refused.
+        active_expert_range: [start, end), the experts that have rows; empty for all, as it must be
+            with drop_pad_mode 1.
+        row_idx_type: of expanded_row_idx, 0 gather, 1 scatter; always 0 with drop_pad_mode 1.
+        x_dtype: None, or the dtype of x, as itself or as torch_npu's number of it.
+
+    Returns:
+        expanded_x: (rows, H), rows = N * K or active_num; (E, C, H) with drop_pad_mode 1. Of the
+            dtype of x or of quant_mode. Rows after the last copy are not written.
+        expanded_row_idx: (N * K,) int32. Gather: the row of each copy, -1 without one; with
+            active_num also rows that are not there. Scatter: the copy of each row; the rest is
+            undefined.
+        expert_token_cumsum_or_count: int64, (end - start,), or (E, 2) pairs of the experts with
+            copies, then zeros; None without expert_tokens_num_flag.
+        expanded_scale: quant_mode -1 the given scales of the rows, 1 those by which rows were
+            divided, (rows,) or (E * C,) float32, 0 for padding; 2 and 3 (rows, ceil(H / 32)
+            rounded up to an even number) float8_e8m0fnu. Else None.
+
+    Raises:
+        The errors of ``npu_moe_re_routing``.
+    """
+    return local_operators.init_routing_v2(
+        x=x,
+        expert_idx=expert_idx,
+        scale=scale,
+        offset=offset,
+        active_num=active_num,
+        expert_capacity=expert_capacity,
+        expert_num=expert_num,
+        drop_pad_mode=drop_pad_mode,
+        expert_tokens_num_type=expert_tokens_num_type,
+        expert_tokens_num_flag=expert_tokens_num_flag,
+        quant_mode=quant_mode,
+        active_expert_range=active_expert_range,
+        row_idx_type=row_idx_type,
+        x_dtype=dtype_number(x_dtype),
+    )
 
 
 def npu_moe_re_routing(

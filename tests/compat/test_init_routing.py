@@ -1,0 +1,342 @@
+"""Copies of tokens in the order of their experts: worked example, a definition in loops, errors.
+
+All results are exact. Rows that the op does not write are not looked at; they are poisoned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import compilers
+import harness
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+
+from moe_triton import MoeError, ref
+from moe_triton.compat import torch_npu
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+init_routing = torch_npu.npu_moe_init_routing_v2
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+int32, int8 = torch.int32, torch.int8
+
+X = torch.tensor([[1.0], [2.0], [3.0]])
+IDS = torch.tensor([[1, 0], [0, 2], [1, 0]], dtype=int32)
+
+
+@dataclass
+class Defined:
+    """What the op is to return, rows by their numbers."""
+
+    rows: dict[int, torch.Tensor] = field(default_factory=dict)
+    scales: dict[int, torch.Tensor] = field(default_factory=dict)
+    gather: list[int] = field(default_factory=list)
+    scatter: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+
+
+def quantised(row: torch.Tensor, mode: int, scale, offset):
+    """One row and its scale."""
+    if mode == 0:
+        total = row.half() * scale.half() + offset.half()
+        return total.float().round().clamp(-128, 127).to(int8), None
+    if mode in (2, 3):
+        dtype = torch.float8_e5m2 if mode == 2 else torch.float8_e4m3fn
+        q, codes = ref.quantize_mx(row[None], dtype)
+        return q[0], codes[0]
+    t = row.float() if scale is None else row.float() * scale
+    largest = t.abs().max() / torch.tensor(127.0)
+    q = [0.0 if largest == 0 else float((one / largest).round()) for one in t]
+    return torch.tensor(q).to(int8), largest
+
+
+def define(x, ids, experts, bounds, mode, scale, offset, capacity=None) -> Defined:
+    """Copy by copy."""
+    start, end = bounds
+    top_k, flat = ids.shape[1], ids.flatten().tolist()
+    out = Defined(gather=[-1] * len(flat), counts=[0] * (end - start))
+    copies = sorted((e, i) for i, e in enumerate(flat) if start <= e < end)
+    out.scatter = [copy for _, copy in copies]
+    for number, (expert, copy) in enumerate(copies):
+        earlier = out.counts[expert - start]
+        out.counts[expert - start] += 1
+        row = number
+        if capacity is not None:
+            if earlier >= capacity:
+                continue
+            row = expert * capacity + earlier
+        out.gather[copy] = row
+        token = x[copy // top_k]
+        if mode == -1:
+            out.rows[row] = token
+            if scale is not None:
+                out.scales[row] = scale[copy // top_k]
+            continue
+        factor = scale
+        if mode == 1 and scale is not None:
+            factor = scale[0] if len(scale) == 1 else scale[expert - start]
+        out.rows[row], made = quantised(token, mode, factor, offset)
+        if made is not None:
+            out.scales[row] = made
+    return out
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def test_worked_example(back_end):
+    given = {"expert_num": 4, "expert_tokens_num_flag": True}
+    rows, index, numbers, scales = init_routing(X, IDS, expert_tokens_num_type=1, **given)
+    assert rows[:, 0].tolist() == [1, 2, 3, 1, 3, 2]
+    assert index.tolist() == [3, 0, 1, 5, 4, 2]
+    assert numbers.tolist() == [3, 2, 1, 0]
+    assert (index.dtype, numbers.dtype, scales) == (int32, torch.int64, None)
+    _, index, numbers, _ = init_routing(X, IDS, row_idx_type=1, **given)
+    assert index.tolist() == [1, 2, 5, 0, 4, 3]
+    assert numbers.tolist() == [3, 5, 6, 6]
+
+
+def test_worked_example_of_drop_and_pad(back_end):
+    rows, index, numbers, _ = init_routing(X, IDS, expert_num=4, drop_pad_mode=1, expert_capacity=2)
+    assert rows[..., 0].tolist() == [[1, 2], [1, 3], [2, 0], [0, 0]]
+    assert index.tolist() == [2, 0, 1, 4, 3, -1]
+    assert numbers is None
+
+
+def test_pairs_of_experts_and_counts(back_end):
+    given = {"expert_num": 6, "expert_tokens_num_flag": True, "expert_tokens_num_type": 2}
+    _, _, pairs, _ = init_routing(X, IDS + 2, **given)
+    assert pairs.tolist() == [[2, 3], [3, 2], [4, 1], [0, 0], [0, 0], [0, 0]]
+    _, _, pairs, _ = init_routing(X, 2 * IDS, active_expert_range=[1, 5], **given)
+    assert pairs.tolist() == [[2, 2], [4, 1], [0, 0], [0, 0], [0, 0], [0, 0]]
+
+
+@hypothesis.given(data=st.data())
+@pytest.mark.parametrize(
+    "mode, padded",
+    [*((mode, False) for mode in (-1, 0, 1, 2, 3)), *((mode, True) for mode in (-1, 0, 1))],
+)
+def test_any(back_end, mode, padded, data):
+    draw = data.draw
+    num_tokens, top_k = draw(st.integers(1 if padded else 0, 6)), draw(st.integers(1, 4))
+    experts, hidden = draw(st.integers(1, 6)), draw(st.sampled_from([1, 5, 40]))
+    dtype = draw(st.sampled_from(FLOATS if mode != -1 else [*FLOATS, int8]))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+    x = 20 * torch.randn(num_tokens, hidden, generator=random)
+    x[:1] = 0
+    x = x.to(dtype)
+    ids = torch.randint(-1, experts + 1, (num_tokens, top_k), generator=random).to(int32)
+    start = 0 if padded else draw(st.integers(0, experts - 1))
+    end = experts if padded else draw(st.integers(start + 1, experts))
+    scale = offset = None
+    if mode == 0:
+        scale, offset = torch.randn(2, 1, generator=random)
+    elif mode < 2 and draw(st.booleans()):
+        shapes = {-1: [(num_tokens,)], 1: [(1, hidden), (end - start, hidden)]}[mode]
+        scale = torch.rand(draw(st.sampled_from(shapes)), generator=random)
+    capacity = draw(st.integers(1, num_tokens)) if padded else None
+    active = draw(st.sampled_from([-1, 0, 1, 3, 99]))
+    index_type, count_type = draw(st.integers(0, 1)), draw(st.integers(0, 2))
+    whole = (start, end) == (0, experts) and draw(st.booleans())
+    kind = draw(st.sampled_from(harness.STRIDES))
+    rows, index, numbers, scales = init_routing(
+        harness.strided(x, kind),
+        harness.strided(ids, kind),
+        scale=scale,
+        offset=offset,
+        active_num=active,
+        expert_capacity=capacity or -1,
+        expert_num=experts,
+        drop_pad_mode=int(padded),
+        expert_tokens_num_type=count_type,
+        expert_tokens_num_flag=True,
+        quant_mode=mode,
+        active_expert_range=[] if whole else [start, end],
+        row_idx_type=index_type,
+        x_dtype=draw(st.sampled_from([None, dtype])) if dtype != torch.float64 else None,
+    )
+    wanted = define(x, ids, experts, (start, end), mode, scale, offset, capacity)
+    copies = ids.numel()
+    if padded:
+        assert rows.shape == (experts, capacity, hidden)
+        rows, kept = rows.flatten(0, 1), experts * capacity
+        zero = torch.zeros(hidden, dtype=rows.dtype)
+        for row in range(kept):
+            wanted.rows.setdefault(row, zero)
+            wanted.scales.setdefault(row, torch.zeros(()))
+    else:
+        kept = min(active, copies) if active > 0 else copies
+        assert rows.shape == (kept, hidden)
+    for row, value in wanted.rows.items():
+        assert row >= kept or same(rows[row], value)
+    has_scales = scale is not None if mode == -1 else mode != 0
+    assert (scales is not None) == has_scales
+    if has_scales:
+        assert len(scales) == kept
+        assert scales.dtype == (torch.float8_e8m0fnu if mode > 1 else torch.float32)
+        for row, value in wanted.scales.items():
+            made = scales.view(torch.uint8)[row : row + 1] if mode > 1 else scales[row : row + 1]
+            assert row >= kept or torch.equal(made.view(value.shape), value)
+    if index_type == 1 and not padded:
+        assert index.tolist()[: len(wanted.scatter)] == wanted.scatter
+        assert len(index) == copies
+    else:
+        assert index.tolist() == wanted.gather
+    pairs = [[start + e, n] for e, n in enumerate(wanted.counts) if n]
+    pairs += [[0, 0]] * (experts - len(pairs))
+    sums = np.cumsum(wanted.counts).tolist()
+    assert numbers.tolist() == [sums, wanted.counts, pairs][count_type]
+
+
+def test_rows_of_nan_and_of_zeros(back_end):
+    x = torch.tensor([[float("nan"), 1], [0, 0], [float("inf"), 1], [254, -127]])
+    ids = torch.zeros(4, 1, dtype=int32)
+    rows, _, _, scales = init_routing(x, ids, expert_num=1, quant_mode=1)
+    assert rows.tolist() == [[0, 0], [0, 0], [0, 0], [127, -64]]
+    assert scales.isnan().tolist() == [True, False, False, False]
+    assert scales[1:].tolist() == [0, float("inf"), 2]
+    rows, _, _, _ = init_routing(x, ids, expert_num=1)
+    assert torch.equal(rows.isnan(), x.isnan())
+
+
+def test_no_tokens(back_end):
+    for mode in (0, 1):
+        rows, index, numbers, _ = init_routing(
+            X[:0],
+            IDS[:0],
+            expert_num=3,
+            expert_capacity=1,
+            drop_pad_mode=mode,
+            expert_tokens_num_flag=True,
+        )
+        assert rows.shape == ((3, 1, 1) if mode else (0, 1))
+        assert not rows.any()
+        assert (len(index), numbers.tolist()) == (0, [0, 0, 0])
+
+
+def test_many_copies(back_end):
+    """More than the plan compares with each other."""
+    x = torch.arange(700.0)[:, None]
+    ids = torch.randint(0, 9, (700, 3), generator=torch.Generator().manual_seed(0)).to(int32)
+    rows, index, _, _ = init_routing(x, ids, expert_num=9, active_expert_range=[2, 7])
+    wanted = define(x, ids, 9, (2, 7), -1, None, None)
+    assert index.tolist() == wanted.gather
+    assert rows[: len(wanted.rows), 0].tolist() == [float(row) for row in wanted.rows.values()]
+
+
+# Gradients.
+
+CALLS = {
+    "all": {},
+    "some": {"active_num": 4},
+    "a range": {"active_expert_range": [1, 3]},
+    "scatter": {"row_idx_type": 1, "active_expert_range": [0, 2]},
+    "padded": {"drop_pad_mode": 1, "expert_capacity": 2, "row_idx_type": 1},
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_gradients(name, back_end):
+    """Of the rows that are written."""
+    wide = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def call(x):
+        rows, _, numbers, _ = init_routing(
+            x, IDS, expert_num=4, expert_tokens_num_flag=True, **CALLS[name]
+        )
+        return rows if "drop_pad_mode" in CALLS[name] else rows[: int(numbers[-1])]
+
+    assert torch.autograd.gradcheck(call, wide.requires_grad_())
+    assert torch.autograd.gradgradcheck(call, wide)
+
+
+def test_what_is_quantised_has_no_gradients():
+    x = X.clone().requires_grad_()
+    rows, _, _, scales = init_routing(x, IDS, expert_num=4, quant_mode=1)
+    assert not rows.requires_grad and not scales.requires_grad
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"expert_tokens_num_flag": True, "scale": torch.rand(3)},
+        {"drop_pad_mode": 1, "expert_capacity": 2},
+        {"quant_mode": 0, "scale": torch.ones(1), "offset": torch.ones(1)},
+        {"quant_mode": 1, "scale": torch.rand(4, 1), "active_num": 5},
+        {"quant_mode": 3, "expert_tokens_num_flag": True, "expert_tokens_num_type": 2},
+    ],
+    ids=" ".join,
+)
+@compilers.usual
+def test_compiled(given):
+    x = X.clone().requires_grad_("quant_mode" not in given)
+    compilers.check(lambda x: init_routing(x, IDS, expert_num=4, **given), x)
+
+
+# Refusals.
+
+ONE = torch.ones(1)
+GOOD = {"x": X, "expert_idx": IDS, "expert_num": 4}
+STATIC = {"quant_mode": 0, "scale": ONE, "offset": ONE}
+PAD = {"drop_pad_mode": 1, "expert_capacity": 2}
+BAD = {
+    "no x": ({"x": None}, 161001, "x"),
+    "no ids": ({"expert_idx": None}, 161001, "expert_idx"),
+    "x int32": ({"x": X.int()}, 161002, "x"),
+    "x int8, quantised": (STATIC | {"x": X.to(int8)}, 161002, "x"),
+    "ids int64": ({"expert_idx": IDS.long()}, 161002, "expert_idx"),
+    "scale half": ({"scale": X[:, 0].half()}, 161002, "scale"),
+    "offset half": (STATIC | {"offset": ONE.half()}, 161002, "offset"),
+    "hifloat8": ({"x_dtype": 290}, 161002, "x_dtype"),
+    "another dtype": ({"x_dtype": torch.float16}, 161002, "x_dtype"),
+    "a word": ({"active_num": "1"}, 161002, "active_num"),
+    "flag 1": ({"expert_tokens_num_flag": 1}, 161002, "expert_tokens_num_flag"),
+    "range 4": ({"active_expert_range": 4}, 161002, "active_expert_range"),
+    "range of words": ({"active_expert_range": ["0", "4"]}, 161002, "active_expert_range"),
+    "x 1-D": ({"x": X[:, 0]}, 561002, "x"),
+    "x 3-D": ({"x": X[None]}, 561002, "x"),
+    "no columns": ({"x": X[:, :0]}, 561002, "x"),
+    "ids 1-D": ({"expert_idx": IDS[:, 0]}, 561002, "expert_idx"),
+    "ids N + 1": ({"expert_idx": IDS[:2]}, 561002, "expert_idx"),
+    "K 0": ({"expert_idx": IDS[:, :0]}, 561002, "expert_idx"),
+    "no experts": ({"expert_num": -1}, 561002, "expert_num"),
+    "10241 experts": ({"expert_num": 10241}, 561002, "expert_num"),
+    "5121 pairs": ({"expert_num": 5121, "expert_tokens_num_type": 2}, 561002, "expert_num"),
+    "drop_pad_mode 2": ({"drop_pad_mode": 2}, 561002, "drop_pad_mode"),
+    "type 3": ({"expert_tokens_num_type": 3}, 561002, "expert_tokens_num_type"),
+    "row_idx_type 2": ({"row_idx_type": 2}, 561002, "row_idx_type"),
+    "active_num -2": ({"active_num": -2}, 561002, "active_num"),
+    "capacity 0": (PAD | {"expert_capacity": 0}, 561002, "expert_capacity"),
+    "capacity N + 1": (PAD | {"expert_capacity": 4}, 561002, "expert_capacity"),
+    "a part, padded": (PAD | {"active_expert_range": [0, 3]}, 561002, "active_expert_range"),
+    "range of one": ({"active_expert_range": [1]}, 561002, "active_expert_range"),
+    "empty range": ({"active_expert_range": [2, 2]}, 561002, "active_expert_range"),
+    "range beyond": ({"active_expert_range": [0, 5]}, 561002, "active_expert_range"),
+    "range below": ({"active_expert_range": [-1, 3]}, 561002, "active_expert_range"),
+    "quant_mode 4": ({"quant_mode": 4}, 561002, "quant_mode"),
+    "quant_mode 9": ({"quant_mode": 9}, 561002, "quant_mode"),
+    "MX, padded": (PAD | {"quant_mode": 3}, 561002, "quant_mode"),
+    "scale N + 1": ({"scale": torch.ones(4)}, 561002, "scale"),
+    "offset alone": ({"offset": ONE}, 561002, "offset"),
+    "static, no scale": (STATIC | {"scale": None}, 561002, "scale"),
+    "static, no offset": (STATIC | {"offset": None}, 561002, "offset"),
+    "static, two": (STATIC | {"scale": torch.ones(2)}, 561002, "scale"),
+    "dynamic, (N,)": ({"quant_mode": 1, "scale": torch.ones(3)}, 561002, "scale"),
+    "dynamic, (E + 1, H)": ({"quant_mode": 1, "scale": torch.ones(5, 1)}, 561002, "scale"),
+    "dynamic, offset": ({"quant_mode": 1, "offset": ONE}, 561002, "offset"),
+    "MX, scale": ({"quant_mode": 2, "scale": torch.ones(4, 1)}, 561002, "scale"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_refused(name):
+    changes, code, argument = BAD[name]
+    init_routing(**GOOD)
+    with pytest.raises(MoeError) as caught:
+        init_routing(**GOOD | changes)
+    assert (caught.value.code, caught.value.argument) == (code, argument)
