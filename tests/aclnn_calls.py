@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from harness import groups_of
 
+from moe_triton import get_profile
 from moe_triton.compat import aclnn, torch_npu
 
 POISON = 0xA5  # every byte of a tensor for an output
@@ -87,13 +88,16 @@ def dispatch_outputs(call: dict, *, more: int = 0) -> list[torch.Tensor | None]:
         scales = (tuple(given.shape[1:]), given.dtype)
     kind = call.get("y_dtype") or ROWS.get(mode, call["x"].dtype)
     third = (batch * top_k,) if "comm_alg" not in call else (128 * rows + more,)
-    weighted = call.get("expert_scales") is not None
+    # A2 has room behind the counts for what it notes of its servers, and always weights.
+    on_a2 = get_profile() == "a2"
+    spare = 2 * batch * world * top_k * (world // 8) if on_a2 else 0
+    weighted = on_a2 or call.get("expert_scales") is not None
     return [
         poisoned((pair * rows + more, hidden), kind),
         None if scales is None else poisoned((pair * rows + more, *scales[0]), scales[1]),
         poisoned(third, torch.int32),
         poisoned((local,), torch.int64),
-        poisoned((pair * world * local,), torch.int32),
+        poisoned((pair * world * local + spare,), torch.int32),
         poisoned((2,), torch.int32) if pair == 2 else None,
         poisoned((rows + more,), torch.float32) if weighted else None,
     ]

@@ -9,9 +9,14 @@ import inspect
 import threading
 
 import aclnn_calls
+import definition
+import harness
+import numpy as np
 import pytest
 import torch
 from aclnn_calls import POISON, combine_call, dispatch_call, launch, plan, poisoned
+from definition import Group, Tokens
+from definition_checks import check_dispatch, without_spare
 from harness import run_world
 from worked_examples import (
     BASIC,
@@ -24,6 +29,7 @@ from worked_examples import (
     example_calls,
 )
 
+from moe_triton import set_profile
 from moe_triton.compat import aclnn, torch_npu
 
 GROUP = "groupEp epWorldSize epRankId moeExpertNum"
@@ -533,3 +539,72 @@ def test_eplb_takes_balance_mode_0_and_int32_only():
     assert "balanceMode" in aclnn.aclnn_last_error()
     assert call(ids.long(), table, 0, 8, 0, poisoned((3, 2), torch.int64))[0] == 161002
     assert call(ids.long(), table, 0, 8, 0, poisoned((3, 2), torch.int32))[0] == 161002
+
+
+# The sizes of the documents' examples: EP 16 of A2, and EP 8 x TP 2 of A3.
+OF_DOCUMENTS = {
+    "a2": (Group(16, 16, 8, 7168, global_bs=8 * 16), ("",)),
+    "a3": (Group(8, 8, 3, 7168, tp_world_size=2, global_bs=8 * 8), ("", "V2", "V4")),
+    "a3 shared": (Group(8, 7, 3, 7168, tp_world_size=2, shared_ranks=1), ("", "V2")),
+}
+
+
+@pytest.mark.parametrize(
+    "name, version", [(name, one) for name, (_, ones) in OF_DOCUMENTS.items() for one in ones]
+)
+def test_the_documents_sizes_under_their_profile(name, version):
+    group, _ = OF_DOCUMENTS[name]
+    rng, number = np.random.default_rng(0), 1 if version == "" else 2
+    ranks = group.world_size * group.tp_world_size
+    tokens = [
+        Tokens(
+            x=definition.encode(rng.integers(-4, 5, (8, group.hidden)), group.dtype),
+            ids=np.array(
+                [rng.permutation(group.num_experts)[: group.top_k] for _ in range(8)], np.int32
+            ),
+            weights=rng.normal(size=(8, group.top_k)).astype(np.float32),
+        )
+        for _ in range(ranks)
+    ]
+    received = definition.dispatch(group, tokens)
+    rows = [mine.expand_x for mine in received]
+    combined = definition.combine(group, tokens, received, rows)
+    on_a2 = name == "a2"  # A3 takes no weights in dispatch of version 1
+    weighted = {"weights_in_dispatch": on_a2}
+    calls = harness.make_calls(group, tokens, rows, version=number, **weighted)
+
+    def fn(ctx):
+        return aclnn_calls.round_trip(ctx, calls[ctx.rank], *functions(version))
+
+    set_profile(name.split()[0])
+    try:
+        results = run_world("local", ranks, fn, tp_world_size=group.tp_world_size)
+        for rank, (outputs, x) in enumerate(results):
+            mine = received[rank]
+            options = {"version": number, "weights_given": on_a2}
+            found = without_spare(group, outputs, 8) if on_a2 else outputs
+            check_dispatch(group, mine, found, rank=rank, **options)
+            definition.same_bits(x, combined[rank], f"rank {rank} x")
+    finally:
+        set_profile(None)
+
+
+def test_a_peer_that_does_not_come_is_a_status(monkeypatch):
+    """And so is the next call, as the group is broken."""
+    monkeypatch.setattr("moe_triton.comm.registry.DEFAULT_TIMEOUT", 0.5)
+    calls = example_calls(BASIC)
+    dispatch, _ = functions("")
+
+    def fn(ctx):
+        endings = []
+        for _ in range(2 if ctx.rank == 0 else 0):
+            mine = dispatch_call(ctx, calls[ctx.rank])
+            outputs = aclnn_calls.dispatch_outputs(mine)
+            endings.append(aclnn_calls.ending(dispatch, mine, outputs))
+        return endings
+
+    endings, _ = run_world("local", 2, fn, limit=30.0)
+    for ending in endings:
+        assert (ending["phase"], ending["status"]) == (2, RUNTIME), ending
+        assert ending["sentence"].startswith(f"{dispatch}: ")
+    assert len({ending["sentence"] for ending in endings}) == 2

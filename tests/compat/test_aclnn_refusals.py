@@ -12,10 +12,12 @@ import re
 import aclnn_calls
 import definition
 import pytest
+import torch
 from aclnn_calls import keyword, parameters
 from compat import test_torch_npu_errors as v1
 from compat import test_torch_npu_v2_errors as v2
-from definition_checks import check_dispatch
+from compat import test_update_expert as replicas
+from definition_checks import check_dispatch, without_spare
 from harness import run_world
 from refusals import AT_ONCE, Bad, put
 
@@ -99,7 +101,7 @@ V2 = {
 @pytest.fixture
 def profile(request):
     moe_triton.set_profile(request.param)
-    yield
+    yield request.param
     moe_triton.set_profile(None)
 
 
@@ -129,3 +131,69 @@ def test_later_versions(name):
         else:
             check_peer(bad, ending)
         v2.check_round(v2.BASES[bad.base].group, result, received, combined, rank)
+
+
+V1_PRODUCTS = [(product, name) for name, row in v1.BY_PRODUCT.items() for product in row[0]]
+
+
+@pytest.mark.parametrize(
+    "profile, name",
+    [pytest.param(product, name, id=f"{name} on {product}") for product, name in V1_PRODUCTS],
+    indirect=["profile"],
+)
+def test_version_1_on_a_product(profile, name):
+    """The limits of one product, by one of all its ranks."""
+    bad, group = v1.BY_PRODUCT[name][1], v1.ON_PRODUCTS[profile]
+    calls, received, combined = v1.prepare(group, [1] * group.world_size)
+    if profile != "a2":
+        for call in calls:
+            call["dispatch"]["expert_scales"] = None
+    function = DISPATCH if bad.op == "dispatch" else COMBINE
+
+    def fn(ctx):
+        change = bad.change if ctx.rank == 1 else put()
+        ending = aclnn_calls.bad_call(ctx, calls[ctx.rank], bad.op, change, DISPATCH, COMBINE)
+        return ending, aclnn_calls.round_trip(ctx, calls[ctx.rank], DISPATCH, COMBINE)
+
+    results = run_world("local", group.world_size, fn, limit=v1.LIMIT)
+    for rank, (ending, (outputs, x)) in enumerate(results):
+        if rank == 1:
+            check_culprit(bad, name, function, ending)
+            assert f"on {profile}" in ending["sentence"]
+        else:
+            check_peer(bad, ending)
+        on_a2 = profile == "a2"
+        found = without_spare(group, outputs, 1) if on_a2 else outputs
+        check_dispatch(group, received[rank], found, rank=rank, weights_given=on_a2)
+        definition.same_bits(x, combined[rank], f"rank {rank} x")
+
+
+def update_expert(function: str, changes: dict) -> dict:
+    """How the update of experts ends that ``changes`` have edited."""
+    given = {"expert_ids": replicas.IDS, "eplb_table": replicas.TABLE}
+    given |= {"local_rank_id": 3, "world_size": 8} | changes
+    ids = changes.get("expert_ids", replicas.IDS)
+    shape = (3, 2) if ids is None else tuple(ids.shape)
+    outputs = [torch.zeros(shape, dtype=torch.int32), torch.zeros(shape, dtype=torch.bool)]
+    count = 1 if "EPLB" in function else 2
+    return aclnn_calls.ending(function, given, outputs[:count])
+
+
+OF_SUCCESSOR = ("expert_scales", "pruning_threshold", "active_mask")
+REPLICAS = [
+    (function, name)
+    for name, (changes, *_) in replicas.BAD.items()
+    for function in ("aclnnMoeEPLBUpdateExpert", "aclnnMoeUpdateExpert")
+    if function == "aclnnMoeUpdateExpert" or not any(one in changes for one in OF_SUCCESSOR)
+]
+REPLICA_VALUES = ("id E", "id negative", "no replicas", "more than F")
+
+
+@pytest.mark.parametrize("function, name", REPLICAS)
+def test_row_28(function, name):
+    changes, code, argument = replicas.BAD[name]
+    ending = update_expert(function, changes)
+    (parameter,) = (one for one in parameters(function) if keyword(function, one) == argument)
+    assert ending["status"] == code, ending
+    assert f": {parameter} must" in ending["sentence"], ending
+    assert ending["phase"] == (2 if name in REPLICA_VALUES else 1), ending

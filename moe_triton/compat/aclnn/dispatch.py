@@ -17,7 +17,7 @@ def _outputs(suffix: str, third: Output) -> tuple[Output, ...]:
         Output(f"dynamicScales{suffix}", "(T * A, ..)", larger=True, always=False),
         third,
         Output(f"expertTokenNums{suffix}", "(L,)", torch.int64),
-        Output(f"epRecvCounts{suffix}", "(T * W * L,)", int32),
+        Output(f"epRecvCounts{suffix}", "(T * W * L,), and more on a2", int32),
         Output(f"tpRecvCounts{suffix}", "(T,)", int32, always=False, absent=ArgumentValueError),
         Output(
             f"expandScales{suffix}", "(A,)", torch.float32, larger=True, always=False, absent=None
@@ -96,7 +96,8 @@ def aclnnMoeDistributeDispatchGetWorkspaceSize(
         dynamicScales: (T * A, ..) or more rows, likewise; None where there are none.
         expandIdx: (BS * K,) int32, likewise.
         expertTokenNums: (L,) int64, likewise.
-        epRecvCounts: (T * W * L,) int32, likewise.
+        epRecvCounts: (T * W * L,) int32, likewise; (W * L + 2 * G * K * (W / 8),) under the
+            profile a2, with G = W * maxBS.
         tpRecvCounts: (T,) int32, likewise; None without T = 2.
         expandScales: (A,) float32 or more, likewise; None if not wanted.
 
