@@ -26,6 +26,7 @@ from ..ops.names import (
     DISPATCH_SETUP,
     DISPATCH_TEARDOWN,
     DISPATCH_V2,
+    EPLB_UPDATE_EXPERT,
     UPDATE_EXPERT,
 )
 from ..ops.ranks import checking
@@ -244,6 +245,17 @@ update_expert = CheckedOperator(
     # On this rank alone: there is nobody to tell.
     checking=lambda **given: contextlib.nullcontext(
         functools.partial(check_update_expert, **given)
+    ),
+)
+
+eplb_update_expert = CheckedOperator(
+    EPLB_UPDATE_EXPERT,
+    "Tensor expert_ids, Tensor eplb_table, int local_rank_id, int world_size, int balance_mode",
+    "Tensor balanced_expert_ids",
+    run=lambda **given: run_update_expert(op=EPLB_UPDATE_EXPERT, **given)[0],
+    outputs=lambda *, expert_ids, **_: torch.empty_like(expert_ids),
+    checking=lambda **given: contextlib.nullcontext(
+        functools.partial(check_update_expert, op=EPLB_UPDATE_EXPERT, **given)
     ),
 )
 

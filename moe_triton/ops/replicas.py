@@ -6,7 +6,7 @@ import torch
 
 from ..profile import active_profile
 from . import checks
-from .names import UPDATE_EXPERT, family
+from .names import EPLB_UPDATE_EXPERT, UPDATE_EXPERT, family
 from .steps import local_step
 
 
@@ -24,14 +24,15 @@ def check_update_expert(
 ) -> torch.Tensor | None:
     """Check all arguments; returns the threshold as [K], or None where nothing is pruned.
 
-    ``op`` is ``names.UPDATE_EXPERT`` or ``EPLB_UPDATE_EXPERT``, whose limits are tighter.
+    ``op`` is ``names.UPDATE_EXPERT`` or ``EPLB_UPDATE_EXPERT``, which takes less.
     Tensors on the meta device have no values to be wrong.
     """
     checks.required(op, expert_ids=expert_ids, eplb_table=eplb_table)
     checks.integers(
         op, local_rank_id=local_rank_id, world_size=world_size, balance_mode=balance_mode
     )
-    checks.dtype(op, "expert_ids", expert_ids, (torch.int32, torch.int64))
+    kinds = (torch.int32,) if op == EPLB_UPDATE_EXPERT else (torch.int32, torch.int64)
+    checks.dtype(op, "expert_ids", expert_ids, kinds)
     checks.dtype(op, "eplb_table", eplb_table, (torch.int32,))
     checks.dtype(op, "expert_scales", expert_scales, (torch.float32,))
     checks.dtype(op, "pruning_threshold", pruning_threshold, (torch.float32,))

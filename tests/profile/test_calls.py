@@ -10,7 +10,7 @@ import refusals
 import torch
 
 from moe_triton import set_profile
-from moe_triton.compat import torch_npu
+from moe_triton.compat import aclnn, torch_npu
 
 DISPATCH = {1: "npu_moe_distribute_dispatch", 2: "npu_moe_distribute_dispatch_v2"}
 COMBINE = {1: torch_npu.npu_moe_distribute_combine, 2: torch_npu.npu_moe_distribute_combine_v2}
@@ -204,3 +204,21 @@ def test_split_phase(product, comm_type, by_slot, sums, added):
 
 def op(name):
     return getattr(torch_npu, f"npu_moe_distribute_{name}")
+
+
+@on("a3")
+@pytest.mark.parametrize(
+    "world_size, experts, eplb, successor",
+    [(384, 512, 0, 0), (385, 512, 561002, 0), (384, 513, 561002, 0), (769, 512, 561002, 561002)],
+    ids=["row28-most", "row28-W", "row28-E", "row28-W of both"],
+)
+def test_replicas(product, world_size, experts, eplb, successor):
+    """The first op of its kind takes less than its successor."""
+    ids, out = torch.zeros(2, 1, dtype=torch.int32), torch.zeros(2, 1, dtype=torch.int32)
+    table = torch.ones(experts, 2, dtype=torch.int32)
+    keep = torch.zeros(2, 1, dtype=torch.bool)
+    given = (0, world_size, 0, out)
+    first = aclnn.aclnnMoeEPLBUpdateExpertGetWorkspaceSize
+    assert first(ids, table, *given)[0] == eplb
+    second = aclnn.aclnnMoeUpdateExpertGetWorkspaceSize
+    assert second(ids, table, None, None, None, *given, keep)[0] == successor

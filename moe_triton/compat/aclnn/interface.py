@@ -68,7 +68,6 @@ class Interface:
         outputs: in the order of the op's; further ones of the op are left out.
         dtype_from: the output whose dtype is the op's y_dtype, if one is.
         renamed: parameters whose name is not the op's, written its way.
-        only_default: arguments of the op that may only be 0, "" or None here.
     """
 
     name: str
@@ -76,7 +75,6 @@ class Interface:
     outputs: tuple[Output, ...]
     dtype_from: str | None = None
     renamed: dict[str, str] = field(default_factory=dict)
-    only_default: tuple[str, ...] = ()
 
 
 def translated(
@@ -223,7 +221,6 @@ def _check(
         checks.required(op, **{output.name: target for output, target in outputs if output.always})
         try:
             check()
-            checks.reserved(op, **{name: given[name] for name in interface.only_default})
         except ArgumentValueError:
             _check_dtypes(op, outputs)
             raise

@@ -10,9 +10,8 @@ from .interface import Executor, FirstPhase, Interface, Output, Stream, first_ph
 
 _EPLB = Interface(
     "aclnnMoeEPLBUpdateExpert",
-    operators.update_expert,
+    operators.eplb_update_expert,
     (Output("balancedExpertIds", "(BS, K)", torch.int32),),
-    only_default=("balance_mode",),
 )
 _SUCCESSOR = Interface(
     "aclnnMoeUpdateExpert",
