@@ -310,8 +310,11 @@ def test_an_executor_is_for_its_function():
     status, size, executor = aclnn.aclnnMoeEPLBUpdateExpertGetWorkspaceSize(*given, 0, 2, 0, *out)
     assert (status, size) == (0, 0)
     assert aclnn.aclnnMoeUpdateExpert(None, 0, executor, None) == 161002
-    assert "aclnnMoeUpdateExpert: executor must come from" in aclnn.aclnn_last_error()
+    assert "executor must be that of aclnnMoeUpdateExpertGetW" in aclnn.aclnn_last_error()
     assert aclnn.aclnnMoeEPLBUpdateExpert(None, 0, None, None) == 161001
+    assert aclnn.aclnnMoeEPLBUpdateExpert(None, 0, 5, None) == 161002
+    assert aclnn.aclnnMoeEPLBUpdateExpert(None, 0, executor, 5) == 161002
+    assert aclnn.aclnnMoeEPLBUpdateExpert(None, None, executor, None) == 161002
     assert aclnn.aclnnMoeEPLBUpdateExpert(None, -1, executor, None) == 561002
     assert aclnn.aclnnMoeEPLBUpdateExpert(None, 0, executor, None) == 0
     assert out[0].tolist() == [[1]]
@@ -531,7 +534,7 @@ def test_pruning():
 
 
 def test_eplb_takes_balance_mode_0_and_int32_only():
-    """Row 28; balance_mode 1 and int64 are the successor's."""
+    """Row 28; balance_mode 1 and int64 are the successor's, as are more ranks on A3."""
     ids = torch.tensor(EPLB_IDS, dtype=torch.int32)
     table = torch.tensor(EPLB_TABLE, dtype=torch.int32)
     call = aclnn.aclnnMoeEPLBUpdateExpertGetWorkspaceSize
@@ -539,6 +542,74 @@ def test_eplb_takes_balance_mode_0_and_int32_only():
     assert "balanceMode" in aclnn.aclnn_last_error()
     assert call(ids.long(), table, 0, 8, 0, poisoned((3, 2), torch.int64))[0] == 161002
     assert call(ids.long(), table, 0, 8, 0, poisoned((3, 2), torch.int32))[0] == 161002
+
+    many = torch.tensor([[1, 0]], dtype=torch.int32)
+    out, mask = poisoned((1, 1), torch.int32), poisoned((1, 1), torch.bool)
+    set_profile("a3")
+    try:
+        one = torch.zeros(1, 1, dtype=torch.int32)
+        assert call(one, many, 0, 385, 0, out)[0] == 561002
+        assert "worldSize" in aclnn.aclnn_last_error()
+        successor = aclnn.aclnnMoeUpdateExpertGetWorkspaceSize
+        assert successor(one, many, None, None, None, 0, 385, 0, out, mask)[0] == 0
+    finally:
+        set_profile(None)
+
+
+@pytest.mark.parametrize("version", ["", "V2"])
+@pytest.mark.parametrize(
+    "mode, kind",
+    [
+        (2, torch.int8),
+        (2, torch.float8_e5m2),
+        (3, torch.float8_e4m3fn),
+        (3, torch.float8_e5m2),
+        (4, torch.float8_e4m3fn),
+        (4, torch.float8_e5m2),
+    ],
+)
+def test_the_dtype_of_the_rows_is_that_of_their_tensor(mode, kind, version):
+    """As y_dtype of torch_npu's function has it; without null pointers for the empty names."""
+    x = torch.randn(3, 130, generator=torch.Generator().manual_seed(0)).bfloat16()
+    ids = torch.tensor([[0, 1], [2, 3], [3, 0]], dtype=torch.int32)
+    dispatch, _ = functions(version)
+
+    def fn(ctx):
+        mine = {"x": x, "expert_ids": ids, "group_ep": ctx.ep_group, "ep_world_size": 2}
+        mine |= {"ep_rank_id": ctx.ep_rank, "moe_expert_num": 4, "quant_mode": mode}
+        expected = torch_npu.npu_moe_distribute_dispatch_v2(**mine, y_dtype=kind)
+        mine |= {"group_tp": None} | ({"comm_alg": None} if version else {})
+        outputs = aclnn_calls.dispatch_outputs(mine | {"y_dtype": kind})
+        aclnn_calls.run(dispatch, mine, outputs)
+        n = int(expected[4][-1])
+        return [
+            torch.equal(one[:n].view(torch.uint8), other[:n].view(torch.uint8))
+            for one, other in zip(expected[:2], outputs[:2], strict=True)
+        ]
+
+    assert run_world("local", 2, fn) == [[True, True]] * 2
+
+
+@pytest.mark.parametrize("version", ["V2", "V3", "V4"])
+@pytest.mark.parametrize(
+    "name, value",
+    [("activation_scale", torch.ones(1)), ("group_list", torch.ones(1)), ("out_dtype", 1)],
+    ids=["activationScale", "groupList", "outDtype"],
+)
+def test_reserved_parameters_of_later_versions(name, value, version):
+    """Which torch_npu's function does not have."""
+    calls = example_calls(BASIC, version=2)
+    dispatch, combine = functions(version)
+
+    def fn(ctx):
+        mine = dispatch_call(ctx, calls[ctx.rank])
+        outputs = aclnn_calls.run(dispatch, mine, aclnn_calls.dispatch_outputs(mine))
+        mine = combine_call(ctx, calls[ctx.rank], outputs) | {name: value}
+        return aclnn_calls.ending(combine, mine, aclnn_calls.combine_outputs(mine))
+
+    for ending in run_world("local", 2, fn):
+        assert (ending["phase"], ending["status"]) == (1, 561002)
+        assert "reserved" in ending["sentence"]
 
 
 # The sizes of the documents' examples: EP 16 of A2, and EP 8 x TP 2 of A3.

@@ -14,15 +14,17 @@ import definition
 import pytest
 import torch
 from aclnn_calls import keyword, parameters
+from compat import test_combine_add_rms_norm as norm
 from compat import test_torch_npu_errors as v1
 from compat import test_torch_npu_v2_errors as v2
 from compat import test_update_expert as replicas
 from definition_checks import check_dispatch, without_spare
 from harness import run_world
 from refusals import AT_ONCE, Bad, put
+from worked_examples import BASIC, example_calls
 
 import moe_triton
-from moe_triton.compat import aclnn
+from moe_triton.compat import aclnn, torch_npu
 
 DISPATCH, COMBINE = "aclnnMoeDistributeDispatch", "aclnnMoeDistributeCombine"
 VALUES = ("value", "row20-no-prefix")  # rows in which a value of a tensor is wrong
@@ -197,3 +199,38 @@ def test_row_28(function, name):
     assert ending["status"] == code, ending
     assert f": {parameter} must" in ending["sentence"], ending
     assert ending["phase"] == (2 if name in REPLICA_VALUES else 1), ending
+
+
+NORM_VALUES = ("index of other ids",)
+
+
+@pytest.mark.parametrize("version", ["", "V2"])
+@pytest.mark.parametrize("name", norm.BAD)
+def test_combine_add_rms_norm(name, version):
+    """By one rank; the other hears of it, and both go on."""
+    changes, code, argument = norm.BAD[name]
+    calls = example_calls(BASIC, version=2)
+    function = f"{COMBINE}AddRmsNorm{version}"
+
+    def fn(ctx):
+        call = calls[ctx.rank]
+        mine = aclnn_calls.dispatch_call(ctx, call)
+        outputs = aclnn_calls.dispatch_outputs(mine)
+        aclnn_calls.run(f"{DISPATCH}V2", mine, outputs)
+        given = norm.arguments_after(ctx, call, outputs)
+        outputs = aclnn_calls.norm_outputs(given)
+        bad = given | (changes if ctx.rank == 1 else {})
+        ending = aclnn_calls.ending(function, bad, outputs)
+        expected = torch_npu.npu_moe_distribute_combine_add_rms_norm(**given)
+        results = aclnn_calls.run(function, given, outputs)
+        same = [torch.equal(one, other) for one, other in zip(results, expected, strict=True)]
+        return ending, same
+
+    (heard, same), (said, other) = run_world("local", 2, fn, limit=v1.LIMIT)
+    assert same == other == [True] * 3
+    (parameter,) = (one for one in parameters(function) if keyword(function, one) == argument)
+    assert said["status"] == code, said
+    assert f": {parameter} must" in said["sentence"], said
+    assert said["phase"] == (2 if name in NORM_VALUES else 1), said
+    assert (heard["phase"], heard["status"]) == (2, aclnn.ACLNN_ERR_RUNTIME_ERROR), heard
+    assert argument in heard["sentence"]

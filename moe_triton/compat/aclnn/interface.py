@@ -18,6 +18,7 @@ import torch
 from ...errors import (
     INVALID_PARAM,
     ArgumentError,
+    ArgumentTypeError,
     ArgumentValueError,
     MissingArgumentError,
 )
@@ -189,10 +190,10 @@ def second_phase(
         executor: from the first phase.
         stream: where the op shall run, a ``torch.Stream``; None for the current one.
     """
-    parameters = {} if executor is None else executor.parameters
     try:
         _launch(interface, workspace_size, executor, stream)
     except Exception as error:  # noqa: BLE001 (the interface has statuses, no exceptions)
+        parameters = executor.parameters if isinstance(executor, Executor) else {}
         return failed(interface.name, error, parameters)
     return ACLNN_SUCCESS
 
@@ -202,10 +203,12 @@ def _launch(
 ) -> None:
     op = interface.name
     checks.required(op, executor=executor)
-    assert executor is not None
-    if executor.interface is not interface:
-        contract, got = f"come from {op}GetWorkspaceSize", f"one of {executor.interface.name}"
-        raise ExecutorError(op, "executor", contract, got)
+    if not isinstance(executor, Executor) or executor.interface is not interface:
+        got = executor.interface.name if isinstance(executor, Executor) else repr(executor)
+        raise ExecutorError(op, "executor", f"be that of {op}GetWorkspaceSize", f"that of {got}")
+    if stream is not None and not isinstance(stream, contextlib.AbstractContextManager):
+        raise ArgumentTypeError(op, "stream", "be a torch.Stream or None", repr(stream))
+    checks.integers(op, workspaceSize=workspace_size)
     contract = f"be at least {WORKSPACE_SIZE}, as the first phase said"
     checks.value(op, "workspaceSize", workspace_size >= WORKSPACE_SIZE, contract, workspace_size)
     executor.launch(stream)
