@@ -5,15 +5,20 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
+import cloudpickle
 import torch
 from harness import groups_of
 
 from moe_triton import get_profile
 from moe_triton.compat import aclnn, torch_npu
+
+# Worker processes import the package, not the tests.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 POISON = 0xA5  # every byte of a tensor for an output
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)

@@ -92,6 +92,32 @@ def test_version_1(name, base):
             definition.same_bits(x, combined[rank], f"rank {rank} x")
 
 
+@pytest.mark.parametrize("world", ["symmetric", "collective"])
+def test_version_1_between_processes(world, base):
+    """One row after the other, each by another rank."""
+    calls, received, combined = base
+    names = [name for name in v1.IN_PROCESSES if name in V1]
+
+    def fn(ctx):
+        call, results = calls[ctx.rank], []
+        for i, name in enumerate(names):
+            change = V1[name].change if ctx.rank == i % v1.WORLD else put()
+            op = V1[name].op
+            ending = aclnn_calls.bad_call(ctx, call, op, change, DISPATCH, COMBINE)
+            results.append((ending, aclnn_calls.round_trip(ctx, call, DISPATCH, COMBINE)))
+        return results
+
+    for rank, results in enumerate(run_world(world, v1.WORLD, fn)):
+        for i, (name, (ending, (outputs, x))) in enumerate(zip(names, results, strict=True)):
+            if rank == i % v1.WORLD:
+                function = DISPATCH if V1[name].op == "dispatch" else COMBINE
+                check_culprit(V1[name], name, function, ending)
+            else:
+                check_peer(V1[name], ending)
+            check_dispatch(v1.BASE, received[rank], outputs, rank=rank)
+            definition.same_bits(x, combined[rank], f"rank {rank} x")
+
+
 # In C there are no y_dtype, x_dtype and scales_dtype, which stands for the dtypes of the tensors.
 V2 = {
     name: bad

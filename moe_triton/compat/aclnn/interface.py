@@ -31,6 +31,9 @@ _TEXTS = ("group_tp", "comm_alg")  # where C may give a null pointer for an empt
 WORKSPACE_SIZE = 0  # bytes; the ops have memory of their own
 
 
+Stream = contextlib.AbstractContextManager[Any] | None
+
+
 class ExecutorError(ArgumentError, ValueError):
     """An executor that has been launched, or is another function's."""
 
@@ -46,8 +49,8 @@ class Output:
         shape: in words.
         dtype: where it is the same in all calls.
         larger: whether it may have more rows than that; these stay as they are.
-        always: whether all calls have this output. What is given for one that a call has not, is
-            not looked at, and stays as it is.
+        always: whether all calls have this output. Of what is given for one that a call has not,
+            only the dtype is looked at, if that is always the same.
         absent: the error where there is no tensor for it; None where it may go without.
     """
 
@@ -132,7 +135,7 @@ class Executor:
         self.parameters = parameters
         self._launched = False
 
-    def launch(self, stream: contextlib.AbstractContextManager[Any] | None) -> None:
+    def launch(self, stream: Stream) -> None:
         """Run the op, and put its results where the caller wants them."""
         operator = self.interface.operator
         if self._launched:
@@ -149,7 +152,6 @@ class Executor:
 
 
 FirstPhase = tuple[int, int, Executor | None]
-Stream = contextlib.AbstractContextManager[Any] | None
 
 
 def first_phase(interface: Interface, call: dict[str, Any]) -> FirstPhase:
@@ -225,15 +227,13 @@ def _check(
         try:
             check()
         except ArgumentValueError:
+            for output, target, _ in _made(interface, plan, targets):
+                if output.absent is MissingArgumentError:
+                    checks.required(op, **{output.name: target})
             _check_dtypes(op, outputs)
             raise
         _check_dtypes(op, outputs)
-        results = _as_tuple(interface.operator.outputs(**plan))
-        made = [
-            (*output, result)
-            for output, result in zip(outputs, results, strict=False)
-            if result is not None
-        ]
+        made = _made(interface, plan, targets)
         for output, target, result in made:
             if target is None and output.absent is not None:
                 raise output.absent(op, output.name, "be given, as there is such an output", None)
@@ -241,6 +241,15 @@ def _check(
         for output, target, result in made:
             if target is not None:
                 _check_shape(op, output, target, result)
+
+
+def _made(
+    interface: Interface, plan: dict[str, Any], targets: tuple[torch.Tensor | None, ...]
+) -> list[tuple[Output, torch.Tensor | None, torch.Tensor]]:
+    """The outputs that this call has, what is given for them, and what they will be like."""
+    results = _as_tuple(interface.operator.outputs(**plan))
+    together = zip(interface.outputs, targets, results, strict=False)
+    return [(output, target, result) for output, target, result in together if result is not None]
 
 
 def _as_tuple(results: Any) -> tuple[torch.Tensor | None, ...]:
