@@ -1,10 +1,10 @@
-"""Local search: relieve the heaviest rank, one move after the other, until none helps.
+"""Local search: relieve the heaviest rank that can be, one move after the other, until none can.
 
 The load of an expert comes in equal quanta: the rows that one rank sends, or those of one column of
 the table. A state says how many quanta of each expert each rank serves, and which experts it holds.
-Every move takes quanta from the heaviest rank and leaves each rank that it touches below what the
-heaviest had. So the sorted loads fall from move to move, and the search ends; it is never worse
-than where it began.
+Every move takes quanta from one rank and leaves each rank that it touches below what that one had.
+So the loads in descending order fall from move to move, and the search ends; it is never worse than
+where it began. Relieving others than the heaviest makes room for what the heaviest cannot yet move.
 
 Letters: E experts, R ranks, s slots on each.
 """
@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from .greedy import Floats, Ints
 
-_MOVES_PER_SLOT = 16  # a search takes fewer than one; the bound is for loads nobody has thought of
+_MOVES_PER_SLOT = 16  # a search takes few; the bound is for loads that nobody has thought of
+_GOAL = 1.001  # of the mean: from one batch to the next, loads differ by more
 _MARGIN = 1e-12  # of the heaviest load, so that rounding is no progress
 
 
@@ -51,17 +52,27 @@ class _Move(NamedTuple):
 
 
 def refine(state: State) -> None:
-    """Move quanta and experts between ranks until the heaviest cannot be relieved; in place."""
+    """Relieve ranks until none has more than ``_GOAL``, or none above the mean can be; in place."""
     for _ in range(_MOVES_PER_SLOT * int(state.held.sum())):
         load = state.load()
-        rank = int(load.argmax())
-        moves = [move for make in (_shift, _swap, _replicate) for move in make(state, load, rank)]
-        best = min(moves, key=lambda move: move.peak, default=None)
-        if best is None or best.peak >= load[rank] * (1 - _MARGIN):
+        mean = load.mean()
+        if load.max() <= mean * _GOAL:
             break
-        _apply(state, best)
+        heavy = (rank for rank in np.argsort(-load, kind="stable") if load[rank] > mean)
+        relief = (_relief(state, load, int(rank)) for rank in heavy)
+        move = next((move for move in relief if move is not None), None)
+        if move is None:
+            break
+        _apply(state, move)
     for expert, rank in np.argwhere(state.held & (state.parts == 0)):
         _employ(state, int(expert), int(rank))
+
+
+def _relief(state: State, load: Floats, rank: int) -> _Move | None:
+    """The move that leaves the lowest peak, if that is below what ``rank`` has."""
+    moves = [move for make in (_shift, _swap, _replicate) for move in make(state, load, rank)]
+    best = min(moves, key=lambda move: move.peak, default=None)
+    return best if best is not None and best.peak < load[rank] * (1 - _MARGIN) else None
 
 
 def _apply(state: State, move: _Move) -> None:
@@ -84,7 +95,6 @@ def _shift(state: State, load: Floats, rank: int) -> Iterator[_Move]:
     quanta = _halfway(load[rank] - load, quantum, have)
     peak = np.maximum(load[rank] - quanta * quantum, load + quanta * quantum)
     peak = np.where(state.held[experts] & (quanta > 0), peak, np.inf)
-    peak[:, rank] = np.inf
     at, other = np.unravel_index(peak.argmin(), peak.shape)
     if np.isfinite(peak[at, other]):
         expert, moved = int(experts[at]), int(quanta[at, other])
@@ -126,13 +136,13 @@ def _swap(state: State, load: Floats, rank: int) -> Iterator[_Move]:
 def _replicate(state: State, load: Floats, rank: int) -> Iterator[_Move]:
     """An expert of ``rank`` gets a replica in a slot whose own expert has another replica.
 
-    The quanta of the replica that gives way go to the lightest third rank that holds its expert.
+    The quanta of the replica that gives way go to the lightest other rank that holds its expert. If
+    that is ``rank``, the move does not relieve it and is not taken.
     """
     experts = np.flatnonzero(state.held[:, rank])
     others, homes = _elsewhere(state, rank)
     slots = np.arange(len(others))
     heirs_load = np.where(state.held[others], load, np.inf)
-    heirs_load[:, rank] = np.inf
     heirs_load[slots, homes] = np.inf
     if not np.isfinite(heirs_load).any():
         return
@@ -141,7 +151,7 @@ def _replicate(state: State, load: Floats, rank: int) -> Iterator[_Move]:
     rest = load[homes] - freed
     have = state.parts[experts, rank, None]
     quantum = state.quantum[experts, None]
-    quanta = _halfway(load[rank] - rest, quantum, have - 1)
+    quanta = _halfway(load[rank] - rest, quantum, have)
     peak = np.maximum(load[rank] - quanta * quantum, rest + quanta * quantum)
     peak = np.maximum(peak, heirs_load[slots, heirs] + freed)
     peak = np.where(~state.held[experts[:, None], homes] & (quanta > 0), peak, np.inf)

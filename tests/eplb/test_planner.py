@@ -147,7 +147,7 @@ SHAPES = [(8, 288), (16, 288), (32, 288), (64, 320)]
 
 @pytest.mark.parametrize("balance_mode", [0, 1])
 @pytest.mark.parametrize("num_ranks, num_slots", SHAPES)
-@pytest.mark.parametrize("exponent", [0.5, 0.8, 1.0, 1.2, 1.5])
+@pytest.mark.parametrize("exponent", [0.5, 0.8, 1.0, 1.2, 1.4, 1.6])
 def test_deepseek_v3_is_balanced(exponent, num_ranks, num_slots, balance_mode):
     load = zipf(exponent)
     given = {"num_ranks": num_ranks, "num_slots": num_slots, "balance_mode": balance_mode}

@@ -55,6 +55,16 @@ def test_a_replica_that_cannot_help_stays_idle():
     assert (state.held.sum(0) == 1).all()
 
 
+def test_an_idle_slot_takes_no_second_replica():
+    """Expert 1 could go on from rank 1 to rank 2, which holds it already beside an idle replica."""
+    quantum = [9, 1, 1, 0]
+    parts = [[1, 0, 0], [0, 6, 1], [0, 1, 0], [1, 0, 0]]
+    held = [[1, 0, 0], [0, 1, 1], [0, 1, 1], [1, 0, 0]]
+    state = refined(quantum, parts, held)
+    assert state.parts.sum(1).tolist() == [1, 7, 1, 1]
+    assert (state.held.sum(0) == 2).all()
+
+
 def test_nothing_to_do():
     state = refined([0, 0], [[1, 0], [0, 1]])
     assert state.parts.tolist() == [[1, 0], [0, 1]]
