@@ -6,10 +6,19 @@ in ``compat.torch_npu`` has.
 
 from __future__ import annotations
 
-from ..ops import expert_order, gating, gradients, init_routing, permute, routing_map
+from ..ops import (
+    expert_order,
+    finalize,
+    gating,
+    gradients,
+    init_routing,
+    permute,
+    routing_map,
+)
 from ..ops.custom_op import Function
 from ..ops.names import (
     COMPUTE_EXPERT_TOKENS,
+    FINALIZE_ROUTING,
     GATING_TOP_K,
     GATING_TOP_K_SOFTMAX,
     GATING_TOP_K_SOFTMAX_V2,
@@ -120,4 +129,16 @@ init_routing_v2 = Function(
     outputs=init_routing.init_routing_v2_outputs,
     backward=gradients.init_routing_backward,
     save=gradients.save_init_routing,
+)
+
+finalize_routing = Function(
+    FINALIZE_ROUTING,
+    "Tensor expanded_permuted_rows, Tensor? skip1, Tensor? skip2, Tensor? bias, Tensor? scales, "
+    "Tensor expanded_src_to_dst_row, Tensor? export_for_source_row, int? drop_pad_mode=0, "
+    "int? k=1",
+    "Tensor",
+    run=finalize.finalize_routing,
+    outputs=finalize.finalize_routing_outputs,
+    backward=gradients.finalize_backward,
+    save=gradients.save_finalize,
 )

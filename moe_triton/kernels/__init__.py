@@ -19,6 +19,7 @@ if __name__ != "moe_triton.kernels":
 
 from .affine import quantize_affine
 from .experts import eplb_map, keep_experts, top_k_gating
+from .finalize import finalize
 from .flags import wait_flags, write_flags
 from .gather_quant import gather_quant
 from .locate import arrivals, permutation, returns
@@ -45,6 +46,7 @@ __all__ = [
     "decode",
     "encode",
     "eplb_map",
+    "finalize",
     "gather_quant",
     "keep_experts",
     "pack",

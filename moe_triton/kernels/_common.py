@@ -43,6 +43,26 @@ def from_float32(y, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def widen(x, ACC: tl.constexpr):
+    """``x`` in fp32 or fp64, exactly."""
+    if ACC == tl.float64:  # noqa: SIM300, SIM108 - the parameter; only one of them is compiled
+        y = x.to(ACC)
+    else:
+        y = to_float32(x)
+    return y
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """``x`` rounded half to even to DTYPE."""
+    if DTYPE == tl.float64:  # noqa: SIM300, SIM108 - the parameter; only one of them is compiled
+        y = x.to(DTYPE)
+    else:
+        y = from_float32(x, DTYPE)
+    return y
+
+
+@triton.jit
 def magnitude_bits(x):
     """|x| of fp32 as int32, which order as the numbers do, with NaN above all of them."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF

@@ -26,28 +26,8 @@ import triton.language as tl
 from ..errors import ArgumentTypeError, ArgumentValueError, MissingArgumentError
 from ..layout import Norm, RowFormat, SpecialExperts
 from ._checks import FLOATS, INDICES, check_tensor, with_adjacent_columns
-from ._common import from_float32, to_float32
+from ._common import from_float32, narrow, to_float32, widen
 from .launch import tiles, token_tiles
-
-
-@triton.jit
-def _widen(x, ACC: tl.constexpr):
-    """``x`` in fp32 or fp64, exactly."""
-    if ACC == tl.float64:  # noqa: SIM300, SIM108 - the parameter; only one of them is compiled
-        y = x.to(ACC)
-    else:
-        y = to_float32(x)
-    return y
-
-
-@triton.jit
-def _narrow(x, DTYPE: tl.constexpr):
-    """``x`` rounded half to even to DTYPE."""
-    if DTYPE == tl.float64:  # noqa: SIM300, SIM108 - the parameter; only one of them is compiled
-        y = x.to(DTYPE)
-    else:
-        y = from_float32(x, DTYPE)
-    return y
 
 
 @triton.jit
@@ -88,12 +68,12 @@ def _row(
     """A part of a row, decoded; zeros without one."""
     # Products with a constant show the compiler how rows are aligned.
     x = tl.load(rows_ptr + distance * UNIT + here, mask=present & (here < hidden), other=0)
-    x = _widen(x, ACC)
+    x = widen(x, ACC)
     if GROUP:
         group = start // GROUP + tl.arange(0, BLOCK_H // GROUP)[:, None]
         mask = present & (group * GROUP < hidden)
         scale = tl.load(scales_ptr + distance * SCALES_UNIT + group, mask=mask, other=0.0)
-        x = _widen(_narrow(x * _widen(scale, ACC), DTYPE), ACC)
+        x = widen(narrow(x * widen(scale, ACC), DTYPE), ACC)
     return x
 
 
@@ -129,7 +109,7 @@ def _special(
         else:
             alpha_1 = tl.load(alpha_1_ptr + number, mask=constant, other=0.0)
             alpha_2 = tl.load(alpha_2_ptr + number, mask=constant, other=0.0)
-        made = _widen(alpha_1, ACC) * own + _widen(alpha_2, ACC) * _widen(value, ACC)
+        made = widen(alpha_1, ACC) * own + widen(alpha_2, ACC) * widen(value, ACC)
         term = tl.where(constant, made, term)
         present = present | constant
     return term, present
@@ -223,7 +203,7 @@ def _reduce_kernel(
                 total = tl.zeros(inside.shape, ACC)
                 if IDS:
                     own = tl.load(tokens_ptr + token * tokens_stride + here, mask=inside, other=0.0)
-                    own = _widen(own, ACC)
+                    own = widen(own, ACC)
                 # Unrolled, so that several rows of a token are on their way at a time.
                 for k in tl.static_range(SLOTS):
                     row = tl.load(index_ptr + token * SLOTS + k, mask=active, other=-1)
@@ -268,10 +248,10 @@ def _reduce_kernel(
                     total = total + term
                 if addend_ptr is not None:
                     addend = addend_ptr + token * addend_stride + here
-                    total = total + _widen(tl.load(addend, mask=inside, other=0.0), ACC)
+                    total = total + widen(tl.load(addend, mask=inside, other=0.0), ACC)
                 if gamma_ptr is not None:
                     residual = residual_ptr + token * residual_stride + here
-                    total = total + _widen(tl.load(residual, mask=inside, other=0.0), ACC)
+                    total = total + widen(tl.load(residual, mask=inside, other=0.0), ACC)
                     if phase == 0:
                         # A weight that is no number makes columns after the end such, too.
                         part = tl.where(inside, total * total, 0.0)
@@ -283,11 +263,11 @@ def _reduce_kernel(
                 if phase == PASSES - 1:
                     # Only now: out may be the residual or the addend.
                     out = out_ptr + token * out_stride + here
-                    tl.store(out, _narrow(total, DTYPE), mask=inside)
+                    tl.store(out, narrow(total, DTYPE), mask=inside)
                     if gamma_ptr is not None:
                         gamma = tl.load(gamma_ptr + here, mask=here < hidden, other=0.0)
-                        scaled = to_float32(_narrow(total * rstd, DTYPE))
-                        y = _narrow(scaled * to_float32(gamma), DTYPE)
+                        scaled = to_float32(narrow(total * rstd, DTYPE))
+                        y = narrow(scaled * to_float32(gamma), DTYPE)
                         tl.store(y_ptr + token * y_stride + here, y, mask=inside)
 
 

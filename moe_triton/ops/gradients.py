@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ref import accumulator
+from .finalize import source_rows
 from .routing_map import padded_experts, selected
 
 _Gradients = tuple[Tensor | None, ...]
@@ -184,3 +185,40 @@ def init_routing_backward(ctx: Any, gradient: Tensor, *_: Tensor | None) -> _Gra
     row = row.where(inside, -1)
     x = add_terms(gradient.reshape(-1, hidden), row, token, None, num_tokens)
     return x, *[None] * 13
+
+
+def save_finalize(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    """Of ``finalize_routing``."""
+    rows, _, _, bias, scales, index, experts, mode, k = inputs
+    ctx.shape = rows.shape
+    top_k = (k or 1) if scales is None else scales.shape[1]
+    row = source_rows(index, top_k, mode).reshape(-1)
+    ctx.top_k = top_k
+    ctx.num_experts = 0 if bias is None else len(bias)
+    # Rows and biases are for the gradient of the weights alone.
+    kept = (rows, bias) if scales is not None else (None, None)
+    ctx.save_for_backward(row, experts, scales, *kept)
+
+
+def finalize_backward(ctx: Any, gradient: Tensor) -> _Gradients:
+    """Of ``finalize_routing``."""
+    row, experts, scales, rows, bias = ctx.saved_tensors
+    token = _numbers(row, ctx.top_k)
+    expert = None if experts is None else experts.reshape(-1)
+    weights = None if scales is None else scales.reshape(-1)
+    found: list[Tensor | None] = [None] * 9
+    if _needs(ctx, 0):
+        size = ctx.shape[:-1].numel()
+        found[0] = add_terms(gradient, token, row, weights, size).view(ctx.shape)
+    for skip in (1, 2):
+        if _needs(ctx, skip):
+            found[skip] = gradient
+    if ctx.num_experts and expert is not None and _needs(ctx, 3):
+        found[3] = add_terms(gradient, token, expert, weights, ctx.num_experts)
+    if scales is not None and _needs(ctx, 4):
+        flat = rows.reshape(-1, ctx.shape[-1])
+        terms = products(flat, row, gradient, token, scales)
+        if bias is not None and expert is not None:
+            terms = terms + products(bias, expert, gradient, token, scales)
+        found[4] = terms.view_as(scales)
+    return tuple(found)

@@ -11,6 +11,7 @@ Source: the semantics of Ascend's ``npu_moe_distribute_*`` family.
 from __future__ import annotations
 
 from .experts import eplb_map, keep_experts, top_k_gating
+from .finalize import finalize
 from .move import clear, gather_quant, pack, push
 from .quantize import (
     decode,
@@ -34,6 +35,7 @@ __all__ = [
     "decode",
     "encode",
     "eplb_map",
+    "finalize",
     "gather_quant",
     "keep_experts",
     "pack",

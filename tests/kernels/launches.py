@@ -209,6 +209,16 @@ def _sums(kind: str, hidden: int) -> Iterator[tuple[str, Callable[[], object]]]:
                     coded, index, fmt, weights, None, None, out.to(dtype)
                 ),
             )
+    experts = torch.zeros(index.shape, dtype=torch.int32)
+    packed = torch.zeros((TOKENS * TOP_K, hidden), dtype=BF16)
+    for name, extra in (
+        ("", (None, None, None, (None, None))),
+        (" with all", (weights.to(BF16), value, experts, (tokens, tokens))),
+    ):
+        yield (
+            f"finalize{name}, {kind}",
+            lambda extra=extra: kernels.finalize(packed, missing, *extra, out),
+        )
     yield f"add_rows, {kind}", lambda: kernels.add_rows(tokens, tokens, out)
 
 

@@ -25,7 +25,9 @@ MAY_SPILL = {"reduce and special experts, wide": 16, "plan blocks": 16}
 # Rows go through these: 16 bytes at a time.
 ROW_KERNELS = {
     "_add_rows_kernel",
+    "_affine_kernel",
     "_decode_kernel",
+    "_finalize_kernel",
     "_pack_kernel",
     "_reduce_kernel",
     "_write_rows_kernel",

@@ -40,6 +40,7 @@ from .permute import (
 from .replicas import npu_moe_update_expert
 from .routing import (
     npu_moe_compute_expert_tokens,
+    npu_moe_finalize_routing,
     npu_moe_init_routing_v2,
     npu_moe_re_routing,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "npu_moe_distribute_dispatch_setup",
     "npu_moe_distribute_dispatch_teardown",
     "npu_moe_distribute_dispatch_v2",
+    "npu_moe_finalize_routing",
     "npu_moe_gating_top_k",
     "npu_moe_gating_top_k_softmax",
     "npu_moe_gating_top_k_softmax_v2",

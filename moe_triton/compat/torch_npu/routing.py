@@ -154,3 +154,54 @@ def npu_moe_compute_expert_tokens(sorted_experts: Tensor, num_expert: int) -> Te
     return local_operators.compute_expert_tokens(
         sorted_experts=sorted_experts, num_expert=num_expert
     )
+
+
+def npu_moe_finalize_routing(
+    expanded_permuted_rows: Tensor,
+    skip1: Tensor | None,
+    skip2: Tensor | None,
+    bias: Tensor | None,
+    scales: Tensor | None,
+    expanded_src_to_dst_row: Tensor,
+    export_for_source_row: Tensor | None,
+    drop_pad_mode: int | None = 0,
+    k: int | None = 1,
+) -> Tensor:
+    """Sum the experts' rows and biases for each token; with gradients.
+
+        out[i] = skip1[i] + skip2[i]
+                 + sum_k scales[i, k] * (rows[p(i, k)] + bias[export_for_source_row[i, k]])
+
+    in float32 (float64 for float64), from left to right, every product and sum rounded, and once at
+    the end. A row that is not there, p = -1, is zeros, and without a bias has no weight.
+
+    Args:
+        expanded_permuted_rows: (N * K, H), or (E, C, H) with drop_pad_mode 1 and 3; float16,
+            bfloat16, float32, or float64, which torch_npu has not. All others are of its dtype.
+        skip1: (N, H), or None for zeros.
+        skip2: likewise; None where skip1 is None.
+        bias: (E, H) of each expert, or None.
+        scales: (N, K) weights, or None for 1.
+        expanded_src_to_dst_row: (N * K,) int32, p: the row of each copy, or -1. Copy k of token i
+            is at k * N + i with drop_pad_mode 0 and 1, at i * K + k with 2 and 3.
+        export_for_source_row: (N, K) int32 the experts, needed with bias.
+        drop_pad_mode: 0 to 3; None is 0.
+        k: K where scales is None, else not looked at; None is 1.
+
+    Returns:
+        (N, H) of the dtype of expanded_permuted_rows.
+
+    Raises:
+        The errors of ``npu_moe_re_routing``.
+    """
+    return local_operators.finalize_routing(
+        expanded_permuted_rows=expanded_permuted_rows,
+        skip1=skip1,
+        skip2=skip2,
+        bias=bias,
+        scales=scales,
+        expanded_src_to_dst_row=expanded_src_to_dst_row,
+        export_for_source_row=export_for_source_row,
+        drop_pad_mode=drop_pad_mode,
+        k=k,
+    )
