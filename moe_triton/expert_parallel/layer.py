@@ -454,5 +454,5 @@ def _device(device: torch.device | str | None, group: comm.Group) -> torch.devic
             device = torch.accelerator.current_accelerator() or device
     found = torch.device(device)
     if found.type != "cpu" and found.index is None:
-        found = torch.device(found.type, torch.accelerator.current_device_index())
+        found = torch.device(found.type, torch.get_device_module(found).current_device())
     return found

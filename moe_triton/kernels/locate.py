@@ -356,12 +356,13 @@ def _returns_kernel(
             active = tl.max((ids != _NOWHERE).to(tl.int32), axis=1)
             place = earlier + tl.cumsum(active, axis=0) - active
             for shared in range(num_shared):
-                holder = tl.load(shared_ptr + shared)
-                row = tl.load(begins_ptr + holder * by_holder + rank) + place
-                index = tl.load(origins_ptr + holder) + row.to(tl.int64) * row_step
-                index = tl.where(active > 0, index, _NOWHERE)
-                at = token * num_slots + top_k + shared
-                tl.store(index_ptr + at, index, mask=token < num_tokens)
+                owner = tl.load(shared_ptr + shared)
+                first = tl.load(begins_ptr + owner * by_holder + rank)
+                origin = tl.load(origins_ptr + owner)
+                copied = origin + (first + place).to(tl.int64) * row_step
+                copied = tl.where(active > 0, copied, _NOWHERE)
+                copied_at = token * num_slots + top_k + shared
+                tl.store(index_ptr + copied_at, copied, mask=token < num_tokens)
 
 
 def returns(

@@ -16,8 +16,9 @@ from .. import ref
 from ..backend import get_backend
 from ..comm import DeviceSteps
 
-# Triton's interpreter keeps the program that it is in at one place for all threads.
-_interpreter = threading.Lock()
+# Ranks may be threads. Triton's interpreter keeps the program that it is in at one place for all of
+# them, and its compiler does not expect two that ask for the same kernel.
+_triton = threading.Lock()
 
 
 def device_steps(device: torch.device) -> DeviceSteps:
@@ -44,14 +45,14 @@ def _step(backend: str, name: str) -> Callable[..., Any]:
         return getattr(ref, name)
     # Only here: importing the kernels imports Triton, as an interpreter or not.
     step = getattr(importlib.import_module("moe_triton.kernels"), name)
-    return _one_at_a_time(step) if backend == "interpret" else step
+    return _one_at_a_time(step)
 
 
 def _one_at_a_time(step: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(step)
     def call(*args: Any, **kwargs: Any) -> Any:
         # The interpreter computes with numpy, which warns of zeros and NaNs that are meant.
-        with _interpreter, np.errstate(all="ignore"):
+        with _triton, np.errstate(all="ignore"):
             return step(*args, **kwargs)
 
     return call

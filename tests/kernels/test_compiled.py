@@ -32,6 +32,7 @@ ROW_KERNELS = {
     "_reduce_kernel",
     "_write_rows_kernel",
 }
+WRITING_KERNELS = {"_clear_kernel"}  # reads an index alone
 
 
 def run(program: str, *arguments: str, interpreter=sys.executable, stdin: str = "") -> str:
