@@ -5,16 +5,18 @@ and as a graph of one call for each set of inputs. Its bytes are counted by the 
 docstring. The share beside the time is that of the rate of a plain copy on the device of as many
 bytes, in the same run.
 
-Most telling cases come first: ``--seconds`` cuts the others off, and says how many. What others do
-as well is timed beside (``kernel_peers.py``), for DeepSeek-V3 at 128 and 4096 tokens first.
+Dispatch and combine as a whole follow, of one rank and of 8 that share the device
+(``layer_cases.py``). What others do as well is timed beside (``kernel_peers.py``), for DeepSeek-V3
+at 128 and 4096 tokens. Most telling cases come first: ``--seconds`` cuts the others off, and says
+how many.
 
     python bench/bench_kernels.py [--seconds 300] [--peers-from FOLDER] [--only TEXT]
     python bench/bench_kernels.py --dry-run    # a CPU: checks only, on tiny shapes, and no times
 """
 
 import argparse
+import functools
 import json
-import os
 import re
 import sys
 import time
@@ -24,20 +26,26 @@ from pathlib import Path
 import report
 import torch
 
+import moe_triton
+
 TOKENS = (1, 8, 32, 128, 512, 2048, 4096, 16384)
 FIRST_TOKENS = (4096, 128)
 FIRST_MODEL = "DeepSeek-V3"
-TARGETS = {  # at 4096 tokens of the first model: the least share of the copy
-    "gather_quant int8": 0.85,
-    "reduce": 0.85,
+RANKS = 8  # that share the device
+MOST_TOKENS_OF_RANKS = 4096
+# Of the first model, one rank: the least share of the copy, the longest time of a graph's call.
+TARGETS = {
+    ("gather_quant int8", 4096): {"target_share": 0.85},
+    ("reduce", 4096): {"target_share": 0.85},
+    ("dispatch int8", 128): {"target_us": 12},
+    ("combine int8", 128): {"target_us": 9},
 }
-TARGET_TOKENS = 4096
 
 
 def main(arguments=None):
     options = parsed(arguments)
     if options.dry_run:
-        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+        moe_triton.set_backend("interpret")
         # numpy's, of zeros and infinities that are meant.
         warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
         options.device = torch.device("cpu")
@@ -80,8 +88,9 @@ class Run:
         import gpu_timing
         import kernel_cases  # imports Triton, which by now knows whether it interprets
         import kernel_peers
+        import layer_cases
 
-        self.cases, self.peers_module = kernel_cases, kernel_peers
+        self.cases, self.layer_cases, self.peers_module = kernel_cases, layer_cases, kernel_peers
         self.options, self.device = options, options.device
         self.start = time.monotonic()
         self.rows, self.wrong, self.left_out = [], [], 0
@@ -106,43 +115,73 @@ class Run:
             self.path.write_text("", encoding="utf-8")
 
     def order(self):
-        """(shape, tokens, kind, with peers), most telling first, none of them twice."""
+        """(what, how) of each piece of work, most telling first, none of them twice."""
         options, cases = self.options, self.cases
         if options.dry_run:
-            shapes, sizes, first = (cases.TINY,), options.tokens or (1, 5), (5,)
+            shapes, sizes, first, worlds = (cases.TINY,), options.tokens or (1, 5), (5,), (1, 2)
         else:
             shapes = [s for s in cases.SHAPES if s.model in (options.models or [s.model])]
-            sizes, first = options.tokens or TOKENS, FIRST_TOKENS
+            sizes, first, worlds = options.tokens or TOKENS, FIRST_TOKENS, (1, RANKS)
         first = [tokens for tokens in first if tokens in sizes]
         rest = [tokens for tokens in sizes if tokens not in first]
-        blocks = [(shape, tokens) for shape in shapes for tokens in first]
-        blocks += [(shape, tokens) for shape in shapes for tokens in rest]
-        kinds = [kind for kind in cases.KINDS if options.only in kind]
-        leading = shapes[0].model if shapes else None
-        for shape, tokens in blocks:
-            for kind in kinds:
-                yield shape, tokens, kind, tokens in first and shape.model == leading
+        for some in (first, rest):
+            for shape in shapes:
+                leading = shape is shapes[0]
+                for tokens in some:
+                    yield from self.kernels(shape, tokens, some is first and leading)
+                for tokens in some if leading or some is first else ():
+                    yield from self.layers(shape, tokens, worlds)
+
+    def kernels(self, shape, tokens, with_peers):
+        for kind in self.cases.KINDS:
+            if self.options.only in kind:
+                what = f"{kind}, {shape.model}, {tokens} tokens"
+                yield what, functools.partial(self.case, what, kind, shape, tokens, with_peers)
+
+    def layers(self, shape, tokens, worlds):
+        for world in worlds:
+            if world > 1 and tokens > MOST_TOKENS_OF_RANKS:
+                continue
+            for quant in (None, "int8"):
+                kind = f"dispatch and combine {quant or 'bf16'}"
+                if self.options.only in kind:
+                    what = f"{kind}, {shape.model}, {tokens} tokens on {world} ranks"
+                    yield what, functools.partial(self.layer, what, shape, tokens, world, quant)
 
     def all(self):
         todo = list(self.order())
-        for number, (shape, tokens, kind, with_peers) in enumerate(todo, start=1):
+        for number, (what, work) in enumerate(todo, start=1):
             spent = time.monotonic() - self.start
             if spent > self.options.seconds:
                 self.left_out = len(todo) - number + 1
                 say(f"{spent:.0f} s are over: {self.left_out} of {len(todo)} cases are left out")
                 return
-            say(f"[{number}/{len(todo)}, {spent:.0f} s] {kind}, {shape.model}, {tokens} tokens")
-            self.case(shape, tokens, kind, with_peers)
+            say(f"[{number}/{len(todo)}, {spent:.0f} s] {what}")
+            work()
 
-    def case(self, shape, tokens, kind, with_peers):
+    def num_sets(self, num_bytes):
+        return 2 if self.timer is None else self.timer.num_sets(num_bytes)
+
+    def layer(self, what, shape, tokens, world, quant):
+        layer = self.layer_cases.layer(
+            shape, tokens, self.device, world_size=world, quant=quant, num_sets=self.num_sets
+        )
+        try:
+            with layer as halves:
+                for half in halves:
+                    self.measure(half, "moe_triton", half.calls)
+        except Exception as error:  # noqa: BLE001 - one wrong layer does not hide the others
+            self.refuse(what, "moe_triton", error)
+
+    def case(self, what, kind, shape, tokens, with_peers):
         try:
             case = self.cases.KINDS[kind](shape, tokens, self.device)
             self.cases.check(case)
-            sets = case.sets(2 if self.timer is None else self.timer.num_sets(case.num_bytes))
+            sets = case.sets(self.num_sets(case.num_bytes))
             calls = [case.bind(self.cases.kernels, *tensors) for tensors in sets]
             self.measure(case, "moe_triton", calls)
         except Exception as error:  # noqa: BLE001 - one wrong kernel does not hide the others
-            self.refuse(kind, shape, tokens, "moe_triton", error)
+            self.refuse(what, "moe_triton", error)
             return
         if not with_peers:
             return
@@ -153,20 +192,20 @@ class Run:
                 self.peers_module.check(case, theirs[0](), ours)
                 self.measure(case, name, theirs)
             except Exception as error:  # noqa: BLE001 - a peer that fails is reported as such
-                self.refuse(kind, shape, tokens, name, error)
+                self.refuse(what, name, error)
 
-    def refuse(self, kind, shape, tokens, name, error):
-        what = f"{kind}, {shape.model}, {tokens} tokens, {name}: {type(error).__name__}: {error}"
-        say(f"no figures of {what}")
+    def refuse(self, what, name, error):
+        why = f"{what}, {name}: {type(error).__name__}: {error}"
+        say(f"no figures of {why}")
         if name == "moe_triton":
-            self.wrong.append(what)
+            self.wrong.append(why)
 
     def measure(self, case, name, calls):
         row = {
             "bench": "kernels",
             "kernel": case.name,
             "implementation": name,
-            "world_size": 1,
+            "world_size": case.world_size,
             **case.shape._asdict(),
             "tokens": case.tokens,
             "bytes": case.num_bytes,
@@ -174,9 +213,8 @@ class Run:
         if self.timer is not None:
             row |= figures(self.timer, case.num_bytes, calls)
             row |= self.clocks.read()
-        target = TARGETS.get(case.name)
-        if target and (case.shape.model, case.tokens) == (FIRST_MODEL, TARGET_TOKENS):
-            row["target_share"] = target
+        if case.shape.model == FIRST_MODEL and case.world_size == 1:
+            row |= TARGETS.get((case.name, case.tokens), {})
         self.rows.append(row | self.facts)
         if self.path:
             with self.path.open("a", encoding="utf-8") as lines:
@@ -188,18 +226,27 @@ class Run:
         else:
             print(report.kernels(self.rows))
             for row in self.rows:
-                if "target_share" in row and row["implementation"] == "moe_triton":
-                    met = "met" if row["share_of_copy"] >= row["target_share"] else "MISSED"
-                    print(
-                        f"target {met}: {row['kernel']}, {row['tokens']} tokens of {row['model']}: "
-                        f"{row['share_of_copy']:.0%} of the copy, {row['target_share']:.0%} wanted"
-                    )
+                if row["implementation"] == "moe_triton":
+                    print(*targets(row), sep="", end="")
         for name, why in self.peers.missing.items():
             print(f"not here: {name} ({why})")
         for what in self.wrong:
             print(f"WRONG: {what}")
         if self.left_out:
             print(f"{self.left_out} cases were left out for lack of time")
+
+
+def targets(row):
+    """What a row says of its targets, a line for each."""
+    where = f"{row['kernel']}, {row['tokens']} tokens of {row['model']}"
+    if "target_share" in row:
+        share, wanted = row["share_of_copy"], row["target_share"]
+        verdict = "met" if share >= wanted else "MISSED"
+        yield f"target {verdict}: {where}: {share:.0%} of the copy, at least {wanted:.0%} wanted\n"
+    if "target_us" in row:
+        time_, wanted = row.get("graph_us", row["eager_us"]), row["target_us"]
+        verdict = "met" if time_ <= wanted else "MISSED"
+        yield f"target {verdict}: {where}: {time_:.1f} us, at most {wanted} us wanted\n"
 
 
 def figures(timer, num_bytes, calls):

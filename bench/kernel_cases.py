@@ -92,6 +92,8 @@ class Case:
     bind: Callable[..., Callable[[], Tensors]]
     num_bytes: int
 
+    world_size = 1
+
     @property
     def name(self) -> str:
         return f"{self.kernel} {self.variant}".strip()
@@ -151,12 +153,12 @@ def places(routing: Plan, shape: Shape) -> torch.Tensor:
     return row.view(-1, shape.top_k)
 
 
-def _row_bytes(fmt: RowFormat) -> int:
+def row_bytes(fmt: RowFormat) -> int:
     scales = 0 if fmt.scale_offset is None else fmt.num_scales * fmt.scale_dtype.itemsize
     return fmt.hidden * fmt.dtype.itemsize + scales
 
 
-def _numbers(shape: tuple[int, ...], device: torch.device, dtype=BF16) -> torch.Tensor:
+def numbers(shape: tuple[int, ...], device: torch.device, dtype=BF16) -> torch.Tensor:
     """Standard normal, made on the device: a CPU takes seconds for those of the largest cases."""
     generator = torch.Generator(device).manual_seed(0)
     return torch.randn(shape, generator=generator, device=device, dtype=dtype)
@@ -191,7 +193,7 @@ def plan_bytes(shape: Shape, tokens: int, how: launch.PlanLaunch) -> int:
 def gather_quant(shape: Shape, tokens: int, device: torch.device, *, quant: str | None) -> Case:
     fmt = RowFormat.quantized(quant, BF16, shape.hidden)
     ids, routing = routed(shape, tokens, device)
-    x = _numbers((tokens, shape.hidden), device)
+    x = numbers((tokens, shape.hidden), device)
     inputs = {"x": x, "index": places(routing, shape)}
 
     def bind(steps, inputs, outputs):
@@ -214,20 +216,20 @@ def gather_quant(shape: Shape, tokens: int, device: torch.device, *, quant: str 
 
 
 def gather_quant_bytes(shape: Shape, tokens: int, fmt: RowFormat) -> int:
-    return tokens * shape.hidden * 2 + tokens * shape.top_k * _row_bytes(fmt)
+    return tokens * shape.hidden * 2 + tokens * shape.top_k * row_bytes(fmt)
 
 
 def reduce(shape: Shape, tokens: int, device: torch.device, *, normalised: bool) -> Case:
     fmt = RowFormat.tight(BF16, shape.hidden)
     ids, routing = routed(shape, tokens, device)
     inputs = {
-        "rows": _numbers((ids.numel(), shape.hidden), device),
+        "rows": numbers((ids.numel(), shape.hidden), device),
         "index": places(routing, shape),
         "weights": testing.weights(tokens, shape.top_k).to(device),
     }
     if normalised:
-        inputs["residual"] = _numbers((tokens, shape.hidden), device)
-        inputs["gamma"] = _numbers((shape.hidden,), device)
+        inputs["residual"] = numbers((tokens, shape.hidden), device)
+        inputs["gamma"] = numbers((shape.hidden,), device)
 
     def outputs():
         size = (tokens, shape.hidden)
@@ -265,7 +267,7 @@ def pack(shape: Shape, tokens: int, device: torch.device, *, quant: str | None) 
     fmt = RowFormat.quantized(quant, BF16, shape.hidden)
     ids, routing = routed(shape, tokens, device)
     window = torch.zeros((tokens, fmt.stride), dtype=torch.uint8, device=device)
-    ref.encode(_numbers((tokens, shape.hidden), device), fmt, window)
+    ref.encode(numbers((tokens, shape.hidden), device), fmt, window)
     inputs = {"window": window, "index": routing.order.long() // shape.top_k}
 
     def bind(steps, inputs, outputs):
@@ -278,7 +280,7 @@ def pack(shape: Shape, tokens: int, device: torch.device, *, quant: str | None) 
         return call
 
     outputs = functools.partial(_rows, fmt, ids.numel(), device)
-    num_bytes = 2 * ids.numel() * _row_bytes(fmt)
+    num_bytes = 2 * ids.numel() * row_bytes(fmt)
     return Case("pack", quant or "bf16", shape, tokens, inputs, outputs, bind, num_bytes)
 
 
@@ -286,7 +288,7 @@ def push(shape: Shape, tokens: int, device: torch.device, *, quant: str | None) 
     fmt = RowFormat.quantized(quant, BF16, shape.hidden)
     ids, routing = routed(shape, tokens, device)
     inputs = {
-        "x": _numbers((tokens, shape.hidden), device),
+        "x": numbers((tokens, shape.hidden), device),
         "ids": ids,
         "weights": testing.weights(tokens, shape.top_k).to(device),
         **routing._asdict(),
@@ -325,13 +327,13 @@ def push(shape: Shape, tokens: int, device: torch.device, *, quant: str | None) 
     return Case("push", quant or "bf16", shape, tokens, inputs, outputs, bind, num_bytes)
 
 
-def push_bytes(shape: Shape, tokens: int, fmt: RowFormat) -> int:
-    headers = RANKS * 4 * (1 + shape.experts) + tokens * shape.top_k * 8
+def push_bytes(shape: Shape, tokens: int, fmt: RowFormat, ranks: int = RANKS) -> int:
+    headers = ranks * 4 * (1 + shape.experts) + tokens * shape.top_k * 8
     return tokens * (shape.hidden * 2 + fmt.stride) + headers
 
 
 def top_k_gating(shape: Shape, tokens: int, device: torch.device) -> Case:
-    logits = _numbers((tokens, shape.experts), device, FP32)
+    logits = numbers((tokens, shape.experts), device, FP32)
 
     def bind(steps, inputs, _):
         logits = inputs["logits"]

@@ -19,7 +19,7 @@ def plot(rows, path):
     from matplotlib.figure import Figure
 
     ours = [row for row in rows if row["implementation"] == "moe_triton"]
-    kernels = list(dict.fromkeys(row["kernel"] for row in ours))
+    kernels = list(dict.fromkeys(map(panel, ours)))
     models = list(dict.fromkeys(row["model"] for row in ours))
     columns = min(COLUMNS, len(kernels))
     lines = math.ceil(len(kernels) / columns)
@@ -31,7 +31,7 @@ def plot(rows, path):
             of_model = sorted(
                 (row["tokens"], row["share_of_copy"])
                 for row in ours
-                if (row["kernel"], row["model"]) == (kernel, model)
+                if (panel(row), row["model"]) == (kernel, model)
             )
             # A model without results is a line of its own all the same: the legend names all.
             axis.plot(*(zip(*of_model, strict=True) if of_model else ([], [])), ".-", label=model)
@@ -48,6 +48,11 @@ def plot(rows, path):
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower right", fontsize=8)
     figure.suptitle(ours[0]["device"], fontsize=10)
     figure.savefig(path)
+
+
+def panel(row):
+    """The title of a row's panel."""
+    return row["kernel"] + (f", {row['world_size']} ranks" if row["world_size"] > 1 else "")
 
 
 def main():

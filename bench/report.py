@@ -140,13 +140,17 @@ def kernels(rows):
     models = list(dict.fromkeys(row["model"] for row in chosen))
     found, ours = {}, {}
     for row in chosen:
-        key = row["kernel"], row["tokens"]
-        found.setdefault((*key, row["model"]), {})[row["implementation"]] = row
-        ours.setdefault(key, {"kernel": row["kernel"], "tokens": row["tokens"]})
-    columns = {"kernel": lambda line: line["kernel"], "tokens": lambda line: line["tokens"]}
+        line = tuple(row[name] for name in ("kernel", "world_size", "tokens"))
+        found.setdefault((line, row["model"]), {})[row["implementation"]] = row
+        ours[line] = None
+    columns = {
+        "kernel": lambda line: line[0],
+        "ranks": lambda line: line[1],
+        "tokens": lambda line: line[2],
+    }
 
     def cell(line, model, name, share):
-        row = found.get((line["kernel"], line["tokens"], model), {}).get(name)
+        row = found.get((line, model), {}).get(name)
         if row is None:
             return ""
         text = f"{row.get('graph_us', row['eager_us']):.1f}"
@@ -156,8 +160,8 @@ def kernels(rows):
     def models_cell(model):
         return lambda line: cell(line, model, "moe_triton", True)
 
-    tables = table(ours.values(), columns | {model: models_cell(model) for model in models})
-    beside = {(kernel, tokens) for (kernel, tokens, _), by in found.items() if len(by) > 1}
+    tables = table(ours, columns | {model: models_cell(model) for model in models})
+    beside = [line for line in ours if len(found.get((line, models[0]), ())) > 1]
     if not beside:
         return tables
     # The model that comes first is the one that others were timed on.
@@ -166,8 +170,7 @@ def kernels(rows):
     def peer_cell(name):
         return lambda line: cell(line, models[0], name, False)
 
-    lines = [line for key, line in ours.items() if key in beside]
-    others = table(lines, columns | {head: peer_cell(name) for head, name in names.items()})
+    others = table(beside, columns | {head: peer_cell(name) for head, name in names.items()})
     return f"{tables}\n\nThe same beside others, {models[0]}:\n\n{others}"
 
 

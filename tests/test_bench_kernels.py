@@ -24,6 +24,7 @@ def module(monkeypatch):
     """``module(name)``: a script of bench/, as another of them imports it."""
     monkeypatch.syspath_prepend(str(BENCH))
     yield importlib.import_module
+    moe_triton.set_backend(None)  # a dry run chose one
     for path in BENCH.glob("*.py"):
         sys.modules.pop(path.stem, None)
 
@@ -38,7 +39,9 @@ def test_dry_run(tmp_path):
     assert "no times" in done.stdout
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     kernels = {row["kernel"].split()[0] for row in rows}
-    assert kernels == {"plan", "gather_quant", "reduce", "push", "pack", "top_k_gating"}
+    steps = {"plan", "gather_quant", "reduce", "push", "pack", "top_k_gating"}
+    assert kernels == steps | {"dispatch", "combine"}
+    assert {row["world_size"] for row in rows} == {1, 2}
     assert {row["implementation"] for row in rows} == {"moe_triton", "pytorch"}
     assert all(row["dry_run"] for row in rows)
     assert not any(name.endswith(("_us", "gb_s", "share_of_copy")) for row in rows for name in row)
@@ -91,6 +94,34 @@ def test_bytes_of_deepseek(module):
     assert cases.plan_bytes(shape, tokens, how) == rows * 16 + 128 * 256 * 12
     few = launch.PlanLaunch(True, 16, 128, 16, 1056, 4)
     assert cases.plan_bytes(shape, 128, few) == 1024 * 4 * 64
+
+
+def test_bytes_of_whole_layers(module):
+    layers, cases = module("layer_cases"), module("kernel_cases")
+    shape, tokens, row = cases.SHAPES[0], 128, 7168 * 2
+    assert layers.layer_bytes(shape, tokens, 1, None) == (9 * tokens * row, 9 * tokens * row)
+    pushed = tokens * (row + 7184) + 4 * 4 * 257 + tokens * 8 * 8
+    packed = 2 * tokens * 8 * (7168 + 4)
+    assert layers.layer_bytes(shape, tokens, 4, "int8") == (
+        4 * (pushed + packed),
+        4 * 9 * tokens * row,
+    )
+
+
+@pytest.mark.parametrize(
+    "facts, said",
+    [
+        ({"target_share": 0.85, "share_of_copy": 0.9}, "met: reduce, 8 tokens of M: 90% of the"),
+        ({"target_share": 0.85, "share_of_copy": 0.8}, "MISSED: reduce, 8 tokens of M: 80% of"),
+        ({"target_us": 9, "graph_us": 8.8, "eager_us": 20}, "met: reduce, 8 tokens of M: 8.8 us"),
+        ({"target_us": 9, "eager_us": 20}, "MISSED: reduce, 8 tokens of M: 20.0 us"),
+    ],
+)
+def test_targets(module, facts, said):
+    (line,) = module("bench_kernels").targets(
+        {"kernel": "reduce", "tokens": 8, "model": "M"} | facts
+    )
+    assert line.startswith(f"target {said}")
 
 
 class Event:
@@ -179,16 +210,16 @@ def test_figures_become_tables_and_a_plot(module, cuda, monkeypatch, tmp_path):
     assert facts["share_of_copy"] == pytest.approx(1)
     rows = [
         {"kernel": "reduce", "model": model, "tokens": tokens, "implementation": name, **facts}
-        | {"device": "a GPU"}
+        | {"device": "a GPU", "world_size": 1}
         for model in ("one", "other")
         for tokens in (8, 128, 4096)
         for name in ("moe_triton", "pytorch")
         if name == "moe_triton" or (model, tokens) == ("one", 4096)
     ]
     tables = report.kernels(rows)
-    assert "| reduce | 4096 | 1.0, 100% | 1.0, 100% |" in tables
-    assert "| kernel | tokens | ours | pytorch | torch.compile |" in tables
-    assert "| reduce | 4096 | 1.0 | 1.0 |  |" in tables
+    assert "| reduce | 1 | 4096 | 1.0, 100% | 1.0, 100% |" in tables
+    assert "| kernel | ranks | tokens | ours | pytorch | torch.compile |" in tables
+    assert "| reduce | 1 | 4096 | 1.0 | 1.0 |  |" in tables
     assert "| 8 |" not in tables
     pytest.importorskip("matplotlib", reason="plots are an extra")
     path = tmp_path / "kernels.png"
