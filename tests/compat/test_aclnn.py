@@ -420,8 +420,6 @@ def test_of_two_faults_the_lower_code_wins():
         ({"quant_mode": 7}, {3: lambda out: out.int()}, 161002),
         ({"expert_ids": wrong_type}, {0: lambda out: out[1:]}, 161002),
         ({"quant_mode": 7}, {0: lambda _: None}, 161001),
-        ({"quant_mode": 2, "global_bs": -1}, {0: torch.Tensor.char}, 161001),
-        ({"global_bs": -1}, {}, 561002),
     ]
 
     def fn(ctx):

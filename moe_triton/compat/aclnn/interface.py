@@ -227,13 +227,15 @@ def _check(
         try:
             check()
         except ArgumentValueError:
-            for output, target, _ in _made(interface, plan, targets):
-                if output.absent is MissingArgumentError:
-                    checks.required(op, **{output.name: target})
             _check_dtypes(op, outputs)
             raise
         _check_dtypes(op, outputs)
-        made = _made(interface, plan, targets)
+        results = _as_tuple(interface.operator.outputs(**plan))
+        made = [
+            (*output, result)
+            for output, result in zip(outputs, results, strict=False)
+            if result is not None
+        ]
         for output, target, result in made:
             if target is None and output.absent is not None:
                 raise output.absent(op, output.name, "be given, as there is such an output", None)
@@ -241,15 +243,6 @@ def _check(
         for output, target, result in made:
             if target is not None:
                 _check_shape(op, output, target, result)
-
-
-def _made(
-    interface: Interface, plan: dict[str, Any], targets: tuple[torch.Tensor | None, ...]
-) -> list[tuple[Output, torch.Tensor | None, torch.Tensor]]:
-    """The outputs that this call has, what is given for them, and what they will be like."""
-    results = _as_tuple(interface.operator.outputs(**plan))
-    together = zip(interface.outputs, targets, results, strict=False)
-    return [(output, target, result) for output, target, result in together if result is not None]
 
 
 def _as_tuple(results: Any) -> tuple[torch.Tensor | None, ...]:
