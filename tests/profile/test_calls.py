@@ -122,6 +122,30 @@ def test_the_switches_of_a2_allow_a_quantised_way_back(product, monkeypatch):
         assert refusal["error"] is None
 
 
+@on("a2")
+@pytest.mark.parametrize("quant_mode", [0, 2])
+def test_the_example_of_a2(product, quant_mode):
+    """The documents' shape: 16 ranks with 8 tokens of 7168, 8 of 16 experts."""
+
+    def fn(ctx):
+        x, ids = tokens(ctx, 8, 7168, 8, 16)
+        weights, group = torch.full((8, 8), 0.25), group_of(ctx, 16, global_bs=128)
+        outputs = torch_npu.npu_moe_distribute_dispatch(
+            x, ids, expert_scales=weights, quant_mode=quant_mode, **group
+        )
+        rows, scales = outputs[:2]
+        if quant_mode:
+            rows = (rows * scales[:, None]).bfloat16()
+        combined = torch_npu.npu_moe_distribute_combine(
+            rows, ids, outputs[2], outputs[4], weights, expand_scales=outputs[6], **group
+        )
+        # Elements are at most 8. Half a step of int8 is 0.032 then, of bfloat16 0.016, both twice,
+        # and of the sum 0.032.
+        return float((combined - 2 * x).abs().max()) <= (0.128 if quant_mode else 0)
+
+    assert all(harness.run_world("local", 16, fn))
+
+
 @on("a3")
 def test_eight_ranks_in_pairs_of_a3(product):
     """The documents' shape: 8 tokens of 7168, 3 of 7 experts, one shared rank."""
