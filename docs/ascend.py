@@ -20,6 +20,8 @@ from moe_triton.profile.limits import Limits, is_combine, rules, words
 
 PAGE = Path(__file__).with_name("ascend.md")
 
+MEANING = "dtype, shape, meaning"
+
 PRODUCTS = {name: one for name, one in profile.PROFILES.items() if name != "portable"}
 
 HEAD = f"""\
@@ -203,7 +205,7 @@ def operator(op: str) -> Iterator[str]:
         if without:
             yield f"Not on {', '.join(without)}.\n\n"
     limits = [cells(product, op) for product in products]
-    rows = [["argument", "default", "", *products]]
+    rows = [["argument", "default", MEANING, *products]]
     for name, parameter in inspect.signature(function).parameters.items():
         default = parameter.default
         shown = "" if default is parameter.empty else f"`{default!r}`"
@@ -216,7 +218,7 @@ def operator(op: str) -> Iterator[str]:
         yield f"{doc.returns['']}\n\n"
     outputs = [[f"`{name}`", said] for name, said in doc.returns.items() if name]
     if outputs:
-        yield table(["output", ""], *outputs)
+        yield table(["output", MEANING], *outputs)
 
 
 def availability() -> str:
@@ -238,7 +240,7 @@ def statuses() -> str:
         if inspect.isclass(kind) and issubclass(kind, MoeError)
     ]
     kinds = [kind for kind in kinds if kind not in (MoeError, errors.ArgumentError)]
-    rows = [["exception", "", "`code`", "status"]]
+    rows = [["exception", "when", "`code`", "status"]]
     for code in (errors.NULL_POINTER, errors.INVALID_PARAM, errors.TILING_ERROR, None):
         status = aclnn.ACLNN_ERR_RUNTIME_ERROR if code is None else code
         for kind in kinds:
