@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# What wants a GPU, in less than ten minutes: the tests of the kernels on the device, the benches,
-# what is recorded in graphs, and a memory checker. It installs nothing, and says what it misses.
+# What wants a GPU, in less than ten minutes: the tests of kernels and layers on the device, the
+# benches, what is recorded in graphs, and a memory checker. It installs nothing, and says what it
+# misses.
 #
 #     bench/gpu.sh [--peers-from FOLDER]    # for FOLDER see bench/kernel_peers.py
 #     bench/gpu.sh --dry-run                # the same parts on a CPU, small and without figures
@@ -123,7 +124,7 @@ if has xdist && [[ ! $dry_run ]]; then
 fi
 
 # What other targets compile to needs no GPU, and is tested without one.
-tests=(tests/kernels --ignore tests/kernels/test_compiled.py)
+tests=(tests/kernels tests/test_device.py --ignore tests/kernels/test_compiled.py)
 if [[ $dry_run ]]; then
     part tests 120 "${pytest[@]}" tests/kernels/test_plan.py tests/kernels/test_sources.py
     part kernels 120 "$python" bench/bench_kernels.py --dry-run --tokens 5 \

@@ -92,6 +92,36 @@ def test_evidence_page(tmp_path):
     assert f"torch {torch.__version__}" in page
 
 
+_LOST_TEST = """
+import torch
+
+def test_wrong():
+    def synchronize():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, synchronize
+
+def test_after_it():
+    raise ValueError
+"""
+
+
+def test_a_lost_device_ends_the_run(tmp_path):
+    (tmp_path / "test_lost.py").write_text(_LOST_TEST, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "conftest"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    lost = "test_lost.py::test_wrong: the device is lost to this process: an illegal memory access"
+    assert lost in done.stdout + done.stderr
+    assert "ValueError" not in done.stdout
+
+
 _WITHOUT = """
 import sys, pytest
 

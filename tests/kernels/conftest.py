@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 
 import pytest
 import torch
@@ -66,21 +65,3 @@ def captured(device):
         return graph.replay
 
     return capture
-
-
-def pytest_runtest_teardown(item):
-    """A launch that goes wrong does so in its own test, and ends a process that lost its device.
-
-    Whatever ran on the device after it would fail as well. Other processes of the run go on.
-    """
-    if not torch.cuda.is_initialized():
-        return
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError as error:
-        message = f"{item.nodeid}: the device is lost to this process: {error}"
-        if "PYTEST_XDIST_WORKER" in os.environ:
-            sys.__stderr__.write(f"\n{message}\n")
-            sys.__stderr__.flush()
-            os._exit(1)  # a new worker takes its place
-        pytest.exit(message, returncode=1)
