@@ -22,8 +22,9 @@ from .experts import eplb_map, keep_experts, top_k_gating
 from .finalize import finalize
 from .flags import wait_flags, write_flags
 from .gather_quant import gather_quant
-from .locate import arrivals, permutation, returns
+from .locate import arrivals, returns
 from .pack import clear, pack
+from .permutation import permutation
 from .plan import plan
 from .push import push
 from .quantize import (

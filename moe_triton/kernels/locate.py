@@ -1,14 +1,12 @@
-"""Where rows are: those that arrive, those of a rank's own tokens, and those that come back.
+"""Where rows are: those that arrive, and those that come back.
 
-    arrivals     row i is copy ``copies[source, copy]`` and lies at ``origins[source] + row * step``
-    permutation  the same where the tokens are the rank's own: slot (t, k) goes to row places[t, k]
-    returns      slot (t, k) lies at ``origins[holder] + (begins[holder, expert, rank] + place) *
-                 step``
+    arrivals  row i is copy ``copies[source, copy]`` and lies at ``origins[source] + row * step``
+    arrivals  row i is copy ``copies[source, copy]``, at ``origins[source] + row * step``
 
 Everything is computed from counts that all ranks know, row by row and slot by slot.
 
 Shapes: T tokens, K experts and NS shared experts of a token, L local experts, W ranks, n rows.
-Bytes:  arrivals and permutation about n * (36 + 4 * log2(L * W)), returns T * (K + NS) * 20.
+Bytes:  arrivals about n * (36 + 4 * log2(L * W)), returns T * (K + NS) * 20.
 Source: ``moe_triton.ref``.
 """
 
@@ -22,7 +20,7 @@ import triton
 import triton.language as tl
 
 from ..errors import ArgumentValueError, MissingArgumentError
-from ..layout import NOWHERE, Arrivals, Permutation, Plan, Sources
+from ..layout import NOWHERE, Arrivals, Plan, Sources
 from . import launch
 from ._checks import FLOATS, INDICES, check_tensor
 from ._groups import find_row, number_groups
@@ -186,114 +184,6 @@ def _check_lists(
     check_tensor(
         op, name, lists, dtypes=dtypes, shape=shape, device=counts.device, strided_columns=False
     )
-
-
-@triton.jit(do_not_specialize=["num_groups", "num_experts", "num_positions", "capacity", "steps"])
-def _permutation_kernel(
-    begins_ptr,  # [E * 2] int32
-    firsts_ptr,  # [E * 2] int32
-    offsets_ptr,  # [E] int32
-    expert_ids_ptr,  # [T * K] int32 | int64
-    expand_idx_ptr,  # [T * K] int32
-    order_ptr,  # [T * K] int32
-    weights_ptr,  # [T * K] fp16 | bf16 | fp32 | fp64, or None
-    source_ptr,  # [capacity] int64
-    copy_ptr,  # [capacity] int64
-    found_ptr,  # [capacity] int32
-    places_ptr,  # [T * K] int64
-    received_ptr,  # [capacity] of the weights' dtype, or None
-    num_groups,
-    num_experts,
-    num_positions,
-    capacity,
-    steps,
-    BLOCK: tl.constexpr,
-):
-    num_rows = tl.load(offsets_ptr + num_experts - 1)
-    for begin in range(tl.program_id(0) * BLOCK, capacity, tl.num_programs(0) * BLOCK):
-        row = begin + tl.arange(0, BLOCK)
-        inside = row < capacity
-        source, copy = find_row(row, num_rows, begins_ptr, firsts_ptr, num_groups, 1, steps)
-        real = inside & (source >= 0)
-        flat = tl.load(order_ptr + copy, mask=real, other=_NOWHERE)
-        tl.store(source_ptr + row, source.to(tl.int64), mask=inside)
-        tl.store(copy_ptr + row, copy.to(tl.int64), mask=inside)
-        tl.store(found_ptr + row, flat, mask=inside)
-        if weights_ptr is not None:
-            weight = tl.load(weights_ptr + flat, mask=real, other=0.0)
-            tl.store(received_ptr + row, weight, mask=inside)
-    for begin in range(tl.program_id(0) * BLOCK, num_positions, tl.num_programs(0) * BLOCK):
-        flat = begin + tl.arange(0, BLOCK)
-        inside = flat < num_positions
-        place = tl.load(expand_idx_ptr + flat, mask=inside, other=_NOWHERE)
-        sent = place != _NOWHERE
-        expert = tl.load(expert_ids_ptr + flat, mask=sent, other=0)
-        row = tl.load(begins_ptr + expert * 2, mask=sent, other=0) + place
-        row = tl.where(sent & (row < capacity), row, _NOWHERE)
-        tl.store(places_ptr + flat, row.to(tl.int64), mask=inside)
-
-
-def permutation(
-    routing: Plan,
-    expert_ids: torch.Tensor,
-    weights: torch.Tensor | None,
-    *,
-    alignment: int = 1,
-    capacity: int | None = None,
-) -> Permutation:
-    """Number the rows of a rank whose tokens and experts are its own.
-
-    Args:
-        routing: the plan of ``expert_ids``.
-        expert_ids: [T, K] int32 or int64.
-        weights: [T, K], or None.
-        alignment: as in ``sources``.
-        capacity: as in ``sources``.
-
-    Raises:
-        ArgumentTypeError: another dtype.
-        ArgumentValueError: a wrong shape, or an alignment below 1.
-    """
-    op, device = "permutation", expert_ids.device
-    shape = tuple(expert_ids.shape)
-    check_tensor(op, "expert_ids", expert_ids, dtypes=INDICES, shape=(None, None), device=device)
-    if weights is not None:
-        check_tensor(op, "weights", weights, dtypes=FLOATS, shape=shape, device=device)
-        weights = weights.contiguous()
-    groups = number_groups(op, routing.counts[:, None], alignment)
-    num_rows = groups.rows(capacity)
-    source, copy = torch.empty((2, num_rows), dtype=torch.int64, device=device).unbind()
-    found = torch.empty(num_rows, dtype=torch.int32, device=device)
-    places = torch.empty(shape, dtype=torch.int64, device=device)
-    received = None
-    if weights is not None:
-        received = torch.empty(num_rows, dtype=weights.dtype, device=device)
-    work = max(num_rows, places.numel())
-    if work:
-        line = launch.line(device, work)
-        _permutation_kernel[(line.num_programs,)](
-            groups.begins,
-            groups.copies,
-            groups.offsets,
-            expert_ids.contiguous(),
-            routing.expand_idx,
-            routing.order,
-            weights,
-            source,
-            copy,
-            found,
-            places,
-            received,
-            groups.begins.numel(),
-            len(routing.counts),
-            places.numel(),
-            num_rows,
-            groups.steps,
-            BLOCK=line.block,
-            num_warps=line.num_warps,
-        )
-    numbering = Sources(source, copy, groups.ends, groups.offsets, groups.begins)
-    return Permutation(numbering, found, places, received)
 
 
 @triton.jit(

@@ -80,7 +80,12 @@ def _routing() -> Iterator[tuple[str, Callable[[], object]]]:
         )
     ids, ones = _ids(), torch.ones((TOKENS, TOP_K))
     routing = ref.plan(ids, EXPERTS)
-    yield "permutation", lambda: kernels.permutation(routing, ids, ones, capacity=TOKENS * TOP_K)
+    rows = TOKENS * TOP_K
+    yield "permutation", lambda: kernels.permutation(routing, ids, ones, capacity=rows)
+    yield (
+        "permutation aligned",
+        lambda: kernels.permutation(routing, ids, ones, alignment=16, capacity=rows),
+    )
     begins = torch.zeros((8, EXPERTS // 8, 9), dtype=torch.int32)
     for name, shared in (("", ()), (" with shared experts", (0, 1))):
         yield (

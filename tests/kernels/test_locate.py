@@ -1,36 +1,14 @@
-"""Where rows are, against the definition: numbers of rows, places, and what travelled with them."""
+"""Where rows are, against the definition: their numbers, places, and what travelled with them."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from located import ALIGNMENTS, CAPACITIES, capacity_of, drawn_ids, same
 
 from moe_triton import kernels, ref
 from moe_triton.errors import ArgumentTypeError, ArgumentValueError, MissingArgumentError
 from moe_triton.layout import NOWHERE
-
-ALIGNMENTS = pytest.mark.parametrize("alignment", [1, 8])
-# Rows to number: those that there are, more, too few.
-CAPACITIES = pytest.mark.parametrize("spare", [None, 0, 5, -3])
-
-
-def same(found, expected):
-    """Equal in every field, tuples in tuples included."""
-    for name, one, other in zip(expected._fields, found, expected, strict=True):
-        if isinstance(other, tuple):
-            same(one, other)
-        elif other is None:
-            assert one is None, name
-        else:
-            assert one.dtype == other.dtype, name
-            assert one.shape == other.shape, name
-            assert one.tolist() == other.tolist(), name
-
-
-def capacity_of(counts: torch.Tensor, alignment: int, spare: int | None) -> int | None:
-    if spare is None:
-        return None
-    return max(int(ref.sources(counts.cpu(), alignment).offsets[-1]) + spare, 0)
 
 
 def drawn_headers(L, W, per_token, seed, device):
@@ -88,41 +66,6 @@ def test_arrivals_by_hand(device):
     assert found.weights.tolist() == [0.5, 0.25, 0.125, 1.0, 0.0, 0.0]
 
 
-def drawn_ids(T, K, E, device, seed=0, masked=0.2):
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.rand((T, E), generator=generator).argsort(1)[:, :K].int()
-    ids[torch.rand((T, K), generator=generator) < masked] = NOWHERE
-    # Beyond the routed experts: takes part, but has no row.
-    ids[torch.rand((T, K), generator=generator) < masked / 2] = E + 1
-    return ids.to(device)
-
-
-@ALIGNMENTS
-@CAPACITIES
-@pytest.mark.parametrize("T, K, E", [(0, 2, 4), (1, 1, 1), (13, 3, 5), (300, 8, 40)])
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_permutation(T, K, E, dtype, alignment, spare, device):
-    ids = drawn_ids(T, K, E, device).to(dtype)
-    routing = ref.plan(ids, E)
-    capacity = capacity_of(routing.counts[:, None], alignment, spare)
-    weights = torch.rand((T, K)).to(device)
-    for given in (weights, None):
-        options = {"alignment": alignment, "capacity": capacity}
-        found = kernels.permutation(routing, ids, given, **options)
-        same(found, ref.permutation(routing, ids, given, **options))
-
-
-def test_permutation_by_hand(device):
-    ids = torch.tensor([[2, 0], [NOWHERE, 2]], dtype=torch.int32, device=device)
-    weights = torch.tensor([[0.5, 0.25], [0.75, 1.0]], device=device)
-    routing = kernels.plan(ids, 3)
-    found = kernels.permutation(routing, ids, weights, alignment=2, capacity=5)
-    assert found.places.tolist() == [[2, 0], [NOWHERE, 3]]
-    assert found.copies.tolist() == [1, NOWHERE, 0, 3, NOWHERE]
-    assert found.weights.tolist() == [0.25, 0.0, 0.5, 1.0, 0.0]
-    assert found.sources.offsets.tolist() == [2, 2, 4]
-
-
 @pytest.mark.parametrize("num_shared", [0, 2])
 @pytest.mark.parametrize("T, K", [(0, 2), (1, 1), (37, 3), (1500, 8)])
 def test_returns(T, K, num_shared, device):
@@ -161,8 +104,6 @@ def test_refusals(device):
     with pytest.raises(ArgumentValueError, match="alignment"):
         kernels.arrivals(counts, copies, None, copies_per_row=1, origins=origins, alignment=0)
     ids = torch.zeros((2, 1), dtype=torch.int32, device=device)
-    with pytest.raises(ArgumentValueError, match="weights"):
-        kernels.permutation(kernels.plan(ids, 2), ids, torch.ones((1, 2), device=device))
     begins = torch.zeros((3, 2, 3), dtype=torch.int32, device=device)
     with pytest.raises(ArgumentValueError, match=r"W, L, W \+ 1"):
         kernels.returns(

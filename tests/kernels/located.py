@@ -1,0 +1,41 @@
+"""What the tests of row numbers share: drawn ids, room for rows, and equality of results."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_triton import ref
+from moe_triton.layout import NOWHERE
+
+ALIGNMENTS = pytest.mark.parametrize("alignment", [1, 8])
+# Rows to number: those that there are, more, too few.
+CAPACITIES = pytest.mark.parametrize("spare", [None, 0, 5, -3])
+
+
+def same(found, expected):
+    """Equal in every field, tuples in tuples included."""
+    for name, one, other in zip(expected._fields, found, expected, strict=True):
+        if isinstance(other, tuple):
+            same(one, other)
+        elif other is None:
+            assert one is None, name
+        else:
+            assert one.dtype == other.dtype, name
+            assert one.shape == other.shape, name
+            assert one.tolist() == other.tolist(), name
+
+
+def capacity_of(counts: torch.Tensor, alignment: int, spare: int | None) -> int | None:
+    if spare is None:
+        return None
+    return max(int(ref.sources(counts.cpu(), alignment).offsets[-1]) + spare, 0)
+
+
+def drawn_ids(T, K, E, device, seed=0, masked=0.2):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.rand((T, E), generator=generator).argsort(1)[:, :K].int()
+    ids[torch.rand((T, K), generator=generator) < masked] = NOWHERE
+    # Beyond the routed experts: takes part, but has no row.
+    ids[torch.rand((T, K), generator=generator) < masked / 2] = E + 1
+    return ids.to(device)
