@@ -9,6 +9,7 @@ import cloudpickle
 import torch
 
 from moe_triton.compat import torch_npu
+from moe_triton.ops.formats import dtype_number
 
 # Worker processes import the package, not the tests.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -52,7 +53,7 @@ class Halves:
         names = ("x", "scales", "x_active_mask", "quant_mode")
         given = {name: call[name] for name in names}
         if "y_dtype" in call:
-            given["y_dtype"] = torch_npu.dtype_number(call["y_dtype"])
+            given["y_dtype"] = dtype_number(call["y_dtype"])
         return self._op("dispatch_setup", given, changes)
 
     def receive(self, sent: tuple, **changes: Any) -> tuple:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moe_triton.compat import torch_npu
+from moe_triton.ops.formats import dtype_number
 
 E4M3, E5M2, E8M0 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu
 ROW = [5, -7.5, 0.30078125, 0.010009765625, 2, 1] + [0.0] * 58
@@ -191,7 +192,7 @@ def test_shapes_are_known_in_advance(name):
     x = torch.ones(3, 130).to(kind)
     ids = torch.zeros(3, 1, dtype=torch.int32)
     numbers = {
-        key: torch_npu.dtype_number(value) if key.endswith("dtype") else value
+        key: dtype_number(value) if key.endswith("dtype") else value
         for key, value in arguments.items()
     }
 
