@@ -1,7 +1,7 @@
 """Where rows are: those that arrive, and those that come back.
 
-    arrivals  row i is copy ``copies[source, copy]`` and lies at ``origins[source] + row * step``
     arrivals  row i is copy ``copies[source, copy]``, at ``origins[source] + row * step``
+    returns   slot (t, k) is at ``origins[holder] + (begins[holder, expert, rank] + place) * step``
 
 Everything is computed from counts that all ranks know, row by row and slot by slot.
 
