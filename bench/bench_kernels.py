@@ -72,7 +72,7 @@ def parsed(arguments):
     parser.add_argument("--peers-from", type=Path, help="a folder with peers; see kernel_peers.py")
     parser.add_argument("--no-peers", action="store_true", help="only ours")
     parser.add_argument("--dry-run", action="store_true", help="check on a CPU, time nothing")
-    parser.add_argument("--out", type=Path, help="JSON lines; below bench/results by default")
+    parser.add_argument("--out", type=Path, help="JSON lines; in bench/results/<gpu> by default")
     return parser.parse_args(arguments)
 
 
@@ -95,14 +95,12 @@ class Run:
         self.start = time.monotonic()
         self.rows, self.wrong, self.left_out = [], [], 0
         self.timer = self.clocks = None
-        folder = "dry-run"
+        self.path = options.out
         if not options.dry_run:
             self.timer = gpu_timing.Timer(self.device)
             self.clocks = gpu_timing.Clocks(device_uuid(self.device))
             folder = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-        self.path = options.out or report.ROOT / f"bench/results/{folder}/kernels.jsonl"
-        if options.dry_run and options.out is None:
-            self.path = None
+            self.path = self.path or report.ROOT / f"bench/results/{folder}/kernels.jsonl"
         names = () if options.no_peers else kernel_peers.NAMES
         if options.dry_run:
             names = tuple(name for name in names if name == "pytorch")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import subprocess
@@ -225,6 +226,49 @@ def test_figures_become_tables_and_a_plot(module, cuda, monkeypatch, tmp_path):
     path = tmp_path / "kernels.png"
     module("kernel_plot").plot(rows, path)
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_with_times(module, cuda, monkeypatch, tmp_path, capsys):
+    """All but the device is as on a GPU: the order, what is timed, what is left out and printed."""
+    bench, timing, cases = module("bench_kernels"), module("gpu_timing"), module("kernel_cases")
+    moe_triton.set_backend("interpret")
+    monkeypatch.setattr(timing, "OTHER_BYTES", 64)
+    monkeypatch.setattr(timing, "MOST_SETS", 2)
+    monkeypatch.setattr(timing, "FEWEST", 2)
+    timer = functools.partial(timing.Timer, cuda=cuda, seconds=0.0)
+    monkeypatch.setattr(timing, "Timer", timer)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    monkeypatch.setattr(bench, "device_uuid", lambda device: None)
+    monkeypatch.setattr(bench, "RANKS", 2)
+    monkeypatch.setattr(bench, "FIRST_TOKENS", (3,))
+    kind = "gather_quant bf16"
+    monkeypatch.setattr(cases, "KINDS", {kind: cases.KINDS[kind]})
+    shapes = [cases.TINY._replace(model=model) for model in (bench.FIRST_MODEL, "other")]
+    monkeypatch.setattr(cases, "SHAPES", shapes)
+    out = tmp_path / "kernels.jsonl"
+    options = bench.parsed(["--tokens", "1", "3", "--only", "quant bf16", "--out", str(out)])
+    options.device = torch.device("cpu")
+    monkeypatch.setattr(module("kernel_peers"), "NAMES", ("pytorch",))
+    run = bench.Run(options)
+    run.all()
+    run.summary()
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert not run.wrong
+    assert len(rows) == len(run.rows)
+    assert rows[0]["tokens"] == 3, "the most telling first"
+    assert all(row["graph_us"] > 0 and row["share_of_copy"] > 0 for row in rows)
+    of_peers = {(row["model"], row["tokens"]) for row in rows if row["implementation"] == "pytorch"}
+    assert of_peers == {(bench.FIRST_MODEL, 3)}
+    said = capsys.readouterr().out
+    assert f"| kernel | ranks | tokens | {bench.FIRST_MODEL} | other |" in said
+    options.only = "combine bf16"
+    whole = bench.Run(options)
+    whole.layer("a layer", shapes[0], 2, 2, "int8")
+    assert {row["kernel"] for row in whole.rows} == {"dispatch int8", "combine int8"}
+    options.seconds = 0
+    whole.all()
+    assert len(whole.rows) == 2
+    assert whole.left_out == 2 * 3
 
 
 def test_a_call_that_no_graph_can_hold_has_its_eager_time(module, cuda, monkeypatch):
