@@ -14,7 +14,14 @@ def _meeting_point(port, monkeypatch):
 
 @pytest.mark.parametrize(
     "script, ranks",
-    [("fork.py", 4), ("spawn.py", 2), ("graph.py", 2), ("v2.py", 2), ("split_phase.py", 2)],
+    [
+        ("fork.py", 4),
+        ("spawn.py", 2),
+        ("graph.py", 2),
+        ("v2.py", 2),
+        ("split_phase.py", 2),
+        ("local_ops.py", 1),
+    ],
     ids=lambda value: value,
 )
 def test_script(npu_run, port, script, ranks):
