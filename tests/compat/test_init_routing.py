@@ -255,6 +255,17 @@ def test_gradients(name, back_end):
     assert torch.autograd.gradgradcheck(call, wide)
 
 
+@pytest.mark.parametrize("row_idx_type", [0, 1])
+def test_gradients_of_rows_that_are_not_written_go_nowhere(row_idx_type):
+    """Experts 0 and 1 alone: token 1 has one of them, the others two."""
+    x = X.clone().requires_grad_()
+    rows, *_ = init_routing(
+        x, IDS, expert_num=4, active_expert_range=[0, 2], row_idx_type=row_idx_type
+    )
+    rows.backward(torch.ones_like(rows))
+    assert x.grad.tolist() == [[2.0], [1.0], [2.0]]
+
+
 def test_what_is_quantised_has_no_gradients():
     x = X.clone().requires_grad_()
     rows, _, _, scales = init_routing(x, IDS, expert_num=4, quant_mode=1)
