@@ -55,14 +55,21 @@ class Device:
 
 
 def facts(compiled) -> dict:
-    """What the assembly says; ``order`` are the barriers and what orders memory, as they come."""
+    """What the assembly says.
+
+    ``order`` are stores, barriers and what orders memory, as they come; ``approximate`` operations
+    are not rounded as IEEE 754 says.
+    """
     if "ptx" in compiled.asm:
         text = compiled.asm["ptx"]
         return {
             "accesses": sorted(set(re.findall(r"\b(?:ld|st)\.global[.\w]*", text))),
             "fma": len(re.findall(r"\bfma\.", text)),
             "spills": spills_of_ptx(text, compiled.metadata.arch),
-            "order": re.findall(r"bar\.sync|\S*(?:acquire|release|acq_rel)\S*", text),
+            "approximate": re.findall(r"\b(?:div|rcp|sqrt|rsqrt)\.(?:full|approx)\S*", text),
+            "order": re.findall(
+                r"bar\.sync|st\.global\S*|\S*(?:acquire|release|acq_rel|relaxed)\S*", text
+            ),
             "text": text,
         }
     text = compiled.asm["amdgcn"]
@@ -72,6 +79,7 @@ def facts(compiled) -> dict:
         "fma": len(re.findall(r"\bv_(?:pk_)?(?:fma|fmac|mad)_f32", text))
         - 5 * len(re.findall(r"\bv_div_fixup_f32", text)),
         "spills": sum(map(int, re.findall(r"spill_count: *(\d+)", text))),
+        "approximate": [],  # not known: a rounded division begins with such a one
         "order": re.findall(r"s_barrier|buffer_wbl2.*|buffer_inv.*", text),
         "text": text,
     }

@@ -132,6 +132,32 @@ def test_experts_of_other_groups_follow_where_there_are_too_few(device):
     assert ids.tolist() == [[2, 3, 0, 1]]
 
 
+def test_a_negative_choice_is_a_choice(device):
+    bias = torch.tensor([-3.0, -1.0, -4.0, -2.0], device=device)
+    _, ids, _ = kernels.top_k_gating(torch.zeros((1, 4), device=device), 4, bias=bias)
+    assert ids.tolist() == [[1, 3, 0, 2]]
+
+
+def test_the_two_best_of_a_group_may_be_equal(device):
+    logits = torch.logit(torch.tensor([[0.6, 0.3, 0.2, 0.5, 0.5, 0.1]], device=device))
+    options = {"groups": 2, "group_by_two": True, "scoring": "sigmoid"}
+    assert kernels.top_k_gating(logits, 2, **options)[1].tolist() == [[3, 4]]
+
+
+def test_large_logits(device):
+    logits = torch.tensor([[1000.0, 999.0, -1000.0]], device=device)
+    weights, _, scores = kernels.top_k_gating(logits, 2)
+    torch.testing.assert_close(scores, logits.double().softmax(1).float(), **SCORES)
+    torch.testing.assert_close(weights, scores[:, :2], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("given", [5, -1])
+def test_given_ids_out_of_range_are_errors(given, asserting, device):
+    ids = torch.tensor([[0, given]], dtype=torch.int32, device=device)
+    with pytest.raises(Exception, match="given id out of range"):
+        kernels.top_k_gating(torch.zeros((1, 5), device=device), 2, given=ids)
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_a_bias_that_is_no_number_comes_first(sign, device):
     bias = torch.tensor([0.0, 1.0, 0.0, 0.5], device=device)

@@ -117,3 +117,17 @@ def test_refused(change, device):
     kernels.finalize(**GOOD)
     with pytest.raises(MoeError, match=next(iter(change))):
         kernels.finalize(**GOOD | change)
+
+
+@pytest.mark.parametrize("row, expert", [(2, 0), (0, 3), (0, -1)])
+def test_numbers_out_of_range_are_errors(row, expert, asserting, device):
+    index = torch.tensor([[row]], device=device)
+    experts = torch.tensor([[expert]], dtype=torch.int32, device=device)
+    with pytest.raises(Exception, match="out of range"):
+        run(
+            kernels.finalize,
+            torch.ones((2, 4), device=device),
+            index,
+            bias=torch.ones((3, 4), device=device),
+            experts=experts,
+        )

@@ -95,6 +95,25 @@ def test_writes_one_record_to_each_window(epoch, ranks, device):
         assert torch.equal(window.words, expected)
 
 
+def test_slots_may_be_gigabytes_apart(device, reserve):
+    reserve(2**32)
+    memory = torch.empty(2**32, dtype=torch.uint8, device=device)
+    address, slot_bytes = memory.data_ptr(), 2**30
+    record = memory[3 * slot_bytes :][:16].view(torch.int32)
+    record.fill_(POISON)
+    problem = no_problem(device)
+    arguments = {"slots": SLOTS, "slot_bytes": slot_bytes, "digest": DIGEST}
+    addresses, epoch = torch.tensor([address], device=device), int32(3, device=device)
+    write_flags(addresses, epoch, problem, **arguments, status=0)
+    assert record.tolist() == [3, 0, DIGEST, POISON]
+    records = torch.full((1, FLAG_WORDS), POISON, dtype=torch.int32, device=device)
+    waited = torch.zeros(1, dtype=torch.int64, device=device)
+    wait_flags(
+        addresses, epoch, problem, records, waited, **arguments, operation=7, timeout=0.05, looks=3
+    )
+    assert problem.tolist() == [0] * flags.PROBLEM_WORDS
+
+
 @pytest.mark.parametrize("epoch", [1, 6, -1, LAST, FIRST])
 def test_waits_for_what_has_come(epoch, device):
     window = Window(3, device)

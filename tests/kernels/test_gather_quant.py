@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import hypothesis
 import hypothesis.strategies as st
 import pytest
@@ -10,6 +12,7 @@ from triton.runtime.errors import InterpreterError
 
 from moe_triton import kernels, ref
 from moe_triton.errors import MoeError
+from moe_triton.kernels import launch
 from moe_triton.layout import NOWHERE, RowFormat
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -93,6 +96,16 @@ def test_any_size(num_tokens, hidden, scheme, kind, dtype, seed, device):
     assert_same(x, index, fmt, smooth_for(kind, hidden, device), ids)
 
 
+@pytest.mark.parametrize("scheme", ["none", "int8", "group e4m3"])
+def test_a_tile_for_each_token(scheme, device, monkeypatch):
+    few = dataclasses.replace(launch.policy(device), tile=1)
+    monkeypatch.setattr(launch, "policy", lambda device: few)
+    x, ids, index = draw(7, 130, device)
+    fmt = formats(130)[scheme]
+    for kind in ("row", "experts"):
+        assert_same(x, index.int(), fmt, smooth_for(kind, 130, device), ids)
+
+
 def test_is_a_push_and_a_pack(device):
     x, ids, _ = draw(7, 64, device)
     plan = kernels.plan(ids, NUM_EXPERTS)
@@ -118,13 +131,14 @@ def test_tokens_of_a_wider_tensor_into_rows_of_a_wider_one(device):
     fmt = formats(40)["int8"]
     for columns in (slice(8, 48), slice(3, 43), slice(0, 80, 2)):
         assert_same(x[:, columns], index, fmt, None, None)
-    rows = torch.full((index.numel() + 3, 64), 99, dtype=torch.int8, device=device)
-    expected, scales = outputs(fmt, index, device)
-    ref.gather_quant(x[:, :40], index, fmt, None, None, expected, scales)
-    kernels.gather_quant(x[:, :40], index, fmt, None, None, rows[:, 7:47], scales)
-    named = index[index != NOWHERE]
-    assert torch.equal(rows[named, 7:47], expected[named])
-    assert (rows[:, :7] == 99).all() and (rows[:, 47:] == 99).all()
+    for width in (64, 51):
+        rows = torch.full((index.numel() + 3, width), 99, dtype=torch.int8, device=device)
+        expected, scales = outputs(fmt, index, device)
+        ref.gather_quant(x[:, :40], index, fmt, None, None, expected, scales)
+        kernels.gather_quant(x[:, :40], index, fmt, None, None, rows[:, 7:47], scales)
+        named = index[index != NOWHERE]
+        assert torch.equal(rows[named, 7:47], expected[named])
+        assert (rows[:, :7] == 99).all() and (rows[:, 47:] == 99).all()
 
 
 def test_bad_tokens_leave_the_others_alone(device):

@@ -54,6 +54,44 @@ def test_one_program_holds_a_row(num_rows, width, device):
 
 
 @pytest.fixture
+def small_gpu(monkeypatch):
+    """A GPU of 4 processors with warps of 64 lanes, whatever device is asked for."""
+    monkeypatch.setattr(launch, "policy", lambda device: launch.gpu_policy(4, 64))
+    return torch.device("cpu")
+
+
+def test_a_warp_of_64_lanes_does_the_work_of_two(small_gpu):
+    assert launch.tiles(small_gpu, 4096, 8192).num_warps == 4
+    assert launch.tiles(small_gpu, 1, 2048).num_warps == 1
+
+
+def test_a_token_is_summed_in_parts_that_fit_registers(small_gpu):
+    parts = launch.token_tiles(small_gpu, 2, 7168)
+    assert (parts.rows, parts.block, parts.num_programs) == (1, 1024, 14)
+    assert launch.token_tiles(small_gpu, 100, 7168).num_programs == 32
+
+
+def test_one_program_sums_a_whole_row(small_gpu):
+    fits = launch.token_tiles(small_gpu, 2, 7168, whole_rows=True)
+    assert (fits.block, fits.num_programs) == (8192, 2)
+    longer = launch.token_tiles(small_gpu, 2, 8193, whole_rows=True)
+    assert (longer.block, longer.num_programs) == (1024, 2)
+
+
+def test_the_tile_of_one_program_fits_registers(small_gpu):
+    tile = launch.one_program(small_gpu, 256, 64)
+    assert tile.rows * tile.block == 2**13 // 4
+
+
+def test_what_cannot_gather_takes_rows_of_an_index_one_by_one(monkeypatch):
+    monkeypatch.setattr(launch, "policy", lambda device: launch.npu_policy(48))
+    device = torch.device("cpu")
+    assert launch.tiles(device, 10**6, 64, indexed=True).rows == 1
+    assert launch.tiles(device, 10**6, 64).rows > 1
+    assert launch.tiles(device, 10**6, 64).num_programs == 48
+
+
+@pytest.fixture
 def policies(monkeypatch):
     """Devices of other kinds, as torch and Triton would describe them."""
 

@@ -102,12 +102,56 @@ def test_nothing_there(device):
     assert_same_pack(rows, nowhere[:0], fmt)
 
 
+@pytest.mark.parametrize("taken", [0, 2, 3, 9])
+def test_a_count_on_the_device(taken, device):
+    fmt = formats(24)[3]
+    rows = drawn_rows(4, fmt.stride, device)
+    index = torch.tensor([3, NOWHERE, 1], device=device)
+    x = torch.full((4, 24), 99, dtype=torch.int8, device=device)
+    scales = torch.full((4,), 99.0, device=device)
+    count = torch.tensor([taken], dtype=torch.int32, device=device)
+    kernels.pack(rows, index, fmt, x, scales, count)
+    expected, expected_scales = torch.full_like(x, 99), torch.full_like(scales, 99.0)
+    ref.pack(rows, index[:taken], fmt, expected, expected_scales)
+    assert torch.equal(x, expected)
+    assert torch.equal(scales.view(torch.int32), expected_scales.view(torch.int32))
+
+
+@pytest.mark.parametrize("hidden", [1, 40, 9000, 40_000])
+def test_clear(hidden, device):
+    index = torch.tensor([0, NOWHERE, 5, NOWHERE, NOWHERE], device=device)
+    for dtype in (torch.int8, torch.bfloat16, torch.float64):
+        for taken in (None, 0, 4):
+            x = torch.ones((7, hidden + 3), dtype=dtype, device=device)
+            count = None
+            if taken is not None:
+                count = torch.tensor([taken], dtype=torch.int32, device=device)
+            kernels.clear(x[:, 1 : hidden + 1], index, count)
+            expected = torch.ones_like(x)
+            expected[[row for row in (1, 3, 4) if taken is None or row < taken], 1:-2] = 0
+            assert torch.equal(x, expected)
+
+
+def test_clear_refuses(device):
+    index = torch.zeros(3, dtype=torch.int64, device=device)
+    with pytest.raises(MoeError, match="x must have a row for each of 3 indices, got 2"):
+        kernels.clear(torch.ones((2, 4), device=device), index)
+    with pytest.raises(MoeError, match="count must be one of"):
+        kernels.clear(torch.ones((3, 4), device=device), index, index[:1])
+
+
 def test_overlapping_rows_are_counted_in_16_bytes(device):
     fmt = RowFormat(torch.int8, 40, 64, "token", 48)
     memory = drawn_rows(1, 4096, device)[0]
     rows = memory.as_strided(((4096 - 64) // 16 + 1, 64), (16, 1))
     index = torch.tensor([0, 3, 252, NOWHERE, 3], device=device)
     assert_same_pack(rows, index, fmt)
+
+
+def test_a_strided_index(device):
+    fmt = formats(8)[3]
+    index = torch.tensor([2, 0, NOWHERE, 0, 1, 0], device=device)[::2]
+    assert_same_pack(drawn_rows(3, fmt.stride, device), index, fmt)
 
 
 def test_rows_that_are_not_aligned(device):
@@ -120,6 +164,14 @@ def test_rows_that_are_not_aligned(device):
         assert_same_pack(rows, index, fmt)
 
 
+def test_a_column_alone_may_have_any_stride(device):
+    fmt = RowFormat(torch.int8, 1, 16)
+    x = torch.zeros((1, 3), dtype=torch.int8, device=device).T
+    rows = drawn_rows(3, 16, device)
+    kernels.pack(rows, torch.tensor([2, NOWHERE, 1], device=device), fmt, x)
+    assert x.flatten().tolist() == [rows[2, 0].view(torch.int8), 0, rows[1, 0].view(torch.int8)]
+
+
 def test_strided_output(device):
     fmt = formats(24)[0]
     rows = drawn_rows(4, fmt.stride, device)
@@ -130,14 +182,28 @@ def test_strided_output(device):
     assert not wide[:, :5].any() and not wide[:, 29:].any() and not wide[2].any()
 
 
-def test_addresses_are_64_bit(device, reserve):
-    # Row 1 begins 4 GiB after row 0; of the memory a few pages are touched.
-    reserve(2**32 + 2**20)
-    rows = torch.empty_strided((2, 32), (2**32, 1), dtype=torch.uint8, device=device)
-    rows[0], rows[1] = 1, 2
+# Strides must have 32 bits, or what is made of them has 64 anyway; their odd number of bytes makes
+# words of one byte. Of the memory a few pages are touched.
+FAR = 2**30 + 1
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_addresses_are_64_bit(index_dtype, device, reserve):
+    reserve(2 * FAR + 2**20)
+    rows = torch.empty_strided((3, 32), (FAR, 1), dtype=torch.uint8, device=device)
+    rows.copy_(drawn_rows(3, 32, device))
     x = torch.zeros((3, 32), dtype=torch.int8, device=device)
-    kernels.pack(rows, torch.tensor([1, 0, 1], device=device), RowFormat(torch.int8, 32, 32), x)
-    assert x[:, 0].tolist() == [2, 1, 2]
+    index = torch.tensor([2, 0, 2], dtype=index_dtype, device=device)
+    kernels.pack(rows, index, RowFormat(torch.int8, 32, 32), x)
+    assert torch.equal(x, rows.view(torch.int8)[[2, 0, 2]])
+
+
+def test_addresses_of_outputs_are_64_bit(device, reserve):
+    reserve(2 * FAR + 2**20)
+    x = torch.empty_strided((3, 32), (FAR, 1), dtype=torch.int8, device=device)
+    rows = drawn_rows(3, 32, device)
+    kernels.pack(rows, torch.tensor([1, 0, 2], device=device), RowFormat(torch.int8, 32, 32), x)
+    assert torch.equal(x, rows.view(torch.int8)[[1, 0, 2]])
 
 
 def test_an_index_out_of_range_fails_where_the_device_asserts(asserting, device):

@@ -82,6 +82,7 @@ def test_strided_and_64_bit_ids(device):
     ids = draw(50, 8, 16, device)
     assert_same_plan(ids[:, ::2], 16)
     assert_same_plan(ids.long() * 2**20, 16)
+    assert_same_plan(ids.long() + 2**32, 16)
 
 
 def test_both_ways_are_taken(device):

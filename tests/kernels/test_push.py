@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import hypothesis
 import hypothesis.strategies as st
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from moe_triton import kernels, ref
 from moe_triton.errors import MoeError
+from moe_triton.kernels import launch
 from moe_triton.layout import NOWHERE, DispatchHeader, Plan, RowFormat
 
 
@@ -135,6 +138,20 @@ def test_shared_experts(num_shared_ranks, shared_targets, per_expert, send_weigh
             per_expert=per_expert,
             send_weights=send_weights,
         )
+
+
+@pytest.mark.parametrize("shared_targets", [(), (0,)])
+def test_several_programs_write_a_header(shared_targets, device, monkeypatch):
+    few = dataclasses.replace(launch.policy(device), line=32, num_programs=16)
+    monkeypatch.setattr(launch, "policy", lambda device: few)
+    assert_same_push(
+        device,
+        num_tokens=100,
+        top_k=8,
+        experts_per_rank=30,
+        num_shared_ranks=len(shared_targets),
+        shared_targets=shared_targets,
+    )
 
 
 @hypothesis.given(

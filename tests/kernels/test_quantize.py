@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import hypothesis
 import hypothesis.strategies as st
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from moe_triton import kernels, ref
 from moe_triton.errors import MoeError
+from moe_triton.kernels import launch
 from moe_triton.layout import RowFormat
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -108,8 +111,9 @@ def test_groups(T, H, group, device):
 @pytest.mark.parametrize("group", [3000, 9000])
 def test_several_long_groups(group, device):
     x = tokens(5, 20001, torch.float32, device)
-    actual = kernels.quantize_groups(x, group)
-    assert_all_same_bits(actual, ref.quantize_groups(x, group))
+    for smooth in (None, factors((5, 20001), device)):
+        actual = kernels.quantize_groups(x, group, smooth)
+        assert_all_same_bits(actual, ref.quantize_groups(x, group, smooth))
 
 
 @pytest.mark.parametrize("x_dtype", FLOATS)
@@ -137,6 +141,21 @@ def test_blocks(x_dtype, block, scale_dtype, device):
     x = tokens(9, block * 83, x_dtype, device)
     actual = kernels.quantize_blocks(x, block, scale_dtype)
     assert_all_same_bits(actual, ref.quantize_blocks(x, block, scale_dtype))
+
+
+def test_returned_rows_are_divided(device):
+    # 94.5625 / scale is 67.46875, half way between two fp16; times 1 / scale it is below.
+    x = torch.tensor([[178.0, 94.5625] + [0.0] * 6], device=device)
+    assert kernels.quantize_blocks(x, 8, torch.float32)[0].tolist() == [[127, 68] + [0] * 6]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_scale_that_has_lost_bits_gives_no_larger_code(sign, device):
+    # 190 / 127 of the smallest numbers is one of them, and the quotient 190.
+    x = torch.tensor([[sign * 190] + [0] * 7], dtype=torch.float32, device=device) * 2.0**-149
+    q, scale = kernels.quantize_blocks(x, 8, torch.float32)
+    assert q[0, 0] == sign * 127
+    assert scale.item() == 2.0**-149
 
 
 def test_a_nan_of_all_ones_stays_one_in_bf16(device):
@@ -224,6 +243,17 @@ def test_encode_and_decode(hidden, dtype, device):
                     assert_same_bits(out, wanted)
 
 
+@pytest.mark.parametrize("taken", [0, 2, 3, 9])
+def test_encode_a_count(taken, device):
+    fmt = RowFormat(torch.int8, 8, 32, "token", 16)
+    x = tokens(3, 8, torch.float32, device)
+    rows = torch.full((3, 32), 0xA5, dtype=torch.uint8, device=device)
+    expected = rows.clone()
+    kernels.encode(x, fmt, rows, None, torch.tensor([taken], dtype=torch.int32, device=device))
+    ref.encode(x[:taken], fmt, expected[: min(taken, 3)])
+    assert torch.equal(rows, expected)
+
+
 def test_decode_blocks_of_any_size(device):
     fmt = RowFormat(torch.int8, 36, 80, "return", 48, torch.bfloat16, 12)
     x = tokens(5, 36, torch.bfloat16, device)
@@ -233,6 +263,12 @@ def test_decode_blocks_of_any_size(device):
     kernels.decode(rows, fmt, out)
     ref.decode(rows, fmt, expected)
     assert_same_bits(out, expected)
+
+
+def test_decode_in_several_tiles(device, monkeypatch):
+    few = dataclasses.replace(launch.policy(device), tile=1)
+    monkeypatch.setattr(launch, "policy", lambda device: few)
+    test_decode_blocks_of_any_size(device)
 
 
 def test_float64_moves_as_it_is_and_quantises_as_float32(device):
@@ -319,12 +355,26 @@ def test_rows_past_2_to_the_31_elements(device, reserve):
     assert (q == 127).all()
 
 
+def test_coded_rows_past_2_to_the_31_elements(device, reserve):
+    reserve(2**31 + 2**20)
+    fmt = RowFormat(torch.int8, 8, 2**31 + 16, "token", 16)
+    x = torch.tensor([[127.0] * 8, [254.0] * 8], device=device)
+    rows = torch.empty_strided((2, 2**31 + 16), (2**31 + 16, 1), dtype=torch.uint8, device=device)
+    kernels.encode(x, fmt, rows)
+    assert fmt.payload(rows).tolist() == [[127] * 8] * 2
+    assert fmt.scales(rows).flatten().tolist() == [1.0, 2.0]
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
         (lambda x: kernels.quantize_rows(x.int()), "x must be one of"),
         (lambda x: kernels.quantize_rows(x, None, torch.int16), "dtype must be one of"),
         (lambda x: kernels.quantize_mx(x, torch.int8), "dtype must be one of .* for MX"),
+        (
+            lambda x: kernels.encode(x, RowFormat(E4M3, 4, 32, "divide", 16), bytes_of(2, 32)),
+            "dtype must be torch.int8 for divide",
+        ),
         (lambda x: kernels.quantize_rows(x, x.half()), "smooth must be one of"),
         (lambda x: kernels.quantize_rows(x, x[:1]), "smooth must have the shape"),
         (lambda x: kernels.quantize_static(x, x[0, :3]), "smooth must have the shape"),

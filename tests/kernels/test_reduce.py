@@ -149,6 +149,8 @@ def test_every_shape_of_tile(H, dtype, launch, device):
     case = Drawn(0, 9, 3, 1, H, dtype, device=device).with_special().with_norm()
     case.addend = case.numbers(9, H)
     case.check()
+    case.norm = ()  # tiles of a row beside each other
+    case.check()
 
 
 @pytest.mark.parametrize("H", [8, 16, 24])
@@ -157,6 +159,8 @@ def test_every_shape_of_tile_with_quantised_rows(H, dtype, launch, device):
     case = Drawn(1, 9, 3, 1, H, dtype, device=device).with_norm()
     case.fmt = return_format(dtype, H)
     case.rows = encoded(case.x, case.fmt)
+    case.check()
+    case.norm = ()
     case.check()
 
 
@@ -259,6 +263,19 @@ def test_columns_of_small_tensors_may_lie_apart(device):
     case.check()
 
 
+def test_columns_of_large_tensors_may_lie_apart(device):
+    case = Drawn(6, 6, 3, 0, 8, BF16, device=device).with_special().with_norm()
+    tokens, residual, case.addend = (case.numbers(6, 16)[:, ::2] for _ in range(3))
+    case.special = case.special._replace(tokens=tokens)
+    case.norm = (residual, *case.norm[1:])
+    case.check()
+    own, peer = case.numbers(2, 5, 14)[..., ::2]
+    out, expected = torch.full((2, 5, 7), NAN, dtype=BF16, device=device)
+    kernels.add_rows(own, peer, out)
+    ref.add_rows(own, peer, expected)
+    same_bits(out, expected)
+
+
 def test_addresses_have_64_bits(device, reserve):
     # Row 2 begins at byte 2**33. On a CPU the memory is only reserved: three pages are touched.
     reserve(2**33 + 2**20)
@@ -268,6 +285,17 @@ def test_addresses_have_64_bits(device, reserve):
     out = torch.empty((1, 8), dtype=BF16, device=device)
     kernels.reduce(rows, torch.tensor([[0, 2]], device=device), fmt, None, None, None, out)
     assert out.tolist() == [[5.0] * 8]
+
+
+def test_addresses_of_sums_have_64_bits(device, reserve):
+    # Row 2 begins at element 2**31, and the stride has 32 bits.
+    reserve(2**32 + 2**20)
+    far = torch.empty_strided((3, 8), (2**30, 1), dtype=BF16, device=device)
+    x = torch.tensor([[1.0], [2.0]], dtype=BF16, device=device).expand(2, 8).contiguous()
+    plain(x, [[0, 0], [0, 1], [1, 1]], out=far)
+    assert far.tolist() == [[2.0] * 8, [3.0] * 8, [4.0] * 8]
+    kernels.add_rows(far, far, far)
+    assert far.tolist() == [[4.0] * 8, [6.0] * 8, [8.0] * 8]
 
 
 def test_sum_may_take_the_place_of_what_is_added(launch, device):
@@ -362,10 +390,23 @@ def test_norm_rounds_before_gamma_and_after(launch, device):
     assert norm.y.item() == 1.5
 
 
+def test_norm_is_that_of_the_unrounded_sum(launch, device):
+    # With rstd = 3 / 4 it is 3 / 4 + 9 * 2**-12, past half a step of 2**-8; that of 1 is 3 / 4.
+    total = 1 + 3 * 2.0**-10
+    x = torch.tensor([[1.0]], dtype=BF16, device=device)
+    residual, gamma = torch.full_like(x, total - 1), torch.ones_like(x[0])
+    epsilon = 16 / 9 - total**2
+    norm = Norm(residual, gamma, epsilon, torch.empty_like(x), torch.empty(1, device=device))
+    assert plain(x, [[0]], norm=norm).item() == 1.0
+    assert norm.y.item() == 0.75 + 2**-8
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
-@pytest.mark.parametrize("n, H", [(0, 4), (1, 1), (5, 17), (2, 8193)])
+@pytest.mark.parametrize("n, H", [(0, 4), (1, 1), (5, 17), (33, 8193)])
 def test_add_rows(n, H, dtype, device):
-    own, peer = torch.randn((2, n, H + 1)).to(device=device, dtype=dtype)[..., :H]
+    own, peer = (
+        torch.randn((n, H + apart)).to(device=device, dtype=dtype)[:, :H] for apart in (1, 3)
+    )
     out, expected = torch.full((2, n, H), NAN, dtype=dtype, device=device)
     kernels.add_rows(own, peer, out)
     ref.add_rows(own, peer, expected)
