@@ -16,7 +16,7 @@ INTERPRETED_FULL := $(INTERPRETED) tests/test_expert_parallel.py tests/test_reso
 	tests/compat/test_split_phase.py tests/compat/test_torch_npu.py \
 	tests/compat/test_torch_npu_v2.py tests/compat/test_update_expert.py
 
-.PHONY: help demo test test-full lint docs clean
+.PHONY: help demo test test-full mutants lint docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -33,6 +33,9 @@ test-full: $(VENV)/.test $(ASCEND)/.tried ## the tests and long runs; rewrites d
 	MOE_TRITON_TEST_PROFILE=full $(BIN)/pytest -m "full or not full" -o faulthandler_timeout=3600 \
 		--evidence=docs/evidence/test-full.md $(PYTEST_ARGS)
 	$(if $(PYTEST_ARGS),,MOE_TRITON_BACKEND=interpret $(BIN)/pytest $(INTERPRETED_FULL))
+
+mutants: $(VENV)/.test ## break the kernels one change at a time; rewrites docs/evidence/mutants.md
+	$(BIN)/python tests/mutate.py --evidence=docs/evidence/mutants.md
 
 lint: $(VENV)/.dev ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .

@@ -6,13 +6,11 @@ import collections
 import functools
 import importlib.util
 import os
-import platform
-import subprocess
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 
+import facts
 import pytest
 import torch
 
@@ -143,7 +141,7 @@ class Evidence:
             "",
             f"- {_counts(total)} in {time.monotonic() - self.start:.0f} s",
             f"- exit status {exitstatus}, test profile {PROFILE}, {time.strftime('%Y-%m-%d')}",
-            *(f"- {fact}" for fact in _environment()),
+            *(f"- {fact}" for fact in facts.environment()),
             "",
             "| file | passed | failed | skipped | seconds |",
             "| --- | ---: | ---: | ---: | ---: |",
@@ -163,33 +161,6 @@ class Evidence:
 
 def _counts(count) -> str:
     return ", ".join(f"{count[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))
-
-
-def _environment() -> list[str]:
-    packages = ("torch", "triton", "numpy", "pytest", "hypothesis")
-    versions = {d.metadata["Name"]: d.version for d in metadata.distributions()}
-    listed = ", ".join(f"{name} {versions.get(name, 'absent')}" for name in packages)
-    facts = [f"Python {platform.python_version()}, {listed}", _cpu()]
-    root = Path(__file__).parent
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=10"],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return [*facts, f"revision {git.stdout.strip()}"] if git.returncode == 0 else facts
-
-
-def _cpu() -> str:
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
-    return f"{len(os.sched_getaffinity(0))} cores of {model}, {platform.system()}"
 
 
 def pytest_runtest_teardown(item):
