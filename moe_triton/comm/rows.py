@@ -119,6 +119,7 @@ def receive(
         copies_per_row=1 if config.per_expert else config.num_slots,
         alignment=config.alignment,
         capacity=capacity_of(call, rank, tokens),
+        load=tokens.load,
         **where,
     )
     n = len(found.places)

@@ -58,7 +58,14 @@ class SingleTransport:
         check_overflow(call, lambda _: plan.counts)
         weights = None if tokens.weights is None else tokens.weights.to(config.weight_dtype)
         capacity = capacity_of(call, 0, tokens)
-        found = steps.permutation(plan, ids, weights, alignment=config.alignment, capacity=capacity)
+        found = steps.permutation(
+            plan,
+            ids,
+            weights,
+            alignment=config.alignment,
+            capacity=capacity,
+            load=tokens.load,
+        )
         n = len(found.copies)
         num_rows = n if tokens.num_rows is None else tokens.num_rows
         x, scales = new_rows(call, tokens, num_rows)

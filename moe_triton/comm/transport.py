@@ -79,6 +79,7 @@ class Tokens:
         smooth: fp32 factors of the quantisation: [1] or [H] for all copies, [NS + E, H] for those
             of each expert; or None.
         num_rows: rows to allocate for what arrives, or None for exactly as many as do.
+        load: [L] int64 to add the rows that arrive for each local expert to, or None.
     """
 
     x: torch.Tensor
@@ -86,6 +87,7 @@ class Tokens:
     weights: torch.Tensor | None = None
     smooth: torch.Tensor | None = None
     num_rows: int | None = None
+    load: torch.Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,6 +46,18 @@ class Plan:
         counts = self.eplb_table.new_zeros(self.eplb_table.shape[:-1], dtype=torch.int64)
         return counts.scatter_add_(-1, self.placement, torch.ones_like(self.placement))
 
+    def logical_load(self, load: torch.Tensor) -> torch.Tensor:
+        """Add up what was counted for physical experts, to plan the next table from.
+
+        Args:
+            load: [S] of any dtype, on the CPU.
+
+        Returns:
+            [E] of that dtype.
+        """
+        total = load.new_zeros(self.eplb_table.shape[:-1])
+        return total.scatter_add_(-1, self.placement, load)
+
     @property
     def balance_before(self) -> torch.Tensor:
         """[] float64, the most that a rank receives without replicas over the mean; 1 is best."""

@@ -21,7 +21,13 @@ from ..comm import (
     Tokens,
     Transport,
 )
-from ..errors import ArgumentTypeError, MoeError, PeerAbortError, SequenceError
+from ..errors import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    MoeError,
+    PeerAbortError,
+    SequenceError,
+)
 from ..layout import NOWHERE, Plan, Sources
 from ..ops import checks, formats
 from .results import Handle
@@ -42,11 +48,13 @@ class Exchange:
         device: where the tensors are.
         exact: allocate exactly as many rows as arrive.
         counts_dtype: of the rows per expert.
+        count_load: keep ``load``.
 
     Attributes:
         last: configuration and tokens of the last dispatch, or None.
         lent: memory that ``output_rows`` gave since the last combine, by the handle it is for.
         in_flight: operations of compiled code between setup and teardown, by number.
+        load: [L] int64 rows that dispatches have delivered for each local expert, or None.
     """
 
     def __init__(
@@ -59,6 +67,7 @@ class Exchange:
         *,
         exact: bool,
         counts_dtype: torch.dtype,
+        count_load: bool,
     ) -> None:
         self.endpoint, self.config = endpoint, config
         self.rank = endpoint.group.rank
@@ -68,6 +77,10 @@ class Exchange:
         self.in_flight: dict[int, Pending] = {}
         self._arguments = arguments
         self._steps, self.device = steps, device
+        self.load: torch.Tensor | None = None
+        if count_load:
+            num_local = config.topology.num_local_experts(self.rank)
+            self.load = torch.zeros(num_local, dtype=torch.int64, device=device)
 
     def open(self) -> None:
         """Meet the ranks, compare arguments and allocate the windows."""
@@ -108,7 +121,7 @@ class Exchange:
         # Copies: they are needed to the end, and routing buffers are refilled for the next layer.
         ids = topk_ids.to(torch.int32, copy=True)
         num_rows = None if self.exact else config.capacity(self.rank)
-        tokens = Tokens(x, ids, weights, scales, num_rows)
+        tokens = Tokens(x, ids, weights, scales, num_rows, self.load)
         return self.endpoint.transport(op).dispatch_setup(call, tokens)
 
     def finish_dispatch(self, operation: Pending) -> Received:
@@ -119,6 +132,22 @@ class Exchange:
             return received
         scales = formats.as_e8m0(self.config.quant, received.scales)
         return dataclasses.replace(received, scales=scales)
+
+    def gather_load(self) -> torch.Tensor:
+        """[E] int64 ``load`` of all ranks, in the order of the routed experts."""
+        op, topology = f"{OP}.gather_load", self.config.topology
+        if self.load is None:
+            error = ArgumentValueError(op, "count_load", "be True to count anything", False)
+            self.endpoint.reject("exchange", op, error)
+            raise error
+        mine = self.load
+        if topology.is_shared_rank(self.rank):
+            # Rows are equally long on all ranks; these hold no routed experts, and are left out.
+            mine = mine.new_zeros(topology.experts_per_rank)
+        sent = mine.view(torch.uint8).repeat(topology.world_size, 1)
+        counts = [1] * topology.world_size
+        parts = self.endpoint.transport(op).all_to_all_v(op, sent, counts)
+        return torch.cat(parts[topology.num_shared_ranks :]).view(torch.int64).flatten()
 
     # Combine.
 

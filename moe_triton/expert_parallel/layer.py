@@ -52,6 +52,7 @@ class ExpertParallel:
             cannot be compiled.
         alignment: the rows of each local expert begin at, and are padded to, a multiple of this.
         counts_dtype: torch.int64 or torch.int32, of ``tokens_per_expert``.
+        count_load: count the rows that every dispatch delivers, in ``load``.
         in_flight: dispatches, and combines, that may be set up before the first is torn down.
         timeout: seconds any wait for peers may take.
         transport: "auto", "symmetric" or "collective".
@@ -80,6 +81,7 @@ class ExpertParallel:
         exact: bool = False,
         alignment: int = 1,
         counts_dtype: torch.dtype = torch.int64,
+        count_load: bool = False,
         in_flight: int = 1,
         timeout: float = 30.0,
         transport: str = "auto",
@@ -135,6 +137,7 @@ class ExpertParallel:
             self.device,
             exact=exact,
             counts_dtype=counts_dtype,
+            count_load=count_load,
         )
         try:
             self._exchange.open()
@@ -185,6 +188,29 @@ class ExpertParallel:
     def traffic(self) -> Traffic | None:
         """What the last dispatch asks of the wires between ranks; None before the first."""
         return None if self._exchange.last is None else comm.traffic(*self._exchange.last)
+
+    @property
+    def load(self) -> torch.Tensor | None:
+        """[L] int64 rows that dispatches have delivered for each local expert, padding left out.
+
+        They are counted where the rows are numbered, without a launch of their own, and those of
+        replayed graphs too; backward passes are not. ``load.zero_()`` starts over. None without
+        ``count_load``.
+        """
+        return self._exchange.load
+
+    def gather_load(self) -> torch.Tensor:
+        """The ``load`` of all ranks together, for ``moe_triton.eplb``; collective.
+
+        Returns:
+            [E] int64 rows for each routed expert. Where these are replicas of others,
+            ``Plan.logical_load`` adds them up.
+
+        Raises:
+            ArgumentValueError: constructed without ``count_load``.
+            PeerAbortError, PeerTimeoutError, BrokenGroupError: as in ``dispatch``.
+        """
+        return self._exchange.gather_load()
 
     # Calls.
 

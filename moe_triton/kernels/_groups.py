@@ -27,6 +27,7 @@ def _groups_kernel(
     offsets_ptr,  # [L] int32
     begins_ptr,  # [L, W + 1] int32 first row of each group, the last one being padding
     copies_ptr,  # [L, W + 1] int32 first copy of each group in its source's list
+    load_ptr,  # [L] int64 to add the rows of each expert to, or None
     num_experts,
     world,
     alignment,
@@ -52,6 +53,9 @@ def _groups_kernel(
         at = expert[:, None] * world + source[None, :]
         tl.store(ends_ptr + at, (row_ends - rows)[:, None] + within, mask=mask)
         tl.store(offsets_ptr + expert, offsets, mask=expert < num_experts)
+        if load_ptr is not None:
+            load = tl.load(load_ptr + expert, mask=expert < num_experts, other=0)
+            tl.store(load_ptr + expert, load + rows, mask=expert < num_experts)
         group = expert[:, None] * (world + 1) + source[None, :]
         mask = is_expert & (source <= world)[None, :]
         # Padding is in the column W, which counts nothing: it begins where the rows end.
@@ -117,8 +121,22 @@ class Groups(NamedTuple):
         return int(self.offsets[-1]) if capacity is None else capacity
 
 
-def number_groups(op: str, counts: torch.Tensor, alignment: int) -> Groups:
-    """Sum the counts; arguments and errors as in ``sources``, which are those of ``op``."""
+def check_load(op: str, load: torch.Tensor | None, num_experts: int, device: torch.device) -> None:
+    """None, or a counter for each expert."""
+    if load is not None:
+        shape, int64 = (num_experts,), (torch.int64,)
+        check_tensor(
+            op, "load", load, dtypes=int64, shape=shape, device=device, strided_columns=False
+        )
+
+
+def number_groups(
+    op: str, counts: torch.Tensor, alignment: int, load: torch.Tensor | None = None
+) -> Groups:
+    """Sum the counts; arguments and errors as in ``sources``, which are those of ``op``.
+
+    ``load``, where there is one, is [L] int64 and gets the rows of each expert added.
+    """
     device = counts.device
     check_tensor(op, "counts", counts, dtypes=(torch.int32,), shape=(None, None), device=device)
     if alignment < 1:
@@ -126,6 +144,7 @@ def number_groups(op: str, counts: torch.Tensor, alignment: int) -> Groups:
     if counts.numel() == 0:
         raise ArgumentValueError(op, "counts", "have an expert and a source", tuple(counts.shape))
     num_experts, world = counts.shape
+    check_load(op, load, num_experts, device)
     ends = torch.empty(num_experts * world, dtype=torch.int32, device=device)
     offsets = torch.empty(num_experts, dtype=torch.int32, device=device)
     begins, copies = torch.empty(
@@ -138,6 +157,7 @@ def number_groups(op: str, counts: torch.Tensor, alignment: int) -> Groups:
         offsets,
         begins,
         copies,
+        load,
         num_experts,
         world,
         alignment,

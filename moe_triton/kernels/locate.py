@@ -100,6 +100,7 @@ def arrivals(
     table: torch.Tensor | None = None,
     alignment: int = 1,
     capacity: int | None = None,
+    load: torch.Tensor | None = None,
 ) -> Arrivals:
     """Number the rows that all sources sent this rank, and say where each lies.
 
@@ -115,6 +116,7 @@ def arrivals(
         table: [W, R] int64, or None.
         alignment: as in ``sources``.
         capacity: as in ``sources``.
+        load: [L] int64 to add the rows of each local expert to, padding left out, or None.
 
     Raises:
         ArgumentTypeError: another dtype.
@@ -122,7 +124,7 @@ def arrivals(
         MissingArgumentError: neither origins nor a table.
     """
     op, device = "arrivals", counts.device
-    groups = number_groups(op, counts, alignment)
+    groups = number_groups(op, counts, alignment, load)
     num_experts, world = counts.shape
     _check_lists(op, "copies", copies, (torch.int32,), counts)
     if weights is not None:

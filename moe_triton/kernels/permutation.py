@@ -20,7 +20,7 @@ from ..errors import ArgumentValueError
 from ..layout import NOWHERE, Permutation, Plan, Sources
 from . import launch
 from ._checks import FLOATS, INDICES, check_tensor
-from ._groups import find_row, number_groups
+from ._groups import check_load, find_row, number_groups
 
 _NOWHERE = tl.constexpr(NOWHERE)
 
@@ -38,6 +38,7 @@ def _sorted_kernel(
     found_ptr,  # [capacity] int32
     places_ptr,  # [T * K] int64
     received_ptr,  # [capacity] of the weights' dtype, or None
+    load_ptr,  # [E] int64 to add the rows of each expert to, or None
     num_experts,
     num_positions,
     capacity,
@@ -55,6 +56,9 @@ def _sorted_kernel(
         tl.store(offsets_ptr + expert, ends, mask=inside & first_program)
         tl.store(begins_ptr + expert * 2, ends - counts, mask=inside & first_program)
         tl.store(begins_ptr + expert * 2 + 1, ends, mask=inside & first_program)
+        if load_ptr is not None:
+            load = tl.load(load_ptr + expert, mask=inside & first_program, other=0)
+            tl.store(load_ptr + expert, load + counts, mask=inside & first_program)
         num_rows += tl.sum(counts)
     most = tl.maximum(capacity, num_positions)
     for begin in range(tl.program_id(0) * BLOCK, most, tl.num_programs(0) * BLOCK):
@@ -124,6 +128,7 @@ def permutation(
     *,
     alignment: int = 1,
     capacity: int | None = None,
+    load: torch.Tensor | None = None,
 ) -> Permutation:
     """Number the rows of a rank whose tokens and experts are its own.
 
@@ -133,6 +138,7 @@ def permutation(
         weights: [T, K], or None.
         alignment: as in ``sources``.
         capacity: as in ``sources``.
+        load: as in ``arrivals``.
 
     Raises:
         ArgumentTypeError: another dtype.
@@ -147,8 +153,9 @@ def permutation(
     if alignment < 1:
         raise ArgumentValueError(op, "alignment", "be at least 1", alignment)
     if alignment == 1:
-        return _sorted(routing, weights, shape, capacity)
-    return _aligned(routing, expert_ids, weights, alignment, capacity)
+        check_load(op, load, len(routing.counts), device)
+        return _sorted(routing, weights, shape, capacity, load)
+    return _aligned(routing, expert_ids, weights, alignment, capacity, load)
 
 
 def _sorted(
@@ -156,6 +163,7 @@ def _sorted(
     weights: torch.Tensor | None,
     shape: tuple[int, ...],
     capacity: int | None,
+    load: torch.Tensor | None,
 ) -> Permutation:
     device, num_experts = routing.counts.device, len(routing.counts)
     num_positions = routing.order.numel()
@@ -172,6 +180,7 @@ def _sorted(
         offsets,
         begins,
         *rows,
+        load,
         num_experts,
         num_positions,
         num_rows,
@@ -189,9 +198,10 @@ def _aligned(
     weights: torch.Tensor | None,
     alignment: int,
     capacity: int | None,
+    load: torch.Tensor | None,
 ) -> Permutation:
     device = expert_ids.device
-    groups = number_groups("permutation", routing.counts[:, None], alignment)
+    groups = number_groups("permutation", routing.counts[:, None], alignment, load)
     num_rows = groups.rows(capacity)
     rows = _rows(num_rows, tuple(expert_ids.shape), weights, device)
     line = launch.line(device, max(num_rows, expert_ids.numel(), 1))

@@ -69,6 +69,7 @@ def arrivals(
     table: torch.Tensor | None = None,
     alignment: int = 1,
     capacity: int | None = None,
+    load: torch.Tensor | None = None,
 ) -> Arrivals:
     """Number the rows that all sources sent this rank, and say where each lies.
 
@@ -84,8 +85,11 @@ def arrivals(
         table: [W, R] int64, or None.
         alignment: as in ``sources``.
         capacity: as in ``sources``.
+        load: [L] int64 to add the rows of each local expert to, padding left out, or None.
     """
     numbering = sources(counts, alignment, capacity)
+    if load is not None:
+        load += counts.sum(1)
     real = numbering.source != NOWHERE
     source, copy = numbering.source.where(real, 0), numbering.copy.where(real, 0)
     found = copies[source, copy] if copies.numel() else copy.int()
@@ -111,6 +115,7 @@ def permutation(
     *,
     alignment: int = 1,
     capacity: int | None = None,
+    load: torch.Tensor | None = None,
 ) -> Permutation:
     """Number the rows of a rank whose tokens and experts are its own.
 
@@ -120,8 +125,11 @@ def permutation(
         weights: [T, K], or None.
         alignment: as in ``sources``.
         capacity: as in ``sources``.
+        load: as in ``arrivals``.
     """
     numbering = sources(routing.counts[:, None], alignment, capacity)
+    if load is not None:
+        load += routing.counts
     real = (numbering.source != NOWHERE).nonzero()[:, 0]
     flat = routing.order[numbering.copy[real]].long()
     copies = routing.order.new_full((len(numbering.source),), NOWHERE)

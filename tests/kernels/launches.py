@@ -78,10 +78,22 @@ def _routing() -> Iterator[tuple[str, Callable[[], object]]]:
                 counts, copies, weights, copies_per_row=TOP_K, capacity=4096, **where
             ),
         )
+    load = torch.zeros(len(counts), dtype=torch.int64)
+    yield (
+        "arrivals counted",
+        lambda load=load: kernels.arrivals(
+            counts, copies, None, copies_per_row=TOP_K, capacity=4096, table=table, load=load
+        ),
+    )
     ids, ones = _ids(), torch.ones((TOKENS, TOP_K))
     routing = ref.plan(ids, EXPERTS)
     rows = TOKENS * TOP_K
     yield "permutation", lambda: kernels.permutation(routing, ids, ones, capacity=rows)
+    load = torch.zeros(EXPERTS, dtype=torch.int64)
+    yield (
+        "permutation counted",
+        lambda load=load: kernels.permutation(routing, ids, None, capacity=rows, load=load),
+    )
     yield (
         "permutation aligned",
         lambda: kernels.permutation(routing, ids, ones, alignment=16, capacity=rows),

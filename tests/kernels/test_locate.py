@@ -41,6 +41,21 @@ def test_arrivals(L, W, alignment, spare, device):
 
 
 @ALIGNMENTS
+@pytest.mark.parametrize("L, W", [(1, 1), (3, 4), (300, 8)])
+def test_load_is_added_up(L, W, alignment, device):
+    """Rows that there are, whatever the padding, and even where there is no room for them."""
+    counts, copies, _ = drawn_headers(L, W, 1, L + W, device)
+    origins = torch.zeros(W, dtype=torch.int64, device=device)
+    before = torch.arange(L, device=device) + 2**33
+    for arrivals in (kernels.arrivals, ref.arrivals):
+        for capacity in (0, None):
+            options = {"alignment": alignment, "capacity": capacity, "copies_per_row": 1}
+            load = before.clone()
+            arrivals(counts, copies, None, origins=origins, load=load, **options)
+            assert torch.equal(load, before + counts.sum(1))
+
+
+@ALIGNMENTS
 def test_arrivals_by_a_table(alignment, device):
     counts, copies, weights = drawn_headers(4, 3, 2, 0, device)
     table = torch.randperm(3 * 50, device=device).view(3, 50)
@@ -103,6 +118,11 @@ def test_refusals(device):
         kernels.arrivals(counts, copies, None, copies_per_row=1, origins=origins[:2])
     with pytest.raises(ArgumentValueError, match="alignment"):
         kernels.arrivals(counts, copies, None, copies_per_row=1, origins=origins, alignment=0)
+    given = {"copies_per_row": 1, "origins": origins}
+    with pytest.raises(ArgumentTypeError, match="load"):
+        kernels.arrivals(counts, copies, None, load=counts[:, 0], **given)
+    with pytest.raises(ArgumentValueError, match="load"):
+        kernels.arrivals(counts, copies, None, load=origins, **given)
     ids = torch.zeros((2, 1), dtype=torch.int32, device=device)
     begins = torch.zeros((3, 2, 3), dtype=torch.int32, device=device)
     with pytest.raises(ArgumentValueError, match=r"W, L, W \+ 1"):

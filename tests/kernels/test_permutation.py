@@ -22,8 +22,11 @@ def test_permutation(T, K, E, dtype, alignment, spare, device):
     weights = torch.rand((T, K)).to(device)
     for given in (weights, None):
         options = {"alignment": alignment, "capacity": capacity}
-        found = kernels.permutation(routing, ids, given, **options)
-        same(found, ref.permutation(routing, ids, given, **options))
+        loads = torch.full((2, E), 2**33, device=device)
+        found = kernels.permutation(routing, ids, given, load=loads[0], **options)
+        same(found, ref.permutation(routing, ids, given, load=loads[1], **options))
+        assert torch.equal(loads[0], loads[1])
+        assert torch.equal(loads[0] - 2**33, routing.counts.long())
 
 
 def test_permutation_by_hand(device):
@@ -50,6 +53,9 @@ def test_refusals(device):
         kernels.permutation(routing, ids, torch.ones((1, 2), device=device))
     with pytest.raises(ArgumentTypeError, match="weights"):
         kernels.permutation(routing, ids, ids)
+    for alignment in (1, 8):
+        with pytest.raises(ArgumentTypeError, match="load"):
+            kernels.permutation(routing, ids, None, alignment=alignment, load=routing.counts)
     for alignment in (0, -8):
         with pytest.raises(ArgumentValueError, match="alignment"):
             kernels.permutation(routing, ids, None, alignment=alignment)
