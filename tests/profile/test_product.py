@@ -416,6 +416,15 @@ def test_a_named_algorithm_beats_the_switches(monkeypatch):
         )
 
 
+@pytest.mark.parametrize("product", ["a3", "950"])
+def test_row11_places_for_experts(product):
+    """L * W is at most 2048, counting shared ranks as if they had routed experts."""
+    check = profile.PROFILES[product].check
+    check("v2", "dispatch", **USUAL | {"world_size": 4, "experts_per_rank": 512})
+    with pytest.raises(ArgumentValueError, match=r"an L \* ep_world_size .*, got 2049$"):
+        check("v2", "dispatch", **USUAL | {"world_size": 3, "experts_per_rank": 683})
+
+
 REPLICAS = {
     "a3-eplb": {
         "num_tokens": ((1, 512), (0, 513)),
