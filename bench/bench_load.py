@@ -102,7 +102,7 @@ def worst(balances):
 
 
 def least(load, num_ranks, num_slots):
-    """A balance that no table can go below.
+    """A balance that no table can go below when the choice is by rank.
 
     The hottest expert has at most a replica for each redundant slot and its own, and comes in W-ths
     of its load. If no rank takes two of these, every rank has a replica of it, and the second

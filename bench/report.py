@@ -123,7 +123,7 @@ LOAD = {
     "greedy, by rank": lambda row: f"{row['greedy']:.3f}",
     "ours, by rank": lambda row: f"{row['plan']:.3f}",
     "ours, by token": lambda row: f"{row['plan_by_token']:.3f}",
-    "no table below": lambda row: f"{row['at_least']:.3f}",
+    "by rank, at least": lambda row: f"{row['at_least']:.3f}",
     "unseen ids: greedy / ours": lambda row: f"{row['greedy_next']:.2f} / {row['plan_next']:.2f}",
     "CPU time: greedy / ours": lambda row: f"{row['greedy_ms']:.0f} / {row['plan_ms']:.0f} ms",
 }
@@ -176,7 +176,7 @@ def kernels(rows):
 
 def section():
     """The README's results, from ``bench/results``."""
-    return "\n\n".join([_transport(), *_overlap(), _transformers(), *_kernels()])
+    return "\n\n".join([_transport(), *_overlap(), _transformers(), _load(), *_kernels()])
 
 
 def _kernels():
@@ -234,6 +234,24 @@ def _transformers():
         f"torch {one['torch']}, {one['date']}, revision {one['revision']}). Medians of "
         f"{one['samples']} samples of the slowest\nrank; `all_to_all` is transformers' own, over "
         "gloo.\n\n" + table(rows, TRANSFORMERS)
+    )
+
+
+def _load():
+    rows = _read("load")
+    one = rows[0]
+    shown = [row for row in rows if row["exponent"] in (1.0, 1.5, 2.0)]
+    return (
+        f"The most loaded rank over the mean with replicas of {one['experts']} experts, load after "
+        f"Zipf's law in {one['layers']}\n"
+        f"orders of the experts, the worst of them (torch {one['torch']}, {one['date']}, revision "
+        f"{one['revision']}).\n"
+        "288 slots do not divide by 64. DeepSeek's greedy scheme counts on equal parts; by rank is "
+        "what\n`npu_moe_update_expert` makes of its replicas by default. No table comes below "
+        '"at least", since by rank\na rank sends all its copies for an expert to one replica. '
+        "Unseen ids are top-8 of 512 tokens a rank,\nmapped by rank and drawn after those that were "
+        "planned for. "
+        "`bench/results/load.svg` shows one case.\n\n" + table(shown, LOAD)
     )
 
 
