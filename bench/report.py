@@ -243,15 +243,13 @@ def _load():
     shown = [row for row in rows if row["exponent"] in (1.0, 1.5, 2.0)]
     return (
         f"The most loaded rank over the mean with replicas of {one['experts']} experts, load after "
-        f"Zipf's law in {one['layers']}\n"
-        f"orders of the experts, the worst of them (torch {one['torch']}, {one['date']}, revision "
-        f"{one['revision']}).\n"
-        "288 slots do not divide by 64. DeepSeek's greedy scheme counts on equal parts; by rank is "
-        "what\n`npu_moe_update_expert` makes of its replicas by default. No table comes below "
-        '"at least", since by rank\na rank sends all its copies for an expert to one replica. '
-        "Unseen ids are top-8 of 512 tokens a rank,\nmapped by rank and drawn after those that were "
-        "planned for. "
-        "`bench/results/load.svg` shows one case.\n\n" + table(shown, LOAD)
+        f"Zipf's law in {one['layers']}\norders of the experts, the worst of them (torch "
+        f"{one['torch']}, {one['date']}, revision\n{one['revision']}). 288 slots do not divide by "
+        "64. DeepSeek's greedy scheme counts on equal parts; by\nrank is what "
+        "`npu_moe_update_expert` makes of its replicas by default, where no table comes below\n"
+        '"at least", since a rank sends all its copies for an expert to one replica. Unseen ids are '
+        "top-8 of\n512 tokens a rank, mapped by rank and drawn after those that were planned for. "
+        "One case is drawn in\n`bench/results/load.svg`.\n\n" + table(shown, LOAD)
     )
 
 
