@@ -247,9 +247,9 @@ def _load():
         f"{one['torch']}, {one['date']}, revision\n{one['revision']}). 288 slots do not divide by "
         "64. DeepSeek's greedy scheme counts on equal parts; by\nrank is what "
         "`npu_moe_update_expert` makes of its replicas by default, where no table comes below\n"
-        '"at least", since a rank sends all its copies for an expert to one replica. Unseen ids are '
-        "top-8 of\n512 tokens a rank, mapped by rank and drawn after those that were planned for. "
-        "One case is drawn in\n`bench/results/load.svg`.\n\n" + table(shown, LOAD)
+        '"at least", since a rank sends all its copies for an expert to one replica. Unseen ids '
+        "are top-8 of\n512 tokens a rank, mapped by rank and drawn after those that were planned "
+        "for. One case is drawn in\n`bench/results/load.svg`.\n\n" + table(shown, LOAD)
     )
 
 
