@@ -111,7 +111,8 @@ if [[ ! $dry_run ]] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cud
 fi
 
 # Without -m's usual look into the current directory, for the same links.
-pytest=(env PYTHONSAFEPATH=1 "$python" -m pytest -q -rs -p no:cacheprovider -o faulthandler_timeout=120)
+safely=(env PYTHONSAFEPATH=1)
+pytest=("$python" -m pytest -q -rs -p no:cacheprovider -o faulthandler_timeout=120)
 if ! "$python" -c 'import sys, pytest; sys.exit(pytest.version_tuple < (9,))'; then
     # The settings in pyproject.toml ask for 9; these are the ones that matter.
     note "an old pytest: without the settings of pyproject.toml"
@@ -126,22 +127,25 @@ fi
 # What other targets compile to needs no GPU, and is tested without one.
 tests=(tests/kernels tests/test_device.py --ignore tests/kernels/test_compiled.py)
 if [[ $dry_run ]]; then
-    part tests 120 "${pytest[@]}" tests/kernels/test_plan.py tests/kernels/test_sources.py
+    part tests 120 "${safely[@]}" "${pytest[@]}" tests/kernels/test_plan.py tests/kernels/test_sources.py
     part kernels 120 "$python" bench/bench_kernels.py --dry-run --tokens 5 \
         --out "$out/kernels.jsonl" "${bench_options[@]}"
-    part graphs 60 "${pytest[@]}" tests/kernels/test_graphs.py
+    part graphs 60 "${safely[@]}" "${pytest[@]}" tests/kernels/test_graphs.py
     note "left out  memory checker: it needs a GPU"
 else
-    part tests 230 "${pytest[@]}" "${workers[@]}" "${tests[@]}" -k "not graph"
-    part kernels 240 "$python" bench/bench_kernels.py --seconds 200 \
+    part tests 230 "${safely[@]}" "${pytest[@]}" "${workers[@]}" "${tests[@]}" -k "not graph"
+    # What the tests left over, but for the parts that follow.
+    seconds=$((most_seconds - SECONDS - 190))
+    ((seconds < 60)) && seconds=60
+    part kernels $((seconds + 40)) "$python" bench/bench_kernels.py --seconds "$seconds" \
         --out "$out/kernels.jsonl" "${bench_options[@]}"
     if has matplotlib; then
         part plot 30 "$python" bench/kernel_plot.py "$out/kernels.jsonl" "$out/kernels.png"
     fi
-    part graphs 60 "${pytest[@]}" "${tests[@]}" -k graph
+    part graphs 60 "${safely[@]}" "${pytest[@]}" "${tests[@]}" -k graph
     if command -v compute-sanitizer >/dev/null; then
         # Memory of its own for each tensor, so that the end of one is not inside another.
-        part sanitizer 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        part sanitizer 90 "${safely[@]}" PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
             compute-sanitizer --tool memcheck --error-exitcode 9 \
             "${pytest[@]}" "${tests[@]}" -k "example and not any_size"
     else

@@ -56,6 +56,7 @@ def captured(device):
     def capture(call):
         if device.type == "cpu":
             return call
+        torch.cuda.synchronize()  # inputs may still be on their way, on another stream
         with torch.cuda.stream(torch.cuda.Stream()):
             call()  # what is compiled and copied to the device once comes before the graph
         torch.cuda.synchronize()
