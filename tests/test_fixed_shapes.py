@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 import drawn
+import harness
 import pytest
 import torch
 from hypothesis import given
@@ -25,10 +26,12 @@ LOOKS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
 
 @pytest.fixture(autouse=True)
 def fixed_shapes(monkeypatch):
-    make = steps._table
-    monkeypatch.setattr(
-        steps, "_table", lambda name: dataclasses.replace(make(name), fixed_shapes=True)
-    )
+    fix_shapes(monkeypatch)
+
+
+def fix_shapes(patch: pytest.MonkeyPatch) -> None:
+    table = steps._table
+    patch.setattr(steps, "_table", lambda name: dataclasses.replace(table(name), fixed_shapes=True))
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -111,6 +114,23 @@ def test_one_thread_drives_all_ranks(world, quant, alignment):
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.uint8)
+
+
+@pytest.mark.parametrize("world", ["symmetric", "collective"])
+def test_processes(world):
+    """The way of NPUs, and of GPUs that cannot reach each other's memory."""
+
+    def fn(ctx):
+        with pytest.MonkeyPatch.context() as patch:
+            fix_shapes(patch)
+            with make(ctx, quant="int8", alignment=4) as ep:
+                received = ep.dispatch(*inputs(ctx.rank))
+                assert len(received.x) == ep.capacity
+                return ep.combine(experts(received), received.handle)
+
+    found = harness.run_world(world, 3, fn)
+    for rank, rounds in enumerate(exact(3, {"quant": "int8", "alignment": 4})):
+        assert torch.equal(found[rank], rounds[0][1])
 
 
 def test_rows_that_did_not_come_are_left_as_they_are(monkeypatch):

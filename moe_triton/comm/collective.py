@@ -170,7 +170,8 @@ class CollectiveTransport:
         )
         self._finish("dispatch", epoch)
         headers = layout.headers(received.reshape(-1))
-        wanted = self._wanted(config, headers, received_counts(config, self._rank, headers).sum(0))
+        counts = received_counts(config, self._rank, headers).sum(0)
+        wanted = self._wanted(config, headers, counts.tolist())
         # A source sent the rows this rank wants in ascending order, behind those of others.
         table = wanted.view(-1).cumsum(0).view(wanted.shape) - 1
         return receive(call, self._rank, pending.data, plan, headers, rows, table=table)

@@ -54,8 +54,11 @@ def _sorted_kernel(
         ends = num_rows + tl.cumsum(counts, axis=0)
         tl.store(ends_ptr + expert, ends, mask=inside & first_program)
         tl.store(offsets_ptr + expert, ends, mask=inside & first_program)
-        tl.store(begins_ptr + expert * 2, ends - counts, mask=inside & first_program)
-        tl.store(begins_ptr + expert * 2 + 1, ends, mask=inside & first_program)
+        # Both columns at once: triton-ascend has no store with a stride of two.
+        column = tl.arange(0, 2)[None, :]
+        begins = ends[:, None] - tl.where(column == 0, counts[:, None], 0)
+        at = expert[:, None] * 2 + column
+        tl.store(begins_ptr + at, begins, mask=(inside & first_program)[:, None])
         if load_ptr is not None:
             load = tl.load(load_ptr + expert, mask=inside & first_program, other=0)
             tl.store(load_ptr + expert, load + counts, mask=inside & first_program)
