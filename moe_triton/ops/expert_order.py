@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentTypeError
+from ..layout import NOWHERE
 from . import checks
 from .formats import named_dtype
 from .names import COMPUTE_EXPERT_TOKENS, RE_ROUTING
@@ -56,20 +57,22 @@ def re_routing(
         contract = f"add up to the rows of tokens, A = {num_rows}"
         checks.value(op, "expert_token_num_per_rank", total == num_rows, contract, total)
 
-    index = _by_expert(counts.int())
+    index = _by_expert(counts.int(), num_rows)
     scales = None if per_token_scales is None else per_token_scales[index]
     of_expert = counts.sum(0, dtype=counts.dtype)
     return gather(tokens, index), scales, index.int(), of_expert
 
 
-def _by_expert(counts: Tensor) -> Tensor:
+def _by_expert(counts: Tensor, num_rows: int) -> Tensor:
     """[A] int64 places, by (rank, expert), of rows in the order of (expert, rank)."""
     if counts.numel() == 0:
         return counts.new_empty(0, dtype=torch.int64)
-    numbered = local_step("sources", counts.device)(counts.T.contiguous())
+    numbered = local_step("sources", counts.device)(counts.T.contiguous(), capacity=num_rows)
     per_rank = counts.sum(1)
     starts = per_rank.cumsum(0) - per_rank
-    return starts[numbered.source] + numbered.copy
+    index = starts[numbered.source.clamp(min=0)] + numbered.copy
+    # Counts on a device are not checked: fewer rows than there are leave zeros.
+    return index.where(numbered.source != NOWHERE, NOWHERE)
 
 
 def re_routing_outputs(
