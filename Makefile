@@ -11,7 +11,8 @@ ASCEND := $(VENV)/ascend
 
 # Tests of ops that also run on the Triton kernels, in Triton's interpreter.
 INTERPRETED := tests/test_expert_rows.py $(wildcard tests/test_hypothesis_*.py) \
-	tests/compat/test_combine_add_rms_norm.py tests/compat/test_quantisation.py
+	tests/compat/test_combine_add_rms_norm.py tests/compat/test_quantisation.py \
+	tests/test_fixed_shapes.py
 INTERPRETED_FULL := $(INTERPRETED) tests/test_expert_parallel.py tests/test_resolutions.py \
 	tests/compat/test_split_phase.py tests/compat/test_torch_npu.py \
 	tests/compat/test_torch_npu_v2.py tests/compat/test_update_expert.py

@@ -338,6 +338,11 @@ class Arena:
             for block in blocks
         ]
         self._views: dict[tuple[object, ...], Any] = {}
+        # In 16 bytes from the lowest window; the same for every slot.
+        lowest = min(self._base)
+        self._origins = torch.tensor(
+            [(base - lowest) // 16 for base in self._base], device=blocks[0].data.device
+        )
 
     @property
     def capacity(self) -> int:
@@ -400,15 +405,9 @@ class Arena:
             base + block.data.numel() for base, block in zip(self._base, self.blocks, strict=True)
         ]
         lowest, highest = min(self._base) + first, max(ends)
-        device = self.blocks[0].data.device
-        memory = _memory_at(lowest, highest - lowest, device)
+        memory = _memory_at(lowest, highest - lowest, self.blocks[0].data.device)
         count = max((highest - lowest - stride) // 16 + 1, 0)
-        origins = [(base + first - lowest) // 16 for base in self._base]
-        return Reach(
-            memory.as_strided((count, stride), (16, 1)),
-            torch.tensor(origins, device=device),
-            stride // 16,
-        )
+        return Reach(memory.as_strided((count, stride), (16, 1)), self._origins, stride // 16)
 
     def _remember(self, key: tuple[object, ...], make: Callable[[], Any]) -> Any:
         if key not in self._views:

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..errors import ArgumentValueError
+from ..errors import ArgumentValueError, UnavailableError
 from ..layout import NOWHERE, DispatchHeader, Plan, RowFormat
 from . import launch
 from ._checks import FLOATS, INDICES, check_tensor
@@ -211,4 +211,10 @@ def _table_of(
     for shared, rank in enumerate(shared_targets):
         roles[rank] = -1 - shared
     records = [(*record, role) for record, role in zip(addresses, roles, strict=True)]
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise UnavailableError(
+            "push",
+            "these windows are new to this device, which a graph cannot learn of: before it is "
+            "captured, the same calls must have been made once for every slot of the ring",
+        )
     return torch.tensor(records, dtype=torch.int64, device=device)
