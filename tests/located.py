@@ -9,8 +9,8 @@ from moe_triton import ref
 from moe_triton.layout import NOWHERE
 
 ALIGNMENTS = pytest.mark.parametrize("alignment", [1, 8])
-# Rows to number: those that there are, more, too few.
-CAPACITIES = pytest.mark.parametrize("spare", [None, 0, 5, -3])
+# Rows to number: those that there are, more, and fewer than there are without padding.
+CAPACITIES = pytest.mark.parametrize("spare", [None, 0, 5, -13])
 
 
 def same(found, expected):

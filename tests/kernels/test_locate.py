@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from located import ALIGNMENTS, CAPACITIES, capacity_of, drawn_ids, same
 
 from moe_triton import kernels, ref
 from moe_triton.errors import ArgumentTypeError, ArgumentValueError, MissingArgumentError
+from moe_triton.kernels import launch
 from moe_triton.layout import NOWHERE
 
 
@@ -18,7 +21,7 @@ def drawn_headers(L, W, per_token, seed, device):
     counts[:, torch.rand(W, generator=generator) < 0.3] = 0
     longest = int(counts.sum(0).max()) + 2
     copies = torch.full((W, longest), 2**30, dtype=torch.int32)
-    weights = torch.full((W, longest), float("nan"))
+    weights = torch.full((W, longest + 3), float("nan"))
     for source in range(W):
         n = int(counts[:, source].sum())
         copies[source, :n] = torch.randperm(n * per_token, generator=generator)[:n].int()
@@ -88,6 +91,7 @@ def test_returns(T, K, num_shared, device):
     moe_ranks, L = 4, 10
     E, W = moe_ranks * L, moe_ranks + num_shared
     ids = drawn_ids(T, K, E, device, seed=K)
+    ids[1::5] = NOWHERE  # tokens that take no part
     routing = ref.plan(ids, E)
     generator = torch.Generator().manual_seed(T)
     begins = torch.randint(0, 2**20, (W, L, W + 1), generator=generator, dtype=torch.int32)
@@ -104,6 +108,12 @@ def test_returns(T, K, num_shared, device):
         expected = ref.returns(begins.to(device), routing, ids, **options)
         assert found.dtype == expected.dtype == torch.int64
         assert found.tolist() == expected.tolist()
+
+
+def test_returns_in_several_tiles(device, monkeypatch):
+    few = dataclasses.replace(launch.policy(device), line=32)
+    monkeypatch.setattr(launch, "policy", lambda device: few)
+    test_returns(37, 3, 2, device)
 
 
 def test_refusals(device):
