@@ -94,6 +94,12 @@ BUFFERS = {
     ),
     "950-v2": ("950", f"{DISPATCH}_v2", {}, 2 * ROWS),
     "950-v2-fullmesh_v2": ("950", f"{DISPATCH}_v2", {"comm_alg": "fullmesh_v2"}, 2 * ROWS),
+    "950-v2-fullmesh_v2-7168": (
+        "950",
+        f"{DISPATCH}_v2",
+        {"comm_alg": "fullmesh_v2", "hidden": 7168},
+        2 * (2 * 64 * 16 * 30 * 512 + 4 * 64 * 14336),
+    ),
     "950-split": ("950", f"{COMBINE}_setup", {}, 4 * ROWS),
     "950-split-least": ("950", f"{COMBINE}_setup", {"max_tokens": 1, "hidden": 32}, 2 * MB),
 }
@@ -126,6 +132,9 @@ BYTES = [
     ("a3_v2", {"hidden": 2273}, 2 * (2 * 64 * 16 * 5120 + 4 * 64 * 4608)),
     ("a3_split", {"hidden": 2272}, 2 * (2 * 64 * 16 * 4608 + 4 * 64 * 4608)),
     ("a3_split", {"hidden": 2273}, 2 * (2 * 64 * 16 * 5120 + 4 * 64 * 4608)),
+    ("a3_fullmesh_v2", {"hidden": 2144}, 2 * (2 * 64 * 16 * 10 * 512 + 4 * 64 * 4608)),
+    ("a2_v1_hierarchy", {}, 32 * 64 * (4096 + 4 * 8 * 4) + 104 * MB),
+    ("a2_v2_hierarchy", {"tokens": 63, "hidden": 2049}, (32 + 4) * 266240 + 8 * MB),
     ("a950_v1", {}, 2 * 16 * 64 * 2048 * 2 * 2),
     ("a950_v1", {"vector_cores": 40}, 1280 + 2 * 16 * 64 * 2048 * 2 * 2),
 ]
