@@ -16,6 +16,7 @@ from hypothesis import given
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_triton import ExpertParallel, backend, testing
+from moe_triton.comm import rows, single
 from moe_triton.layout import NOWHERE
 from moe_triton.ops import checks, steps
 
@@ -145,6 +146,51 @@ def test_rows_that_did_not_come_are_left_as_they_are(monkeypatch):
         received, _ = drive(ranks, [inputs(rank) for rank in range(3)])
     for one in received:
         assert bool((one.x[int(one.num_tokens) :] == 77).all())
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+@pytest.mark.parametrize("alignment", [1, 4])
+@pytest.mark.parametrize("world", [1, 3])
+def test_rows_without_room_are_left_out(world, alignment, shared, monkeypatch):
+    """In a graph nobody can say that there are too many: no row goes where there is no room."""
+    if world == 1 and shared:
+        pytest.skip("a rank of its own is needed for a shared expert")
+    for module in (single, rows):
+        monkeypatch.setattr(module, "check_overflow", lambda *_: None)
+    experts_of = E if world == 1 else E // (world - shared)
+    limit = 5
+    options = {"max_recv_tokens": limit, "alignment": alignment}
+    options |= {"shared_experts": shared, "shared_ranks": shared}
+    with testing.lockstep(world, lambda ctx: make(ctx, **options)) as ranks:
+        given = [inputs(rank) for rank in range(world)]
+        received, sums = drive(ranks, given)
+        capacities = [ep.capacity for ep in ranks]
+    room = [0] * world  # rows of each rank so far, padding included
+    kept = set()
+    for rank in range(world):
+        for local in range(1 if rank < shared else experts_of):
+            expert = (rank - shared) * experts_of + local
+            for source, (_, ids, _) in enumerate(given):
+                for token, slots in enumerate(ids.tolist()):
+                    wanted = [K] if rank < shared else [k for k in range(K) if slots[k] == expert]
+                    for slot in wanted:
+                        if room[rank] < capacities[rank]:
+                            kept.add((source, token, slot))
+                        room[rank] += 1
+            room[rank] = -(-room[rank] // alignment) * alignment
+    assert any(rows > capacity for rows, capacity in zip(room, capacities, strict=True))
+    for rank, (x, ids, weights) in enumerate(given):
+        assert len(received[rank].x) == capacities[rank]
+        assert int(received[rank].offsets[-1]) == min(room[rank], capacities[rank])
+        total = torch.zeros(x.shape)
+        for token in range(len(x)):
+            for slot in range(K):
+                if (rank, token, slot) in kept:
+                    number = int(ids[token, slot]) % experts_of + 1
+                    total[token] += (x[token] * number).float() * weights[token, slot]
+            if (rank, token, K) in kept:
+                total[token] += x[token].float()
+        assert torch.equal(sums[rank], total.to(torch.bfloat16))
 
 
 class NoLooks(TorchDispatchMode):

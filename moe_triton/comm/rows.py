@@ -60,8 +60,8 @@ def received_counts(config: MoeConfig, rank: int, headers: DispatchHeader) -> to
     return headers.num_tokens.T * _serves(topology, rank, headers.counts.device)
 
 
-# Made once on a device, so that graphs can replay what uses it.
-@functools.lru_cache(maxsize=256)
+# Made once on a device and never forgotten: graphs that replay what uses it do not keep it alive.
+@functools.cache
 def _serves(topology: Topology, rank: int, device: torch.device) -> torch.Tensor:
     """[1, W] int32 whether a shared rank has the tokens of each source."""
     serves = [[topology.serves(rank, source) for source in range(topology.world_size)]]
@@ -149,8 +149,8 @@ def check_overflow(call: Call, counts_of: Callable[[int], torch.Tensor]) -> None
     limit = call.config.max_rows
     if limit is None or (call.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return
-    for rank in range(call.config.topology.world_size):
-        rows = int(counts_of(rank).sum())
+    totals = [counts_of(rank).sum() for rank in range(call.config.topology.world_size)]
+    for rank, rows in enumerate(torch.stack(totals).tolist()):
         if rows > limit:
             raise ReceiveOverflowError(call.op, rank, rows, limit)
 
@@ -244,7 +244,7 @@ def returned_rows(
         origins: [W] int64 where each rank's rows begin.
         step: from one row to the next.
     """
-    topology = call.config.topology
+    config, topology = call.config, call.config.topology
     return call.steps.returns(
         begins,
         outputs.plan,
@@ -254,4 +254,7 @@ def returned_rows(
         shared_ranks=topology.shared_ranks_of(rank),
         origins=origins,
         step=step,
+        # Those of the first and of the last rank stand for all.
+        capacity=config.capacity(topology.world_size - 1),
+        shared_capacity=config.capacity(0),
     )

@@ -47,7 +47,8 @@ class ExpertParallel:
         shared_experts: NS shared experts on ranks of their own.
         shared_ranks: S ranks for them, the first of the group, a multiple of NS.
         max_recv_tokens: rows to allocate for what a rank receives; None holds the worst case. More
-            than that raises on every rank.
+            than that raises on every rank. A captured graph cannot raise: rows without room are
+            left out of its sums, and ``num_tokens`` is above ``max_recv_tokens``.
         exact: return exactly the received rows, at the price of reading their number on the host;
             cannot be compiled.
         alignment: the rows of each local expert begin at, and are padded to, a multiple of this.

@@ -59,8 +59,8 @@ class Dispatched:
             ceil(H / 32) rounded up to an even number. None without quant, and with "int8_static".
         weights: [A] routing weights of the rows, of the dtype of topk_weights; None without those.
         tokens_per_expert: [L] rows of each local expert without padding, int64 or ``counts_dtype``.
-        offsets: [L] int32.
-        num_tokens: 0-d int32, received rows without padding.
+        offsets: [L] int32, none above the rows of ``x``.
+        num_tokens: 0-d int32, received rows without padding, those without room included.
         handle: for combine.
     """
 

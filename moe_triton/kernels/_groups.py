@@ -18,9 +18,12 @@ from . import launch
 from ._checks import check_tensor
 
 _NOWHERE = tl.constexpr(NOWHERE)
+UNLIMITED = 2**31 - 1
 
 
-@triton.jit(do_not_specialize=["num_experts", "world", "alignment", "by_expert", "by_source"])
+@triton.jit(
+    do_not_specialize=["num_experts", "world", "alignment", "capacity", "by_expert", "by_source"]
+)
 def _groups_kernel(
     counts_ptr,  # [L, W] int32
     ends_ptr,  # [L * W] int32
@@ -31,6 +34,7 @@ def _groups_kernel(
     num_experts,
     world,
     alignment,
+    capacity,
     by_expert,  # strides of the counts
     by_source,
     EXPERTS: tl.constexpr,
@@ -52,7 +56,8 @@ def _groups_kernel(
         offsets = num_padded + tl.cumsum(padded, axis=0)
         at = expert[:, None] * world + source[None, :]
         tl.store(ends_ptr + at, (row_ends - rows)[:, None] + within, mask=mask)
-        tl.store(offsets_ptr + expert, offsets, mask=expert < num_experts)
+        kept = tl.minimum(offsets, capacity)
+        tl.store(offsets_ptr + expert, kept, mask=expert < num_experts)
         if load_ptr is not None:
             load = tl.load(load_ptr + expert, mask=expert < num_experts, other=0)
             tl.store(load_ptr + expert, load + rows, mask=expert < num_experts)
@@ -131,7 +136,11 @@ def check_load(op: str, load: torch.Tensor | None, num_experts: int, device: tor
 
 
 def number_groups(
-    op: str, counts: torch.Tensor, alignment: int, load: torch.Tensor | None = None
+    op: str,
+    counts: torch.Tensor,
+    alignment: int,
+    capacity: int | None = None,
+    load: torch.Tensor | None = None,
 ) -> Groups:
     """Sum the counts; arguments and errors as in ``sources``, which are those of ``op``.
 
@@ -161,6 +170,7 @@ def number_groups(
         num_experts,
         world,
         alignment,
+        UNLIMITED if capacity is None else capacity,
         *counts.stride(),
         EXPERTS=tile.rows,
         WORLD=tile.block,

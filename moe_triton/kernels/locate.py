@@ -23,7 +23,7 @@ from ..errors import ArgumentValueError, MissingArgumentError
 from ..layout import NOWHERE, Arrivals, Plan, Sources
 from . import launch
 from ._checks import FLOATS, INDICES, check_tensor
-from ._groups import find_row, number_groups
+from ._groups import UNLIMITED, find_row, number_groups
 
 _NOWHERE = tl.constexpr(NOWHERE)
 
@@ -35,6 +35,7 @@ _NOWHERE = tl.constexpr(NOWHERE)
         "world",
         "capacity",
         "steps",
+        "num_copies",
         "copies_stride",
         "weights_stride",
         "copies_per_row",
@@ -60,6 +61,7 @@ def _arrivals_kernel(
     world,
     capacity,
     steps,
+    num_copies,
     copies_stride,
     weights_stride,
     copies_per_row,
@@ -72,7 +74,8 @@ def _arrivals_kernel(
         row = begin + tl.arange(0, BLOCK)
         inside = row < capacity
         source, copy = find_row(row, num_rows, begins_ptr, firsts_ptr, num_groups, world, steps)
-        real = inside & (source >= 0)
+        # A source that names an expert twice for a token has no room for all of its copies.
+        real = inside & (source >= 0) & (copy < num_copies)
         source, copy = source.to(tl.int64), copy.to(tl.int64)
         found = tl.load(copies_ptr + source * copies_stride + copy, mask=real, other=_NOWHERE)
         sent = found // copies_per_row
@@ -124,7 +127,7 @@ def arrivals(
         MissingArgumentError: neither origins nor a table.
     """
     op, device = "arrivals", counts.device
-    groups = number_groups(op, counts, alignment, load)
+    groups = number_groups(op, counts, alignment, capacity, load)
     num_experts, world = counts.shape
     _check_lists(op, "copies", copies, (torch.int32,), counts)
     if weights is not None:
@@ -162,6 +165,7 @@ def arrivals(
             world,
             num_rows,
             groups.steps,
+            copies.shape[1],
             copies.stride(0),
             0 if weights is None else weights.stride(0),
             copies_per_row,
@@ -198,6 +202,8 @@ def _check_lists(
         "rank",
         "num_shared_ranks",
         "row_step",
+        "capacity",
+        "shared_capacity",
     ]
 )
 def _returns_kernel(
@@ -215,6 +221,8 @@ def _returns_kernel(
     rank,
     num_shared_ranks,
     row_step,
+    capacity,
+    shared_capacity,
     TOKENS: tl.constexpr,
     SLOTS: tl.constexpr,  # K rounded up to a power of two
 ):
@@ -230,8 +238,10 @@ def _returns_kernel(
         expert = tl.load(expert_ids_ptr + flat, mask=sent, other=0).to(tl.int64)
         holder = num_shared_ranks + expert // local
         group = holder * by_holder + expert % local * (world + 1) + rank
-        row = (tl.load(begins_ptr + group, mask=sent, other=0) + place).to(tl.int64)
-        index = tl.load(origins_ptr + holder, mask=sent, other=0) + row * row_step
+        row = tl.load(begins_ptr + group, mask=sent, other=0) + place
+        sent = sent & (row < capacity)
+        origin = tl.load(origins_ptr + holder, mask=sent, other=0)
+        index = origin + row.to(tl.int64) * row_step
         at = (token * num_slots)[:, None] + slot[None, :]
         tl.store(index_ptr + at, tl.where(sent, index, _NOWHERE), mask=inside)
 
@@ -251,8 +261,9 @@ def _returns_kernel(
                 owner = tl.load(shared_ptr + shared)
                 first = tl.load(begins_ptr + owner * by_holder + rank)
                 origin = tl.load(origins_ptr + owner)
-                copied = origin + (first + place).to(tl.int64) * row_step
-                copied = tl.where(active > 0, copied, _NOWHERE)
+                row = first + place
+                copied = origin + row.to(tl.int64) * row_step
+                copied = tl.where((active > 0) & (row < shared_capacity), copied, _NOWHERE)
                 copied_at = token * num_slots + top_k + shared
                 tl.store(index_ptr + copied_at, copied, mask=token < num_tokens)
 
@@ -267,6 +278,8 @@ def returns(
     shared_ranks: Sequence[int],
     origins: torch.Tensor,
     step: int = 1,
+    capacity: int | None = None,
+    shared_capacity: int | None = None,
 ) -> torch.Tensor:
     """Where each token's rows are after the experts: row r of holder h at origins[h] + r * step.
 
@@ -280,6 +293,9 @@ def returns(
         shared_ranks: the rank that has its tokens, for each shared expert.
         origins: [W] int64.
         step: from one row of a holder to its next.
+        capacity: rows of a holder of routed experts, or None where all have room. Those that have
+            none were left out.
+        shared_capacity: as ``capacity``, of a holder of a shared expert.
 
     Returns:
         [T, K + NS] int64, ``NOWHERE`` for a slot without a row.
@@ -318,6 +334,8 @@ def returns(
             rank,
             num_shared_ranks,
             step,
+            UNLIMITED if capacity is None else capacity,
+            UNLIMITED if shared_capacity is None else shared_capacity,
             TOKENS=max(line.block // slots, 1),
             SLOTS=slots,
             num_warps=line.num_warps,
@@ -325,7 +343,7 @@ def returns(
     return index
 
 
-# Copied to the device once, so that graphs can replay it.
-@functools.lru_cache(maxsize=256)
+# Copied to the device once and never forgotten: graphs that replay it do not keep it alive.
+@functools.cache
 def _table(ranks: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor(ranks, dtype=torch.int64, device=device)

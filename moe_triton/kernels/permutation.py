@@ -53,7 +53,8 @@ def _sorted_kernel(
         counts = tl.load(counts_ptr + expert, mask=inside, other=0)
         ends = num_rows + tl.cumsum(counts, axis=0)
         tl.store(ends_ptr + expert, ends, mask=inside & first_program)
-        tl.store(offsets_ptr + expert, ends, mask=inside & first_program)
+        kept = tl.minimum(ends, capacity)
+        tl.store(offsets_ptr + expert, kept, mask=inside & first_program)
         # Both columns at once: triton-ascend has no store with a stride of two.
         column = tl.arange(0, 2)[None, :]
         begins = ends[:, None] - tl.where(column == 0, counts[:, None], 0)
@@ -204,7 +205,7 @@ def _aligned(
     load: torch.Tensor | None,
 ) -> Permutation:
     device = expert_ids.device
-    groups = number_groups("permutation", routing.counts[:, None], alignment, load)
+    groups = number_groups("permutation", routing.counts[:, None], alignment, capacity, load)
     num_rows = groups.rows(capacity)
     rows = _rows(num_rows, tuple(expert_ids.shape), weights, device)
     line = launch.line(device, max(num_rows, expert_ids.numel(), 1))

@@ -37,7 +37,14 @@ _TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 @triton.jit(
-    do_not_specialize=["num_tokens", "top_k", "num_shared", "num_experts", "experts_per_rank"]
+    do_not_specialize=[
+        "num_tokens",
+        "top_k",
+        "num_shared",
+        "num_experts",
+        "experts_per_rank",
+        "num_copies",
+    ]
 )
 def _write_headers_kernel(
     table_ptr,  # [W, 5] int64
@@ -50,6 +57,7 @@ def _write_headers_kernel(
     num_shared,
     num_experts,
     experts_per_rank,
+    num_copies,
     WEIGHT: tl.constexpr,  # dtype of the headers' weights, or None
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -75,7 +83,8 @@ def _write_headers_kernel(
         mine = (expert >= first_expert) & (expert < first_expert + experts_per_rank)
         start += tl.sum(tl.where(expert < first_expert, counts, 0))
         count += tl.sum(tl.where(mine, counts, 0))
-    count = tl.where(role >= 0, count, 0)
+    # Nor does a token that names an expert twice lead beyond the room for copies.
+    count = tl.where(role >= 0, tl.minimum(count, num_copies), 0)
     for begin in range(part * BLOCK, count, parts * BLOCK):
         place = begin + tl.arange(0, BLOCK)
         mask = place < count
@@ -173,6 +182,7 @@ def push(
         len(shared_targets),
         num_experts,
         experts_per_rank,
+        headers[0].copies.numel(),
         WEIGHT=None if weight_dtype is None else _TRITON_DTYPES[weight_dtype],
         BLOCK=line.block,
         TOKENS=max(line.block // slots, 1),
@@ -199,8 +209,10 @@ def _header_table(
     return _table_of(addresses, shared_targets, num_shared_ranks, device)
 
 
-# Windows stay where they are: a table is copied to the device once, and graphs can replay it.
-@functools.lru_cache(maxsize=1024)
+# Windows stay where they are: a table is copied to the device once. It says no more than what it is
+# found by, so that it holds for other windows in that place too. It is never forgotten: graphs that
+# replay what reads it do not keep it alive.
+@functools.cache
 def _table_of(
     addresses: tuple[tuple[int, int, int, int], ...],
     shared_targets: tuple[int, ...],

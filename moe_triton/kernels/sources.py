@@ -52,14 +52,14 @@ def sources(counts: torch.Tensor, alignment: int = 1, capacity: int | None = Non
         counts: rows for each local expert from each source.
         alignment: the rows of each expert are padded to a multiple of this.
         capacity: rows to return numbers for, where it is known without asking the device; those
-            after the n-th have the source ``NOWHERE`` and the copy 0. None for the n rows there
-            are, which waits for the device.
+            after the n-th have the source ``NOWHERE`` and the copy 0, and no offset is beyond it.
+            None for the n rows there are, which waits for the device.
 
     Raises:
         ArgumentTypeError: another dtype.
         ArgumentValueError: a wrong shape, or an alignment below 1.
     """
-    groups = number_groups("sources", counts, alignment)
+    groups = number_groups("sources", counts, alignment, capacity)
     device, (num_experts, world) = counts.device, counts.shape
     num_rows = groups.rows(capacity)
     source, copy = torch.empty((2, num_rows), dtype=torch.int64, device=device).unbind()

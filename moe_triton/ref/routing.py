@@ -30,7 +30,7 @@ def sources(counts: torch.Tensor, alignment: int = 1, capacity: int | None = Non
         counts: rows for each local expert from each source.
         alignment: the rows of each expert are padded to a multiple of this.
         capacity: rows to return numbers for; those after the n-th have the source ``NOWHERE`` and
-            the copy 0. None for the n rows there are.
+            the copy 0, and no offset is beyond it. None for the n rows there are.
     """
     world = counts.shape[1]
     rows = counts.sum(1, dtype=torch.int32)
@@ -46,14 +46,16 @@ def sources(counts: torch.Tensor, alignment: int = 1, capacity: int | None = Non
     source = group % (world + 1)
     source = source.where(source < world, NOWHERE)
     copy = (first[group] + within).long()
+    offsets = padded.cumsum(0, dtype=torch.int32)
     if capacity is not None:
+        offsets = offsets.clamp(max=capacity)
         source = fitted(source, capacity, NOWHERE)
         copy = fitted(copy, capacity, 0)
     return Sources(
         source,
         copy,
         counts.reshape(-1).cumsum(0, dtype=torch.int32),
-        padded.cumsum(0, dtype=torch.int32),
+        offsets,
         begins.view(groups.shape).int(),
     )
 
@@ -153,6 +155,8 @@ def returns(
     shared_ranks: Sequence[int],
     origins: torch.Tensor,
     step: int = 1,
+    capacity: int | None = None,
+    shared_capacity: int | None = None,
 ) -> torch.Tensor:
     """Where each token's rows are after the experts: row r of holder h at origins[h] + r * step.
 
@@ -166,6 +170,9 @@ def returns(
         shared_ranks: the rank that has its tokens, for each shared expert.
         origins: [W] int64.
         step: from one row of a holder to its next.
+        capacity: rows of a holder of routed experts, or None where all have room. Those that have
+            none were left out.
+        shared_capacity: as ``capacity``, of a holder of a shared expert.
 
     Returns:
         [T, K + NS] int64, ``NOWHERE`` for a slot without a row.
@@ -176,11 +183,15 @@ def returns(
     expert = ids.where(sent, 0)
     holder = num_shared_ranks + expert // local
     row = begins[holder, expert % local, rank] + place
+    if capacity is not None:
+        sent = sent & (row < capacity)
     routed = (origins[holder] + row * step).where(sent, NOWHERE)
     # A token takes part if any of its slots does; shared experts get those in their order.
     active = (ids != NOWHERE).any(1, keepdim=True)
     token = active.cumsum(0) - 1
     shared = torch.tensor(shared_ranks, dtype=torch.long, device=ids.device)
     shared_row = begins[shared, 0, rank] + token
+    if shared_capacity is not None:
+        active = active & (shared_row < shared_capacity)
     shared_index = (origins[shared] + shared_row * step).where(active, NOWHERE)
     return torch.cat([routed, shared_index], dim=1)

@@ -69,6 +69,18 @@ def test_arrivals_by_a_table(alignment, device):
     )
 
 
+def test_copies_that_had_no_room(device):
+    """More than a source can send, by a token that names an expert twice: zeros, nothing else."""
+    counts = torch.tensor([[3]], dtype=torch.int32, device=device)
+    copies = torch.tensor([[7, 8, 9]], dtype=torch.int32, device=device)[:, :2]
+    weights = torch.ones((1, 3), device=device)[:, :2]
+    origins = torch.tensor([100], device=device)
+    found = kernels.arrivals(counts, copies, weights, copies_per_row=1, origins=origins)
+    assert found.copies.tolist() == [7, 8, NOWHERE]
+    assert found.places.tolist() == [107, 108, NOWHERE]
+    assert found.weights.tolist() == [1.0, 1.0, 0.0]
+
+
 def test_arrivals_by_hand(device):
     """Two experts, two sources: source 0 sends copies 4 and 1, source 1 copies 0 and 5."""
     counts = torch.tensor([[1, 0], [1, 2]], dtype=torch.int32, device=device)
@@ -108,6 +120,25 @@ def test_returns(T, K, num_shared, device):
         expected = ref.returns(begins.to(device), routing, ids, **options)
         assert found.dtype == expected.dtype == torch.int64
         assert found.tolist() == expected.tolist()
+
+
+def test_rows_without_room_do_not_return(device):
+    """A holder of three routed rows and one of two shared ones."""
+    ids = torch.tensor([[0, 1], [NOWHERE, 0], [1, 0]], dtype=torch.int32, device=device)
+    # Of expert 0 come three rows, then two of expert 1; of the shared expert three.
+    begins = torch.tensor([[[0, 3, 3], [0, 0, 0]], [[0, 3, 3], [3, 5, 5]]], dtype=torch.int32)
+    options = {
+        "rank": 0,
+        "num_shared_ranks": 1,
+        "shared_ranks": (0,),
+        "origins": torch.tensor([100, 200], device=device),
+    }
+    for steps in (kernels, ref):
+        given = begins.to(device), ref.plan(ids, 2), ids
+        every = steps.returns(*given, **options)
+        assert every.tolist() == [[200, 203, 100], [NOWHERE, 201, 101], [204, 202, 102]]
+        some = steps.returns(*given, **options, capacity=3, shared_capacity=2)
+        assert some.tolist() == [[200, NOWHERE, 100], [NOWHERE, 201, 101], [NOWHERE, 202, NOWHERE]]
 
 
 def test_returns_in_several_tiles(device, monkeypatch):

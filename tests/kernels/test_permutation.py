@@ -40,6 +40,17 @@ def test_permutation_by_hand(device):
     assert found.sources.offsets.tolist() == [2, 2, 4]
 
 
+@pytest.mark.parametrize("alignment", [1, 4])
+def test_a_capacity_that_is_too_small_cuts_the_end_off(alignment, device):
+    ids = drawn_ids(13, 3, 5, device)
+    routing, weights = ref.plan(ids, 5), torch.rand((13, 3)).to(device)
+    options = {"alignment": alignment, "capacity": 17}
+    found = kernels.permutation(routing, ids, weights, **options)
+    same(found, ref.permutation(routing, ids, weights, **options))
+    assert int(found.places.max()) < 17
+    assert int(found.sources.offsets[-1]) == 17
+
+
 def test_more_experts_than_a_block_holds(device):
     ids = drawn_ids(50, 4, 9000, device)
     routing = ref.plan(ids, 9000)

@@ -140,6 +140,30 @@ def test_shared_experts(num_shared_ranks, shared_targets, per_expert, send_weigh
         )
 
 
+def test_copies_without_room_are_not_written(device):
+    """A token that names an expert twice: nothing but its own header is written to."""
+    ids = torch.tensor([[0, 0], [0, 1]], dtype=torch.int32, device=device)
+    fmt = RowFormat.tight(torch.bfloat16, 8)
+    sent = header(2, 3, torch.float32, device)
+    kept = [part[:2] for part in (sent.copies, sent.weights)]
+    kernels.push(
+        torch.zeros((2, 8), dtype=torch.bfloat16, device=device),
+        ids,
+        torch.ones((2, 2), device=device),
+        None,
+        fmt,
+        ref.plan(ids, 2),
+        torch.zeros((2, fmt.stride), dtype=torch.uint8, device=device),
+        [sent._replace(copies=kept[0], weights=kept[1])],
+        experts_per_rank=2,
+        shared_targets=(),
+        num_shared_ranks=0,
+    )
+    poisoned = header(2, 3, torch.float32, device)
+    assert sent.copies.tolist() == [0, 1, int(poisoned.copies[2])]
+    assert sent.weights.tolist() == [1.0, 1.0, float(poisoned.weights[2])]
+
+
 @pytest.mark.parametrize("shared_targets", [(), (0,)])
 def test_several_programs_write_a_header(shared_targets, device, monkeypatch):
     few = dataclasses.replace(launch.policy(device), line=32, num_programs=16)

@@ -80,7 +80,7 @@ def test_a_capacity_that_is_too_small_cuts_the_end_off(device):
     counts = torch.tensor([[3, 2]], dtype=torch.int32, device=device)
     sources = kernels.sources(counts, capacity=4)
     assert sources.source.tolist() == [0, 0, 0, 1]
-    assert sources.offsets.tolist() == [5]
+    assert sources.offsets.tolist() == [4]
 
 
 def test_strided_counts(device):
