@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from moe_triton import backend
 from moe_triton.errors import UnavailableError
+from moe_triton.layout import Plan
+from moe_triton.ops import steps
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +63,24 @@ def test_an_unknown_name_in_the_environment(monkeypatch):
 def test_a_device_without_a_back_end():
     with pytest.raises(UnavailableError):
         backend.get_backend("meta")
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
+    """Triton takes the current device, whatever the tensors say."""
+    current = []
+
+    @contextlib.contextmanager
+    def device(wanted):
+        current.append(wanted)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch, "get_device_module", lambda _: SimpleNamespace(device=device))
+    step = steps._one_at_a_time(lambda *_: [*current])
+    second = SimpleNamespace(device=torch.device("cuda", 1))
+    assert step(second) == [second.device]
+    assert step(Plan(second, None, None), None) == [second.device]
+    assert step(torch.zeros(1), second) == []
 
 
 def run(code: str, **environment) -> str:

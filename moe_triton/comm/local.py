@@ -21,6 +21,9 @@ class LocalMemory:
     def allocate(self, num_bytes: int, device: torch.device = HOST, flag_bytes: int = 0) -> Block:
         """A zeroed block; it lives as long as some rank holds it."""
         data = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        if device.type != "cpu":
+            # The zeros come before whatever is written on another stream.
+            torch.get_device_module(device).current_stream(device).synchronize()
         flags = torch.zeros(flag_bytes, dtype=torch.uint8) if flag_bytes else None
         number = next(_next)
         block = _blocks[number] = Block(data, {"number": number}, flags)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -52,7 +53,24 @@ def _one_at_a_time(step: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(step)
     def call(*args: Any, **kwargs: Any) -> Any:
         # The interpreter computes with numpy, which warns of zeros and NaNs that are meant.
-        with _triton, np.errstate(all="ignore"):
+        with _triton, np.errstate(all="ignore"), _current(_device_of(args)):
             return step(*args, **kwargs)
 
     return call
+
+
+def _device_of(args: tuple[Any, ...]) -> torch.device:
+    """That of the first tensor, which may be that of a plan."""
+    first = args[0]
+    while isinstance(first, tuple):
+        first = first[0]
+    device: torch.device = first.device
+    return device
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device and its stream, wherever the tensors are."""
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    current: contextlib.AbstractContextManager[Any] = torch.get_device_module(device).device(device)
+    return current

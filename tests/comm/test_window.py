@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,6 +54,18 @@ def arena_of(world: int, slot_bytes: int, in_flight: int) -> Arena:
     memory = LocalMemory()
     size = ring_bytes(world, slot_bytes, in_flight)
     return Arena([memory.allocate(size) for _ in range(world)], num_slots(in_flight))
+
+
+def test_windows_on_a_device_are_zero_before_another_stream_writes(monkeypatch):
+    waited = []
+    stream = SimpleNamespace(synchronize=lambda: waited.append("zeros"))
+    monkeypatch.setattr(
+        torch, "get_device_module", lambda _: SimpleNamespace(current_stream=lambda _: stream)
+    )
+    LocalMemory().allocate(64)
+    assert waited == []
+    LocalMemory().allocate(64, torch.device("meta"))
+    assert waited == ["zeros"]
 
 
 def distinct(views: list[torch.Tensor]) -> None:
