@@ -6,6 +6,8 @@ import dataclasses
 
 import torch
 
+from ..errors import ArgumentTypeError, ArgumentValueError
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
@@ -50,13 +52,23 @@ class Plan:
         """Add up what was counted for physical experts, to plan the next table from.
 
         Args:
-            load: [S] of any dtype, on the CPU.
+            load: [S] of any dtype and on any device.
 
         Returns:
-            [E] of that dtype.
+            [E] of that dtype, on that device.
+
+        Raises:
+            ArgumentTypeError: the load is no tensor.
+            ArgumentValueError: its shape is not that of ``placement``.
         """
+        op = "eplb.Plan.logical_load"
+        if not isinstance(load, torch.Tensor):
+            raise ArgumentTypeError(op, "load", "be a tensor", type(load).__name__)
+        if load.shape != self.placement.shape:
+            contract = f"have the shape of placement, {tuple(self.placement.shape)}"
+            raise ArgumentValueError(op, "load", contract, f"shape {tuple(load.shape)}")
         total = load.new_zeros(self.eplb_table.shape[:-1])
-        return total.scatter_add_(-1, self.placement, load)
+        return total.scatter_add_(-1, self.placement.to(load.device), load)
 
     @property
     def balance_before(self) -> torch.Tensor:

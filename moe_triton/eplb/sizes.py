@@ -26,8 +26,7 @@ class Sizes:
         for name, value in dataclasses.asdict(self).items():
             if name == "num_groups" and value is None:
                 continue
-            if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-                raise ArgumentTypeError(op, name, "be an integer", repr(value))
+            _check_integer(op, name, value)
         experts, ranks, slots = self.num_experts, self.num_ranks, self.num_slots
         nodes, groups = self.num_nodes, self.num_groups
         _check(op, "num_ranks", ranks >= 1, "be positive", ranks)
@@ -47,8 +46,7 @@ class Sizes:
             f"{experts * homes} ({experts} experts, each on at most {homes} ranks)"
         )
         _check(op, "num_slots", fits, contract, slots)
-        contract = "be 0 (by rank) or 1 (by token)"
-        _check(op, "balance_mode", self.balance_mode in (0, 1), contract, self.balance_mode)
+        _check_mode(op, self.balance_mode)
 
 
 def check_load(op: str, load: torch.Tensor) -> None:
@@ -65,6 +63,54 @@ def check_load(op: str, load: torch.Tensor) -> None:
         worst = values[~(values >= 0)].flatten()
         got = f"{worst[0].item()}" if len(worst) else "an infinite sum"
         raise ArgumentValueError(op, "load", "be finite and not negative", got)
+
+
+def check_table(
+    op: str,
+    load: torch.Tensor,
+    eplb_table: torch.Tensor,
+    num_ranks: int,
+    num_slots: int,
+    balance_mode: int,
+) -> None:
+    """The arguments of ``rank_load``, where they are described, or an error of ``op``."""
+    check_load(op, load)
+    _check(op, "load", load.dim() == 1, "have shape (E,)", f"shape {tuple(load.shape)}")
+    if not isinstance(eplb_table, torch.Tensor) or eplb_table.dtype != torch.int32:
+        got = getattr(eplb_table, "dtype", type(eplb_table).__name__)
+        raise ArgumentTypeError(op, "eplb_table", "be a tensor of int32", got)
+    shape = tuple(eplb_table.shape)
+    fits = len(shape) == 2 and shape[0] == len(load) and shape[1] > 1
+    contract = f"have shape (E, F) with E = {len(load)} and F > 1"
+    _check(op, "eplb_table", fits, contract, f"shape {shape}")
+    sizes = {"num_ranks": num_ranks, "num_slots": num_slots, "balance_mode": balance_mode}
+    for name, value in sizes.items():
+        _check_integer(op, name, value)
+    _check(op, "num_ranks", num_ranks >= 1, "be positive", num_ranks)
+    fits = num_slots >= 1 and num_slots % num_ranks == 0
+    contract = f"be a positive multiple of num_ranks = {num_ranks}"
+    _check(op, "num_slots", fits, contract, num_slots)
+    _check_mode(op, balance_mode)
+    rows = eplb_table.cpu()
+    count, slots = rows[:, :1], rows[:, 1:]
+    used = torch.arange(slots.shape[1]) < count
+    wrong = ((count < 1) | (count >= shape[1])).any(1)
+    wrong |= (used & ((slots < 0) | (slots >= num_slots))).any(1)
+    if wrong.any():
+        expert = int(wrong.nonzero()[0])
+        contract = f"have a count in [1, {shape[1]}) in each row, then slots in [0, {num_slots})"
+        got = f"{rows[expert].tolist()} for expert {expert}"
+        raise ArgumentValueError(op, "eplb_table", contract, got)
+
+
+def _check_mode(op: str, balance_mode: int) -> None:
+    contract = "be 0 (by rank) or 1 (by token)"
+    _check(op, "balance_mode", balance_mode in (0, 1), contract, balance_mode)
+
+
+def _check_integer(op: str, name: str, value: object) -> None:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise ArgumentTypeError(op, name, "be an integer", repr(value))
 
 
 def _check(op: str, name: str, holds: bool, contract: str, got: object) -> None:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from .greedy import Floats, Ints
+from .sizes import check_table
 
 BY_RANK, BY_TOKEN = 0, 1  # balance modes
 _UNUSED = -1
@@ -64,7 +65,14 @@ def rank_load(
 
     Returns:
         (W,) float64.
+
+    Raises:
+        ArgumentTypeError: a load that is no tensor of real numbers, a table that is not int32, a
+            size that is no integer.
+        ArgumentValueError: a shape, a size that does not divide, a negative or infinite load, a
+            count or a slot in the table that cannot be.
     """
+    check_table("eplb.rank_load", load, eplb_table, num_ranks, num_slots, balance_mode)
     rows = eplb_table.cpu().numpy()
     shares = column_shares(rows[:, 0], rows.shape[1] - 1, num_ranks, balance_mode)
     weights = load.cpu().double().numpy()[:, None] * shares

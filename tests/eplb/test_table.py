@@ -8,6 +8,7 @@ import torch
 
 from moe_triton import eplb
 from moe_triton.eplb import table
+from moe_triton.errors import MoeError
 
 # Four experts, three slots on each of two ranks: 0, 1, 2 and 3, 4, 5.
 TABLE = torch.tensor([[2, 0, 3], [1, 5, -1], [1, 1, -1], [1, 4, -1]], dtype=torch.int32)
@@ -32,6 +33,34 @@ def test_load_of_ranks(balance_mode):
     found = eplb.rank_load(load, TABLE, num_ranks=2, num_slots=6, balance_mode=balance_mode)
     assert found.dtype == torch.float64
     assert found.tolist() == [7, 10]
+
+
+REFUSED = {
+    "layers": ({"load": torch.ones(2, 4)}, ValueError, "load must have shape .E,., got shape"),
+    "negative": ({"load": -torch.ones(4)}, ValueError, "load must be finite and not negative"),
+    "other experts": ({"load": torch.ones(3)}, ValueError, "E = 3 and F > 1, got shape .4, 3."),
+    "layers of tables": ({"eplb_table": TABLE[None]}, ValueError, "eplb_table must have shape"),
+    "counts alone": ({"eplb_table": TABLE[:, :1]}, ValueError, "eplb_table must have shape"),
+    "a list": ({"eplb_table": TABLE.tolist()}, TypeError, "a tensor of int32, got list"),
+    "int64": ({"eplb_table": TABLE.long()}, TypeError, "a tensor of int32, got torch.int64"),
+    "no replica": ({"eplb_table": TABLE * 0}, ValueError, r"got \[0, 0, 0\] for expert 0"),
+    "a count too many": ({"eplb_table": TABLE + 1}, ValueError, r"got \[3, 1, 4\] for expert 0"),
+    "no slot": ({"eplb_table": TABLE.where(TABLE != 4, -1)}, ValueError, r"-1, -1\] for expert 3"),
+    "a slot too many": ({"num_slots": 4}, ValueError, r"slots in \[0, 4\), got \[1, 5, -1\]"),
+    "no ranks": ({"num_ranks": 0}, ValueError, "num_ranks must be positive, got 0"),
+    "does not divide": ({"num_ranks": 4}, ValueError, "positive multiple of num_ranks = 4, got 6"),
+    "no slots": ({"num_slots": 0}, ValueError, "num_slots must be a positive multiple"),
+    "a float": ({"num_slots": 6.0}, TypeError, "num_slots must be an integer, got 6.0"),
+    "mode": ({"balance_mode": 2}, ValueError, "balance_mode must be 0"),
+}
+
+
+@pytest.mark.parametrize("changes, kind, message", REFUSED.values(), ids=REFUSED)
+def test_what_has_no_load_of_ranks(changes, kind, message):
+    given = {"load": torch.ones(4), "eplb_table": TABLE, "num_ranks": 2, "num_slots": 6} | changes
+    with pytest.raises(kind, match=f"eplb.rank_load: .*{message}") as caught:
+        eplb.rank_load(given.pop("load"), given.pop("eplb_table"), **given)
+    assert isinstance(caught.value, MoeError)
 
 
 # Experts 0 on all four ranks, 1 on the second; slots 0 and 1, 2 and 3, ...
