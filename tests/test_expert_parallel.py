@@ -31,6 +31,7 @@ from moe_triton import (
     PeerAbortError,
     ReceiveOverflowError,
     SequenceError,
+    UnavailableError,
     testing,
     window_bytes,
 )
@@ -619,6 +620,8 @@ BAD_OPTIONS: dict[str, tuple[dict, type, str, str]] = {
     "timeout inf": ({"timeout": float("inf")}, ArgumentValueError, "timeout", "got inf"),
     "timeout str": ({"timeout": "30"}, ArgumentTypeError, "timeout", "got '30'"),
     "transport": ({"transport": "smoke"}, ArgumentValueError, "transport", "got 'smoke'"),
+    "device": ({"device": "toaster"}, ArgumentValueError, "device", "got 'toaster'"),
+    "device float": ({"device": 2.5}, ArgumentTypeError, "device", "got 2.5"),
 }
 
 
@@ -671,6 +674,36 @@ def test_constructors_refuse_in_processes(world):
     for texts in run_world(world, 3, fn):
         for (*_, got), text in zip(BAD_OPTIONS.values(), texts, strict=True):
             assert got in text
+
+
+def test_a_rank_that_is_not_this_one_is_refused():
+    """Where a group says itself which rank this is, another one is not taken for it."""
+
+    def fn(ctx):
+        errors = [error_of(ExpertParallel, ctx.ep_group, rank=1 - ctx.rank, **SIZES)]
+        with ExpertParallel(ctx.ep_group, rank=ctx.rank, **SIZES):
+            pass
+        return errors
+
+    for rank, (error,) in enumerate(run_world("symmetric", 2, fn)):
+        assert type(error) is ArgumentValueError
+        assert f"rank must be {rank}, this rank of the group, or None, got {1 - rank}" in str(error)
+    alone = error_of(ExpertParallel, rank=1, **SIZES)
+    assert "rank must be 0, this rank of the group, or None, got 1" in str(alone)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device to use")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_a_device_that_is_not_there(device):
+    error = error_of(ExpertParallel, device=device, **SIZES)
+    assert type(error) is UnavailableError
+    assert "cannot run here: " in str(error)
+
+
+def test_the_number_of_the_cpu_does_not_matter():
+    with ExpertParallel(device="cpu:0", **SIZES) as ep:
+        x = torch.ones(1, SIZES["hidden"], dtype=torch.bfloat16)
+        assert torch.equal(ep.dispatch(x, torch.tensor([[0, 5]])).x[:2], x.repeat(2, 1))
 
 
 def test_alone_a_constructor_refuses_too():

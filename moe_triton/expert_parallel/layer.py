@@ -11,7 +11,13 @@ from typing_extensions import Self  # a dependency of torch; part of typing from
 
 from .. import comm
 from ..comm import Traffic, WindowBytes
-from ..errors import ArgumentTypeError, MoeError, PeerAbortError, PeerTimeoutError
+from ..errors import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    MoeError,
+    PeerAbortError,
+    PeerTimeoutError,
+)
 from ..ops import checks, device_steps, layer_config
 from . import gradients, operators
 from .exchange import OP as _OP
@@ -57,7 +63,7 @@ class ExpertParallel:
         in_flight: dispatches, and combines, that may be set up before the first is torn down.
         timeout: seconds any wait for peers may take.
         transport: "auto", "symmetric" or "collective".
-        rank: this rank, for an in-process group whose thread is not bound to one.
+        rank: this rank, needed for an in-process group whose thread is not bound to one.
         device: where the tensors of all calls are. None stands for the accelerator where the
             process group sends no other tensors than its, as NCCL's does, and else for torch's
             default device.
@@ -92,6 +98,8 @@ class ExpertParallel:
         resolved = comm.resolve(_OP, group, rank)
         self.rank, self.world_size = resolved.rank, resolved.size
         try:
+            contract = f"be {self.rank}, this rank of the group, or None"
+            checks.value(_OP, "rank", rank in (None, self.rank), contract, rank)
             _check_connection(in_flight, timeout, transport)
             contract = "be torch.int64 or torch.int32"
             held = counts_dtype in (torch.int64, torch.int32)
@@ -479,7 +487,17 @@ def _device(device: torch.device | str | None, group: comm.Group) -> torch.devic
         device = torch.get_default_device()
         if comm.only_on_device(group):
             device = torch.accelerator.current_accelerator() or device
-    found = torch.device(device)
-    if found.type != "cpu" and found.index is None:
+    contract = "be a device of this PyTorch"
+    try:
+        found = torch.device(device)
+    except TypeError as error:
+        raise ArgumentTypeError(_OP, "device", contract, repr(device)) from error
+    except RuntimeError as error:
+        raise ArgumentValueError(_OP, "device", contract, repr(device)) from error
+    if found.type == "cpu":
+        # Tensors on cpu:0 say that they are on cpu.
+        return torch.device("cpu")
+    if found.index is None:
+        device_steps(found)  # says why a device cannot be used
         found = torch.device(found.type, torch.get_device_module(found).current_device())
     return found
