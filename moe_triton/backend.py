@@ -45,7 +45,7 @@ def unavailable_because(name: str) -> str | None:
     elif name == "npu" and not hasattr(torch, "npu"):
         return "torch_npu is not imported, so there is no NPU"
     elif name == "xpu":
-        return "no program of this version has run on such a device"
+        return "this version does not support it"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if _is_interpreter():

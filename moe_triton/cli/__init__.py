@@ -69,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Mixture-of-experts dispatch and combine between expert-parallel ranks.",
     )
     parser.add_argument("--version", action="version", version=f"moe_triton {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    names = ",".join(name for _, name, *_ in _COMMANDS)
+    commands = parser.add_subparsers(title="commands", metavar=f"{{{names}}}", required=True)
     for module, name, summary, description in _COMMANDS:
         command = commands.add_parser(name, help=summary, description=description)
         module.add_arguments(command)
