@@ -1,6 +1,6 @@
 """What all benches share: the machine they ran on, JSON lines, a table.
 
-Run as a script, it puts the committed results into README.md.
+Run as a script, it puts the committed results into README.md and docs/results.md.
 """
 
 import json
@@ -174,9 +174,10 @@ def kernels(rows):
     return f"{tables}\n\nThe same beside others, {models[0]}:\n\n{others}"
 
 
-def section():
-    """The README's results, from ``bench/results``."""
-    return "\n\n".join([_transport(), *_overlap(), _transformers(), _load(), *_kernels()])
+def sections():
+    """What each page shows of ``bench/results``."""
+    first, rest = [_transport(), *_kernels()], [*_overlap(), _transformers(), _load()]
+    return {"README.md": "\n\n".join(first), "docs/results.md": "\n\n".join(rest)}
 
 
 def _kernels():
@@ -258,14 +259,18 @@ def _read(bench):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def main():
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
+def filled(text, section):
+    """A page with a section in place of what it had between the marks."""
     head, rest = text.split("<!-- results: begin", 1)
     begin, rest = rest.split("-->", 1)
     _, tail = rest.split("<!-- results: end -->", 1)
-    filled = f"{head}<!-- results: begin{begin}-->\n{section()}\n<!-- results: end -->{tail}"
-    readme.write_text(filled, encoding="utf-8")
+    return f"{head}<!-- results: begin{begin}-->\n{section}\n<!-- results: end -->{tail}"
+
+
+def main():
+    for name, section in sections().items():
+        page = ROOT / name
+        page.write_text(filled(page.read_text(encoding="utf-8"), section), encoding="utf-8")
 
 
 if __name__ == "__main__":
