@@ -185,12 +185,14 @@ class Arrivals(NamedTuple):
             for padding.
         places: [n] int64 where each row lies, or ``NOWHERE``.
         weights: [n] the routing weight that came with it, 0 for padding; or None.
+        totals: [L] rows of each local expert, padding left out.
     """
 
     sources: Sources
     copies: torch.Tensor
     places: torch.Tensor
     weights: torch.Tensor | None
+    totals: torch.Tensor
 
 
 class Permutation(NamedTuple):
@@ -201,12 +203,14 @@ class Permutation(NamedTuple):
         copies: [n] which copy each row is, token * K + slot, or ``NOWHERE`` for padding.
         places: [T, K] int64 row of each slot, or ``NOWHERE`` where it is not sent.
         weights: [n] the routing weight of each row, 0 for padding; or None.
+        totals: [E] rows of each expert, padding left out.
     """
 
     sources: Sources
     copies: torch.Tensor
     places: torch.Tensor
     weights: torch.Tensor | None
+    totals: torch.Tensor
 
 
 class Norm(NamedTuple):

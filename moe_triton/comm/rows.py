@@ -120,6 +120,7 @@ def receive(
         alignment=config.alignment,
         capacity=capacity_of(call, rank, tokens),
         load=tokens.load,
+        totals_dtype=tokens.totals_dtype,
         **where,
     )
     n = len(found.places)
@@ -128,7 +129,7 @@ def receive(
     count = row_count(call, found.sources)
     steps.pack(rows, found.places, config.row_format, x, scales, count)
     weights = padded(found.weights, num_rows)
-    return Received(x, scales, weights, counts, found.sources, found.copies, plan)
+    return Received(x, scales, weights, counts, found.sources, found.copies, found.totals, plan)
 
 
 def padded(weights: torch.Tensor | None, num_rows: int) -> torch.Tensor | None:

@@ -65,6 +65,7 @@ class SingleTransport:
             alignment=config.alignment,
             capacity=capacity,
             load=tokens.load,
+            totals_dtype=tokens.totals_dtype,
         )
         n = len(found.copies)
         num_rows = n if tokens.num_rows is None else tokens.num_rows
@@ -83,6 +84,7 @@ class SingleTransport:
             plan.counts[:, None],
             found.sources,
             found.copies,
+            found.totals,
             plan,
         )
 

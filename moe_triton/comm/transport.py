@@ -80,6 +80,7 @@ class Tokens:
             of each expert; or None.
         num_rows: rows to allocate for what arrives, or None for exactly as many as do.
         load: [L] int64 to add the rows that arrive for each local expert to, or None.
+        totals_dtype: int32 or int64, of ``Received.totals``.
     """
 
     x: torch.Tensor
@@ -88,6 +89,7 @@ class Tokens:
     smooth: torch.Tensor | None = None
     num_rows: int | None = None
     load: torch.Tensor | None = None
+    totals_dtype: torch.dtype = torch.int64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +123,7 @@ class Received:
         counts: [L, W] int32 rows for each local expert from each source.
         sources: the numbering of the n rows.
         copies: [n] int32 which copy each row is, token * (K + NS) + slot of its source.
+        totals: [L] rows of each local expert, padding left out.
         plan: of this rank's own tokens.
     """
 
@@ -130,6 +133,7 @@ class Received:
     counts: torch.Tensor
     sources: Sources
     copies: torch.Tensor
+    totals: torch.Tensor
     plan: Plan
 
 

@@ -121,7 +121,7 @@ class Exchange:
         # Copies: they are needed to the end, and routing buffers are refilled for the next layer.
         ids = topk_ids.to(torch.int32, copy=True)
         num_rows = None if self.exact else config.capacity(self.rank)
-        tokens = Tokens(x, ids, weights, scales, num_rows, self.load)
+        tokens = Tokens(x, ids, weights, scales, num_rows, self.load, self.counts_dtype)
         return self.endpoint.transport(op).dispatch_setup(call, tokens)
 
     def finish_dispatch(self, operation: Pending) -> Received:

@@ -303,7 +303,7 @@ class ExpertParallel:
         else:
             received = self._exchange.finish_dispatch(pending.operation)
             rows, scales, row_weights = received.x, received.scales, received.weights
-            per_expert = received.counts.sum(1, dtype=self._exchange.counts_dtype)
+            per_expert = received.totals
             offsets, ends = received.sources.offsets, received.sources.ends
             numbering = received.plan, received.sources
         if gradients.needed(pending.x, pending.topk_weights):

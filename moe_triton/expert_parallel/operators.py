@@ -69,7 +69,7 @@ def _dispatch_teardown(*, number: Tensor, name: str) -> tuple[Tensor | None, ...
         received.x,
         received.scales,
         received.weights,
-        received.counts.sum(1, dtype=exchange.counts_dtype),
+        received.totals,
         received.sources.offsets,
         received.sources.ends,
     )

@@ -31,6 +31,7 @@ def _groups_kernel(
     begins_ptr,  # [L, W + 1] int32 first row of each group, the last one being padding
     copies_ptr,  # [L, W + 1] int32 first copy of each group in its source's list
     load_ptr,  # [L] int64 to add the rows of each expert to, or None
+    totals_ptr,  # [L] int32 | int64 rows of each expert, or None
     num_experts,
     world,
     alignment,
@@ -61,6 +62,9 @@ def _groups_kernel(
         if load_ptr is not None:
             load = tl.load(load_ptr + expert, mask=expert < num_experts, other=0)
             tl.store(load_ptr + expert, load + rows, mask=expert < num_experts)
+        if totals_ptr is not None:
+            totals = rows.to(totals_ptr.dtype.element_ty)
+            tl.store(totals_ptr + expert, totals, mask=expert < num_experts)
         group = expert[:, None] * (world + 1) + source[None, :]
         mask = is_expert & (source <= world)[None, :]
         # Padding is in the column W, which counts nothing: it begins where the rows end.
@@ -141,10 +145,12 @@ def number_groups(
     alignment: int,
     capacity: int | None = None,
     load: torch.Tensor | None = None,
+    totals: torch.Tensor | None = None,
 ) -> Groups:
     """Sum the counts; arguments and errors as in ``sources``, which are those of ``op``.
 
-    ``load``, where there is one, is [L] int64 and gets the rows of each expert added.
+    ``load``, where there is one, is [L] int64 and gets the rows of each expert added; ``totals``,
+    where there is one, is [L] and gets them as they are.
     """
     device = counts.device
     check_tensor(op, "counts", counts, dtypes=(torch.int32,), shape=(None, None), device=device)
@@ -167,6 +173,7 @@ def number_groups(
         begins,
         copies,
         load,
+        totals,
         num_experts,
         world,
         alignment,

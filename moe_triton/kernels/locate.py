@@ -104,6 +104,7 @@ def arrivals(
     alignment: int = 1,
     capacity: int | None = None,
     load: torch.Tensor | None = None,
+    totals_dtype: torch.dtype = torch.int64,
 ) -> Arrivals:
     """Number the rows that all sources sent this rank, and say where each lies.
 
@@ -120,6 +121,7 @@ def arrivals(
         alignment: as in ``sources``.
         capacity: as in ``sources``.
         load: [L] int64 to add the rows of each local expert to, padding left out, or None.
+        totals_dtype: int32 or int64, of ``totals``.
 
     Raises:
         ArgumentTypeError: another dtype.
@@ -127,7 +129,8 @@ def arrivals(
         MissingArgumentError: neither origins nor a table.
     """
     op, device = "arrivals", counts.device
-    groups = number_groups(op, counts, alignment, capacity, load)
+    totals = torch.empty(counts.shape[:1], dtype=totals_dtype, device=device)
+    groups = number_groups(op, counts, alignment, capacity, load, totals)
     num_experts, world = counts.shape
     _check_lists(op, "copies", copies, (torch.int32,), counts)
     if weights is not None:
@@ -175,7 +178,7 @@ def arrivals(
             num_warps=line.num_warps,
         )
     numbering = Sources(source, copy, groups.ends, groups.offsets, groups.begins)
-    return Arrivals(numbering, found, index, received)
+    return Arrivals(numbering, found, index, received, totals)
 
 
 def _check_lists(

@@ -39,6 +39,7 @@ def _sorted_kernel(
     places_ptr,  # [T * K] int64
     received_ptr,  # [capacity] of the weights' dtype, or None
     load_ptr,  # [E] int64 to add the rows of each expert to, or None
+    totals_ptr,  # [E] int32 | int64 rows of each expert
     num_experts,
     num_positions,
     capacity,
@@ -60,6 +61,8 @@ def _sorted_kernel(
         begins = ends[:, None] - tl.where(column == 0, counts[:, None], 0)
         at = expert[:, None] * 2 + column
         tl.store(begins_ptr + at, begins, mask=(inside & first_program)[:, None])
+        totals = counts.to(totals_ptr.dtype.element_ty)
+        tl.store(totals_ptr + expert, totals, mask=inside & first_program)
         if load_ptr is not None:
             load = tl.load(load_ptr + expert, mask=inside & first_program, other=0)
             tl.store(load_ptr + expert, load + counts, mask=inside & first_program)
@@ -133,6 +136,7 @@ def permutation(
     alignment: int = 1,
     capacity: int | None = None,
     load: torch.Tensor | None = None,
+    totals_dtype: torch.dtype = torch.int64,
 ) -> Permutation:
     """Number the rows of a rank whose tokens and experts are its own.
 
@@ -143,6 +147,7 @@ def permutation(
         alignment: as in ``sources``.
         capacity: as in ``sources``.
         load: as in ``arrivals``.
+        totals_dtype: as in ``arrivals``.
 
     Raises:
         ArgumentTypeError: another dtype.
@@ -156,10 +161,11 @@ def permutation(
         weights = weights.contiguous()
     if alignment < 1:
         raise ArgumentValueError(op, "alignment", "be at least 1", alignment)
+    totals = torch.empty(len(routing.counts), dtype=totals_dtype, device=device)
     if alignment == 1:
         check_load(op, load, len(routing.counts), device)
-        return _sorted(routing, weights, shape, capacity, load)
-    return _aligned(routing, expert_ids, weights, alignment, capacity, load)
+        return _sorted(routing, weights, shape, capacity, load, totals)
+    return _aligned(routing, expert_ids, weights, alignment, capacity, load, totals)
 
 
 def _sorted(
@@ -168,6 +174,7 @@ def _sorted(
     shape: tuple[int, ...],
     capacity: int | None,
     load: torch.Tensor | None,
+    totals: torch.Tensor,
 ) -> Permutation:
     device, num_experts = routing.counts.device, len(routing.counts)
     num_positions = routing.order.numel()
@@ -185,6 +192,7 @@ def _sorted(
         begins,
         *rows,
         load,
+        totals,
         num_experts,
         num_positions,
         num_rows,
@@ -193,7 +201,8 @@ def _sorted(
         num_warps=line.num_warps,
     )
     source, copy, found, places, received = rows
-    return Permutation(Sources(source, copy, ends, offsets, begins), found, places, received)
+    numbering = Sources(source, copy, ends, offsets, begins)
+    return Permutation(numbering, found, places, received, totals)
 
 
 def _aligned(
@@ -203,9 +212,11 @@ def _aligned(
     alignment: int,
     capacity: int | None,
     load: torch.Tensor | None,
+    totals: torch.Tensor,
 ) -> Permutation:
     device = expert_ids.device
-    groups = number_groups("permutation", routing.counts[:, None], alignment, capacity, load)
+    counts = routing.counts[:, None]
+    groups = number_groups("permutation", counts, alignment, capacity, load, totals)
     num_rows = groups.rows(capacity)
     rows = _rows(num_rows, tuple(expert_ids.shape), weights, device)
     line = launch.line(device, max(num_rows, expert_ids.numel(), 1))
@@ -228,7 +239,7 @@ def _aligned(
     )
     source, copy, found, places, received = rows
     numbering = Sources(source, copy, groups.ends, groups.offsets, groups.begins)
-    return Permutation(numbering, found, places, received)
+    return Permutation(numbering, found, places, received, totals)
 
 
 def _rows(

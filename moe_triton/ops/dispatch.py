@@ -227,7 +227,7 @@ def distribute_dispatch(
         received = dispatch.outputs(transport.dispatch_teardown(pending))
 
     ends, weights, tp_counts = received.sources.ends, received.weights, None
-    token_nums = received.counts.sum(1)
+    token_nums = received.totals
     if ranks.tp is not None:
         num_own = int(ends[-1])
         arguments_of_pair = {**call.arguments, "ep_rank_id": rank}

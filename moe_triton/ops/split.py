@@ -234,7 +234,7 @@ def dispatch_teardown(
     ends = received.sources.ends
     assist = ends.new_empty(max(dispatch.capacity * ASSIST_WORDS, len(ends)))
     assist[: len(ends)] = ends
-    token_nums = as_token_nums(received.counts.sum(1), expert_token_nums_type)
+    token_nums = as_token_nums(received.totals, expert_token_nums_type)
     return received.x, received.scales, assist, token_nums
 
 

@@ -72,6 +72,7 @@ def arrivals(
     alignment: int = 1,
     capacity: int | None = None,
     load: torch.Tensor | None = None,
+    totals_dtype: torch.dtype = torch.int64,
 ) -> Arrivals:
     """Number the rows that all sources sent this rank, and say where each lies.
 
@@ -88,6 +89,7 @@ def arrivals(
         alignment: as in ``sources``.
         capacity: as in ``sources``.
         load: [L] int64 to add the rows of each local expert to, padding left out, or None.
+        totals_dtype: int32 or int64, of ``totals``.
     """
     numbering = sources(counts, alignment, capacity)
     if load is not None:
@@ -106,7 +108,11 @@ def arrivals(
         received = weights[source, copy] if weights.numel() else weights.new_zeros(len(real))
         received = received.where(real, 0)
     return Arrivals(
-        numbering, found.where(real, NOWHERE).int(), index.where(real, NOWHERE), received
+        numbering,
+        found.where(real, NOWHERE).int(),
+        index.where(real, NOWHERE),
+        received,
+        counts.sum(1, dtype=totals_dtype),
     )
 
 
@@ -118,6 +124,7 @@ def permutation(
     alignment: int = 1,
     capacity: int | None = None,
     load: torch.Tensor | None = None,
+    totals_dtype: torch.dtype = torch.int64,
 ) -> Permutation:
     """Number the rows of a rank whose tokens and experts are its own.
 
@@ -128,6 +135,7 @@ def permutation(
         alignment: as in ``sources``.
         capacity: as in ``sources``.
         load: as in ``arrivals``.
+        totals_dtype: as in ``arrivals``.
     """
     numbering = sources(routing.counts[:, None], alignment, capacity)
     if load is not None:
@@ -142,7 +150,9 @@ def permutation(
     if weights is not None:
         received = weights.new_zeros(len(copies))
         received[real] = weights.reshape(-1)[flat]
-    return Permutation(numbering, copies, places, received)
+    return Permutation(
+        numbering, copies, places, received, routing.counts.to(totals_dtype, copy=True)
+    )
 
 
 def returns(

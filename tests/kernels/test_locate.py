@@ -37,7 +37,8 @@ def test_arrivals(L, W, alignment, spare, device):
     capacity = capacity_of(counts, alignment, spare)
     origins = torch.arange(W, device=device) * 1000 + 2**33
     options = {"copies_per_row": 3, "alignment": alignment, "capacity": capacity}
-    for given in (weights, None):
+    for given, dtype in ((weights, torch.int64), (None, torch.int32)):
+        options["totals_dtype"] = dtype
         arguments = (counts, copies, given)
         found = kernels.arrivals(*arguments, origins=origins, step=7, **options)
         same(found, ref.arrivals(*arguments, origins=origins, step=7, **options))

@@ -20,8 +20,8 @@ def test_permutation(T, K, E, dtype, alignment, spare, device):
     routing = ref.plan(ids, E)
     capacity = capacity_of(routing.counts[:, None], alignment, spare)
     weights = torch.rand((T, K)).to(device)
-    for given in (weights, None):
-        options = {"alignment": alignment, "capacity": capacity}
+    for given, totals in ((weights, torch.int64), (None, torch.int32)):
+        options = {"alignment": alignment, "capacity": capacity, "totals_dtype": totals}
         loads = torch.full((2, E), 2**33, device=device)
         found = kernels.permutation(routing, ids, given, load=loads[0], **options)
         same(found, ref.permutation(routing, ids, given, load=loads[1], **options))
