@@ -63,6 +63,15 @@ def integers(op: str, **arguments: object) -> None:
             raise ArgumentTypeError(op, name, "be an integer", repr(value))
 
 
+def integer_list(op: str, name: str, given: object) -> None:
+    """``given`` is a list of integers, or another sequence of them such as a ``torch.Size``."""
+    fits = isinstance(given, Sequence) and all(
+        isinstance(one, numbers.Integral) and not isinstance(one, bool) for one in given
+    )
+    if not fits:
+        raise ArgumentTypeError(op, name, "be a list of integers", repr(given))
+
+
 def reals(op: str, **arguments: object) -> None:
     """All arguments are numbers, Python's or numpy's."""
     for name, value in arguments.items():

@@ -76,11 +76,7 @@ def init_routing_v2(
         row_idx_type=row_idx_type,
     )
     checks.flags(OP, expert_tokens_num_flag=expert_tokens_num_flag)
-    if not isinstance(active_expert_range, Sequence):
-        got = repr(active_expert_range)
-        raise ArgumentTypeError(OP, "active_expert_range", "be a list of integers", got)
-    for bound in active_expert_range:
-        checks.integers(OP, active_expert_range=bound)
+    checks.integer_list(OP, "active_expert_range", active_expert_range)
     _check_dtypes(x, expert_idx, scale, offset, quant_mode, x_dtype)
 
     checks.shape(OP, "x", x, (None, None), "(N, H)", x.device)

@@ -104,6 +104,7 @@ def token_unpermute_with_routing_map(
         sorted_indices=sorted_indices,
         restore_shape=restore_shape,
     )
+    checks.integer_list(op, "restore_shape", restore_shape)
     checks.flags(op, drop_and_pad=drop_and_pad)
     checks.dtype(op, "permuted_tokens", permuted_tokens, FLOATS)
     checks.dtype(op, "sorted_indices", sorted_indices, (torch.int32,))

@@ -386,6 +386,8 @@ BAD = {
     "map: K is 1": (permute_map, {"num_out_tokens": None}, 561002, "routing_map"),
     "map back: no shape": (unpermute_map, {"restore_shape": None}, 161001, "restore_shape"),
     "map back: probs": (unpermute_map, {"probs": T.double()}, 161002, "probs"),
+    "map back: one size": (unpermute_map, {"restore_shape": 4}, 161002, "restore_shape"),
+    "map back: float": (unpermute_map, {"restore_shape": [4.0, 3]}, 161002, "restore_shape"),
     "map back: H + 1": (unpermute_map, {"restore_shape": [4, 4]}, 561002, "restore_shape"),
     "map back: 3-D": (unpermute_map, {"restore_shape": [4, 3, 1]}, 561002, "restore_shape"),
     "map back: N does not divide": (
