@@ -131,7 +131,7 @@ def finalize(
         )
         bias, expert_ids = with_adjacent_columns(bias), expert_ids.contiguous()
     first, second = (
-        None if skip is None else _checked_skip(op, skip, rows.dtype, shape) for skip in skips
+        None if skip is None else _checked_skip(op, skip, rows, shape) for skip in skips
     )
     if out.numel() == 0:
         return
@@ -165,7 +165,7 @@ def finalize(
 
 
 def _checked_skip(
-    op: str, skip: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]
+    op: str, skip: torch.Tensor, rows: torch.Tensor, shape: tuple[int, ...]
 ) -> torch.Tensor:
-    check_tensor(op, "skips", skip, dtypes=(dtype,), shape=shape, device=skip.device)
+    check_tensor(op, "skips", skip, dtypes=(rows.dtype,), shape=shape, device=rows.device)
     return with_adjacent_columns(skip)

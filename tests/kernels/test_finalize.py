@@ -106,6 +106,7 @@ GOOD = {
         {"expert_ids": None, "bias": torch.zeros(2, 3)},
         {"bias": torch.zeros(2, 4), "expert_ids": GOOD["index"].int()},
         {"skips": (None, torch.zeros(4, 4))},
+        {"skips": (torch.zeros(4, 3, device="meta"), None)},
         {"out": torch.zeros(4, 4)},
         {"out": torch.zeros(4, 6)[:, ::2]},
     ],
