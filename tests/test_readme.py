@@ -1,4 +1,4 @@
-"""What the README shows runs, and what it names exists."""
+"""What the README shows runs, and what it and the overview of the ops name exists."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import torch
+
+from moe_triton import ops
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -72,3 +74,9 @@ def test_every_module_of_the_package_is_in_the_layout():
         name = path.name + ("/" if path.is_dir() else "")
         if path.suffix in (".py", "") and path.name != "py.typed":
             assert f" {name} " in layout or f" {name}\n" in layout, f"README.md leaves out {name}"
+
+
+def test_every_module_of_the_ops_is_in_their_overview():
+    names = {path.stem for path in (ROOT / "moe_triton/ops").glob("[a-z]*.py")}
+    listed = re.findall(r"\b[a-z_]+\b", ops.__doc__.split("\n\n", 1)[1])
+    assert names <= set(listed), f"left out: {names - set(listed)}"
