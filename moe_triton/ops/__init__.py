@@ -1,9 +1,11 @@
 """The ops: arguments are checked once, at this door, then a transport runs the device steps.
 
+Which files are for what:
+
     between ranks      dispatch, combine, split; behind them inputs, shapes, places, ranks,
                        tensor_parallel, returned, under_way, messages
-    on one device      gating, replicas, permute, routing_map, init_routing, finalize, expert_order;
-                       behind them rows, gradients
+    on one device      gating, replicas, permute, routing_map, init_routing, finalize,
+                       expert_order; behind them rows, gradients
     their arguments    checks, arguments, names, formats, sizes, buffsize
     for compilers      custom_op
     for back ends      steps
