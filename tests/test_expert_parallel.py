@@ -774,7 +774,9 @@ BAD_DISPATCHES = {
     "ids columns": bad("topk_ids", lambda ids: ids[:, 1:], VALUE, "got shape (7, 1)"),
     "weights shape": bad("topk_weights", lambda w: w.T, VALUE, "got shape (2, 7)"),
     "scales": bad("scales", lambda _: torch.ones(6, 24), VALUE, "got (6, 24)"),
-    "id too large": bad("topk_ids", with_id((1, 1), 6), VALUE, "got 6 for token 1, slot 1"),
+    "id too large": bad(
+        "topk_ids", with_id((1, 1), 6), VALUE, "-1 for none, got 6 for token 1, slot 1"
+    ),
     "id negative": bad("topk_ids", with_id((0, 0), -2), VALUE, "got -2 for token 0, slot 0"),
     "id twice": bad("topk_ids", with_id((2, slice(None)), 3), VALUE, "got 3 twice for token 2"),
 }

@@ -338,4 +338,6 @@ class Exchange:
         if x.device.type == "cpu":
             active = topk_ids != NOWHERE
             num_experts = config.topology.num_experts
-            checks.expert_ids(op, "topk_ids", topk_ids, num_experts, active=active)
+            checks.expert_ids(
+                op, "topk_ids", topk_ids, num_experts, active=active, otherwise=" or -1 for none"
+            )

@@ -160,6 +160,7 @@ def expert_ids(
     *,
     num_special: int = 0,
     active: torch.Tensor | None = None,
+    otherwise: str = "",
 ) -> None:
     """On the CPU: active ids are those of experts, and no token names a routed one twice.
 
@@ -170,6 +171,7 @@ def expert_ids(
         num_experts: E, the routed experts.
         num_special: experts after those.
         active: [T, K] bool, the slots to look at; None for all.
+        otherwise: what else an id may be, for error messages.
     """
     if ids.device.type != "cpu" or ids.numel() == 0:
         return
@@ -179,7 +181,8 @@ def expert_ids(
     if wrong.any():
         token, slot = wrong.nonzero()[0].tolist()
         got = f"{int(ids[token, slot])} for token {token}, slot {slot}"
-        raise ArgumentValueError(op, name, f"be in [0, {num_experts + num_special})", got)
+        contract = f"be in [0, {num_experts + num_special}){otherwise}"
+        raise ArgumentValueError(op, name, contract, got)
     routed = ids < num_experts
     if active is not None:
         routed &= active
