@@ -14,7 +14,7 @@ from typing import NamedTuple
 from moe_triton import errors, profile
 from moe_triton.compat import aclnn, torch_npu
 from moe_triton.errors import MoeError
-from moe_triton.ops.names import FAMILIES
+from moe_triton.ops.names import EPLB_UPDATE_EXPERT, FAMILIES, UPDATE_EXPERT
 from moe_triton.profile import buffers
 from moe_triton.profile.limits import Limits, is_combine, rules, words
 
@@ -101,6 +101,11 @@ serves one launch.
 """
 
 
+HELPERS = """\
+Two functions have one phase: they tell the sizes of outputs, of the split-phase operators.
+"""
+
+
 class Docstring(NamedTuple):
     """The parts of a docstring in Google's form.
 
@@ -160,7 +165,11 @@ def limits_of(limits: Limits, family: str, op: str) -> dict[tuple[str, str], str
     if is_combine(op) and not limits.float16:
         found["expand_x", "float16"] = "bfloat16"
     refused = {"shared_expert_x": "None, if S > 0"}
-    found |= {(argument, "None"): refused.get(argument, "None") for argument in limits.refused}
+    found |= {
+        (argument, "None"): refused.get(argument, "None")
+        for argument in limits.refused
+        if not (is_combine(op) and argument == "expert_scales")  # there it is what rows are times
+    }
     found |= {(argument, "needed"): "needed" for argument in limits.required}
     return found
 
@@ -254,7 +263,10 @@ def statuses() -> str:
 
 
 def two_phases() -> str:
-    """The functions of the C interface, each with the op that it stands for."""
+    """The functions of the C interface, each with the op that it stands for, and what else it has.
+
+    That is the helpers that tell sizes, and the limits of the one op that torch_npu has not.
+    """
     rows = [["function", "operator", "parameters of the first phase"]]
     suffix = "GetWorkspaceSize"
     for name in aclnn.__all__:
@@ -263,7 +275,29 @@ def two_phases() -> str:
             (op,) = set(re.findall(r"npu_moe_\w+", parse(first).text)) or {""}
             parameters = ", ".join(f"`{one}`" for one in inspect.signature(first).parameters)
             rows.append([f"`{name}`", link(op), parameters])
-    return table(*rows)
+    helpers = [["helper", "parameters", "returns"]]
+    for name in aclnn.__all__:
+        if name.endswith("CalcOutputSize"):
+            helper = getattr(aclnn, name)
+            parameters = ", ".join(f"`{one}`" for one in inspect.signature(helper).parameters)
+            helpers.append([f"`{name}`", parameters, parse(helper).returns[""]])
+    return f"{table(*rows)}\n{HELPERS}\n{table(*helpers)}\n{first_of_replicas()}"
+
+
+def first_of_replicas() -> str:
+    """What aclnnMoeEPLBUpdateExpert takes, which its successor, the one in torch_npu, extends."""
+    taken = [
+        f"on {name}, "
+        + ", ".join(
+            f"`{argument}` {said}" for argument, said in cells(name, EPLB_UPDATE_EXPERT).items()
+        )
+        for name, one in PRODUCTS.items()
+        if FAMILIES[EPLB_UPDATE_EXPERT] in one.families
+    ]
+    return (
+        f"`aclnnMoeEPLBUpdateExpert` takes less than {link(UPDATE_EXPERT)}: ids are int32, and "
+        f"`balanceMode` is 0; {'; '.join(taken)}.\n"
+    )
 
 
 def link(op: str) -> str:

@@ -55,6 +55,7 @@ CELLS = [
     ("dispatch", "expert_scales", "a3", "None"),
     ("dispatch", "quant_mode", "950", ""),
     ("combine", "comm_quant_mode", "a2", "equal to 0; hierarchy: one of [0, 2]"),
+    ("combine", "expert_scales", "a3", ""),
     ("combine", "expand_scales", "a2", "needed"),
     ("combine", "shared_expert_x", "a3", "None, if S > 0"),
     ("dispatch_v2", "expert_ids", "a3", "K in [1, 16]; fullmesh_v2: K in [1, 12]"),
@@ -87,5 +88,17 @@ def test_products_functions_and_links():
     for name in aclnn.__all__:
         if name.endswith("GetWorkspaceSize"):
             assert f"| `{name.removesuffix('GetWorkspaceSize')}` |" in PAGE
+        elif name.endswith("CalcOutputSize"):
+            (cells,) = [cells for cells in found if cells[0] == f"`{name}`"]
+            assert [one.strip("`") for one in cells[1].split(", ")] == [
+                *inspect.signature(getattr(aclnn, name)).parameters
+            ]
+            assert cells[2].startswith("A status; ")
     for target in re.findall(r"\]\(#(\w*)\)", PAGE):
         assert f"\n### {target}\n" in PAGE
+
+
+def test_what_the_first_op_of_replicas_takes():
+    """It is not in torch_npu, and takes less than its successor there."""
+    assert "on a3, `expert_ids` BS in [1, 512], K in [1, 16], " in PAGE
+    assert "`eplb_table` E in [1, 512], `world_size` in [2, 384].\n" in PAGE

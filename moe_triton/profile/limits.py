@@ -40,7 +40,8 @@ class Limits:
         token_nums_types: forms of ``expert_token_nums``.
         mask_dims: dimensions that ``x_active_mask`` may have.
         balance_modes: ways to choose a replica.
-        refused: tensors that must be None; ``shared_expert_x`` only where S > 0.
+        refused: tensors that must be None; ``expert_scales`` only in dispatch, ``shared_expert_x``
+            only where S > 0.
         required: tensors that must be given.
         in_combine: whether combine takes this algorithm by name; dispatch does.
         buffer: bytes that the communication buffer must have; None where no formula is known.

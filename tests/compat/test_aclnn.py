@@ -420,6 +420,13 @@ def test_of_two_faults_the_lower_code_wins():
         ({"quant_mode": 7}, {3: lambda out: out.int()}, 161002),
         ({"expert_ids": wrong_type}, {0: lambda out: out[1:]}, 161002),
         ({"quant_mode": 7}, {0: lambda _: None}, 161001),
+        # Without a tensor for dynamicScales, which rows that are quantised have.
+        ({"quant_mode": 2, "global_bs": 5}, {0: lambda out: out.to(torch.int8)}, 161001),
+        (
+            {"quant_mode": 2},
+            {0: lambda out: out.to(torch.int8), 3: lambda out: out.int()},
+            161001,
+        ),
     ]
 
     def fn(ctx):

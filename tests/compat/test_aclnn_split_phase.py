@@ -66,7 +66,7 @@ def outputs_of(half: str, call: dict) -> list[torch.Tensor | None]:
     if half == "dispatch_teardown":
         _, _, assist, _ = sizes_of("dispatch", call)
         hidden = call["x"].shape[1]
-        scales = poisoned((rows,), torch.float32) if mode == 2 else None
+        scales = poisoned((rows,), torch.float32)  # also where none are written
         x = poisoned((rows, hidden), call["y"].dtype)
         return [x, scales, poisoned((assist,), int32), poisoned((local,), torch.int64)]
     if half == "combine_setup":
@@ -218,6 +218,33 @@ def test_a_teardown_is_refused(half, name):
     assert none == []
     check(ending, name, row)
     assert [first, second] == BASIC.combined
+
+
+@pytest.mark.parametrize("mode", [0, 2])
+@pytest.mark.parametrize("position", range(4))
+def test_a_dispatch_teardown_needs_all_outputs(position, mode):
+    """Also the tensor for scales that rows without quantisation have not."""
+    calls = example_calls(BASIC)
+
+    def fn(ctx):
+        halves = Halves(ctx, calls[ctx.rank])
+        ending = {}
+
+        def plan_only(half: str, given: dict, changes: dict) -> Any:
+            right = {**halves._agreed, **halves._ids, **given} | {"quant_mode": mode}
+            outputs = outputs_of(half, right)
+            outputs[position] = None
+            ending.update(aclnn_calls.ending(NAMES[half], right, outputs))
+            raise Refused(ending)
+
+        nothing = halves.nothing_sent()
+        halves._op = plan_only
+        attempt(lambda: halves.receive(nothing))
+        return ending
+
+    for ending in harness.run_world("local", 2, fn):
+        assert (ending["phase"], ending["status"]) == (1, 161001), ending
+        assert "Out must be given" in ending["sentence"]
 
 
 def test_a_teardown_without_setup():

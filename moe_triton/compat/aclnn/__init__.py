@@ -13,7 +13,8 @@ the current stream unless it is given one. An executor is for one launch; a seco
 that failed, is refused. A rank whose call is refused tells its peers in either phase, so that they
 need not wait for it: their call ends with a status too. That status is for the next call of the
 group that they come to; a rank that plans calls ahead of others still to be launched had better
-not go on after a refusal.
+not go on after a refusal. Where groupEp itself is wrong there is nobody to tell, and the peers
+wait as for a rank that does not come; neither does a teardown tell, as it may be tried again.
 
 Nothing is raised. The statuses are
 

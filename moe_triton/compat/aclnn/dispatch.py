@@ -14,7 +14,7 @@ def _outputs(suffix: str, third: Output) -> tuple[Output, ...]:
     int32 = torch.int32
     return (
         Output(f"expandX{suffix}", "(T * A, H)", larger=True),
-        Output(f"dynamicScales{suffix}", "(T * A, ..)", larger=True, always=False),
+        Output(f"dynamicScales{suffix}", "(T * A, ..)", larger=True, always=False, quantised=True),
         third,
         Output(f"expertTokenNums{suffix}", "(L,)", torch.int64),
         Output(f"epRecvCounts{suffix}", "(T * W * L,), and more on a2", int32),

@@ -28,6 +28,8 @@ from .status import ACLNN_SUCCESS, failed
 
 _TEXTS = ("group_tp", "comm_alg")  # where C may give a null pointer for an empty one
 
+_WITH_SCALES = (2, 3, 4)  # values of quant_mode, which have dynamic_scales
+
 WORKSPACE_SIZE = 0  # bytes; the ops have memory of their own
 
 
@@ -51,6 +53,7 @@ class Output:
         larger: whether it may have more rows than that; these stay as they are.
         always: whether all calls have this output. Of what is given for one that a call has not,
             only the dtype is looked at, if that is always the same.
+        quantised: whether calls with a quant_mode that makes scales have it; that is known first.
         absent: the error where there is no tensor for it; None where it may go without.
     """
 
@@ -59,7 +62,13 @@ class Output:
     dtype: torch.dtype | None = None
     larger: bool = False
     always: bool = True
+    quantised: bool = False
     absent: type[ArgumentError] | None = MissingArgumentError
+
+    def needed(self, given: dict[str, Any]) -> bool:
+        """Whether a call has this output, as far as one argument says."""
+        mode = given.get("quant_mode")
+        return self.always or (self.quantised and isinstance(mode, int) and mode in _WITH_SCALES)
 
 
 @dataclass(frozen=True)
@@ -223,7 +232,8 @@ def _check(
     op, outputs = interface.name, tuple(zip(interface.outputs, targets, strict=True))
     plan = described(given)
     with interface.operator.checking(**plan) as check:
-        checks.required(op, **{output.name: target for output, target in outputs if output.always})
+        needed = {output.name: target for output, target in outputs if output.needed(given)}
+        checks.required(op, **needed)
         try:
             check()
         except ArgumentValueError:

@@ -23,7 +23,7 @@ _DISPATCH_TEARDOWN = Interface(
     operators.dispatch_teardown,
     (
         Output("expandXOut", "(A, H)", larger=True),
-        Output("dynamicScalesOut", "(A, ..)", larger=True, always=False),
+        Output("dynamicScalesOut", "(A, ..)", larger=True),
         Output("assistInfoForCombineOut", "(A * 128,)", torch.int32, larger=True),
         Output("expertTokenNumsOut", "(L,)", torch.int64),
     ),
@@ -105,10 +105,10 @@ def aclnnMoeDistributeDispatchTeardownGetWorkspaceSize(
 ) -> FirstPhase:
     """Check a call of ``npu_moe_distribute_dispatch_teardown``; the arguments are described there.
 
-    Outputs: expandXOut (A, H), dynamicScalesOut, None where there are none,
-    assistInfoForCombineOut (A * 128,), all or more rows, and expertTokenNumsOut (L,). What the
-    setup was given is compared with it in the second phase. No peer is told of a fault, as this
-    may be tried again.
+    Outputs: expandXOut (A, H), dynamicScalesOut, which the documents want in every call and which
+    stays as it is where rows have no scales, assistInfoForCombineOut (A * 128,), all or more rows,
+    and expertTokenNumsOut (L,). What the setup was given is compared with it in the second phase.
+    No peer is told of a fault, as this may be tried again.
 
     Returns:
         As in ``aclnnMoeDistributeDispatchGetWorkspaceSize``.
