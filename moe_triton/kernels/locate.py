@@ -243,8 +243,8 @@ def _returns_kernel(
         group = holder * by_holder + expert % local * (world + 1) + rank
         row = tl.load(begins_ptr + group, mask=sent, other=0) + place
         sent = sent & (row < capacity)
-        origin = tl.load(origins_ptr + holder, mask=sent, other=0)
-        index = origin + row.to(tl.int64) * row_step
+        index = tl.load(origins_ptr + holder, mask=sent, other=0)
+        index += row.to(tl.int64) * row_step
         at = (token * num_slots)[:, None] + slot[None, :]
         tl.store(index_ptr + at, tl.where(sent, index, _NOWHERE), mask=inside)
 
@@ -264,9 +264,10 @@ def _returns_kernel(
                 owner = tl.load(shared_ptr + shared)
                 first = tl.load(begins_ptr + owner * by_holder + rank)
                 origin = tl.load(origins_ptr + owner)
-                row = first + place
-                copied = origin + row.to(tl.int64) * row_step
-                copied = tl.where((active > 0) & (row < shared_capacity), copied, _NOWHERE)
+                shared_row = first + place
+                copied = origin + shared_row.to(tl.int64) * row_step
+                kept = (active > 0) & (shared_row < shared_capacity)
+                copied = tl.where(kept, copied, _NOWHERE)
                 copied_at = token * num_slots + top_k + shared
                 tl.store(index_ptr + copied_at, copied, mask=token < num_tokens)
 
