@@ -68,6 +68,20 @@ class Plan(NamedTuple):
     order: torch.Tensor
 
 
+class Kept(NamedTuple):
+    """Copies of a call's routing that are made as it is planned, in no launch of their own.
+
+    Attributes:
+        expert_ids: [T, K] int32 output.
+        weights: [T, K] to copy, or None.
+        weights_copy: [T, K] output of the dtype of ``weights``; not looked at without these.
+    """
+
+    expert_ids: torch.Tensor
+    weights: torch.Tensor | None = None
+    weights_copy: torch.Tensor | None = None
+
+
 class DispatchHeader(NamedTuple):
     """What a source tells one rank about the rows for it; [W] in front when stacked over sources.
 

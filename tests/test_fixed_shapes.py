@@ -217,6 +217,63 @@ def test_nothing_asks_for_a_value(world, quant, monkeypatch):
             drive(ranks, given)
 
 
+class Launches(TorchDispatchMode):
+    """Lists the steps of a device and what PyTorch does beside them, views and memory left out."""
+
+    IDLE = ("empty", "empty_like", "new_empty", "promote_types", "_record_function_enter_new")
+    IDLE += ("_record_function_exit", "view", "slice", "select", "detach", "unbind", "unsqueeze")
+    IDLE += ("fill_",)  # of memory that tests poison
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = []
+        self.inside = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        if not self.inside and name not in self.IDLE:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+    def step(self, name, run):
+        def call(*args, **kwargs):
+            self.found.append(name)
+            self.inside = True
+            try:
+                return run(*args, **kwargs)
+            finally:
+                self.inside = False
+
+        return call
+
+
+def test_launches_of_a_rank_alone(monkeypatch):
+    """Each costs more than a microsecond of a small batch, even in a graph."""
+    listed = Launches()
+    table = steps._table
+
+    def listing(name):
+        made = table(name)
+        fields = [one.name for one in dataclasses.fields(made) if one.name != "fixed_shapes"]
+        counted = {one: listed.step(one, getattr(made, one)) for one in fields}
+        return dataclasses.replace(made, **counted)
+
+    monkeypatch.setattr(steps, "_table", listing)
+    with testing.lockstep(1, make) as (ep,):
+        given = inputs(0)
+        drive([ep], [given])  # what is made once
+        monkeypatch.setattr(checks, "expert_ids", lambda *args, **options: None)
+        listed.found.clear()
+        with listed:
+            received = ep.dispatch(*given)
+        listed.found.remove("ne")  # a check of ids, on the CPU alone
+        assert listed.found == ["plan", "permutation", "gather_quant"]
+        listed.found.clear()
+        with listed:
+            ep.combine(received.x, received.handle)
+        assert listed.found == ["returns", "reduce"]
+
+
 def test_fewer_tokens_by_ids_that_go_nowhere():
     """What a captured batch does for a smaller one: the slots of the rest take no part."""
     with testing.lockstep(2, make) as ranks:

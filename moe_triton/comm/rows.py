@@ -9,10 +9,19 @@ from typing import Any
 import torch
 
 from ..errors import ReceiveOverflowError, RoutingMismatchError
-from ..layout import NOWHERE, DispatchHeader, Plan, Sources
+from ..layout import NOWHERE, DispatchHeader, Kept, Plan, Sources
 from ..topology import Topology
 from .transport import Call, Finish, Outputs, Received, Tokens, Traffic
 from .window import MoeConfig
+
+
+def plan_tokens(call: Call, tokens: Tokens) -> Plan:
+    """Plan this rank's tokens; what is kept of their routing is there from now on."""
+    num_experts = call.config.topology.num_experts
+    if tokens.given is None:
+        return call.steps.plan(tokens.expert_ids, num_experts)
+    ids, weights = tokens.given
+    return call.steps.plan(ids, num_experts, Kept(tokens.expert_ids, weights, tokens.weights))
 
 
 def write_tokens(
@@ -20,7 +29,7 @@ def write_tokens(
 ) -> Plan:
     """Plan this rank's tokens, write them into its rows and its headers."""
     topology = call.config.topology
-    plan = call.steps.plan(tokens.expert_ids, topology.num_experts)
+    plan = plan_tokens(call, tokens)
     call.steps.push(
         tokens.x,
         tokens.expert_ids,

@@ -16,6 +16,7 @@ from .rows import (
     finish_rows,
     new_rows,
     padded,
+    plan_tokens,
     returned_rows,
     row_count,
 )
@@ -54,7 +55,7 @@ class SingleTransport:
 
     def _permute(self, call: Call, tokens: Tokens) -> Received:
         config, steps, ids = call.config, call.steps, tokens.expert_ids
-        plan = steps.plan(ids, config.topology.num_experts)
+        plan = plan_tokens(call, tokens)
         check_overflow(call, lambda _: plan.counts)
         weights = None if tokens.weights is None else tokens.weights.to(config.weight_dtype)
         capacity = capacity_of(call, 0, tokens)

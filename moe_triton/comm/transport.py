@@ -81,6 +81,8 @@ class Tokens:
         num_rows: rows to allocate for what arrives, or None for exactly as many as do.
         load: [L] int64 to add the rows that arrive for each local expert to, or None.
         totals_dtype: int32 or int64, of ``Received.totals``.
+        given: [T, K] int32 or int64 ids and weights, or None: what ``expert_ids`` and ``weights``
+            are copied from when the tokens are planned. None where they hold their values.
     """
 
     x: torch.Tensor
@@ -90,6 +92,7 @@ class Tokens:
     num_rows: int | None = None
     load: torch.Tensor | None = None
     totals_dtype: torch.dtype = torch.int64
+    given: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -108,20 +108,22 @@ class Exchange:
         except MoeError as error:
             self.endpoint.reject("dispatch", op, error)
             raise
+        # Copies: they are needed to the end, and routing buffers are refilled for the next layer.
         # Weights have room in the window whether they come or not, so that ranks may differ.
+        ids = torch.empty(topk_ids.shape, dtype=torch.int32, device=x.device)
         if topk_weights is None:
             weights = x.new_ones(topk_ids.shape, dtype=config.weight_dtype)
         else:
-            weights = topk_weights.detach().clone()
+            topk_weights = topk_weights.detach()
+            weights = torch.empty(topk_ids.shape, dtype=config.weight_dtype, device=x.device)
+        given = topk_ids, topk_weights
         call = self._call(op)
         if scales is not None and scales.dim() == 2:
             # Copies of a token differ, which takes larger windows from the first such call on.
             config = dataclasses.replace(config, per_expert=True)
             call = self._call(op, config, scales="given")
-        # Copies: they are needed to the end, and routing buffers are refilled for the next layer.
-        ids = topk_ids.to(torch.int32, copy=True)
         num_rows = None if self.exact else config.capacity(self.rank)
-        tokens = Tokens(x, ids, weights, scales, num_rows, self.load, self.counts_dtype)
+        tokens = Tokens(x, ids, weights, scales, num_rows, self.load, self.counts_dtype, given)
         return self.endpoint.transport(op).dispatch_setup(call, tokens)
 
     def finish_dispatch(self, operation: Pending) -> Received:

@@ -19,15 +19,19 @@ Source: ``moe_triton.ref.plan``.
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 import triton
 import triton.language as tl
 
-from ..layout import NOWHERE, Plan
+from ..layout import NOWHERE, Kept, Plan
 from . import launch
-from ._checks import INDICES, check_tensor
+from ._checks import FLOATS, INDICES, check_tensor
 
 _NOWHERE = tl.constexpr(NOWHERE)
+
+_Copies: TypeAlias = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 @triton.jit
@@ -38,12 +42,26 @@ def _experts(expert_ids_ptr, position, num_positions, num_experts):
     return tl.where(sent, expert, num_experts).to(tl.int32)
 
 
+@triton.jit
+def _keep(expert_ids_ptr, ids_copy_ptr, weights_ptr, weights_copy_ptr, position, inside):
+    """Copy the ids and the weights at positions."""
+    if ids_copy_ptr is not None:
+        expert = tl.load(expert_ids_ptr + position, mask=inside, other=_NOWHERE)
+        tl.store(ids_copy_ptr + position, expert.to(tl.int32), mask=inside)
+    if weights_ptr is not None:
+        weight = tl.load(weights_ptr + position, mask=inside, other=0.0)
+        tl.store(weights_copy_ptr + position, weight, mask=inside)
+
+
 @triton.jit(do_not_specialize=["num_positions", "num_experts"])
 def _plan_few_kernel(
     expert_ids_ptr,  # [N] int32 | int64
     counts_ptr,  # [E] int32
     expand_idx_ptr,  # [N] int32
     order_ptr,  # [N] int32
+    ids_copy_ptr,  # [N] int32, or None
+    weights_ptr,  # [N] fp16 | bf16 | fp32 | fp64, or None
+    weights_copy_ptr,  # [N] of the weights' dtype, or None
     num_positions,
     num_experts,
     OWN: tl.constexpr,  # positions, or experts, that a program works on at a time
@@ -62,6 +80,7 @@ def _plan_few_kernel(
             earlier += tl.sum(same.to(tl.int32), axis=1)
             lower += tl.sum((other[None, :] < expert[:, None]).to(tl.int32), axis=1)
         inside = position < num_positions
+        _keep(expert_ids_ptr, ids_copy_ptr, weights_ptr, weights_copy_ptr, position, inside)
         rank = tl.where(expert < num_experts, earlier, _NOWHERE)
         tl.store(expand_idx_ptr + position, rank, mask=inside)
         tl.store(order_ptr + lower + earlier, position, mask=inside)
@@ -147,6 +166,9 @@ def _rank_kernel(
     first_ptr,  # [E + 1] int32
     expand_idx_ptr,  # [N] int32
     order_ptr,  # [N] int32
+    ids_copy_ptr,  # [N] int32, or None
+    weights_ptr,  # [N] fp16 | bf16 | fp32 | fp64, or None
+    weights_copy_ptr,  # [N] of the weights' dtype, or None
     num_positions,
     num_experts,
     num_blocks,
@@ -157,6 +179,7 @@ def _rank_kernel(
     for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
         position = block * BLOCK + tl.arange(0, BLOCK)
         inside = position < num_positions
+        _keep(expert_ids_ptr, ids_copy_ptr, weights_ptr, weights_copy_ptr, position, inside)
         expert = _experts(expert_ids_ptr, position, num_positions, num_experts)
         earlier = tl.zeros([BLOCK], tl.int32)
         for begin in range(0, BLOCK, OTHERS):
@@ -173,20 +196,23 @@ def _rank_kernel(
         tl.store(order_ptr + place, position, mask=inside)
 
 
-def plan(expert_ids: torch.Tensor, num_experts: int) -> Plan:
+def plan(expert_ids: torch.Tensor, num_experts: int, kept: Kept | None = None) -> Plan:
     """Count and rank the copies of [T, K] ``expert_ids``; ids beyond [0, E) are not sent.
 
     Args:
         expert_ids: [T, K] int32 or int64.
         num_experts: E.
+        kept: what to copy on the way, or None; the copies are contiguous.
 
     Raises:
         ArgumentTypeError: another dtype.
+        ArgumentValueError: a wrong shape.
     """
     device = expert_ids.device
     check_tensor(
         "plan", "expert_ids", expert_ids, dtypes=INDICES, shape=(None, None), device=device
     )
+    copies = _copies(expert_ids, kept)
     ids = expert_ids.contiguous().view(-1)
     num_positions = ids.numel()
     counts = torch.empty(num_experts, dtype=torch.int32, device=device)
@@ -195,17 +221,42 @@ def plan(expert_ids: torch.Tensor, num_experts: int) -> Plan:
     routing = Plan(counts, expand_idx, order)
     shape = launch.plan_launch(device, num_positions)
     if shape.compare:
-        _plan_few(ids, num_experts, routing, shape)
+        _plan_few(ids, num_experts, routing, copies, shape)
     else:
-        _plan_many(ids, num_experts, routing, shape)
+        _plan_many(ids, num_experts, routing, copies, shape)
     return routing
 
 
-def _plan_few(ids: torch.Tensor, num_experts: int, routing: Plan, shape: launch.PlanLaunch) -> None:
+def _copies(expert_ids: torch.Tensor, kept: Kept | None) -> _Copies:
+    """The ids' copy, the weights and their copy, for the kernels; each may be None."""
+    if kept is None:
+        return None, None, None
+    shape, device = tuple(expert_ids.shape), expert_ids.device
+    given: dict[str, tuple[torch.Tensor, tuple[torch.dtype, ...]]] = {
+        "kept.expert_ids": (kept.expert_ids, (torch.int32,))
+    }
+    weights = weights_copy = None
+    if kept.weights is not None and kept.weights_copy is not None:
+        given["kept.weights"] = kept.weights, FLOATS
+        given["kept.weights_copy"] = kept.weights_copy, (kept.weights.dtype,)
+        weights, weights_copy = kept.weights.contiguous(), kept.weights_copy
+    for name, (tensor, dtypes) in given.items():
+        check_tensor("plan", name, tensor, dtypes=dtypes, shape=shape, device=device)
+    return kept.expert_ids, weights, weights_copy
+
+
+def _plan_few(
+    ids: torch.Tensor,
+    num_experts: int,
+    routing: Plan,
+    copies: _Copies,
+    shape: launch.PlanLaunch,
+) -> None:
     work = triton.cdiv(max(ids.numel(), num_experts, 1), shape.own)
     _plan_few_kernel[(min(work, shape.num_programs),)](
         ids,
         *routing,
+        *copies,
         ids.numel(),
         num_experts,
         OWN=shape.own,
@@ -215,7 +266,11 @@ def _plan_few(ids: torch.Tensor, num_experts: int, routing: Plan, shape: launch.
 
 
 def _plan_many(
-    ids: torch.Tensor, num_experts: int, routing: Plan, shape: launch.PlanLaunch
+    ids: torch.Tensor,
+    num_experts: int,
+    routing: Plan,
+    copies: _Copies,
+    shape: launch.PlanLaunch,
 ) -> None:
     device, bins, block = ids.device, num_experts + 1, shape.own
     num_blocks = triton.cdiv(ids.numel(), block)
@@ -244,6 +299,7 @@ def _plan_many(
         first,
         routing.expand_idx,
         routing.order,
+        *copies,
         *sizes,
         BLOCK=block,
         OTHERS=shape.others,

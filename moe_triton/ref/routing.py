@@ -6,12 +6,22 @@ from collections.abc import Sequence
 
 import torch
 
-from ..layout import NOWHERE, Arrivals, Permutation, Plan, Sources
+from ..layout import NOWHERE, Arrivals, Kept, Permutation, Plan, Sources
 from ._common import exclusive_cumsum, fitted
 
 
-def plan(expert_ids: torch.Tensor, num_experts: int) -> Plan:
-    """Count and rank the copies of [T, K] int32 ``expert_ids``; ids beyond [0, E) are not sent."""
+def plan(expert_ids: torch.Tensor, num_experts: int, kept: Kept | None = None) -> Plan:
+    """Count and rank the copies of [T, K] ``expert_ids``; ids beyond [0, E) are not sent.
+
+    Args:
+        expert_ids: [T, K] int32 or int64.
+        num_experts: E.
+        kept: what to copy on the way, or None.
+    """
+    if kept is not None:
+        kept.expert_ids.copy_(expert_ids)
+        if kept.weights is not None and kept.weights_copy is not None:
+            kept.weights_copy.copy_(kept.weights)
     ids = expert_ids.reshape(-1).long()
     ids = ids.where((ids >= 0) & (ids < num_experts), num_experts)
     counts = torch.bincount(ids, minlength=num_experts + 1).int()

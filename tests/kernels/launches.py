@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from moe_triton import kernels, ref
-from moe_triton.layout import NOWHERE, DispatchHeader, Norm, RowFormat, SpecialExperts
+from moe_triton.layout import NOWHERE, DispatchHeader, Kept, Norm, RowFormat, SpecialExperts
 
 HIDDEN, EXPERTS, TOP_K, TOKENS = 7168, 256, 8, 64
 BF16, INT8, E4M3, E5M2 = torch.bfloat16, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2
@@ -63,9 +63,19 @@ def _ids(tokens: int = TOKENS) -> torch.Tensor:
     return (step % EXPERTS).int()
 
 
+def _kept(tokens: int) -> Kept:
+    weights = torch.zeros((2, tokens, TOP_K))
+    return Kept(torch.zeros((tokens, TOP_K), dtype=torch.int32), weights[0], weights[1])
+
+
 def _routing() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "plan tile", lambda: kernels.plan(_ids(), EXPERTS)
     yield "plan blocks", lambda: kernels.plan(_ids(4096), EXPERTS)
+    for name, tokens in (("tile", TOKENS), ("blocks", 4096)):
+        yield (
+            f"plan {name} kept",
+            lambda tokens=tokens: kernels.plan(_ids(tokens).long(), EXPERTS, _kept(tokens)),
+        )
     counts = torch.full((EXPERTS // 8, 8), 2, dtype=torch.int32)
     yield "sources", lambda: kernels.sources(counts, capacity=4096)
     yield "sources aligned", lambda: kernels.sources(counts, 128, capacity=4096)

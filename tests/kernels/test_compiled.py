@@ -22,6 +22,7 @@ MAY_CONTRACT = ("norm", "gating")
 # Bytes. Constant experts, which are rare, need more registers than there are on NVIDIA; and so does
 # one program that sums counts, on sm_100.
 MAY_SPILL = {"reduce and special experts, wide": 16, "plan blocks": 16}
+MAY_SPILL |= {"plan blocks kept": 16}
 # Rows go through these: 16 bytes at a time.
 ROW_KERNELS = {
     "_add_rows_kernel",

@@ -12,7 +12,7 @@ import torch
 from moe_triton import kernels, ref
 from moe_triton.errors import ArgumentTypeError, ArgumentValueError
 from moe_triton.kernels import launch
-from moe_triton.layout import NOWHERE
+from moe_triton.layout import NOWHERE, Kept
 
 
 def assert_same_plan(expert_ids, num_experts):
@@ -85,6 +85,24 @@ def test_strided_and_64_bit_ids(device):
     assert_same_plan(ids.long() + 2**32, 16)
 
 
+@pytest.mark.parametrize("T, K", [(0, 2), (40, 3), (700, 8)])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_copies_on_the_way(T, K, dtype, device):
+    ids = draw(T, K, 16, device).to(dtype)
+    given = torch.rand((T, 2 * K)).to(device)[:, ::2]
+    for weights in (given, given.double(), None):
+        kept = Kept(
+            torch.full((T, K), -7, dtype=torch.int32, device=device),
+            weights,
+            None if weights is None else torch.full_like(weights, -7.0).contiguous(),
+        )
+        for one, other in zip(kernels.plan(ids, 16, kept), ref.plan(ids, 16), strict=True):
+            assert one.tolist() == other.tolist()
+        assert kept.expert_ids.tolist() == ids.tolist()
+        if weights is not None:
+            assert kept.weights_copy.tolist() == weights.tolist()
+
+
 def test_both_ways_are_taken(device):
     few, many = (launch.plan_launch(device, n).compare for n in (256, 2**15))
     assert few
@@ -96,3 +114,11 @@ def test_rejects(device):
         kernels.plan(torch.zeros((2, 2), device=device), 4)
     with pytest.raises(ArgumentValueError, match="expert_ids must have the shape"):
         kernels.plan(torch.zeros(2, dtype=torch.int32, device=device), 4)
+    ids = torch.zeros((2, 2), dtype=torch.int32, device=device)
+    weights = torch.zeros((2, 2), device=device)
+    with pytest.raises(ArgumentTypeError, match=r"kept\.expert_ids must be one of"):
+        kernels.plan(ids, 4, Kept(ids.long()))
+    with pytest.raises(ArgumentValueError, match=r"kept\.weights must have the shape"):
+        kernels.plan(ids, 4, Kept(ids, weights[:1], weights))
+    with pytest.raises(ArgumentTypeError, match=r"kept\.weights_copy must be one of"):
+        kernels.plan(ids, 4, Kept(ids, weights, weights.double()))
