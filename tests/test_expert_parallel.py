@@ -260,7 +260,7 @@ def test_layers_in_processes(world):
                 for seed in range(3):
                     layer.check(ep, seed)
 
-    run_world(world, 3, fn)
+    run_world(world, 3, fn, limit=240)  # all layers, also on kernels that are interpreted
 
 
 @pytest.mark.parametrize("name", ["W 5, NS 2, R 2", "W 5, S 2"])
