@@ -165,6 +165,45 @@ def test_later_versions(name):
         v2.check_round(base.group, (found, x), received, combined, rank)
 
 
+# W 2, L 2, BS 2, K 2, H 1024, as for torch_npu's functions.
+@pytest.mark.parametrize("op", ["dispatch", "combine"])
+@pytest.mark.parametrize("product, least", [("a2", 5), ("a3", 1), ("950", 1)])
+def test_row_22(product, least, op):
+    """One process has too small an HCCL_BUFFSIZE; its peer hears of it."""
+    calls, received, combined = v2.prepare("strict")
+    names = f"{DISPATCH}V4", f"{COMBINE}V4"
+
+    def fn(ctx):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MOE_TRITON_PROFILE", product)
+            patch.setenv("HCCL_BUFFSIZE", str(least))
+            call, small = calls[ctx.rank], str(least - 1)
+
+            def change(*given):
+                if ctx.rank == 1:
+                    patch.setenv("HCCL_BUFFSIZE", small)
+
+            ending = aclnn_calls.bad_call(ctx, call, op, change, *names)
+            patch.setenv("HCCL_BUFFSIZE", str(least))
+            return ending, aclnn_calls.round_trip(ctx, call, *names)
+
+    function = names[op == "combine"]
+    for rank, (ending, (outputs, x)) in enumerate(v2.in_a_world("symmetric", "strict", fn)):
+        if rank == 1:
+            assert ending["status"] == aclnn.ACLNN_ERR_INNER_TILING_ERROR, ending
+            assert ending["sentence"].startswith(function), ending
+            assert "HCCL_BUFFSIZE must be at least" in ending["sentence"], ending
+            assert ending["phase"] == 1
+        else:
+            assert (ending["phase"], ending["status"]) == (2, aclnn.ACLNN_ERR_RUNTIME_ERROR), ending
+            assert "HCCL_BUFFSIZE" in ending["sentence"], ending
+        assert ending["seconds"] < AT_ONCE
+        base = v2.BASES["strict"]
+        if product == "a2":
+            outputs = without_spare(base.group, outputs, base.batch)
+        v2.check_round(base.group, (outputs, x), received, combined, rank)
+
+
 V1_PRODUCTS = [(product, name) for name, row in v1.BY_PRODUCT.items() for product in row[0]]
 
 
