@@ -7,7 +7,7 @@ The sizes and the order of calls are those of the example in the operator docume
 aclnnMoeDistributeDispatch, which is for two servers of A2; so are the limits that its calls must
 keep. There is one expert on each of 16 ranks, 8 tokens a rank, hidden 7168, top-8. Tokens and
 routing are drawn, expert e multiplies by e + 1, and every rank compares all it gets with what that
-has to be, bit for bit. The document's program passes tensors for some parameters that its own text wants
+has to be, bit for bit. The document's program passes tensors for parameters that its own text wants
 empty (xActiveMask, tpSendCounts, activationScale, weightScale, groupList), and too few counts: here
 the text is followed. Ranks are threads, or processes; both commands print
 
