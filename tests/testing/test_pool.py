@@ -177,8 +177,11 @@ def test_large_results_and_arguments_pass():
 
 
 _SCRIPT = """
-import os, time
+import os, signal, time
 from moe_triton import testing
+
+# What a shell runs in the background ignores interrupts, and so would this.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 class Thing:
     def __init__(self, rank):
