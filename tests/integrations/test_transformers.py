@@ -6,7 +6,6 @@ transformers' own initialisation they are flat, and which token is the largest i
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_triton import UnavailableError, comm, kernels, testing
+from moe_triton import UnavailableError, testing
 from moe_triton.integrations import transformers as integration
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -199,18 +198,8 @@ def test_generates_what_the_unmodified_model_does_on_four_ranks(
     check_against_unmodified(4, transport, dtype, path=checkpoint(family), hook=hook)
 
 
-STEPS = [field.name for field in dataclasses.fields(comm.DeviceSteps)]
-interpreted = pytest.param(
-    "interpret",
-    marks=pytest.mark.skipif(
-        not all(hasattr(kernels, step) for step in STEPS),
-        reason="the Triton kernels do not cover all steps yet",
-    ),
-)
-
-
 @full
-@pytest.mark.parametrize("backend", ["cpu", interpreted])
+@pytest.mark.parametrize("backend", ["cpu", "interpret"])
 def test_back_ends(checkpoint, backend, monkeypatch):
     testing.close_pool()  # whether Triton interprets is settled when a process imports it
     monkeypatch.setenv("MOE_TRITON_BACKEND", backend)
