@@ -80,7 +80,8 @@ class Exchange:
         self.load: torch.Tensor | None = None
         if count_load:
             num_local = config.topology.num_local_experts(self.rank)
-            self.load = torch.zeros(num_local, dtype=torch.int64, device=device)
+            with torch.inference_mode(False):  # each dispatch adds to it outside that mode
+                self.load = torch.zeros(num_local, dtype=torch.int64, device=device)
 
     def open(self) -> None:
         """Meet the ranks, compare arguments and allocate the windows."""
@@ -110,12 +111,14 @@ class Exchange:
             raise
         # Copies: they are needed to the end, and routing buffers are refilled for the next layer.
         # Weights have room in the window whether they come or not, so that ranks may differ.
-        ids = torch.empty(topk_ids.shape, dtype=torch.int32, device=x.device)
+        # They are written outside inference mode, where inference tensors cannot be.
+        with torch.inference_mode(False):
+            ids = torch.empty(topk_ids.shape, dtype=torch.int32, device=x.device)
+            weights = torch.empty(topk_ids.shape, dtype=config.weight_dtype, device=x.device)
         if topk_weights is None:
-            weights = x.new_ones(topk_ids.shape, dtype=config.weight_dtype)
+            weights.fill_(1)
         else:
             topk_weights = topk_weights.detach()
-            weights = torch.empty(topk_ids.shape, dtype=config.weight_dtype, device=x.device)
         given = topk_ids, topk_weights
         call = self._call(op)
         if scales is not None and scales.dim() == 2:
