@@ -234,6 +234,8 @@ class Channel:
         Raises:
             PeerAbortError, ArgumentMismatchError: a peer could not take part; the epoch is over.
             PeerTimeoutError: peers did not come; the group is broken, but one may wait again.
+            SequenceError: not the oldest operation; or ranks that share a device used different
+                streams, and the epoch is over.
         """
         ring = self._rings[kind]
         if next(iter(ring.in_flight), None) != epoch:

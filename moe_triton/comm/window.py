@@ -2,7 +2,8 @@
 
 Each rank has a window for each kind of operation, split into ``slots`` equal parts that operations
 use in turn. A slot begins with one flag record per source, four int32 words (epoch, status, digest
-of the arguments, unused), and goes on with what the kind needs:
+of the arguments, stream of the device), and goes on with what the kind needs. Where the flags are
+apart in host memory, as with windows in that of a device, their place in the slot stays empty.
 
     dispatch   [W] headers (token count, counts[E], copies[C], weights[C]); [R] rows
     combine    [L, W + 1] the first row of each (local expert, source); [A] rows
