@@ -10,12 +10,14 @@ SPEC := pyproject.toml constraints.txt
 ASCEND := $(VENV)/ascend
 
 # Tests of ops that also run on the Triton kernels, in Triton's interpreter.
-INTERPRETED := tests/test_expert_rows.py $(wildcard tests/test_hypothesis_*.py) \
-	tests/compat/test_combine_add_rms_norm.py tests/compat/test_quantisation.py \
+INTERPRETED := tests/test_expert_parallel_rows.py \
+	$(wildcard tests/ascend/distributed/test_hypothesis_*.py) \
+	tests/ascend/distributed/test_combine_add_rms_norm.py \
+	tests/ascend/distributed/test_quant_modes.py \
 	tests/test_fixed_shapes.py
-INTERPRETED_FULL := $(INTERPRETED) tests/test_expert_parallel.py tests/test_resolutions.py \
-	tests/compat/test_split_phase.py tests/compat/test_torch_npu.py \
-	tests/compat/test_torch_npu_v2.py tests/compat/test_update_expert.py
+INTERPRETED_FULL := $(INTERPRETED) tests/test_expert_parallel.py \
+	$(addprefix tests/ascend/distributed/test_,resolutions.py split_phase.py torch_npu.py torch_npu_v2.py) \
+	tests/ascend/local/test_update_expert.py
 
 .PHONY: help demo test test-full mutants lint docs clean
 .DEFAULT_GOAL := help
@@ -36,7 +38,7 @@ test-full: $(VENV)/.test $(ASCEND)/.tried ## the tests and long runs; rewrites d
 	$(if $(PYTEST_ARGS),,MOE_TRITON_BACKEND=interpret $(BIN)/pytest $(INTERPRETED_FULL))
 
 mutants: $(VENV)/.test ## break the kernels one change at a time; rewrites docs/evidence/mutants.md
-	$(BIN)/python tests/mutate.py --evidence=docs/evidence/mutants.md
+	$(BIN)/python tests/support/mutate.py --evidence=docs/evidence/mutants.md
 
 lint: $(VENV)/.dev ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .
@@ -63,7 +65,7 @@ $(VENV)/.dev: $(SPEC) | $(VENV)/.test
 $(ASCEND)/.tried: constraints-ascend.txt | $(VENV)/.test
 	$(BIN)/python -m venv $(ASCEND)
 	$(ASCEND)/bin/python -m pip install --disable-pip-version-check --no-deps -r $< \
-		&& $(BIN)/python tests/ascend.py $(ASCEND) \
+		&& $(BIN)/python tests/support/triton_ascend_env.py $(ASCEND) \
 		|| echo "triton-ascend cannot be installed here"
 	@touch $@
 

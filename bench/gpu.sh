@@ -127,7 +127,7 @@ fi
 # What other targets compile to needs no GPU, and is tested without one.
 tests=(tests/kernels tests/test_device.py --ignore tests/kernels/test_compiled.py)
 if [[ $dry_run ]]; then
-    part tests 120 "${safely[@]}" "${pytest[@]}" tests/kernels/test_plan.py tests/kernels/test_sources.py
+    part tests 120 "${safely[@]}" "${pytest[@]}" tests/kernels/test_routing_plan.py tests/kernels/test_recv_permutation.py
     part kernels 120 "$python" bench/bench_kernels.py --dry-run --tokens 5 \
         --out "$out/kernels.jsonl" "${bench_options[@]}"
     part graphs 60 "${safely[@]}" "${pytest[@]}" tests/kernels/test_graphs.py

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from moe_triton import kernels, ref, testing
-from moe_triton.kernels import launch
+from moe_triton.kernels import launch_config
 from moe_triton.layout import DispatchHeader, Norm, Plan, RowFormat
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -174,7 +174,7 @@ def _rows(fmt: RowFormat, count: int, device: torch.device) -> Tensors:
 
 def plan(shape: Shape, tokens: int, device: torch.device) -> Case:
     ids, _ = routed(shape, tokens, device)
-    num_bytes = plan_bytes(shape, tokens, launch.plan_launch(device, ids.numel()))
+    num_bytes = plan_bytes(shape, tokens, launch_config.plan_launch(device, ids.numel()))
 
     def bind(steps, inputs, _):
         return lambda: steps.plan(inputs["ids"], shape.experts)._asdict()
@@ -182,7 +182,7 @@ def plan(shape: Shape, tokens: int, device: torch.device) -> Case:
     return Case("plan", "", shape, tokens, {"ids": ids}, dict, bind, num_bytes)
 
 
-def plan_bytes(shape: Shape, tokens: int, how: launch.PlanLaunch) -> int:
+def plan_bytes(shape: Shape, tokens: int, how: launch_config.PlanLaunch) -> int:
     positions = tokens * shape.top_k
     if how.compare:
         programs = min(-(-max(positions, shape.experts) // how.own), how.num_programs)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moe_triton import errors, profile
+from moe_triton.ascend.op_names import EPLB_UPDATE_EXPERT, FAMILIES, UPDATE_EXPERT
 from moe_triton.compat import aclnn, torch_npu
 from moe_triton.errors import MoeError
-from moe_triton.ops.names import EPLB_UPDATE_EXPERT, FAMILIES, UPDATE_EXPERT
 from moe_triton.profile import buffers
 from moe_triton.profile.limits import Limits, is_combine, rules, words
 

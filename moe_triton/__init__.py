@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .ascend import required_buffsize_mb
 from .backend import get_backend, set_backend
 from .comm import Traffic, WindowBytes, recover
 from .errors import (
@@ -21,7 +22,7 @@ from .errors import (
     UnavailableError,
 )
 from .expert_parallel import CombinePending, Dispatched, DispatchPending, ExpertParallel, Handle
-from .ops import required_buffsize_mb, window_bytes
+from .ops import window_bytes
 from .profile import get_profile, set_profile
 
 __version__ = "0.1.0"

@@ -10,14 +10,14 @@ import sys
 import time
 from pathlib import Path
 
-import facts
+import provenance
 import pytest
 import torch
 
 try:
     import hypothesis
 except ModuleNotFoundError:
-    import without_hypothesis as hypothesis
+    import hypothesis_fallback as hypothesis
 
     # For the test files, which import it too.
     sys.modules["hypothesis"] = hypothesis
@@ -141,7 +141,7 @@ class Evidence:
             "",
             f"- {_counts(total)} in {time.monotonic() - self.start:.0f} s",
             f"- exit status {exitstatus}, test profile {PROFILE}, {time.strftime('%Y-%m-%d')}",
-            *(f"- {fact}" for fact in facts.environment()),
+            *(f"- {fact}" for fact in provenance.environment()),
             "",
             "| file | passed | failed | skipped | seconds |",
             "| --- | ---: | ---: | ---: | ---: |",

@@ -14,7 +14,7 @@ import torch
 from moe_triton import backend
 from moe_triton.errors import UnavailableError
 from moe_triton.layout import Plan
-from moe_triton.ops import steps
+from moe_triton.ops import device_steps
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +76,7 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
         current.pop()
 
     monkeypatch.setattr(torch, "get_device_module", lambda _: SimpleNamespace(device=device))
-    step = steps._one_at_a_time(lambda *_: [*current])
+    step = device_steps._one_at_a_time(lambda *_: [*current])
     second = SimpleNamespace(device=torch.device("cuda", 1))
     assert step(second) == [second.device]
     assert step(Plan(second, None, None), None) == [second.device]

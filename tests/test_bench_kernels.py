@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import moe_triton
-from moe_triton.kernels import launch
+from moe_triton.kernels import launch_config
 from moe_triton.layout import RowFormat
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
@@ -91,9 +91,9 @@ def test_bytes_of_deepseek(module):
     assert cases.reduce_bytes(shape, tokens, normalised=True) == 11 * token_bytes
     headers = 8 * 4 * 257 + rows * 8
     assert cases.push_bytes(shape, tokens, fmt("int8")) == token_bytes + tokens * 7184 + headers
-    how = launch.PlanLaunch(False, 256, 16, 16, 1056, 4)
+    how = launch_config.PlanLaunch(False, 256, 16, 16, 1056, 4)
     assert cases.plan_bytes(shape, tokens, how) == rows * 16 + 128 * 256 * 12
-    few = launch.PlanLaunch(True, 16, 128, 16, 1056, 4)
+    few = launch_config.PlanLaunch(True, 16, 128, 16, 1056, 4)
     assert cases.plan_bytes(shape, 128, few) == 1024 * 4 * 64
 
 

@@ -16,9 +16,9 @@ from hypothesis import given
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_triton import ExpertParallel, backend, testing
-from moe_triton.comm import rows, single
+from moe_triton.comm import row_exchange, single
 from moe_triton.layout import NOWHERE
-from moe_triton.ops import checks, steps
+from moe_triton.ops import checks, device_steps
 
 E, K, H, MAX_TOKENS = 6, 2, 32, 7
 # What cannot be answered without the data.
@@ -31,8 +31,10 @@ def fixed_shapes(monkeypatch):
 
 
 def fix_shapes(patch: pytest.MonkeyPatch) -> None:
-    table = steps._table
-    patch.setattr(steps, "_table", lambda name: dataclasses.replace(table(name), fixed_shapes=True))
+    table = device_steps._table
+    patch.setattr(
+        device_steps, "_table", lambda name: dataclasses.replace(table(name), fixed_shapes=True)
+    )
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -155,7 +157,7 @@ def test_rows_without_room_are_left_out(world, alignment, shared, monkeypatch):
     """In a graph nobody can say that there are too many: no row goes where there is no room."""
     if world == 1 and shared:
         pytest.skip("a rank of its own is needed for a shared expert")
-    for module in (single, rows):
+    for module in (single, row_exchange):
         monkeypatch.setattr(module, "check_overflow", lambda *_: None)
     experts_of = E if world == 1 else E // (world - shared)
     limit = 5
@@ -250,7 +252,7 @@ class Launches(TorchDispatchMode):
 def test_launches_of_a_rank_alone(monkeypatch):
     """Each costs more than a microsecond of a small batch, even in a graph."""
     listed = Launches()
-    table = steps._table
+    table = device_steps._table
 
     def listing(name):
         made = table(name)
@@ -258,7 +260,7 @@ def test_launches_of_a_rank_alone(monkeypatch):
         counted = {one: listed.step(one, getattr(made, one)) for one in fields}
         return dataclasses.replace(made, **counted)
 
-    monkeypatch.setattr(steps, "_table", listing)
+    monkeypatch.setattr(device_steps, "_table", listing)
     with testing.lockstep(1, make) as (ep,):
         given = inputs(0)
         drive([ep], [given])  # what is made once

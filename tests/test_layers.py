@@ -29,11 +29,12 @@ ALLOWED = {
     "comm": {"errors", "layout", "topology"},
     "ops": {"backend", "comm", "errors", "kernels", "layout", "profile", "ref", "topology"},
     "expert_parallel": {"comm", "errors", "layout", "ops"},
+    "ascend": {"comm", "errors", "layout", "ops", "profile", "ref", "topology"},
     "testing": {"comm", "errors", "ref", "topology"},
-    "compat": {"errors", "expert_parallel", "ops"},
+    "compat": {"ascend", "errors", "ops"},
     "integrations": {"errors", "expert_parallel", "ops"},
-    "emulate": {"compat", "errors", "ops"},
-    "": {"backend", "comm", "errors", "expert_parallel", "ops", "profile"},
+    "emulate": {"ascend", "compat", "errors", "ops"},
+    "": {"ascend", "backend", "comm", "errors", "expert_parallel", "ops", "profile"},
 }
 ALLOWED["cli"] = {*ALLOWED, "cli"}
 ALLOWED["__main__"] = {"cli"}
@@ -126,7 +127,7 @@ def test_imported_finds(source, expected):
 
 def test_layer_of():
     assert layer_of("moe_triton.errors.MoeError") == "errors"
-    assert layer_of("moe_triton.kernels.plan") == "kernels"
+    assert layer_of("moe_triton.kernels.routing_plan") == "kernels"
     assert layer_of("moe_triton.ExpertParallel") == layer_of("moe_triton") == ""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from .. import backend
-from ..emulate import launch
+from ..emulate import bootstrap
 from .terminal import positive
 
 DEVICES = 16
@@ -31,4 +31,4 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the script; returns its exit status, see ``launch.run``."""
     host = "cuda" if backend.unavailable_because("cuda") is None else "cpu"
     command = [*(["-m"] if arguments.module else []), arguments.script, *arguments.arguments]
-    return launch.run(command, host=host, devices=arguments.devices)
+    return bootstrap.run(command, host=host, devices=arguments.devices)

@@ -6,8 +6,9 @@ import argparse
 import dataclasses
 from typing import Any
 
-from ..ops import required_buffsize_mb, window_bytes
-from ..ops.names import DISPATCH
+from ..ascend import required_buffsize_mb
+from ..ascend.op_names import DISPATCH
+from ..ops import window_bytes
 from .terminal import Terminal, positive, size
 
 _QUANTS = {"none": "bf16", "int8": "int8"}  # name of the option, and what rows are then

@@ -13,10 +13,10 @@ if __name__ != "moe_triton.comm":
 
 from .all_to_all import all_to_all_v
 from .collective import only_on_device
-from .endpoint import Endpoint
+from .communicator import Endpoint
 from .groups import TRANSPORTS, Group, bind_rank, resolve, set_transport, subgroup
 from .groups import register as register_group
-from .parts import PartsReader, parts_bytes
+from .packing import PartsReader, parts_bytes
 from .registry import (
     abandon_endpoint,
     close_all,
@@ -27,7 +27,7 @@ from .registry import (
     refuse_endpoint,
     unregister_group,
 )
-from .rows import traffic
+from .row_exchange import traffic
 from .transport import (
     Call,
     DeviceSteps,

@@ -35,14 +35,9 @@ from ..errors import (
 from ..layout import NOWHERE, DispatchHeader
 from .groups import Group
 from .memory import HOST
-from .parts import parts_bytes, write_parts
-from .rows import (
-    finish_rows,
-    receive,
-    received_counts,
-    rows_in_plan_order,
-    write_tokens,
-)
+from .packing import parts_bytes, write_parts
+from .polling import Waiter, ranks_text
+from .row_exchange import finish_rows, receive, received_counts, rows_in_plan_order, write_tokens
 from .transport import (
     Call,
     Finish,
@@ -54,7 +49,6 @@ from .transport import (
     phase,
     profiled,
 )
-from .waiting import Waiter, ranks_text
 from .window import MoeConfig, header_of
 
 # What sends and receives: torch's group, or gloo itself.

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from ..errors import MoeError
 from . import groups
-from .endpoint import Endpoint
+from .communicator import Endpoint
 from .groups import Group
 
 DEFAULT_TIMEOUT = 30.0  # seconds

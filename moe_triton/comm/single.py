@@ -8,8 +8,8 @@ from typing import TypeVar
 import torch
 
 from ..errors import MoeError, SequenceError
-from .parts import write_parts
-from .rows import (
+from .packing import write_parts
+from .row_exchange import (
     as_rows,
     capacity_of,
     check_overflow,

@@ -12,9 +12,9 @@ from typing import TypeVar
 import torch
 
 from ..errors import ArgumentValueError, MoeError
-from .channel import Channel
-from .parts import write_parts
-from .rows import (
+from .packing import write_parts
+from .ring_protocol import Channel
+from .row_exchange import (
     check_returns,
     finish_rows,
     receive,

@@ -21,15 +21,9 @@ from ..comm import (
     Tokens,
     Transport,
 )
-from ..errors import (
-    ArgumentTypeError,
-    ArgumentValueError,
-    MoeError,
-    PeerAbortError,
-    SequenceError,
-)
+from ..errors import ArgumentTypeError, ArgumentValueError, MoeError, PeerAbortError, SequenceError
 from ..layout import NOWHERE, Plan, Sources
-from ..ops import checks, formats
+from ..ops import checks, quantization
 from .results import Handle
 
 OP = "ExpertParallel"
@@ -135,7 +129,7 @@ class Exchange:
         self.last = (operation.call.config, operation.data)
         if received.scales is None:
             return received
-        scales = formats.as_e8m0(self.config.quant, received.scales)
+        scales = quantization.as_e8m0(self.config.quant, received.scales)
         return dataclasses.replace(received, scales=scales)
 
     def gather_load(self) -> torch.Tensor:
@@ -339,7 +333,9 @@ class Exchange:
         expected = (len(x), config.top_k)
         checks.shape(op, "topk_ids", topk_ids, expected, "(T, K)", self.device)
         checks.shape(op, "topk_weights", topk_weights, expected, "(T, K)", self.device)
-        formats.check_factors(op, scales, config.quant, config.topology, config.hidden, self.device)
+        quantization.check_factors(
+            op, scales, config.quant, config.topology, config.hidden, self.device
+        )
         if x.device.type == "cpu":
             active = topk_ids != NOWHERE
             num_experts = config.topology.num_experts

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import operators
+from . import custom_ops
 from .exchange import Exchange
 
 
@@ -61,7 +61,7 @@ class Dispatch(torch.autograd.Function):
     def backward(ctx: Any, rows: Tensor, row_weights: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of the tokens and of their weights."""
         expert_ids, ends = ctx.saved_tensors
-        x, weights = operators.return_gradients(
+        x, weights = custom_ops.return_gradients(
             rows=rows if ctx.has_rows else None,
             row_weights=row_weights,
             expert_ids=expert_ids,
@@ -112,7 +112,7 @@ class Combine(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of the rows, of their weights and of the addend."""
         y, row_weights, expert_ids = ctx.saved_tensors
-        rows = operators.send_gradients(
+        rows = custom_ops.send_gradients(
             gradient=gradient, expert_ids=expert_ids, num_rows=len(y), name=ctx.name
         ).to(row_weights.dtype)
         size = min(len(y), len(row_weights))  # y may have more rows than arrived, or fewer than A

@@ -18,8 +18,8 @@ from ..errors import (
     PeerAbortError,
     PeerTimeoutError,
 )
-from ..ops import checks, device_steps, layer_config
-from . import gradients, operators
+from ..ops import checks, layer_config, steps_on
+from . import custom_ops, gradients
 from .exchange import OP as _OP
 from .exchange import Exchange
 from .results import CombinePending, Dispatched, DispatchPending, Handle
@@ -119,7 +119,7 @@ class ExpertParallel:
                 alignment=alignment,
             )
             self.device = _device(device, resolved)
-            steps = device_steps(self.device)
+            steps = steps_on(self.device)
         except MoeError as error:
             comm.refuse_endpoint(resolved, _OP, error)
             raise
@@ -156,7 +156,7 @@ class ExpertParallel:
         except BaseException:
             comm.close_endpoint(endpoint)
             raise
-        self._name = operators.register(self._exchange)
+        self._name = custom_ops.register(self._exchange)
 
     # What there is on this rank.
 
@@ -273,7 +273,7 @@ class ExpertParallel:
             The errors of ``dispatch``.
         """
         if torch.compiler.is_compiling():
-            number = operators.dispatch_setup(
+            number = custom_ops.dispatch_setup(
                 x=x, topk_ids=topk_ids, topk_weights=topk_weights, scales=scales, name=self._name
             )
             ids = topk_ids.to(torch.int32, copy=True)
@@ -297,7 +297,7 @@ class ExpertParallel:
         """
         numbering = None
         if isinstance(pending.operation, torch.Tensor):
-            rows, scales, row_weights, per_expert, offsets, ends = operators.dispatch_teardown(
+            rows, scales, row_weights, per_expert, offsets, ends = custom_ops.dispatch_teardown(
                 number=pending.operation, name=self._name
             )
         else:
@@ -379,7 +379,7 @@ class ExpertParallel:
         self, y: torch.Tensor, handle: Handle, addend: torch.Tensor | None
     ) -> CombinePending:
         if torch.compiler.is_compiling():
-            number = operators.combine_setup(
+            number = custom_ops.combine_setup(
                 y=y,
                 expert_ids=handle.expert_ids,
                 weights=handle.weights,
@@ -411,7 +411,7 @@ class ExpertParallel:
         """
         y, handle = pending.y, pending.handle
         if isinstance(pending.operation, torch.Tensor):
-            out = operators.combine_teardown(
+            out = custom_ops.combine_teardown(
                 number=pending.operation,
                 y=y,
                 expert_ids=handle.expert_ids,
@@ -498,6 +498,6 @@ def _device(device: torch.device | str | None, group: comm.Group) -> torch.devic
         # Tensors on cpu:0 say that they are on cpu.
         return torch.device("cpu")
     if found.index is None:
-        device_steps(found)  # says why a device cannot be used
+        steps_on(found)  # says why a device cannot be used
         found = torch.device(found.type, torch.get_device_module(found).current_device())
     return found

@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import UnavailableError
-from .rows import Options, close_exchanges, exchange_for
+from .expert_rows import Options, close_exchanges, exchange_for
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

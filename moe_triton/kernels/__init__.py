@@ -18,15 +18,13 @@ if __name__ != "moe_triton.kernels":
     )
 
 from .affine import quantize_affine
+from .dispatch_send import push
 from .experts import eplb_map, keep_experts, top_k_gating
-from .finalize import finalize
+from .finalize_routing import finalize
 from .flags import wait_flags, write_flags
 from .gather_quant import gather_quant
-from .locate import arrivals, returns
-from .pack import clear, pack
-from .permutation import permutation
-from .plan import plan
-from .push import push
+from .gather_rows import clear, pack
+from .local_permutation import permutation
 from .quantize import (
     decode,
     encode,
@@ -37,8 +35,10 @@ from .quantize import (
     quantize_rows,
     quantize_static,
 )
-from .reduce import add_rows, reduce
-from .sources import sources
+from .recv_permutation import sources
+from .routing_plan import plan
+from .row_index import arrivals, returns
+from .weighted_sum import add_rows, reduce
 
 __all__ = [
     "add_rows",

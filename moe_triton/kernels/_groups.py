@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ..errors import ArgumentValueError
 from ..layout import NOWHERE
-from . import launch
+from . import launch_config
 from ._checks import check_tensor
 
 _NOWHERE = tl.constexpr(NOWHERE)
@@ -165,7 +165,7 @@ def number_groups(
     begins, copies = torch.empty(
         (2, num_experts, world + 1), dtype=torch.int32, device=device
     ).unbind()
-    tile = launch.one_program(device, num_experts, world + 1)
+    tile = launch_config.one_program(device, num_experts, world + 1)
     _groups_kernel[(1,)](
         counts,
         ends,

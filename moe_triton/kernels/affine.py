@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ._checks import FLOATS, check_tensor, with_adjacent_columns
 from ._common import int8_code, to_float32
-from .launch import tiles
+from .launch_config import tiles
 
 
 @triton.jit

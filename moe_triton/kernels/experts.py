@@ -20,7 +20,7 @@ import triton.language as tl
 from ..errors import ArgumentValueError
 from ._checks import FLOATS, INDICES, check_tensor
 from ._common import to_float32
-from .launch import tiles
+from .launch_config import tiles
 
 _SCORINGS = ("softmax", "sigmoid", "chosen")
 _TAKEN = tl.constexpr(-(2**31))  # below the order of every number

@@ -28,7 +28,7 @@ import triton.language as tl
 
 from ..errors import ArgumentTypeError, ArgumentValueError, MissingArgumentError
 from ..layout import FLOAT8, RowFormat
-from . import launch
+from . import launch_config
 from ._checks import FLOATS, check_tensor
 from ._common import (
     WORDS,
@@ -454,9 +454,9 @@ def write_rows(
 
     group = min(fmt.block or hidden, hidden)
     num_groups = 1 if scales is None else scales.shape[1]
-    lanes = min(triton.next_power_of_2(group), launch.widest(x.device))
+    lanes = min(triton.next_power_of_2(group), launch_config.widest(x.device))
     indexed = index is not None or expert_ids is not None
-    tiles = launch.tiles(x.device, num_tokens, num_groups * lanes, indexed=indexed)
+    tiles = launch_config.tiles(x.device, num_tokens, num_groups * lanes, indexed=indexed)
     groups = tiles.block // lanes
     whole = lanes >= group
     adjacent = num_groups == 1 or lanes <= group
@@ -628,7 +628,7 @@ def decode(rows: torch.Tensor, fmt: RowFormat, out: torch.Tensor) -> None:
     assert scales is not None
     num_blocks = hidden // fmt.block
     lanes = triton.next_power_of_2(fmt.block)
-    tiles = launch.tiles(device, num_rows, num_blocks * lanes)
+    tiles = launch_config.tiles(device, num_rows, num_blocks * lanes)
     groups = tiles.block // lanes
     adjacent = fmt.block == lanes
     step = 0 if adjacent else fmt.block

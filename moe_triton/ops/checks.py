@@ -10,12 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..errors import (
-    ArgumentNameError,
-    ArgumentTypeError,
-    ArgumentValueError,
-    MissingArgumentError,
-)
+from ..errors import ArgumentNameError, ArgumentTypeError, ArgumentValueError, MissingArgumentError
 from ..topology import Topology
 
 FLOATS = (torch.float16, torch.bfloat16)

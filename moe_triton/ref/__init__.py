@@ -11,7 +11,7 @@ Source: the semantics of Ascend's ``npu_moe_distribute_*`` family.
 from __future__ import annotations
 
 from .experts import eplb_map, keep_experts, top_k_gating
-from .finalize import finalize
+from .finalize_routing import finalize
 from .move import clear, gather_quant, pack, push
 from .quantize import (
     decode,
@@ -24,8 +24,8 @@ from .quantize import (
     quantize_rows,
     quantize_static,
 )
-from .reduce import accumulator, add_rows, reduce
 from .routing import arrivals, permutation, plan, returns, sources
+from .weighted_sum import accumulator, add_rows, reduce
 
 __all__ = [
     "accumulator",

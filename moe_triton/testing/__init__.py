@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from .inputs import routing_hot, routing_uniform, routing_zipf, tokens, weights
-from .launch import lockstep, run_local, run_processes
 from .pool import close_pool, pool_pids
 from .processes import Processes, start_processes
+from .run import lockstep, run_local, run_processes
 from .world import RankContext, WorkerDiedError
 
 __all__ = [

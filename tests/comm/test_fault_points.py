@@ -29,8 +29,8 @@ from moe_triton import (
     comm,
     testing,
 )
-from moe_triton.comm.channel import Channel
-from moe_triton.comm.meeting import Meeting
+from moe_triton.comm.rendezvous import Meeting
+from moe_triton.comm.ring_protocol import Channel
 from moe_triton.comm.shm import MemfdMemory, PosixMemory
 
 WORLD, VICTIM, SURVIVORS = 3, 1, (0, 2)

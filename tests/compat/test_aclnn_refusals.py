@@ -14,13 +14,13 @@ import definition
 import pytest
 import torch
 from aclnn_calls import keyword, parameters
-from compat import test_combine_add_rms_norm as norm
-from compat import test_torch_npu_errors as v1
-from compat import test_torch_npu_v2_errors as v2
-from compat import test_update_expert as replicas
+from ascend.distributed import test_combine_add_rms_norm as norm
+from ascend.distributed import test_torch_npu_errors as v1
+from ascend.distributed import test_torch_npu_v2_errors as v2
+from ascend.local import test_update_expert as replicas
 from definition_checks import check_dispatch, without_spare
 from harness import run_world
-from refusals import AT_ONCE, Bad, put
+from invalid_calls import AT_ONCE, Bad, put
 from worked_examples import BASIC, example_calls
 
 import moe_triton

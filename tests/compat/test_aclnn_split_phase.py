@@ -8,12 +8,12 @@ from typing import Any
 
 import aclnn_calls
 import harness
+import invalid_calls
 import pytest
-import refusals
-import split_phase
+import split_phase_calls
 import torch
 from aclnn_calls import ROWS, poisoned
-from compat import test_split_phase as by_torch_npu
+from ascend.distributed import test_split_phase as by_torch_npu
 from worked_examples import BASIC, EXAMPLES, PLAIN, example_calls
 
 from moe_triton import set_profile
@@ -75,7 +75,7 @@ def outputs_of(half: str, call: dict) -> list[torch.Tensor | None]:
     return aclnn_calls.combine_outputs(call)
 
 
-class Halves(split_phase.Halves):
+class Halves(split_phase_calls.Halves):
     """The four operators of one rank, in two phases each."""
 
     def _op(self, half: str, given: dict, changes: dict) -> Any:
@@ -189,7 +189,7 @@ def test_a_setup_is_refused(half, name):
     (heard, _), (said, _) = found
     check(said, name, row)
     assert (heard["phase"], heard["status"]) == (2, RUNTIME)
-    assert heard["seconds"] < refusals.AT_ONCE
+    assert heard["seconds"] < invalid_calls.AT_ONCE
     assert [combined for _, combined in found] == BASIC.combined
 
 

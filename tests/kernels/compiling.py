@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from moe_triton.kernels import launch
+from moe_triton.kernels import launch_config
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -107,7 +107,7 @@ def main() -> None:
     target = TARGETS[sys.argv[1]]
     wanted = sys.argv[2] if len(sys.argv) > 2 else ""
     driver.set_active(Device(target))
-    policy = launch.gpu_policy(PROCESSORS, target.warp_size)
+    policy = launch_config.gpu_policy(PROCESSORS, target.warp_size)
     found = []
     run = JITFunction.run
 
@@ -118,7 +118,7 @@ def main() -> None:
 
     with (
         mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(launch, "policy", return_value=policy),
+        mock.patch.object(launch_config, "policy", return_value=policy),
     ):
         for case, call in launches():
             if wanted not in case:

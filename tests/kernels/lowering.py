@@ -29,7 +29,7 @@ def record() -> None:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from moe_triton.kernels import launch
+    from moe_triton.kernels import launch_config
 
     driver.set_active(Device(TARGETS["sm_90"]))
     seen = set()
@@ -54,10 +54,10 @@ def record() -> None:
             seen.add(line)
             sys.stdout.write(json.dumps({"case": case}) + "\t" + line + "\n")
 
-    policy = launch.npu_policy(VECTOR_CORES)
+    policy = launch_config.npu_policy(VECTOR_CORES)
     with (
         mock.patch.object(JITFunction, "run", remember),
-        mock.patch.object(launch, "policy", return_value=policy),
+        mock.patch.object(launch_config, "policy", return_value=policy),
     ):
         for case, call in launches():
             if sys.argv[2] in case and not any(word in case for word in NOT_THERE):

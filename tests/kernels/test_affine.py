@@ -11,7 +11,7 @@ import torch
 
 from moe_triton import kernels, ref
 from moe_triton.errors import MoeError
-from moe_triton.kernels.launch import Launch
+from moe_triton.kernels.launch_config import Launch
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NAN, INF = float("nan"), float("inf")

@@ -11,8 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import ascend
 import pytest
+import triton_ascend_env
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
@@ -113,12 +113,15 @@ def test_flags_order_memory_between_devices(target):
 
 
 @pytest.mark.skipif(
-    ascend.python() is None, reason="triton-ascend is not installed; `make test` tries to"
+    triton_ascend_env.python() is None,
+    reason="triton-ascend is not installed; `make test` tries to",
 )
 def test_every_launch_is_lowered_for_ascend():
     """As far as triton-ascend's own compiler goes without CANN: to Linalg, not to a binary."""
     launches = run("lowering.py", "record", "")
-    lowered = lines(run("lowering.py", "lower", interpreter=ascend.python(), stdin=launches))
+    lowered = lines(
+        run("lowering.py", "lower", interpreter=triton_ascend_env.python(), stdin=launches)
+    )
     assert len(lowered) == len(launches.splitlines())
     for one in lowered:
         assert not one["error"], f"{one['case']}, {one['kernel']}:\n{one['error']}"

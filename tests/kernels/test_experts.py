@@ -11,7 +11,7 @@ import torch
 
 from moe_triton import kernels, ref
 from moe_triton.errors import MoeError
-from moe_triton.kernels.launch import Launch
+from moe_triton.kernels.launch_config import Launch
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 

@@ -12,7 +12,7 @@ from triton.runtime.errors import InterpreterError
 
 from moe_triton import kernels, ref
 from moe_triton.errors import MoeError
-from moe_triton.kernels import launch
+from moe_triton.kernels import launch_config
 from moe_triton.layout import NOWHERE, RowFormat
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -98,8 +98,8 @@ def test_any_size(num_tokens, hidden, scheme, kind, dtype, seed, device):
 
 @pytest.mark.parametrize("scheme", ["none", "int8", "group e4m3"])
 def test_a_tile_for_each_token(scheme, device, monkeypatch):
-    few = dataclasses.replace(launch.policy(device), tile=1)
-    monkeypatch.setattr(launch, "policy", lambda device: few)
+    few = dataclasses.replace(launch_config.policy(device), tile=1)
+    monkeypatch.setattr(launch_config, "policy", lambda device: few)
     x, ids, index = draw(7, 130, device)
     fmt = formats(130)[scheme]
     for kind in ("row", "experts"):

@@ -11,7 +11,7 @@ import torch
 
 from moe_triton import kernels, ref
 from moe_triton.errors import MoeError
-from moe_triton.kernels import launch
+from moe_triton.kernels import launch_config
 from moe_triton.layout import RowFormat
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -266,8 +266,8 @@ def test_decode_blocks_of_any_size(device):
 
 
 def test_decode_in_several_tiles(device, monkeypatch):
-    few = dataclasses.replace(launch.policy(device), tile=1)
-    monkeypatch.setattr(launch, "policy", lambda device: few)
+    few = dataclasses.replace(launch_config.policy(device), tile=1)
+    monkeypatch.setattr(launch_config, "policy", lambda device: few)
     test_decode_blocks_of_any_size(device)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 
 import harness
+import invalid_calls
 import pytest
-import refusals
 import torch
 
 from moe_triton import set_profile
@@ -90,7 +90,7 @@ def test_sixteen_ranks_of_a2(product, version, with_weights, global_bs):
         combined = COMBINE[version](**given, ep_send_counts=counts)
         assert combined.equal(1.5 * x)
         return [
-            refusals.attempt(functools.partial(COMBINE[version], **given, ep_send_counts=part))
+            invalid_calls.attempt(functools.partial(COMBINE[version], **given, ep_send_counts=part))
             for part in (counts[:experts], counts[:-1])
         ]
 
@@ -112,7 +112,7 @@ def test_the_switches_of_a2_allow_a_quantised_way_back(product, monkeypatch):
         given = {"expand_scales": outputs[6], "comm_quant_mode": 2, **group}
         rows, index, counts = outputs[0], outputs[2], outputs[4]
         combine = torch_npu.npu_moe_distribute_combine
-        return refusals.attempt(lambda: combine(rows, ids, index, counts, weights, **given))
+        return invalid_calls.attempt(lambda: combine(rows, ids, index, counts, weights, **given))
 
     for refusal in harness.run_world("local", 16, fn):
         assert refusal["error"]["argument"] == "comm_quant_mode"
@@ -176,7 +176,7 @@ FIRST, SLOTS = torch.tensor([True, False]), torch.tensor([[True], [False]])
 
 def refused(call):
     """The argument that a call refuses, and the code."""
-    error = refusals.attempt(call)["error"]
+    error = invalid_calls.attempt(call)["error"]
     return None if error is None else (error["code"], error["argument"])
 
 

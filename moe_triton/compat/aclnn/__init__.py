@@ -65,12 +65,6 @@ from .output_sizes import (
     aclnnMoeDistributeCombineSetupTeardownCalcOutputSize,
     aclnnMoeDistributeDispatchSetupTeardownCalcOutputSize,
 )
-from .replicas import (
-    aclnnMoeEPLBUpdateExpert,
-    aclnnMoeEPLBUpdateExpertGetWorkspaceSize,
-    aclnnMoeUpdateExpert,
-    aclnnMoeUpdateExpertGetWorkspaceSize,
-)
 from .split_phase import (
     aclnnMoeDistributeCombineSetup,
     aclnnMoeDistributeCombineSetupGetWorkspaceSize,
@@ -89,6 +83,12 @@ from .status import (
     ACLNN_ERR_RUNTIME_ERROR,
     ACLNN_SUCCESS,
     aclnn_last_error,
+)
+from .update_expert import (
+    aclnnMoeEPLBUpdateExpert,
+    aclnnMoeEPLBUpdateExpertGetWorkspaceSize,
+    aclnnMoeUpdateExpert,
+    aclnnMoeUpdateExpertGetWorkspaceSize,
 )
 
 __all__ = [

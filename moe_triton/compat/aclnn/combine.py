@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import operators
+from ...ascend.distributed import schemas
 from .interface import Executor, FirstPhase, Interface, Output, Stream, first_phase, second_phase
 
 _V1 = Interface(
     "aclnnMoeDistributeCombine",
-    operators.combine,
+    schemas.combine,
     (Output("x", "(BS, H)"),),
 )
 _V2, _V3, _V4 = (
     Interface(
         f"aclnnMoeDistributeCombineV{version}",
-        operators.combine_v2,
+        schemas.combine_v2,
         (Output("xOut", "(BS, H)"),),
     )
     for version in (2, 3, 4)

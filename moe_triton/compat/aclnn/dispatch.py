@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...ascend.distributed import schemas
 from ...errors import ArgumentValueError
-from .. import operators
 from .interface import Executor, FirstPhase, Interface, Output, Stream, first_phase, second_phase
 
 
@@ -27,14 +27,14 @@ def _outputs(suffix: str, third: Output) -> tuple[Output, ...]:
 
 _V1 = Interface(
     "aclnnMoeDistributeDispatch",
-    operators.dispatch,
+    schemas.dispatch,
     _outputs("", Output("expandIdx", "(BS * K,)", torch.int32)),
     dtype_from="expandX",
 )
 _V2, _V3, _V4 = (
     Interface(
         f"aclnnMoeDistributeDispatchV{version}",
-        operators.dispatch_v2,
+        schemas.dispatch_v2,
         _outputs("Out", Output("assistInfoForCombineOut", "(A * 128,)", torch.int32, larger=True)),
         dtype_from="expandXOut",
     )

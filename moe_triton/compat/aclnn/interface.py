@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ...ascend.distributed.schemas import CheckedOperator
 from ...errors import (
     INVALID_PARAM,
     ArgumentError,
@@ -23,7 +24,6 @@ from ...errors import (
     MissingArgumentError,
 )
 from ...ops import checks
-from ..operators import CheckedOperator
 from .status import ACLNN_SUCCESS, failed
 
 _TEXTS = ("group_tp", "comm_alg")  # where C may give a null pointer for an empty one

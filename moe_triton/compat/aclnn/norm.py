@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import operators
+from ...ascend.distributed import schemas
 from .interface import Executor, FirstPhase, Interface, Output, Stream, first_phase, second_phase
 
 _V1, _V2 = (
     Interface(
         f"aclnnMoeDistributeCombineAddRmsNorm{version}",
-        operators.combine_add_rms_norm,
+        schemas.combine_add_rms_norm,
         (
             Output("yOut", "(BS, 1, H)"),
             Output("rstdOut", "(BS, 1, 1)", torch.float32),

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ascend.distributed import schemas
 from ...ops import checks
-from .. import operators
 from .interface import described, translated
 from .status import ACLNN_SUCCESS, failed
 
@@ -42,8 +42,8 @@ def aclnnMoeDistributeDispatchSetupTeardownCalcOutputSize(
     call = locals()
     try:
         given = _checked(_DISPATCH, "x", call)
-        y, expand_idx, info = operators.dispatch_setup.outputs(**given, y_dtype=None)
-        _, _, assist, _ = operators.dispatch_teardown.outputs(**given, y=y)
+        y, expand_idx, info = schemas.dispatch_setup.outputs(**given, y_dtype=None)
+        _, _, assist, _ = schemas.dispatch_teardown.outputs(**given, y=y)
     except Exception as error:  # noqa: BLE001 (the interface has statuses, no exceptions)
         return failed(_DISPATCH, error, translated(call)[1]), 0, 0, 0, 0
     return ACLNN_SUCCESS, y.shape[1], len(expand_idx), len(assist), len(info)
@@ -73,7 +73,7 @@ def aclnnMoeDistributeCombineSetupTeardownCalcOutputSize(
     call = locals()
     try:
         given = _checked(_COMBINE, "expandX", call)
-        sent, info = operators.combine_setup.outputs(**given)
+        sent, info = schemas.combine_setup.outputs(**given)
     except Exception as error:  # noqa: BLE001 (the interface has statuses, no exceptions)
         return failed(_COMBINE, error, translated(call)[1]), 0, 0
     return ACLNN_SUCCESS, sent.shape[1], len(info)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import operators
+from ...ascend.distributed import schemas
 from .interface import Executor, FirstPhase, Interface, Output, Stream, first_phase, second_phase
 
 _DISPATCH_SETUP = Interface(
     "aclnnMoeDistributeDispatchSetup",
-    operators.dispatch_setup,
+    schemas.dispatch_setup,
     (
         Output("yOut", "(BS * (K + NS), tokenMsgSize)"),
         Output("expandIdxOut", "(BS * K,)", torch.int32),
@@ -20,7 +20,7 @@ _DISPATCH_SETUP = Interface(
 )
 _DISPATCH_TEARDOWN = Interface(
     "aclnnMoeDistributeDispatchTeardown",
-    operators.dispatch_teardown,
+    schemas.dispatch_teardown,
     (
         Output("expandXOut", "(A, H)", larger=True),
         Output("dynamicScalesOut", "(A, ..)", larger=True),
@@ -30,7 +30,7 @@ _DISPATCH_TEARDOWN = Interface(
 )
 _COMBINE_SETUP = Interface(
     "aclnnMoeDistributeCombineSetup",
-    operators.combine_setup,
+    schemas.combine_setup,
     (
         Output("quantExpandXOut", "(A, tokenMsgSize)", torch.int8),
         Output("commCmdInfoOut", "((A + W) * 16,)", torch.int32),
@@ -38,7 +38,7 @@ _COMBINE_SETUP = Interface(
 )
 _COMBINE_TEARDOWN = Interface(
     "aclnnMoeDistributeCombineTeardown",
-    operators.combine_teardown,
+    schemas.combine_teardown,
     (Output("xOut", "(BS, H)"),),
 )
 

@@ -37,7 +37,6 @@ from .permute import (
     npu_moe_token_unpermute,
     npu_moe_token_unpermute_with_routing_map,
 )
-from .replicas import npu_moe_update_expert
 from .routing import (
     npu_moe_compute_expert_tokens,
     npu_moe_finalize_routing,
@@ -50,6 +49,7 @@ from .split_phase import (
     npu_moe_distribute_dispatch_setup,
     npu_moe_distribute_dispatch_teardown,
 )
+from .update_expert import npu_moe_update_expert
 
 __all__ = [
     "npu_moe_compute_expert_tokens",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import operators
+from ...ascend.distributed import schemas
 from ._groups import group_name
 
 
@@ -81,7 +81,7 @@ def npu_moe_distribute_combine(
     Raises:
         The errors of ``npu_moe_distribute_dispatch``.
     """
-    return operators.combine(
+    return schemas.combine(
         expand_x=expand_x,
         expert_ids=expert_ids,
         expand_idx=expand_idx,
@@ -196,7 +196,7 @@ def npu_moe_distribute_combine_v2(
     Raises:
         The errors of ``npu_moe_distribute_dispatch``.
     """
-    return operators.combine_v2(
+    return schemas.combine_v2(
         expand_x=expand_x,
         expert_ids=expert_ids,
         assist_info_for_combine=assist_info_for_combine,
@@ -330,7 +330,7 @@ def npu_moe_distribute_combine_add_rms_norm(
     Raises:
         The errors of ``npu_moe_distribute_dispatch``.
     """
-    return operators.combine_add_rms_norm(
+    return schemas.combine_add_rms_norm(
         expand_x=expand_x,
         expert_ids=expert_ids,
         expand_idx=expand_idx,

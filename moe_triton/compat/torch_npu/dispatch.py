@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...ops.formats import dtype_number
-from .. import operators
+from ...ascend.distributed import schemas
+from ...ascend.quant_modes import dtype_number
 from ._groups import group_name
 
 
@@ -87,7 +87,7 @@ def npu_moe_distribute_dispatch(
         PeerAbortError: a peer rejected its call; the group stays usable.
         PeerTimeoutError, BrokenGroupError: a peer did not come; see ``moe_triton.recover``.
     """
-    return operators.dispatch(
+    return schemas.dispatch(
         x=x,
         expert_ids=expert_ids,
         group_ep=group_name(group_ep),
@@ -187,7 +187,7 @@ def npu_moe_distribute_dispatch_v2(
     Raises:
         The errors of ``npu_moe_distribute_dispatch``.
     """
-    return operators.dispatch_v2(
+    return schemas.dispatch_v2(
         x=x,
         expert_ids=expert_ids,
         group_ep=group_name(group_ep),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import local_operators
+from ...ascend.local import schemas
 
 
 def npu_moe_gating_top_k(
@@ -56,7 +56,7 @@ def npu_moe_gating_top_k(
         ArgumentTypeError: 161002.
         ArgumentValueError: 561002, a shape or value; contents are checked on the CPU.
     """
-    return local_operators.gating_top_k(
+    return schemas.gating_top_k(
         x=x,
         k=k,
         bias=bias,
@@ -91,7 +91,7 @@ def npu_moe_gating_top_k_softmax(
     Raises:
         The errors of ``npu_moe_gating_top_k``.
     """
-    return local_operators.gating_top_k_softmax(x=x, finished=finished, k=k)
+    return schemas.gating_top_k_softmax(x=x, finished=finished, k=k)
 
 
 def npu_moe_gating_top_k_softmax_v2(
@@ -119,6 +119,6 @@ def npu_moe_gating_top_k_softmax_v2(
     Raises:
         The errors of ``npu_moe_gating_top_k``.
     """
-    return local_operators.gating_top_k_softmax_v2(
+    return schemas.gating_top_k_softmax_v2(
         x=x, k=k, finished=finished, renorm=renorm, output_softmax=output_softmax
     )

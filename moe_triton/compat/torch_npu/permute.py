@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .. import local_operators
+from ...ascend.local import schemas
 
 
 def npu_moe_token_permute(
@@ -40,7 +40,7 @@ def npu_moe_token_permute(
         ArgumentTypeError: 161002.
         ArgumentValueError: 561002, a shape or value; contents are checked on the CPU.
     """
-    return local_operators.token_permute(
+    return schemas.token_permute(
         tokens=tokens, indices=indices, num_out_tokens=num_out_tokens, padded_mode=padded_mode
     )
 
@@ -72,7 +72,7 @@ def npu_moe_token_unpermute(
     Raises:
         The errors of ``npu_moe_token_permute``.
     """
-    return local_operators.token_unpermute(
+    return schemas.token_unpermute(
         permuted_tokens=permuted_tokens,
         sorted_indices=sorted_indices,
         probs=probs,
@@ -111,7 +111,7 @@ def npu_moe_token_permute_with_routing_map(
     Raises:
         The errors of ``npu_moe_token_permute``.
     """
-    return local_operators.token_permute_with_routing_map(
+    return schemas.token_permute_with_routing_map(
         tokens=tokens,
         routing_map=routing_map,
         probs=probs,
@@ -153,7 +153,7 @@ def npu_moe_token_unpermute_with_routing_map(
     Raises:
         The errors of ``npu_moe_token_permute``.
     """
-    return local_operators.token_unpermute_with_routing_map(
+    return schemas.token_unpermute_with_routing_map(
         permuted_tokens=permuted_tokens,
         sorted_indices=sorted_indices,
         restore_shape=restore_shape,

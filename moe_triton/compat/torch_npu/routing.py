@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...ops.formats import dtype_number
-from .. import local_operators
+from ...ascend.local import schemas
+from ...ascend.quant_modes import dtype_number
 
 
 def npu_moe_init_routing_v2(
@@ -75,7 +75,7 @@ def npu_moe_init_routing_v2(
     Raises:
         The errors of ``npu_moe_re_routing``.
     """
-    return local_operators.init_routing_v2(
+    return schemas.init_routing_v2(
         x=x,
         expert_idx=expert_idx,
         scale=scale,
@@ -127,7 +127,7 @@ def npu_moe_re_routing(
         ArgumentTypeError: 161002.
         ArgumentValueError: 561002, a shape or value; contents are checked on the CPU.
     """
-    return local_operators.re_routing(
+    return schemas.re_routing(
         tokens=tokens,
         expert_token_num_per_rank=expert_token_num_per_rank,
         per_token_scales=per_token_scales,
@@ -151,9 +151,7 @@ def npu_moe_compute_expert_tokens(sorted_experts: Tensor, num_expert: int) -> Te
     Raises:
         The errors of ``npu_moe_re_routing``.
     """
-    return local_operators.compute_expert_tokens(
-        sorted_experts=sorted_experts, num_expert=num_expert
-    )
+    return schemas.compute_expert_tokens(sorted_experts=sorted_experts, num_expert=num_expert)
 
 
 def npu_moe_finalize_routing(
@@ -194,7 +192,7 @@ def npu_moe_finalize_routing(
     Raises:
         The errors of ``npu_moe_re_routing``.
     """
-    return local_operators.finalize_routing(
+    return schemas.finalize_routing(
         expanded_permuted_rows=expanded_permuted_rows,
         skip1=skip1,
         skip2=skip2,

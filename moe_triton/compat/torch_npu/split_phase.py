@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...ops.formats import dtype_number
-from .. import operators
+from ...ascend.distributed import schemas
+from ...ascend.quant_modes import dtype_number
 from ._groups import group_name
 
 
@@ -67,7 +67,7 @@ def npu_moe_distribute_dispatch_setup(
         The errors of ``npu_moe_distribute_dispatch``.
         SequenceError: the last dispatch on this group has not been torn down.
     """
-    return operators.dispatch_setup(
+    return schemas.dispatch_setup(
         x=x,
         expert_ids=expert_ids,
         group_ep=group_name(group_ep),
@@ -139,7 +139,7 @@ def npu_moe_distribute_dispatch_teardown(
         ArgumentValueError: also an argument that is not that of the oldest setup.
         SequenceError: there is no setup to tear down.
     """
-    return operators.dispatch_teardown(
+    return schemas.dispatch_teardown(
         x=x,
         y=y,
         expert_ids=expert_ids,
@@ -207,7 +207,7 @@ def npu_moe_distribute_combine_setup(
         The errors of ``npu_moe_distribute_dispatch``.
         SequenceError: the last combine on this group has not been torn down.
     """
-    return operators.combine_setup(
+    return schemas.combine_setup(
         expand_x=expand_x,
         expert_ids=expert_ids,
         assist_info_for_combine=assist_info_for_combine,
@@ -281,7 +281,7 @@ def npu_moe_distribute_combine_teardown(
         ArgumentValueError: also an argument that is not that of the oldest setup.
         SequenceError: there is no setup to tear down.
     """
-    return operators.combine_teardown(
+    return schemas.combine_teardown(
         expand_x=expand_x,
         quant_expand_x=quant_expand_x,
         expert_ids=expert_ids,

@@ -6,7 +6,7 @@ from typing import NoReturn
 
 import torch
 
-from moe_triton.emulate import children, device, hccl, operators, settings
+from moe_triton.emulate import children, device, hccl, settings, torch_npu_ops
 
 settings.check_started_by_npu_run(__name__)
 
@@ -16,10 +16,10 @@ __version__ = torch.__version__.partition("+")[0] + "+moe_triton"
 
 device.install(npu)
 hccl.install()
-operators.install()
+torch_npu_ops.install()
 children.install()
-globals().update(operators.OPERATORS)
+globals().update(torch_npu_ops.OPERATORS)
 
 
 def __getattr__(name: str) -> NoReturn:
-    operators.not_emulated("torch_npu", name)
+    torch_npu_ops.not_emulated("torch_npu", name)

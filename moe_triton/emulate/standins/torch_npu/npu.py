@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_triton.emulate import operators, settings
+from moe_triton.emulate import settings, torch_npu_ops
 from moe_triton.emulate.device import HOST, on_host
 from moe_triton.errors import ArgumentValueError
 
@@ -28,7 +28,7 @@ _thread = threading.local()
 def __getattr__(name: str) -> Any:
     if _ON_CUDA and hasattr(torch.cuda, name):
         return getattr(torch.cuda, name)
-    return operators.not_emulated("torch.npu", name)
+    return torch_npu_ops.not_emulated("torch.npu", name)
 
 
 # Devices.

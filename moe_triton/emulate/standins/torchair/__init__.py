@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 # torch.compile takes a second to import. A parent does it here once for all ranks that it forks.
 import torch._dynamo
 
-from moe_triton.emulate import operators, settings
+from moe_triton.emulate import settings, torch_npu_ops
 
 from .configs.compiler_config import CompilerConfig
 
@@ -36,4 +36,4 @@ def patch_for_hcom() -> None:
 
 
 def __getattr__(name: str) -> NoReturn:
-    operators.not_emulated("torchair", name)
+    torch_npu_ops.not_emulated("torchair", name)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from moe_triton.emulate import operators
+from moe_triton.emulate import torch_npu_ops
 
 Test = TypeVar("Test")
 
@@ -44,7 +44,7 @@ def create_common_tensor(
     """
     dtype, layout, shape = item
     if layout not in _PLAIN:
-        operators.not_emulated("torch_npu", "npu_format_cast")
+        torch_npu_ops.not_emulated("torch_npu", "npu_format_cast")
     host = torch.from_numpy(np.random.uniform(minValue, maxValue, shape).astype(dtype))
     return host, host.to(device or get_npu_device())
 

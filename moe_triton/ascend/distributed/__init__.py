@@ -1,0 +1,1 @@
+"""Dispatch and combine between ranks: fused, with residual and RMSNorm, and in split phases."""

@@ -1,0 +1,280 @@
+"""Sending tokens to their experts, v1 and v2: checks, the two halves, and the outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import torch
+
+from ...comm import Call, MoeConfig, Received, Tokens
+from ...layout import FLOAT8
+from ...ops import checks, quantization
+from ...ops.device_steps import steps_on
+from ...profile import active_profile
+from ...topology import Topology
+from .. import quant_modes
+from ..group_arguments import GroupArguments, ScaledDown
+from ..op_names import DISPATCH_V2, family
+from .checks import check_tokens
+from .dispatch_metadata import ASSIST_WORDS
+from .groups import Ranks
+from .places import microseconds, place, routed_ids, sizes
+from .tensor_parallel import share_received
+
+
+class DispatchOutput(NamedTuple):
+    """The outputs of both versions of dispatch; see ``compat.torch_npu``.
+
+    ``expand_idx`` is the third output of v1 and ``assist_info`` that of v2, None in the other;
+    ``waited`` is int64 [W] microseconds, what ``performance_info`` gains.
+    """
+
+    expand_x: torch.Tensor
+    dynamic_scales: torch.Tensor | None
+    expand_idx: torch.Tensor
+    assist_info: torch.Tensor | None
+    expert_token_nums: torch.Tensor
+    ep_recv_counts: torch.Tensor
+    tp_recv_counts: torch.Tensor | None
+    expand_scales: torch.Tensor | None
+    waited: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Dispatch:
+    """A dispatch whose arguments are right.
+
+    Attributes:
+        op: its name.
+        x: [BS, H] the tokens.
+        rows: what they travel as.
+        topology: of the whole group.
+        elastic: what is left of the group, or None.
+        capacity: A.
+        config: for the transport.
+        agreed: likewise.
+        tokens: likewise.
+    """
+
+    op: str
+    x: torch.Tensor
+    rows: quant_modes.Rows
+    topology: Topology
+    elastic: ScaledDown | None
+    capacity: int
+    config: MoeConfig
+    agreed: dict[str, Any]
+    tokens: Tokens
+
+    @functools.cached_property
+    def call(self) -> Call:
+        """For the transport; ``UnavailableError`` when the back end of ``x`` cannot run."""
+        device = self.x.device
+        return Call(self.op, self.config, self.agreed, steps_on(device), device)
+
+    def outputs(self, received: Received) -> Received:
+        """``received`` with tokens and scales as they come out."""
+        if self.rows.given:
+            return quant_modes.without_scales(received, self.rows, self.x.shape[1])
+        if received.scales is None:
+            return received
+        scales = quantization.as_e8m0(self.rows.quant, received.scales)
+        return dataclasses.replace(received, scales=scales)
+
+
+def check_dispatch(
+    op: str,
+    ranks: Ranks,
+    x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    arguments: GroupArguments,
+    *,
+    scales: torch.Tensor | None = None,
+    x_active_mask: torch.Tensor | None = None,
+    expert_scales: torch.Tensor | None = None,
+    elastic_info: torch.Tensor | None = None,
+    performance_info: torch.Tensor | None = None,
+    quant_mode: int = 0,
+    expert_token_nums_type: int = 1,
+    y_dtype: object = None,
+    x_dtype: object = None,
+    scales_dtype: object = None,
+    comm_type: int = 0,
+) -> Dispatch:
+    """The call that these arguments make, or the error of the first that is wrong.
+
+    Tensors on the meta device have no values to be wrong; what they make is not for sending.
+    """
+    checks.required(op, x=x, expert_ids=expert_ids)
+    arguments.check_types(op)
+    checks.integers(op, quant_mode=quant_mode, expert_token_nums_type=expert_token_nums_type)
+    kinds = {"y_dtype": y_dtype, "x_dtype": x_dtype, "scales_dtype": scales_dtype}
+    named = {name: quant_modes.named_dtype(op, name, kind) for name, kind in kinds.items()}
+    x = quant_modes.stored_as(op, "x", x, named["x_dtype"])
+    if scales is not None:
+        scales = quant_modes.stored_as(op, "scales", scales, named["scales_dtype"])
+    quant_modes.check_dtypes(op, x, scales)
+    checks.dtype(op, "expert_ids", expert_ids, (torch.int32,))
+    checks.dtype(op, "expert_scales", expert_scales, (torch.float32,))
+    checks.dtype(op, "x_active_mask", x_active_mask, (torch.bool,))
+    checks.dtype(op, "elastic_info", elastic_info, (torch.int32,))
+    checks.dtype(op, "performance_info", performance_info, (torch.int64,))
+    topology, elastic = place(op, arguments, ranks, elastic_info)
+    max_tokens, active = check_tokens(
+        op, arguments, x, expert_ids, expert_scales, x_active_mask, elastic, topology
+    )
+    per_rank = (topology.world_size,)
+    checks.shape(op, "performance_info", performance_info, per_rank, "(W,)", x.device)
+    check_token_nums_type(op, expert_token_nums_type)
+    rows = quant_modes.rows_of(op, x, scales, quant_mode, named["y_dtype"])
+    active_profile().check(
+        family(op),
+        op,
+        **sizes(arguments, topology, x, expert_ids, max_tokens),
+        quant_mode=quant_mode,
+        float8=_float8(rows, quant_mode, named["y_dtype"]),
+        comm_type=comm_type,
+        mask_dims=None if x_active_mask is None else x_active_mask.dim(),
+        elastic=elastic_info is not None,
+        with_scales=scales is not None,
+        with_expert_scales=expert_scales is not None,
+    )
+    if rows.given:
+        quant_modes.check_given(op, x, scales)
+    else:
+        quantization.check_factors(op, scales, rows.quant, topology, x.shape[1], x.device)
+
+    top_k = expert_ids.shape[1]
+    sent, factors = (x, scales) if not rows.given else (_joined(x, scales), None)
+    config = MoeConfig(
+        topology if elastic is None else elastic.topology,
+        top_k,
+        sent.shape[1],
+        max_tokens,
+        sent.dtype,
+        rows.quant,
+        per_expert=factors is not None and factors.dim() == 2,
+        with_weights=expert_scales is not None,
+    )
+    agreed = arguments.agreed(op, x, "x", expert_ids) | {
+        "quant_mode": int(quant_mode),
+        "y_dtype": str(rows.dtype),
+        "scales": _in_words(scales, rows),
+        "expert_scales": "given" if expert_scales is not None else None,
+        "elastic_info": None if elastic is None else elastic.digest,
+    }
+    capacity = topology.capacity(ranks.group.rank, max_tokens, top_k)
+    num_rows = capacity * (2 if arguments.has_tp else 1)
+    ids = routed_ids(expert_ids, active)
+    return Dispatch(
+        op,
+        x,
+        rows,
+        topology,
+        elastic,
+        capacity,
+        config,
+        agreed,
+        Tokens(sent, ids, expert_scales, factors, num_rows),
+    )
+
+
+def _float8(rows: quant_modes.Rows, quant_mode: int, y_dtype: torch.dtype | None) -> str | None:
+    """The argument by which rows are float8 without a quant_mode that means it, as 3 and 4 do."""
+    if rows.given:
+        return "x"
+    return "y_dtype" if quant_mode == 2 and y_dtype in FLOAT8 else None
+
+
+def _joined(x: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    assert scales is not None
+    return quant_modes.with_scales(x, scales)
+
+
+def _in_words(scales: torch.Tensor | None, rows: quant_modes.Rows) -> str | None:
+    """What of the scales must be equal on all ranks."""
+    if scales is None:
+        return None
+    if rows.given:
+        return f"{scales.dtype}, {(*scales.shape[1:],)} for each token"
+    return "given" if scales.dim() == 2 else "the same for all experts"
+
+
+def distribute_dispatch(
+    op: str, arguments: GroupArguments, *, expert_token_nums_type: int = 1, **given: Any
+) -> DispatchOutput:
+    """Send each token to its experts; shapes and errors in ``compat.torch_npu``.
+
+    ``op`` is ``names.DISPATCH`` or ``DISPATCH_V2``, and ``given`` is that of ``check_dispatch``.
+    ``performance_info`` is only looked at; it is for the caller to add ``waited``.
+    """
+    ranks = Ranks.of(op, arguments, "gather")
+    with ranks.told(op, "dispatch", "gather"):
+        dispatch = check_dispatch(
+            op,
+            ranks,
+            arguments=arguments,
+            expert_token_nums_type=expert_token_nums_type,
+            **given,
+        )
+        call = dispatch.call
+    topology, elastic = dispatch.topology, dispatch.elastic
+    rank, capacity = ranks.group.rank, dispatch.capacity
+    with ranks.told(op, None, "gather"):
+        transport = ranks.ep.transport(op)
+        pending = transport.dispatch_setup(call, dispatch.tokens)
+        received = dispatch.outputs(transport.dispatch_teardown(pending))
+
+    ends, weights, tp_counts = received.sources.ends, received.weights, None
+    token_nums = received.totals
+    if ranks.tp is not None:
+        num_own = int(ends[-1])
+        arguments_of_pair = {**call.arguments, "ep_rank_id": rank}
+        tp_call = dataclasses.replace(call, arguments=arguments_of_pair)
+        peer = share_received(ranks.tp, tp_call, received.x, received.scales, ends)
+        token_nums = token_nums + peer.count
+        ends = torch.cat([ends, peer.ends])
+        counts = [num_own, peer.count] if arguments.tp_rank_id == 0 else [peer.count, num_own]
+        tp_counts = torch.tensor(counts, dtype=torch.int32, device=dispatch.x.device)
+        weights = None if weights is None else weights[:capacity].clone()
+    elif elastic is not None:
+        size = topology.world_size * topology.num_local_experts(rank)
+        ends = torch.cat([ends, ends[-1:].expand(size - len(ends))])
+    profile, config = active_profile(), call.config
+    spare = profile.spare_counts(topology.world_size, config.max_tokens, config.top_k)
+    if spare:
+        ends = torch.cat([ends, ends.new_empty(spare)])
+    if weights is None and profile.returns_weights:
+        weights = torch.empty(capacity, device=dispatch.x.device)
+    assist = None
+    if op == DISPATCH_V2:
+        size = capacity * ASSIST_WORDS
+        assist = torch.empty(size, dtype=torch.int32, device=dispatch.x.device)
+        slots = call.config.num_slots
+        copies = received.copies
+        columns = [received.sources.source, copies // slots, copies % slots]
+        torch.stack(columns, dim=1, out=assist[: 3 * len(copies)].view(-1, 3))
+    return DispatchOutput(
+        received.x,
+        received.scales,
+        received.plan.expand_idx,
+        assist,
+        as_token_nums(token_nums, expert_token_nums_type),
+        ends,
+        tp_counts,
+        weights,
+        microseconds(pending.waited, topology, elastic),
+    )
+
+
+def check_token_nums_type(op: str, kind: int) -> None:
+    """``expert_token_nums_type`` is one of the two."""
+    contract = "be 0 (prefix sums) or 1 (counts)"
+    checks.value(op, "expert_token_nums_type", kind in (0, 1), contract, kind)
+
+
+def as_token_nums(token_nums: torch.Tensor, kind: int) -> torch.Tensor:
+    """expert_token_nums of that type, from the rows of each expert."""
+    return token_nums.cumsum(0) if kind == 0 else token_nums

@@ -1,0 +1,124 @@
+"""What dispatch returned comes back unchanged to combine, so that no row goes astray."""
+
+from __future__ import annotations
+
+import torch
+
+from ...comm import MoeConfig
+from ...layout import NOWHERE, Plan, Sources
+from ...ops import checks
+from ...profile import active_profile
+from ...topology import Topology
+from ..group_arguments import GroupArguments
+
+ASSIST_WORDS = 128  # of assist_info_for_combine for each row of expand_x; three are used
+
+
+def received_counts(
+    op: str,
+    topology: Topology,
+    config: MoeConfig,
+    rank: int,
+    ends: torch.Tensor,
+    arguments: GroupArguments,
+    *,
+    name: str = "ep_send_counts",
+) -> torch.Tensor:
+    """[L, W] int32 rows of this rank, from their prefix sums."""
+    local = topology.num_local_experts(rank)
+    size = topology.world_size * local
+    if arguments.has_tp and len(ends) == size:
+        pass  # the peer's half is not needed
+    else:
+        spare = active_profile().spare_counts(topology.world_size, config.max_tokens, config.top_k)
+        length = size * (2 if arguments.has_tp else 1) + spare
+        meaning = "(W * T * L,)" if arguments.has_tp else "(W * L,)"
+        if spare:
+            meaning = "(W * L + 2 * G * K * (W / 8),)"
+        checks.shape(op, name, ends, (length,), meaning, ends.device)
+    left = config.topology.world_size
+    ends = ends[: local * left]
+    counts = ends.diff(prepend=ends.new_zeros(1)).view(local, left)
+    most = config.max_tokens if topology.is_shared_rank(rank) else config.max_copies
+    from_source = counts.sum(0)
+    if ends.device.type == "cpu":
+        checks.value(
+            op,
+            name,
+            counts.numel() == 0 or (int(counts.min()) >= 0 and int(from_source.max()) <= most),
+            f"be non-decreasing prefix sums with at most {most} rows from each rank, as dispatch "
+            "returned them",
+            f"rows per rank {from_source.tolist()}",
+        )
+    return counts
+
+
+def check_expand_idx(op: str, expand_idx: torch.Tensor, plan: Plan) -> None:
+    """The values have come back unchanged, so that no row goes astray."""
+    if expand_idx.device.type == "cpu":
+        same = (expand_idx == plan.expand_idx) | (plan.expand_idx == NOWHERE)
+        contract = "be what dispatch returned for these expert_ids"
+        checks.value(op, "expand_idx", bool(same.all()), contract, "other values")
+
+
+def check_assist_size(
+    op: str, name: str, assist: torch.Tensor, least: int, device: torch.device
+) -> None:
+    """There are words enough for the rows that can come."""
+    checks.shape(op, name, assist, (None,), "(A * 128,)", device)
+    contract = f"have at least A * {ASSIST_WORDS} = {least} elements"
+    checks.value(op, name, len(assist) >= least, contract, f"{len(assist)} elements")
+
+
+def check_assist(
+    op: str, name: str, assist: torch.Tensor, sources: Sources, config: MoeConfig, shared: bool
+) -> None:
+    """The triples have come back unchanged, so that no row goes astray."""
+    if assist.device.type != "cpu":
+        return
+    n = int(sources.ends[-1])
+    source, token, slot = assist[: 3 * n].view(n, 3).long().unbind(1)
+    first, last = (config.top_k, config.num_slots) if shared else (0, config.top_k)
+    holds = (source == sources.source[:n]) & (token >= 0) & (token < config.max_tokens)
+    holds &= (slot >= first) & (slot < last)
+    contract = "hold the triples that dispatch returned for these rows"
+    if not bool(holds.all()):
+        row = int((~holds).nonzero()[0])
+        got = f"{assist[3 * row : 3 * row + 3].tolist()} for row {row}"
+        checks.value(op, name, False, contract, got)
+    # Rows of one expert and one source come in the order of the source's tokens.
+    place = token * config.num_slots + slot
+    begins = torch.zeros(n + 1, dtype=torch.bool)
+    begins[sources.ends.long()] = True
+    wrong = (place[1:] <= place[:-1]) & ~begins[1:n]
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0]) + 1
+        checks.value(op, name, False, contract, f"row {row} before the one it follows")
+
+
+def check_tp_counts(op: str, arguments: GroupArguments, counts: torch.Tensor | None) -> None:
+    """``tp_send_counts`` is there, where there are such."""
+    if arguments.has_tp:
+        contract = "be given when tp_world_size is 2"
+        checks.value(op, "tp_send_counts", counts is not None, contract, None)
+        assert counts is not None
+        checks.shape(op, "tp_send_counts", counts, (2,), "(T,)", counts.device)
+
+
+def tp_counts(
+    op: str,
+    arguments: GroupArguments,
+    counts: torch.Tensor | None,
+    sources: Sources,
+    num_rows: int,
+) -> tuple[int, int]:
+    """How many rows of expand_x are this rank's, and how many the peer's behind them."""
+    own = len(sources.source)
+    if not arguments.has_tp:
+        return own, 0
+    assert counts is not None
+    mine, theirs = (int(counts[rank]) for rank in (arguments.tp_rank_id, 1 - arguments.tp_rank_id))
+    contract = f"hold {own} rows for this rank, the last of ep_send_counts, and at most A of either"
+    fits = mine == own and 0 <= theirs <= num_rows // 2
+    checks.value(op, "tp_send_counts", fits, contract, counts.tolist())
+    return own, theirs

@@ -1,0 +1,99 @@
+"""The two ranks that share each expert: what one received, both compute on.
+
+Dispatch gives each of them the other's rows behind its own. Each computes with its half of the
+expert, so that combine adds the other's part to the own rows before they return.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from ... import comm
+from ...comm import Call, PartsReader
+from ...errors import RoutingMismatchError
+
+
+@dataclasses.dataclass(frozen=True)
+class PeerRows:
+    """What the other rank received.
+
+    Attributes:
+        count: its rows.
+        ends: [W] int32 inclusive prefix sums of them by source.
+    """
+
+    count: int
+    ends: torch.Tensor
+
+
+def share_received(
+    endpoint: comm.Endpoint,
+    call: Call,
+    x: torch.Tensor,
+    scales: torch.Tensor | None,
+    ends: torch.Tensor,
+) -> PeerRows:
+    """Append the peer's rows to the own ones.
+
+    Args:
+        endpoint: of the pair.
+        call: the call.
+        x: [2 * A, H] that holds the own rows, and gets those of the peer behind them.
+        scales: [2 * A] or [2 * A, C] in the same way, or None.
+        ends: [W] int32 prefix sums of the own rows.
+    """
+    own = int(ends[-1])
+    capacity, hidden = len(x) // 2, x.shape[1]
+    parts = [ends, x[:own]]
+    sizes = [4 * len(ends), capacity * hidden * x.element_size()]
+    if scales is not None:
+        parts.append(scales[:own])
+        sizes.append(capacity * scales.shape[1:].numel() * scales.element_size())
+
+    def consume(received: list[torch.Tensor]) -> PeerRows:
+        reader = PartsReader(received[1 - endpoint.group.rank])
+        peer_ends = reader.take((len(ends),), torch.int32).clone()
+        count = int(peer_ends[-1])
+        x[own : own + count] = reader.take((count, hidden), x.dtype)
+        if scales is not None:
+            shape = (count, *scales.shape[1:])
+            scales[own : own + count] = reader.take(shape, scales.dtype)
+        return PeerRows(count, peer_ends)
+
+    transport = endpoint.transport(call.op)
+    pending = transport.gather_setup(call, parts, comm.parts_bytes(sizes))
+    return transport.gather_teardown(pending, consume)
+
+
+def add_halves(
+    endpoint: comm.Endpoint, call: Call, y: torch.Tensor, own: int, count: int, capacity: int
+) -> torch.Tensor:
+    """[own, H] the own rows, each the sum of what both ranks made of it.
+
+    Args:
+        endpoint: of the pair.
+        call: the call.
+        y: [.., H] outputs: the own rows, then the peer's.
+        own: number of own rows.
+        count: number of the peer's.
+        capacity: the most rows either can have.
+    """
+    hidden = y.shape[1]
+    total = y.new_empty((own, hidden))
+    peer = 1 - endpoint.group.rank
+
+    def consume(received: list[torch.Tensor]) -> None:
+        reader = PartsReader(received[peer])
+        returned = int(reader.take((1,), torch.int32))
+        if returned != own:
+            raise RoutingMismatchError(call.op, peer, "the TP pair", own, returned)
+        call.steps.add_rows(y[:own], reader.take((own, hidden), y.dtype), total)
+
+    transport = endpoint.transport(call.op)
+    parts = [torch.tensor([count], dtype=torch.int32), y[own : own + count]]
+    num_bytes = comm.parts_bytes([4, capacity * hidden * y.element_size()])
+    pending = transport.gather_setup(call, parts, num_bytes)
+    transport.gather_teardown(pending, consume)
+    return total

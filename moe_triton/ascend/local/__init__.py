@@ -1,0 +1,1 @@
+"""Ascend's MoE operators of one device: gating, permutation, routing, re-routing."""

@@ -1,0 +1,118 @@
+"""The ops behind ``npu_moe_re_routing`` and ``npu_moe_compute_expert_tokens``: rows by expert.
+
+Shapes and errors are in ``compat.torch_npu``. Each op has a function of its name with ``_outputs``,
+for compilers: what it returns, with no values yet; nothing there raises.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...errors import ArgumentTypeError
+from ...layout import NOWHERE
+from ...ops import checks
+from ...ops.device_steps import local_step
+from ..op_names import COMPUTE_EXPERT_TOKENS, RE_ROUTING
+from ..quant_modes import named_dtype
+from .gather import gather
+
+_MAX_HIDDEN = 16384  # of re_routing, exclusive
+_MAX_EXPERTS = 2048  # of compute_expert_tokens
+
+
+def re_routing(
+    tokens: Tensor,
+    expert_token_num_per_rank: Tensor,
+    *,
+    per_token_scales: Tensor | None = None,
+    expert_token_num_type: int = 1,
+    idx_type: int = 0,
+    tokens_dtype: int | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Rows in the order of their source ranks, in the order of their experts."""
+    op, counts = RE_ROUTING, expert_token_num_per_rank
+    checks.required(op, tokens=tokens, expert_token_num_per_rank=counts)
+    checks.integers(op, expert_token_num_type=expert_token_num_type, idx_type=idx_type)
+    checks.dtype(op, "tokens", tokens, (*checks.FLOATS, torch.int8))
+    checks.dtype(op, "expert_token_num_per_rank", counts, (torch.int32, torch.int64))
+    checks.dtype(op, "per_token_scales", per_token_scales, (torch.float32,))
+    kind = named_dtype(op, "tokens_dtype", tokens_dtype)
+    if kind not in (None, tokens.dtype):
+        raise ArgumentTypeError(op, "tokens_dtype", f"be that of tokens, {tokens.dtype}", kind)
+
+    device = tokens.device
+    checks.shape(op, "tokens", tokens, (None, None), "(A, H)", device)
+    num_rows, hidden = tokens.shape
+    contract = f"have 1 to {_MAX_HIDDEN - 1} columns"
+    checks.value(op, "tokens", 0 < hidden < _MAX_HIDDEN, contract, f"shape {tuple(tokens.shape)}")
+    checks.shape(op, "expert_token_num_per_rank", counts, (None, None), "(N, E)", device)
+    checks.shape(op, "per_token_scales", per_token_scales, (num_rows,), "(A,)", device)
+    known = expert_token_num_type == 1
+    checks.value(op, "expert_token_num_type", known, "be 1", expert_token_num_type)
+    checks.value(op, "idx_type", idx_type == 0, "be 0", idx_type)
+    checks.indices(op, "expert_token_num_per_rank", counts, num_rows + 1)
+    if device.type == "cpu":
+        total = int(counts.sum())
+        contract = f"add up to the rows of tokens, A = {num_rows}"
+        checks.value(op, "expert_token_num_per_rank", total == num_rows, contract, total)
+
+    index = _by_expert(counts.int(), num_rows)
+    scales = None if per_token_scales is None else per_token_scales[index]
+    of_expert = counts.sum(0, dtype=counts.dtype)
+    return gather(tokens, index), scales, index.int(), of_expert
+
+
+def _by_expert(counts: Tensor, num_rows: int) -> Tensor:
+    """[A] int64 places, by (rank, expert), of rows in the order of (expert, rank)."""
+    if counts.numel() == 0:
+        return counts.new_empty(0, dtype=torch.int64)
+    numbered = local_step("sources", counts.device)(counts.T.contiguous(), capacity=num_rows)
+    per_rank = counts.sum(1)
+    starts = per_rank.cumsum(0) - per_rank
+    index = starts[numbered.source.clamp(min=0)] + numbered.copy
+    # Counts on a device are not checked: fewer rows than there are leave zeros.
+    return index.where(numbered.source != NOWHERE, NOWHERE)
+
+
+def re_routing_outputs(
+    *,
+    tokens: Tensor,
+    expert_token_num_per_rank: Tensor,
+    per_token_scales: Tensor | None,
+    **_: object,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """What ``re_routing`` returns."""
+    scales = None if per_token_scales is None else torch.empty_like(per_token_scales)
+    counts = expert_token_num_per_rank
+    return (
+        tokens.new_empty(tokens.shape),
+        scales,
+        tokens.new_empty(tokens.shape[:1], dtype=torch.int32),
+        counts.new_empty(counts.shape[1:]),
+    )
+
+
+def compute_expert_tokens(sorted_experts: Tensor, num_expert: int) -> Tensor:
+    """The entries of a sorted list that are not above each expert."""
+    op = COMPUTE_EXPERT_TOKENS
+    checks.required(op, sorted_experts=sorted_experts)
+    checks.integers(op, num_expert=num_expert)
+    checks.dtype(op, "sorted_experts", sorted_experts, (torch.int32,))
+    device = sorted_experts.device
+    checks.shape(op, "sorted_experts", sorted_experts, (None,), "(rows,)", device)
+    fits = 0 < num_expert <= _MAX_EXPERTS
+    checks.value(op, "num_expert", fits, f"be in [1, {_MAX_EXPERTS}]", num_expert)
+    checks.indices(op, "sorted_experts", sorted_experts, 2**31 - 1)
+    if device.type == "cpu":
+        falls = (sorted_experts[1:] < sorted_experts[:-1]).nonzero()
+        place = int(falls[0]) if len(falls) else 0
+        got = f"{sorted_experts[place : place + 2].tolist()} at {place}"
+        checks.value(op, "sorted_experts", not len(falls), "not descend", got)
+    routing = local_step("plan", device)(sorted_experts[:, None], int(num_expert))
+    return routing.counts.cumsum(0, dtype=torch.int32)
+
+
+def compute_expert_tokens_outputs(*, sorted_experts: Tensor, num_expert: int) -> Tensor:
+    """What ``compute_expert_tokens`` returns."""
+    return sorted_experts.new_empty(max(num_expert, 0), dtype=torch.int32)

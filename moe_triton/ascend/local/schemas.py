@@ -1,0 +1,138 @@
+"""Ops of one device under the schemas of torch_npu: they send nothing, and compilers may move them.
+
+An op with gradients has no tensors by keyword only, which torch cannot differentiate; its function
+in ``compat.torch_npu`` has.
+"""
+
+from __future__ import annotations
+
+from ...ops.custom_op import Function
+from ..op_names import (
+    COMPUTE_EXPERT_TOKENS,
+    FINALIZE_ROUTING,
+    GATING_TOP_K,
+    GATING_TOP_K_SOFTMAX,
+    GATING_TOP_K_SOFTMAX_V2,
+    INIT_ROUTING_V2,
+    RE_ROUTING,
+    TOKEN_PERMUTE,
+    TOKEN_PERMUTE_MAP,
+    TOKEN_UNPERMUTE,
+    TOKEN_UNPERMUTE_MAP,
+)
+from . import backward, gating, init_routing, permute, routing_map
+from . import finalize_routing as finalizing
+from . import re_routing as rerouting
+
+gating_top_k = Function(
+    GATING_TOP_K,
+    "Tensor x, int k, *, Tensor? bias=None, Tensor? input_ids=None, Tensor? tid2eid=None, "
+    "int k_group=1, int group_count=1, int group_select_mode=0, int renorm=0, int norm_type=0, "
+    "bool out_flag=False, float routed_scaling_factor=1.0, float eps=1e-20",
+    "(Tensor y, Tensor expert_idx, Tensor out)",
+    run=gating.gating_top_k,
+    outputs=gating.gating_top_k_outputs,
+)
+
+gating_top_k_softmax = Function(
+    GATING_TOP_K_SOFTMAX,
+    "Tensor x, Tensor? finished=None, int k=1",
+    "(Tensor y, Tensor expert_idx, Tensor row_idx)",
+    run=gating.gating_top_k_softmax,
+    outputs=gating.gating_top_k_softmax_outputs,
+)
+
+gating_top_k_softmax_v2 = Function(
+    GATING_TOP_K_SOFTMAX_V2,
+    "Tensor x, *, int k=1, Tensor? finished=None, int? renorm=0, bool? output_softmax=False",
+    "(Tensor y, Tensor expert_idx, Tensor softmax_result)",
+    run=gating.gating_top_k_softmax_v2,
+    outputs=gating.gating_top_k_softmax_v2_outputs,
+)
+
+token_permute = Function(
+    TOKEN_PERMUTE,
+    "Tensor tokens, Tensor indices, int? num_out_tokens=None, bool padded_mode=False",
+    "(Tensor permuted_tokens, Tensor sorted_indices)",
+    run=permute.token_permute,
+    outputs=permute.token_permute_outputs,
+    backward=backward.permute_backward,
+    save=backward.save_permute,
+)
+
+token_unpermute = Function(
+    TOKEN_UNPERMUTE,
+    "Tensor permuted_tokens, Tensor sorted_indices, Tensor? probs=None, bool padded_mode=False, "
+    "int[]? restore_shape=None",
+    "Tensor",
+    run=permute.token_unpermute,
+    outputs=permute.token_unpermute_outputs,
+    backward=backward.unpermute_backward,
+    save=backward.save_unpermute,
+)
+
+token_permute_with_routing_map = Function(
+    TOKEN_PERMUTE_MAP,
+    "Tensor tokens, Tensor routing_map, Tensor? probs=None, int? num_out_tokens=None, "
+    "bool drop_and_pad=False",
+    "(Tensor permuted_tokens, Tensor permuted_probs, Tensor sorted_indices)",
+    run=routing_map.token_permute_with_routing_map,
+    outputs=routing_map.token_permute_with_routing_map_outputs,
+    backward=backward.permute_map_backward,
+    save=backward.save_permute_map,
+)
+
+token_unpermute_with_routing_map = Function(
+    TOKEN_UNPERMUTE_MAP,
+    "Tensor permuted_tokens, Tensor sorted_indices, SymInt[] restore_shape, Tensor? probs=None, "
+    "Tensor? routing_map=None, bool drop_and_pad=False",
+    "Tensor",
+    run=routing_map.token_unpermute_with_routing_map,
+    outputs=routing_map.token_unpermute_with_routing_map_outputs,
+    backward=backward.unpermute_map_backward,
+    save=backward.save_unpermute_map,
+)
+
+re_routing = Function(
+    RE_ROUTING,
+    "Tensor tokens, Tensor expert_token_num_per_rank, *, Tensor? per_token_scales=None, "
+    "int expert_token_num_type=1, int idx_type=0, int? tokens_dtype=None",
+    "(Tensor permute_tokens, Tensor permute_per_token_scales, Tensor permute_token_idx, "
+    "Tensor expert_token_num)",
+    run=rerouting.re_routing,
+    outputs=rerouting.re_routing_outputs,
+)
+
+compute_expert_tokens = Function(
+    COMPUTE_EXPERT_TOKENS,
+    "Tensor sorted_experts, int num_expert",
+    "Tensor",
+    run=rerouting.compute_expert_tokens,
+    outputs=rerouting.compute_expert_tokens_outputs,
+)
+
+init_routing_v2 = Function(
+    INIT_ROUTING_V2,
+    "Tensor x, Tensor expert_idx, Tensor? scale=None, Tensor? offset=None, int active_num=-1, "
+    "int expert_capacity=-1, int expert_num=-1, int drop_pad_mode=0, "
+    "int expert_tokens_num_type=0, bool expert_tokens_num_flag=False, int quant_mode=-1, "
+    "int[] active_expert_range=[], int row_idx_type=0, int? x_dtype=None",
+    "(Tensor expanded_x, Tensor expanded_row_idx, Tensor expert_token_cumsum_or_count, "
+    "Tensor expanded_scale)",
+    run=init_routing.init_routing_v2,
+    outputs=init_routing.init_routing_v2_outputs,
+    backward=backward.init_routing_backward,
+    save=backward.save_init_routing,
+)
+
+finalize_routing = Function(
+    FINALIZE_ROUTING,
+    "Tensor expanded_permuted_rows, Tensor? skip1, Tensor? skip2, Tensor? bias, Tensor? scales, "
+    "Tensor expanded_src_to_dst_row, Tensor? export_for_source_row, int? drop_pad_mode=0, "
+    "int? k=1",
+    "Tensor",
+    run=finalizing.finalize_routing,
+    outputs=finalizing.finalize_routing_outputs,
+    backward=backward.finalize_backward,
+    save=backward.save_finalize,
+)

@@ -1,0 +1,352 @@
+"""From a group to a connected transport, chosen when the ranks first meet.
+
+"auto" means: one rank needs nothing; ranks that can read and write each other's memory use windows;
+all others use torch.distributed. All ranks decide from the same facts and so come to the same
+choice. Whether there is memory enough is one of the facts, as far as the calls are known before.
+An explicit choice that cannot work is an error that says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import (
+    ArgumentMismatchError,
+    BrokenGroupError,
+    MoeError,
+    PeerAbortError,
+    PeerTimeoutError,
+    UnavailableError,
+)
+from . import atomics, collective
+from .groups import Group
+from .local import LocalMemory
+from .memory import Block, Memory
+from .rendezvous import Meeting
+from .ring_protocol import Channel, control_bytes
+from .shm import MemfdMemory, PosixMemory
+from .single import SingleTransport
+from .symmetric import SymmetricTransport
+from .transport import Call, Transport, outside_autograd
+
+
+class Endpoint:
+    """One rank of a group, connected when first used.
+
+    Args:
+        group: the group and this rank's place in it.
+        tag: sets apart the users of one group; equal on all ranks.
+        transport: "auto", "symmetric" or "collective".
+        in_flight: setups that may run ahead of teardowns.
+        timeout: seconds that any wait for peers may take.
+    """
+
+    def __init__(
+        self, group: Group, tag: str, *, transport: str, in_flight: int, timeout: float
+    ) -> None:
+        self.group = group
+        self.choice = group.transport if transport == "auto" else transport
+        self._in_flight = in_flight
+        self._timeout = timeout
+        self._meeting = Meeting(group, tag, timeout) if group.size > 1 else None
+        self._connected: Transport | None = None
+        if group.size == 1:
+            self._connected = SingleTransport(group.name, in_flight)
+        self._process_group_used = False
+        self._lost: str | None = None  # why the ranks did not meet
+        self._closed = False
+        self._prepared: Sequence[tuple[Call, str, int]] = ()
+
+    @property
+    def transport_name(self) -> str | None:
+        """One of "single", "symmetric" and "collective"; None before the ranks have met."""
+        return None if self._connected is None else self._connected.name
+
+    @outside_autograd
+    def transport(self, op: str) -> Transport:
+        """The transport; the first call meets all ranks.
+
+        Raises:
+            PeerTimeoutError: ranks did not come.
+            PeerAbortError: a rank rejected its call.
+            UnavailableError: the chosen transport cannot work between these ranks.
+            BrokenGroupError: ranks did not come to an earlier call.
+            MoeError: the endpoint is closed.
+        """
+        self._raise_if_lost(op)
+        if self._connected is None:
+            try:
+                self._connected = self._connect(op)
+            except PeerTimeoutError as error:
+                self._lost = error.problem
+                raise
+        return self._connected
+
+    def prepare(self, calls: Sequence[tuple[Call, str, int]]) -> None:
+        """Meet all ranks, compare arguments and allocate windows, over what has room for them.
+
+        Comes before any other call; ``recover()`` repeats it.
+
+        Args:
+            calls: calls to come, each with its kind and the bytes that a slot must hold.
+
+        Raises:
+            ArgumentMismatchError: the ranks' arguments differ.
+            MoeError: as for ``transport``.
+        """
+        self._prepared = calls
+        self.transport(calls[0][0].op)
+
+    def raise_if_broken(self, op: str) -> None:
+        """Raise ``BrokenGroupError`` when a wait timed out, without waiting for anybody."""
+        self._raise_if_lost(op)
+        if self._connected is not None:
+            self._connected.raise_if_broken(op)
+
+    def _raise_if_lost(self, op: str) -> None:
+        if self._closed:
+            raise MoeError(op, f"this endpoint of group {self.group.name!r} is closed")
+        if self._lost is not None:
+            raise BrokenGroupError(
+                op,
+                f"group {self.group.name!r} is broken since its ranks did not meet ({self._lost}); "
+                "call recover() on all ranks",
+            )
+
+    @outside_autograd
+    def reject(self, kind: str, op: str, error: MoeError) -> None:
+        """Tell the peers, who may be making the call right now, why this rank rejects it.
+
+        Where they cannot be told, this returns all the same: its caller raises ``error``, which
+        says more, and the next call finds the group broken.
+        """
+        if self._connected is not None:
+            with contextlib.suppress(PeerTimeoutError, BrokenGroupError):
+                self._connected.reject(kind, op, error)
+        elif self._meeting is not None and self._lost is None and not self._closed:
+            self._meeting.reject(error.problem)
+
+    @outside_autograd
+    def recover(self, op: str) -> None:
+        """Start over with the ranks that come, after a timeout; collective.
+
+        What was in flight is lost. A rank that was restarted takes part by its first call. When
+        it fails, all ranks must call it again.
+        """
+        if self._meeting is None or self._closed:
+            self._raise_if_lost(op)
+            return
+        if self._connected is not None:
+            self._connected.close()
+            self._connected = None
+        # Also after a recover() that failed: the ranks may have come to it a different number of
+        # times, and only in a new generation do they agree on which call is the first.
+        self._meeting.leave()
+        self._lost = None
+        try:
+            self.transport(op)
+        except MoeError as error:
+            self._lost = error.problem
+            raise
+
+    def close(self) -> None:
+        """Give up the memory; the group itself is its maker's."""
+        self._closed = True
+        if self._connected is not None:
+            self._connected.close()
+            self._connected = None
+
+    def _connect(self, op: str) -> Transport:
+        assert self._meeting is not None
+        connected: Transport | None = None
+        while connected is None:
+            with self._meeting.following():
+                connected = self._meet(op)
+        return connected
+
+    def _meet(self, op: str) -> Transport:
+        assert self._meeting is not None
+        facts = self._meeting.meet(op, self._facts())
+        for name in ("transport", "in_flight"):
+            own = facts[self.group.rank][name]
+            for rank, theirs in enumerate(facts):
+                if theirs[name] != own:
+                    raise ArgumentMismatchError(op, name, own, theirs[name], rank=rank)
+        self._meeting.confirm(op)
+        causes: list[str] = []
+        if self.choice != "collective":
+            for memory in self._memories(facts, causes):
+                channel = self._open(op, memory, facts, causes)
+                if channel is None:
+                    continue
+                symmetric = SymmetricTransport(channel)
+                with contextlib.ExitStack() as unless_used:
+                    unless_used.callback(symmetric.close)
+                    if self._fits(op, memory, symmetric, causes):
+                        unless_used.pop_all()
+                        return symmetric
+        if self.choice == "symmetric" or self.group.process_group is None:
+            cause = "; ".join(causes) or "the group has no torch process group"
+            raise UnavailableError(op, f"transport {self.choice!r} cannot work here: {cause}")
+        transport = self._connect_process_group(op)
+        with contextlib.ExitStack() as unless_used:
+            unless_used.callback(transport.close)
+            self._prepare_on(transport)
+            unless_used.pop_all()
+        return transport
+
+    def _connect_process_group(self, op: str) -> Transport:
+        assert self._meeting is not None
+        connection: collective.Connection | None = self.group.process_group
+        device_group = collective.device_group(self.group)
+        # Before recover() it was used, so that it is broken; and it cannot do without some ranks.
+        if self._process_group_used or self.group.members is not None:
+            connection = device_group = None
+        if connection is None or not collective.has_gloo(self.group):
+            store = self._meeting.private_store()
+            connection = collective.reconnect(op, self.group, store, self._timeout)
+        self._process_group_used = True
+        return collective.CollectiveTransport(
+            self.group,
+            connection,
+            device_group,
+            self._meeting.name,
+            in_flight=self._in_flight,
+            timeout=self._timeout,
+        )
+
+    def _prepare_on(self, transport: Transport) -> None:
+        for call, kind, slot_bytes in self._prepared:
+            transport.prepare(call, kind, slot_bytes)
+
+    def _fits(
+        self, op: str, memory: Memory, transport: SymmetricTransport, causes: list[str]
+    ) -> bool:
+        """Allocate windows, or add to ``causes`` why some rank could not."""
+        if not self._prepared:
+            return True
+        assert self._meeting is not None
+        step = f"{memory.name} windows"
+        try:
+            self._prepare_on(transport)
+        except (UnavailableError, PeerAbortError, ArgumentMismatchError) as error:
+            # Told to all, not concluded from how a peer's error reads here.
+            record = {"failure": type(error).__name__, "cause": error.problem}
+            records = self._meeting.exchange(op, step, record)
+            failures = {record["failure"] for record in records}
+            if "UnavailableError" not in failures or "ArgumentMismatchError" in failures:
+                raise
+        else:
+            records = self._meeting.exchange(op, step, {"failure": "", "cause": ""})
+        lacking = [one["cause"] for one in records if one["failure"] == "UnavailableError"]
+        if lacking:
+            causes.append(f"{memory.name}: {lacking[0]}")
+        return not lacking
+
+    def _facts(self) -> dict[str, Any]:
+        facts: dict[str, Any] = {"transport": self.choice, "in_flight": self._in_flight}
+        if not self.group.in_process:
+            facts |= {
+                "pid": os.getpid(),
+                "host": _read("/proc/sys/kernel/random/boot_id"),
+                "pid_namespace": _link("/proc/self/ns/pid"),
+                "shm": _device("/dev/shm"),
+                "atomics": atomics.BETWEEN_PROCESSES,
+            }
+        return facts
+
+    def _memories(self, facts: list[dict[str, Any]], causes: list[str]) -> Iterable[Memory]:
+        """The providers that may work between these ranks, best first."""
+        if self.group.in_process:
+            return [LocalMemory()]
+        if not all(fact["atomics"] for fact in facts):
+            causes.append("libstdc++ is missing, which orders memory between processes")
+            return []
+        if not facts[0]["host"] or not _same(facts, "host"):
+            causes.append("the ranks are on different hosts")
+            return []
+        memories: list[Memory] = []
+        if _same(facts, "pid_namespace"):
+            memories.append(MemfdMemory())
+        else:
+            causes.append("memfd: the ranks are in different PID namespaces")
+        if facts[0]["shm"] and _same(facts, "shm"):
+            memories.append(PosixMemory())
+        else:
+            causes.append("posix: the ranks do not share /dev/shm")
+        return memories
+
+    def _open(
+        self, op: str, memory: Memory, facts: list[dict[str, Any]], causes: list[str]
+    ) -> Channel | None:
+        """Connect through ``memory``, or add to ``causes`` why some rank could not."""
+        blocks, results = self._share(op, memory)
+        failed = [(rank, record["cause"]) for rank, record in enumerate(results) if record["cause"]]
+        if failed:
+            rank, cause = failed[0]
+            causes.append(f"{memory.name}: {cause} on rank {rank}")
+            return None
+        # In another PID namespace the number of a peer means nothing, or another process.
+        pids = None
+        if not self.group.in_process and _same(facts, "pid_namespace"):
+            pids = [fact["pid"] for fact in facts]
+        return Channel(
+            self.group,
+            memory,
+            blocks,
+            pids,
+            in_flight=self._in_flight,
+            timeout=self._timeout,
+        )
+
+    def _share(self, op: str, memory: Memory) -> tuple[list[Block], list[dict[str, Any]]]:
+        """Allocate a control block, open those of the peers, and tell each other how it went."""
+        assert self._meeting is not None
+        own: Block | None = None
+        blocks: list[Block] = []
+        cause = ""
+        try:
+            own = memory.allocate(control_bytes(self._in_flight))
+        except OSError as error:
+            cause = str(error)
+        try:
+            handle = None if own is None else own.handle
+            handles = self._meeting.exchange(op, f"{memory.name} handle", {"handle": handle})
+            try:
+                for rank, record in enumerate(handles):
+                    if rank == self.group.rank and own is not None:
+                        blocks.append(own)
+                    elif record["handle"] is not None:
+                        blocks.append(memory.open(record["handle"]))
+            except OSError as error:
+                cause = str(error)
+            results = self._meeting.exchange(op, f"{memory.name} opened", {"cause": cause})
+        finally:
+            # Also when a peer was lost on the way: what it allocated must not stay behind either.
+            for block in (own, *blocks):
+                if block is not None:
+                    block.release()
+        return blocks, results
+
+
+def _same(facts: list[dict[str, Any]], name: str) -> bool:
+    return all(fact[name] == facts[0][name] for fact in facts)
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text().strip() if Path(path).exists() else ""
+
+
+def _link(path: str) -> str:
+    return str(Path(path).readlink()) if Path(path).exists() else ""
+
+
+def _device(path: str) -> str:
+    if not Path(path).is_dir():
+        return ""
+    status = Path(path).stat()
+    return f"{status.st_dev}:{status.st_ino}"

@@ -1,0 +1,93 @@
+"""aclnnMoeEPLBUpdateExpert, and its successor aclnnMoeUpdateExpert."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...ascend.distributed import schemas
+from .interface import Executor, FirstPhase, Interface, Output, Stream, first_phase, second_phase
+
+_EPLB = Interface(
+    "aclnnMoeEPLBUpdateExpert",
+    schemas.eplb_update_expert,
+    (Output("balancedExpertIds", "(BS, K)", torch.int32),),
+)
+_SUCCESSOR = Interface(
+    "aclnnMoeUpdateExpert",
+    schemas.update_expert,
+    (
+        Output("balancedExpertIds", "(BS, K)"),
+        Output("balancedActiveMask", "(BS, K)", torch.bool),
+    ),
+)
+
+
+def aclnnMoeEPLBUpdateExpertGetWorkspaceSize(
+    expertIds: Tensor | None,
+    eplbTable: Tensor | None,
+    localRankId: int,
+    worldSize: int,
+    balanceMode: int,
+    balancedExpertIds: Tensor | None,
+) -> FirstPhase:
+    """Check a call of ``npu_moe_update_expert`` without pruning; see there.
+
+    Args:
+        expertIds: (BS, K) int32, ids of logical experts.
+        eplbTable: (E, F) int32.
+        localRankId: this rank.
+        worldSize: number of ranks.
+        balanceMode: 0, by rank.
+        balancedExpertIds: (BS, K) int32, for the output.
+
+    Returns:
+        As in ``aclnnMoeDistributeDispatchGetWorkspaceSize``.
+    """
+    return first_phase(_EPLB, locals())
+
+
+def aclnnMoeEPLBUpdateExpert(
+    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
+) -> int:
+    """Make the call that ``aclnnMoeEPLBUpdateExpertGetWorkspaceSize`` has checked."""
+    return second_phase(_EPLB, workspace, workspaceSize, executor, stream)
+
+
+def aclnnMoeUpdateExpertGetWorkspaceSize(
+    expertIds: Tensor | None,
+    eplbTable: Tensor | None,
+    expertScalesOptional: Tensor | None,
+    pruningThresholdOptional: Tensor | None,
+    activeMaskOptional: Tensor | None,
+    localRankId: int,
+    worldSize: int,
+    balanceMode: int,
+    balancedExpertIds: Tensor | None,
+    balancedActiveMask: Tensor | None,
+) -> FirstPhase:
+    """Check a call of ``npu_moe_update_expert``; see there.
+
+    Args:
+        expertIds: (BS, K) int32 or int64, ids of logical experts.
+        eplbTable: (E, F) int32.
+        expertScalesOptional: (BS, K) float32, or None.
+        pruningThresholdOptional: (K,) or (1, K) float32, or None.
+        activeMaskOptional: (BS,) bool, or None.
+        localRankId: this rank.
+        worldSize: number of ranks.
+        balanceMode: 0 by rank, 1 by token.
+        balancedExpertIds: (BS, K) of the dtype of expertIds, for the output.
+        balancedActiveMask: (BS, K) bool, likewise.
+
+    Returns:
+        As in ``aclnnMoeDistributeDispatchGetWorkspaceSize``.
+    """
+    return first_phase(_SUCCESSOR, locals())
+
+
+def aclnnMoeUpdateExpert(
+    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
+) -> int:
+    """Make the call that ``aclnnMoeUpdateExpertGetWorkspaceSize`` has checked."""
+    return second_phase(_SUCCESSOR, workspace, workspaceSize, executor, stream)

@@ -1,0 +1,192 @@
+"""The operations of ``ExpertParallel`` as custom ops, for compiled code and for gradients.
+
+An op takes tensors and names: an exchange by the name it got from ``register``, and an operation in
+flight by the number that its setup returned.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+
+import torch
+from torch import Tensor
+
+from ..comm import Pending
+from ..errors import MoeError, SequenceError, UnavailableError
+from ..ops import quantization
+from ..ops.custom_op import Operator
+from .exchange import COMBINE, DISPATCH, OP, Exchange
+from .results import Handle
+
+_numbers = itertools.count()
+_exchanges: weakref.WeakValueDictionary[str, Exchange] = weakref.WeakValueDictionary()
+
+
+def register(exchange: Exchange) -> str:
+    """A name for ``exchange``, which lives as long as its object does."""
+    name = f"{OP}{next(_numbers)}"
+    _exchanges[name] = exchange
+    return name
+
+
+def _find(name: str) -> Exchange:
+    if name not in _exchanges:
+        raise MoeError(OP, f"the object behind {name!r} does not exist any more")
+    return _exchanges[name]
+
+
+def _launch(exchange: Exchange, operation: Pending) -> Tensor:
+    number = next(_numbers)
+    exchange.in_flight[number] = operation
+    return torch.tensor(number, device="cpu")
+
+
+def _in_flight(exchange: Exchange, op: str, number: Tensor) -> Pending:
+    if int(number) not in exchange.in_flight:
+        raise SequenceError(op, "pending must be torn down once, and not after recover()")
+    return exchange.in_flight[int(number)]
+
+
+def _dispatch_setup(
+    *, x: Tensor, topk_ids: Tensor, topk_weights: Tensor | None, scales: Tensor | None, name: str
+) -> Tensor:
+    exchange = _find(name)
+    if exchange.exact:
+        error = UnavailableError(
+            DISPATCH, "exact=True cannot be compiled: no shape may follow data"
+        )
+        exchange.endpoint.reject("dispatch", DISPATCH, error)
+        raise error
+    return _launch(exchange, exchange.start_dispatch(x, topk_ids, topk_weights, scales))
+
+
+def _dispatch_teardown(*, number: Tensor, name: str) -> tuple[Tensor | None, ...]:
+    exchange = _find(name)
+    received = exchange.finish_dispatch(_in_flight(exchange, DISPATCH, number))
+    del exchange.in_flight[int(number)]
+    return (
+        received.x,
+        received.scales,
+        received.weights,
+        received.totals,
+        received.sources.offsets,
+        received.sources.ends,
+    )
+
+
+def _dispatch_teardown_outputs(*, name: str, **_: object) -> tuple[Tensor | None, ...]:
+    exchange = _find(name)
+    config, device = exchange.config, exchange.device
+    rows = config.capacity(exchange.rank)
+    local = config.topology.num_local_experts(exchange.rank)
+    fmt, scales = config.row_format, None
+    if fmt.scale_offset is not None:
+        scales = torch.empty(fmt.scale_shape(rows), dtype=fmt.scale_dtype, device=device)
+        scales = quantization.as_e8m0(config.quant, scales)
+    return (
+        torch.empty((rows, config.hidden), dtype=fmt.dtype, device=device),
+        scales,
+        torch.empty(rows, dtype=config.weight_dtype, device=device),
+        torch.empty(local, dtype=exchange.counts_dtype, device=device),
+        torch.empty(local, dtype=torch.int32, device=device),
+        torch.empty(local * config.topology.world_size, dtype=torch.int32, device=device),
+    )
+
+
+def _combine_setup(
+    *,
+    y: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor | None,
+    row_weights: Tensor,
+    ends: Tensor,
+    addend: Tensor | None,
+    name: str,
+) -> Tensor:
+    exchange = _find(name)
+    handle = Handle(expert_ids, weights, row_weights, ends, numbering=None)
+    operation, _ = exchange.start_combine(y, handle, addend)
+    return _launch(exchange, operation)
+
+
+def _combine_teardown(
+    *,
+    number: Tensor,
+    y: Tensor,  # noqa: ARG001 (its memory must last until here)
+    expert_ids: Tensor,  # noqa: ARG001 (tells a compiler how many tokens there are)
+    addend: Tensor | None,
+    name: str,
+) -> Tensor:
+    exchange = _find(name)
+    out = exchange.finish_combine(_in_flight(exchange, COMBINE, number), addend)
+    del exchange.in_flight[int(number)]
+    return out
+
+
+def _send_gradients(*, gradient: Tensor, expert_ids: Tensor, num_rows: int, name: str) -> Tensor:
+    return _find(name).send_gradients(gradient, expert_ids, num_rows)
+
+
+def _return_gradients(
+    *, rows: Tensor | None, row_weights: Tensor, expert_ids: Tensor, ends: Tensor, name: str
+) -> tuple[Tensor | None, Tensor]:
+    return _find(name).return_gradients(rows, row_weights, expert_ids, ends)
+
+
+def _return_gradients_outputs(
+    *, rows: Tensor | None, row_weights: Tensor, expert_ids: Tensor, **_: object
+) -> tuple[Tensor | None, Tensor]:
+    x = None if rows is None else rows.new_empty((len(expert_ids), rows.shape[1]))
+    return x, row_weights.new_empty(expert_ids.shape)
+
+
+dispatch_setup = Operator(
+    "expert_parallel_dispatch_setup",
+    "Tensor x, Tensor topk_ids, Tensor? topk_weights, Tensor? scales, str name",
+    "Tensor",
+    run=_dispatch_setup,
+    outputs=lambda **_: torch.empty((), dtype=torch.int64, device="cpu"),
+)
+
+dispatch_teardown = Operator(
+    "expert_parallel_dispatch_teardown",
+    "Tensor number, str name",
+    "(Tensor x, Tensor scales, Tensor row_weights, Tensor tokens_per_expert, Tensor offsets, "
+    "Tensor ends)",
+    run=_dispatch_teardown,
+    outputs=_dispatch_teardown_outputs,
+)
+
+combine_setup = Operator(
+    "expert_parallel_combine_setup",
+    "Tensor y, Tensor expert_ids, Tensor? weights, Tensor row_weights, Tensor ends, "
+    "Tensor? addend, str name",
+    "Tensor",
+    run=_combine_setup,
+    outputs=lambda **_: torch.empty((), dtype=torch.int64, device="cpu"),
+)
+
+combine_teardown = Operator(
+    "expert_parallel_combine_teardown",
+    "Tensor number, Tensor y, Tensor expert_ids, Tensor? addend, str name",
+    "Tensor",
+    run=_combine_teardown,
+    outputs=lambda *, y, expert_ids, **_: y.new_empty((len(expert_ids), y.shape[1])),
+)
+
+send_gradients = Operator(
+    "expert_parallel_send_gradients",
+    "Tensor gradient, Tensor expert_ids, SymInt num_rows, str name",
+    "Tensor",
+    run=_send_gradients,
+    outputs=lambda *, gradient, num_rows, **_: gradient.new_empty((num_rows, gradient.shape[1])),
+)
+
+return_gradients = Operator(
+    "expert_parallel_return_gradients",
+    "Tensor? rows, Tensor row_weights, Tensor expert_ids, Tensor ends, str name",
+    "(Tensor x, Tensor weights)",
+    run=_return_gradients,
+    outputs=_return_gradients_outputs,
+)

@@ -1,0 +1,232 @@
+"""Write a rank's tokens where all ranks can read them, and tell each rank which are for it.
+
+The rows are written by the kernel of ``quantize``, each token once. A second kernel writes this
+rank's header into every rank's window, through a table of addresses:
+
+    [num_tokens, counts, copies, weights, role] of each rank, int64
+
+where role is the number m of a MoE rank, or -1 - j for the rank of shared expert j. The copies for
+MoE rank m are a stretch of the plan's order; those for a shared expert are all tokens that take
+part. Every program counts for itself what lies before its own, so nothing waits and nothing races.
+
+Shapes: T tokens, K experts and NS shared experts of a token, H hidden size, E experts, W ranks.
+Bytes:  reads T * H * x.itemsize, writes T * stride, or T * (K + NS) * stride with smooth factors
+        for each expert; headers of 4 * (1 + E) for each rank, and 4 or 8 for each copy.
+Source: ``moe_triton.ref.push``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from ..errors import ArgumentValueError, UnavailableError
+from ..layout import NOWHERE, DispatchHeader, Plan, RowFormat
+from . import launch_config
+from ._checks import FLOATS, INDICES, check_tensor
+from .quantize import split_rows, write_rows
+
+_NO_ROLE = tl.constexpr(-(2**31))  # a rank with a shared expert that serves other ranks
+_TABLE_COLUMNS = tl.constexpr(5)
+_NOWHERE = tl.constexpr(NOWHERE)
+_TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_tokens",
+        "top_k",
+        "num_shared",
+        "num_experts",
+        "experts_per_rank",
+        "num_copies",
+    ]
+)
+def _write_headers_kernel(
+    table_ptr,  # [W, 5] int64
+    expert_ids_ptr,  # [T, K] int32
+    counts_ptr,  # [E] int32
+    order_ptr,  # [T * K] int32
+    weights_ptr,  # [T * K] fp32 | fp64 | bf16 | fp16, or None
+    num_tokens,
+    top_k,
+    num_shared,
+    num_experts,
+    experts_per_rank,
+    num_copies,
+    WEIGHT: tl.constexpr,  # dtype of the headers' weights, or None
+    BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SLOTS: tl.constexpr,  # K rounded up to a power of two
+):
+    rank, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    record = table_ptr + rank * _TABLE_COLUMNS
+    num_tokens_out = tl.load(record).to(tl.pointer_type(tl.int32))
+    counts_out = tl.load(record + 1).to(tl.pointer_type(tl.int32))
+    copies_out = tl.load(record + 2).to(tl.pointer_type(tl.int32))
+    if WEIGHT is not None:
+        weights_out = tl.load(record + 3).to(tl.pointer_type(WEIGHT))
+    role = tl.load(record + 4).to(tl.int32)
+    first_part = part == 0
+
+    # The copies before those of this rank's experts, and their own number.
+    first_expert = role * experts_per_rank
+    start, count = 0, 0
+    for begin in range(0, num_experts, BLOCK):
+        expert = begin + tl.arange(0, BLOCK)
+        counts = tl.load(counts_ptr + expert, mask=expert < num_experts, other=0)
+        tl.store(counts_out + expert, counts, mask=(expert < num_experts) & first_part)
+        mine = (expert >= first_expert) & (expert < first_expert + experts_per_rank)
+        start += tl.sum(tl.where(expert < first_expert, counts, 0))
+        count += tl.sum(tl.where(mine, counts, 0))
+    # Nor does a token that names an expert twice lead beyond the room for copies.
+    count = tl.where(role >= 0, tl.minimum(count, num_copies), 0)
+    for begin in range(part * BLOCK, count, parts * BLOCK):
+        place = begin + tl.arange(0, BLOCK)
+        mask = place < count
+        flat = tl.load(order_ptr + start + place, mask=mask, other=0)
+        # t * K + k becomes t * (K + NS) + k.
+        tl.store(copies_out + place, flat + flat // top_k * num_shared, mask=mask)
+        if WEIGHT is not None and weights_ptr is not None:
+            weight = tl.load(weights_ptr + flat, mask=mask, other=0.0)
+            tl.store(weights_out + place, weight.to(WEIGHT), mask=mask)
+
+    # A token takes part if any of its slots does.
+    is_shared = (role < 0) & (role != _NO_ROLE)
+    slot = tl.arange(0, SLOTS)
+    num_active = 0
+    for begin in range(0, tl.where(first_part, num_tokens, 0), TOKENS):
+        token = begin + tl.arange(0, TOKENS)
+        mask = (token < num_tokens)[:, None] & (slot < top_k)[None, :]
+        at = (token * top_k)[:, None] + slot[None, :]
+        ids = tl.load(expert_ids_ptr + at, mask=mask, other=_NOWHERE)
+        active = tl.max((ids != _NOWHERE).to(tl.int32), axis=1)
+        place = num_active + tl.cumsum(active, axis=0) - active
+        copy = token * (top_k + num_shared) + top_k - 1 - role
+        tl.store(copies_out + place, copy, mask=(active > 0) & is_shared)
+        if WEIGHT is not None:
+            ones = tl.full([TOKENS], 1.0, WEIGHT)
+            tl.store(weights_out + place, ones, mask=(active > 0) & is_shared)
+        num_active += tl.sum(active)
+    tl.store(num_tokens_out, num_active, mask=first_part)
+
+
+def push(
+    x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    weights: torch.Tensor | None,
+    smooth: torch.Tensor | None,
+    fmt: RowFormat,
+    routing: Plan,
+    rows: torch.Tensor,
+    headers: Sequence[DispatchHeader],
+    *,
+    experts_per_rank: int,
+    shared_targets: Sequence[int],
+    num_shared_ranks: int,
+) -> None:
+    """Write this rank's tokens where all ranks can read them, and tell each rank which are for it.
+
+    Args:
+        x: [T, H] tokens.
+        expert_ids: [T, K] int32 or int64.
+        weights: [T, K] to send along, or None.
+        smooth: [1] or [H] fp32 factors of all copies, [NS + E, H] factors of each expert, those of
+            shared experts first; or None.
+        fmt: the format of the rows.
+        routing: the plan of ``expert_ids``.
+        rows: [R, stride] uint8 output; row t is token t, or with factors of each expert row
+            t * (K + NS) + k slot k of it.
+        headers: this rank's header in every rank's window.
+        experts_per_rank: L of the MoE ranks.
+        shared_targets: the rank that gets all tokens, for each shared expert.
+        num_shared_ranks: S; the MoE ranks come after them.
+
+    Raises:
+        ArgumentTypeError: a wrong dtype.
+        ArgumentValueError: a wrong shape, stride or device.
+    """
+    op, device = "push", x.device
+    check_tensor(op, "expert_ids", expert_ids, dtypes=INDICES, shape=(len(x), None), device=device)
+    if weights is not None:
+        shape = tuple(expert_ids.shape)
+        check_tensor(op, "weights", weights, dtypes=FLOATS, shape=shape, device=device)
+    num_tokens, top_k = expert_ids.shape
+    per_expert = smooth is not None and smooth.dim() == 2
+    num_slots = top_k + len(shared_targets) if per_expert else 1
+    num_rows = num_tokens * num_slots
+    check_tensor(op, "rows", rows, dtypes=(torch.uint8,), shape=(None, None), device=device)
+    if len(rows) < num_rows:
+        raise ArgumentValueError(op, "rows", f"have {num_rows} rows at least", len(rows))
+    payload, scales = split_rows(fmt, rows[:num_rows])
+    per_slot = expert_ids if per_expert else None
+    write_rows(op, x, fmt, payload, scales, smooth, expert_ids=per_slot, num_slots=num_slots)
+
+    weight_dtype = None if headers[0].weights is None else headers[0].weights.dtype
+    num_experts = len(routing.counts)
+    work = max(num_tokens * top_k, num_experts)
+    line = launch_config.line(device, work, others=len(headers))
+    slots = triton.next_power_of_2(top_k)
+    _write_headers_kernel[(len(headers), line.num_programs)](
+        _header_table(headers, tuple(shared_targets), num_shared_ranks, device),
+        expert_ids.contiguous(),
+        routing.counts,
+        routing.order,
+        None if weights is None else weights.contiguous(),
+        num_tokens,
+        top_k,
+        len(shared_targets),
+        num_experts,
+        experts_per_rank,
+        headers[0].copies.numel(),
+        WEIGHT=None if weight_dtype is None else _TRITON_DTYPES[weight_dtype],
+        BLOCK=line.block,
+        TOKENS=max(line.block // slots, 1),
+        SLOTS=slots,
+        num_warps=line.num_warps,
+    )
+
+
+def _header_table(
+    headers: Sequence[DispatchHeader],
+    shared_targets: tuple[int, ...],
+    num_shared_ranks: int,
+    device: torch.device,
+) -> torch.Tensor:
+    addresses = tuple(
+        (
+            header.num_tokens.data_ptr(),
+            header.counts.data_ptr(),
+            header.copies.data_ptr(),
+            0 if header.weights is None else header.weights.data_ptr(),
+        )
+        for header in headers
+    )
+    return _table_of(addresses, shared_targets, num_shared_ranks, device)
+
+
+# Windows stay where they are: a table is copied to the device once. It says no more than what it is
+# found by, so that it holds for other windows in that place too. It is never forgotten: graphs that
+# replay what reads it do not keep it alive.
+@functools.cache
+def _table_of(
+    addresses: tuple[tuple[int, int, int, int], ...],
+    shared_targets: tuple[int, ...],
+    num_shared_ranks: int,
+    device: torch.device,
+) -> torch.Tensor:
+    roles = [_NO_ROLE.value] * num_shared_ranks + [*range(len(addresses) - num_shared_ranks)]
+    for shared, rank in enumerate(shared_targets):
+        roles[rank] = -1 - shared
+    records = [(*record, role) for record, role in zip(addresses, roles, strict=True)]
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise UnavailableError(
+            "push",
+            "these windows are new to this device, which a graph cannot learn of: before it is "
+            "captured, the same calls must have been made once for every slot of the ring",
+        )
+    return torch.tensor(records, dtype=torch.int64, device=device)

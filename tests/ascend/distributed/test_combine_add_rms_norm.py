@@ -1,0 +1,150 @@
+"""Combine with residual and RMSNorm: the worked example, its two kinds of index, and refusals.
+
+That any drawn configuration equals the definition is the business of test_hypothesis_rms.
+"""
+
+from __future__ import annotations
+
+import harness
+import invalid_calls
+import pytest
+import torch
+from invalid_calls import MISSING, TYPE, VALUE
+from worked_examples import BASIC, example_calls
+
+from moe_triton import set_profile
+from moe_triton.compat import torch_npu
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("world", harness.WORLDS)
+def test_worked_example(world, version):
+    """One token, whose expert on the other rank changes nothing."""
+    x = torch.tensor([[1, 2, 3, 4]]).bfloat16()
+
+    def fn(ctx):
+        ids = torch.tensor([[1 - ctx.rank]], dtype=torch.int32)
+        weights, where = torch.ones(1, 1), (ctx.ep_group, 2, ctx.ep_rank, 2)
+        suffix = "_v2" if version == 2 else ""
+        dispatch = getattr(torch_npu, f"npu_moe_distribute_dispatch{suffix}")
+        rows, _, index, _, counts, *_ = dispatch(x, ids, *where)
+        residual = torch.tensor([[[1, 1, -1, 0]]]).bfloat16()
+        gamma = torch.tensor([1, 0.5, 2, 1]).bfloat16()
+        return torch_npu.npu_moe_distribute_combine_add_rms_norm(
+            rows, ids, index, counts, weights, residual, gamma, *where
+        )
+
+    for y, rstd, total in harness.run_world(world, 2, fn):
+        assert y.tolist() == [[[0.6953125, 0.5234375, 1.390625, 1.390625]]]
+        assert rstd.tolist() == [[[pytest.approx(0.34815528988838196, rel=1e-6)]]]
+        assert total.tolist() == [[[2, 3, 2, 4]]]
+        assert (rstd.dtype, total.dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_tokens_without_part_are_zeros():
+    """13 #37, for all three outputs."""
+    calls = example_calls(BASIC, version=2)
+
+    def fn(ctx):
+        call = calls[ctx.rank]
+        mask = torch.tensor([True, True, False])
+        for args in call.values():
+            args["x_active_mask"] = mask
+        outputs = harness.call_dispatch(ctx, call, version=2)
+        return torch_npu.npu_moe_distribute_combine_add_rms_norm(
+            **arguments_after(ctx, call, outputs)
+        )
+
+    for outputs in harness.run_world("local", 2, fn):
+        for out in outputs:
+            assert out[:2].all()
+            assert not out[2].any()
+
+
+def arguments_after(ctx, call, outputs):
+    return {
+        **harness.groups_of(ctx),
+        "expand_idx": outputs[2],
+        "ep_send_counts": outputs[4],
+        "tp_send_counts": outputs[5],
+        "expand_scales": outputs[6],
+        "residual_x": torch.ones(3, 1, 2).bfloat16(),
+        "gamma": torch.ones(2).bfloat16(),
+        **call["combine"],
+    }
+
+
+BAD = {
+    "residual None": ({"residual_x": None}, MISSING, "residual_x"),
+    "gamma None": ({"gamma": None}, MISSING, "gamma"),
+    "residual float32": ({"residual_x": torch.ones(3, 1, 2)}, TYPE, "residual_x"),
+    "gamma float16": ({"gamma": torch.ones(2).half()}, TYPE, "gamma"),
+    "norm_eps text": ({"norm_eps": "small"}, TYPE, "norm_eps"),
+    "norm_eps negative": ({"norm_eps": -1.0}, VALUE, "norm_eps"),
+    "residual 2-D": ({"residual_x": torch.ones(3, 2).bfloat16()}, VALUE, "residual_x"),
+    "residual rows": ({"residual_x": torch.ones(2, 1, 2).bfloat16()}, VALUE, "residual_x"),
+    "gamma columns": ({"gamma": torch.ones(3).bfloat16()}, VALUE, "gamma"),
+    "index of other ids": (
+        {"expand_idx": torch.full((6,), 5, dtype=torch.int32)},
+        VALUE,
+        "expand_idx",
+    ),
+    "index of neither form": (
+        {"expand_idx": torch.zeros(8, dtype=torch.int32)},
+        VALUE,
+        "expand_idx",
+    ),
+    "out_dtype": ({"out_dtype": 1}, VALUE, "out_dtype"),
+    "comm_alg": ({"comm_alg": "ring"}, VALUE, "comm_alg"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_refused(name):
+    """By one rank; the other hears of it, and both go on."""
+    changes, code, argument = BAD[name]
+    calls = example_calls(BASIC, version=2)
+
+    def fn(ctx):
+        call = calls[ctx.rank]
+        outputs = harness.call_dispatch(ctx, call, version=2)
+        given = arguments_after(ctx, call, outputs)
+        combine = torch_npu.npu_moe_distribute_combine_add_rms_norm
+        found = invalid_calls.attempt(lambda: combine(**given | (changes if ctx.rank == 1 else {})))
+        return found["error"], combine(**given)
+
+    (heard, _), (said, _) = harness.run_world("local", 2, fn)
+    assert (said["code"], said["argument"]) == (code, argument), said["traceback"]
+    assert heard["types"][0] == "PeerAbortError"
+    assert argument in heard["reason"]
+
+
+@pytest.mark.parametrize(
+    "profile, hidden, dtype, error, argument",
+    [
+        ("a2", 1024, torch.bfloat16, "UnavailableError", None),
+        ("a3", 64, torch.bfloat16, "ArgumentValueError", "expand_x"),
+        ("a3", 1024, torch.float16, "ArgumentTypeError", "expand_x"),
+        ("950", 1024, torch.float16, "ArgumentTypeError", "expand_x"),
+    ],
+)
+def test_refused_on_a_product(profile, hidden, dtype, error, argument):
+    combine = torch_npu.npu_moe_distribute_combine_add_rms_norm
+    rows, residual, gamma = (
+        torch.ones(shape).to(dtype) for shape in ((2, hidden), (1, 1, hidden), (hidden,))
+    )
+    ids, counts = torch.zeros(1, 1, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
+
+    def fn(ctx):
+        given = (rows, ids, ids[0], counts, torch.ones(1, 1), residual, gamma)
+        where = (ctx.ep_group, 2, ctx.ep_rank, 2)
+        return invalid_calls.attempt(lambda: combine(*given, *where))["error"]
+
+    set_profile(profile)
+    try:
+        found = harness.run_world("local", 2, fn)
+    finally:
+        set_profile(None)
+    said = [one for one in found if one["types"][0] == error]
+    assert said
+    assert {one["argument"] for one in said} == {argument}

@@ -1,0 +1,227 @@
+"""Endpoints: what the choice of a transport comes to, and how one ends."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from pathlib import Path
+
+import harness
+import pytest
+import torch
+
+from moe_triton import (
+    ArgumentMismatchError,
+    BrokenGroupError,
+    ExpertParallel,
+    MoeError,
+    PeerAbortError,
+    PeerTimeoutError,
+    UnavailableError,
+    comm,
+)
+from moe_triton.comm import registry
+from moe_triton.comm.ring_protocol import control_bytes
+from moe_triton.comm.shm import MemfdMemory, PosixMemory
+
+OP = "test_op"
+worlds = pytest.mark.parametrize("world", harness.WORLDS)
+
+
+def open_endpoint(ctx, *, in_flight=1, timeout=5.0, transport="auto"):
+    group = comm.resolve(OP, harness.own_group(ctx), ctx.ep_rank)
+    return comm.open_endpoint(group, transport=transport, in_flight=in_flight, timeout=timeout)
+
+
+def barrier(ctx, name: str) -> None:
+    """All ranks come here; over the store, apart from what is tested."""
+    ctx.store.add(name, 1)
+    while ctx.store.add(name, 0) < ctx.world_size:
+        pass
+
+
+@worlds
+def test_a_rank_that_cannot_tell_its_peers_keeps_its_own_error(world):
+    """It refuses more calls than it may be ahead, and its peer never comes."""
+
+    def fn(ctx):
+        endpoint = open_endpoint(ctx, timeout=0.3)
+        endpoint.transport(OP)
+        if ctx.rank == 0:
+            for _ in range(2):
+                endpoint.reject("dispatch", OP, MoeError(OP, "wrong"))
+            with pytest.raises(BrokenGroupError, match="call recover"):
+                endpoint.raise_if_broken(OP)
+            endpoint.reject("dispatch", OP, MoeError(OP, "wrong"))
+        barrier(ctx, "done")
+        comm.close_endpoint(endpoint)
+
+    harness.run_world(world, 2, fn)
+
+
+SIZES = {"num_experts": 6, "top_k": 1, "hidden": 16, "max_tokens": 4}
+
+# Which providers lack room for windows on rank 1, what is chosen, and what the errors say.
+SCARCITY = {
+    "none": ((), "auto", "memfd", ()),
+    "memfd": (("memfd",), "auto", "posix", ()),
+    "both": (("memfd", "posix"), "auto", "collective", ()),
+    "memfd, symmetric": (("memfd",), "symmetric", "posix", ()),
+    "both, symmetric": (("memfd", "posix"), "symmetric", None, ("memfd: ", "; posix: ")),
+}
+
+
+def make(ctx, **options) -> ExpertParallel:
+    return ExpertParallel(ctx.ep_group, rank=ctx.ep_rank, **{**SIZES, **options})
+
+
+def round_trip(ep: ExpertParallel) -> None:
+    x = torch.full((3, ep._exchange.config.hidden), 1.5 + ep.rank, dtype=torch.bfloat16)
+    received = ep.dispatch(x, torch.arange(3, dtype=torch.int32)[:, None])
+    assert torch.equal(ep.combine(received.x, received.handle), x)
+
+
+def scarce(memory: type, patch: pytest.MonkeyPatch, broken: str) -> None:
+    """Let a provider refuse to allocate, or to open, what is larger than a control block."""
+    refused = getattr(memory, broken)
+
+    def refuse(self, what, *rest):
+        num_bytes = what if broken == "allocate" else what["bytes"]
+        if num_bytes > control_bytes(1):
+            raise OSError(28, "No space left on device")
+        return refused(self, what, *rest)
+
+    patch.setattr(memory, broken, refuse)
+
+
+@pytest.mark.parametrize("broken", ["allocate", "open"])
+@pytest.mark.parametrize("lacking, choice, provider, texts", SCARCITY.values(), ids=SCARCITY)
+def test_windows_for_which_one_rank_has_no_room(lacking, choice, provider, texts, broken):
+    """All ranks go on to the next provider, without waiting for a timeout, and leave nothing."""
+
+    def fn(ctx):
+        files = set(Path("/dev/shm").glob("moe_triton-*"))
+        began = time.monotonic()
+        with pytest.MonkeyPatch.context() as patch:
+            for memory in (MemfdMemory, PosixMemory):
+                if ctx.rank == 1 and memory.name in lacking:
+                    scarce(memory, patch, broken)
+            options = {"transport": choice, "hidden": 4096, "max_tokens": 16}
+            if provider is None:
+                with pytest.raises(UnavailableError) as caught:
+                    make(ctx, **options)
+                for text in ("transport 'symmetric' cannot work here", "No space left", *texts):
+                    assert text in str(caught.value)
+                assert "rank 1" in str(caught.value)
+            else:
+                with make(ctx, **options) as ep:
+                    found = ep.transport
+                    if found == "symmetric":
+                        found = ep._exchange.endpoint._connected._channel._memory.name
+                    assert found == provider
+        assert time.monotonic() - began < 10
+        with make(ctx) as ep:
+            assert ep.transport == "symmetric"
+            round_trip(ep)
+        barrier(ctx, "over")
+        assert set(Path("/dev/shm").glob("moe_triton-*")) <= files
+
+    harness.run_world("auto", 3, fn)
+
+
+def test_no_room_for_windows_after_recover():
+    """What there is room for is found out anew; the group then goes on over the next provider."""
+
+    def fn(ctx):
+        with make(ctx, hidden=4096) as ep, pytest.MonkeyPatch.context() as patch:
+            assert ep.transport == "symmetric"
+            if ctx.rank == 2:
+                for memory in (MemfdMemory, PosixMemory):
+                    scarce(memory, patch, "allocate")
+            ep.recover()
+            assert ep.transport == "collective"
+            round_trip(ep)
+            patch.undo()
+            ep.recover()
+            assert ep.transport == "symmetric"
+            round_trip(ep)
+
+    harness.run_world("auto", 3, fn)
+
+
+def test_ranks_that_disagree_where_one_has_no_room():
+    """The next provider would not help them."""
+
+    def fn(ctx):
+        with pytest.MonkeyPatch.context() as patch:
+            if ctx.rank == 1:
+                scarce(MemfdMemory, patch, "allocate")
+            began = time.monotonic()
+            with pytest.raises(MoeError) as caught:
+                make(ctx, top_k=2 if ctx.rank == 0 else 1, hidden=4096, max_tokens=16)
+            assert time.monotonic() - began < 10
+        with make(ctx) as ep:
+            round_trip(ep)
+        return type(caught.value)
+
+    kinds = harness.run_world("auto", 3, fn)
+    assert set(kinds) <= {ArgumentMismatchError, PeerAbortError, UnavailableError}
+    assert ArgumentMismatchError in kinds
+
+
+@pytest.mark.parametrize("world", ["symmetric", "collective"])
+def test_objects_that_are_dropped_leave_nothing(world):
+    def left() -> tuple[int, int, int]:
+        gc.collect()
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8").count("moe_triton-")
+        return len(list(Path("/proc/self/fd").iterdir())), maps, len(registry._others)
+
+    def fn(ctx):
+        round_trip(make(ctx))
+        barrier(ctx, "first is over")
+        before = left()
+        barrier(ctx, "counted")
+        for _ in range(20):
+            round_trip(make(ctx))
+        barrier(ctx, "all are over")
+        return before, left()
+
+    for before, after in harness.run_world(world, 2, fn):
+        assert after == before
+
+
+def test_a_rank_that_drops_its_object_has_left():
+    """Its peers learn it as soon as they wait for it."""
+
+    def fn(ctx):
+        ep = make(ctx)
+        barrier(ctx, "made")
+        if ctx.rank == 1:
+            del ep
+            gc.collect()
+            barrier(ctx, "dropped")
+            return
+        barrier(ctx, "dropped")
+        began = time.monotonic()
+        with pytest.raises(PeerTimeoutError, match="rank 1 left the group or died"):
+            round_trip(ep)
+        assert time.monotonic() - began < 5
+
+    harness.run_world("symmetric", 2, fn)
+
+
+def test_a_forked_child_does_not_leave_for_its_parent():
+    def fn(ctx):
+        with make(ctx) as ep:
+            if ctx.rank == 1:
+                child = os.fork()
+                if child == 0:
+                    ep._exchange.endpoint._connected._channel._leave()
+                    os._exit(0)
+                assert os.waitpid(child, 0)[1] == 0
+            barrier(ctx, "forked")
+            assert not ep._exchange.endpoint._connected._channel._is_gone(1)
+            round_trip(ep)
+
+    harness.run_world("symmetric", 2, fn)

@@ -1,0 +1,212 @@
+"""Meetings in a store: who comes when, who rejects, who comes back, and a store that is silent."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch.distributed as dist
+
+from moe_triton import PeerAbortError, PeerTimeoutError
+from moe_triton.comm.groups import Group
+from moe_triton.comm.rendezvous import Meeting
+
+OP = "test_op"
+
+
+class World:
+    """Meetings of the ranks of one group; a rank that is made again stands for a new process."""
+
+    def __init__(self, world_size: int, *, timeout: float = 5.0, store: object = None) -> None:
+        self.size, self.timeout = world_size, timeout
+        self.store = store or dist.HashStore()
+        self.meetings = [self.make(rank) for rank in range(world_size)]
+
+    def make(self, rank: int) -> Meeting:
+        group = Group("test", rank, self.size, self.store, in_process=True)
+        return Meeting(group, "tag", self.timeout)
+
+    def restart(self, rank: int) -> None:
+        self.meetings[rank] = self.make(rank)
+
+    def meet(self, *ranks: int, rounds: int = 2) -> list:
+        """Meet and exchange on some ranks at once; what each gets, or its exception."""
+        results: dict = {}
+
+        def run(rank):
+            try:
+                results[rank] = meet(self.meetings[rank], rank, rounds)
+            except Exception as error:
+                results[rank] = error
+
+        threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in ranks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+            assert not thread.is_alive(), "hung"
+        return [results[rank] for rank in ranks]
+
+
+def meet(meeting: Meeting, fact: object, rounds: int) -> list:
+    """What all ranks said in every round; as an endpoint does it."""
+    heard: list = []
+    while len(heard) < rounds:
+        with meeting.following():
+            heard = [meeting.meet(OP, {"fact": fact})]
+            meeting.confirm(OP)
+            for step in range(rounds - 1):
+                heard.append(meeting.exchange(OP, f"step {step}", {"fact": fact}))
+    return [[record["fact"] for record in records] for records in heard]
+
+
+def generations(world: World) -> set[int]:
+    return {meeting._place.generation for meeting in world.meetings}
+
+
+def test_all_ranks_hear_all_facts():
+    world = World(3)
+    assert world.meet(0, 1, 2) == [[[0, 1, 2]] * 2] * 3
+    assert generations(world) == {1}
+
+
+def test_calls_go_on_in_the_same_generation():
+    world = World(2)
+    for _ in range(3):
+        assert world.meet(0, 1) == [[[0, 1]] * 2] * 2
+    assert generations(world) == {1}
+
+
+def test_a_rejection_needs_nobody_and_reaches_everybody():
+    world = World(3)
+    for call in range(3):
+        world.meetings[1].reject(f"reason {call}")
+    for call in range(3):
+        began = time.monotonic()
+        # One rank alone: a rejection decides the call, whoever else comes.
+        for error in [*world.meet(0), *world.meet(2)]:
+            assert isinstance(error, PeerAbortError)
+            assert (error.rank, error.reason) == (1, f"reason {call}")
+        assert time.monotonic() - began < 1
+    assert world.meet(0, 1, 2) == [[[0, 1, 2]] * 2] * 3
+
+
+def test_all_ranks_reject():
+    world = World(3)
+    for meeting in world.meetings:
+        meeting.reject("wrong")
+    assert world.meet(0, 1, 2) == [[[0, 1, 2]] * 2] * 3
+
+
+def test_a_missing_rank_is_named():
+    world = World(3, timeout=0.2)
+    began = time.monotonic()
+    for error in world.meet(0, 2):
+        assert isinstance(error, PeerTimeoutError)
+        assert error.ranks == (1,)
+        assert "rank 1 did not come to the first call within 0.2 s, in group 'test'" in str(error)
+    assert time.monotonic() - began < 1.2
+
+
+def test_ranks_that_come_a_different_number_of_times_meet_in_the_end():
+    """A late rank must not take what a peer said in a call that it has given up for its word."""
+    world = World(2, timeout=0.3)
+    for _ in range(3):
+        world.meetings[0].leave()
+        assert isinstance(world.meet(0)[0], PeerTimeoutError)
+    (stale,) = world.meet(1)
+    assert isinstance(stale, PeerTimeoutError)
+    assert stale.ranks == (0,)
+    for meeting in world.meetings:
+        meeting.leave()
+    assert world.meet(0, 1) == [[[0, 1]] * 2] * 2
+
+
+def test_a_late_rank_follows_peers_that_recover():
+    """It has read what a peer said in a call that was given up, and waits for that peer's next."""
+    world = World(2, timeout=0.3)
+    assert isinstance(world.meet(0)[0], PeerTimeoutError)
+    world.timeout = 5.0
+    world.restart(1)
+    late: list = []
+    thread = threading.Thread(target=lambda: late.extend(world.meet(1)), daemon=True)
+    thread.start()
+    time.sleep(0.2)
+    world.meetings[0].leave()
+    assert world.meet(0) == [[[0, 1]] * 2]
+    thread.join(10)
+    assert late == [[[0, 1]] * 2]
+
+
+@pytest.mark.parametrize("first", ["survivors", "restarted"])
+def test_a_restarted_rank_meets_survivors_that_recover(first):
+    world = World(3)
+    for restarts in (1, 2):
+        assert world.meet(0, 1, 2) == [[[0, 1, 2]] * 2] * 3
+        world.restart(1)
+        survivors = [world.meetings[0], world.meetings[2]]
+        for meeting in survivors:
+            meeting.leave()
+        early, late = ((0, 2), (1,)) if first == "survivors" else ((1,), (0, 2))
+        thread = threading.Thread(target=world.meet, args=early)
+        thread.start()
+        time.sleep(0.1)
+        assert world.meet(*late) == [[[0, 1, 2]] * 2] * len(late)
+        thread.join(10)
+        assert generations(world) == {1 + restarts}
+
+
+def test_a_rank_lost_between_the_rounds_is_named():
+    world = World(2, timeout=0.3)
+    errors = []
+
+    def dies_after_the_first_round():
+        world.meetings[1].meet(OP, {"fact": 1})
+
+    thread = threading.Thread(target=dies_after_the_first_round, daemon=True)
+    thread.start()
+    errors += world.meet(0)
+    thread.join(10)
+    assert errors[0].ranks == (1,)
+
+
+class SilentStore:
+    """A store whose server stops, or goes away, after so many accesses."""
+
+    def __init__(self, accesses: int, failure: Exception | None) -> None:
+        self.store, self.accesses, self.failure = dist.HashStore(), accesses, failure
+        self.goes_on = threading.Event()
+
+    def __getattr__(self, name):
+        def access(*args):
+            self.accesses -= 1
+            if self.accesses < 0 and self.failure is not None:
+                raise self.failure
+            if self.accesses < 0:
+                self.goes_on.wait()
+            return getattr(self.store, name)(*args)
+
+        return access
+
+
+@pytest.mark.parametrize("failure", [None, RuntimeError("connection reset")])
+@pytest.mark.parametrize("accesses", [0, 5])
+def test_a_store_that_stops_is_not_waited_for(accesses, failure):
+    """It is served by one of the ranks, perhaps the one that stalls."""
+    store = SilentStore(accesses, failure)
+    world = World(2, timeout=0.3, store=store)
+    began = time.monotonic()
+    (error,) = world.meet(0)
+    assert isinstance(error, PeerTimeoutError)
+    assert error.ranks == (1,)
+    assert ("connection reset" if failure else "the store does not answer") in str(error)
+    world.meetings[0].reject("nobody hears it")
+    assert time.monotonic() - began < 0.3 + 1 + 0.5
+    # When the store answers again, a new generation begins as if nothing had been.
+    store.accesses = 10**6
+    store.goes_on.set()
+    time.sleep(0.2)
+    for meeting in world.meetings:
+        meeting.leave()
+    assert world.meet(0, 1) == [[[0, 1]] * 2] * 2

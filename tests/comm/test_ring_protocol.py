@@ -1,0 +1,747 @@
+"""Channels between ranks of one process: what is agreed, aborted, owed and refused.
+
+Most tests step through an interleaving by hand, all ranks in one thread: only waits for what has
+not come need a thread of their own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from moe_triton import (
+    ArgumentMismatchError,
+    BrokenGroupError,
+    MoeError,
+    PeerAbortError,
+    PeerTimeoutError,
+    SequenceError,
+    UnavailableError,
+)
+from moe_triton.comm import ring_protocol as channel_module
+from moe_triton.comm.groups import Group
+from moe_triton.comm.local import LocalMemory
+from moe_triton.comm.memory import Memory
+from moe_triton.comm.ring_protocol import Channel, control_bytes
+from moe_triton.comm.shm import PosixMemory
+
+OP = "test_op"
+PAYLOAD = 16  # bytes from each rank to each rank
+
+
+def connect(
+    world_size: int,
+    *,
+    in_flight: int = 1,
+    timeout: float = 5.0,
+    pids: list[int] | None = None,
+    memory: Memory | None = None,
+) -> list[Channel]:
+    """Channels of all ranks, as an endpoint would make them."""
+    memory = memory or LocalMemory()
+    own = [memory.allocate(control_bytes(in_flight)) for _ in range(world_size)]
+    return [
+        Channel(
+            Group("test", rank, world_size, None, in_process=True),
+            memory,
+            [memory.open(block.handle) for block in own],
+            pids,
+            in_flight=in_flight,
+            timeout=timeout,
+        )
+        for rank in range(world_size)
+    ]
+
+
+def payload(source: int, target: int, number: int) -> torch.Tensor:
+    """What ``source`` sends to ``target`` in an operation; differs from all others."""
+    return torch.tensor([source, target, number, ~number], dtype=torch.int32).view(torch.uint8)
+
+
+def setup(channel: Channel, number: int = 0, *, kind="exchange", slot_bytes=None, **arguments):
+    """Send ``payload(.., number)`` to all ranks, as the transports do; returns the epoch."""
+    needed = channel.size * PAYLOAD
+    epoch = channel.begin(kind, OP)
+    try:
+        arena = channel.agree(kind, epoch, OP, arguments, slot_bytes or needed)
+        for target in range(channel.size):
+            start = channel.rank * PAYLOAD
+            data = arena.data(target, channel.slot(epoch))
+            data[start : start + PAYLOAD] = payload(channel.rank, target, number)
+    except BaseException as error:
+        channel.abort(kind, epoch, error)
+        raise
+    channel.signal(kind, epoch)
+    return epoch
+
+
+def teardown(channel: Channel, epoch: int, number: int = 0, *, kind="exchange") -> None:
+    """Wait, and assert that all payloads are there."""
+    ring = channel._rings[kind]
+    arena = ring.in_flight[epoch].arena if epoch in ring.in_flight else None
+    channel.wait(kind, epoch, OP)
+    data = arena.data(channel.rank, channel.slot(epoch))[: channel.size * PAYLOAD].clone()
+    channel.finish(kind, epoch)
+    expected = [payload(source, channel.rank, number) for source in range(channel.size)]
+    assert torch.equal(data, torch.cat(expected))
+
+
+def exchange(channel: Channel, number: int = 0, **options) -> None:
+    """A whole operation."""
+    kind = options.get("kind", "exchange")
+    teardown(channel, setup(channel, number, **options), number, kind=kind)
+
+
+def together(channels: list[Channel], fn) -> list:
+    """``fn(channel)`` on all ranks at once: results in their order, exceptions as results."""
+    results: list = [None] * len(channels)
+
+    def run(index):
+        try:
+            results[index] = fn(channels[index])
+        except Exception as error:
+            results[index] = error
+
+    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(channels))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive(), "hung"
+    return results
+
+
+def agreed(world_size: int, **options) -> list[Channel]:
+    """Connected ranks that have done one operation, so that no setup waits any more."""
+    channels = connect(world_size, **options)
+    assert together(channels, exchange) == [None] * world_size
+    return channels
+
+
+def error_of(call, *args, **options) -> Exception:
+    """What a call raises; without its traceback, which would keep the call's memory alive."""
+    try:
+        call(*args, **options)
+    except Exception as error:
+        return error.with_traceback(None)
+    raise AssertionError("raised nothing")
+
+
+@pytest.mark.parametrize("in_flight", [1, 2, 3])
+def test_no_more_setups_than_may_be_in_flight(in_flight):
+    channels = agreed(2, in_flight=in_flight)
+    epochs = [[setup(channel, i) for channel in channels] for i in range(in_flight)]
+    for channel in channels:
+        error = error_of(setup, channel)
+        assert type(error) is SequenceError
+        assert f"at most {in_flight} exchange operations may be in flight" in str(error)
+    # Refusing costs nothing: the operations in flight are complete, and the next one too.
+    for i in range(in_flight):
+        for channel, epoch in zip(channels, epochs[i], strict=True):
+            teardown(channel, epoch, i)
+    assert together(channels, lambda c: exchange(c, 9)) == [None, None]
+
+
+def test_calls_that_ended_early_do_not_let_setups_run_ahead():
+    """The ring holds f operations that are not torn down: the oldest counts, not their number.
+
+    A rank that rejects a call beside one in flight is not a step ahead of its peers by that: its
+    next setup would write into a slot that they may still have to read.
+    """
+    first, second = agreed(2, in_flight=2)
+    one = [setup(channel, 1) for channel in (first, second)]
+    two = setup(second, 2)
+    first.reject("exchange", OP, MoeError(OP, "wrong"))
+    assert "may be in flight" in str(error_of(setup, first, 3))
+    first.reject("exchange", OP, MoeError(OP, "cannot be told now"))
+    teardown(first, one[0], 1)
+    teardown(second, one[1], 1)
+    assert "wrong" in str(error_of(teardown, second, two, 2))
+    assert together([first, second], lambda c: exchange(c, 3)) == [None, None]
+
+
+@pytest.mark.parametrize("in_flight", [1, 2])
+@pytest.mark.parametrize("with_window", [False, True])
+def test_a_rank_refuses_many_calls_before_its_peers_make_the_first(in_flight, with_window):
+    """Each peer still hears the reason of each call: a rank waits before it reuses its words."""
+    make = agreed if with_window else connect
+    channels = make(3, in_flight=in_flight)
+    reasons = [f"reason {i}" for i in range(9)]
+    started = threading.Event()
+
+    def refuse(channel):
+        for i, reason in enumerate(reasons):
+            if i > in_flight:
+                started.set()
+            channel.reject("exchange", OP, MoeError(OP, reason))
+
+    def call(channel):
+        # The refusing rank must not come this far alone; give it time to do it all the same.
+        assert not started.wait(0.2)
+        return [str(error_of(exchange, channel, i)) for i in range(len(reasons))]
+
+    results = together(channels, lambda c: refuse(c) if c.rank == 1 else call(c))
+    for rank in (0, 2):
+        assert results[rank] == [f"{OP}: rank 1 rejected this call: {why}" for why in reasons]
+    assert together(channels, exchange) == [None] * 3
+
+
+def test_a_rank_that_gave_up_has_taken_back_its_new_window():
+    """Peers that come later hear why, and do not look for memory that is gone."""
+    first, second, third = agreed(3)
+    third.reject("exchange", OP, MoeError(OP, "wrong"))
+    for channel in (first, second):
+        error = error_of(exchange, channel, slot_bytes=4096)
+        assert str(error) == f"{OP}: rank 2 rejected this call: wrong"
+    channels = [first, second, third]
+    assert together(channels, lambda c: exchange(c, 1, slot_bytes=4096)) == [None] * 3
+
+
+@pytest.mark.parametrize("new", [False, True], ids=["flag", "announcement"])
+def test_what_came_at_the_last_moment_has_come(new, monkeypatch):
+    """A peer that sends its last flag and dies, or a rank that is stopped while it waits."""
+    first, second = agreed(2)
+    monkeypatch.setattr("moe_triton.comm.ring_protocol._LIVENESS_POLLS", 1)
+
+    options = {"word": "new"} if new else {}
+    epoch = 2
+    sent = threading.Thread(target=lambda: exchange(second, 1, **options))
+    asked = []
+
+    def sends_and_dies(channel, rank):
+        if channel is second or asked:
+            return False
+        asked.append(rank)
+        sent.start()
+        while new and second._heard(1, "exchange", epoch) is None:
+            time.sleep(1e-3)  # it goes on when the first rank has announced, too
+        if not new:
+            sent.join(10)
+        return True
+
+    monkeypatch.setattr(Channel, "_is_gone", sends_and_dies)
+    exchange(first, 1, **options)
+    assert asked == [1]
+    sent.join(10)
+
+
+def test_a_wait_that_timed_out_can_be_tried_again():
+    first, second = agreed(2, timeout=0.1)
+    epoch = setup(first, 1)
+    error = error_of(teardown, first, epoch, 1)
+    assert isinstance(error, PeerTimeoutError)
+    assert error.ranks == (1,)
+    assert "rank 1 did not come within 0.1 s" in str(error)
+    for call in (exchange, lambda c: c.raise_if_broken(OP), lambda c: exchange(c, kind="combine")):
+        began = time.monotonic()
+        assert isinstance(error_of(call, first), BrokenGroupError)
+        assert time.monotonic() - began < 0.05
+    assert isinstance(error_of(teardown, first, epoch, 1), PeerTimeoutError)
+    exchange(second, 1)
+    teardown(first, epoch, 1)
+    assert together([first, second], exchange) == [None, None]
+
+
+def test_another_wait_does_not_heal_the_group():
+    first, second = agreed(2, timeout=0.1)
+    assert together([first, second], lambda c: exchange(c, kind="combine")) == [None, None]
+    late, other = setup(first, 1), setup(first, 2, kind="combine")
+    setup(second, 2, kind="combine")
+    assert isinstance(error_of(teardown, first, late, 1), PeerTimeoutError)
+    teardown(first, other, 2, kind="combine")
+    assert isinstance(error_of(setup, first, kind="combine"), BrokenGroupError)
+
+
+def test_a_setup_that_timed_out_cannot_be_healed():
+    """Its caller has nothing to tear down, so the epochs can never match again."""
+    first, second = agreed(2, in_flight=2, timeout=0.1)
+    epoch = setup(first, 1)
+    assert isinstance(error_of(setup, first, 2, word="new"), PeerTimeoutError)
+    setup(second, 1)
+    teardown(first, epoch, 1)
+    assert isinstance(error_of(setup, first, 3), BrokenGroupError)
+
+
+def begin_at(channels: list[Channel], epoch: int) -> None:
+    """Let the rings of all ranks continue as if ``epoch`` had been the last operation."""
+    for channel in channels:
+        for ring in channel._rings.values():
+            ring.last = epoch
+
+
+WRAPS = pytest.mark.parametrize("start", [2**31 - 4, -4], ids=["to negative", "through zero"])
+
+
+@WRAPS
+@pytest.mark.parametrize("in_flight", [1, 2, 3])
+def test_epochs_wrap(start, in_flight):
+    channels = connect(3, in_flight=in_flight)
+    begin_at(channels, start)
+
+    def run(channel):
+        pending = []
+        for number in range(20):
+            if len(pending) == in_flight:
+                teardown(channel, *pending.pop(0))
+            pending.append((setup(channel, number), number))
+        for epoch, number in pending:
+            teardown(channel, epoch, number)
+        return pending[-1][0]
+
+    last = (start + 20 + 2**31) % 2**32 - 2**31
+    assert together(channels, run) == [last] * 3
+
+
+@WRAPS
+def test_windows_grow_while_epochs_wrap(start):
+    """The flags of a new window must look old, also to a negative epoch."""
+    channels = connect(2)
+    begin_at(channels, start)
+
+    def run(channel):
+        for number in range(10):
+            exchange(channel, number, slot_bytes=1000 * (number + 1))
+
+    assert together(channels, run) == [None, None]
+
+
+@WRAPS
+def test_refusals_while_epochs_wrap(start):
+    channels = connect(2)
+    begin_at(channels, start)
+
+    def run(channel):
+        for number in range(10):
+            if number % 3 == 1 and channel.rank == 1:
+                channel.reject("exchange", OP, MoeError(OP, f"reason {number}"))
+            elif number % 3 == 1:
+                assert f"reason {number}" in str(error_of(exchange, channel, number))
+            else:
+                exchange(channel, number)
+
+    assert together(channels, run) == [None, None]
+
+
+def test_memory_that_cannot_be_had(monkeypatch):
+    """The rank that cannot grow says so to its peers, and all go on in the old windows."""
+    channels = agreed(3)
+    allocate = LocalMemory.allocate
+
+    def refuse(memory, *sizes):
+        if memory is channels[1]._memory:
+            raise OSError(28, "No space left on device")
+        return allocate(memory, *sizes)
+
+    channels[1]._memory = LocalMemory()
+    monkeypatch.setattr(LocalMemory, "allocate", refuse)
+    results = together(channels, lambda c: exchange(c, slot_bytes=4096))
+    assert isinstance(results[1], UnavailableError)
+    slot = 3 * 16 + 4096
+    for part in ("exchange windows", "2 slots of 4096", f"{2 * slot} bytes", "No space left"):
+        assert part in str(results[1])
+    for rank in (0, 2):
+        assert isinstance(results[rank], PeerAbortError)
+        assert results[rank].rank == 1
+        assert "No space left" in results[rank].reason
+    assert together(channels, exchange) == [None] * 3
+    monkeypatch.undo()
+    assert together(channels, lambda c: exchange(c, slot_bytes=4096)) == [None] * 3
+
+
+def test_operations_torn_down_in_the_wrong_order():
+    channels = agreed(2, in_flight=2)
+    epochs = [[setup(channel, i) for channel in channels] for i in range(2)]
+    wrong = f"{OP}: exchange operations must be torn down in the order of their setup, and once, "
+    error = error_of(teardown, channels[0], epochs[1][0])
+    assert str(error) == wrong + "got number 3 while number 2 is the oldest in flight"
+    for i in range(2):
+        for channel, epoch in zip(channels, epochs[i], strict=True):
+            teardown(channel, epoch, i)
+    error = error_of(channels[0].wait, "exchange", epochs[0][0], OP)
+    assert str(error) == wrong + "got number 2 while none is in flight"
+
+
+class Hooked:
+    """A rank's provider that calls a function before it opens a peer's block."""
+
+    def __init__(self, memory: Memory, before_open) -> None:
+        self.allocate, self._open, self._before_open = memory.allocate, memory.open, before_open
+
+    def open(self, handle):
+        self._before_open()
+        return self._open(handle)
+
+
+def refuse_to_open() -> None:
+    raise OSError(24, "Too many open files")
+
+
+def named_files() -> set[str]:
+    return {path.name for path in Path("/dev/shm").glob("moe_triton-*")}
+
+
+@pytest.mark.parametrize("in_flight", [1, 2])
+@pytest.mark.parametrize("with_window", [False, True])
+def test_windows_that_one_rank_cannot_open(with_window, in_flight):
+    """No rank uses them, all know why at once, and they can be had later."""
+    channels = (agreed if with_window else connect)(3, in_flight=in_flight, timeout=20)
+    memory = channels[1]._memory
+    channels[1]._memory = Hooked(memory, refuse_to_open)
+    for _ in range(3):
+        before = [channel._rings["exchange"].arena for channel in channels]
+        began = time.monotonic()
+        results = together(channels, lambda c: exchange(c, slot_bytes=4096))
+        assert time.monotonic() - began < 5
+        assert isinstance(results[1], UnavailableError)
+        for part in ("exchange windows of rank 0", "opened by rank 1", "Too many open files"):
+            assert part in str(results[1])
+        for rank in (0, 2):
+            assert isinstance(results[rank], PeerAbortError)
+            assert results[rank].rank == 1
+            assert "Too many open files" in results[rank].reason
+        assert [channel._rings["exchange"].arena for channel in channels] == before
+        if with_window:
+            assert together(channels, exchange) == [None] * 3
+    channels[1]._memory = memory
+    assert together(channels, lambda c: exchange(c, slot_bytes=4096)) == [None] * 3
+    assert together(channels, lambda c: exchange(c, 1)) == [None] * 3
+
+
+def test_windows_whose_owner_has_let_go_of_them():
+    """Its number is unknown by then: an error like that of a file which is gone."""
+    channels = connect(2)
+    allocate = LocalMemory.allocate
+
+    def allocate_and_forget(*sizes):
+        block = allocate(channels[1]._memory, *sizes)
+        block.handle["number"] = -1
+        return block
+
+    channels[1]._memory = Hooked(channels[1]._memory, lambda: None)
+    channels[1]._memory.allocate = allocate_and_forget
+    results = together(channels, exchange)
+    assert isinstance(results[0], UnavailableError)
+    assert isinstance(results[0].__cause__, FileNotFoundError)
+    assert isinstance(results[1], PeerAbortError)
+
+
+def test_a_rank_that_fails_after_all_have_opened_the_windows():
+    """Ranks that look later must count it among those that opened them, or be left without."""
+    channels = connect(3)
+    failed = threading.Event()
+    look = channels[2]._await_opened
+
+    def look_late(*args):
+        assert failed.wait(10)
+        return look(*args)
+
+    channels[2]._await_opened = look_late
+
+    def run(channel):
+        if channel.rank != 0:
+            return exchange(channel)
+        epoch = channel.begin("exchange", OP)
+        channel.agree("exchange", epoch, OP, {}, 3 * PAYLOAD)
+        channel.abort("exchange", epoch, ZeroDivisionError("in the middle"))
+        failed.set()
+        return None
+
+    results = together(channels, run)
+    assert results[0] is None
+    for rank in (1, 2):
+        assert isinstance(results[rank], PeerAbortError)
+        assert "in the middle" in results[rank].reason
+    assert together(channels, lambda c: exchange(c, 1)) == [None] * 3
+
+
+def test_names_of_windows_are_gone_after_the_call_that_made_them():
+    before = named_files()
+    channels = connect(3, memory=PosixMemory())
+    for channel in channels:
+        for block in channel._control:
+            block.release()
+    epochs = together(channels, setup)
+    assert named_files() == before
+    for channel, epoch in zip(channels, epochs, strict=True):
+        teardown(channel, epoch)
+
+
+def test_a_rank_that_fails_leaves_the_names_of_its_peers():
+    """A third rank may be about to open them: its answer must not depend on who is faster."""
+    channels = connect(3, memory=PosixMemory())
+    for channel in channels:
+        for block in channel._control:
+            block.release()
+    before, refused = named_files(), threading.Event()
+
+    def refuse_and_tell():
+        refused.set()
+        refuse_to_open()
+
+    def open_late():
+        assert refused.wait(10)
+        time.sleep(0.1)
+
+    channels[1]._memory = Hooked(channels[1]._memory, refuse_and_tell)
+    channels[2]._memory = Hooked(channels[2]._memory, open_late)
+    results = together(channels, exchange)
+    assert isinstance(results[1], UnavailableError)
+    for rank in (0, 2):
+        assert isinstance(results[rank], PeerAbortError)
+        assert results[rank].rank == 1
+    assert named_files() == before
+
+
+def test_the_names_of_a_rank_that_is_lost_are_taken_away():
+    channels = connect(2, memory=PosixMemory(), timeout=0.3)
+    for channel in channels:
+        for block in channel._control:
+            block.release()
+    before, over = named_files(), threading.Event()
+    stalled = Hooked(channels[1]._memory, lambda: over.wait(10))
+    channels[1]._memory = stalled
+    thread = threading.Thread(target=lambda: error_of(exchange, channels[1]), daemon=True)
+    thread.start()
+    assert error_of(exchange, channels[0]).ranks == (1,)
+    assert named_files() == before
+    over.set()
+    thread.join(10)
+
+
+def test_a_release_that_fails_keeps_no_other_from_theirs():
+    first, second = connect(2)
+    blocks, released = first._control, []
+
+    def refuse():
+        raise PermissionError(1, "not permitted")
+
+    blocks[0].hide, blocks[1].hide = lambda: released.append(0), refuse
+    with pytest.raises(PermissionError):
+        channel_module._release(blocks)
+    assert released == [0]
+    first._pidfds.update({0: os.open(os.devnull, os.O_RDONLY), 1: -1})
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        first.close()
+    first.close()
+    second.close()
+
+
+@pytest.mark.parametrize("word", ["old", "new"])
+def test_a_rank_that_has_left_is_not_waited_for(word):
+    channels = connect(3, timeout=60)
+    assert together(channels, lambda c: exchange(c, word="old")) == [None] * 3
+    channels[1].close()
+    began = time.monotonic()
+    errors = together([channels[0], channels[2]], lambda c: exchange(c, word=word))
+    assert time.monotonic() - began < 5
+    for error in errors:
+        assert isinstance(error, PeerTimeoutError)
+        assert error.ranks == (1,)
+
+
+def test_a_rank_may_leave_after_its_last_operation():
+    channels = agreed(3)
+    epochs = [setup(channel, 1) for channel in channels]
+    teardown(channels[1], epochs[1], 1)
+    channels[1].close()
+    for rank in (0, 2):
+        teardown(channels[rank], epochs[rank], 1)
+
+
+def test_the_process_of_a_peer_that_is_already_gone():
+    """No descriptor for it: it is missed when the time is up, like one that never had a process."""
+    child = subprocess.Popen(["true"])
+    child.wait()
+    channels = connect(2, timeout=0.1, pids=[child.pid, child.pid])
+    assert error_of(exchange, channels[0]).ranks == (1,)
+
+
+def test_the_next_slot():
+    """It is known before the setup only if the setup would wait for nothing."""
+    first, second = channels = agreed(2, in_flight=2)
+    assert first.next_slot("combine") is None  # no windows yet
+    for number in range(5):
+        pending = []
+        for _ in range(2):
+            for channel in channels:
+                arena, slot = channel.next_slot("exchange")
+                epoch = setup(channel, number)
+                assert slot == channel.slot(epoch)
+                assert arena is channel._rings["exchange"].in_flight[epoch].arena
+                pending.append((channel, epoch))
+        assert first.next_slot("exchange") is None  # the oldest is not torn down
+        for channel, epoch in pending:
+            teardown(channel, epoch, number)
+    first.reject("exchange", OP, MoeError(OP, "wrong"))
+    assert first.next_slot("exchange") is not None
+    first.reject("exchange", OP, MoeError(OP, "wrong"))
+    assert first.next_slot("exchange") is None  # it owes the first of the two
+    for _ in range(2):
+        error_of(exchange, second)
+    assert together(channels, exchange) == [None, None]
+
+
+def test_an_overrun_is_an_error_and_not_data():
+    """A flag from the future says that a slot was written again before it was read."""
+    first, second = agreed(2)
+    epoch = setup(first, 1)
+    setup(second, 1)
+    arena = first._rings["exchange"].arena
+    flag = arena.flag_address(0, first.slot(epoch), 1)
+    ctypes.c_int32.from_address(flag).value = epoch + first.slots
+    error = error_of(teardown, first, epoch, 1)
+    assert isinstance(error, BrokenGroupError)
+    numbers = f"rank 1 is at operation {epoch + first.slots}, this rank at {epoch}"
+    assert numbers in str(error)
+    assert "call recover() on all ranks" in str(error)
+    assert isinstance(error_of(exchange, first), BrokenGroupError)
+
+
+def test_ranks_that_disagree_on_known_arguments():
+    """Nobody compares texts any more: the digest in the flags tells, and the texts say what."""
+    channels = connect(3)
+    for width in (1, 2):
+        assert together(channels, lambda c, w=width: exchange(c, width=w)) == [None] * 3
+    for _ in range(3):
+        errors = together(channels, lambda c: exchange(c, width=2 if c.rank == 1 else 1))
+        for rank, error in enumerate(errors):
+            assert isinstance(error, ArgumentMismatchError)
+            assert error.argument == "width"
+            mine, theirs = (2, 1) if rank == 1 else (1, 2)
+            assert f"got {mine} on this rank and {theirs} on rank" in str(error)
+        assert together(channels, lambda c: exchange(c, width=2)) == [None] * 3
+
+
+@pytest.mark.parametrize("known", ["on no rank", "on the culprit", "on its peers"])
+def test_ranks_that_disagree_on_new_arguments(known):
+    channels = connect(3)
+    if known != "on no rank":
+        width = 2 if known == "on the culprit" else 1
+        assert together(channels, lambda c: exchange(c, width=width)) == [None] * 3
+    errors = together(channels, lambda c: exchange(c, width=2 if c.rank == 1 else 1))
+    for error in errors:
+        assert isinstance(error, ArgumentMismatchError)
+        assert error.argument == "width"
+    for width in (1, 2):
+        assert together(channels, lambda c, w=width: exchange(c, width=w)) == [None] * 3
+
+
+def test_an_argument_that_only_one_rank_gives():
+    channels = connect(2)
+    errors = together(channels, lambda c: exchange(c, **({"extra": 1} if c.rank else {})))
+    assert [error.argument for error in errors] == ["extra", "extra"]
+    assert "got None on this rank and 1 on rank 1" in str(errors[0])
+    assert "got 1 on this rank and None on rank 0" in str(errors[1])
+
+
+def test_a_long_reason_is_cut_and_long_arguments_fit():
+    channels = connect(2)
+    channels[0].reject("exchange", OP, MoeError(OP, "é" * 5000))
+    error = error_of(exchange, channels[1])
+    assert 400 < len(error.reason) < 5000
+    assert set(error.reason[:400]) == {"é"}
+    assert together(channels, lambda c: exchange(c, text="x" * 2000)) == [None, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What all ranks do in one operation: some grow the windows, disagree, refuse or are late."""
+
+    kind: str = "exchange"
+    slot_bytes: int = 0
+    word: str = "a"
+    refusing: frozenset[int] = frozenset()
+    dissenting: frozenset[int] = frozenset()
+    failing: frozenset[int] = frozenset()
+    late: tuple[float, float, float] = (0, 0, 0)
+
+    def wrong(self, rank: int) -> set[type]:
+        """What a rank may raise; empty if the operation must succeed."""
+        if rank in self.refusing:
+            return {NoneType}
+        culprits = self.refusing | self.failing | self.dissenting
+        if rank in self.failing and not self.refusing and not self.dissenting:
+            return {ZeroDivisionError}
+        kinds: set[type] = set()
+        if self.refusing or self.failing:
+            kinds.add(PeerAbortError)
+        if rank in self.failing:
+            kinds.add(ZeroDivisionError)
+        if self.dissenting:
+            kinds.add(ArgumentMismatchError)
+        return kinds if culprits else set()
+
+
+NoneType = type(None)
+some_ranks = st.sampled_from([(), (), (), (), (), (0,), (1,), (2,), (0, 2)]).map(frozenset)
+delays = st.sampled_from([0, 0, 0, 0.001, 0.003])
+steps = st.builds(
+    Step,
+    kind=st.sampled_from(["exchange", "combine"]),
+    slot_bytes=st.sampled_from([0, 0, 0, 100, 1000, 5000]),
+    word=st.sampled_from(["a", "a", "b", "c"]),
+    refusing=some_ranks,
+    dissenting=some_ranks,
+    failing=some_ranks,
+    late=st.tuples(delays, delays, delays),
+)
+
+
+def run_step(channel: Channel, number: int, step: Step) -> None:
+    time.sleep(step.late[channel.rank])
+    if channel.rank in step.refusing:
+        channel.reject(step.kind, OP, MoeError(OP, f"refused in {number}"))
+        return
+    word = step.word + "!" * (channel.rank in step.dissenting)
+    slot_bytes = max(step.slot_bytes, channel.size * PAYLOAD)
+    if channel.rank not in step.failing:
+        exchange(channel, number, kind=step.kind, slot_bytes=slot_bytes, word=word)
+        return
+    epoch = channel.begin(step.kind, OP)
+    try:
+        channel.agree(step.kind, epoch, OP, {"word": word}, slot_bytes)
+        _ = 1 / 0
+    except BaseException as error:
+        channel.abort(step.kind, epoch, error)
+        raise
+
+
+@settings(suppress_health_check=list(HealthCheck))
+@given(st.lists(steps, min_size=1, max_size=25), st.sampled_from([1, 1, 2, 3]))
+def test_any_sequence_of_operations(sequence, in_flight):
+    """Refusals, disagreements, failures, growth and delays in any order: each step ends alike.
+
+    A step in which nothing is wrong delivers exactly; in one where something is, every rank hears
+    of it, and never later than in that step.
+    """
+    channels = connect(3, in_flight=in_flight, timeout=20)
+
+    def run(channel):
+        outcomes = []
+        for number, step in enumerate(sequence):
+            try:
+                run_step(channel, number, step)
+                outcomes.append(None)
+            except Exception as error:
+                outcomes.append(error.with_traceback(None))
+        return outcomes
+
+    for rank, outcomes in enumerate(together(channels, run)):
+        assert not isinstance(outcomes, Exception)
+        for number, (step, error) in enumerate(zip(sequence, outcomes, strict=True)):
+            allowed = step.wrong(rank) or {NoneType}
+            assert type(error) in allowed, f"rank {rank}, step {number}: {error!r}, {step}"
+            if isinstance(error, PeerAbortError) and error.rank in step.refusing:
+                assert error.reason == f"refused in {number}"
+            elif isinstance(error, PeerAbortError) and error.rank in step.failing:
+                assert "division" in error.reason

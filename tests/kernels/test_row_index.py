@@ -1,0 +1,179 @@
+"""Where rows are, against the definition: their numbers, places, and what travelled with them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from row_index_cases import ALIGNMENTS, CAPACITIES, capacity_of, drawn_ids, same
+
+from moe_triton import kernels, ref
+from moe_triton.errors import ArgumentTypeError, ArgumentValueError, MissingArgumentError
+from moe_triton.kernels import launch_config
+from moe_triton.layout import NOWHERE
+
+
+def drawn_headers(L, W, per_token, seed, device):
+    """Counts [L, W], lists of copies [W, C] and their weights; what no count covers is poison."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.randint(0, 4, (L, W), generator=generator, dtype=torch.int32)
+    counts[:, torch.rand(W, generator=generator) < 0.3] = 0
+    longest = int(counts.sum(0).max()) + 2
+    copies = torch.full((W, longest), 2**30, dtype=torch.int32)
+    weights = torch.full((W, longest + 3), float("nan"))
+    for source in range(W):
+        n = int(counts[:, source].sum())
+        copies[source, :n] = torch.randperm(n * per_token, generator=generator)[:n].int()
+        weights[source, :n] = torch.rand(n, generator=generator)
+    return counts.to(device), copies.to(device), weights.to(device)
+
+
+@ALIGNMENTS
+@CAPACITIES
+@pytest.mark.parametrize("L, W", [(1, 1), (3, 4), (32, 8)])
+def test_arrivals(L, W, alignment, spare, device):
+    counts, copies, weights = drawn_headers(L, W, 3, L + W, device)
+    capacity = capacity_of(counts, alignment, spare)
+    origins = torch.arange(W, device=device) * 1000 + 2**33
+    options = {"copies_per_row": 3, "alignment": alignment, "capacity": capacity}
+    for given, dtype in ((weights, torch.int64), (None, torch.int32)):
+        options["totals_dtype"] = dtype
+        arguments = (counts, copies, given)
+        found = kernels.arrivals(*arguments, origins=origins, step=7, **options)
+        same(found, ref.arrivals(*arguments, origins=origins, step=7, **options))
+
+
+@ALIGNMENTS
+@pytest.mark.parametrize("L, W", [(1, 1), (3, 4), (300, 8)])
+def test_load_is_added_up(L, W, alignment, device):
+    """Rows that there are, whatever the padding, and even where there is no room for them."""
+    counts, copies, _ = drawn_headers(L, W, 1, L + W, device)
+    origins = torch.zeros(W, dtype=torch.int64, device=device)
+    before = torch.arange(L, device=device) + 2**33
+    for arrivals in (kernels.arrivals, ref.arrivals):
+        for capacity in (0, None):
+            options = {"alignment": alignment, "capacity": capacity, "copies_per_row": 1}
+            load = before.clone()
+            arrivals(counts, copies, None, origins=origins, load=load, **options)
+            assert torch.equal(load, before + counts.sum(1))
+
+
+@ALIGNMENTS
+def test_arrivals_by_a_table(alignment, device):
+    counts, copies, weights = drawn_headers(4, 3, 2, 0, device)
+    table = torch.randperm(3 * 50, device=device).view(3, 50)
+    options = {"copies_per_row": 1, "table": table, "alignment": alignment}
+    same(
+        kernels.arrivals(counts, copies, weights.double(), **options),
+        ref.arrivals(counts, copies, weights.double(), **options),
+    )
+
+
+def test_copies_that_had_no_room(device):
+    """More than a source can send, by a token that names an expert twice: zeros, nothing else."""
+    counts = torch.tensor([[3]], dtype=torch.int32, device=device)
+    copies = torch.tensor([[7, 8, 9]], dtype=torch.int32, device=device)[:, :2]
+    weights = torch.ones((1, 3), device=device)[:, :2]
+    origins = torch.tensor([100], device=device)
+    found = kernels.arrivals(counts, copies, weights, copies_per_row=1, origins=origins)
+    assert found.copies.tolist() == [7, 8, NOWHERE]
+    assert found.places.tolist() == [107, 108, NOWHERE]
+    assert found.weights.tolist() == [1.0, 1.0, 0.0]
+
+
+def test_arrivals_by_hand(device):
+    """Two experts, two sources: source 0 sends copies 4 and 1, source 1 copies 0 and 5."""
+    counts = torch.tensor([[1, 0], [1, 2]], dtype=torch.int32, device=device)
+    copies = torch.tensor([[4, 1, -7], [0, 5, -7]], dtype=torch.int32, device=device)
+    weights = torch.tensor([[0.5, 0.25, 9.0], [0.125, 1.0, 9.0]], device=device)
+    origins = torch.tensor([100, 200], device=device)
+    found = kernels.arrivals(
+        counts, copies, weights, copies_per_row=2, origins=origins, step=10, capacity=6
+    )
+    assert found.sources.source.tolist() == [0, 0, 1, 1, NOWHERE, NOWHERE]
+    assert found.copies.tolist() == [4, 1, 0, 5, NOWHERE, NOWHERE]
+    assert found.places.tolist() == [120, 100, 200, 220, NOWHERE, NOWHERE]
+    assert found.weights.tolist() == [0.5, 0.25, 0.125, 1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("num_shared", [0, 2])
+@pytest.mark.parametrize("T, K", [(0, 2), (1, 1), (37, 3), (1500, 8)])
+def test_returns(T, K, num_shared, device):
+    """For every rank of a group in which shared experts have a rank each."""
+    moe_ranks, L = 4, 10
+    E, W = moe_ranks * L, moe_ranks + num_shared
+    ids = drawn_ids(T, K, E, device, seed=K)
+    ids[1::5] = NOWHERE  # tokens that take no part
+    routing = ref.plan(ids, E)
+    generator = torch.Generator().manual_seed(T)
+    begins = torch.randint(0, 2**20, (W, L, W + 1), generator=generator, dtype=torch.int32)
+    origins = torch.randint(0, 2**40, (W,), generator=generator).to(device)
+    for rank in (0, W - 1):
+        options = {
+            "rank": rank,
+            "num_shared_ranks": num_shared,
+            "shared_ranks": range(num_shared),
+            "origins": origins,
+            "step": 449,
+        }
+        found = kernels.returns(begins.to(device), routing, ids, **options)
+        expected = ref.returns(begins.to(device), routing, ids, **options)
+        assert found.dtype == expected.dtype == torch.int64
+        assert found.tolist() == expected.tolist()
+
+
+def test_rows_without_room_do_not_return(device):
+    """A holder of three routed rows and one of two shared ones."""
+    ids = torch.tensor([[0, 1], [NOWHERE, 0], [1, 0]], dtype=torch.int32, device=device)
+    # Of expert 0 come three rows, then two of expert 1; of the shared expert three.
+    begins = torch.tensor([[[0, 3, 3], [0, 0, 0]], [[0, 3, 3], [3, 5, 5]]], dtype=torch.int32)
+    options = {
+        "rank": 0,
+        "num_shared_ranks": 1,
+        "shared_ranks": (0,),
+        "origins": torch.tensor([100, 200], device=device),
+    }
+    for steps in (kernels, ref):
+        given = begins.to(device), ref.plan(ids, 2), ids
+        every = steps.returns(*given, **options)
+        assert every.tolist() == [[200, 203, 100], [NOWHERE, 201, 101], [204, 202, 102]]
+        some = steps.returns(*given, **options, capacity=3, shared_capacity=2)
+        assert some.tolist() == [[200, NOWHERE, 100], [NOWHERE, 201, 101], [NOWHERE, 202, NOWHERE]]
+
+
+def test_returns_in_several_tiles(device, monkeypatch):
+    few = dataclasses.replace(launch_config.policy(device), line=32)
+    monkeypatch.setattr(launch_config, "policy", lambda device: few)
+    test_returns(37, 3, 2, device)
+
+
+def test_refusals(device):
+    counts = torch.ones((2, 3), dtype=torch.int32, device=device)
+    copies = torch.zeros((3, 4), dtype=torch.int32, device=device)
+    origins = torch.zeros(3, dtype=torch.int64, device=device)
+    with pytest.raises(MissingArgumentError, match="origins"):
+        kernels.arrivals(counts, copies, None, copies_per_row=1)
+    with pytest.raises(ArgumentTypeError, match="copies"):
+        kernels.arrivals(counts, copies.long(), None, copies_per_row=1, origins=origins)
+    with pytest.raises(ArgumentValueError, match="origins"):
+        kernels.arrivals(counts, copies, None, copies_per_row=1, origins=origins[:2])
+    with pytest.raises(ArgumentValueError, match="alignment"):
+        kernels.arrivals(counts, copies, None, copies_per_row=1, origins=origins, alignment=0)
+    given = {"copies_per_row": 1, "origins": origins}
+    with pytest.raises(ArgumentTypeError, match="load"):
+        kernels.arrivals(counts, copies, None, load=counts[:, 0], **given)
+    with pytest.raises(ArgumentValueError, match="load"):
+        kernels.arrivals(counts, copies, None, load=origins, **given)
+    ids = torch.zeros((2, 1), dtype=torch.int32, device=device)
+    begins = torch.zeros((3, 2, 3), dtype=torch.int32, device=device)
+    with pytest.raises(ArgumentValueError, match=r"W, L, W \+ 1"):
+        kernels.returns(
+            begins,
+            kernels.plan(ids, 2),
+            ids,
+            rank=0,
+            num_shared_ranks=0,
+            shared_ranks=(),
+            origins=origins,
+        )
