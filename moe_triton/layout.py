@@ -68,7 +68,7 @@ class Plan(NamedTuple):
     order: torch.Tensor
 
 
-class Kept(NamedTuple):
+class RoutingCopies(NamedTuple):
     """Copies of a call's routing that are made as it is planned, in no launch of their own.
 
     Attributes:
@@ -245,7 +245,7 @@ class Norm(NamedTuple):
     rstd: torch.Tensor
 
 
-class SpecialExperts(NamedTuple):
+class ZeroComputationExperts(NamedTuple):
     """Experts without a network; their ids follow the E routed ones in this order.
 
     A zero expert adds nothing, a copy expert the token itself, and a constant expert c

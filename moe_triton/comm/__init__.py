@@ -13,18 +13,18 @@ if __name__ != "moe_triton.comm":
 
 from .all_to_all import all_to_all_v
 from .collective import only_on_device
-from .communicator import Endpoint
+from .communicator import Communicator
 from .groups import TRANSPORTS, Group, bind_rank, resolve, set_transport, subgroup
 from .groups import register as register_group
-from .packing import PartsReader, parts_bytes
+from .packing import PackedReader, packed_bytes
 from .registry import (
-    abandon_endpoint,
+    abandon_communicator,
+    abort_communicator,
     close_all,
-    close_endpoint,
-    default_endpoint,
-    open_endpoint,
+    close_communicator,
+    default_communicator,
+    open_communicator,
     recover,
-    refuse_endpoint,
     unregister_group,
 )
 from .row_exchange import traffic
@@ -45,30 +45,30 @@ __all__ = [
     "RETURN_BLOCK",
     "TRANSPORTS",
     "Call",
+    "Communicator",
     "DeviceSteps",
-    "Endpoint",
     "Finish",
     "Group",
     "MoeConfig",
     "Outputs",
-    "PartsReader",
+    "PackedReader",
     "Pending",
     "Received",
     "Tokens",
     "Traffic",
     "Transport",
     "WindowBytes",
-    "abandon_endpoint",
+    "abandon_communicator",
+    "abort_communicator",
     "all_to_all_v",
     "bind_rank",
     "close_all",
-    "close_endpoint",
-    "default_endpoint",
+    "close_communicator",
+    "default_communicator",
     "only_on_device",
-    "open_endpoint",
-    "parts_bytes",
+    "open_communicator",
+    "packed_bytes",
     "recover",
-    "refuse_endpoint",
     "register_group",
     "resolve",
     "set_transport",

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from ..errors import ArgumentTypeError, ArgumentValueError, MoeError
 from .groups import resolve
-from .registry import default_endpoint
+from .registry import default_communicator
 
 _OP = "all_to_all_v"
 
@@ -40,15 +40,15 @@ def all_to_all_v(
         PeerAbortError, PeerTimeoutError, BrokenGroupError: as for every op.
     """
     found = resolve(_OP, group, rank)
-    endpoint = default_endpoint(found)
+    communicator = default_communicator(found)
     try:
         counts = _check(x, send_counts, found.size)
     except MoeError as error:
-        endpoint.reject("exchange", _OP, error)
+        communicator.abort_peers("exchange", _OP, error)
         raise
     row_bytes = math.prod(x.shape[1:]) * x.itemsize
     raw = x.contiguous().reshape(-1).view(torch.uint8).view(len(x), row_bytes)
-    received = endpoint.transport(_OP).all_to_all_v(_OP, raw, counts)
+    received = communicator.transport(_OP).all_to_all_v(_OP, raw, counts)
     rows = torch.cat(received).view(x.dtype).reshape(-1, *x.shape[1:])
     return rows, [part.numel() // row_bytes for part in received]
 

@@ -35,8 +35,8 @@ from ..errors import (
 from ..layout import NOWHERE, DispatchHeader
 from .groups import Group
 from .memory import HOST
-from .packing import parts_bytes, write_parts
-from .polling import Waiter, ranks_text
+from .packing import packed_bytes, write_packed
+from .polling import Backoff, ranks_text
 from .row_exchange import finish_rows, receive, received_counts, rows_in_plan_order, write_tokens
 from .transport import (
     Call,
@@ -56,7 +56,7 @@ Connection: TypeAlias = "dist.ProcessGroup | dist.ProcessGroupGloo"
 
 _T = TypeVar("_T")
 
-_NOTICE_BYTES = 4096
+_HANDSHAKE_BYTES = 4096
 _CLOCK_SLACK = 0.01  # seconds by which gloo, which counts milliseconds, may be early
 _KINDS = ("dispatch", "combine", "gather", "exchange")
 
@@ -66,13 +66,13 @@ class _Operation:
     """One epoch of a kind: the notices under way.
 
     Attributes:
-        notices: [W, bytes] from every rank.
+        handshakes: [W, bytes] from every rank.
         receives: their works, by rank.
         sends: works of what this rank sent, by rank.
         arguments: this rank's, None when it rejected the call.
     """
 
-    notices: torch.Tensor
+    handshakes: torch.Tensor
     receives: dict[int, dist.Work]
     sends: list[tuple[int, dist.Work]]
     arguments: Mapping[str, Any] | None
@@ -115,15 +115,15 @@ class CollectiveTransport:
         self._broken: str | None = None
         self._epochs = dict.fromkeys(_KINDS, 0)
         self._in_flight: dict[str, dict[int, _Operation]] = {kind: {} for kind in _KINDS}
-        self._debts: dict[str, list[_Operation]] = {kind: [] for kind in _KINDS}
+        self._undrained: dict[str, list[_Operation]] = {kind: [] for kind in _KINDS}
         self._buffers: dict[tuple[str, int, torch.device], torch.Tensor] = {}
 
     @outside_autograd
     def prepare(self, call: Call, kind: str, slot_bytes: int) -> None:  # noqa: ARG002
         """Compare the arguments; buffers come with the calls."""
         epoch = self._begin(kind, call.op)
-        self._notify(call.op, kind, epoch, call.arguments, [0] * self._size)
-        self._await_notices(kind, epoch, call.op)
+        self._post_handshakes(call.op, kind, epoch, call.arguments, [0] * self._size)
+        self._await_handshakes(kind, epoch, call.op)
         self._finish(kind, epoch)
 
     @phase("dispatch setup")
@@ -140,7 +140,9 @@ class CollectiveTransport:
         except BaseException as error:
             self._give_up(call.op, "dispatch", epoch, error)
             raise
-        self._notify(call.op, "dispatch", epoch, call.arguments, [len(part) for part in parts])
+        self._post_handshakes(
+            call.op, "dispatch", epoch, call.arguments, [len(part) for part in parts]
+        )
         return Pending(self, call, tokens, epoch, (plan, parts))
 
     @phase("dispatch teardown")
@@ -223,7 +225,7 @@ class CollectiveTransport:
         except BaseException as error:
             self._give_up(call.op, "combine", epoch, error)
             raise
-        self._notify(call.op, "combine", epoch, call.arguments, counts)
+        self._post_handshakes(call.op, "combine", epoch, call.arguments, counts)
         return Pending(self, call, outputs, epoch, staged.split(counts))
 
     @phase("combine teardown")
@@ -269,13 +271,13 @@ class CollectiveTransport:
         """Stage the parts and say how long they are."""
         epoch = self._begin("gather", call.op)
         try:
-            size = parts_bytes([part.numel() * part.element_size() for part in parts])
+            size = packed_bytes([part.numel() * part.element_size() for part in parts])
             staged = self._buffer("gather send", epoch, size, call.device)
-            write_parts(staged, parts)
+            write_packed(staged, parts)
         except BaseException as error:
             self._give_up(call.op, "gather", epoch, error)
             raise
-        self._notify(call.op, "gather", epoch, call.arguments, [size] * self._size)
+        self._post_handshakes(call.op, "gather", epoch, call.arguments, [size] * self._size)
         return Pending(self, call, None, epoch, staged)
 
     @phase("gather teardown")
@@ -302,8 +304,8 @@ class CollectiveTransport:
     def all_to_all_v(self, op: str, x: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
         """Send the number of rows with the notices, then the rows."""
         epoch = self._begin("exchange", op)
-        self._notify(op, "exchange", epoch, {"op": op, "row_bytes": x.shape[1]}, counts)
-        coming, _ = self._await_notices("exchange", epoch, op)
+        self._post_handshakes(op, "exchange", epoch, {"op": op, "row_bytes": x.shape[1]}, counts)
+        coming, _ = self._await_handshakes("exchange", epoch, op)
         received = [x.new_empty((rows, x.shape[1])) for rows in coming]
         self._transfer(
             op,
@@ -318,7 +320,7 @@ class CollectiveTransport:
         """Nothing: buffers come with the calls."""
         return 0
 
-    def reject(self, kind: str, op: str, error: MoeError) -> None:
+    def abort_peers(self, kind: str, op: str, error: MoeError) -> None:
         """Send a notice of rejection in place of data."""
         if self._broken is None and not self._is_full(kind):
             self._give_up(op, kind, self._begin(kind, op), error)
@@ -341,8 +343,8 @@ class CollectiveTransport:
         self.raise_if_broken(op)
         if self._is_full(kind):
             raise SequenceError.too_many(op, kind, self._limit)
-        while self._debts[kind]:
-            self._settle(self._debts[kind].pop(0), op)
+        while self._undrained[kind]:
+            self._drain(self._undrained[kind].pop(0), op)
         self._epochs[kind] += 1
         return self._epochs[kind]
 
@@ -367,7 +369,7 @@ class CollectiveTransport:
         # their tag. It has 31 bits.
         return zlib.crc32(f"{self._name}/{kind}/{epoch}/{what}".encode()) >> 1
 
-    def _notify(
+    def _post_handshakes(
         self, op: str, kind: str, epoch: int, arguments: Mapping[str, Any], rows: list[int]
     ) -> None:
         """Send every rank the arguments and the number of rows it will get."""
@@ -376,25 +378,25 @@ class CollectiveTransport:
     def _give_up(self, op: str, kind: str, epoch: int, error: BaseException) -> None:
         """Send every rank the reason why nothing will come."""
         reason = error.problem if isinstance(error, MoeError) else repr(error)
-        notice = {"rejected": reason[: _NOTICE_BYTES // 8]}
-        self._post(op, kind, epoch, [notice] * self._size, None)
-        self._debts[kind].append(self._in_flight[kind].pop(epoch))
+        handshake = {"rejected": reason[: _HANDSHAKE_BYTES // 8]}
+        self._post(op, kind, epoch, [handshake] * self._size, None)
+        self._undrained[kind].append(self._in_flight[kind].pop(epoch))
 
     def _post(
         self,
         op: str,
         kind: str,
         epoch: int,
-        notices: list[dict[str, Any]],
+        handshakes: list[dict[str, Any]],
         arguments: Mapping[str, Any] | None,
     ) -> None:
-        tag = self._tag(kind, epoch, "notice")
-        incoming = torch.empty((self._size, _NOTICE_BYTES), dtype=torch.uint8)
+        tag = self._tag(kind, epoch, "handshake")
+        incoming = torch.empty((self._size, _HANDSHAKE_BYTES), dtype=torch.uint8)
         outgoing = [
             torch.frombuffer(
-                bytearray(json.dumps(notice).encode().ljust(_NOTICE_BYTES)), dtype=torch.uint8
+                bytearray(json.dumps(handshake).encode().ljust(_HANDSHAKE_BYTES)), dtype=torch.uint8
             )
-            for notice in notices
+            for handshake in handshakes
         ]
         incoming[self._rank] = outgoing[self._rank]
         peers = [rank for rank in range(self._size) if rank != self._rank]
@@ -439,19 +441,19 @@ class CollectiveTransport:
             self._break(op, tuple(failures), problem, next(iter(failures.values())))
         return works
 
-    def _settle(self, operation: _Operation, op: str) -> list[float]:
+    def _drain(self, operation: _Operation, op: str) -> list[float]:
         """Wait for all notices of an operation, one by one; returns the seconds that each took."""
-        waiter = Waiter(self._timeout)
+        backoff = Backoff(self._timeout)
         waited = [0.0] * self._size
         while operation.receives:
             rank = next(iter(operation.receives))
-            start = waiter.remaining
-            self._wait(operation.receives[rank], rank, op, waiter)
-            waited[rank] = start - waiter.remaining
+            start = backoff.remaining
+            self._wait(operation.receives[rank], rank, op, backoff)
+            waited[rank] = start - backoff.remaining
             del operation.receives[rank]
         while operation.sends:
             rank, work = operation.sends[0]
-            self._wait(work, rank, op, waiter)
+            self._wait(work, rank, op, backoff)
             operation.sends.pop(0)
         return waited
 
@@ -459,10 +461,10 @@ class CollectiveTransport:
         """The rows that each rank is going to send; notes how long that took to learn."""
         op = pending.call.op
         with profiled(op, f"{kind} wait", self.group_name):
-            coming, pending.waited = self._await_notices(kind, pending.epoch, op)
+            coming, pending.waited = self._await_handshakes(kind, pending.epoch, op)
         return coming
 
-    def _await_notices(self, kind: str, epoch: int, op: str) -> tuple[list[int], list[float]]:
+    def _await_handshakes(self, kind: str, epoch: int, op: str) -> tuple[list[int], list[float]]:
         """Wait for all notices of the oldest operation in flight, and compare them.
 
         Returns:
@@ -472,27 +474,27 @@ class CollectiveTransport:
         if oldest != epoch:
             raise SequenceError.out_of_order(op, kind, epoch, oldest)
         operation = self._in_flight[kind][epoch]
-        waited = self._settle(operation, op)
-        notices = [json.loads(bytes(raw.numpy())) for raw in operation.notices]
-        own = notices[self._rank]["arguments"]
+        waited = self._drain(operation, op)
+        handshakes = [json.loads(bytes(raw.numpy())) for raw in operation.handshakes]
+        own = handshakes[self._rank]["arguments"]
         error: MoeError | None = None
-        for rank, notice in enumerate(notices):
-            if "rejected" in notice:
-                error = PeerAbortError(op, rank, notice["rejected"])
+        for rank, handshake in enumerate(handshakes):
+            if "rejected" in handshake:
+                error = PeerAbortError(op, rank, handshake["rejected"])
                 break
             differing = [
                 name
-                for name in [*own, *notice["arguments"]]
-                if own.get(name) != notice["arguments"].get(name)
+                for name in [*own, *handshake["arguments"]]
+                if own.get(name) != handshake["arguments"].get(name)
             ]
             if differing and error is None:
                 name = differing[0]
-                mine, theirs = own.get(name), notice["arguments"].get(name)
+                mine, theirs = own.get(name), handshake["arguments"].get(name)
                 error = ArgumentMismatchError(op, name, mine, theirs, rank=rank)
         if error is not None:
             self._finish(kind, epoch)
             raise error
-        return [notice["rows"] for notice in notices], waited
+        return [handshake["rows"] for handshake in handshakes], waited
 
     def _transfer(
         self,
@@ -522,9 +524,9 @@ class CollectiveTransport:
     def _transfer_bytes(
         self, op: str, tag: int, transfers: list[tuple[str, int, torch.Tensor]]
     ) -> None:
-        waiter = Waiter(self._timeout)
+        backoff = Backoff(self._timeout)
         for rank, work in self._start(op, transfers, tag):
-            self._wait(work, rank, op, waiter)
+            self._wait(work, rank, op, backoff)
 
     def _transfer_on_device(
         self, group: dist.ProcessGroup, transfers: list[tuple[str, int, torch.Tensor]]
@@ -555,14 +557,14 @@ class CollectiveTransport:
             if action == "receive":
                 data.copy_(copy)
 
-    def _wait(self, work: dist.Work, rank: int, op: str, waiter: Waiter) -> None:
+    def _wait(self, work: dist.Work, rank: int, op: str, backoff: Backoff) -> None:
         # gloo takes a zero timeout for none at all.
-        remaining = dt.timedelta(seconds=max(waiter.remaining, 0.001))
+        remaining = dt.timedelta(seconds=max(backoff.remaining, 0.001))
         try:
             work.wait(remaining)
         except RuntimeError as error:
             problem = f"the connection to rank {rank} is gone"
-            if waiter.remaining < _CLOCK_SLACK:
+            if backoff.remaining < _CLOCK_SLACK:
                 problem = f"rank {rank} did not come within {self._timeout:g} s"
             self._break(op, (rank,), problem, error)
 

@@ -26,15 +26,15 @@ from . import atomics, collective
 from .groups import Group
 from .local import LocalMemory
 from .memory import Block, Memory
-from .rendezvous import Meeting
-from .ring_protocol import Channel, control_bytes
+from .rendezvous import Rendezvous
+from .ring_protocol import RingProtocol, control_bytes
 from .shm import MemfdMemory, PosixMemory
 from .single import SingleTransport
 from .symmetric import SymmetricTransport
 from .transport import Call, Transport, outside_autograd
 
 
-class Endpoint:
+class Communicator:
     """One rank of a group, connected when first used.
 
     Args:
@@ -52,7 +52,7 @@ class Endpoint:
         self.choice = group.transport if transport == "auto" else transport
         self._in_flight = in_flight
         self._timeout = timeout
-        self._meeting = Meeting(group, tag, timeout) if group.size > 1 else None
+        self._rendezvous = Rendezvous(group, tag, timeout) if group.size > 1 else None
         self._connected: Transport | None = None
         if group.size == 1:
             self._connected = SingleTransport(group.name, in_flight)
@@ -75,7 +75,7 @@ class Endpoint:
             PeerAbortError: a rank rejected its call.
             UnavailableError: the chosen transport cannot work between these ranks.
             BrokenGroupError: ranks did not come to an earlier call.
-            MoeError: the endpoint is closed.
+            MoeError: the communicator is closed.
         """
         self._raise_if_lost(op)
         if self._connected is None:
@@ -109,7 +109,7 @@ class Endpoint:
 
     def _raise_if_lost(self, op: str) -> None:
         if self._closed:
-            raise MoeError(op, f"this endpoint of group {self.group.name!r} is closed")
+            raise MoeError(op, f"this communicator of group {self.group.name!r} is closed")
         if self._lost is not None:
             raise BrokenGroupError(
                 op,
@@ -118,7 +118,7 @@ class Endpoint:
             )
 
     @outside_autograd
-    def reject(self, kind: str, op: str, error: MoeError) -> None:
+    def abort_peers(self, kind: str, op: str, error: MoeError) -> None:
         """Tell the peers, who may be making the call right now, why this rank rejects it.
 
         Where they cannot be told, this returns all the same: its caller raises ``error``, which
@@ -126,9 +126,9 @@ class Endpoint:
         """
         if self._connected is not None:
             with contextlib.suppress(PeerTimeoutError, BrokenGroupError):
-                self._connected.reject(kind, op, error)
-        elif self._meeting is not None and self._lost is None and not self._closed:
-            self._meeting.reject(error.problem)
+                self._connected.abort_peers(kind, op, error)
+        elif self._rendezvous is not None and self._lost is None and not self._closed:
+            self._rendezvous.abort_peers(error.problem)
 
     @outside_autograd
     def recover(self, op: str) -> None:
@@ -137,7 +137,7 @@ class Endpoint:
         What was in flight is lost. A rank that was restarted takes part by its first call. When
         it fails, all ranks must call it again.
         """
-        if self._meeting is None or self._closed:
+        if self._rendezvous is None or self._closed:
             self._raise_if_lost(op)
             return
         if self._connected is not None:
@@ -145,7 +145,7 @@ class Endpoint:
             self._connected = None
         # Also after a recover() that failed: the ranks may have come to it a different number of
         # times, and only in a new generation do they agree on which call is the first.
-        self._meeting.leave()
+        self._rendezvous.leave()
         self._lost = None
         try:
             self.transport(op)
@@ -161,29 +161,29 @@ class Endpoint:
             self._connected = None
 
     def _connect(self, op: str) -> Transport:
-        assert self._meeting is not None
+        assert self._rendezvous is not None
         connected: Transport | None = None
         while connected is None:
-            with self._meeting.following():
+            with self._rendezvous.following():
                 connected = self._meet(op)
         return connected
 
     def _meet(self, op: str) -> Transport:
-        assert self._meeting is not None
-        facts = self._meeting.meet(op, self._facts())
+        assert self._rendezvous is not None
+        peer_info = self._rendezvous.meet(op, self._own_info())
         for name in ("transport", "in_flight"):
-            own = facts[self.group.rank][name]
-            for rank, theirs in enumerate(facts):
+            own = peer_info[self.group.rank][name]
+            for rank, theirs in enumerate(peer_info):
                 if theirs[name] != own:
                     raise ArgumentMismatchError(op, name, own, theirs[name], rank=rank)
-        self._meeting.confirm(op)
+        self._rendezvous.confirm(op)
         causes: list[str] = []
         if self.choice != "collective":
-            for memory in self._memories(facts, causes):
-                channel = self._open(op, memory, facts, causes)
-                if channel is None:
+            for memory in self._memories(peer_info, causes):
+                protocol = self._open(op, memory, peer_info, causes)
+                if protocol is None:
                     continue
-                symmetric = SymmetricTransport(channel)
+                symmetric = SymmetricTransport(protocol)
                 with contextlib.ExitStack() as unless_used:
                     unless_used.callback(symmetric.close)
                     if self._fits(op, memory, symmetric, causes):
@@ -200,21 +200,21 @@ class Endpoint:
         return transport
 
     def _connect_process_group(self, op: str) -> Transport:
-        assert self._meeting is not None
+        assert self._rendezvous is not None
         connection: collective.Connection | None = self.group.process_group
         device_group = collective.device_group(self.group)
         # Before recover() it was used, so that it is broken; and it cannot do without some ranks.
         if self._process_group_used or self.group.members is not None:
             connection = device_group = None
         if connection is None or not collective.has_gloo(self.group):
-            store = self._meeting.private_store()
+            store = self._rendezvous.private_store()
             connection = collective.reconnect(op, self.group, store, self._timeout)
         self._process_group_used = True
         return collective.CollectiveTransport(
             self.group,
             connection,
             device_group,
-            self._meeting.name,
+            self._rendezvous.name,
             in_flight=self._in_flight,
             timeout=self._timeout,
         )
@@ -229,60 +229,60 @@ class Endpoint:
         """Allocate windows, or add to ``causes`` why some rank could not."""
         if not self._prepared:
             return True
-        assert self._meeting is not None
+        assert self._rendezvous is not None
         step = f"{memory.name} windows"
         try:
             self._prepare_on(transport)
         except (UnavailableError, PeerAbortError, ArgumentMismatchError) as error:
             # Told to all, not concluded from how a peer's error reads here.
             record = {"failure": type(error).__name__, "cause": error.problem}
-            records = self._meeting.exchange(op, step, record)
+            records = self._rendezvous.exchange(op, step, record)
             failures = {record["failure"] for record in records}
             if "UnavailableError" not in failures or "ArgumentMismatchError" in failures:
                 raise
         else:
-            records = self._meeting.exchange(op, step, {"failure": "", "cause": ""})
+            records = self._rendezvous.exchange(op, step, {"failure": "", "cause": ""})
         lacking = [one["cause"] for one in records if one["failure"] == "UnavailableError"]
         if lacking:
             causes.append(f"{memory.name}: {lacking[0]}")
         return not lacking
 
-    def _facts(self) -> dict[str, Any]:
-        facts: dict[str, Any] = {"transport": self.choice, "in_flight": self._in_flight}
+    def _own_info(self) -> dict[str, Any]:
+        peer_info: dict[str, Any] = {"transport": self.choice, "in_flight": self._in_flight}
         if not self.group.in_process:
-            facts |= {
+            peer_info |= {
                 "pid": os.getpid(),
                 "host": _read("/proc/sys/kernel/random/boot_id"),
                 "pid_namespace": _link("/proc/self/ns/pid"),
                 "shm": _device("/dev/shm"),
                 "atomics": atomics.BETWEEN_PROCESSES,
             }
-        return facts
+        return peer_info
 
-    def _memories(self, facts: list[dict[str, Any]], causes: list[str]) -> Iterable[Memory]:
+    def _memories(self, peer_info: list[dict[str, Any]], causes: list[str]) -> Iterable[Memory]:
         """The providers that may work between these ranks, best first."""
         if self.group.in_process:
             return [LocalMemory()]
-        if not all(fact["atomics"] for fact in facts):
+        if not all(info["atomics"] for info in peer_info):
             causes.append("libstdc++ is missing, which orders memory between processes")
             return []
-        if not facts[0]["host"] or not _same(facts, "host"):
+        if not peer_info[0]["host"] or not _same(peer_info, "host"):
             causes.append("the ranks are on different hosts")
             return []
         memories: list[Memory] = []
-        if _same(facts, "pid_namespace"):
+        if _same(peer_info, "pid_namespace"):
             memories.append(MemfdMemory())
         else:
             causes.append("memfd: the ranks are in different PID namespaces")
-        if facts[0]["shm"] and _same(facts, "shm"):
+        if peer_info[0]["shm"] and _same(peer_info, "shm"):
             memories.append(PosixMemory())
         else:
             causes.append("posix: the ranks do not share /dev/shm")
         return memories
 
     def _open(
-        self, op: str, memory: Memory, facts: list[dict[str, Any]], causes: list[str]
-    ) -> Channel | None:
+        self, op: str, memory: Memory, peer_info: list[dict[str, Any]], causes: list[str]
+    ) -> RingProtocol | None:
         """Connect through ``memory``, or add to ``causes`` why some rank could not."""
         blocks, results = self._share(op, memory)
         failed = [(rank, record["cause"]) for rank, record in enumerate(results) if record["cause"]]
@@ -292,9 +292,9 @@ class Endpoint:
             return None
         # In another PID namespace the number of a peer means nothing, or another process.
         pids = None
-        if not self.group.in_process and _same(facts, "pid_namespace"):
-            pids = [fact["pid"] for fact in facts]
-        return Channel(
+        if not self.group.in_process and _same(peer_info, "pid_namespace"):
+            pids = [info["pid"] for info in peer_info]
+        return RingProtocol(
             self.group,
             memory,
             blocks,
@@ -305,7 +305,7 @@ class Endpoint:
 
     def _share(self, op: str, memory: Memory) -> tuple[list[Block], list[dict[str, Any]]]:
         """Allocate a control block, open those of the peers, and tell each other how it went."""
-        assert self._meeting is not None
+        assert self._rendezvous is not None
         own: Block | None = None
         blocks: list[Block] = []
         cause = ""
@@ -315,7 +315,7 @@ class Endpoint:
             cause = str(error)
         try:
             handle = None if own is None else own.handle
-            handles = self._meeting.exchange(op, f"{memory.name} handle", {"handle": handle})
+            handles = self._rendezvous.exchange(op, f"{memory.name} handle", {"handle": handle})
             try:
                 for rank, record in enumerate(handles):
                     if rank == self.group.rank and own is not None:
@@ -324,7 +324,7 @@ class Endpoint:
                         blocks.append(memory.open(record["handle"]))
             except OSError as error:
                 cause = str(error)
-            results = self._meeting.exchange(op, f"{memory.name} opened", {"cause": cause})
+            results = self._rendezvous.exchange(op, f"{memory.name} opened", {"cause": cause})
         finally:
             # Also when a peer was lost on the way: what it allocated must not stay behind either.
             for block in (own, *blocks):
@@ -333,8 +333,8 @@ class Endpoint:
         return blocks, results
 
 
-def _same(facts: list[dict[str, Any]], name: str) -> bool:
-    return all(fact[name] == facts[0][name] for fact in facts)
+def _same(peer_info: list[dict[str, Any]], name: str) -> bool:
+    return all(info[name] == peer_info[0][name] for info in peer_info)
 
 
 def _read(path: str) -> str:

@@ -10,12 +10,12 @@ import torch
 from ..layout import align
 
 
-def parts_bytes(sizes: Sequence[int]) -> int:
-    """Bytes that parts of these sizes take one after the other, as ``write_parts`` lays them."""
+def packed_bytes(sizes: Sequence[int]) -> int:
+    """Bytes that parts of these sizes take one after the other, as ``write_packed`` lays them."""
     return sum(map(align, sizes))
 
 
-def write_parts(data: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
+def write_packed(data: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
     """Write tensors into the bytes ``data``, each where a multiple of 16 bytes begins."""
     start = 0
     for part in parts:
@@ -25,8 +25,8 @@ def write_parts(data: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
         start += align(num_bytes)
 
 
-class PartsReader:
-    """Reads what ``write_parts`` wrote, one tensor after the other."""
+class PackedReader:
+    """Reads what ``write_packed`` wrote, one tensor after the other."""
 
     def __init__(self, data: torch.Tensor) -> None:
         self._rest = data

@@ -14,7 +14,7 @@ def ranks_text(ranks: Sequence[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {list(ranks)}"
 
 
-class Waiter:
+class Backoff:
     """The pauses of one wait.
 
     Args:

@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from ..errors import PeerAbortError, PeerTimeoutError
 from .groups import Group
-from .polling import Waiter, ranks_text
+from .polling import Backoff, ranks_text
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ class _LaterGenerationError(Exception):
         self.generation = generation
 
 
-class Meeting:
+class Rendezvous:
     """One rank's side of the meetings of a group.
 
     Args:
@@ -78,14 +78,14 @@ class Meeting:
         """Make the next call join a new generation."""
         self._place = _Place()
 
-    def reject(self, reason: str) -> None:
+    def abort_peers(self, reason: str) -> None:
         """Tell the peers that this rank rejects the call that they may be making now."""
         silent = threading.Event()
 
         def access() -> _Place:
             place = self._next_call()
             if not silent.is_set():  # else this rank may be making another call by now
-                self._post(place, "facts", {"rejected": reason})
+                self._post(place, "peer_info", {"rejected": reason})
             return place
 
         # Without the store, silent or gone, nobody can be told, and the peers do not meet either.
@@ -94,14 +94,14 @@ class Meeting:
         except (TimeoutError, RuntimeError):
             silent.set()
 
-    def meet(self, op: str, facts: dict[str, Any]) -> list[dict[str, Any]]:
-        """Exchange ``facts``, which must survive JSON, with all ranks; within ``following()``.
+    def meet(self, op: str, peer_info: dict[str, Any]) -> list[dict[str, Any]]:
+        """Exchange ``peer_info``, which must survive JSON, with all ranks; within ``following()``.
 
         Raises:
             PeerAbortError: a peer rejected its call.
             PeerTimeoutError: peers did not come in time.
         """
-        self._place, records = self._gather(op, "facts", facts, self._next_call)
+        self._place, records = self._gather(op, "peer_info", peer_info, self._next_call)
         for rank, record in sorted(records.items()):
             if "rejected" in record:
                 raise PeerAbortError(op, rank, record["rejected"])
@@ -186,9 +186,9 @@ class Meeting:
 
     def _collect(self, place: _Place, step: str, records: dict[int, dict[str, Any]]) -> None:
         """Add the peers' records until all are there, one is a rejection, or the time is up."""
-        waiter = Waiter(self._timeout)
+        backoff = Backoff(self._timeout)
         while True:
-            late = waiter.expired
+            late = backoff.expired
             for rank in range(self._group.size):
                 if rank in records:
                     continue
@@ -200,7 +200,7 @@ class Meeting:
             rejected = any("rejected" in record for record in records.values())
             if late or rejected or len(records) == self._group.size:
                 break
-            waiter.pause(_SLOWEST_POLL)
+            backoff.pause(_SLOWEST_POLL)
 
 
 def _bounded(access: Callable[[], T], seconds: float) -> T:

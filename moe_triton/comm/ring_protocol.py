@@ -41,8 +41,8 @@ from ..errors import (
 from . import atomics
 from .groups import Group
 from .memory import HOST, Block, Memory
-from .polling import Waiter, ranks_text
-from .window import Arena, clear_flags, flag_bytes, num_slots, ring_bytes
+from .polling import Backoff, ranks_text
+from .window import PeerWindows, clear_flags, flag_bytes, num_slots, ring_bytes
 
 KINDS = ("dispatch", "combine", "gather", "exchange")
 _DATA, _ABORT = 0, 1
@@ -55,16 +55,16 @@ _LIVENESS_POLLS = 64  # look for dead peers every so many polls
 
 
 @dataclasses.dataclass(frozen=True)
-class InFlight:
+class InFlightOp:
     """An operation between setup and teardown.
 
     Attributes:
         digest: 32 bits that stand for its arguments; they travel with every flag.
-        arena: the windows it uses, None until the arguments are agreed.
+        windows: the windows it uses, None until the arguments are agreed.
     """
 
     digest: int = 0
-    arena: Arena | None = None
+    windows: PeerWindows | None = None
 
 
 @dataclasses.dataclass
@@ -73,20 +73,20 @@ class Ring:
 
     Attributes:
         last: the epoch of the last setup. Teardowns follow in order, from the oldest in flight.
-        arena: all ranks' windows, None until the first call that needs them.
+        windows: all ranks' windows, None until the first call that needs them.
         in_flight: epochs set up and not yet torn down, oldest first.
-        debts: epochs whose flags have not all been seen, with the windows they are in; None where
+        undrained: epochs whose flags have not all been seen, with the windows they are in; None where
             there was no window yet and announcements stand for flags.
     """
 
     last: int = 0
-    arena: Arena | None = None
-    in_flight: dict[int, InFlight] = dataclasses.field(default_factory=dict)
-    debts: dict[int, Arena | None] = dataclasses.field(default_factory=dict)
+    windows: PeerWindows | None = None
+    in_flight: dict[int, InFlightOp] = dataclasses.field(default_factory=dict)
+    undrained: dict[int, PeerWindows | None] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
-class Announcement:
+class Handshake:
     """What a peer said about a call; a rank that rejected it from the start has no text."""
 
     status: int
@@ -94,7 +94,7 @@ class Announcement:
     reason: str
 
 
-class Channel:
+class RingProtocol:
     """A connected rank.
 
     Args:
@@ -149,12 +149,12 @@ class Channel:
         if self._is_full(ring):
             raise SequenceError.too_many(op, kind, self.in_flight)
         epoch = atomics.wrap(ring.last + 1)
-        debt = atomics.wrap(epoch - self.in_flight)
-        if debt in ring.debts:
-            self._settle(kind, debt, op)
-            del ring.debts[debt]
+        undrained_epoch = atomics.wrap(epoch - self.in_flight)
+        if undrained_epoch in ring.undrained:
+            self._drain(kind, undrained_epoch, op)
+            del ring.undrained[undrained_epoch]
         ring.last = epoch
-        ring.in_flight[epoch] = InFlight()
+        ring.in_flight[epoch] = InFlightOp()
         return epoch
 
     def agree(
@@ -165,7 +165,7 @@ class Channel:
         arguments: Mapping[str, Any],
         slot_bytes: int,
         device: torch.device = HOST,
-    ) -> Arena:
+    ) -> PeerWindows:
         """Announce the call; for new arguments, wait until all ranks announced the same.
 
         Args:
@@ -190,39 +190,39 @@ class Channel:
             arguments = {**arguments, "device": device.type}
         record: dict[str, Any] = {"arguments": arguments}
         own: Block | None = None
-        if ring.arena is None or not ring.arena.serves(slot_bytes, device):
+        if ring.windows is None or not ring.windows.serves(slot_bytes, device):
             own = self._allocate(kind, epoch, op, slot_bytes, device)
             record["window"] = own.handle
-        self._announce(kind, epoch, _DATA, json.dumps(record), "")
+        self._post_handshake(kind, epoch, _DATA, json.dumps(record), "")
         known = (kind, json.dumps(arguments))
         if own is not None:
             blocks = self._share(kind, epoch, op, arguments, own)
-            ring.arena = Arena(blocks, self.slots)
+            ring.windows = PeerWindows(blocks, self.slots)
             # All ranks have opened all of them. Whoever comes first takes all names away, so that
             # none is left if a rank dies.
             _release(blocks)
         elif known not in self._agreed:
             self._compare(kind, epoch, op, arguments)
         self._agreed.add(known)
-        assert ring.arena is not None
+        assert ring.windows is not None
         digest = atomics.wrap(zlib.crc32(known[1].encode()))
-        ring.in_flight[epoch] = InFlight(digest, ring.arena)
-        return ring.arena
+        ring.in_flight[epoch] = InFlightOp(digest, ring.windows)
+        return ring.windows
 
     def signal(self, kind: str, epoch: int, status: int = _DATA) -> None:
         """Write this rank's flag of ``epoch`` to every rank, after whatever it wrote before."""
         ring = self._rings[kind]
         operation = ring.in_flight[epoch]
         # A call that failed before it agreed aborts in the windows that its peers know.
-        arena = operation.arena or ring.arena
-        if arena is None:
+        windows = operation.windows or ring.windows
+        if windows is None:
             return
         # Each rank starts with its neighbour, so that not all of them serve rank 0 first.
         for step in range(self.size):
             owner = (self.rank + 1 + step) % self.size
-            address = arena.flag_address(owner, self.slot(epoch), self.rank)
+            address = windows.flag_address(owner, self.slot(epoch), self.rank)
             words = _words(address)
-            words[1], words[2], words[3] = status, operation.digest, arena.stream()
+            words[1], words[2], words[3] = status, operation.digest, windows.stream()
             atomics.store_release(address, epoch)
 
     def wait(self, kind: str, epoch: int, op: str) -> list[float]:
@@ -241,9 +241,9 @@ class Channel:
         if next(iter(ring.in_flight), None) != epoch:
             oldest = next(iter(ring.in_flight), None)
             raise SequenceError.out_of_order(op, kind, epoch, oldest)
-        arena = ring.in_flight[epoch].arena
-        assert arena is not None
-        waited, aborted = self._see_flags(kind, epoch, op, arena)
+        windows = ring.in_flight[epoch].windows
+        assert windows is not None
+        waited, aborted = self._see_flags(kind, epoch, op, windows)
         if self._retry == (kind, epoch):
             self.broken = self._retry = None
         if aborted:
@@ -262,28 +262,28 @@ class Channel:
             return  # broken: nobody can be told
         if not isinstance(error, (PeerAbortError, ArgumentMismatchError)):
             reason = error.problem if isinstance(error, MoeError) else repr(error)
-            self._announce(kind, epoch, _ABORT, "", reason)
+            self._post_handshake(kind, epoch, _ABORT, "", reason)
         self.signal(kind, epoch, _ABORT)
         self._end_early(kind, epoch)
 
-    def reject(self, kind: str, op: str, error: MoeError) -> None:
+    def abort_peers(self, kind: str, op: str, error: MoeError) -> None:
         """Take the next epoch only to tell the peers that this rank rejects the call."""
         if self.broken is None and not self._is_full(self._rings[kind]):
             self.abort(kind, self.begin(kind, op), error)
 
-    def next_slot(self, kind: str) -> tuple[Arena, int] | None:
+    def next_slot(self, kind: str) -> tuple[PeerWindows, int] | None:
         """The windows and the slot of the next operation, if it is free to be written already."""
         ring = self._rings[kind]
         epoch = atomics.wrap(ring.last + 1)
-        indebted = atomics.wrap(epoch - self.in_flight) in ring.debts
-        if ring.arena is None or indebted or self._is_full(ring):
+        indebted = atomics.wrap(epoch - self.in_flight) in ring.undrained
+        if ring.windows is None or indebted or self._is_full(ring):
             return None
-        return ring.arena, self.slot(epoch)
+        return ring.windows, self.slot(epoch)
 
     def window_bytes(self, kind: str) -> int:
         """Bytes of this rank's windows of ``kind``, all slots and flags included."""
-        arena = self._rings[kind].arena
-        return 0 if arena is None else arena.blocks[self.rank].data.numel()
+        windows = self._rings[kind].windows
+        return 0 if windows is None else windows.blocks[self.rank].data.numel()
 
     def slot(self, epoch: int) -> int:
         """The ring slot of an epoch."""
@@ -308,23 +308,23 @@ class Channel:
 
     def _end_early(self, kind: str, epoch: int) -> None:
         ring = self._rings[kind]
-        ring.debts[epoch] = ring.in_flight[epoch].arena or ring.arena
+        ring.undrained[epoch] = ring.in_flight[epoch].windows or ring.windows
         self.finish(kind, epoch)
 
-    def _settle(self, kind: str, epoch: int, op: str) -> None:
+    def _drain(self, kind: str, epoch: int, op: str) -> None:
         """Wait until all ranks have taken part in an epoch that ended early here."""
-        arena, slot = self._rings[kind].debts[epoch], self.slot(epoch)
+        windows, slot = self._rings[kind].undrained[epoch], self.slot(epoch)
         addresses = {
             source: self._entry(source, kind, epoch)
-            if arena is None
-            else arena.flag_address(self.rank, slot, source)
+            if windows is None
+            else windows.flag_address(self.rank, slot, source)
             for source in range(self.size)
         }
         for _ in self._arrivals(op, epoch, addresses):
             pass
 
     def _see_flags(
-        self, kind: str, epoch: int, op: str, arena: Arena
+        self, kind: str, epoch: int, op: str, windows: PeerWindows
     ) -> tuple[list[float], list[int]]:
         """Wait for all flags of ``epoch``; raise as soon as an abort has a cause.
 
@@ -333,11 +333,11 @@ class Channel:
         """
         slot, digest = self.slot(epoch), self._rings[kind].in_flight[epoch].digest
         addresses = {
-            source: arena.flag_address(self.rank, slot, source) for source in range(self.size)
+            source: windows.flag_address(self.rank, slot, source) for source in range(self.size)
         }
         aborted: list[int] = []
         waited = [0.0] * self.size
-        stream = arena.stream()
+        stream = windows.stream()
         start = time.monotonic()
         for source in self._arrivals(op, epoch, addresses, retry=(kind, epoch)):
             waited[source] = time.monotonic() - start
@@ -411,7 +411,7 @@ class Channel:
         Raises:
             PeerTimeoutError: the time is up, or a missing peer is gone.
         """
-        waiter = Waiter(self.timeout)
+        backoff = Backoff(self.timeout)
         gone: list[int] = []
         late = False
         while missing:
@@ -424,10 +424,10 @@ class Channel:
                 absent = tuple(sorted(missing))
                 problem = f"{ranks_text(absent)} did not come within {self.timeout:g} s ({what})"
                 self._break(op, absent, problem, retry)
-            if waiter.polls % _LIVENESS_POLLS == _LIVENESS_POLLS - 1:
+            if backoff.polls % _LIVENESS_POLLS == _LIVENESS_POLLS - 1:
                 gone = [rank for rank in missing if self._is_gone(rank)]
-            late = waiter.expired
-            waiter.pause()
+            late = backoff.expired
+            backoff.pause()
 
     def _is_gone(self, rank: int) -> bool:
         """Whether a peer has left, or its process has ended."""
@@ -471,7 +471,7 @@ class Channel:
         index = KINDS.index(kind) * self.slots + self.slot(epoch)
         return self._control[rank].data.data_ptr() + _HEAD_BYTES + index * _ENTRY_BYTES
 
-    def _announce(self, kind: str, epoch: int, status: int, text: str, reason: str) -> None:
+    def _post_handshake(self, kind: str, epoch: int, status: int, text: str, reason: str) -> None:
         """Publish this rank's words about ``epoch``; what it has said before stays."""
         address = self._entry(self.rank, kind, epoch)
         words = _words(address)
@@ -483,7 +483,7 @@ class Channel:
         atomics.store_release(address + 4, status)
         atomics.store_release(address, epoch)
 
-    def _heard(self, rank: int, kind: str, epoch: int) -> Announcement | None:
+    def _heard(self, rank: int, kind: str, epoch: int) -> Handshake | None:
         """What ``rank`` announced about ``epoch``, or None if it has not yet."""
         address = self._entry(rank, kind, epoch)
         if atomics.load_acquire(address) != epoch:
@@ -492,7 +492,7 @@ class Channel:
         words = _words(address)
         text = ctypes.string_at(address + _TEXT, words[2]).decode()
         reason = ctypes.string_at(address + _REASON, words[3]).decode(errors="replace")
-        return Announcement(status, text, reason)
+        return Handshake(status, text, reason)
 
     def _compare(
         self, kind: str, epoch: int, op: str, arguments: Mapping[str, Any]
@@ -531,9 +531,9 @@ class Channel:
                     if rank != self.rank:
                         handle = json.loads(texts[rank])["window"]
                         blocks[rank] = self._open(kind, op, rank, handle)
-                self._announce(kind, epoch, _OPENED, "", "")
+                self._post_handshake(kind, epoch, _OPENED, "", "")
             except UnavailableError as error:
-                self._announce(kind, epoch, _ABORT, "", error.problem)
+                self._post_handshake(kind, epoch, _ABORT, "", error.problem)
                 failure = error
             self._await_opened(kind, epoch, op, failure)
         except BaseException as error:

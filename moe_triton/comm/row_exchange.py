@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import ReceiveOverflowError, RoutingMismatchError
-from ..layout import NOWHERE, DispatchHeader, Kept, Plan, Sources
+from ..layout import NOWHERE, DispatchHeader, Plan, RoutingCopies, Sources
 from ..topology import Topology
 from .transport import Call, Finish, Outputs, Received, Tokens, Traffic
 from .window import MoeConfig
@@ -21,7 +21,9 @@ def plan_tokens(call: Call, tokens: Tokens) -> Plan:
     if tokens.given is None:
         return call.steps.plan(tokens.expert_ids, num_experts)
     ids, weights = tokens.given
-    return call.steps.plan(ids, num_experts, Kept(tokens.expert_ids, weights, tokens.weights))
+    return call.steps.plan(
+        ids, num_experts, RoutingCopies(tokens.expert_ids, weights, tokens.weights)
+    )
 
 
 def write_tokens(

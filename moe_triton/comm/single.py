@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 
 from ..errors import MoeError, SequenceError
-from .packing import write_parts
+from .packing import write_packed
 from .row_exchange import (
     as_rows,
     capacity_of,
@@ -123,7 +123,7 @@ class SingleTransport:
     def gather_setup(self, call: Call, parts: Sequence[torch.Tensor], num_bytes: int) -> Pending:
         """Keep the parts."""
         data = torch.empty(num_bytes, dtype=torch.uint8, device=call.device)
-        write_parts(data, parts)
+        write_packed(data, parts)
         return Pending(self, call, data, self._begin("gather", call.op))
 
     @phase("gather teardown")
@@ -164,7 +164,7 @@ class SingleTransport:
         """Nothing: there is no window."""
         return 0
 
-    def reject(self, kind: str, op: str, error: MoeError) -> None:
+    def abort_peers(self, kind: str, op: str, error: MoeError) -> None:
         """There is nobody to tell."""
 
     def raise_if_broken(self, op: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar, cast
 import torch
 
 from ..errors import MoeError
-from ..layout import Arrivals, Norm, Permutation, Plan, Sources, SpecialExperts
+from ..layout import Arrivals, Norm, Permutation, Plan, Sources, ZeroComputationExperts
 from .window import MoeConfig
 
 _P = ParamSpec("_P")
@@ -150,7 +150,7 @@ class Outputs:
         expert_ids: [T, K] int32 of this rank's tokens.
         plan: their plan.
         weights: [T, K] of the configuration's ``weight_dtype``, or None for all 1.
-        lent: y may be what ``output_rows`` gave since the last combine.
+        borrowed: y may be what ``output_rows`` gave since the last combine.
     """
 
     y: torch.Tensor
@@ -158,7 +158,7 @@ class Outputs:
     expert_ids: torch.Tensor
     plan: Plan
     weights: torch.Tensor | None
-    lent: bool = False
+    borrowed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +173,7 @@ class Finish:
             instead of their sum.
     """
 
-    special: SpecialExperts | None = None
+    special: ZeroComputationExperts | None = None
     addend: torch.Tensor | None = None
     norm: Norm | None = None
     apart: bool = False
@@ -287,7 +287,7 @@ class Transport(Protocol):
         """Memory that this rank has set aside for ``kind``."""
         ...
 
-    def reject(self, kind: str, op: str, error: MoeError) -> None:
+    def abort_peers(self, kind: str, op: str, error: MoeError) -> None:
         """Take part in the next operation only to tell the peers that this rank cannot."""
         ...
 

@@ -277,7 +277,7 @@ def clear_flags(block: Block, world_size: int, slots: int, epoch: int) -> None:
     words[:, ::FLAG_WORDS] = epoch
 
 
-class Reach(NamedTuple):
+class GlobalRows(NamedTuple):
     """The rows of all ranks' windows as one tensor.
 
     Attributes:
@@ -319,7 +319,7 @@ class _CudaArray:
         }
 
 
-class Arena:
+class PeerWindows:
     """The windows of all ranks for one kind of operation, as this rank has mapped them.
 
     Layouts are laid over its slots, so that calls of different sizes share the memory.
@@ -390,7 +390,7 @@ class Arena:
         key = (owner, slot, layout, make.__name__)
         return self._remember(key, lambda: make(self.data(owner, slot)))
 
-    def reach(self, slot: int, start: int, stride: int) -> Reach:
+    def global_rows(self, slot: int, start: int, stride: int) -> GlobalRows:
         """All ranks' rows of a slot.
 
         Args:
@@ -400,7 +400,7 @@ class Arena:
         """
         return self._remember((slot, start, stride), lambda: self._make_reach(slot, start, stride))
 
-    def _make_reach(self, slot: int, start: int, stride: int) -> Reach:
+    def _make_reach(self, slot: int, start: int, stride: int) -> GlobalRows:
         first = slot * self.stride + self._flags + start
         ends = [
             base + block.data.numel() for base, block in zip(self._base, self.blocks, strict=True)
@@ -408,7 +408,7 @@ class Arena:
         lowest, highest = min(self._base) + first, max(ends)
         memory = _memory_at(lowest, highest - lowest, self.blocks[0].data.device)
         count = max((highest - lowest - stride) // 16 + 1, 0)
-        return Reach(memory.as_strided((count, stride), (16, 1)), self._origins, stride // 16)
+        return GlobalRows(memory.as_strided((count, stride), (16, 1)), self._origins, stride // 16)
 
     def _remember(self, key: tuple[object, ...], make: Callable[[], Any]) -> Any:
         if key not in self._views:

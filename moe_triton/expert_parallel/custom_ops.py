@@ -56,7 +56,7 @@ def _dispatch_setup(
         error = UnavailableError(
             DISPATCH, "exact=True cannot be compiled: no shape may follow data"
         )
-        exchange.endpoint.reject("dispatch", DISPATCH, error)
+        exchange.communicator.abort_peers("dispatch", DISPATCH, error)
         raise error
     return _launch(exchange, exchange.start_dispatch(x, topk_ids, topk_weights, scales))
 

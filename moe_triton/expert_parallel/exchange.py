@@ -35,7 +35,7 @@ class Exchange:
     """What the calls of one ``ExpertParallel`` have in common.
 
     Args:
-        endpoint: of the group.
+        communicator: of the group.
         config: sizes and formats.
         arguments: what must be equal on all ranks.
         steps: the device steps.
@@ -46,14 +46,14 @@ class Exchange:
 
     Attributes:
         last: configuration and tokens of the last dispatch, or None.
-        lent: memory that ``output_rows`` gave since the last combine, by the handle it is for.
+        borrowed: memory that ``output_rows`` gave since the last combine, by the handle it is for.
         in_flight: operations of compiled code between setup and teardown, by number.
         load: [L] int64 rows that dispatches have delivered for each local expert, or None.
     """
 
     def __init__(
         self,
-        endpoint: comm.Endpoint,
+        communicator: comm.Communicator,
         config: MoeConfig,
         arguments: dict[str, object],
         steps: DeviceSteps,
@@ -63,11 +63,11 @@ class Exchange:
         counts_dtype: torch.dtype,
         count_load: bool,
     ) -> None:
-        self.endpoint, self.config = endpoint, config
-        self.rank = endpoint.group.rank
+        self.communicator, self.config = communicator, config
+        self.rank = communicator.group.rank
         self.exact, self.counts_dtype = exact, counts_dtype
         self.last: tuple[MoeConfig, Tokens] | None = None
-        self.lent: dict[int, tuple[Handle, torch.Tensor]] = {}
+        self.borrowed: dict[int, tuple[Handle, torch.Tensor]] = {}
         self.in_flight: dict[int, Pending] = {}
         self._arguments = arguments
         self._steps, self.device = steps, device
@@ -80,7 +80,7 @@ class Exchange:
     def open(self) -> None:
         """Meet the ranks, compare arguments and allocate the windows."""
         call = self._call(OP)
-        self.endpoint.prepare(
+        self.communicator.prepare(
             [
                 (call, "dispatch", self.config.dispatch.num_bytes),
                 (call, "combine", self.config.combine.num_bytes),
@@ -101,7 +101,7 @@ class Exchange:
         try:
             self._check_dispatch(op, x, topk_ids, topk_weights, scales)
         except MoeError as error:
-            self.endpoint.reject("dispatch", op, error)
+            self.communicator.abort_peers("dispatch", op, error)
             raise
         # Copies: they are needed to the end, and routing buffers are refilled for the next layer.
         # Weights have room in the window whether they come or not, so that ranks may differ.
@@ -121,7 +121,7 @@ class Exchange:
             call = self._call(op, config, scales="given")
         num_rows = None if self.exact else config.capacity(self.rank)
         tokens = Tokens(x, ids, weights, scales, num_rows, self.load, self.counts_dtype, given)
-        return self.endpoint.transport(op).dispatch_setup(call, tokens)
+        return self.communicator.transport(op).dispatch_setup(call, tokens)
 
     def finish_dispatch(self, operation: Pending) -> Received:
         """Wait for all ranks' tokens."""
@@ -137,7 +137,7 @@ class Exchange:
         op, topology = f"{OP}.gather_load", self.config.topology
         if self.load is None:
             error = ArgumentValueError(op, "count_load", "be True to count anything", False)
-            self.endpoint.reject("exchange", op, error)
+            self.communicator.abort_peers("exchange", op, error)
             raise error
         mine = self.load
         if topology.is_shared_rank(self.rank):
@@ -145,7 +145,7 @@ class Exchange:
             mine = mine.new_zeros(topology.experts_per_rank)
         sent = mine.view(torch.uint8).repeat(topology.world_size, 1)
         counts = [1] * topology.world_size
-        parts = self.endpoint.transport(op).all_to_all_v(op, sent, counts)
+        parts = self.communicator.transport(op).all_to_all_v(op, sent, counts)
         return torch.cat(parts[topology.num_shared_ranks :]).view(torch.int64).flatten()
 
     # Combine.
@@ -191,20 +191,20 @@ class Exchange:
             self._check_outputs(op, y, len(sources.source))
             self.check_addend(addend, len(ids))
         except MoeError as error:
-            self.endpoint.reject("combine", op, error)
+            self.communicator.abort_peers("combine", op, error)
             raise
-        _, lent = self.lent.get(id(handle), (None, None))
-        outputs = Outputs(y, sources, ids, plan, handle.weights, lent=lent is not None)
-        transport = self.endpoint.transport(op)
+        _, borrowed = self.borrowed.get(id(handle), (None, None))
+        outputs = Outputs(y, sources, ids, plan, handle.weights, borrowed=borrowed is not None)
+        transport = self.communicator.transport(op)
         try:
             operation = transport.combine_setup(self._call(op), outputs)
         except PeerAbortError:
             raise  # the rows still stand, for another try
         except BaseException:
-            self.lent.clear()
+            self.borrowed.clear()
             raise
-        self.lent.clear()
-        return operation, lent
+        self.borrowed.clear()
+        return operation, borrowed
 
     def finish_combine(self, operation: Pending, addend: torch.Tensor | None) -> torch.Tensor:
         """Wait for all rows, and sum those of each token; [T, H]."""
@@ -214,18 +214,18 @@ class Exchange:
 
     def output_rows(self, handle: Handle) -> torch.Tensor:
         """Memory from which the next combine need not copy, if there is such."""
-        if id(handle) in self.lent:
-            return self.lent[id(handle)][1]
+        if id(handle) in self.borrowed:
+            return self.borrowed[id(handle)][1]
         _, sources = handle.numbering or self.numbering(handle.expert_ids, handle.ends)
         num_rows = len(sources.source)
-        transport = self.endpoint.transport(f"{OP}.output_rows")
-        rows = None if self.lent else transport.output_rows(self.config, num_rows)
+        transport = self.communicator.transport(f"{OP}.output_rows")
+        rows = None if self.borrowed else transport.output_rows(self.config, num_rows)
         if rows is None:
             shape = (num_rows, self.config.hidden)
             return torch.empty(shape, dtype=self.config.dtype, device=self.device)
         # Detached from the view it was made as, so that autograd lets the experts write to it.
         rows = rows.detach()
-        self.lent[id(handle)] = (handle, rows)
+        self.borrowed[id(handle)] = (handle, rows)
         return rows
 
     # Gradients, which travel the other way.
@@ -239,7 +239,7 @@ class Exchange:
         """
         op = f"{COMBINE}, backward"
         config = dataclasses.replace(self.config, quant=None, with_weights=False)
-        transport = self.endpoint.transport(op)
+        transport = self.communicator.transport(op)
         tokens = Tokens(gradient, expert_ids, num_rows=num_rows)
         call = self._call(op, config, gradient="of the sums")
         received = transport.dispatch_teardown(transport.dispatch_setup(call, tokens))
@@ -271,8 +271,8 @@ class Exchange:
         """
         op = f"{DISPATCH}, backward"
         plan, sources = self.numbering(expert_ids, ends)
-        transport = self.endpoint.transport(op)
-        self.lent.clear()
+        transport = self.communicator.transport(op)
+        self.borrowed.clear()
 
         def back(call: Call, values: torch.Tensor, finish: Finish) -> torch.Tensor:
             outputs = Outputs(values, sources, expert_ids, plan, None)
@@ -291,7 +291,7 @@ class Exchange:
 
     def _transport_of(self, op: str, operation: Pending) -> Transport:
         """The transport, if it is the one that set up an operation."""
-        transport = self.endpoint.transport(op)
+        transport = self.communicator.transport(op)
         if operation.owner is not transport:
             raise SequenceError(
                 op, "pending must come from this object's setup since recover(), got another's"

@@ -121,9 +121,9 @@ class ExpertParallel:
             self.device = _device(device, resolved)
             steps = steps_on(self.device)
         except MoeError as error:
-            comm.refuse_endpoint(resolved, _OP, error)
+            comm.abort_communicator(resolved, _OP, error)
             raise
-        endpoint = comm.open_endpoint(
+        communicator = comm.open_communicator(
             resolved, transport=transport, in_flight=int(in_flight), timeout=timeout
         )
         arguments: dict[str, object] = {
@@ -139,7 +139,7 @@ class ExpertParallel:
             "alignment": config.alignment,
         }
         self._exchange = Exchange(
-            endpoint,
+            communicator,
             config,
             arguments,
             steps,
@@ -151,10 +151,10 @@ class ExpertParallel:
         try:
             self._exchange.open()
         except PeerTimeoutError:
-            comm.abandon_endpoint(endpoint)
+            comm.abandon_communicator(communicator)
             raise
         except BaseException:
-            comm.close_endpoint(endpoint)
+            comm.close_communicator(communicator)
             raise
         self._name = custom_ops.register(self._exchange)
 
@@ -183,14 +183,14 @@ class ExpertParallel:
     @property
     def transport(self) -> str | None:
         """One of "single", "symmetric" and "collective"; None after ``close()``."""
-        return self._exchange.endpoint.transport_name
+        return self._exchange.communicator.transport_name
 
     @property
     def window_bytes(self) -> WindowBytes:
         """Memory set aside for windows on this rank; none unless the transport is symmetric."""
         if self.transport is None:
             return WindowBytes(0, 0)
-        transport = self._exchange.endpoint.transport(f"{_OP}.window_bytes")
+        transport = self._exchange.communicator.transport(f"{_OP}.window_bytes")
         return WindowBytes(transport.window_bytes("dispatch"), transport.window_bytes("combine"))
 
     @property
@@ -389,8 +389,8 @@ class ExpertParallel:
                 name=self._name,
             )
             return CombinePending(number, y, handle, None)
-        operation, lent = self._exchange.start_combine(y, handle, addend)
-        return CombinePending(operation, y, handle, lent)
+        operation, borrowed = self._exchange.start_combine(y, handle, addend)
+        return CombinePending(operation, y, handle, borrowed)
 
     def combine_teardown(
         self, pending: CombinePending, *, shared_expert_x: torch.Tensor | None = None
@@ -422,12 +422,12 @@ class ExpertParallel:
             try:
                 out = self._exchange.finish_combine(pending.operation, shared_expert_x)
             except PeerAbortError:
-                if pending.lent is not None:
-                    self._exchange.lent[id(handle)] = (handle, pending.lent)
+                if pending.borrowed is not None:
+                    self._exchange.borrowed[id(handle)] = (handle, pending.borrowed)
                 raise
         if gradients.needed(y, handle.row_weights, shared_expert_x):
             # The values are needed again, and lent memory is void from the next combine on.
-            y = y if pending.lent is None else y.clone()
+            y = y if pending.borrowed is None else y.clone()
             sources = y, handle.row_weights, shared_expert_x, handle.expert_ids
             out = gradients.Combine.apply(*sources, (out,), *self._identity())
         return out
@@ -440,7 +440,7 @@ class ExpertParallel:
 
     def check(self) -> None:
         """Raise ``BrokenGroupError`` if a timeout has broken the group."""
-        self._exchange.endpoint.raise_if_broken(f"{_OP}.check")
+        self._exchange.communicator.raise_if_broken(f"{_OP}.check")
 
     def recover(self) -> None:
         """Start over after a timeout, with fresh windows; collective.
@@ -450,13 +450,13 @@ class ExpertParallel:
         the group: the new process constructs as many as the other ranks have, in the same order,
         while these recover theirs. A closed one among them has nobody to be recovered with.
         """
-        self._exchange.lent.clear()
+        self._exchange.borrowed.clear()
         self._exchange.in_flight.clear()
-        self._exchange.endpoint.recover(f"{_OP}.recover")
+        self._exchange.communicator.recover(f"{_OP}.recover")
 
     def close(self) -> None:
         """Give up the windows. Peers notice when they next wait for this rank."""
-        comm.close_endpoint(self._exchange.endpoint)
+        comm.close_communicator(self._exchange.communicator)
 
     def __enter__(self) -> Self:
         return self

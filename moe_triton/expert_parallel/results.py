@@ -100,10 +100,10 @@ class CombinePending:
         operation: the transport's part; in compiled code its number.
         y: the experts' outputs.
         handle: of their dispatch.
-        lent: the memory of ``output_rows``, if this is the combine it was for.
+        borrowed: the memory of ``output_rows``, if this is the combine it was for.
     """
 
     operation: Pending | torch.Tensor
     y: torch.Tensor
     handle: Handle
-    lent: torch.Tensor | None
+    borrowed: torch.Tensor | None

@@ -232,7 +232,7 @@ class RowExchange:
         key = (x.shape[1], top_k, x.dtype)
         needed = self._most_tokens(x)
         layer, held = self._layers.get(key, (None, 0))
-        # Somebody may have closed all endpoints of the process.
+        # Somebody may have closed all communicators of the process.
         if layer is None or layer.transport is None or held < needed:
             # The smaller one is not closed: a backward pass may still need it.
             layer = ExpertParallel(

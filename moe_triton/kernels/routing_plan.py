@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..layout import NOWHERE, Kept, Plan
+from ..layout import NOWHERE, Plan, RoutingCopies
 from . import launch_config
 from ._checks import FLOATS, INDICES, check_tensor
 
@@ -196,7 +196,7 @@ def _rank_kernel(
         tl.store(order_ptr + place, position, mask=inside)
 
 
-def plan(expert_ids: torch.Tensor, num_experts: int, kept: Kept | None = None) -> Plan:
+def plan(expert_ids: torch.Tensor, num_experts: int, kept: RoutingCopies | None = None) -> Plan:
     """Count and rank the copies of [T, K] ``expert_ids``; ids beyond [0, E) are not sent.
 
     Args:
@@ -227,7 +227,7 @@ def plan(expert_ids: torch.Tensor, num_experts: int, kept: Kept | None = None) -
     return routing
 
 
-def _copies(expert_ids: torch.Tensor, kept: Kept | None) -> _Copies:
+def _copies(expert_ids: torch.Tensor, kept: RoutingCopies | None) -> _Copies:
     """The ids' copy, the weights and their copy, for the kernels; each may be None."""
     if kept is None:
         return None, None, None

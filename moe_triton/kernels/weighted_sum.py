@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from ..errors import ArgumentTypeError, ArgumentValueError, MissingArgumentError
-from ..layout import Norm, RowFormat, SpecialExperts
+from ..layout import Norm, RowFormat, ZeroComputationExperts
 from ._checks import FLOATS, INDICES, check_tensor, with_adjacent_columns
 from ._common import from_float32, narrow, to_float32, widen
 from .launch_config import tiles, token_tiles
@@ -276,7 +276,7 @@ def reduce(
     index: torch.Tensor,
     fmt: RowFormat,
     weights: torch.Tensor | None,
-    special: SpecialExperts | None,
+    special: ZeroComputationExperts | None,
     addend: torch.Tensor | None,
     out: torch.Tensor,
     norm: Norm | None = None,
@@ -408,7 +408,7 @@ def _check_terms(
     op: str,
     index: torch.Tensor,
     weights: torch.Tensor | None,
-    special: SpecialExperts | None,
+    special: ZeroComputationExperts | None,
     addend: torch.Tensor | None,
     out: torch.Tensor,
     norm: Norm | None,
@@ -456,7 +456,7 @@ def _check_terms(
             )
 
 
-def _check_constants(op: str, special: SpecialExperts, out: torch.Tensor) -> None:
+def _check_constants(op: str, special: ZeroComputationExperts, out: torch.Tensor) -> None:
     """The tensors of constant experts."""
     number = special.end - special.first_constant
     shapes: dict[str, tuple[int, ...]] = {"value": (number, out.shape[1])}

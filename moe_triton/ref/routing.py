@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from ..layout import NOWHERE, Arrivals, Kept, Permutation, Plan, Sources
+from ..layout import NOWHERE, Arrivals, Permutation, Plan, RoutingCopies, Sources
 from ._common import exclusive_cumsum, fitted
 
 
-def plan(expert_ids: torch.Tensor, num_experts: int, kept: Kept | None = None) -> Plan:
+def plan(expert_ids: torch.Tensor, num_experts: int, kept: RoutingCopies | None = None) -> Plan:
     """Count and rank the copies of [T, K] ``expert_ids``; ids beyond [0, E) are not sent.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..layout import NOWHERE, Norm, RowFormat, SpecialExperts
+from ..layout import NOWHERE, Norm, RowFormat, ZeroComputationExperts
 from ._common import BLOCK, blocks
 from .quantize import decode
 
@@ -19,7 +19,7 @@ def reduce(
     index: torch.Tensor,
     fmt: RowFormat,
     weights: torch.Tensor | None,
-    special: SpecialExperts | None,
+    special: ZeroComputationExperts | None,
     addend: torch.Tensor | None,
     out: torch.Tensor,
     norm: Norm | None = None,
@@ -91,7 +91,7 @@ def _normalize(total: torch.Tensor, norm: Norm, tokens: slice) -> None:
 
 
 def _special_terms(
-    special: SpecialExperts, k: int, tokens: slice, term: torch.Tensor
+    special: ZeroComputationExperts, k: int, tokens: slice, term: torch.Tensor
 ) -> torch.Tensor:
     """Write the terms of copy and constant experts in slot k; return which tokens have one."""
     ids = special.expert_ids[tokens, k].long()

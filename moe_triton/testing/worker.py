@@ -351,7 +351,7 @@ class _Member:
     def __init__(self, world: World, rank: int, transport: str) -> None:
         self.world = world
         layout = world.layout
-        # Kept for the life of the member: each store has a connection of its own.
+        # RoutingCopies for the life of the member: each store has a connection of its own.
         tcp = dist.TCPStore(
             _HOST, world.store_port, is_master=False, wait_for_workers=False, timeout=_PATIENCE
         )

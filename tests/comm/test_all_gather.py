@@ -8,8 +8,8 @@ import torch
 from harness import run_world
 
 from moe_triton import ArgumentMismatchError, ArgumentValueError, PeerAbortError, comm
-from moe_triton.comm import Call, MoeConfig, PartsReader, parts_bytes
-from moe_triton.comm.packing import write_parts
+from moe_triton.comm import Call, MoeConfig, PackedReader, packed_bytes
+from moe_triton.comm.packing import write_packed
 from moe_triton.ops import steps_on
 from moe_triton.topology import Topology
 
@@ -22,18 +22,18 @@ def call_with(**arguments) -> Call:
     return Call("test_gather", CONFIG, arguments, steps_on(cpu), cpu)
 
 
-def gather(endpoint, call, parts, num_bytes):
+def gather(communicator, call, parts, num_bytes):
     """What each rank showed, as a list of (head, rows)."""
 
     def consume(received):
         found = []
         for data in received:
-            reader = PartsReader(data)
+            reader = PackedReader(data)
             head = reader.take((1,), torch.int32).clone()
             found.append((head, reader.take((int(head), 3), torch.bfloat16).clone()))
         return found
 
-    transport = endpoint.transport(call.op)
+    transport = communicator.transport(call.op)
     return transport.gather_teardown(transport.gather_setup(call, parts, num_bytes), consume)
 
 
@@ -47,10 +47,10 @@ def parts_of(rank: int, seed: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_everybody_sees_what_each_shows(world, size):
     def fn(ctx):
-        endpoint = comm.default_endpoint(comm.resolve("test", ctx.ep_group, ctx.ep_rank))
-        num_bytes = parts_bytes([4, 4 * 3 * 2])
+        communicator = comm.default_communicator(comm.resolve("test", ctx.ep_group, ctx.ep_rank))
+        num_bytes = packed_bytes([4, 4 * 3 * 2])
         for seed in range(6):
-            found = gather(endpoint, call_with(), parts_of(ctx.rank, seed), num_bytes)
+            found = gather(communicator, call_with(), parts_of(ctx.rank, seed), num_bytes)
             for rank, (head, rows) in enumerate(found):
                 expected = parts_of(rank, seed)
                 assert torch.equal(head, expected[0])
@@ -62,18 +62,18 @@ def test_everybody_sees_what_each_shows(world, size):
 @worlds
 def test_a_rank_that_rejects_is_named_and_the_next_call_works(world):
     def fn(ctx):
-        endpoint = comm.default_endpoint(comm.resolve("test", ctx.ep_group, ctx.ep_rank))
+        communicator = comm.default_communicator(comm.resolve("test", ctx.ep_group, ctx.ep_rank))
         for seed in range(3):
             if ctx.rank == 1:
-                endpoint.transport("test").reject(
+                communicator.transport("test").abort_peers(
                     "gather", "test", ArgumentValueError("test", "a", "be right", "wrong")
                 )
             else:
                 with pytest.raises(PeerAbortError) as caught:
-                    gather(endpoint, call_with(), parts_of(0, seed), 4096)
+                    gather(communicator, call_with(), parts_of(0, seed), 4096)
                 assert caught.value.rank == 1
                 assert "a must be right, got wrong" in str(caught.value)
-            found = gather(endpoint, call_with(), parts_of(ctx.rank, seed), 4096)
+            found = gather(communicator, call_with(), parts_of(ctx.rank, seed), 4096)
             assert torch.equal(found[1][1], parts_of(1, seed)[1])
 
     run_world(world, 3, fn)
@@ -82,9 +82,9 @@ def test_a_rank_that_rejects_is_named_and_the_next_call_works(world):
 @worlds
 def test_arguments_must_agree(world):
     def fn(ctx):
-        endpoint = comm.default_endpoint(comm.resolve("test", ctx.ep_group, ctx.ep_rank))
+        communicator = comm.default_communicator(comm.resolve("test", ctx.ep_group, ctx.ep_rank))
         with pytest.raises(ArgumentMismatchError, match="hidden"):
-            gather(endpoint, call_with(hidden=ctx.rank), parts_of(ctx.rank, 0), 4096)
+            gather(communicator, call_with(hidden=ctx.rank), parts_of(ctx.rank, 0), 4096)
 
     run_world(world, 2, fn)
 
@@ -92,9 +92,9 @@ def test_arguments_must_agree(world):
 def test_parts_begin_at_multiples_of_16_and_leave_the_rest():
     data = torch.full((64,), 7, dtype=torch.uint8)
     parts = [torch.tensor([1, 2], dtype=torch.int32), torch.empty((0, 5)), torch.tensor([[3.5]])]
-    write_parts(data, parts)
-    assert parts_bytes([8, 0, 4]) == 32
-    reader = PartsReader(data)
+    write_packed(data, parts)
+    assert packed_bytes([8, 0, 4]) == 32
+    reader = PackedReader(data)
     for part in parts:
         assert torch.equal(reader.take(tuple(part.shape), part.dtype), part)
     assert (data[8:16] == 7).all()
@@ -111,9 +111,9 @@ def test_a_subgroup_needs_none_of_the_others():
             return None
         part = comm.subgroup(group, (3, 0, 1))
         assert (part.rank, part.size) == ((1, 2, None, 0)[ctx.rank], 3)
-        endpoint = comm.default_endpoint(part)
-        assert endpoint is not comm.default_endpoint(group)
-        found = gather(endpoint, call_with(), parts_of(ctx.rank, 0), 4096)
+        communicator = comm.default_communicator(part)
+        assert communicator is not comm.default_communicator(group)
+        found = gather(communicator, call_with(), parts_of(ctx.rank, 0), 4096)
         return [rows.tolist() for _, rows in found]
 
     expected = [parts_of(rank, 0)[1].tolist() for rank in (3, 0, 1)]

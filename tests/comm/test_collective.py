@@ -118,7 +118,7 @@ def test_a_rank_that_is_late_breaks_the_group_until_recover():
     """gloo gives up its connections after a timeout: a wait cannot be tried again."""
 
     def fn(ctx):
-        endpoint = comm.open_endpoint(
+        communicator = comm.open_communicator(
             comm.resolve("test", harness.own_group(ctx)),
             transport="collective",
             in_flight=1,
@@ -126,7 +126,7 @@ def test_a_rank_that_is_late_breaks_the_group_until_recover():
         )
 
         def call(number):
-            transport = endpoint.transport("test")
+            transport = communicator.transport("test")
             rows = shout(ctx.rank, number).view(torch.uint8)
             received = transport.all_to_all_v("test", rows, [1] * WORLD)
             return torch.cat(received).view(torch.int64).view(-1, 3).tolist()
@@ -146,12 +146,12 @@ def test_a_rank_that_is_late_breaks_the_group_until_recover():
         # The others wait for the late rank, each as long as it takes.
         while True:
             try:
-                endpoint.recover("test")
+                communicator.recover("test")
                 break
             except PeerTimeoutError:
                 pass
         seen.append([call(number) for number in range(3)])
-        comm.close_endpoint(endpoint)
+        comm.close_communicator(communicator)
         return seen
 
     for rank, seen in enumerate(harness.run_world("collective", WORLD, fn)):
@@ -169,17 +169,17 @@ def test_what_a_closed_object_has_sent_is_nobody_elses():
 
     def fn(ctx):
         for number in range(3):
-            endpoint = comm.open_endpoint(
+            communicator = comm.open_communicator(
                 comm.resolve("test", None), transport="collective", in_flight=2, timeout=5.0
             )
-            transport = endpoint.transport("test")
+            transport = communicator.transport("test")
             rows = shout(ctx.rank, number).view(torch.uint8)
             received = transport.all_to_all_v("test", rows, [1] * WORLD)
             found = torch.cat(received).view(torch.int64).view(-1, 3).tolist()
             assert found == heard(ctx.rank, number)
             if ctx.rank == number:
-                endpoint.reject("exchange", "test", MoeError("test", "nobody hears this"))
-            comm.close_endpoint(endpoint)
+                communicator.abort_peers("exchange", "test", MoeError("test", "nobody hears this"))
+            comm.close_communicator(communicator)
             dist.barrier()
 
     harness.run_world("collective", WORLD, fn)

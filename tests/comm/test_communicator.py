@@ -29,9 +29,9 @@ OP = "test_op"
 worlds = pytest.mark.parametrize("world", harness.WORLDS)
 
 
-def open_endpoint(ctx, *, in_flight=1, timeout=5.0, transport="auto"):
+def open_communicator(ctx, *, in_flight=1, timeout=5.0, transport="auto"):
     group = comm.resolve(OP, harness.own_group(ctx), ctx.ep_rank)
-    return comm.open_endpoint(group, transport=transport, in_flight=in_flight, timeout=timeout)
+    return comm.open_communicator(group, transport=transport, in_flight=in_flight, timeout=timeout)
 
 
 def barrier(ctx, name: str) -> None:
@@ -46,16 +46,16 @@ def test_a_rank_that_cannot_tell_its_peers_keeps_its_own_error(world):
     """It refuses more calls than it may be ahead, and its peer never comes."""
 
     def fn(ctx):
-        endpoint = open_endpoint(ctx, timeout=0.3)
-        endpoint.transport(OP)
+        communicator = open_communicator(ctx, timeout=0.3)
+        communicator.transport(OP)
         if ctx.rank == 0:
             for _ in range(2):
-                endpoint.reject("dispatch", OP, MoeError(OP, "wrong"))
+                communicator.abort_peers("dispatch", OP, MoeError(OP, "wrong"))
             with pytest.raises(BrokenGroupError, match="call recover"):
-                endpoint.raise_if_broken(OP)
-            endpoint.reject("dispatch", OP, MoeError(OP, "wrong"))
+                communicator.raise_if_broken(OP)
+            communicator.abort_peers("dispatch", OP, MoeError(OP, "wrong"))
         barrier(ctx, "done")
-        comm.close_endpoint(endpoint)
+        comm.close_communicator(communicator)
 
     harness.run_world(world, 2, fn)
 
@@ -118,7 +118,7 @@ def test_windows_for_which_one_rank_has_no_room(lacking, choice, provider, texts
                 with make(ctx, **options) as ep:
                     found = ep.transport
                     if found == "symmetric":
-                        found = ep._exchange.endpoint._connected._channel._memory.name
+                        found = ep._exchange.communicator._connected._protocol._memory.name
                     assert found == provider
         assert time.monotonic() - began < 10
         with make(ctx) as ep:
@@ -217,11 +217,11 @@ def test_a_forked_child_does_not_leave_for_its_parent():
             if ctx.rank == 1:
                 child = os.fork()
                 if child == 0:
-                    ep._exchange.endpoint._connected._channel._leave()
+                    ep._exchange.communicator._connected._protocol._leave()
                     os._exit(0)
                 assert os.waitpid(child, 0)[1] == 0
             barrier(ctx, "forked")
-            assert not ep._exchange.endpoint._connected._channel._is_gone(1)
+            assert not ep._exchange.communicator._connected._protocol._is_gone(1)
             round_trip(ep)
 
     harness.run_world("symmetric", 2, fn)

@@ -29,8 +29,8 @@ from moe_triton import (
     comm,
     testing,
 )
-from moe_triton.comm.rendezvous import Meeting
-from moe_triton.comm.ring_protocol import Channel
+from moe_triton.comm.rendezvous import Rendezvous
+from moe_triton.comm.ring_protocol import RingProtocol
 from moe_triton.comm.shm import MemfdMemory, PosixMemory
 
 WORLD, VICTIM, SURVIVORS = 3, 1, (0, 2)
@@ -130,7 +130,7 @@ def arm(owner, name: str, applies, number: int) -> None:
 
 # Where a rank is lost: the method of the channel that is not called any more.
 POINTS = {
-    "before its announcement": ("_announce", lambda kind, *_: kind == "dispatch"),
+    "before its announcement": ("_post_handshake", lambda kind, *_: kind == "dispatch"),
     "before its flags of dispatch": ("signal", lambda kind, *_: kind == "dispatch"),
     "after its flags of dispatch": ("wait", lambda kind, *_: kind == "dispatch"),
     "before its slot is free": ("finish", lambda kind, *_: kind == "dispatch"),
@@ -162,9 +162,9 @@ def recover(ep) -> None:
     raise AssertionError("the ranks do not find each other")
 
 
-def told(ctx, error: MoeError, began: float) -> dict:
+def abort_peers_on_error(ctx, error: MoeError, began: float) -> dict:
     """What is reported of an error; without its traceback, which would keep memory alive."""
-    ctx.store.add("told", 1)
+    ctx.store.add("abort_peers_on_error", 1)
     seconds = time.monotonic() - began
     return {"error": error.with_traceback(None), "seconds": seconds, "refusals": [], "files": 0}
 
@@ -179,7 +179,7 @@ def rounds_until_a_loss(ctx, ep) -> dict:
             began = time.monotonic()
             ep.combine(received.x, received.handle)
         except PeerTimeoutError as error:
-            found = told(ctx, error, began)
+            found = abort_peers_on_error(ctx, error, began)
             return found | {"refusals": refusals(ep, received)}
     raise AssertionError("nobody was lost")
 
@@ -191,7 +191,7 @@ def serve(ctx, point, number):
         for seed in range(3):
             layer(ep, seed)
         if ctx.rank == VICTIM:
-            arm(Channel, *POINTS[point], number)
+            arm(RingProtocol, *POINTS[point], number)
         found = rounds_until_a_loss(ctx, ep)
         recover(ep)
         for seed in range(5):
@@ -227,7 +227,7 @@ def results_after(fn, args, number, joining=join) -> list:
 
     def call():
         with testing.start_processes(WORLD, fn, args=args) as ranks:
-            wait_for(ranks, "told", len(SURVIVORS))
+            wait_for(ranks, "abort_peers_on_error", len(SURVIVORS))
             if number == KILL:
                 ranks.restart(VICTIM, joining, args=())
             else:
@@ -272,7 +272,7 @@ def serve_growing(ctx, number, memory):
             raise AssertionError("nobody was lost")
         except (PeerTimeoutError, UnavailableError) as error:
             # A rank that comes back finds the windows of its peers gone.
-            found = told(ctx, error, began)
+            found = abort_peers_on_error(ctx, error, began)
         recover(ep)
         ep.dispatch(*inputs_of(ep.rank, 1), scales=smooth)
     del ep
@@ -303,14 +303,14 @@ def serve_connecting(ctx, number, step):
     files = open_files()
     found = {}
     if ctx.rank == VICTIM:
-        arm(Meeting, "exchange", lambda _, name, *rest: name.endswith(step), number)
+        arm(Rendezvous, "exchange", lambda _, name, *rest: name.endswith(step), number)
     for _ in range(20):
         began = time.monotonic()
         try:
             with make(ctx.ep_group) as ep:
                 layer(ep, 0)
         except PeerTimeoutError as error:
-            found = found or told(ctx, error, began)
+            found = found or abort_peers_on_error(ctx, error, began)
         else:
             break
     del ep
@@ -411,7 +411,7 @@ def gloo_group(ctx, name: str):
 
 
 GLOO_POINTS = {
-    "before its notice": ("_notify", lambda op, kind, *_: kind == "dispatch"),
+    "before its notice": ("_post_handshakes", lambda op, kind, *_: kind == "dispatch"),
     "before its rows": ("_transfer", lambda *_: True),
     "before combine": ("combine_setup", lambda *_: True),
 }

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from moe_triton.comm import polling
-from moe_triton.comm.polling import Waiter, ranks_text
+from moe_triton.comm.polling import Backoff, ranks_text
 
 
 class Clock:
@@ -25,25 +25,25 @@ class Clock:
 
 def test_time_is_up_at_the_deadline(monkeypatch):
     clock = Clock(monkeypatch)
-    waiter = Waiter(2.0)
-    assert (waiter.remaining, waiter.expired) == (2.0, False)
+    backoff = Backoff(2.0)
+    assert (backoff.remaining, backoff.expired) == (2.0, False)
     clock.now += 1.5
-    assert (waiter.remaining, waiter.expired) == (0.5, False)
+    assert (backoff.remaining, backoff.expired) == (0.5, False)
     clock.now += 0.5
-    assert (waiter.remaining, waiter.expired) == (0.0, True)
+    assert (backoff.remaining, backoff.expired) == (0.0, True)
     clock.now += 5
-    assert (waiter.remaining, waiter.expired) == (0.0, True)
+    assert (backoff.remaining, backoff.expired) == (0.0, True)
 
 
 @pytest.mark.parametrize("longest", [None, 10e-3])
 def test_pauses_grow_from_a_yield(monkeypatch, longest):
     """A peer that is nearly there is not kept waiting, one that is far does not cost a core."""
     clock = Clock(monkeypatch)
-    waiter = Waiter(30.0)
+    backoff = Backoff(30.0)
     options = {} if longest is None else {"longest": longest}
     for polls in range(1, 100):
-        waiter.pause(**options)
-        assert waiter.polls == polls
+        backoff.pause(**options)
+        assert backoff.polls == polls
     yields = clock.naps.count(0)
     assert clock.naps[:yields] == [0] * yields
     assert 1 <= yields < 99

@@ -91,28 +91,28 @@ def test_a_slow_rank_hears_every_refusal(group):
     slow_rank[2].close()
 
 
-def test_functional_ops_of_a_group_share_an_endpoint(group):
-    first = comm.default_endpoint(comm.resolve(OP, group, 0))
-    assert comm.default_endpoint(comm.resolve(OP, group, 0)) is first
-    assert comm.default_endpoint(comm.resolve(OP, group, 1)) is not first
+def test_functional_ops_of_a_group_share_an_communicator(group):
+    first = comm.default_communicator(comm.resolve(OP, group, 0))
+    assert comm.default_communicator(comm.resolve(OP, group, 0)) is first
+    assert comm.default_communicator(comm.resolve(OP, group, 1)) is not first
 
 
 def test_closing_a_group_closes_its_endpoints_only(group):
     comm.register_group("other", dist.HashStore(), 2, in_process=True)
     try:
-        endpoints = [
-            comm.default_endpoint(comm.resolve(OP, group, 0)),
-            comm.open_endpoint(
+        communicators = [
+            comm.default_communicator(comm.resolve(OP, group, 0)),
+            comm.open_communicator(
                 comm.resolve(OP, group, 1), transport="auto", in_flight=1, timeout=1.0
             ),
         ]
-        other = comm.default_endpoint(comm.resolve(OP, "other", 0))
+        other = comm.default_communicator(comm.resolve(OP, "other", 0))
         comm.unregister_group(group)
-        for endpoint in endpoints:
+        for communicator in communicators:
             with pytest.raises(MoeError, match="is closed"):
-                endpoint.raise_if_broken(OP)
+                communicator.raise_if_broken(OP)
         other.raise_if_broken(OP)
-        assert comm.default_endpoint(comm.resolve(OP, "other", 0)) is other
+        assert comm.default_communicator(comm.resolve(OP, "other", 0)) is other
         comm.close_all()
         with pytest.raises(MoeError, match="is closed"):
             other.raise_if_broken(OP)

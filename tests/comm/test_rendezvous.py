@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from moe_triton import PeerAbortError, PeerTimeoutError
 from moe_triton.comm.groups import Group
-from moe_triton.comm.rendezvous import Meeting
+from moe_triton.comm.rendezvous import Rendezvous
 
 OP = "test_op"
 
@@ -23,9 +23,9 @@ class World:
         self.store = store or dist.HashStore()
         self.meetings = [self.make(rank) for rank in range(world_size)]
 
-    def make(self, rank: int) -> Meeting:
+    def make(self, rank: int) -> Rendezvous:
         group = Group("test", rank, self.size, self.store, in_process=True)
-        return Meeting(group, "tag", self.timeout)
+        return Rendezvous(group, "tag", self.timeout)
 
     def restart(self, rank: int) -> None:
         self.meetings[rank] = self.make(rank)
@@ -49,20 +49,20 @@ class World:
         return [results[rank] for rank in ranks]
 
 
-def meet(meeting: Meeting, fact: object, rounds: int) -> list:
-    """What all ranks said in every round; as an endpoint does it."""
+def meet(rendezvous: Rendezvous, info: object, rounds: int) -> list:
+    """What all ranks said in every round; as a communicator does it."""
     heard: list = []
     while len(heard) < rounds:
-        with meeting.following():
-            heard = [meeting.meet(OP, {"fact": fact})]
-            meeting.confirm(OP)
+        with rendezvous.following():
+            heard = [rendezvous.meet(OP, {"info": info})]
+            rendezvous.confirm(OP)
             for step in range(rounds - 1):
-                heard.append(meeting.exchange(OP, f"step {step}", {"fact": fact}))
-    return [[record["fact"] for record in records] for records in heard]
+                heard.append(rendezvous.exchange(OP, f"step {step}", {"info": info}))
+    return [[record["info"] for record in records] for records in heard]
 
 
 def generations(world: World) -> set[int]:
-    return {meeting._place.generation for meeting in world.meetings}
+    return {rendezvous._place.generation for rendezvous in world.meetings}
 
 
 def test_all_ranks_hear_all_facts():
@@ -81,7 +81,7 @@ def test_calls_go_on_in_the_same_generation():
 def test_a_rejection_needs_nobody_and_reaches_everybody():
     world = World(3)
     for call in range(3):
-        world.meetings[1].reject(f"reason {call}")
+        world.meetings[1].abort_peers(f"reason {call}")
     for call in range(3):
         began = time.monotonic()
         # One rank alone: a rejection decides the call, whoever else comes.
@@ -94,8 +94,8 @@ def test_a_rejection_needs_nobody_and_reaches_everybody():
 
 def test_all_ranks_reject():
     world = World(3)
-    for meeting in world.meetings:
-        meeting.reject("wrong")
+    for rendezvous in world.meetings:
+        rendezvous.abort_peers("wrong")
     assert world.meet(0, 1, 2) == [[[0, 1, 2]] * 2] * 3
 
 
@@ -118,8 +118,8 @@ def test_ranks_that_come_a_different_number_of_times_meet_in_the_end():
     (stale,) = world.meet(1)
     assert isinstance(stale, PeerTimeoutError)
     assert stale.ranks == (0,)
-    for meeting in world.meetings:
-        meeting.leave()
+    for rendezvous in world.meetings:
+        rendezvous.leave()
     assert world.meet(0, 1) == [[[0, 1]] * 2] * 2
 
 
@@ -146,8 +146,8 @@ def test_a_restarted_rank_meets_survivors_that_recover(first):
         assert world.meet(0, 1, 2) == [[[0, 1, 2]] * 2] * 3
         world.restart(1)
         survivors = [world.meetings[0], world.meetings[2]]
-        for meeting in survivors:
-            meeting.leave()
+        for rendezvous in survivors:
+            rendezvous.leave()
         early, late = ((0, 2), (1,)) if first == "survivors" else ((1,), (0, 2))
         thread = threading.Thread(target=world.meet, args=early)
         thread.start()
@@ -162,7 +162,7 @@ def test_a_rank_lost_between_the_rounds_is_named():
     errors = []
 
     def dies_after_the_first_round():
-        world.meetings[1].meet(OP, {"fact": 1})
+        world.meetings[1].meet(OP, {"info": 1})
 
     thread = threading.Thread(target=dies_after_the_first_round, daemon=True)
     thread.start()
@@ -201,12 +201,12 @@ def test_a_store_that_stops_is_not_waited_for(accesses, failure):
     assert isinstance(error, PeerTimeoutError)
     assert error.ranks == (1,)
     assert ("connection reset" if failure else "the store does not answer") in str(error)
-    world.meetings[0].reject("nobody hears it")
+    world.meetings[0].abort_peers("nobody hears it")
     assert time.monotonic() - began < 0.3 + 1 + 0.5
     # When the store answers again, a new generation begins as if nothing had been.
     store.accesses = 10**6
     store.goes_on.set()
     time.sleep(0.2)
-    for meeting in world.meetings:
-        meeting.leave()
+    for rendezvous in world.meetings:
+        rendezvous.leave()
     assert world.meet(0, 1) == [[[0, 1]] * 2] * 2

@@ -32,7 +32,7 @@ from moe_triton.comm import ring_protocol as channel_module
 from moe_triton.comm.groups import Group
 from moe_triton.comm.local import LocalMemory
 from moe_triton.comm.memory import Memory
-from moe_triton.comm.ring_protocol import Channel, control_bytes
+from moe_triton.comm.ring_protocol import RingProtocol, control_bytes
 from moe_triton.comm.shm import PosixMemory
 
 OP = "test_op"
@@ -46,12 +46,12 @@ def connect(
     timeout: float = 5.0,
     pids: list[int] | None = None,
     memory: Memory | None = None,
-) -> list[Channel]:
-    """Channels of all ranks, as an endpoint would make them."""
+) -> list[RingProtocol]:
+    """Channels of all ranks, as a communicator would make them."""
     memory = memory or LocalMemory()
     own = [memory.allocate(control_bytes(in_flight)) for _ in range(world_size)]
     return [
-        Channel(
+        RingProtocol(
             Group("test", rank, world_size, None, in_process=True),
             memory,
             [memory.open(block.handle) for block in own],
@@ -68,42 +68,44 @@ def payload(source: int, target: int, number: int) -> torch.Tensor:
     return torch.tensor([source, target, number, ~number], dtype=torch.int32).view(torch.uint8)
 
 
-def setup(channel: Channel, number: int = 0, *, kind="exchange", slot_bytes=None, **arguments):
+def setup(
+    protocol: RingProtocol, number: int = 0, *, kind="exchange", slot_bytes=None, **arguments
+):
     """Send ``payload(.., number)`` to all ranks, as the transports do; returns the epoch."""
-    needed = channel.size * PAYLOAD
-    epoch = channel.begin(kind, OP)
+    needed = protocol.size * PAYLOAD
+    epoch = protocol.begin(kind, OP)
     try:
-        arena = channel.agree(kind, epoch, OP, arguments, slot_bytes or needed)
-        for target in range(channel.size):
-            start = channel.rank * PAYLOAD
-            data = arena.data(target, channel.slot(epoch))
-            data[start : start + PAYLOAD] = payload(channel.rank, target, number)
+        windows = protocol.agree(kind, epoch, OP, arguments, slot_bytes or needed)
+        for target in range(protocol.size):
+            start = protocol.rank * PAYLOAD
+            data = windows.data(target, protocol.slot(epoch))
+            data[start : start + PAYLOAD] = payload(protocol.rank, target, number)
     except BaseException as error:
-        channel.abort(kind, epoch, error)
+        protocol.abort(kind, epoch, error)
         raise
-    channel.signal(kind, epoch)
+    protocol.signal(kind, epoch)
     return epoch
 
 
-def teardown(channel: Channel, epoch: int, number: int = 0, *, kind="exchange") -> None:
+def teardown(protocol: RingProtocol, epoch: int, number: int = 0, *, kind="exchange") -> None:
     """Wait, and assert that all payloads are there."""
-    ring = channel._rings[kind]
-    arena = ring.in_flight[epoch].arena if epoch in ring.in_flight else None
-    channel.wait(kind, epoch, OP)
-    data = arena.data(channel.rank, channel.slot(epoch))[: channel.size * PAYLOAD].clone()
-    channel.finish(kind, epoch)
-    expected = [payload(source, channel.rank, number) for source in range(channel.size)]
+    ring = protocol._rings[kind]
+    windows = ring.in_flight[epoch].windows if epoch in ring.in_flight else None
+    protocol.wait(kind, epoch, OP)
+    data = windows.data(protocol.rank, protocol.slot(epoch))[: protocol.size * PAYLOAD].clone()
+    protocol.finish(kind, epoch)
+    expected = [payload(source, protocol.rank, number) for source in range(protocol.size)]
     assert torch.equal(data, torch.cat(expected))
 
 
-def exchange(channel: Channel, number: int = 0, **options) -> None:
+def exchange(protocol: RingProtocol, number: int = 0, **options) -> None:
     """A whole operation."""
     kind = options.get("kind", "exchange")
-    teardown(channel, setup(channel, number, **options), number, kind=kind)
+    teardown(protocol, setup(protocol, number, **options), number, kind=kind)
 
 
-def together(channels: list[Channel], fn) -> list:
-    """``fn(channel)`` on all ranks at once: results in their order, exceptions as results."""
+def together(channels: list[RingProtocol], fn) -> list:
+    """``fn(protocol)`` on all ranks at once: results in their order, exceptions as results."""
     results: list = [None] * len(channels)
 
     def run(index):
@@ -121,7 +123,7 @@ def together(channels: list[Channel], fn) -> list:
     return results
 
 
-def agreed(world_size: int, **options) -> list[Channel]:
+def agreed(world_size: int, **options) -> list[RingProtocol]:
     """Connected ranks that have done one operation, so that no setup waits any more."""
     channels = connect(world_size, **options)
     assert together(channels, exchange) == [None] * world_size
@@ -140,15 +142,15 @@ def error_of(call, *args, **options) -> Exception:
 @pytest.mark.parametrize("in_flight", [1, 2, 3])
 def test_no_more_setups_than_may_be_in_flight(in_flight):
     channels = agreed(2, in_flight=in_flight)
-    epochs = [[setup(channel, i) for channel in channels] for i in range(in_flight)]
-    for channel in channels:
-        error = error_of(setup, channel)
+    epochs = [[setup(protocol, i) for protocol in channels] for i in range(in_flight)]
+    for protocol in channels:
+        error = error_of(setup, protocol)
         assert type(error) is SequenceError
         assert f"at most {in_flight} exchange operations may be in flight" in str(error)
     # Refusing costs nothing: the operations in flight are complete, and the next one too.
     for i in range(in_flight):
-        for channel, epoch in zip(channels, epochs[i], strict=True):
-            teardown(channel, epoch, i)
+        for protocol, epoch in zip(channels, epochs[i], strict=True):
+            teardown(protocol, epoch, i)
     assert together(channels, lambda c: exchange(c, 9)) == [None, None]
 
 
@@ -159,11 +161,11 @@ def test_calls_that_ended_early_do_not_let_setups_run_ahead():
     next setup would write into a slot that they may still have to read.
     """
     first, second = agreed(2, in_flight=2)
-    one = [setup(channel, 1) for channel in (first, second)]
+    one = [setup(protocol, 1) for protocol in (first, second)]
     two = setup(second, 2)
-    first.reject("exchange", OP, MoeError(OP, "wrong"))
+    first.abort_peers("exchange", OP, MoeError(OP, "wrong"))
     assert "may be in flight" in str(error_of(setup, first, 3))
-    first.reject("exchange", OP, MoeError(OP, "cannot be told now"))
+    first.abort_peers("exchange", OP, MoeError(OP, "cannot be told now"))
     teardown(first, one[0], 1)
     teardown(second, one[1], 1)
     assert "wrong" in str(error_of(teardown, second, two, 2))
@@ -179,16 +181,16 @@ def test_a_rank_refuses_many_calls_before_its_peers_make_the_first(in_flight, wi
     reasons = [f"reason {i}" for i in range(9)]
     started = threading.Event()
 
-    def refuse(channel):
+    def refuse(protocol):
         for i, reason in enumerate(reasons):
             if i > in_flight:
                 started.set()
-            channel.reject("exchange", OP, MoeError(OP, reason))
+            protocol.abort_peers("exchange", OP, MoeError(OP, reason))
 
-    def call(channel):
+    def call(protocol):
         # The refusing rank must not come this far alone; give it time to do it all the same.
         assert not started.wait(0.2)
-        return [str(error_of(exchange, channel, i)) for i in range(len(reasons))]
+        return [str(error_of(exchange, protocol, i)) for i in range(len(reasons))]
 
     results = together(channels, lambda c: refuse(c) if c.rank == 1 else call(c))
     for rank in (0, 2):
@@ -199,9 +201,9 @@ def test_a_rank_refuses_many_calls_before_its_peers_make_the_first(in_flight, wi
 def test_a_rank_that_gave_up_has_taken_back_its_new_window():
     """Peers that come later hear why, and do not look for memory that is gone."""
     first, second, third = agreed(3)
-    third.reject("exchange", OP, MoeError(OP, "wrong"))
-    for channel in (first, second):
-        error = error_of(exchange, channel, slot_bytes=4096)
+    third.abort_peers("exchange", OP, MoeError(OP, "wrong"))
+    for protocol in (first, second):
+        error = error_of(exchange, protocol, slot_bytes=4096)
         assert str(error) == f"{OP}: rank 2 rejected this call: wrong"
     channels = [first, second, third]
     assert together(channels, lambda c: exchange(c, 1, slot_bytes=4096)) == [None] * 3
@@ -218,8 +220,8 @@ def test_what_came_at_the_last_moment_has_come(new, monkeypatch):
     sent = threading.Thread(target=lambda: exchange(second, 1, **options))
     asked = []
 
-    def sends_and_dies(channel, rank):
-        if channel is second or asked:
+    def sends_and_dies(protocol, rank):
+        if protocol is second or asked:
             return False
         asked.append(rank)
         sent.start()
@@ -229,7 +231,7 @@ def test_what_came_at_the_last_moment_has_come(new, monkeypatch):
             sent.join(10)
         return True
 
-    monkeypatch.setattr(Channel, "_is_gone", sends_and_dies)
+    monkeypatch.setattr(RingProtocol, "_is_gone", sends_and_dies)
     exchange(first, 1, **options)
     assert asked == [1]
     sent.join(10)
@@ -272,10 +274,10 @@ def test_a_setup_that_timed_out_cannot_be_healed():
     assert isinstance(error_of(setup, first, 3), BrokenGroupError)
 
 
-def begin_at(channels: list[Channel], epoch: int) -> None:
+def begin_at(channels: list[RingProtocol], epoch: int) -> None:
     """Let the rings of all ranks continue as if ``epoch`` had been the last operation."""
-    for channel in channels:
-        for ring in channel._rings.values():
+    for protocol in channels:
+        for ring in protocol._rings.values():
             ring.last = epoch
 
 
@@ -288,14 +290,14 @@ def test_epochs_wrap(start, in_flight):
     channels = connect(3, in_flight=in_flight)
     begin_at(channels, start)
 
-    def run(channel):
+    def run(protocol):
         pending = []
         for number in range(20):
             if len(pending) == in_flight:
-                teardown(channel, *pending.pop(0))
-            pending.append((setup(channel, number), number))
+                teardown(protocol, *pending.pop(0))
+            pending.append((setup(protocol, number), number))
         for epoch, number in pending:
-            teardown(channel, epoch, number)
+            teardown(protocol, epoch, number)
         return pending[-1][0]
 
     last = (start + 20 + 2**31) % 2**32 - 2**31
@@ -308,9 +310,9 @@ def test_windows_grow_while_epochs_wrap(start):
     channels = connect(2)
     begin_at(channels, start)
 
-    def run(channel):
+    def run(protocol):
         for number in range(10):
-            exchange(channel, number, slot_bytes=1000 * (number + 1))
+            exchange(protocol, number, slot_bytes=1000 * (number + 1))
 
     assert together(channels, run) == [None, None]
 
@@ -320,14 +322,14 @@ def test_refusals_while_epochs_wrap(start):
     channels = connect(2)
     begin_at(channels, start)
 
-    def run(channel):
+    def run(protocol):
         for number in range(10):
-            if number % 3 == 1 and channel.rank == 1:
-                channel.reject("exchange", OP, MoeError(OP, f"reason {number}"))
+            if number % 3 == 1 and protocol.rank == 1:
+                protocol.abort_peers("exchange", OP, MoeError(OP, f"reason {number}"))
             elif number % 3 == 1:
-                assert f"reason {number}" in str(error_of(exchange, channel, number))
+                assert f"reason {number}" in str(error_of(exchange, protocol, number))
             else:
-                exchange(channel, number)
+                exchange(protocol, number)
 
     assert together(channels, run) == [None, None]
 
@@ -360,13 +362,13 @@ def test_memory_that_cannot_be_had(monkeypatch):
 
 def test_operations_torn_down_in_the_wrong_order():
     channels = agreed(2, in_flight=2)
-    epochs = [[setup(channel, i) for channel in channels] for i in range(2)]
+    epochs = [[setup(protocol, i) for protocol in channels] for i in range(2)]
     wrong = f"{OP}: exchange operations must be torn down in the order of their setup, and once, "
     error = error_of(teardown, channels[0], epochs[1][0])
     assert str(error) == wrong + "got number 3 while number 2 is the oldest in flight"
     for i in range(2):
-        for channel, epoch in zip(channels, epochs[i], strict=True):
-            teardown(channel, epoch, i)
+        for protocol, epoch in zip(channels, epochs[i], strict=True):
+            teardown(protocol, epoch, i)
     error = error_of(channels[0].wait, "exchange", epochs[0][0], OP)
     assert str(error) == wrong + "got number 2 while none is in flight"
 
@@ -398,7 +400,7 @@ def test_windows_that_one_rank_cannot_open(with_window, in_flight):
     memory = channels[1]._memory
     channels[1]._memory = Hooked(memory, refuse_to_open)
     for _ in range(3):
-        before = [channel._rings["exchange"].arena for channel in channels]
+        before = [protocol._rings["exchange"].windows for protocol in channels]
         began = time.monotonic()
         results = together(channels, lambda c: exchange(c, slot_bytes=4096))
         assert time.monotonic() - began < 5
@@ -409,7 +411,7 @@ def test_windows_that_one_rank_cannot_open(with_window, in_flight):
             assert isinstance(results[rank], PeerAbortError)
             assert results[rank].rank == 1
             assert "Too many open files" in results[rank].reason
-        assert [channel._rings["exchange"].arena for channel in channels] == before
+        assert [protocol._rings["exchange"].windows for protocol in channels] == before
         if with_window:
             assert together(channels, exchange) == [None] * 3
     channels[1]._memory = memory
@@ -447,12 +449,12 @@ def test_a_rank_that_fails_after_all_have_opened_the_windows():
 
     channels[2]._await_opened = look_late
 
-    def run(channel):
-        if channel.rank != 0:
-            return exchange(channel)
-        epoch = channel.begin("exchange", OP)
-        channel.agree("exchange", epoch, OP, {}, 3 * PAYLOAD)
-        channel.abort("exchange", epoch, ZeroDivisionError("in the middle"))
+    def run(protocol):
+        if protocol.rank != 0:
+            return exchange(protocol)
+        epoch = protocol.begin("exchange", OP)
+        protocol.agree("exchange", epoch, OP, {}, 3 * PAYLOAD)
+        protocol.abort("exchange", epoch, ZeroDivisionError("in the middle"))
         failed.set()
         return None
 
@@ -467,20 +469,20 @@ def test_a_rank_that_fails_after_all_have_opened_the_windows():
 def test_names_of_windows_are_gone_after_the_call_that_made_them():
     before = named_files()
     channels = connect(3, memory=PosixMemory())
-    for channel in channels:
-        for block in channel._control:
+    for protocol in channels:
+        for block in protocol._control:
             block.release()
     epochs = together(channels, setup)
     assert named_files() == before
-    for channel, epoch in zip(channels, epochs, strict=True):
-        teardown(channel, epoch)
+    for protocol, epoch in zip(channels, epochs, strict=True):
+        teardown(protocol, epoch)
 
 
 def test_a_rank_that_fails_leaves_the_names_of_its_peers():
     """A third rank may be about to open them: its answer must not depend on who is faster."""
     channels = connect(3, memory=PosixMemory())
-    for channel in channels:
-        for block in channel._control:
+    for protocol in channels:
+        for block in protocol._control:
             block.release()
     before, refused = named_files(), threading.Event()
 
@@ -504,8 +506,8 @@ def test_a_rank_that_fails_leaves_the_names_of_its_peers():
 
 def test_the_names_of_a_rank_that_is_lost_are_taken_away():
     channels = connect(2, memory=PosixMemory(), timeout=0.3)
-    for channel in channels:
-        for block in channel._control:
+    for protocol in channels:
+        for block in protocol._control:
             block.release()
     before, over = named_files(), threading.Event()
     stalled = Hooked(channels[1]._memory, lambda: over.wait(10))
@@ -551,7 +553,7 @@ def test_a_rank_that_has_left_is_not_waited_for(word):
 
 def test_a_rank_may_leave_after_its_last_operation():
     channels = agreed(3)
-    epochs = [setup(channel, 1) for channel in channels]
+    epochs = [setup(protocol, 1) for protocol in channels]
     teardown(channels[1], epochs[1], 1)
     channels[1].close()
     for rank in (0, 2):
@@ -573,18 +575,18 @@ def test_the_next_slot():
     for number in range(5):
         pending = []
         for _ in range(2):
-            for channel in channels:
-                arena, slot = channel.next_slot("exchange")
-                epoch = setup(channel, number)
-                assert slot == channel.slot(epoch)
-                assert arena is channel._rings["exchange"].in_flight[epoch].arena
-                pending.append((channel, epoch))
+            for protocol in channels:
+                windows, slot = protocol.next_slot("exchange")
+                epoch = setup(protocol, number)
+                assert slot == protocol.slot(epoch)
+                assert windows is protocol._rings["exchange"].in_flight[epoch].windows
+                pending.append((protocol, epoch))
         assert first.next_slot("exchange") is None  # the oldest is not torn down
-        for channel, epoch in pending:
-            teardown(channel, epoch, number)
-    first.reject("exchange", OP, MoeError(OP, "wrong"))
+        for protocol, epoch in pending:
+            teardown(protocol, epoch, number)
+    first.abort_peers("exchange", OP, MoeError(OP, "wrong"))
     assert first.next_slot("exchange") is not None
-    first.reject("exchange", OP, MoeError(OP, "wrong"))
+    first.abort_peers("exchange", OP, MoeError(OP, "wrong"))
     assert first.next_slot("exchange") is None  # it owes the first of the two
     for _ in range(2):
         error_of(exchange, second)
@@ -596,8 +598,8 @@ def test_an_overrun_is_an_error_and_not_data():
     first, second = agreed(2)
     epoch = setup(first, 1)
     setup(second, 1)
-    arena = first._rings["exchange"].arena
-    flag = arena.flag_address(0, first.slot(epoch), 1)
+    windows = first._rings["exchange"].windows
+    flag = windows.flag_address(0, first.slot(epoch), 1)
     ctypes.c_int32.from_address(flag).value = epoch + first.slots
     error = error_of(teardown, first, epoch, 1)
     assert isinstance(error, BrokenGroupError)
@@ -646,7 +648,7 @@ def test_an_argument_that_only_one_rank_gives():
 
 def test_a_long_reason_is_cut_and_long_arguments_fit():
     channels = connect(2)
-    channels[0].reject("exchange", OP, MoeError(OP, "é" * 5000))
+    channels[0].abort_peers("exchange", OP, MoeError(OP, "é" * 5000))
     error = error_of(exchange, channels[1])
     assert 400 < len(error.reason) < 5000
     assert set(error.reason[:400]) == {"é"}
@@ -697,22 +699,22 @@ steps = st.builds(
 )
 
 
-def run_step(channel: Channel, number: int, step: Step) -> None:
-    time.sleep(step.late[channel.rank])
-    if channel.rank in step.refusing:
-        channel.reject(step.kind, OP, MoeError(OP, f"refused in {number}"))
+def run_step(protocol: RingProtocol, number: int, step: Step) -> None:
+    time.sleep(step.late[protocol.rank])
+    if protocol.rank in step.refusing:
+        protocol.abort_peers(step.kind, OP, MoeError(OP, f"refused in {number}"))
         return
-    word = step.word + "!" * (channel.rank in step.dissenting)
-    slot_bytes = max(step.slot_bytes, channel.size * PAYLOAD)
-    if channel.rank not in step.failing:
-        exchange(channel, number, kind=step.kind, slot_bytes=slot_bytes, word=word)
+    word = step.word + "!" * (protocol.rank in step.dissenting)
+    slot_bytes = max(step.slot_bytes, protocol.size * PAYLOAD)
+    if protocol.rank not in step.failing:
+        exchange(protocol, number, kind=step.kind, slot_bytes=slot_bytes, word=word)
         return
-    epoch = channel.begin(step.kind, OP)
+    epoch = protocol.begin(step.kind, OP)
     try:
-        channel.agree(step.kind, epoch, OP, {"word": word}, slot_bytes)
+        protocol.agree(step.kind, epoch, OP, {"word": word}, slot_bytes)
         _ = 1 / 0
     except BaseException as error:
-        channel.abort(step.kind, epoch, error)
+        protocol.abort(step.kind, epoch, error)
         raise
 
 
@@ -726,11 +728,11 @@ def test_any_sequence_of_operations(sequence, in_flight):
     """
     channels = connect(3, in_flight=in_flight, timeout=20)
 
-    def run(channel):
+    def run(protocol):
         outcomes = []
         for number, step in enumerate(sequence):
             try:
-                run_step(channel, number, step)
+                run_step(protocol, number, step)
                 outcomes.append(None)
             except Exception as error:
                 outcomes.append(error.with_traceback(None))

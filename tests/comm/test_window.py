@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from moe_triton.comm.local import LocalMemory
 from moe_triton.comm.window import (
     FLAG_BYTES,
-    Arena,
     MoeConfig,
+    PeerWindows,
     WindowBytes,
     align,
     clear_flags,
@@ -50,10 +50,10 @@ def configs(draw):
     )
 
 
-def arena_of(world: int, slot_bytes: int, in_flight: int) -> Arena:
+def arena_of(world: int, slot_bytes: int, in_flight: int) -> PeerWindows:
     memory = LocalMemory()
     size = ring_bytes(world, slot_bytes, in_flight)
-    return Arena([memory.allocate(size) for _ in range(world)], num_slots(in_flight))
+    return PeerWindows([memory.allocate(size) for _ in range(world)], num_slots(in_flight))
 
 
 def test_windows_on_a_device_are_zero_before_another_stream_writes(monkeypatch):
@@ -140,11 +140,11 @@ def test_how_many_rows_a_rank_writes():
 @given(configs(), st.integers(1, 3))
 def test_nothing_overlaps_in_a_dispatch_window(config, in_flight):
     layout, world = config.dispatch, config.topology.world_size
-    arena = arena_of(world, layout.num_bytes, in_flight)
-    assert arena.capacity >= layout.num_bytes
+    windows = arena_of(world, layout.num_bytes, in_flight)
+    assert windows.capacity >= layout.num_bytes
     views = []
-    for slot in range(arena.slots):
-        data = arena.data(0, slot)
+    for slot in range(windows.slots):
+        data = windows.data(0, slot)
         headers = layout.headers(data)
         for source in range(world):
             one = header_of(headers, source)
@@ -160,43 +160,47 @@ def test_nothing_overlaps_in_a_dispatch_window(config, in_flight):
         rows = layout.rows(data)
         assert rows.shape == (layout.num_rows, config.row_format.stride)
         views += [row.view(torch.int32) for row in rows]
-        views += flags_of(arena, slot)
+        views += flags_of(windows, slot)
     distinct(views)
-    inside(arena, views)
+    inside(windows, views)
 
 
 @given(configs(), st.integers(1, 3))
 def test_nothing_overlaps_in_a_combine_window(config, in_flight):
     layout, world = config.combine, config.topology.world_size
-    arena = arena_of(world, layout.num_bytes, in_flight)
-    assert arena.capacity >= layout.num_bytes
+    windows = arena_of(world, layout.num_bytes, in_flight)
+    assert windows.capacity >= layout.num_bytes
     views = []
-    for slot in range(arena.slots):
-        data = arena.data(0, slot)
+    for slot in range(windows.slots):
+        data = windows.data(0, slot)
         begins, rows = layout.begins(data), layout.rows(data)
         assert begins.shape == (config.topology.experts_per_rank, world + 1)
         assert rows.shape == (layout.num_rows, config.return_format.stride)
         for rank in range(world):
             assert layout.num_rows >= config.capacity(rank)
             assert len(begins) >= config.topology.num_local_experts(rank)
-        views += [begins.view(-1), *(row.view(torch.int32) for row in rows), *flags_of(arena, slot)]
+        views += [
+            begins.view(-1),
+            *(row.view(torch.int32) for row in rows),
+            *flags_of(windows, slot),
+        ]
     distinct(views)
-    inside(arena, views)
+    inside(windows, views)
 
 
-def flags_of(arena: Arena, slot: int) -> list[torch.Tensor]:
+def flags_of(windows: PeerWindows, slot: int) -> list[torch.Tensor]:
     """The flag records of a slot of rank 0, each as four words."""
-    base = arena.blocks[0].data
+    base = windows.blocks[0].data
     found = []
-    for source in range(len(arena.blocks)):
-        offset = arena.flag_address(0, slot, source) - base.data_ptr()
+    for source in range(len(windows.blocks)):
+        offset = windows.flag_address(0, slot, source) - base.data_ptr()
         found.append(base[offset : offset + FLAG_BYTES].view(torch.int32))
     return found
 
 
-def inside(arena: Arena, views: list[torch.Tensor]) -> None:
+def inside(windows: PeerWindows, views: list[torch.Tensor]) -> None:
     """Assert that the views are in the memory of rank 0, on multiples of their own alignment."""
-    block = arena.blocks[0].data
+    block = windows.blocks[0].data
     for view in views:
         offset = view.data_ptr() - block.data_ptr()
         assert view.numel() == 0 or 0 <= offset < block.numel()
@@ -207,11 +211,11 @@ def inside(arena: Arena, views: list[torch.Tensor]) -> None:
 def test_addresses_are_multiples_of_16(config, in_flight):
     world = config.topology.world_size
     for layout in (config.dispatch, config.combine):
-        arena = arena_of(world, layout.num_bytes, in_flight)
-        base = arena.blocks[1].data.data_ptr()
-        for slot, source in itertools.product(range(arena.slots), range(world)):
-            assert (arena.flag_address(1, slot, source) - base) % 16 == 0
-            rows = layout.rows(arena.data(1, slot))
+        windows = arena_of(world, layout.num_bytes, in_flight)
+        base = windows.blocks[1].data.data_ptr()
+        for slot, source in itertools.product(range(windows.slots), range(world)):
+            assert (windows.flag_address(1, slot, source) - base) % 16 == 0
+            rows = layout.rows(windows.data(1, slot))
             assert (rows.data_ptr() - base) % 16 == 0 or rows.numel() == 0
             assert rows.stride(0) * rows.itemsize % 16 == 0
     assert config.dispatch.header_bytes % 16 == 0
@@ -221,63 +225,63 @@ def test_addresses_are_multiples_of_16(config, in_flight):
 def test_rows_of_all_ranks_as_one_tensor(config, in_flight):
     """Row r of rank d is where the layout of rank d says, whatever lies between the windows."""
     world, layout = config.topology.world_size, config.combine
-    arena = arena_of(world, layout.num_bytes, in_flight)
-    for slot in range(arena.slots):
+    windows = arena_of(world, layout.num_bytes, in_flight)
+    for slot in range(windows.slots):
         numbers = {}
         for owner in range(world):
-            rows = layout.rows(arena.data(owner, slot))
+            rows = layout.rows(windows.data(owner, slot))
             for row in range(layout.num_rows):
                 numbers[owner, row] = len(numbers) % 250 + 1
                 rows[row] = numbers[owner, row]
         stride = config.return_format.stride
-        reach = arena.reach(slot, layout.rows_start, stride)
+        global_rows = windows.global_rows(slot, layout.rows_start, stride)
         for (owner, row), number in numbers.items():
-            index = reach.origins[owner] + row * reach.step
-            found = torch.index_select(reach.rows, 0, index.reshape(1))
+            index = global_rows.origins[owner] + row * global_rows.step
+            found = torch.index_select(global_rows.rows, 0, index.reshape(1))
             assert found.shape == (1, stride)
             assert bool((found == number).all())
 
 
 def test_an_arena_knows_what_it_holds():
-    arena = arena_of(2, 64, 1)
+    windows = arena_of(2, 64, 1)
     for owner in range(2):
         for slot in range(2):
-            data = arena.data(owner, slot)
-            assert arena.holds(owner, data)
-            assert arena.holds(owner, data[-1:])
-            assert not arena.holds(1 - owner, data)
-    assert not arena.holds(0, torch.empty(4))
-    assert not arena.holds(0, torch.empty(0))
+            data = windows.data(owner, slot)
+            assert windows.holds(owner, data)
+            assert windows.holds(owner, data[-1:])
+            assert not windows.holds(1 - owner, data)
+    assert not windows.holds(0, torch.empty(4))
+    assert not windows.holds(0, torch.empty(0))
 
 
 def test_views_are_remembered_and_forgotten():
     """By layout, owner and slot; a program that uses many layouts does not keep them all."""
     config = MoeConfig(Topology(2, 4), 2, 8, 3)
-    arena = arena_of(2, config.combine.num_bytes, 1)
+    windows = arena_of(2, config.combine.num_bytes, 1)
     layout = config.combine
-    first = arena.view(0, 0, layout, layout.rows)
-    assert arena.view(0, 0, layout, layout.rows) is first
+    first = windows.view(0, 0, layout, layout.rows)
+    assert windows.view(0, 0, layout, layout.rows) is first
     for owner, slot, make in ((1, 0, layout.rows), (0, 1, layout.rows), (0, 0, layout.begins)):
-        assert arena.view(owner, slot, layout, make).data_ptr() != first.data_ptr()
+        assert windows.view(owner, slot, layout, make).data_ptr() != first.data_ptr()
     smaller = MoeConfig(Topology(2, 4), 2, 8, 2).combine
-    assert arena.view(0, 0, smaller, smaller.rows).shape != first.shape
+    assert windows.view(0, 0, smaller, smaller.rows).shape != first.shape
     for hidden in range(1, 3000):
-        arena.view(0, 0, hidden, layout.rows)
-    assert len(arena._views) < 2000
+        windows.view(0, 0, hidden, layout.rows)
+    assert len(windows._views) < 2000
 
 
 @pytest.mark.parametrize("in_flight", [1, 2])
 @pytest.mark.parametrize("world", [2, 5])
 def test_flags_of_new_windows(world, in_flight):
-    arena = arena_of(world, 100, in_flight)
-    block = arena.blocks[0]
+    windows = arena_of(world, 100, in_flight)
+    block = windows.blocks[0]
     block.data.fill_(0x55)
-    clear_flags(block, world, arena.slots, -7)
-    for slot, source in itertools.product(range(arena.slots), range(world)):
-        address = arena.flag_address(0, slot, source)
+    clear_flags(block, world, windows.slots, -7)
+    for slot, source in itertools.product(range(windows.slots), range(world)):
+        address = windows.flag_address(0, slot, source)
         assert ctypes.c_int32.from_address(address).value == -7
-    for slot in range(arena.slots):
-        assert bool((arena.data(0, slot) == 0x55).all())
+    for slot in range(windows.slots):
+        assert bool((windows.data(0, slot) == 0x55).all())
 
 
 @given(configs())

@@ -93,7 +93,7 @@ class Protocol:
         unordered: no event orders setup(i) after teardown(i - f).
         uncounted_rejects: an operation rejected behind a pending one does not count against f.
         skipped: rank 0 leaves this operation out.
-        debts: how an operation has to end to leave a debt; see `EVERY_END`.
+        undrained: how an operation has to end to leave a debt; see `EVERY_END`.
         debt_delay: debts are paid this many setups late.
         debt_forgiven: number of peers a debt does not wait for.
         counts_unfinished: the teardown counter also steps over what ended without a teardown.
@@ -121,7 +121,7 @@ class Protocol:
     unordered: bool = False
     uncounted_rejects: bool = False
     skipped: int | None = None
-    debts: frozenset[str] = EARLY_ENDS
+    undrained: frozenset[str] = EARLY_ENDS
     debt_delay: int = 0
     debt_forgiven: int = 0
     counts_unfinished: bool = True
@@ -175,10 +175,12 @@ class Rank(NamedTuple):
     over: int  # operations that ended, in whatever way
     lag: int  # of these, how many the teardown counter missed
     pending: tuple[bool, ...]  # operations over .. sent - 1: rejected?
-    debts: tuple[int, ...]  # operations whose flags must still be asked for
+    undrained: tuple[int, ...]  # operations whose flags must still be asked for
     turn: str  # half that may run: "setup", "teardown", "both", "none"
     rejecting: bool  # the running setup writes aborts
-    lent: tuple[int, ...] = ()  # whose place is lent: the next operation's, or one's that is over
+    borrowed: tuple[
+        int, ...
+    ] = ()  # whose place is lent: the next operation's, or one's that is over
     push: tuple[int, ...] = ()  # progress of the running setup with each rank, () between setups
     take: tuple[int, ...] = ()  # progress of the running teardown, () before its first step
 
@@ -244,13 +246,13 @@ def _others(protocol: Protocol, r: int) -> tuple[int, ...]:
 
 def _end(protocol: Protocol, rank: Rank, how: str) -> Rank:
     """End the oldest pending operation: "read", "rejected", "raised" or "abandoned"."""
-    owes = how != "rejected" and how in protocol.debts  # a reject owed from the start
+    owes = how != "rejected" and how in protocol.undrained  # a reject owed from the start
     return rank._replace(
         over=rank.over + 1,
         lag=rank.lag + (how != "read" and not protocol.counts_unfinished),
         pending=rank.pending[1:],
-        debts=tuple(sorted((*rank.debts, rank.over))) if owes else rank.debts,
-        lent=(rank.over,) if how == "raised" and protocol.may_lend else rank.lent,
+        undrained=tuple(sorted((*rank.undrained, rank.over))) if owes else rank.undrained,
+        borrowed=(rank.over,) if how == "raised" and protocol.may_lend else rank.borrowed,
         take=(),
     )
 
@@ -277,11 +279,11 @@ def _start_moves(protocol: Protocol, r: int, me: Rank, window: Window) -> Iterat
         return
     if not protocol.has_room(me) and not protocol.unordered:
         return
-    due = [d for d in me.debts if d + protocol.in_flight + protocol.debt_delay <= me.sent]
+    due = [d for d in me.undrained if d + protocol.in_flight + protocol.debt_delay <= me.sent]
     peers = _others(protocol, r)[protocol.debt_forgiven :]
     paid = True
-    for debt, p in itertools.product(due, peers):
-        epoch = protocol.epoch(debt)
+    for undrained_epoch, p in itertools.product(due, peers):
+        epoch = protocol.epoch(undrained_epoch)
         seen = window[p][protocol.slot(epoch)].epoch
         if protocol.ahead(seen, epoch) > 0:
             label = f"rank {r} still owes a look at epoch {epoch} and finds {seen} of rank {p}"
@@ -290,11 +292,11 @@ def _start_moves(protocol: Protocol, r: int, me: Rank, window: Window) -> Iterat
     if not paid:
         return
     for rejecting in (False, True) if protocol.may_reject else (False,):
-        first = HALF if not rejecting and me.lent == (me.sent,) else NOTHING
+        first = HALF if not rejecting and me.borrowed == (me.sent,) else NOTHING
         begun = me._replace(
-            debts=tuple(d for d in me.debts if d not in due),
+            undrained=tuple(d for d in me.undrained if d not in due),
             rejecting=rejecting,
-            lent=me.lent if rejecting else (),
+            borrowed=me.borrowed if rejecting else (),
             push=tuple(DONE if p == r else first for p in range(protocol.world)),
         )
         verb = "rejects operation" if rejecting else "begins setup of operation"
@@ -334,14 +336,14 @@ def _push_moves(protocol: Protocol, r: int, me: Rank) -> Iterator[Move]:
         now = me._replace(push=push)
         choices = [now]
         if all(progress == DONE for progress in push):
-            owes = me.rejecting and "rejected" in protocol.debts
+            owes = me.rejecting and "rejected" in protocol.undrained
             lends = protocol.may_lend and (me.rejecting or protocol.lends_for_good)
             ended = now._replace(
                 sent=me.sent + 1,
                 pending=(*me.pending, me.rejecting),
-                debts=(*me.debts, me.sent) if owes else me.debts,
+                undrained=(*me.undrained, me.sent) if owes else me.undrained,
                 rejecting=False,
-                lent=(me.sent,) if lends else now.lent,
+                borrowed=(me.sent,) if lends else now.borrowed,
                 push=(),
             )
             choices = list(_next(protocol, r, ended))
@@ -354,19 +356,19 @@ def _lend_moves(protocol: Protocol, r: int, me: Rank) -> Iterator[Move]:
     if not protocol.may_lend or me.push:
         return
 
-    def write(label: str, count: int, tag: int, lent: tuple[int, ...]) -> Move:
+    def write(label: str, count: int, tag: int, borrowed: tuple[int, ...]) -> Move:
         slot = protocol.slot(protocol.epoch(count))
         label = f"rank {r} writes {label}, to its slot {slot}"
-        rank = me._replace(lent=lent)
+        rank = me._replace(borrowed=borrowed)
         return Move(label, rank, peers=_others(protocol, r), slot=slot, tag=tag, lends=True)
 
-    for count in me.lent:
+    for count in me.borrowed:
         if count != me.sent:
             # Once is enough, as nothing else comes to this place before the loan ends.
             yield write(f"once more where operation {count} was lent a place", count, SCRAP, ())
-    if me.sent == protocol.issued(r) or me.lent == (me.sent,):
+    if me.sent == protocol.issued(r) or me.borrowed == (me.sent,):
         return
-    indebted = me.sent - protocol.in_flight in me.debts
+    indebted = me.sent - protocol.in_flight in me.undrained
     if (protocol.has_room(me) or protocol.lends_when_full) and (
         protocol.lends_in_debt or not indebted
     ):
@@ -405,7 +407,7 @@ def _teardown_moves(
         yield Move(label, None, "overrun")
     arrived = [s for s in unseen if cells[s].epoch == epoch]
     aborts = [s for s in arrived if cells[s].abort]
-    pays = "raised" in protocol.debts and not (protocol.debt_delay or protocol.debt_forgiven)
+    pays = "raised" in protocol.undrained and not (protocol.debt_delay or protocol.debt_forgiven)
     for s in aborts:
         forced = pays and not protocol.may_abandon and not late
         yield from ended(f"{who} raises at the abort of rank {s}", "raised", forced)
@@ -536,12 +538,12 @@ def _steps(
 
 @cache
 def _forget(
-    slots: tuple[Cell, ...], oldest: int, debts: tuple[int, ...], base: int
+    slots: tuple[Cell, ...], oldest: int, undrained: tuple[int, ...], base: int
 ) -> tuple[Cell, ...]:
     """Shift the slots of one source, and make equal what the reader never looks at again."""
     cells = []
     for tag, epoch, abort in slots:
-        old = epoch < oldest and epoch not in debts
+        old = epoch < oldest and epoch not in undrained
         cells.append(
             Cell(
                 -1 if tag < oldest else tag - base,
@@ -566,24 +568,25 @@ def _canonical(protocol: Protocol, state: State, order: Sequence[int] | None = N
     if order is None:
         ranks = state.ranks
         order = sorted(range(len(ranks)), key=lambda r: (ranks[r][:8], sum(ranks[r].push)))
-    base = min(min((rank.over - rank.lag, *rank.debts)) for rank in state.ranks)
+    base = min(min((rank.over - rank.lag, *rank.undrained)) for rank in state.ranks)
     ranks = []
     windows = []
     for r in order:
         rank, window = state.ranks[r], state.windows[r]
         oldest = rank.over - rank.lag
-        lent = rank.lent
-        if lent and lent[0] < rank.sent:
-            slot = lent[0] % protocol.slots
+        borrowed = rank.borrowed
+        if borrowed and borrowed[0] < rank.sent:
+            slot = borrowed[0] % protocol.slots
             if _is_spent(protocol, state, r, slot, _others(protocol, r)):
-                lent = ()
-        windows.append(tuple([_forget(window[s], oldest, rank.debts, base) for s in order]))
+                borrowed = ()
+        windows.append(tuple([_forget(window[s], oldest, rank.undrained, base) for s in order]))
         ranks.append(
             rank._replace(
                 sent=rank.sent - base,
                 over=rank.over - base,
-                debts=rank.debts and tuple([debt - base for debt in rank.debts]),
-                lent=lent and (lent[0] - base,),
+                undrained=rank.undrained
+                and tuple([undrained_epoch - base for undrained_epoch in rank.undrained]),
+                borrowed=borrowed and (borrowed[0] - base,),
                 push=rank.push and tuple([rank.push[p] for p in order]),
                 take=rank.take and tuple([rank.take[s] for s in order]),
             )
@@ -764,7 +767,7 @@ def test_holds_when_three_ranks_with_two_in_flight_abandon_anything():
     ],
 )
 def test_holds_when_every_setup_asks(protocol):
-    result = explore(replace(protocol, debts=EVERY_END))
+    result = explore(replace(protocol, undrained=EVERY_END))
     assert result.violation is None, _report(result)
 
 
@@ -823,7 +826,7 @@ def test_holds_wherever_the_epochs_wrap(protocol, middle):
             world=2,
             in_flight=2,
             may_reject=True,
-            debts=frozenset({"rejected"}),
+            undrained=frozenset({"rejected"}),
         ),
     ],
 )
@@ -865,7 +868,7 @@ BUGS = [
         in_flight=1,
         rounds=4,
         may_abandon=True,
-        debts=frozenset(),
+        undrained=frozenset(),
     ),
     _case("setup-on-another-stream-f1", TORN, world=2, in_flight=1, rounds=3, unordered=True),
     _case("setup-on-another-stream-f2", TORN, world=2, in_flight=2, rounds=5, unordered=True),
@@ -876,7 +879,7 @@ BUGS = [
         in_flight=1,
         rounds=4,
         unordered=True,
-        debts=EVERY_END,
+        undrained=EVERY_END,
     ),
     _case("skipped-operation", {"wrong data"}, world=2, in_flight=1, rounds=4, skipped=1),
     _case("skipped-last-operation", {"deadlock"}, world=2, in_flight=1, rounds=2, skipped=1),
@@ -887,7 +890,7 @@ BUGS = [
         in_flight=1,
         rounds=4,
         may_reject=True,
-        debts=frozenset(),
+        undrained=frozenset(),
     ),
     _case(
         "reject-with-a-debt-of-the-peers-only",
@@ -896,7 +899,7 @@ BUGS = [
         in_flight=1,
         rounds=4,
         may_reject=True,
-        debts=frozenset({"raised"}),
+        undrained=frozenset({"raised"}),
     ),
     _case(
         "debt-paid-one-setup-late",
@@ -984,7 +987,7 @@ BUGS = [
         in_flight=1,
         rounds=4,
         may_reject=True,
-        debts=frozenset(),
+        undrained=frozenset(),
         gather=True,
     ),
     _case(
@@ -1059,7 +1062,7 @@ def test_planted_bug_is_found(protocol, kinds, reduced):
             world=3,
             in_flight=1,
             may_abandon=True,
-            debts=frozenset(),
+            undrained=frozenset(),
         ),
         _case(
             "reject-without-debt",
@@ -1067,7 +1070,7 @@ def test_planted_bug_is_found(protocol, kinds, reduced):
             world=3,
             in_flight=1,
             may_reject=True,
-            debts=frozenset(),
+            undrained=frozenset(),
         ),
         # Needs a third rank: with two, an abort in sight is every flag in sight.
         _case(
@@ -1076,7 +1079,7 @@ def test_planted_bug_is_found(protocol, kinds, reduced):
             world=3,
             in_flight=1,
             may_reject=True,
-            debts=frozenset({"rejected"}),
+            undrained=frozenset({"rejected"}),
         ),
         _case(
             "debt-that-forgives-one-peer",
@@ -1140,7 +1143,7 @@ def test_planted_bug_is_found_with_three_ranks(protocol, kind):
 
 
 def test_trace_tells_the_story():
-    protocol = Protocol(world=2, in_flight=1, rounds=3, may_reject=True, debts=frozenset())
+    protocol = Protocol(world=2, in_flight=1, rounds=3, may_reject=True, undrained=frozenset())
     assert explore(protocol, seek="wrong data").trace == (
         "rank 0 begins setup of operation 0",
         "rank 0 writes data of operation 0 to rank 1, slot 0",

@@ -12,7 +12,14 @@ from collections.abc import Callable, Iterator
 import torch
 
 from moe_triton import kernels, ref
-from moe_triton.layout import NOWHERE, DispatchHeader, Kept, Norm, RowFormat, SpecialExperts
+from moe_triton.layout import (
+    NOWHERE,
+    DispatchHeader,
+    Norm,
+    RoutingCopies,
+    RowFormat,
+    ZeroComputationExperts,
+)
 
 HIDDEN, EXPERTS, TOP_K, TOKENS = 7168, 256, 8, 64
 BF16, INT8, E4M3, E5M2 = torch.bfloat16, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2
@@ -63,9 +70,9 @@ def _ids(tokens: int = TOKENS) -> torch.Tensor:
     return (step % EXPERTS).int()
 
 
-def _kept(tokens: int) -> Kept:
+def _kept(tokens: int) -> RoutingCopies:
     weights = torch.zeros((2, tokens, TOP_K))
-    return Kept(torch.zeros((tokens, TOP_K), dtype=torch.int32), weights[0], weights[1])
+    return RoutingCopies(torch.zeros((tokens, TOP_K), dtype=torch.int32), weights[0], weights[1])
 
 
 def _routing() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -194,7 +201,9 @@ def _sums(kind: str, hidden: int) -> Iterator[tuple[str, Callable[[], object]]]:
     tokens = torch.zeros_like(out)
     alphas = (torch.zeros(2, dtype=BF16), torch.zeros(2, dtype=BF16))
     value = torch.zeros((2, hidden), dtype=BF16)
-    special = SpecialExperts(_ids(), EXPERTS, EXPERTS + 1, EXPERTS + 3, tokens, *alphas, value)
+    special = ZeroComputationExperts(
+        _ids(), EXPERTS, EXPERTS + 1, EXPERTS + 3, tokens, *alphas, value
+    )
     norm = Norm(tokens, value[0], 1e-6, torch.zeros_like(out), torch.zeros(TOKENS))
     missing = index.clone()
     missing[0, 0] = NOWHERE

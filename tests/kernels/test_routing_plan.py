@@ -12,7 +12,7 @@ import torch
 from moe_triton import kernels, ref
 from moe_triton.errors import ArgumentTypeError, ArgumentValueError
 from moe_triton.kernels import launch_config
-from moe_triton.layout import NOWHERE, Kept
+from moe_triton.layout import NOWHERE, RoutingCopies
 
 
 def assert_same_plan(expert_ids, num_experts):
@@ -91,7 +91,7 @@ def test_copies_on_the_way(T, K, dtype, device):
     ids = draw(T, K, 16, device).to(dtype)
     given = torch.rand((T, 2 * K)).to(device)[:, ::2]
     for weights in (given, given.double(), None):
-        kept = Kept(
+        kept = RoutingCopies(
             torch.full((T, K), -7, dtype=torch.int32, device=device),
             weights,
             None if weights is None else torch.full_like(weights, -7.0).contiguous(),
@@ -117,8 +117,8 @@ def test_rejects(device):
     ids = torch.zeros((2, 2), dtype=torch.int32, device=device)
     weights = torch.zeros((2, 2), device=device)
     with pytest.raises(ArgumentTypeError, match=r"kept\.expert_ids must be one of"):
-        kernels.plan(ids, 4, Kept(ids.long()))
+        kernels.plan(ids, 4, RoutingCopies(ids.long()))
     with pytest.raises(ArgumentValueError, match=r"kept\.weights must have the shape"):
-        kernels.plan(ids, 4, Kept(ids, weights[:1], weights))
+        kernels.plan(ids, 4, RoutingCopies(ids, weights[:1], weights))
     with pytest.raises(ArgumentTypeError, match=r"kept\.weights_copy must be one of"):
-        kernels.plan(ids, 4, Kept(ids, weights, weights.double()))
+        kernels.plan(ids, 4, RoutingCopies(ids, weights, weights.double()))

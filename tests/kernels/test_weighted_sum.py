@@ -12,7 +12,7 @@ import torch
 from moe_triton import kernels, ref
 from moe_triton.errors import MoeError
 from moe_triton.kernels.launch_config import Launch
-from moe_triton.layout import NOWHERE, Norm, RowFormat, SpecialExperts
+from moe_triton.layout import NOWHERE, Norm, RowFormat, ZeroComputationExperts
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -93,7 +93,7 @@ class Drawn:
         ids = self.integers(0, 12, (T, K)).int()
         self.index[:, :K].masked_fill_(ids >= 4, NOWHERE)
         alphas = [self.numbers(*((3, H) if wide_alpha else (3,))) for _ in range(2)]
-        self.special = SpecialExperts(
+        self.special = ZeroComputationExperts(
             ids, 6, 8, 11, self.numbers(T, H), *alphas, self.numbers(3, H)
         )
         return self
@@ -358,13 +358,13 @@ def test_worked_example_of_special_experts(x, ids, weights, rows, index, wanted,
         return torch.tensor(numbers, dtype=BF16, device=device)
 
     expert_ids = torch.tensor(ids, dtype=torch.int32, device=device)
-    special = SpecialExperts(expert_ids, 3, 4, 5, bf16(*x), bf16(2), bf16(3), bf16([1, -1]))
+    special = ZeroComputationExperts(expert_ids, 3, 4, 5, bf16(*x), bf16(2), bf16(3), bf16([1, -1]))
     assert plain(bf16(*rows), index, weights, special=special).tolist() == wanted
 
 
 def test_zero_experts_alone_need_no_tokens(device):
     ids = torch.tensor([[0, 1]], dtype=torch.int32, device=device)
-    special = SpecialExperts(ids, 2, 2, 2, None, None, None, None)
+    special = ZeroComputationExperts(ids, 2, 2, 2, None, None, None, None)
     x = torch.tensor([[3.0]], device=device)
     assert plain(x, [[0, NOWHERE]], [[2.0, NAN]], special=special).item() == 6.0
 
@@ -432,7 +432,7 @@ REDUCE = {
     "norm": None,
 }
 NORM = Norm(torch.ones((1, 4)), torch.ones(4), 1e-6, torch.ones((1, 4)), torch.ones(1))
-SPECIAL = SpecialExperts(
+SPECIAL = ZeroComputationExperts(
     torch.zeros((1, 2), dtype=torch.int32),
     2,
     3,

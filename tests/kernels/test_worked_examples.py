@@ -24,7 +24,7 @@ from worked_examples import (
 )
 
 from moe_triton import kernels
-from moe_triton.layout import NOWHERE, DispatchHeader, Norm, RowFormat, SpecialExperts
+from moe_triton.layout import NOWHERE, DispatchHeader, Norm, RowFormat, ZeroComputationExperts
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -163,7 +163,7 @@ class Plane:
         if end == group.num_experts:
             return None
         tensors = map(self.floats, (mine.ori_x, mine.alpha_1, mine.alpha_2, mine.const_v))
-        return SpecialExperts(self.ids[rank], first_copy, first_constant, end, *tensors)
+        return ZeroComputationExperts(self.ids[rank], first_copy, first_constant, end, *tensors)
 
 
 def check_dispatch(plane, example, ranks):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_triton import ref
-from moe_triton.layout import NOWHERE, Norm, RowFormat, SpecialExperts
+from moe_triton.layout import NOWHERE, Norm, RowFormat, ZeroComputationExperts
 
 
 def reduce(rows, index, weights, addend, out, special=None, norm=None):
@@ -69,7 +69,7 @@ def test_reduce_leaves_out_what_is_nowhere_whatever_its_weight():
 
 def test_reduce_special_experts_in_their_place():
     # Experts: 0 routed, 1 zero, 2 copy, 3 and 4 constant with alphas (2, 3) and (0.5, 1).
-    special = SpecialExperts(
+    special = ZeroComputationExperts(
         torch.tensor([[0, 1, 2], [3, 4, NOWHERE]], dtype=torch.int32),
         2,
         3,

@@ -93,8 +93,8 @@ def test_transport_is_passed_on(transport):
 
 def test_transport_of_the_functional_ops_can_change_between_calls():
     def of_functional_ops(ctx):
-        endpoint = comm.default_endpoint(comm.resolve("test", ctx.ep_group))
-        return endpoint.transport("test").name
+        communicator = comm.default_communicator(comm.resolve("test", ctx.ep_group))
+        return communicator.transport("test").name
 
     for transport in ("collective", "symmetric", "symmetric", "collective"):
         found = testing.run_processes(2, of_functional_ops, transport=transport)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...errors import ArgumentValueError
-from ...layout import SpecialExperts
+from ...layout import ZeroComputationExperts
 from ...ops import checks
 from ...topology import Topology
 from ..group_arguments import GroupArguments, ScaledDown
@@ -118,7 +118,7 @@ def special_experts(
     alpha_1: torch.Tensor | None,
     alpha_2: torch.Tensor | None,
     value: torch.Tensor | None,
-) -> SpecialExperts | None:
+) -> ZeroComputationExperts | None:
     """The experts without a network, if there are any and what they need is there."""
     constants = arguments.const_expert_num
     if constants or arguments.copy_expert_num:
@@ -140,7 +140,7 @@ def special_experts(
             checks.shape(op, name, tensor, sizes, meaning, ids.device)
     if not arguments.num_special_experts:
         return None
-    return SpecialExperts(
+    return ZeroComputationExperts(
         ids,
         num_experts + arguments.zero_expert_num,
         num_experts + arguments.zero_expert_num + arguments.copy_expert_num,

@@ -11,7 +11,7 @@ import torch
 from ... import comm
 from ...comm import Call, Finish, MoeConfig, Outputs
 from ...errors import ArgumentTypeError
-from ...layout import Norm, Plan, Sources, SpecialExperts
+from ...layout import Norm, Plan, Sources, ZeroComputationExperts
 from ...ops import checks
 from ...ops.device_steps import steps_on
 from ...profile import active_profile
@@ -104,7 +104,7 @@ class Combine:
     elastic: ScaledDown | None
     active: torch.Tensor | None
     ids: torch.Tensor
-    special: SpecialExperts | None
+    special: ZeroComputationExperts | None
     addend: torch.Tensor | None
     norm: Norm | None
     counts: torch.Tensor
@@ -259,7 +259,7 @@ def distribute_combine(op: str, arguments: GroupArguments, **given: Any) -> Comb
     """
     ranks = Ranks.of(op, arguments, "gather")
     rank = ranks.group.rank
-    with ranks.told(op, "combine", "gather"):
+    with ranks.abort_peers_on_error(op, "combine", "gather"):
         combine = check_combine(op, ranks, arguments=arguments, **given)
         ids, config, topology = combine.ids, combine.config, combine.topology
         device = combine.expand_x.device
@@ -276,7 +276,7 @@ def distribute_combine(op: str, arguments: GroupArguments, **given: Any) -> Comb
     call = Call(op, config, combine.agreed, steps, device)
     y = combine.expand_x
     if ranks.tp is not None:
-        with ranks.told(op, "combine", None):
+        with ranks.abort_peers_on_error(op, "combine", None):
             tp_call = Call(op, config, combine.agreed | {"ep_rank_id": rank}, steps, device)
             y = add_halves(ranks.tp, tp_call, y, own, count, combine.capacity)
     transport = ranks.ep.transport(op)

@@ -211,7 +211,7 @@ def distribute_dispatch(
     ``performance_info`` is only looked at; it is for the caller to add ``waited``.
     """
     ranks = Ranks.of(op, arguments, "gather")
-    with ranks.told(op, "dispatch", "gather"):
+    with ranks.abort_peers_on_error(op, "dispatch", "gather"):
         dispatch = check_dispatch(
             op,
             ranks,
@@ -222,7 +222,7 @@ def distribute_dispatch(
         call = dispatch.call
     topology, elastic = dispatch.topology, dispatch.elastic
     rank, capacity = ranks.group.rank, dispatch.capacity
-    with ranks.told(op, None, "gather"):
+    with ranks.abort_peers_on_error(op, None, "gather"):
         transport = ranks.ep.transport(op)
         pending = transport.dispatch_setup(call, dispatch.tokens)
         received = dispatch.outputs(transport.dispatch_teardown(pending))

@@ -19,13 +19,13 @@ class Ranks:
 
     Attributes:
         group: the whole expert-parallel group.
-        ep: the endpoint of its ranks, of those that are left where it is scaled down.
-        tp: the endpoint of the pair that shares experts, or None.
+        ep: the communicator of its ranks, of those that are left where it is scaled down.
+        tp: the communicator of the pair that shares experts, or None.
     """
 
     group: comm.Group
-    ep: comm.Endpoint
-    tp: comm.Endpoint | None = None
+    ep: comm.Communicator
+    tp: comm.Communicator | None = None
 
     @classmethod
     def of(cls, op: str, arguments: GroupArguments, tp_kind: str) -> Ranks:
@@ -34,24 +34,26 @@ class Ranks:
         Args:
             op: for error messages.
             arguments: where a pair cannot be found, that is for the checks to say.
-            tp_kind: as in ``told``.
+            tp_kind: as in ``abort_peers_on_error``.
         """
         tp = None
         if arguments.has_tp:
             with contextlib.suppress(MoeError):
-                tp = comm.default_endpoint(arguments.resolve_tp(op))
+                tp = comm.default_communicator(arguments.resolve_tp(op))
         try:
             group = arguments.resolve_ep(op)
         except MoeError as error:
             if tp is not None:
-                tp.reject(tp_kind, op, error)
+                tp.abort_peers(tp_kind, op, error)
             raise
-        ep = comm.default_endpoint(group)
+        ep = comm.default_communicator(group)
         # A group that is named as the pair as well must not be told twice.
         return cls(group, ep, None if tp is ep else tp)
 
     @contextlib.contextmanager
-    def told(self, op: str, ep_kind: str | None, tp_kind: str | None) -> Iterator[None]:
+    def abort_peers_on_error(
+        self, op: str, ep_kind: str | None, tp_kind: str | None
+    ) -> Iterator[None]:
         """Tell the peers who wait for this rank when it cannot go on.
 
         Args:
@@ -65,9 +67,9 @@ class Ranks:
             # Where it came from the ranks of one group, those of the other do not know it.
             reason = MoeError(op, error.problem if isinstance(error, MoeError) else repr(error))
             if ep_kind is not None:
-                self.ep.reject(ep_kind, op, reason)
+                self.ep.abort_peers(ep_kind, op, reason)
             if tp_kind is not None and self.tp is not None:
-                self.tp.reject(tp_kind, op, reason)
+                self.tp.abort_peers(tp_kind, op, reason)
             raise
 
 
@@ -84,7 +86,7 @@ def checking(
     Args:
         op: for error messages.
         check: one of the ops' own, called as ``check(op, ranks, arguments=arguments, **given)``.
-        kinds: of ``told``.
+        kinds: of ``abort_peers_on_error``.
         arguments: of the call.
         given: of the call, the others.
 
@@ -92,5 +94,5 @@ def checking(
         The check, to be called once what goes before it is right.
     """
     ranks = Ranks.of(op, arguments, "gather")
-    with ranks.told(op, *kinds):
+    with ranks.abort_peers_on_error(op, *kinds):
         yield functools.partial(check, op, ranks, arguments=arguments, **given)

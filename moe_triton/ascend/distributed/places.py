@@ -26,7 +26,7 @@ def place(
         checks.value(op, "elastic_info", elastic_info is None, contract, "a tensor")
     elastic = scaled_down(op, elastic_info, topology, ranks.group.rank)
     if elastic is not None:
-        ranks.ep = comm.default_endpoint(comm.subgroup(ranks.group, elastic.members))
+        ranks.ep = comm.default_communicator(comm.subgroup(ranks.group, elastic.members))
     return topology, elastic
 
 

@@ -83,7 +83,7 @@ def dispatch_setup(
     """Send each token to its experts, without waiting; shapes in ``compat.torch_npu``."""
     op = DISPATCH_SETUP
     ranks = Ranks.of(op, arguments, "gather")
-    with ranks.told(op, "dispatch", None):
+    with ranks.abort_peers_on_error(op, "dispatch", None):
         dispatch = check_dispatch_setup(
             op,
             ranks,
@@ -217,7 +217,7 @@ def dispatch_teardown(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """Wait for the tokens; a wrong argument leaves the operation in flight."""
     op = DISPATCH_TEARDOWN
-    endpoint = comm.default_endpoint(arguments.resolve_ep(op))
+    communicator = comm.default_communicator(arguments.resolve_ep(op))
     kinds = (quant_mode, expert_token_nums_type, comm_type)
     _check_dispatch_teardown_types(op, x, y, expert_ids, comm_cmd_info, arguments, *kinds)
     given = _group(arguments) | {
@@ -227,10 +227,10 @@ def dispatch_teardown(
         "quant_mode": quant_mode,
         "comm_type": comm_type,
     }
-    started = find(op, endpoint, "dispatch", comm_cmd_info, given)
+    started = find(op, communicator, "dispatch", comm_cmd_info, given)
     dispatch = started.dispatch
     assert dispatch is not None
-    with torn_down(op, endpoint, "dispatch", started) as transport:
+    with torn_down(op, communicator, "dispatch", started) as transport:
         received = dispatch.outputs(transport.dispatch_teardown(started.pending))
     ends = received.sources.ends
     assist = ends.new_empty(max(dispatch.capacity * ASSIST_WORDS, len(ends)))
@@ -301,7 +301,7 @@ def combine_setup(
     """Send the experts' rows back, without waiting; shapes in ``compat.torch_npu``."""
     op = COMBINE_SETUP
     ranks = Ranks.of(op, arguments, "gather")
-    with ranks.told(op, "combine", None):
+    with ranks.abort_peers_on_error(op, "combine", None):
         config, counts, capacity = check_combine_setup(
             op,
             ranks,
@@ -424,7 +424,7 @@ def combine_teardown(
 ) -> torch.Tensor:
     """Wait for the rows and sum them; a wrong argument leaves the operation in flight."""
     op = COMBINE_TEARDOWN
-    endpoint = comm.default_endpoint(arguments.resolve_ep(op))
+    communicator = comm.default_communicator(arguments.resolve_ep(op))
     tensors = (quant_expand_x, expert_ids, expand_idx, expert_scales, comm_cmd_info)
     optional = (x_active_mask, shared_expert_x)
     kinds = (comm_quant_mode, comm_type)
@@ -436,7 +436,7 @@ def combine_teardown(
         "comm_quant_mode": comm_quant_mode,
         "comm_type": comm_type,
     }
-    started = find(op, endpoint, "combine", comm_cmd_info, given)
+    started = find(op, communicator, "combine", comm_cmd_info, given)
     call = started.pending.call
     (num_tokens, top_k), hidden, device = expert_ids.shape, expand_x.shape[1], expand_x.device
     checks.shape(op, "expert_scales", expert_scales, (num_tokens, top_k), "(BS, K)", device)
@@ -451,7 +451,7 @@ def combine_teardown(
     started.pending.data = dataclasses.replace(
         started.pending.data, expert_ids=ids, plan=plan, weights=expert_scales
     )
-    with torn_down(op, endpoint, "combine", started) as transport:
+    with torn_down(op, communicator, "combine", started) as transport:
         out = transport.combine_teardown(started.pending, Finish(addend=addend))
     clear_inactive(active, out)
     return out

@@ -11,7 +11,7 @@ import dataclasses
 import torch
 
 from ... import comm
-from ...comm import Call, PartsReader
+from ...comm import Call, PackedReader
 from ...errors import RoutingMismatchError
 
 
@@ -29,7 +29,7 @@ class PeerRows:
 
 
 def share_received(
-    endpoint: comm.Endpoint,
+    communicator: comm.Communicator,
     call: Call,
     x: torch.Tensor,
     scales: torch.Tensor | None,
@@ -38,7 +38,7 @@ def share_received(
     """Append the peer's rows to the own ones.
 
     Args:
-        endpoint: of the pair.
+        communicator: of the pair.
         call: the call.
         x: [2 * A, H] that holds the own rows, and gets those of the peer behind them.
         scales: [2 * A] or [2 * A, C] in the same way, or None.
@@ -53,7 +53,7 @@ def share_received(
         sizes.append(capacity * scales.shape[1:].numel() * scales.element_size())
 
     def consume(received: list[torch.Tensor]) -> PeerRows:
-        reader = PartsReader(received[1 - endpoint.group.rank])
+        reader = PackedReader(received[1 - communicator.group.rank])
         peer_ends = reader.take((len(ends),), torch.int32).clone()
         count = int(peer_ends[-1])
         x[own : own + count] = reader.take((count, hidden), x.dtype)
@@ -62,18 +62,23 @@ def share_received(
             scales[own : own + count] = reader.take(shape, scales.dtype)
         return PeerRows(count, peer_ends)
 
-    transport = endpoint.transport(call.op)
-    pending = transport.gather_setup(call, parts, comm.parts_bytes(sizes))
+    transport = communicator.transport(call.op)
+    pending = transport.gather_setup(call, parts, comm.packed_bytes(sizes))
     return transport.gather_teardown(pending, consume)
 
 
 def add_halves(
-    endpoint: comm.Endpoint, call: Call, y: torch.Tensor, own: int, count: int, capacity: int
+    communicator: comm.Communicator,
+    call: Call,
+    y: torch.Tensor,
+    own: int,
+    count: int,
+    capacity: int,
 ) -> torch.Tensor:
     """[own, H] the own rows, each the sum of what both ranks made of it.
 
     Args:
-        endpoint: of the pair.
+        communicator: of the pair.
         call: the call.
         y: [.., H] outputs: the own rows, then the peer's.
         own: number of own rows.
@@ -82,18 +87,18 @@ def add_halves(
     """
     hidden = y.shape[1]
     total = y.new_empty((own, hidden))
-    peer = 1 - endpoint.group.rank
+    peer = 1 - communicator.group.rank
 
     def consume(received: list[torch.Tensor]) -> None:
-        reader = PartsReader(received[peer])
+        reader = PackedReader(received[peer])
         returned = int(reader.take((1,), torch.int32))
         if returned != own:
             raise RoutingMismatchError(call.op, peer, "the TP pair", own, returned)
         call.steps.add_rows(y[:own], reader.take((own, hidden), y.dtype), total)
 
-    transport = endpoint.transport(call.op)
+    transport = communicator.transport(call.op)
     parts = [torch.tensor([count], dtype=torch.int32), y[own : own + count]]
-    num_bytes = comm.parts_bytes([4, capacity * hidden * y.element_size()])
+    num_bytes = comm.packed_bytes([4, capacity * hidden * y.element_size()])
     pending = transport.gather_setup(call, parts, num_bytes)
     transport.gather_teardown(pending, consume)
     return total

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ...comm import Endpoint, Pending, Transport
+from ...comm import Communicator, Pending, Transport
 from ...errors import PeerTimeoutError, SequenceError
 from ...ops import checks
 from .dispatch import Dispatch
@@ -42,19 +42,19 @@ class Started:
     number: int = dataclasses.field(default_factory=lambda: next(_numbers) % 2**31)
 
 
-_under_way: weakref.WeakKeyDictionary[Endpoint, dict[str, list[Started]]] = (
+_under_way: weakref.WeakKeyDictionary[Communicator, dict[str, list[Started]]] = (
     weakref.WeakKeyDictionary()
 )
 
 
-def _queue(endpoint: Endpoint, kind: str) -> list[Started]:
+def _queue(communicator: Communicator, kind: str) -> list[Started]:
     with _lock:
-        return _under_way.setdefault(endpoint, {}).setdefault(kind, [])
+        return _under_way.setdefault(communicator, {}).setdefault(kind, [])
 
 
-def start(endpoint: Endpoint, kind: str, op: str, started: Started) -> torch.Tensor:
+def start(communicator: Communicator, kind: str, op: str, started: Started) -> torch.Tensor:
     """Keep an operation; returns the first word of its comm_cmd_info."""
-    queue, transport = _queue(endpoint, kind), endpoint.transport(op)
+    queue, transport = _queue(communicator, kind), communicator.transport(op)
     # What recover() has given up is nobody's any more.
     queue[:] = [one for one in queue if one.pending.owner is transport]
     queue.append(started)
@@ -62,7 +62,7 @@ def start(endpoint: Endpoint, kind: str, op: str, started: Started) -> torch.Ten
 
 
 def find(
-    op: str, endpoint: Endpoint, kind: str, info: torch.Tensor, arguments: dict[str, Any]
+    op: str, communicator: Communicator, kind: str, info: torch.Tensor, arguments: dict[str, Any]
 ) -> Started:
     """The oldest operation under way, if it is the one that the arguments of a teardown mean.
 
@@ -70,9 +70,9 @@ def find(
         SequenceError: none is under way.
         ArgumentValueError: the arguments are not those of its setup.
     """
-    queue = _queue(endpoint, kind)
+    queue = _queue(communicator, kind)
     if queue:  # else there may be nobody to meet
-        transport = endpoint.transport(op)
+        transport = communicator.transport(op)
         queue = [one for one in queue if one.pending.owner is transport]
     if not queue:
         raise SequenceError(
@@ -90,19 +90,21 @@ def find(
     return started
 
 
-def _forget(endpoint: Endpoint, kind: str, started: Started) -> None:
-    queue = _queue(endpoint, kind)
+def _forget(communicator: Communicator, kind: str, started: Started) -> None:
+    queue = _queue(communicator, kind)
     queue[:] = [one for one in queue if one is not started]
 
 
 @contextmanager
-def torn_down(op: str, endpoint: Endpoint, kind: str, started: Started) -> Iterator[Transport]:
+def torn_down(
+    op: str, communicator: Communicator, kind: str, started: Started
+) -> Iterator[Transport]:
     """Within it the operation is torn down; it stays under way if that can be tried again."""
     try:
-        yield endpoint.transport(op)
+        yield communicator.transport(op)
     except (PeerTimeoutError, SequenceError):
         raise
     except BaseException:
-        _forget(endpoint, kind, started)
+        _forget(communicator, kind, started)
         raise
-    _forget(endpoint, kind, started)
+    _forget(communicator, kind, started)
