@@ -36,7 +36,7 @@ MOST_TOKENS_OF_RANKS = 4096
 # Of the first model, one rank: the least share of the copy, the longest time of a graph's call.
 TARGETS = {
     ("gather_quant int8", 4096): {"target_share": 0.85},
-    ("reduce", 4096): {"target_share": 0.85},
+    ("weighted_sum", 4096): {"target_share": 0.85},
     ("dispatch int8", 128): {"target_us": 12},
     ("combine int8", 128): {"target_us": 9},
 }

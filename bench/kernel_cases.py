@@ -17,7 +17,7 @@ import torch
 
 from moe_triton import kernels, ref, testing
 from moe_triton.kernels import launch_config
-from moe_triton.layout import DispatchHeader, Norm, Plan, RowFormat
+from moe_triton.layout import DispatchHeader, Norm, RoutingPlan, RowFormat
 
 BF16, FP32 = torch.bfloat16, torch.float32
 EPSILON = 1e-6
@@ -46,17 +46,17 @@ SHAPES = (
 TINY = Shape("tiny", 128, 8, 2)
 
 FORMULAS = {
-    "plan": "few: reads N * 4 for each program; many: about N * 16 + B * E * 12",
+    "routing_plan": "few: reads N * 4 for each program; many: about N * 16 + B * E * 12",
     "gather_quant": (
         "reads T * H * x.itemsize, writes n * (H * b + C * scale bytes) for the n rows that are "
         "named"
     ),
-    "reduce": (
+    "weighted_sum": (
         "reads T * S * H * b, and T * H * b for each of tokens, addend and residual; writes "
         "T * H * b, with a norm twice that"
     ),
-    "pack": "2 * n * (H * b + scale bytes), b bytes an element",
-    "push": (
+    "gather_rows": "2 * n * (H * b + scale bytes), b bytes an element",
+    "dispatch_send": (
         "reads T * H * x.itemsize, writes T * stride, or T * (K + NS) * stride with smooth "
         "factors for each expert; headers of 4 * (1 + E) for each rank, and 4 or 8 for each copy"
     ),
@@ -140,16 +140,18 @@ def _poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
 
 
 @functools.lru_cache(maxsize=2)
-def routed(shape: Shape, tokens: int, device: torch.device) -> tuple[torch.Tensor, Plan]:
+def routed(shape: Shape, tokens: int, device: torch.device) -> tuple[torch.Tensor, RoutingPlan]:
     """[T, K] int32 ids of experts that are all equally popular, and their plan."""
     ids = testing.routing_uniform(tokens, shape.experts, shape.top_k).to(device)
-    return ids, ref.plan(ids, shape.experts)
+    return ids, ref.routing_plan(ids, shape.experts)
 
 
-def places(routing: Plan, shape: Shape) -> torch.Tensor:
+def places(routing: RoutingPlan, shape: Shape) -> torch.Tensor:
     """[T, K] int64, the row of each slot where rows are in (expert, token) order."""
-    row = torch.empty(len(routing.order), dtype=torch.int64, device=routing.order.device)
-    row[routing.order.long()] = torch.arange(len(row), device=row.device)
+    row = torch.empty(
+        len(routing.sorted_slot_ids), dtype=torch.int64, device=routing.sorted_slot_ids.device
+    )
+    row[routing.sorted_slot_ids.long()] = torch.arange(len(row), device=row.device)
     return row.view(-1, shape.top_k)
 
 
@@ -172,17 +174,17 @@ def _rows(fmt: RowFormat, count: int, device: torch.device) -> Tensors:
     return found
 
 
-def plan(shape: Shape, tokens: int, device: torch.device) -> Case:
+def routing_plan(shape: Shape, tokens: int, device: torch.device) -> Case:
     ids, _ = routed(shape, tokens, device)
-    num_bytes = plan_bytes(shape, tokens, launch_config.plan_launch(device, ids.numel()))
+    num_bytes = routing_plan_bytes(shape, tokens, launch_config.plan_launch(device, ids.numel()))
 
     def bind(steps, inputs, _):
-        return lambda: steps.plan(inputs["ids"], shape.experts)._asdict()
+        return lambda: steps.routing_plan(inputs["ids"], shape.experts)._asdict()
 
-    return Case("plan", "", shape, tokens, {"ids": ids}, dict, bind, num_bytes)
+    return Case("routing_plan", "", shape, tokens, {"ids": ids}, dict, bind, num_bytes)
 
 
-def plan_bytes(shape: Shape, tokens: int, how: launch_config.PlanLaunch) -> int:
+def routing_plan_bytes(shape: Shape, tokens: int, how: launch_config.PlanLaunch) -> int:
     positions = tokens * shape.top_k
     if how.compare:
         programs = min(-(-max(positions, shape.experts) // how.own), how.num_programs)
@@ -219,7 +221,7 @@ def gather_quant_bytes(shape: Shape, tokens: int, fmt: RowFormat) -> int:
     return tokens * shape.hidden * 2 + tokens * shape.top_k * row_bytes(fmt)
 
 
-def reduce(shape: Shape, tokens: int, device: torch.device, *, normalised: bool) -> Case:
+def weighted_sum(shape: Shape, tokens: int, device: torch.device, *, normalised: bool) -> Case:
     fmt = RowFormat.tight(BF16, shape.hidden)
     ids, routing = routed(shape, tokens, device)
     inputs = {
@@ -249,42 +251,42 @@ def reduce(shape: Shape, tokens: int, device: torch.device, *, normalised: bool)
             norm = Norm(*given, EPSILON, outputs["y"], outputs["rstd"])
 
         def call():
-            steps.reduce(rows, index, fmt, weights, None, None, outputs["out"], norm)
+            steps.weighted_sum(rows, index, fmt, weights, None, None, outputs["out"], norm)
             return outputs
 
         return call
 
-    num_bytes = reduce_bytes(shape, tokens, normalised=normalised)
+    num_bytes = weighted_sum_bytes(shape, tokens, normalised=normalised)
     variant = "and norm" if normalised else ""
-    return Case("reduce", variant, shape, tokens, inputs, outputs, bind, num_bytes)
+    return Case("weighted_sum", variant, shape, tokens, inputs, outputs, bind, num_bytes)
 
 
-def reduce_bytes(shape: Shape, tokens: int, *, normalised: bool) -> int:
+def weighted_sum_bytes(shape: Shape, tokens: int, *, normalised: bool) -> int:
     return tokens * (shape.top_k + (3 if normalised else 1)) * shape.hidden * 2
 
 
-def pack(shape: Shape, tokens: int, device: torch.device, *, quant: str | None) -> Case:
+def gather_rows(shape: Shape, tokens: int, device: torch.device, *, quant: str | None) -> Case:
     fmt = RowFormat.quantized(quant, BF16, shape.hidden)
     ids, routing = routed(shape, tokens, device)
     window = torch.zeros((tokens, fmt.stride), dtype=torch.uint8, device=device)
     ref.encode(numbers((tokens, shape.hidden), device), fmt, window)
-    inputs = {"window": window, "index": routing.order.long() // shape.top_k}
+    inputs = {"window": window, "index": routing.sorted_slot_ids.long() // shape.top_k}
 
     def bind(steps, inputs, outputs):
         window, index, rows = inputs["window"], inputs["index"], outputs["rows"]
 
         def call():
-            steps.pack(window, index, fmt, rows, outputs.get("scales"))
+            steps.gather_rows(window, index, fmt, rows, outputs.get("scales"))
             return outputs
 
         return call
 
     outputs = functools.partial(_rows, fmt, ids.numel(), device)
     num_bytes = 2 * ids.numel() * row_bytes(fmt)
-    return Case("pack", quant or "bf16", shape, tokens, inputs, outputs, bind, num_bytes)
+    return Case("gather_rows", quant or "bf16", shape, tokens, inputs, outputs, bind, num_bytes)
 
 
-def push(shape: Shape, tokens: int, device: torch.device, *, quant: str | None) -> Case:
+def dispatch_send(shape: Shape, tokens: int, device: torch.device, *, quant: str | None) -> Case:
     fmt = RowFormat.quantized(quant, BF16, shape.hidden)
     ids, routing = routed(shape, tokens, device)
     inputs = {
@@ -296,7 +298,7 @@ def push(shape: Shape, tokens: int, device: torch.device, *, quant: str | None) 
     sizes = {
         "num_tokens": 1,
         "counts": shape.experts,
-        "copies": ids.numel(),
+        "slot_ids": ids.numel(),
         "weights": ids.numel(),
     }
 
@@ -311,12 +313,12 @@ def push(shape: Shape, tokens: int, device: torch.device, *, quant: str | None) 
     def bind(steps, inputs, outputs):
         parts = [outputs[name].unbind(0) for name in DispatchHeader._fields]
         headers = [DispatchHeader(*of_rank) for of_rank in zip(*parts, strict=True)]
-        routing = Plan(*(inputs[name] for name in Plan._fields))
+        routing = RoutingPlan(*(inputs[name] for name in RoutingPlan._fields))
         x, ids, weights, window = inputs["x"], inputs["ids"], inputs["weights"], outputs["window"]
         layer = {"experts_per_rank": shape.experts // RANKS, "num_shared_ranks": 0}
 
         def call():
-            steps.push(
+            steps.dispatch_send(
                 x, ids, weights, None, fmt, routing, window, headers, shared_targets=(), **layer
             )
             return outputs
@@ -324,7 +326,7 @@ def push(shape: Shape, tokens: int, device: torch.device, *, quant: str | None) 
         return call
 
     num_bytes = push_bytes(shape, tokens, fmt)
-    return Case("push", quant or "bf16", shape, tokens, inputs, outputs, bind, num_bytes)
+    return Case("dispatch_send", quant or "bf16", shape, tokens, inputs, outputs, bind, num_bytes)
 
 
 def push_bytes(shape: Shape, tokens: int, fmt: RowFormat, ranks: int = RANKS) -> int:
@@ -351,16 +353,16 @@ def top_k_gating(shape: Shape, tokens: int, device: torch.device) -> Case:
 # Those with a target first.
 KINDS: dict[str, Callable[[Shape, int, torch.device], Case]] = {
     "gather_quant int8": functools.partial(gather_quant, quant="int8"),
-    "reduce": functools.partial(reduce, normalised=False),
-    "plan": plan,
+    "weighted_sum": functools.partial(weighted_sum, normalised=False),
+    "routing_plan": routing_plan,
     "gather_quant bf16": functools.partial(gather_quant, quant=None),
     "gather_quant e4m3": functools.partial(gather_quant, quant="e4m3"),
     "gather_quant group_e4m3": functools.partial(gather_quant, quant="group_e4m3"),
     "gather_quant mx_e4m3": functools.partial(gather_quant, quant="mx_e4m3"),
-    "reduce and norm": functools.partial(reduce, normalised=True),
-    "push int8": functools.partial(push, quant="int8"),
-    "push bf16": functools.partial(push, quant=None),
-    "pack int8": functools.partial(pack, quant="int8"),
-    "pack bf16": functools.partial(pack, quant=None),
+    "weighted_sum and norm": functools.partial(weighted_sum, normalised=True),
+    "dispatch_send int8": functools.partial(dispatch_send, quant="int8"),
+    "dispatch_send bf16": functools.partial(dispatch_send, quant=None),
+    "gather_rows int8": functools.partial(gather_rows, quant="int8"),
+    "gather_rows bf16": functools.partial(gather_rows, quant=None),
     "top_k_gating": top_k_gating,
 }

@@ -102,14 +102,14 @@ def _compiled(function):
 
 
 def _pytorch(case: Case, *, prepare: Callable) -> Bind | None:
-    if case.kernel == "plan":
+    if case.kernel == "routing_plan":
         return functools.partial(_torch_plan, case, prepare(_plan))
     if case.kernel == "gather_quant" and case.variant == "bf16":
         return functools.partial(_torch_gather, case, prepare(_select))
     if case.kernel == "gather_quant" and case.variant in PAYLOADS and not _short_group(case):
         return functools.partial(_torch_gather_quant, case, prepare(_select_quantised))
-    if case.kernel == "reduce":
-        return functools.partial(_torch_reduce, case, prepare)
+    if case.kernel == "weighted_sum":
+        return functools.partial(_torch_weighted_sum, case, prepare)
     if case.kernel == "top_k_gating":
         return functools.partial(_torch_gating, case, prepare(_gate))
     return None
@@ -135,7 +135,7 @@ def _torch_plan(case, function, inputs, _):
     ones = torch.ones(ids.numel(), dtype=torch.int32, device=ids.device)
 
     def call():
-        names = ("counts", "expand_idx", "order")
+        names = ("counts", "position_in_expert", "sorted_slot_ids")
         return dict(zip(names, function(ids, ones, case.shape.experts), strict=True))
 
     return call
@@ -143,7 +143,7 @@ def _torch_plan(case, function, inputs, _):
 
 def _tokens_of_rows(case, device):
     """[n] int64 token of each row."""
-    return routed(case.shape, case.tokens, device)[1].order.long() // case.shape.top_k
+    return routed(case.shape, case.tokens, device)[1].sorted_slot_ids.long() // case.shape.top_k
 
 
 def _select(x, token):
@@ -194,7 +194,7 @@ def _gather_add_norm(rows, index, weights, residual, gamma):
     return total.to(rows.dtype), scaled * gamma, rstd[:, 0]
 
 
-def _torch_reduce(case, prepare, inputs, _):
+def _torch_weighted_sum(case, prepare, inputs, _):
     rows, index, weights = inputs["rows"], inputs["index"], inputs["weights"]
     if case.variant:
         function, given = prepare(_gather_add_norm), (inputs["residual"], inputs["gamma"])
@@ -240,7 +240,7 @@ def _permutation_of(folder: Path | None) -> types.ModuleType:
 
 
 def _transformer_engine(module: types.ModuleType, case: Case) -> Bind | None:
-    if case.name in ("plan", "gather_quant bf16", "reduce"):
+    if case.name in ("routing_plan", "gather_quant bf16", "weighted_sum"):
         return functools.partial(_permutation, module, case)
     return None
 
@@ -250,7 +250,7 @@ def _permutation(module, case, inputs, _):
     device = next(iter(inputs.values())).device
     ids = routed(case.shape, tokens, device)[0].long()
     mask = torch.zeros((tokens, experts), dtype=torch.int32, device=device).scatter_(1, ids, 1)
-    if case.kernel == "plan":
+    if case.kernel == "routing_plan":
         return lambda: {"row_id_map": module.make_row_id_map(mask, tokens, experts)}
     row_id_map = module.make_row_id_map(mask, tokens, experts)
     sizes = {"num_tokens": tokens, "num_experts": experts, "hidden_size": hidden}

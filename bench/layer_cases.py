@@ -16,8 +16,8 @@ from kernel_cases import (
     gather_quant_bytes,
     numbers,
     push_bytes,
-    reduce_bytes,
     row_bytes,
+    weighted_sum_bytes,
 )
 
 from moe_triton import ExpertParallel, ref, testing
@@ -112,7 +112,7 @@ def layer(
 def layer_bytes(shape: Shape, tokens: int, world_size: int, quant: str | None) -> tuple[int, int]:
     """Of dispatch and of combine, all ranks together."""
     fmt = RowFormat.quantized(quant, BF16, shape.hidden)
-    returned = world_size * reduce_bytes(shape, tokens, normalised=False)
+    returned = world_size * weighted_sum_bytes(shape, tokens, normalised=False)
     if world_size == 1:
         return gather_quant_bytes(shape, tokens, fmt), returned
     packed = 2 * tokens * shape.top_k * row_bytes(fmt)

@@ -34,9 +34,9 @@ class Quant(NamedTuple):
 # By the names that ``ExpertParallel`` takes. MX scales are e8m0, which travels as its bytes.
 QUANTS = {
     "int8_static": Quant("static", torch.int8),
-    "int8": Quant("token", torch.int8),
-    "e4m3": Quant("token", torch.float8_e4m3fn),
-    "e5m2": Quant("token", torch.float8_e5m2),
+    "int8": Quant("per_row", torch.int8),
+    "e4m3": Quant("per_row", torch.float8_e4m3fn),
+    "e5m2": Quant("per_row", torch.float8_e5m2),
     "group_e4m3": Quant("group", torch.float8_e4m3fn, block=128),
     "group_e5m2": Quant("group", torch.float8_e5m2, block=128),
     "mx_e4m3": Quant("mx", torch.float8_e4m3fn, torch.uint8, 32),
@@ -49,23 +49,24 @@ def align(num_bytes: int, to: int = 16) -> int:
     return -(-num_bytes // to) * to
 
 
-class Plan(NamedTuple):
+class RoutingPlan(NamedTuple):
     """Where the copies of one rank's tokens go; everything follows from counting.
 
     Ids outside [0, E) are not sent: ``NOWHERE``, and experts that have no network.
 
     Example: expert_ids [[0, 2], [2, 1], [0, 3]], E = 4:
-        counts [2, 1, 2, 1], expand_idx [0, 0, 1, 0, 1, 0], order [0, 4, 3, 1, 2, 5]
+        counts [2, 1, 2, 1], expand_idx [0, 0, 1, 0, 1, 0], sorted_slot_ids [0, 4, 3, 1, 2, 5]
 
     Attributes:
         counts: [E] copies for each expert.
-        expand_idx: [T*K] earlier flat positions that chose the same expert, or ``NOWHERE``.
-        order: [T*K] flat positions sorted by (expert, flat position), those not sent at the end.
+        position_in_expert: [T*K] earlier flat positions that chose the same expert, or ``NOWHERE``.
+        sorted_slot_ids: [T*K] flat positions sorted by (expert, flat position), those not sent at
+            the end.
     """
 
     counts: torch.Tensor
-    expand_idx: torch.Tensor
-    order: torch.Tensor
+    position_in_expert: torch.Tensor
+    sorted_slot_ids: torch.Tensor
 
 
 class RoutingCopies(NamedTuple):
@@ -88,7 +89,7 @@ class DispatchHeader(NamedTuple):
     Attributes:
         num_tokens: [1] tokens of the source that take part, each of which a shared expert gets.
         counts: [E] the source's copies for every expert, so that all ranks know all loads.
-        copies: [C] which copies are for this rank, as token * (K + NS) + slot, where slot K + j
+        slot_ids: [C] which copies are for this rank, as token * (K + NS) + slot, where slot K + j
             stands for shared expert j; in (expert, flat position) order, or in token order for a
             shared expert.
         weights: [C] routing weights of these copies, 1 for a shared expert, or None.
@@ -96,7 +97,7 @@ class DispatchHeader(NamedTuple):
 
     num_tokens: torch.Tensor
     counts: torch.Tensor
-    copies: torch.Tensor
+    slot_ids: torch.Tensor
     weights: torch.Tensor | None
 
 
@@ -108,8 +109,9 @@ class RowFormat(NamedTuple):
         hidden: H.
         stride: bytes from row to row, a multiple of 16.
         scheme: how the payload came about: "none" as it was; "static" with factors that the caller
-            gave; "token", "group" and "mx" with scales made from the row; "divide" as "token", but
-            the row is divided by its scale; "return" likewise, on the way back from an expert.
+            gave; "per_row", "group" and "mx" with scales made from the row; "per_row_div" as
+            "per_row", but the row is divided by its scale; "block8" likewise, on the way back from
+            an expert.
         scale_offset: byte offset of the first scale, a multiple of 16, or None.
         scale_dtype: of the scales.
         block: elements that share a scale, or 0 where the whole row has one.
@@ -170,7 +172,7 @@ class RowFormat(NamedTuple):
         return rows.view(self.scale_dtype)[..., first : first + self.num_scales]
 
 
-class Sources(NamedTuple):
+class RecvPermutation(NamedTuple):
     """Which copy of which source each received row is; rows in (local expert, source, flat) order.
 
     Where rows are aligned, each expert's end with padding rows, whose source is ``NOWHERE``.
@@ -178,51 +180,52 @@ class Sources(NamedTuple):
     Attributes:
         source: [n] int64 rank that sent the row.
         copy: [n] int64 its place in that source's list of copies.
-        ends: [L*W] inclusive prefix sums of the counts, without padding: ep_recv_counts.
+        recv_counts_cumsum: [L*W] inclusive prefix sums of the counts, without padding:
+            ep_recv_counts.
         offsets: [L] the rows up to the end of each local expert's, padding included.
-        begins: [L, W + 1] the first row of each (local expert, source), then of its padding.
+        group_starts: [L, W + 1] the first row of each (local expert, source), then of its padding.
     """
 
     source: torch.Tensor
     copy: torch.Tensor
-    ends: torch.Tensor
+    recv_counts_cumsum: torch.Tensor
     offsets: torch.Tensor
-    begins: torch.Tensor
+    group_starts: torch.Tensor
 
 
-class Arrivals(NamedTuple):
-    """What a rank knows of each row that it receives, in the order of ``Sources``.
+class RecvRowIndex(NamedTuple):
+    """What a rank knows of each row that it receives, in the order of ``RecvPermutation``.
 
     Attributes:
-        sources: the numbering of the rows.
-        copies: [n] which copy of its source each row is, token * (K + NS) + slot, or ``NOWHERE``
+        recv_permutation: the numbering of the rows.
+        slot_ids: [n] which copy of its source each row is, token * (K + NS) + slot, or ``NOWHERE``
             for padding.
-        places: [n] int64 where each row lies, or ``NOWHERE``.
+        row_index: [n] int64 where each row lies, or ``NOWHERE``.
         weights: [n] the routing weight that came with it, 0 for padding; or None.
         totals: [L] rows of each local expert, padding left out.
     """
 
-    sources: Sources
-    copies: torch.Tensor
-    places: torch.Tensor
+    recv_permutation: RecvPermutation
+    slot_ids: torch.Tensor
+    row_index: torch.Tensor
     weights: torch.Tensor | None
     totals: torch.Tensor
 
 
-class Permutation(NamedTuple):
+class LocalPermutation(NamedTuple):
     """Where a rank's tokens go when their experts are its own.
 
     Attributes:
-        sources: the numbering of the rows, all from rank 0.
-        copies: [n] which copy each row is, token * K + slot, or ``NOWHERE`` for padding.
-        places: [T, K] int64 row of each slot, or ``NOWHERE`` where it is not sent.
+        recv_permutation: the numbering of the rows, all from rank 0.
+        slot_ids: [n] which copy each row is, token * K + slot, or ``NOWHERE`` for padding.
+        row_index: [T, K] int64 row of each slot, or ``NOWHERE`` where it is not sent.
         weights: [n] the routing weight of each row, 0 for padding; or None.
         totals: [E] rows of each expert, padding left out.
     """
 
-    sources: Sources
-    copies: torch.Tensor
-    places: torch.Tensor
+    recv_permutation: RecvPermutation
+    slot_ids: torch.Tensor
+    row_index: torch.Tensor
     weights: torch.Tensor | None
     totals: torch.Tensor
 

@@ -13,7 +13,7 @@ import torch
 
 from moe_triton import backend
 from moe_triton.errors import UnavailableError
-from moe_triton.layout import Plan
+from moe_triton.layout import RoutingPlan
 from moe_triton.ops import device_steps
 
 
@@ -79,7 +79,7 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
     step = device_steps._one_at_a_time(lambda *_: [*current])
     second = SimpleNamespace(device=torch.device("cuda", 1))
     assert step(second) == [second.device]
-    assert step(Plan(second, None, None), None) == [second.device]
+    assert step(RoutingPlan(second, None, None), None) == [second.device]
     assert step(torch.zeros(1), second) == []
 
 

@@ -40,7 +40,14 @@ def test_dry_run(tmp_path):
     assert "no times" in done.stdout
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     kernels = {row["kernel"].split()[0] for row in rows}
-    steps = {"plan", "gather_quant", "reduce", "push", "pack", "top_k_gating"}
+    steps = {
+        "routing_plan",
+        "gather_quant",
+        "weighted_sum",
+        "dispatch_send",
+        "gather_rows",
+        "top_k_gating",
+    }
     assert kernels == steps | {"dispatch", "combine"}
     assert {row["world_size"] for row in rows} == {1, 2}
     assert {row["implementation"] for row in rows} == {"moe_triton", "pytorch"}
@@ -53,7 +60,7 @@ def test_a_wrong_kernel_has_no_figures(module, monkeypatch, capsys):
     cases = module("kernel_cases")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
-    def short(x, index, fmt, smooth, ids, out, scales=None):
+    def short(x, index, fmt, smooth_scales, ids, out, scales=None):
         out.view(torch.uint8)[:-1] = 0
 
     monkeypatch.setattr(cases.kernels, "gather_quant", short)
@@ -87,14 +94,14 @@ def test_bytes_of_deepseek(module):
         ("mx_e4m3", 7168 + 224),
     ):
         assert cases.gather_quant_bytes(shape, tokens, fmt(quant)) == token_bytes + rows * row
-    assert cases.reduce_bytes(shape, tokens, normalised=False) == 9 * token_bytes
-    assert cases.reduce_bytes(shape, tokens, normalised=True) == 11 * token_bytes
+    assert cases.weighted_sum_bytes(shape, tokens, normalised=False) == 9 * token_bytes
+    assert cases.weighted_sum_bytes(shape, tokens, normalised=True) == 11 * token_bytes
     headers = 8 * 4 * 257 + rows * 8
     assert cases.push_bytes(shape, tokens, fmt("int8")) == token_bytes + tokens * 7184 + headers
     how = launch_config.PlanLaunch(False, 256, 16, 16, 1056, 4)
-    assert cases.plan_bytes(shape, tokens, how) == rows * 16 + 128 * 256 * 12
+    assert cases.routing_plan_bytes(shape, tokens, how) == rows * 16 + 128 * 256 * 12
     few = launch_config.PlanLaunch(True, 16, 128, 16, 1056, 4)
-    assert cases.plan_bytes(shape, 128, few) == 1024 * 4 * 64
+    assert cases.routing_plan_bytes(shape, 128, few) == 1024 * 4 * 64
 
 
 def test_bytes_of_whole_layers(module):
@@ -112,17 +119,17 @@ def test_bytes_of_whole_layers(module):
 @pytest.mark.parametrize(
     "facts, said",
     [
-        ({"target_share": 0.85, "share_of_copy": 0.9}, "met: reduce, 8 tokens of M: 90% of the"),
-        ({"target_share": 0.85, "share_of_copy": 0.8}, "MISSED: reduce, 8 tokens of M: 80% of"),
-        ({"target_us": 9, "graph_us": 8.8, "eager_us": 20}, "met: reduce, 8 tokens of M: 8.8 us"),
-        ({"target_us": 9, "eager_us": 20}, "MISSED: reduce, 8 tokens of M: 20.0 us"),
+        ({"target_share": 0.85, "share_of_copy": 0.9}, "met: {}: 90% of the"),
+        ({"target_share": 0.85, "share_of_copy": 0.8}, "MISSED: {}: 80% of"),
+        ({"target_us": 9, "graph_us": 8.8, "eager_us": 20}, "met: {}: 8.8 us"),
+        ({"target_us": 9, "eager_us": 20}, "MISSED: {}: 20.0 us"),
     ],
 )
 def test_targets(module, facts, said):
     (line,) = module("bench_kernels").targets(
-        {"kernel": "reduce", "tokens": 8, "model": "M"} | facts
+        {"kernel": "weighted_sum", "tokens": 8, "model": "M"} | facts
     )
-    assert line.startswith(f"target {said}")
+    assert line.startswith("target " + said.format("weighted_sum, 8 tokens of M"))
 
 
 class Event:
@@ -210,7 +217,13 @@ def test_figures_become_tables_and_a_plot(module, cuda, monkeypatch, tmp_path):
     assert facts["gb_s"] == pytest.approx(6)
     assert facts["share_of_copy"] == pytest.approx(1)
     rows = [
-        {"kernel": "reduce", "model": model, "tokens": tokens, "implementation": name, **facts}
+        {
+            "kernel": "weighted_sum",
+            "model": model,
+            "tokens": tokens,
+            "implementation": name,
+            **facts,
+        }
         | {"device": "a GPU", "world_size": 1}
         for model in ("one", "other")
         for tokens in (8, 128, 4096)
@@ -218,9 +231,9 @@ def test_figures_become_tables_and_a_plot(module, cuda, monkeypatch, tmp_path):
         if name == "moe_triton" or (model, tokens) == ("one", 4096)
     ]
     tables = report.kernels(rows)
-    assert "| reduce | 1 | 4096 | 1.0, 100% | 1.0, 100% |" in tables
+    assert "| weighted_sum | 1 | 4096 | 1.0, 100% | 1.0, 100% |" in tables
     assert "| kernel | ranks | tokens | ours | pytorch | torch.compile |" in tables
-    assert "| reduce | 1 | 4096 | 1.0 | 1.0 |  |" in tables
+    assert "| weighted_sum | 1 | 4096 | 1.0 | 1.0 |  |" in tables
     assert "| 8 |" not in tables
     pytest.importorskip("matplotlib", reason="plots are an extra")
     path = tmp_path / "kernels.png"

@@ -783,7 +783,7 @@ BAD_DISPATCHES = {
 BAD_COMBINES = {
     "y None": bad("y", lambda y: None, MISSING, "got None"),
     "handle None": bad("handle", lambda handle: None, MISSING, "got None"),
-    "handle": bad("handle", lambda handle: handle.ends, KIND, "got Tensor"),
+    "handle": bad("handle", lambda handle: handle.recv_counts_cumsum, KIND, "got Tensor"),
     "y dtype": bad("y", torch.Tensor.float, KIND, "got torch.float32"),
     "y columns": bad("y", lambda y: y[:, 1:], VALUE, "got shape (42, 23)"),
     "y rows": bad("y", lambda y: y[:1], VALUE, "got shape (1, 24)"),

@@ -191,7 +191,7 @@ def test_phases_are_ranges_of_the_profiler(world):
             ep.combine(received.x, received.handle)
         names = {event.name for event in trace.events()}
         for kind in ("dispatch", "combine"):
-            for phase in ("setup", "wait", "teardown"):
+            for phase in ("send", "wait", "recv"):
                 assert f"ExpertParallel.{kind}/{kind} {phase} [{ctx.ep_group}]" in names
 
     run_world(world, 2, fn)

@@ -269,11 +269,11 @@ def test_launches_of_a_rank_alone(monkeypatch):
         with listed:
             received = ep.dispatch(*given)
         listed.found.remove("ne")  # a check of ids, on the CPU alone
-        assert listed.found == ["plan", "permutation", "gather_quant"]
+        assert listed.found == ["routing_plan", "local_permutation", "gather_quant"]
         listed.found.clear()
         with listed:
             ep.combine(received.x, received.handle)
-        assert listed.found == ["returns", "reduce"]
+        assert listed.found == ["combine_row_index", "weighted_sum"]
 
 
 def test_fewer_tokens_by_ids_that_go_nowhere():

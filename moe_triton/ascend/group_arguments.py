@@ -48,7 +48,7 @@ class GroupArguments:
                 object.__setattr__(self, field.name, int(value))  # numpy's are no JSON
 
     @property
-    def num_special_experts(self) -> int:
+    def num_zero_computation_experts(self) -> int:
         """Experts without a network, whose ids follow those of the routed ones."""
         return self.zero_expert_num + self.copy_expert_num + self.const_expert_num
 
@@ -144,7 +144,7 @@ class GroupArguments:
         for name in ("zero_expert_num", "copy_expert_num", "const_expert_num"):
             number = getattr(self, name)
             checks.value(op, name, number >= 0, "not be negative", number)
-            total = self.moe_expert_num + self.num_special_experts
+            total = self.moe_expert_num + self.num_zero_computation_experts
             contract = f"leave fewer than {_MOST_EXPERTS} experts of all kinds"
             checks.value(op, name, total < _MOST_EXPERTS, contract, f"{total} in all")
 

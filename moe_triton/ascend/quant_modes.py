@@ -185,7 +185,7 @@ def with_scales(x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 def without_scales(received: Received, rows: Rows, hidden: int) -> Received:
     """What arrived of ``with_scales``, as tokens of H elements and their scales."""
     assert rows.scales is not None
-    num_rows, n = len(received.x), len(received.sources.source)
+    num_rows, n = len(received.x), len(received.recv_permutation.source)
     x = received.x.new_empty((num_rows, hidden))
     scales = rows.scales.new_empty((num_rows, *rows.scales.shape[1:]))
     columns = scales.view(num_rows, rows.scales.shape[1:].numel())

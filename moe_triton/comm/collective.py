@@ -40,11 +40,11 @@ from .polling import Backoff, ranks_text
 from .row_exchange import finish_rows, receive, received_counts, rows_in_plan_order, write_tokens
 from .transport import (
     Call,
-    Finish,
-    Outputs,
+    CombineEpilogue,
+    CombineInput,
+    DispatchInput,
     Pending,
     Received,
-    Tokens,
     outside_autograd,
     phase,
     profiled,
@@ -126,8 +126,8 @@ class CollectiveTransport:
         self._await_handshakes(kind, epoch, call.op)
         self._finish(kind, epoch)
 
-    @phase("dispatch setup")
-    def dispatch_setup(self, call: Call, tokens: Tokens) -> Pending:
+    @phase("dispatch send")
+    def dispatch_send(self, call: Call, tokens: DispatchInput) -> Pending:
         """Stage the tokens, each rank's once, and send the notices."""
         epoch = self._begin("dispatch", call.op)
         config, layout = call.config, call.config.dispatch
@@ -145,8 +145,8 @@ class CollectiveTransport:
         )
         return Pending(self, call, tokens, epoch, (plan, parts))
 
-    @phase("dispatch teardown")
-    def dispatch_teardown(self, pending: Pending) -> Received:
+    @phase("dispatch recv")
+    def dispatch_recv(self, pending: Pending) -> Received:
         """Exchange the rows that the notices announced, and gather those of each expert."""
         call, config, epoch = pending.call, pending.call.config, pending.epoch
         plan, parts = pending.state
@@ -181,8 +181,8 @@ class CollectiveTransport:
     ) -> list[torch.Tensor]:
         """The rows that each rank wants, once each, in ascending order."""
         topology = config.topology
-        copies = headers.counts[0].view(-1, topology.experts_per_rank).sum(1).tolist()
-        counts = [0] * topology.num_shared_ranks + copies
+        slot_ids = headers.counts[0].view(-1, topology.experts_per_rank).sum(1).tolist()
+        counts = [0] * topology.num_shared_ranks + slot_ids
         for rank in topology.shared_ranks_of(self._rank):
             counts[rank] = int(headers.num_tokens[rank])
         wanted = self._wanted(config, headers, counts)
@@ -197,21 +197,21 @@ class CollectiveTransport:
         self, config: MoeConfig, headers: DispatchHeader, counts: Iterable[int]
     ) -> torch.Tensor:
         """[W, R] whether each row is named by so many copies of each header."""
-        copies = headers.copies
+        slot_ids = headers.slot_ids
         wanted = torch.zeros(
-            (self._size, config.dispatch.num_rows), dtype=torch.bool, device=copies.device
+            (self._size, config.dispatch.num_rows), dtype=torch.bool, device=slot_ids.device
         )
         for rank, count in enumerate(counts):
-            wanted[rank, config.row_of(copies[rank, :count])] = True
+            wanted[rank, config.row_of(slot_ids[rank, :count])] = True
         return wanted
 
-    @phase("combine setup")
-    def combine_setup(self, call: Call, outputs: Outputs) -> Pending:
+    @phase("combine send")
+    def combine_send(self, call: Call, outputs: CombineInput) -> Pending:
         """Stage the experts' rows by the rank they return to, and send the notices."""
         epoch = self._begin("combine", call.op)
         fmt = call.config.return_format
         try:
-            source = outputs.sources.source
+            source = outputs.recv_permutation.source
             real = (source != NOWHERE).nonzero()[:, 0]
             order = real[source[real].argsort(stable=True)]
             num_bytes = len(order) * fmt.stride
@@ -228,8 +228,8 @@ class CollectiveTransport:
         self._post_handshakes(call.op, "combine", epoch, call.arguments, counts)
         return Pending(self, call, outputs, epoch, staged.split(counts))
 
-    @phase("combine teardown")
-    def combine_teardown(self, pending: Pending, finish: Finish) -> torch.Tensor:
+    @phase("combine recv")
+    def combine_recv(self, pending: Pending, finish: CombineEpilogue) -> torch.Tensor:
         """Exchange the rows and sum those of each token.
 
         They come in the order of this rank's plan: a rank returns its experts' rows in the order in
@@ -255,7 +255,7 @@ class CollectiveTransport:
         self._check_returns(call, outputs, coming)
         return finish_rows(call, outputs, rows, rows_in_plan_order(config, outputs), finish)
 
-    def _check_returns(self, call: Call, outputs: Outputs, coming: list[int]) -> None:
+    def _check_returns(self, call: Call, outputs: CombineInput, coming: list[int]) -> None:
         """Raise unless every rank returns as many rows as this one sent it."""
         topology = call.config.topology
         routed = outputs.plan.counts.view(-1, topology.experts_per_rank).sum(1).tolist()
@@ -266,8 +266,8 @@ class CollectiveTransport:
             if mine != theirs:
                 raise RoutingMismatchError(call.op, rank, "its experts", mine, theirs)
 
-    @phase("gather setup")
-    def gather_setup(self, call: Call, parts: Sequence[torch.Tensor], num_bytes: int) -> Pending:  # noqa: ARG002
+    @phase("gather send")
+    def all_gather_send(self, call: Call, parts: Sequence[torch.Tensor], num_bytes: int) -> Pending:  # noqa: ARG002
         """Stage the parts and say how long they are."""
         epoch = self._begin("gather", call.op)
         try:
@@ -280,8 +280,8 @@ class CollectiveTransport:
         self._post_handshakes(call.op, "gather", epoch, call.arguments, [size] * self._size)
         return Pending(self, call, None, epoch, staged)
 
-    @phase("gather teardown")
-    def gather_teardown(self, pending: Pending, consume: Callable[[list[torch.Tensor]], _T]) -> _T:
+    @phase("gather recv")
+    def all_gather_recv(self, pending: Pending, consume: Callable[[list[torch.Tensor]], _T]) -> _T:
         """Exchange the parts."""
         coming = self._await(pending, "gather")
         device = pending.call.device
@@ -506,9 +506,9 @@ class CollectiveTransport:
         """Move tensors, some to and some from each rank, all contiguous."""
         # Each rank starts with its neighbour, so that not all of them serve rank 0 first.
         steps = range(1, self._size)
-        sources = [(self._rank - step) % self._size for step in steps]
+        recv_permutation = [(self._rank - step) % self._size for step in steps]
         targets = [(self._rank + step) % self._size for step in steps]
-        transfers = [("receive", rank, data) for rank in sources for data in receive[rank]]
+        transfers = [("receive", rank, data) for rank in recv_permutation for data in receive[rank]]
         transfers += [("send", rank, data) for rank in targets for data in send[rank]]
         transfers = [(action, rank, _as_bytes(data)) for action, rank, data in transfers]
         transfers = [transfer for transfer in transfers if len(transfer[2])]

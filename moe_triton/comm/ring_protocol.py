@@ -75,8 +75,8 @@ class Ring:
         last: the epoch of the last setup. Teardowns follow in order, from the oldest in flight.
         windows: all ranks' windows, None until the first call that needs them.
         in_flight: epochs set up and not yet torn down, oldest first.
-        undrained: epochs whose flags have not all been seen, with the windows they are in; None where
-            there was no window yet and announcements stand for flags.
+        undrained: epochs whose flags have not all been seen, with the windows they are in; None
+            where there was no window yet and announcements stand for flags.
     """
 
     last: int = 0

@@ -9,34 +9,34 @@ from typing import Any
 import torch
 
 from ..errors import ReceiveOverflowError, RoutingMismatchError
-from ..layout import NOWHERE, DispatchHeader, Plan, RoutingCopies, Sources
+from ..layout import NOWHERE, DispatchHeader, RecvPermutation, RoutingCopies, RoutingPlan
 from ..topology import Topology
-from .transport import Call, Finish, Outputs, Received, Tokens, Traffic
+from .transport import Call, CombineEpilogue, CombineInput, DispatchInput, Received, Traffic
 from .window import MoeConfig
 
 
-def plan_tokens(call: Call, tokens: Tokens) -> Plan:
+def plan_tokens(call: Call, tokens: DispatchInput) -> RoutingPlan:
     """Plan this rank's tokens; what is kept of their routing is there from now on."""
     num_experts = call.config.topology.num_experts
     if tokens.given is None:
-        return call.steps.plan(tokens.expert_ids, num_experts)
+        return call.steps.routing_plan(tokens.expert_ids, num_experts)
     ids, weights = tokens.given
-    return call.steps.plan(
+    return call.steps.routing_plan(
         ids, num_experts, RoutingCopies(tokens.expert_ids, weights, tokens.weights)
     )
 
 
 def write_tokens(
-    call: Call, rank: int, tokens: Tokens, rows: torch.Tensor, headers: list[DispatchHeader]
-) -> Plan:
+    call: Call, rank: int, tokens: DispatchInput, rows: torch.Tensor, headers: list[DispatchHeader]
+) -> RoutingPlan:
     """Plan this rank's tokens, write them into its rows and its headers."""
     topology = call.config.topology
     plan = plan_tokens(call, tokens)
-    call.steps.push(
+    call.steps.dispatch_send(
         tokens.x,
         tokens.expert_ids,
         tokens.weights,
-        tokens.smooth,
+        tokens.smooth_scales,
         call.config.row_format,
         plan,
         rows,
@@ -48,18 +48,20 @@ def write_tokens(
     return plan
 
 
-def traffic(config: MoeConfig, tokens: Tokens) -> Traffic:
+def traffic(config: MoeConfig, tokens: DispatchInput) -> Traffic:
     """Count what a dispatch of ``tokens`` moves."""
     topology, ids = config.topology, tokens.expert_ids
     routed = (ids >= 0) & (ids < topology.num_experts)
     active = int((ids != NOWHERE).any(1).sum())
     shared = active * topology.num_shared_experts
-    copies = sent = int(routed.sum())
+    slot_ids = sent = int(routed.sum())
     if not config.per_expert:
         ranks = (ids // topology.experts_per_rank).where(routed, -1).sort(dim=1).values
         sent -= int(((ranks[:, 1:] == ranks[:, :-1]) & (ranks[:, 1:] >= 0)).sum())
     stride = config.row_format.stride
-    return Traffic(sent + shared, copies - sent, (sent + shared) * stride, (copies - sent) * stride)
+    return Traffic(
+        sent + shared, slot_ids - sent, (sent + shared) * stride, (slot_ids - sent) * stride
+    )
 
 
 def received_counts(config: MoeConfig, rank: int, headers: DispatchHeader) -> torch.Tensor:
@@ -79,19 +81,21 @@ def _serves(topology: Topology, rank: int, device: torch.device) -> torch.Tensor
     return torch.tensor(serves, dtype=torch.int32, device=device)
 
 
-def capacity_of(call: Call, rank: int, tokens: Tokens) -> int | None:
+def capacity_of(call: Call, rank: int, tokens: DispatchInput) -> int | None:
     """How many rows to number: None for just those that there are, which waits for the device."""
     if tokens.num_rows is None or not call.steps.fixed_shapes:
         return None
     return min(tokens.num_rows, call.config.capacity(rank))
 
 
-def row_count(call: Call, sources: Sources) -> torch.Tensor | None:
+def row_count(call: Call, recv_permutation: RecvPermutation) -> torch.Tensor | None:
     """[1] int32 the rows that there are, where that many are not what the tensors hold."""
-    return sources.offsets[-1:] if call.steps.fixed_shapes else None
+    return recv_permutation.offsets[-1:] if call.steps.fixed_shapes else None
 
 
-def new_rows(call: Call, tokens: Tokens, num_rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+def new_rows(
+    call: Call, tokens: DispatchInput, num_rows: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Memory for rows as dispatch delivers them, and for their scales."""
     fmt = call.config.row_format
     x = tokens.x.new_empty((num_rows, call.config.hidden), dtype=fmt.dtype)
@@ -103,8 +107,8 @@ def new_rows(call: Call, tokens: Tokens, num_rows: int) -> tuple[torch.Tensor, t
 def receive(
     call: Call,
     rank: int,
-    tokens: Tokens,
-    plan: Plan,
+    tokens: DispatchInput,
+    plan: RoutingPlan,
     headers: DispatchHeader,
     rows: torch.Tensor,
     **where: Any,
@@ -123,24 +127,26 @@ def receive(
     config, steps = call.config, call.steps
     check_overflow(call, lambda rank: received_counts(config, rank, headers))
     counts = received_counts(config, rank, headers)
-    found = steps.arrivals(
+    found = steps.recv_row_index(
         counts,
-        headers.copies,
+        headers.slot_ids,
         headers.weights,
-        copies_per_row=1 if config.per_expert else config.num_slots,
+        slots_per_row=1 if config.per_expert else config.num_slots,
         alignment=config.alignment,
         capacity=capacity_of(call, rank, tokens),
         load=tokens.load,
         totals_dtype=tokens.totals_dtype,
         **where,
     )
-    n = len(found.places)
+    n = len(found.row_index)
     num_rows = n if tokens.num_rows is None else tokens.num_rows
     x, scales = new_rows(call, tokens, num_rows)
-    count = row_count(call, found.sources)
-    steps.pack(rows, found.places, config.row_format, x, scales, count)
+    count = row_count(call, found.recv_permutation)
+    steps.gather_rows(rows, found.row_index, config.row_format, x, scales, count)
     weights = padded(found.weights, num_rows)
-    return Received(x, scales, weights, counts, found.sources, found.copies, found.totals, plan)
+    return Received(
+        x, scales, weights, counts, found.recv_permutation, found.slot_ids, found.totals, plan
+    )
 
 
 def padded(weights: torch.Tensor | None, num_rows: int) -> torch.Tensor | None:
@@ -168,17 +174,21 @@ def check_overflow(call: Call, counts_of: Callable[[int], torch.Tensor]) -> None
 
 
 def finish_rows(
-    call: Call, outputs: Outputs, rows: torch.Tensor, index: torch.Tensor, finish: Finish
+    call: Call,
+    outputs: CombineInput,
+    rows: torch.Tensor,
+    index: torch.Tensor,
+    finish: CombineEpilogue,
 ) -> torch.Tensor:
     """The weighted sum of the rows that [T, K + NS] ``index`` names, or all of them."""
     config, fmt = call.config, call.config.return_format
     if finish.apart:
         apart = outputs.y.new_empty((*index.shape, config.hidden))
-        call.steps.pack(rows, index.reshape(-1), fmt, apart.view(-1, config.hidden))
+        call.steps.gather_rows(rows, index.reshape(-1), fmt, apart.view(-1, config.hidden))
         return apart
     out = outputs.y.new_empty((len(index), config.hidden))
     weights, special, addend = outputs.weights, finish.special, finish.addend
-    call.steps.reduce(rows, index, fmt, weights, special, addend, out, finish.norm)
+    call.steps.weighted_sum(rows, index, fmt, weights, special, addend, out, finish.norm)
     return out
 
 
@@ -198,14 +208,14 @@ def active_places(expert_ids: torch.Tensor) -> torch.Tensor:
     return (active.cumsum(0) - 1).where(active, NOWHERE)
 
 
-def rows_in_plan_order(config: MoeConfig, outputs: Outputs) -> torch.Tensor:
+def rows_in_plan_order(config: MoeConfig, outputs: CombineInput) -> torch.Tensor:
     """[T, K + NS] int64 where each token's rows are, when they lie in the order of its plan.
 
     That is by (expert, flat position), followed by all tokens that take part for each shared
     expert. ``NOWHERE`` for a slot without a row.
     """
     plan, ids = outputs.plan, outputs.expert_ids.long()
-    place = plan.expand_idx.view(ids.shape)
+    place = plan.position_in_expert.view(ids.shape)
     sent = place != NOWHERE
     first = plan.counts.cumsum(0) - plan.counts
     routed = (first[ids.where(sent, 0)] + place).where(sent, NOWHERE)
@@ -216,20 +226,20 @@ def rows_in_plan_order(config: MoeConfig, outputs: Outputs) -> torch.Tensor:
     return torch.cat([routed, (start + token).where(active, NOWHERE)], dim=1)
 
 
-def check_returns(call: Call, rank: int, outputs: Outputs, begins: torch.Tensor) -> None:
+def check_returns(call: Call, rank: int, outputs: CombineInput, group_starts: torch.Tensor) -> None:
     """Raise unless every rank returns as many rows as ``rank`` sent it, expert by expert.
 
     Args:
         call: the call.
         rank: this rank, the source of the tokens.
         outputs: its input to combine.
-        begins: [W, L, W + 1] of every rank, as in ``Sources``.
+        group_starts: [W, L, W + 1] of every rank, as in ``RecvPermutation``.
     """
     if call.steps.fixed_shapes:
         return
     topology = call.config.topology
     local, first = topology.experts_per_rank, topology.num_shared_ranks
-    counts = begins.diff(dim=2)
+    counts = group_starts.diff(dim=2)
     returned = counts[first:, :, rank].reshape(-1)
     wrong = (returned != outputs.plan.counts).nonzero()
     if len(wrong):
@@ -244,7 +254,12 @@ def check_returns(call: Call, rank: int, outputs: Outputs, begins: torch.Tensor)
 
 
 def returned_rows(
-    call: Call, rank: int, outputs: Outputs, begins: torch.Tensor, origins: torch.Tensor, step: int
+    call: Call,
+    rank: int,
+    outputs: CombineInput,
+    group_starts: torch.Tensor,
+    origins: torch.Tensor,
+    step: int,
 ) -> torch.Tensor:
     """[T, K + NS] int64 where each token's rows are after the experts.
 
@@ -252,13 +267,13 @@ def returned_rows(
         call: the call.
         rank: this rank, the source of the tokens.
         outputs: its input to combine.
-        begins: [W, L, W + 1] of every rank, as in ``Sources``.
+        group_starts: [W, L, W + 1] of every rank, as in ``RecvPermutation``.
         origins: [W] int64 where each rank's rows begin.
         step: from one row to the next.
     """
     config, topology = call.config, call.config.topology
-    return call.steps.returns(
-        begins,
+    return call.steps.combine_row_index(
+        group_starts,
         outputs.plan,
         outputs.expert_ids,
         rank=rank,

@@ -20,7 +20,16 @@ from .row_exchange import (
     returned_rows,
     row_count,
 )
-from .transport import Call, Finish, Outputs, Pending, Received, Tokens, outside_autograd, phase
+from .transport import (
+    Call,
+    CombineEpilogue,
+    CombineInput,
+    DispatchInput,
+    Pending,
+    Received,
+    outside_autograd,
+    phase,
+)
 from .window import MoeConfig
 
 _T = TypeVar("_T")
@@ -42,8 +51,8 @@ class SingleTransport:
     def prepare(self, call: Call, kind: str, slot_bytes: int) -> None:
         """There is nothing to allocate and nobody to disagree with."""
 
-    @phase("dispatch setup")
-    def dispatch_setup(self, call: Call, tokens: Tokens) -> Pending:
+    @phase("dispatch send")
+    def dispatch_send(self, call: Call, tokens: DispatchInput) -> Pending:
         """Permute the tokens into expert order, each read once; they go no further."""
         epoch = self._begin("dispatch", call.op)
         try:
@@ -53,13 +62,13 @@ class SingleTransport:
             raise
         return Pending(self, call, tokens, epoch, received)
 
-    def _permute(self, call: Call, tokens: Tokens) -> Received:
+    def _permute(self, call: Call, tokens: DispatchInput) -> Received:
         config, steps, ids = call.config, call.steps, tokens.expert_ids
         plan = plan_tokens(call, tokens)
         check_overflow(call, lambda _: plan.counts)
         weights = None if tokens.weights is None else tokens.weights.to(config.weight_dtype)
         capacity = capacity_of(call, 0, tokens)
-        found = steps.permutation(
+        found = steps.local_permutation(
             plan,
             ids,
             weights,
@@ -68,49 +77,49 @@ class SingleTransport:
             load=tokens.load,
             totals_dtype=tokens.totals_dtype,
         )
-        n = len(found.copies)
+        n = len(found.slot_ids)
         num_rows = n if tokens.num_rows is None else tokens.num_rows
         x, scales = new_rows(call, tokens, num_rows)
         fmt = config.row_format
-        steps.gather_quant(tokens.x, found.places, fmt, tokens.smooth, ids, x, scales)
+        steps.gather_quant(tokens.x, found.row_index, fmt, tokens.smooth_scales, ids, x, scales)
         if config.alignment > 1:
-            count = row_count(call, found.sources)
+            count = row_count(call, found.recv_permutation)
             for rows in (x, scales):
                 if rows is not None:
-                    steps.clear(rows.view(num_rows, -1), found.copies, count)
+                    steps.zero_padding(rows.view(num_rows, -1), found.slot_ids, count)
         return Received(
             x,
             scales,
             padded(found.weights, num_rows),
             plan.counts[:, None],
-            found.sources,
-            found.copies,
+            found.recv_permutation,
+            found.slot_ids,
             found.totals,
             plan,
         )
 
-    @phase("dispatch teardown")
-    def dispatch_teardown(self, pending: Pending) -> Received:
+    @phase("dispatch recv")
+    def dispatch_recv(self, pending: Pending) -> Received:
         """What the setup made."""
         self._finish("dispatch", pending)
         received: Received = pending.state
         return received
 
-    @phase("combine setup")
-    def combine_setup(self, call: Call, outputs: Outputs) -> Pending:
+    @phase("combine send")
+    def combine_send(self, call: Call, outputs: CombineInput) -> Pending:
         """Remember the rows: they have nowhere to go."""
         return Pending(self, call, outputs, self._begin("combine", call.op))
 
-    @phase("combine teardown")
-    def combine_teardown(self, pending: Pending, finish: Finish) -> torch.Tensor:
+    @phase("combine recv")
+    def combine_recv(self, pending: Pending, finish: CombineEpilogue) -> torch.Tensor:
         """Sum the rows where they are."""
         self._finish("combine", pending)
         call, outputs = pending.call, pending.data
-        sources = outputs.sources
-        count = row_count(call, sources)
-        rows = as_rows(call, outputs.y[: len(sources.source)], count)
-        begins = sources.begins[None]
-        index = returned_rows(call, 0, outputs, begins, self._origin(rows.device), 1)
+        recv_permutation = outputs.recv_permutation
+        count = row_count(call, recv_permutation)
+        rows = as_rows(call, outputs.y[: len(recv_permutation.source)], count)
+        group_starts = recv_permutation.group_starts[None]
+        index = returned_rows(call, 0, outputs, group_starts, self._origin(rows.device), 1)
         return finish_rows(call, outputs, rows, index, finish)
 
     def _origin(self, device: torch.device) -> torch.Tensor:
@@ -119,15 +128,15 @@ class SingleTransport:
             self._origins[device] = torch.zeros(1, dtype=torch.int64, device=device)
         return self._origins[device]
 
-    @phase("gather setup")
-    def gather_setup(self, call: Call, parts: Sequence[torch.Tensor], num_bytes: int) -> Pending:
+    @phase("gather send")
+    def all_gather_send(self, call: Call, parts: Sequence[torch.Tensor], num_bytes: int) -> Pending:
         """Keep the parts."""
         data = torch.empty(num_bytes, dtype=torch.uint8, device=call.device)
         write_packed(data, parts)
         return Pending(self, call, data, self._begin("gather", call.op))
 
-    @phase("gather teardown")
-    def gather_teardown(self, pending: Pending, consume: Callable[[list[torch.Tensor]], _T]) -> _T:
+    @phase("gather recv")
+    def all_gather_recv(self, pending: Pending, consume: Callable[[list[torch.Tensor]], _T]) -> _T:
         """Read them."""
         self._finish("gather", pending)
         return consume([pending.data])

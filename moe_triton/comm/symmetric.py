@@ -24,11 +24,11 @@ from .row_exchange import (
 )
 from .transport import (
     Call,
-    Finish,
-    Outputs,
+    CombineEpilogue,
+    CombineInput,
+    DispatchInput,
     Pending,
     Received,
-    Tokens,
     outside_autograd,
     phase,
     profiled,
@@ -61,8 +61,8 @@ class SymmetricTransport:
         self._protocol.wait(kind, epoch, call.op)
         self._protocol.finish(kind, epoch)
 
-    @phase("dispatch setup")
-    def dispatch_setup(self, call: Call, tokens: Tokens) -> Pending:
+    @phase("dispatch send")
+    def dispatch_send(self, call: Call, tokens: DispatchInput) -> Pending:
         """Write the tokens and say for whom they are; waits only while arguments are new."""
         protocol, layout = self._protocol, call.config.dispatch
         epoch = protocol.begin("dispatch", call.op)
@@ -83,8 +83,8 @@ class SymmetricTransport:
         protocol.signal("dispatch", epoch)
         return Pending(self, call, tokens, epoch, (plan, windows))
 
-    @phase("dispatch teardown")
-    def dispatch_teardown(self, pending: Pending) -> Received:
+    @phase("dispatch recv")
+    def dispatch_recv(self, pending: Pending) -> Received:
         """Wait for all ranks' tokens and gather those for this rank."""
         protocol, call, layout = self._protocol, pending.call, pending.call.config.dispatch
         plan, windows = pending.state
@@ -97,8 +97,8 @@ class SymmetricTransport:
         finally:
             protocol.finish("dispatch", pending.epoch)
 
-    @phase("combine setup")
-    def combine_setup(self, call: Call, outputs: Outputs) -> Pending:
+    @phase("combine send")
+    def combine_send(self, call: Call, outputs: CombineInput) -> Pending:
         """Write the experts' rows, unless they are in place already, and where groups begin."""
         protocol, layout = self._protocol, call.config.combine
         epoch = protocol.begin("combine", call.op)
@@ -109,8 +109,10 @@ class SymmetricTransport:
             )
             rows = windows.view(self._rank, slot, layout, layout.rows)
             self._put_rows(call, windows, rows, outputs)
-            begins = outputs.sources.begins
-            windows.view(self._rank, slot, layout, layout.begins)[: len(begins)] = begins
+            group_starts = outputs.recv_permutation.group_starts
+            windows.view(self._rank, slot, layout, layout.group_starts)[: len(group_starts)] = (
+                group_starts
+            )
         except BaseException as error:
             protocol.abort("combine", epoch, error)
             raise
@@ -118,10 +120,10 @@ class SymmetricTransport:
         return Pending(self, call, outputs, epoch, windows)
 
     def _put_rows(
-        self, call: Call, windows: PeerWindows, rows: torch.Tensor, outputs: Outputs
+        self, call: Call, windows: PeerWindows, rows: torch.Tensor, outputs: CombineInput
     ) -> None:
         """Write the experts' rows into the window, unless they have been written there."""
-        y = outputs.y[: outputs.sources.source.numel()]
+        y = outputs.y[: outputs.recv_permutation.source.numel()]
         in_window = windows.holds(self._rank, y)
         if in_window and not outputs.borrowed:
             contract = "not be output_rows() from before another combine, which voids them"
@@ -131,30 +133,33 @@ class SymmetricTransport:
         if in_window and (y.data_ptr(), y.stride()) == (place.data_ptr(), place.stride()):
             return
         # From elsewhere in the window, the copy might overlap what it reads.
-        count = row_count(call, outputs.sources)
+        count = row_count(call, outputs.recv_permutation)
         call.steps.encode(y.clone() if in_window else y, fmt, rows[: len(y)], count=count)
 
-    @phase("combine teardown")
-    def combine_teardown(self, pending: Pending, finish: Finish) -> torch.Tensor:
+    @phase("combine recv")
+    def combine_recv(self, pending: Pending, finish: CombineEpilogue) -> torch.Tensor:
         """Wait for all ranks' rows and sum those of each token, from where they are."""
         protocol, call, layout = self._protocol, pending.call, pending.call.config.combine
         windows = pending.state
         self._wait("combine", pending)
         slot, outputs = protocol.slot(pending.epoch), pending.data
         try:
-            begins = torch.stack(
-                [windows.view(owner, slot, layout, layout.begins) for owner in range(protocol.size)]
+            group_starts = torch.stack(
+                [
+                    windows.view(owner, slot, layout, layout.group_starts)
+                    for owner in range(protocol.size)
+                ]
             )
-            check_returns(call, self._rank, outputs, begins)
+            check_returns(call, self._rank, outputs, group_starts)
             stride = call.config.return_format.stride
             rows, origins, step = windows.global_rows(slot, layout.rows_start, stride)
-            index = returned_rows(call, self._rank, outputs, begins, origins, step)
+            index = returned_rows(call, self._rank, outputs, group_starts, origins, step)
             return finish_rows(call, outputs, rows, index, finish)
         finally:
             protocol.finish("combine", pending.epoch)
 
-    @phase("gather setup")
-    def gather_setup(self, call: Call, parts: Sequence[torch.Tensor], num_bytes: int) -> Pending:
+    @phase("gather send")
+    def all_gather_send(self, call: Call, parts: Sequence[torch.Tensor], num_bytes: int) -> Pending:
         """Write the parts into this rank's window."""
         protocol = self._protocol
         epoch = protocol.begin("gather", call.op)
@@ -170,8 +175,8 @@ class SymmetricTransport:
         protocol.signal("gather", epoch)
         return Pending(self, call, None, epoch, windows)
 
-    @phase("gather teardown")
-    def gather_teardown(self, pending: Pending, consume: Callable[[list[torch.Tensor]], _T]) -> _T:
+    @phase("gather recv")
+    def all_gather_recv(self, pending: Pending, consume: Callable[[list[torch.Tensor]], _T]) -> _T:
         """Wait for all ranks and read their windows."""
         protocol, windows = self._protocol, pending.state
         self._wait("gather", pending)

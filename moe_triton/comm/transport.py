@@ -15,7 +15,14 @@ from typing import Any, ParamSpec, Protocol, TypeVar, cast
 import torch
 
 from ..errors import MoeError
-from ..layout import Arrivals, Norm, Permutation, Plan, Sources, ZeroComputationExperts
+from ..layout import (
+    LocalPermutation,
+    Norm,
+    RecvPermutation,
+    RecvRowIndex,
+    RoutingPlan,
+    ZeroComputationExperts,
+)
 from .window import MoeConfig
 
 _P = ParamSpec("_P")
@@ -26,8 +33,8 @@ _T = TypeVar("_T")
 class DeviceSteps:
     """The steps that run on the device; ``ref`` defines each.
 
-    ``pack`` and ``reduce`` gather from one tensor by index. That tensor spans the windows of all
-    ranks, which one address space must hold.
+    ``gather_rows`` and ``reduce`` gather from one tensor by index. That tensor spans the windows of
+    all ranks, which one address space must hold.
 
     Attributes:
         fixed_shapes: nothing waits for the device: outputs have room for the most rows that there
@@ -35,18 +42,18 @@ class DeviceSteps:
     """
 
     fixed_shapes: bool
-    plan: Callable[..., Plan]
-    push: Callable[..., None]
-    sources: Callable[..., Sources]
-    arrivals: Callable[..., Arrivals]
-    permutation: Callable[..., Permutation]
-    returns: Callable[..., torch.Tensor]
+    routing_plan: Callable[..., RoutingPlan]
+    dispatch_send: Callable[..., None]
+    recv_permutation: Callable[..., RecvPermutation]
+    recv_row_index: Callable[..., RecvRowIndex]
+    local_permutation: Callable[..., LocalPermutation]
+    combine_row_index: Callable[..., torch.Tensor]
     gather_quant: Callable[..., None]
-    clear: Callable[..., None]
-    pack: Callable[..., None]
+    zero_padding: Callable[..., None]
+    gather_rows: Callable[..., None]
     encode: Callable[..., None]
     add_rows: Callable[..., None]
-    reduce: Callable[..., None]
+    weighted_sum: Callable[..., None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,15 +76,15 @@ class Call:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tokens:
+class DispatchInput:
     """The input of a dispatch.
 
     Attributes:
         x: [T, H].
         expert_ids: [T, K] int32; those outside [0, E) are not sent.
         weights: [T, K] to send along, of the configuration's ``weight_dtype``, or None.
-        smooth: fp32 factors of the quantisation: [1] or [H] for all copies, [NS + E, H] for those
-            of each expert; or None.
+        smooth_scales: fp32 factors of the quantisation: [1] or [H] for all copies, [NS + E, H] for
+            those of each expert; or None.
         num_rows: rows to allocate for what arrives, or None for exactly as many as do.
         load: [L] int64 to add the rows that arrive for each local expert to, or None.
         totals_dtype: int32 or int64, of ``Received.totals``.
@@ -88,7 +95,7 @@ class Tokens:
     x: torch.Tensor
     expert_ids: torch.Tensor
     weights: torch.Tensor | None = None
-    smooth: torch.Tensor | None = None
+    smooth_scales: torch.Tensor | None = None
     num_rows: int | None = None
     load: torch.Tensor | None = None
     totals_dtype: torch.dtype = torch.int64
@@ -124,8 +131,8 @@ class Received:
             None.
         weights: [num_rows], or None.
         counts: [L, W] int32 rows for each local expert from each source.
-        sources: the numbering of the n rows.
-        copies: [n] int32 which copy each row is, token * (K + NS) + slot of its source.
+        recv_permutation: the numbering of the n rows.
+        slot_ids: [n] int32 which copy each row is, token * (K + NS) + slot of its source.
         totals: [L] rows of each local expert, padding left out.
         plan: of this rank's own tokens.
     """
@@ -134,19 +141,19 @@ class Received:
     scales: torch.Tensor | None
     weights: torch.Tensor | None
     counts: torch.Tensor
-    sources: Sources
-    copies: torch.Tensor
+    recv_permutation: RecvPermutation
+    slot_ids: torch.Tensor
     totals: torch.Tensor
-    plan: Plan
+    plan: RoutingPlan
 
 
 @dataclasses.dataclass(frozen=True)
-class Outputs:
+class CombineInput:
     """The input of a combine.
 
     Attributes:
         y: [A, H] expert outputs in the order of dispatch.
-        sources: dispatch's numbering of the rows.
+        recv_permutation: dispatch's numbering of the rows.
         expert_ids: [T, K] int32 of this rank's tokens.
         plan: their plan.
         weights: [T, K] of the configuration's ``weight_dtype``, or None for all 1.
@@ -154,15 +161,15 @@ class Outputs:
     """
 
     y: torch.Tensor
-    sources: Sources
+    recv_permutation: RecvPermutation
     expert_ids: torch.Tensor
-    plan: Plan
+    plan: RoutingPlan
     weights: torch.Tensor | None
     borrowed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
-class Finish:
+class CombineEpilogue:
     """What a combine does with the rows that came back.
 
     Attributes:
@@ -251,27 +258,27 @@ class Transport(Protocol):
         """Compare the arguments and allocate what ``kind`` needs, on all ranks together."""
         ...
 
-    def dispatch_setup(self, call: Call, tokens: Tokens) -> Pending:
+    def dispatch_send(self, call: Call, tokens: DispatchInput) -> Pending:
         """Send this rank's tokens."""
         ...
 
-    def dispatch_teardown(self, pending: Pending) -> Received:
+    def dispatch_recv(self, pending: Pending) -> Received:
         """Wait for all ranks' tokens and pack those for this rank."""
         ...
 
-    def combine_setup(self, call: Call, outputs: Outputs) -> Pending:
+    def combine_send(self, call: Call, outputs: CombineInput) -> Pending:
         """Send the experts' rows back."""
         ...
 
-    def combine_teardown(self, pending: Pending, finish: Finish) -> torch.Tensor:
+    def combine_recv(self, pending: Pending, finish: CombineEpilogue) -> torch.Tensor:
         """Wait for all ranks' rows and sum those of each token."""
         ...
 
-    def gather_setup(self, call: Call, parts: Sequence[torch.Tensor], num_bytes: int) -> Pending:
+    def all_gather_send(self, call: Call, parts: Sequence[torch.Tensor], num_bytes: int) -> Pending:
         """Show ``parts``, one after the other, to all ranks; ``num_bytes`` is the most of any."""
         ...
 
-    def gather_teardown(self, pending: Pending, consume: Callable[[list[torch.Tensor]], _T]) -> _T:
+    def all_gather_recv(self, pending: Pending, consume: Callable[[list[torch.Tensor]], _T]) -> _T:
         """Wait for all ranks; ``consume`` gets each one's uint8, with garbage after the end."""
         ...
 

@@ -87,7 +87,7 @@ class MoeConfig:
         return self.top_k + self.topology.num_shared_experts
 
     @functools.cached_property
-    def max_copies(self) -> int:
+    def max_slot_ids(self) -> int:
         """C: the most copies one rank can send to another."""
         return self.max_tokens * min(self.top_k, self.topology.experts_per_rank)
 
@@ -101,16 +101,16 @@ class MoeConfig:
         """How a row returns from its expert."""
         if self.quant_return is None:
             return RowFormat.tight(self.dtype, self.hidden)
-        return RowFormat.tight(torch.int8, self.hidden, "return", self.dtype, RETURN_BLOCK)
+        return RowFormat.tight(torch.int8, self.hidden, "block8", self.dtype, RETURN_BLOCK)
 
     @property
     def weight_dtype(self) -> torch.dtype:
         """Of the routing weights: float32, for float64 float64."""
         return torch.promote_types(self.dtype, torch.float32)
 
-    def row_of(self, copies: torch.Tensor) -> torch.Tensor:
+    def row_of(self, slot_ids: torch.Tensor) -> torch.Tensor:
         """Which of its source's rows each copy, token * (K + NS) + slot, is; int64."""
-        return (copies if self.per_expert else copies // self.num_slots).long()
+        return (slot_ids if self.per_expert else slot_ids // self.num_slots).long()
 
     def capacity(self, rank: int) -> int:
         """A: the rows that ``rank`` sets aside for what it receives, and their padding."""
@@ -141,12 +141,12 @@ class DispatchLayout:
         """Size of one source's header."""
         config = self.config
         weight_bytes = config.weight_dtype.itemsize if config.with_weights else 0
-        return self._weights_start + align(config.max_copies * weight_bytes)
+        return self._weights_start + align(config.max_slot_ids * weight_bytes)
 
     @functools.cached_property
     def _weights_start(self) -> int:
         config = self.config
-        return align(4 * (4 + config.topology.num_experts + config.max_copies))
+        return align(4 * (4 + config.topology.num_experts + config.max_slot_ids))
 
     @functools.cached_property
     def num_rows(self) -> int:
@@ -169,15 +169,15 @@ class DispatchLayout:
         config = self.config
         records = data[: self.rows_start].view(config.topology.world_size, self.header_bytes)
         words = records[:, : self._weights_start].view(torch.int32)
-        copies = 4 + config.topology.num_experts
+        slot_ids = 4 + config.topology.num_experts
         weights = None
         if config.with_weights:
             weights = records[:, self._weights_start :].view(config.weight_dtype)
-            weights = weights[:, : config.max_copies]
+            weights = weights[:, : config.max_slot_ids]
         return DispatchHeader(
             num_tokens=words[:, :1],
-            counts=words[:, 4:copies],
-            copies=words[:, copies : copies + config.max_copies],
+            counts=words[:, 4:slot_ids],
+            slot_ids=words[:, slot_ids : slot_ids + config.max_slot_ids],
             weights=weights,
         )
 
@@ -191,7 +191,7 @@ def header_of(headers: DispatchHeader, source: int) -> DispatchHeader:
     """One source's header."""
     weights = None if headers.weights is None else headers.weights[source]
     return DispatchHeader(
-        headers.num_tokens[source], headers.counts[source], headers.copies[source], weights
+        headers.num_tokens[source], headers.counts[source], headers.slot_ids[source], weights
     )
 
 
@@ -223,7 +223,7 @@ class CombineLayout:
         """Size of a slot without its flags."""
         return self.rows_start + self.num_rows * self.config.return_format.stride
 
-    def begins(self, data: torch.Tensor) -> torch.Tensor:
+    def group_starts(self, data: torch.Tensor) -> torch.Tensor:
         """[L, W + 1] int32 first rows of the slot whose bytes begin with ``data``."""
         return data[: 4 * math.prod(self.groups)].view(torch.int32).view(self.groups)
 
@@ -402,10 +402,10 @@ class PeerWindows:
 
     def _make_reach(self, slot: int, start: int, stride: int) -> GlobalRows:
         first = slot * self.stride + self._flags + start
-        ends = [
+        recv_counts_cumsum = [
             base + block.data.numel() for base, block in zip(self._base, self.blocks, strict=True)
         ]
-        lowest, highest = min(self._base) + first, max(ends)
+        lowest, highest = min(self._base) + first, max(recv_counts_cumsum)
         memory = _memory_at(lowest, highest - lowest, self.blocks[0].data.device)
         count = max((highest - lowest - stride) // 16 + 1, 0)
         return GlobalRows(memory.as_strided((count, stride), (16, 1)), self._origins, stride // 16)

@@ -70,8 +70,8 @@ def _dispatch_teardown(*, number: Tensor, name: str) -> tuple[Tensor | None, ...
         received.scales,
         received.weights,
         received.totals,
-        received.sources.offsets,
-        received.sources.ends,
+        received.recv_permutation.offsets,
+        received.recv_permutation.recv_counts_cumsum,
     )
 
 
@@ -100,12 +100,12 @@ def _combine_setup(
     expert_ids: Tensor,
     weights: Tensor | None,
     row_weights: Tensor,
-    ends: Tensor,
+    recv_counts_cumsum: Tensor,
     addend: Tensor | None,
     name: str,
 ) -> Tensor:
     exchange = _find(name)
-    handle = Handle(expert_ids, weights, row_weights, ends, numbering=None)
+    handle = Handle(expert_ids, weights, row_weights, recv_counts_cumsum, numbering=None)
     operation, _ = exchange.start_combine(y, handle, addend)
     return _launch(exchange, operation)
 
@@ -129,9 +129,14 @@ def _send_gradients(*, gradient: Tensor, expert_ids: Tensor, num_rows: int, name
 
 
 def _return_gradients(
-    *, rows: Tensor | None, row_weights: Tensor, expert_ids: Tensor, ends: Tensor, name: str
+    *,
+    rows: Tensor | None,
+    row_weights: Tensor,
+    expert_ids: Tensor,
+    recv_counts_cumsum: Tensor,
+    name: str,
 ) -> tuple[Tensor | None, Tensor]:
-    return _find(name).return_gradients(rows, row_weights, expert_ids, ends)
+    return _find(name).return_gradients(rows, row_weights, expert_ids, recv_counts_cumsum)
 
 
 def _return_gradients_outputs(
@@ -153,14 +158,14 @@ dispatch_teardown = Operator(
     "expert_parallel_dispatch_teardown",
     "Tensor number, str name",
     "(Tensor x, Tensor scales, Tensor row_weights, Tensor tokens_per_expert, Tensor offsets, "
-    "Tensor ends)",
+    "Tensor recv_counts_cumsum)",
     run=_dispatch_teardown,
     outputs=_dispatch_teardown_outputs,
 )
 
 combine_setup = Operator(
     "expert_parallel_combine_setup",
-    "Tensor y, Tensor expert_ids, Tensor? weights, Tensor row_weights, Tensor ends, "
+    "Tensor y, Tensor expert_ids, Tensor? weights, Tensor row_weights, Tensor recv_counts_cumsum, "
     "Tensor? addend, str name",
     "Tensor",
     run=_combine_setup,
@@ -185,7 +190,7 @@ send_gradients = Operator(
 
 return_gradients = Operator(
     "expert_parallel_return_gradients",
-    "Tensor? rows, Tensor row_weights, Tensor expert_ids, Tensor ends, str name",
+    "Tensor? rows, Tensor row_weights, Tensor expert_ids, Tensor recv_counts_cumsum, str name",
     "(Tensor x, Tensor weights)",
     run=_return_gradients,
     outputs=_return_gradients_outputs,

@@ -12,17 +12,17 @@ import torch
 from .. import comm
 from ..comm import (
     Call,
+    CombineEpilogue,
+    CombineInput,
     DeviceSteps,
-    Finish,
+    DispatchInput,
     MoeConfig,
-    Outputs,
     Pending,
     Received,
-    Tokens,
     Transport,
 )
 from ..errors import ArgumentTypeError, ArgumentValueError, MoeError, PeerAbortError, SequenceError
-from ..layout import NOWHERE, Plan, Sources
+from ..layout import NOWHERE, RecvPermutation, RoutingPlan
 from ..ops import checks, quantization
 from .results import Handle
 
@@ -66,7 +66,7 @@ class Exchange:
         self.communicator, self.config = communicator, config
         self.rank = communicator.group.rank
         self.exact, self.counts_dtype = exact, counts_dtype
-        self.last: tuple[MoeConfig, Tokens] | None = None
+        self.last: tuple[MoeConfig, DispatchInput] | None = None
         self.borrowed: dict[int, tuple[Handle, torch.Tensor]] = {}
         self.in_flight: dict[int, Pending] = {}
         self._arguments = arguments
@@ -120,12 +120,14 @@ class Exchange:
             config = dataclasses.replace(config, per_expert=True)
             call = self._call(op, config, scales="given")
         num_rows = None if self.exact else config.capacity(self.rank)
-        tokens = Tokens(x, ids, weights, scales, num_rows, self.load, self.counts_dtype, given)
-        return self.communicator.transport(op).dispatch_setup(call, tokens)
+        tokens = DispatchInput(
+            x, ids, weights, scales, num_rows, self.load, self.counts_dtype, given
+        )
+        return self.communicator.transport(op).dispatch_send(call, tokens)
 
     def finish_dispatch(self, operation: Pending) -> Received:
         """Wait for all ranks' tokens."""
-        received = self._transport_of(DISPATCH, operation).dispatch_teardown(operation)
+        received = self._transport_of(DISPATCH, operation).dispatch_recv(operation)
         self.last = (operation.call.config, operation.data)
         if received.scales is None:
             return received
@@ -150,20 +152,24 @@ class Exchange:
 
     # Combine.
 
-    def numbering(self, expert_ids: torch.Tensor, ends: torch.Tensor) -> tuple[Plan, Sources]:
+    def numbering(
+        self, expert_ids: torch.Tensor, recv_counts_cumsum: torch.Tensor
+    ) -> tuple[RoutingPlan, RecvPermutation]:
         """The plan and the sources of a dispatch, from what its handle says in any case.
 
         Args:
             expert_ids: [T, K] int32.
-            ends: [L * W] int32.
+            recv_counts_cumsum: [L * W] int32.
         """
         config, topology = self.config, self.config.topology
-        counts = ends.diff(prepend=ends.new_zeros(1)).view(-1, topology.world_size)
+        counts = recv_counts_cumsum.diff(prepend=recv_counts_cumsum.new_zeros(1)).view(
+            -1, topology.world_size
+        )
         fixed = self._steps.fixed_shapes and not self.exact
         capacity = config.capacity(self.rank) if fixed else None
         return (
-            self._steps.plan(expert_ids, topology.num_experts),
-            self._steps.sources(counts, config.alignment, capacity),
+            self._steps.routing_plan(expert_ids, topology.num_experts),
+            self._steps.recv_permutation(counts, config.alignment, capacity),
         )
 
     def start_combine(
@@ -187,17 +193,21 @@ class Exchange:
                     op, "handle", "be that of a dispatch", type(handle).__name__
                 )
             ids = handle.expert_ids
-            plan, sources = handle.numbering or self.numbering(ids, handle.ends)
-            self._check_outputs(op, y, len(sources.source))
+            plan, recv_permutation = handle.numbering or self.numbering(
+                ids, handle.recv_counts_cumsum
+            )
+            self._check_outputs(op, y, len(recv_permutation.source))
             self.check_addend(addend, len(ids))
         except MoeError as error:
             self.communicator.abort_peers("combine", op, error)
             raise
         _, borrowed = self.borrowed.get(id(handle), (None, None))
-        outputs = Outputs(y, sources, ids, plan, handle.weights, borrowed=borrowed is not None)
+        outputs = CombineInput(
+            y, recv_permutation, ids, plan, handle.weights, borrowed=borrowed is not None
+        )
         transport = self.communicator.transport(op)
         try:
-            operation = transport.combine_setup(self._call(op), outputs)
+            operation = transport.combine_send(self._call(op), outputs)
         except PeerAbortError:
             raise  # the rows still stand, for another try
         except BaseException:
@@ -210,14 +220,16 @@ class Exchange:
         """Wait for all rows, and sum those of each token; [T, H]."""
         self.check_addend(addend, len(operation.data.expert_ids))
         transport = self._transport_of(COMBINE, operation)
-        return transport.combine_teardown(operation, Finish(addend=addend))
+        return transport.combine_recv(operation, CombineEpilogue(addend=addend))
 
     def output_rows(self, handle: Handle) -> torch.Tensor:
         """Memory from which the next combine need not copy, if there is such."""
         if id(handle) in self.borrowed:
             return self.borrowed[id(handle)][1]
-        _, sources = handle.numbering or self.numbering(handle.expert_ids, handle.ends)
-        num_rows = len(sources.source)
+        _, recv_permutation = handle.numbering or self.numbering(
+            handle.expert_ids, handle.recv_counts_cumsum
+        )
+        num_rows = len(recv_permutation.source)
         transport = self.communicator.transport(f"{OP}.output_rows")
         rows = None if self.borrowed else transport.output_rows(self.config, num_rows)
         if rows is None:
@@ -240,12 +252,12 @@ class Exchange:
         op = f"{COMBINE}, backward"
         config = dataclasses.replace(self.config, quant=None, with_weights=False)
         transport = self.communicator.transport(op)
-        tokens = Tokens(gradient, expert_ids, num_rows=num_rows)
+        tokens = DispatchInput(gradient, expert_ids, num_rows=num_rows)
         call = self._call(op, config, gradient="of the sums")
-        received = transport.dispatch_teardown(transport.dispatch_setup(call, tokens))
-        source = received.sources.source
+        received = transport.dispatch_recv(transport.dispatch_send(call, tokens))
+        source = received.recv_permutation.source
         received.x[len(source) :] = 0
-        self._steps.clear(received.x, source)
+        self._steps.zero_padding(received.x, source)
         return received.x
 
     def return_gradients(
@@ -253,7 +265,7 @@ class Exchange:
         rows: torch.Tensor | None,
         row_weights: torch.Tensor,
         expert_ids: torch.Tensor,
-        ends: torch.Tensor,
+        recv_counts_cumsum: torch.Tensor,
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """From gradients of what dispatch delivered to those of what it sent.
 
@@ -263,27 +275,27 @@ class Exchange:
             rows: [A, H] gradient of the rows, or None with quantised rows, which have none.
             row_weights: [A] gradient of their weights.
             expert_ids: [T, K] int32.
-            ends: [L * W] int32.
+            recv_counts_cumsum: [L * W] int32.
 
         Returns:
             x: [T, H], or None.
             weights: [T, K].
         """
         op = f"{DISPATCH}, backward"
-        plan, sources = self.numbering(expert_ids, ends)
+        plan, recv_permutation = self.numbering(expert_ids, recv_counts_cumsum)
         transport = self.communicator.transport(op)
         self.borrowed.clear()
 
-        def back(call: Call, values: torch.Tensor, finish: Finish) -> torch.Tensor:
-            outputs = Outputs(values, sources, expert_ids, plan, None)
-            return transport.combine_teardown(transport.combine_setup(call, outputs), finish)
+        def back(call: Call, values: torch.Tensor, finish: CombineEpilogue) -> torch.Tensor:
+            outputs = CombineInput(values, recv_permutation, expert_ids, plan, None)
+            return transport.combine_recv(transport.combine_send(call, outputs), finish)
 
         x = None
         if rows is not None:
-            x = back(self._call(op, gradient="of the tokens"), rows, Finish())
+            x = back(self._call(op, gradient="of the tokens"), rows, CombineEpilogue())
         scalars = dataclasses.replace(self.config, hidden=1, dtype=self.config.weight_dtype)
         call = self._call(op, scalars, gradient="of the weights")
-        weights = back(call, row_weights[:, None], Finish(apart=True))
+        weights = back(call, row_weights[:, None], CombineEpilogue(apart=True))
         return x, weights[:, : self.config.top_k, 0].contiguous()
 
     def _call(self, op: str, config: MoeConfig | None = None, **more: object) -> Call:

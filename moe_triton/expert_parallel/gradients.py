@@ -33,7 +33,7 @@ class Dispatch(torch.autograd.Function):
         x: Tensor,  # noqa: ARG004 (has a gradient)
         topk_weights: Tensor | None,
         expert_ids: Tensor,
-        ends: Tensor,
+        recv_counts_cumsum: Tensor,
         received: tuple[Tensor, Tensor],
         name: str,
         owner: Exchange | None,
@@ -45,13 +45,13 @@ class Dispatch(torch.autograd.Function):
             x: [T, H] tokens.
             topk_weights: [T, K], or None.
             expert_ids: [T, K] int32.
-            ends: [L * W] int32.
+            recv_counts_cumsum: [L * W] int32.
             received: [A, H] and [A].
             name: of the exchange.
             owner: the exchange itself, to be kept alive.
         """
         rows, row_weights = received
-        ctx.save_for_backward(expert_ids, ends)
+        ctx.save_for_backward(expert_ids, recv_counts_cumsum)
         ctx.name, ctx.owner = name, owner
         ctx.has_weights, ctx.has_rows = topk_weights is not None, rows.is_floating_point()
         return rows, row_weights
@@ -60,12 +60,12 @@ class Dispatch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, rows: Tensor, row_weights: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of the tokens and of their weights."""
-        expert_ids, ends = ctx.saved_tensors
+        expert_ids, recv_counts_cumsum = ctx.saved_tensors
         x, weights = custom_ops.return_gradients(
             rows=rows if ctx.has_rows else None,
             row_weights=row_weights,
             expert_ids=expert_ids,
-            ends=ends,
+            recv_counts_cumsum=recv_counts_cumsum,
             name=ctx.name,
         )
         return x, weights if ctx.has_weights else None, None, None, None, None, None

@@ -213,7 +213,7 @@ class ExpertParallel:
 
         Returns:
             [E] int64 rows for each routed expert. Where these are replicas of others,
-            ``Plan.logical_load`` adds them up.
+            ``RoutingPlan.logical_load`` adds them up.
 
         Raises:
             ArgumentValueError: constructed without ``count_load``.
@@ -297,29 +297,39 @@ class ExpertParallel:
         """
         numbering = None
         if isinstance(pending.operation, torch.Tensor):
-            rows, scales, row_weights, per_expert, offsets, ends = custom_ops.dispatch_teardown(
-                number=pending.operation, name=self._name
+            rows, scales, row_weights, per_expert, offsets, recv_counts_cumsum = (
+                custom_ops.dispatch_teardown(number=pending.operation, name=self._name)
             )
         else:
             received = self._exchange.finish_dispatch(pending.operation)
             rows, scales, row_weights = received.x, received.scales, received.weights
             per_expert = received.totals
-            offsets, ends = received.sources.offsets, received.sources.ends
-            numbering = received.plan, received.sources
+            offsets, recv_counts_cumsum = (
+                received.recv_permutation.offsets,
+                received.recv_permutation.recv_counts_cumsum,
+            )
+            numbering = received.plan, received.recv_permutation
         if gradients.needed(pending.x, pending.topk_weights):
             # What nobody wrote would make the gradients of the experts' parameters NaN.
             rest = torch.arange(len(rows), device=rows.device) >= offsets[-1]
             outputs = rows.masked_fill_(rest[:, None], 0), row_weights.masked_fill_(rest, 0)
-            sources = pending.x, pending.topk_weights, pending.expert_ids, ends
-            rows, row_weights = gradients.Dispatch.apply(*sources, outputs, *self._identity())
+            recv_permutation = (
+                pending.x,
+                pending.topk_weights,
+                pending.expert_ids,
+                recv_counts_cumsum,
+            )
+            rows, row_weights = gradients.Dispatch.apply(
+                *recv_permutation, outputs, *self._identity()
+            )
         return Dispatched(
             rows,
             scales,
             None if pending.weights is None else row_weights,
             per_expert,
             offsets,
-            ends[-1],
-            Handle(pending.expert_ids, pending.weights, row_weights, ends, numbering),
+            recv_counts_cumsum[-1],
+            Handle(pending.expert_ids, pending.weights, row_weights, recv_counts_cumsum, numbering),
         )
 
     def combine(
@@ -384,7 +394,7 @@ class ExpertParallel:
                 expert_ids=handle.expert_ids,
                 weights=handle.weights,
                 row_weights=handle.row_weights,
-                ends=handle.ends,
+                recv_counts_cumsum=handle.recv_counts_cumsum,
                 addend=addend,
                 name=self._name,
             )
@@ -428,8 +438,8 @@ class ExpertParallel:
         if gradients.needed(y, handle.row_weights, shared_expert_x):
             # The values are needed again, and lent memory is void from the next combine on.
             y = y if pending.borrowed is None else y.clone()
-            sources = y, handle.row_weights, shared_expert_x, handle.expert_ids
-            out = gradients.Combine.apply(*sources, (out,), *self._identity())
+            recv_permutation = y, handle.row_weights, shared_expert_x, handle.expert_ids
+            out = gradients.Combine.apply(*recv_permutation, (out,), *self._identity())
         return out
 
     def _identity(self) -> tuple[str, Exchange | None]:

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from ..comm import Pending
-from ..layout import Plan, Sources
+from ..layout import RecvPermutation, RoutingPlan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Handle:
         weights: [T, K] float32 (float64 where the tokens are), or None.
         row_weights: [A] weights that the sources give the received rows, 1 where they give none; it
             is through them that combine gives gradients to the weights.
-        ends: [L * W] int32 inclusive prefix sums of the rows by (local expert, source).
+        recv_counts_cumsum: [L * W] int32 inclusive prefix sums of the rows by (local expert,
+            source).
         numbering: the plan of the tokens and the sources of the rows, which follow from the ids and
             the prefix sums; None from compiled code.
     """
@@ -27,8 +28,8 @@ class Handle:
     expert_ids: torch.Tensor
     weights: torch.Tensor | None
     row_weights: torch.Tensor
-    ends: torch.Tensor
-    numbering: tuple[Plan, Sources] | None
+    recv_counts_cumsum: torch.Tensor
+    numbering: tuple[RoutingPlan, RecvPermutation] | None
 
     def unweighted(self) -> Handle:
         """The same for a combine that only sums, as the experts have applied the weights.

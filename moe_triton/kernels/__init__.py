@@ -18,13 +18,13 @@ if __name__ != "moe_triton.kernels":
     )
 
 from .affine import quantize_affine
-from .dispatch_send import push
+from .dispatch_send import dispatch_send
 from .experts import eplb_map, keep_experts, top_k_gating
-from .finalize_routing import finalize
+from .finalize_routing import finalize_routing
 from .flags import wait_flags, write_flags
 from .gather_quant import gather_quant
-from .gather_rows import clear, pack
-from .local_permutation import permutation
+from .gather_rows import gather_rows, zero_padding
+from .local_permutation import local_permutation
 from .quantize import (
     decode,
     encode,
@@ -35,25 +35,23 @@ from .quantize import (
     quantize_rows,
     quantize_static,
 )
-from .recv_permutation import sources
-from .routing_plan import plan
-from .row_index import arrivals, returns
-from .weighted_sum import add_rows, reduce
+from .recv_permutation import recv_permutation
+from .routing_plan import routing_plan
+from .row_index import combine_row_index, recv_row_index
+from .weighted_sum import add_rows, weighted_sum
 
 __all__ = [
     "add_rows",
-    "arrivals",
-    "clear",
+    "combine_row_index",
     "decode",
+    "dispatch_send",
     "encode",
     "eplb_map",
-    "finalize",
+    "finalize_routing",
     "gather_quant",
+    "gather_rows",
     "keep_experts",
-    "pack",
-    "permutation",
-    "plan",
-    "push",
+    "local_permutation",
     "quantize_affine",
     "quantize_blocks",
     "quantize_by_division",
@@ -61,10 +59,12 @@ __all__ = [
     "quantize_mx",
     "quantize_rows",
     "quantize_static",
-    "reduce",
-    "returns",
-    "sources",
+    "recv_permutation",
+    "recv_row_index",
+    "routing_plan",
     "top_k_gating",
     "wait_flags",
+    "weighted_sum",
     "write_flags",
+    "zero_padding",
 ]

@@ -29,7 +29,7 @@ def _groups_kernel(
     ends_ptr,  # [L * W] int32
     offsets_ptr,  # [L] int32
     begins_ptr,  # [L, W + 1] int32 first row of each group, the last one being padding
-    copies_ptr,  # [L, W + 1] int32 first copy of each group in its source's list
+    slot_ids_ptr,  # [L, W + 1] int32 first copy of each group in its source's list
     load_ptr,  # [L] int64 to add the rows of each expert to, or None
     totals_ptr,  # [L] int32 | int64 rows of each expert, or None
     num_experts,
@@ -42,7 +42,7 @@ def _groups_kernel(
     WORLD: tl.constexpr,  # a power of two above W
 ):
     source = tl.arange(0, WORLD)
-    copies = tl.zeros([WORLD], tl.int32)
+    slot_ids = tl.zeros([WORLD], tl.int32)
     num_rows, num_padded = 0, 0
     for first in range(0, num_experts, EXPERTS):
         expert = first + tl.arange(0, EXPERTS)
@@ -69,22 +69,22 @@ def _groups_kernel(
         mask = is_expert & (source <= world)[None, :]
         # Padding is in the column W, which counts nothing: it begins where the rows end.
         tl.store(begins_ptr + group, (offsets - padded)[:, None] + within - counts, mask=mask)
-        before = copies[None, :] + tl.cumsum(counts, axis=0) - counts
-        tl.store(copies_ptr + group, before, mask=mask)
-        copies += tl.sum(counts, axis=0)
+        before = slot_ids[None, :] + tl.cumsum(counts, axis=0) - counts
+        tl.store(slot_ids_ptr + group, before, mask=mask)
+        slot_ids += tl.sum(counts, axis=0)
         num_rows += tl.sum(rows)
         num_padded += tl.sum(padded)
 
 
 @triton.jit
-def find_row(row, num_rows, begins_ptr, copies_ptr, num_groups, world, steps):
+def find_row(row, num_rows, begins_ptr, slot_ids_ptr, num_groups, world, steps):
     """Source and copy of each row, ``NOWHERE`` and anything for padding and from ``num_rows`` on.
 
     Args:
         row: [BLOCK] int32.
         num_rows: of all groups together.
         begins_ptr: [L * (W + 1)] int32, as ``number_groups`` made them.
-        copies_ptr: likewise.
+        slot_ids_ptr: likewise.
         num_groups: L * (W + 1).
         world: W.
         steps: of the bisection, log2 of the groups rounded up.
@@ -99,7 +99,7 @@ def find_row(row, num_rows, begins_ptr, copies_ptr, num_groups, world, steps):
         low = tl.where(at_or_before, middle, low)
         high = tl.where(at_or_before, high, middle)
     within = row - tl.load(begins_ptr + low, mask=present, other=0)
-    copy = tl.load(copies_ptr + low, mask=present, other=0) + within
+    copy = tl.load(slot_ids_ptr + low, mask=present, other=0) + within
     source = low % (world + 1)
     source = tl.where(present & (source < world), source, _NOWHERE)
     return source, tl.where(present, copy, 0)
@@ -109,21 +109,21 @@ class Groups(NamedTuple):
     """The rows of each (local expert, source), and of the padding of each expert.
 
     Attributes:
-        ends: as in ``Sources``.
-        offsets: as in ``Sources``.
-        begins: as in ``Sources``.
-        copies: [L, W + 1] the first copy of each group in its source's list.
+        recv_counts_cumsum: as in ``RecvPermutation``.
+        offsets: as in ``RecvPermutation``.
+        group_starts: as in ``RecvPermutation``.
+        slot_ids: [L, W + 1] the first copy of each group in its source's list.
     """
 
-    ends: torch.Tensor
+    recv_counts_cumsum: torch.Tensor
     offsets: torch.Tensor
-    begins: torch.Tensor
-    copies: torch.Tensor
+    group_starts: torch.Tensor
+    slot_ids: torch.Tensor
 
     @property
     def steps(self) -> int:
         """Of a bisection of the groups."""
-        return (self.begins.numel() - 1).bit_length()
+        return (self.group_starts.numel() - 1).bit_length()
 
     def rows(self, capacity: int | None) -> int:
         """``capacity``, or the number of rows, which waits for the device."""
@@ -147,7 +147,7 @@ def number_groups(
     load: torch.Tensor | None = None,
     totals: torch.Tensor | None = None,
 ) -> Groups:
-    """Sum the counts; arguments and errors as in ``sources``, which are those of ``op``.
+    """Sum the counts; arguments and errors as in ``recv_permutation``, which are those of ``op``.
 
     ``load``, where there is one, is [L] int64 and gets the rows of each expert added; ``totals``,
     where there is one, is [L] and gets them as they are.
@@ -160,18 +160,18 @@ def number_groups(
         raise ArgumentValueError(op, "counts", "have an expert and a source", tuple(counts.shape))
     num_experts, world = counts.shape
     check_load(op, load, num_experts, device)
-    ends = torch.empty(num_experts * world, dtype=torch.int32, device=device)
+    recv_counts_cumsum = torch.empty(num_experts * world, dtype=torch.int32, device=device)
     offsets = torch.empty(num_experts, dtype=torch.int32, device=device)
-    begins, copies = torch.empty(
+    group_starts, slot_ids = torch.empty(
         (2, num_experts, world + 1), dtype=torch.int32, device=device
     ).unbind()
     tile = launch_config.one_program(device, num_experts, world + 1)
     _groups_kernel[(1,)](
         counts,
-        ends,
+        recv_counts_cumsum,
         offsets,
-        begins,
-        copies,
+        group_starts,
+        slot_ids,
         load,
         totals,
         num_experts,
@@ -183,4 +183,4 @@ def number_groups(
         WORLD=tile.block,
         num_warps=tile.num_warps,
     )
-    return Groups(ends, offsets, begins, copies)
+    return Groups(recv_counts_cumsum, offsets, group_starts, slot_ids)

@@ -12,7 +12,7 @@ part. Every program counts for itself what lies before its own, so nothing waits
 Shapes: T tokens, K experts and NS shared experts of a token, H hidden size, E experts, W ranks.
 Bytes:  reads T * H * x.itemsize, writes T * stride, or T * (K + NS) * stride with smooth factors
         for each expert; headers of 4 * (1 + E) for each rank, and 4 or 8 for each copy.
-Source: ``moe_triton.ref.push``.
+Source: ``moe_triton.ref.dispatch_send``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from ..errors import ArgumentValueError, UnavailableError
-from ..layout import NOWHERE, DispatchHeader, Plan, RowFormat
+from ..layout import NOWHERE, DispatchHeader, RoutingPlan, RowFormat
 from . import launch_config
 from ._checks import FLOATS, INDICES, check_tensor
 from .quantize import split_rows, write_rows
@@ -43,21 +43,21 @@ _TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
         "num_shared",
         "num_experts",
         "experts_per_rank",
-        "num_copies",
+        "num_slot_ids",
     ]
 )
 def _write_headers_kernel(
     table_ptr,  # [W, 5] int64
     expert_ids_ptr,  # [T, K] int32
     counts_ptr,  # [E] int32
-    order_ptr,  # [T * K] int32
+    sorted_slot_ids_ptr,  # [T * K] int32
     weights_ptr,  # [T * K] fp32 | fp64 | bf16 | fp16, or None
     num_tokens,
     top_k,
     num_shared,
     num_experts,
     experts_per_rank,
-    num_copies,
+    num_slot_ids,
     WEIGHT: tl.constexpr,  # dtype of the headers' weights, or None
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -67,7 +67,7 @@ def _write_headers_kernel(
     record = table_ptr + rank * _TABLE_COLUMNS
     num_tokens_out = tl.load(record).to(tl.pointer_type(tl.int32))
     counts_out = tl.load(record + 1).to(tl.pointer_type(tl.int32))
-    copies_out = tl.load(record + 2).to(tl.pointer_type(tl.int32))
+    slot_ids_out = tl.load(record + 2).to(tl.pointer_type(tl.int32))
     if WEIGHT is not None:
         weights_out = tl.load(record + 3).to(tl.pointer_type(WEIGHT))
     role = tl.load(record + 4).to(tl.int32)
@@ -84,13 +84,13 @@ def _write_headers_kernel(
         start += tl.sum(tl.where(expert < first_expert, counts, 0))
         count += tl.sum(tl.where(mine, counts, 0))
     # Nor does a token that names an expert twice lead beyond the room for copies.
-    count = tl.where(role >= 0, tl.minimum(count, num_copies), 0)
+    count = tl.where(role >= 0, tl.minimum(count, num_slot_ids), 0)
     for begin in range(part * BLOCK, count, parts * BLOCK):
         place = begin + tl.arange(0, BLOCK)
         mask = place < count
-        flat = tl.load(order_ptr + start + place, mask=mask, other=0)
+        flat = tl.load(sorted_slot_ids_ptr + start + place, mask=mask, other=0)
         # t * K + k becomes t * (K + NS) + k.
-        tl.store(copies_out + place, flat + flat // top_k * num_shared, mask=mask)
+        tl.store(slot_ids_out + place, flat + flat // top_k * num_shared, mask=mask)
         if WEIGHT is not None and weights_ptr is not None:
             weight = tl.load(weights_ptr + flat, mask=mask, other=0.0)
             tl.store(weights_out + place, weight.to(WEIGHT), mask=mask)
@@ -107,7 +107,7 @@ def _write_headers_kernel(
         active = tl.max((ids != _NOWHERE).to(tl.int32), axis=1)
         place = num_active + tl.cumsum(active, axis=0) - active
         copy = token * (top_k + num_shared) + top_k - 1 - role
-        tl.store(copies_out + place, copy, mask=(active > 0) & is_shared)
+        tl.store(slot_ids_out + place, copy, mask=(active > 0) & is_shared)
         if WEIGHT is not None:
             ones = tl.full([TOKENS], 1.0, WEIGHT)
             tl.store(weights_out + place, ones, mask=(active > 0) & is_shared)
@@ -115,13 +115,13 @@ def _write_headers_kernel(
     tl.store(num_tokens_out, num_active, mask=first_part)
 
 
-def push(
+def dispatch_send(
     x: torch.Tensor,
     expert_ids: torch.Tensor,
     weights: torch.Tensor | None,
-    smooth: torch.Tensor | None,
+    smooth_scales: torch.Tensor | None,
     fmt: RowFormat,
-    routing: Plan,
+    routing: RoutingPlan,
     rows: torch.Tensor,
     headers: Sequence[DispatchHeader],
     *,
@@ -135,8 +135,8 @@ def push(
         x: [T, H] tokens.
         expert_ids: [T, K] int32 or int64.
         weights: [T, K] to send along, or None.
-        smooth: [1] or [H] fp32 factors of all copies, [NS + E, H] factors of each expert, those of
-            shared experts first; or None.
+        smooth_scales: [1] or [H] fp32 factors of all copies, [NS + E, H] factors of each expert,
+            those of shared experts first; or None.
         fmt: the format of the rows.
         routing: the plan of ``expert_ids``.
         rows: [R, stride] uint8 output; row t is token t, or with factors of each expert row
@@ -150,13 +150,13 @@ def push(
         ArgumentTypeError: a wrong dtype.
         ArgumentValueError: a wrong shape, stride or device.
     """
-    op, device = "push", x.device
+    op, device = "dispatch_send", x.device
     check_tensor(op, "expert_ids", expert_ids, dtypes=INDICES, shape=(len(x), None), device=device)
     if weights is not None:
         shape = tuple(expert_ids.shape)
         check_tensor(op, "weights", weights, dtypes=FLOATS, shape=shape, device=device)
     num_tokens, top_k = expert_ids.shape
-    per_expert = smooth is not None and smooth.dim() == 2
+    per_expert = smooth_scales is not None and smooth_scales.dim() == 2
     num_slots = top_k + len(shared_targets) if per_expert else 1
     num_rows = num_tokens * num_slots
     check_tensor(op, "rows", rows, dtypes=(torch.uint8,), shape=(None, None), device=device)
@@ -164,7 +164,7 @@ def push(
         raise ArgumentValueError(op, "rows", f"have {num_rows} rows at least", len(rows))
     payload, scales = split_rows(fmt, rows[:num_rows])
     per_slot = expert_ids if per_expert else None
-    write_rows(op, x, fmt, payload, scales, smooth, expert_ids=per_slot, num_slots=num_slots)
+    write_rows(op, x, fmt, payload, scales, smooth_scales, expert_ids=per_slot, num_slots=num_slots)
 
     weight_dtype = None if headers[0].weights is None else headers[0].weights.dtype
     num_experts = len(routing.counts)
@@ -175,14 +175,14 @@ def push(
         _header_table(headers, tuple(shared_targets), num_shared_ranks, device),
         expert_ids.contiguous(),
         routing.counts,
-        routing.order,
+        routing.sorted_slot_ids,
         None if weights is None else weights.contiguous(),
         num_tokens,
         top_k,
         len(shared_targets),
         num_experts,
         experts_per_rank,
-        headers[0].copies.numel(),
+        headers[0].slot_ids.numel(),
         WEIGHT=None if weight_dtype is None else _TRITON_DTYPES[weight_dtype],
         BLOCK=line.block,
         TOKENS=max(line.block // slots, 1),
@@ -201,7 +201,7 @@ def _header_table(
         (
             header.num_tokens.data_ptr(),
             header.counts.data_ptr(),
-            header.copies.data_ptr(),
+            header.slot_ids.data_ptr(),
             0 if header.weights is None else header.weights.data_ptr(),
         )
         for header in headers
@@ -225,7 +225,7 @@ def _table_of(
     records = [(*record, role) for record, role in zip(addresses, roles, strict=True)]
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise UnavailableError(
-            "push",
+            "dispatch_send",
             "these windows are new to this device, which a graph cannot learn of: before it is "
             "captured, the same calls must have been made once for every slot of the ring",
         )

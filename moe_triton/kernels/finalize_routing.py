@@ -85,7 +85,7 @@ def _finalize_kernel(
         tl.store(out_ptr + token * hidden + here, narrow(total, DTYPE), mask=inside)
 
 
-def finalize(
+def finalize_routing(
     rows: torch.Tensor,
     index: torch.Tensor,
     weights: torch.Tensor | None,
@@ -94,7 +94,7 @@ def finalize(
     skips: tuple[torch.Tensor | None, torch.Tensor | None],
     out: torch.Tensor,
 ) -> None:
-    """Sum the rows of each token and their experts' biases; see ``ref.finalize``.
+    """Sum the rows of each token and their experts' biases; see ``ref.finalize_routing``.
 
     Args:
         rows: [N, H] fp16, bf16, fp32 or fp64; all others of their dtype, but the integers.

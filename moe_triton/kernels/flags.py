@@ -60,7 +60,7 @@ def _nanoseconds():
         [tl.arange(0, 32)],
         dtype=tl.int64,
         is_pure=False,
-        pack=1,
+        gather_rows=1,
     )
     return tl.max(ticks, axis=0)
 

@@ -26,7 +26,7 @@ def gather_quant(
     x: torch.Tensor,
     index: torch.Tensor,
     fmt: RowFormat,
-    smooth: torch.Tensor | None,
+    smooth_scales: torch.Tensor | None,
     expert_ids: torch.Tensor | None,
     out: torch.Tensor,
     scales: torch.Tensor | None = None,
@@ -38,9 +38,9 @@ def gather_quant(
         index: [T, K + NS] int32 or int64 row of ``out`` for each slot of each token, or
             ``NOWHERE``. A row is named once at most.
         fmt: scheme, dtypes and block of the rows; its stride is not looked at.
-        smooth: [1] or [H] fp32 factors of all copies, [NS + E, H] factors of each expert, those of
-            shared experts first; or None.
-        expert_ids: [T, K], needed where ``smooth`` has a row for each expert.
+        smooth_scales: [1] or [H] fp32 factors of all copies, [NS + E, H] factors of each expert,
+            those of shared experts first; or None.
+        expert_ids: [T, K], needed where ``smooth_scales`` has a row for each expert.
         out: [A, H] output, of the payload's dtype; rows that are not named stay untouched.
         scales: [A] or [A, C] output of the scales' dtype, or None for a scheme without scales.
 
@@ -51,7 +51,7 @@ def gather_quant(
     """
     op = "gather_quant"
     check_tensor(op, "index", index, dtypes=INDICES, shape=(len(x), None), device=x.device)
-    per_expert = smooth is not None and smooth.dim() == 2
+    per_expert = smooth_scales is not None and smooth_scales.dim() == 2
     if per_expert:
         if expert_ids is None:
             raise MissingArgumentError(op, "expert_ids", "choose the factors of each copy", None)
@@ -65,7 +65,7 @@ def gather_quant(
         fmt,
         out,
         scales,
-        smooth,
+        smooth_scales,
         index=index,
         expert_ids=expert_ids if per_expert else None,
         num_slots=index.shape[1],

@@ -8,7 +8,7 @@ may be a view over many windows whose rows overlap, so that an index counts 16 b
 
 Shapes: N rows in reach, n rows taken, H hidden size, A rows of the output.
 Bytes:  2 * n * (H * b + scale bytes), b bytes an element.
-Source: ``moe_triton.ref.pack``.
+Source: ``moe_triton.ref.gather_rows``.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _pack_kernel(
             tl.store(scale_ptr + row, scale, mask=active & once)
 
 
-def pack(
+def gather_rows(
     rows: torch.Tensor,
     index: torch.Tensor,
     fmt: RowFormat,
@@ -100,7 +100,7 @@ def pack(
         ArgumentTypeError: a wrong dtype.
         ArgumentValueError: a wrong shape, stride or device.
     """
-    op, device, num_rows = "pack", rows.device, index.numel()
+    op, device, num_rows = "gather_rows", rows.device, index.numel()
     check_tensor(
         op,
         "rows",
@@ -208,7 +208,7 @@ def _clear_kernel(
         tl.store(x_ptr + at, tl.zeros([ROWS, BLOCK], x_ptr.dtype.element_ty), mask=mask)
 
 
-def clear(x: torch.Tensor, index: torch.Tensor, count: torch.Tensor | None = None) -> None:
+def zero_padding(x: torch.Tensor, index: torch.Tensor, count: torch.Tensor | None = None) -> None:
     """Zero the rows of [A, C] ``x`` that ``index`` leaves empty.
 
     Args:

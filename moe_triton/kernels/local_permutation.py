@@ -7,7 +7,7 @@ With it each row looks up its expert by bisection, after a launch that sums the 
 
 Shapes: T tokens, K experts of a token, E experts, n rows.
 Bytes:  about n * 28 + T * K * 12, and E * 4 for each program; aligned n * 4 * log2(E) more.
-Source: ``moe_triton.ref.permutation``.
+Source: ``moe_triton.ref.local_permutation``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ..errors import ArgumentValueError
-from ..layout import NOWHERE, Permutation, Plan, Sources
+from ..layout import NOWHERE, LocalPermutation, RecvPermutation, RoutingPlan
 from . import launch_config
 from ._checks import FLOATS, INDICES, check_tensor
 from ._groups import check_load, find_row, number_groups
@@ -28,7 +28,7 @@ _NOWHERE = tl.constexpr(NOWHERE)
 @triton.jit(do_not_specialize=["num_experts", "num_positions", "capacity"])
 def _sorted_kernel(
     counts_ptr,  # [E] int32
-    order_ptr,  # [T * K] int32
+    sorted_slot_ids_ptr,  # [T * K] int32
     weights_ptr,  # [T * K] fp16 | bf16 | fp32 | fp64, or None
     ends_ptr,  # [E] int32
     offsets_ptr,  # [E] int32
@@ -52,15 +52,15 @@ def _sorted_kernel(
         expert = begin + tl.arange(0, EXPERTS)
         inside = expert < num_experts
         counts = tl.load(counts_ptr + expert, mask=inside, other=0)
-        ends = num_rows + tl.cumsum(counts, axis=0)
-        tl.store(ends_ptr + expert, ends, mask=inside & first_program)
-        kept = tl.minimum(ends, capacity)
+        recv_counts_cumsum = num_rows + tl.cumsum(counts, axis=0)
+        tl.store(ends_ptr + expert, recv_counts_cumsum, mask=inside & first_program)
+        kept = tl.minimum(recv_counts_cumsum, capacity)
         tl.store(offsets_ptr + expert, kept, mask=inside & first_program)
         # Both columns at once: triton-ascend has no store with a stride of two.
         column = tl.arange(0, 2)[None, :]
-        begins = ends[:, None] - tl.where(column == 0, counts[:, None], 0)
+        group_starts = recv_counts_cumsum[:, None] - tl.where(column == 0, counts[:, None], 0)
         at = expert[:, None] * 2 + column
-        tl.store(begins_ptr + at, begins, mask=(inside & first_program)[:, None])
+        tl.store(begins_ptr + at, group_starts, mask=(inside & first_program)[:, None])
         totals = counts.to(totals_ptr.dtype.element_ty)
         tl.store(totals_ptr + expert, totals, mask=inside & first_program)
         if load_ptr is not None:
@@ -72,7 +72,7 @@ def _sorted_kernel(
         row = begin + tl.arange(0, BLOCK)
         inside = row < capacity
         sent = row < num_rows
-        flat = tl.load(order_ptr + row, mask=row < num_positions, other=0)
+        flat = tl.load(sorted_slot_ids_ptr + row, mask=row < num_positions, other=0)
         place = tl.where(sent & inside, row, _NOWHERE)
         tl.store(places_ptr + flat, place.to(tl.int64), mask=row < num_positions)
         tl.store(source_ptr + row, tl.where(sent, 0, _NOWHERE).to(tl.int64), mask=inside)
@@ -90,7 +90,7 @@ def _aligned_kernel(
     offsets_ptr,  # [E] int32
     expert_ids_ptr,  # [T * K] int32 | int64
     expand_idx_ptr,  # [T * K] int32
-    order_ptr,  # [T * K] int32
+    sorted_slot_ids_ptr,  # [T * K] int32
     weights_ptr,  # [T * K] fp16 | bf16 | fp32 | fp64, or None
     source_ptr,  # [capacity] int64
     copy_ptr,  # [capacity] int64
@@ -110,7 +110,7 @@ def _aligned_kernel(
         inside = row < capacity
         source, copy = find_row(row, num_rows, begins_ptr, firsts_ptr, num_groups, 1, steps)
         real = inside & (source >= 0)
-        flat = tl.load(order_ptr + copy, mask=real, other=_NOWHERE)
+        flat = tl.load(sorted_slot_ids_ptr + copy, mask=real, other=_NOWHERE)
         tl.store(source_ptr + row, source.to(tl.int64), mask=inside)
         tl.store(copy_ptr + row, copy.to(tl.int64), mask=inside)
         tl.store(found_ptr + row, flat, mask=inside)
@@ -128,8 +128,8 @@ def _aligned_kernel(
         tl.store(places_ptr + flat, row.to(tl.int64), mask=inside)
 
 
-def permutation(
-    routing: Plan,
+def local_permutation(
+    routing: RoutingPlan,
     expert_ids: torch.Tensor,
     weights: torch.Tensor | None,
     *,
@@ -137,23 +137,23 @@ def permutation(
     capacity: int | None = None,
     load: torch.Tensor | None = None,
     totals_dtype: torch.dtype = torch.int64,
-) -> Permutation:
+) -> LocalPermutation:
     """Number the rows of a rank whose tokens and experts are its own.
 
     Args:
         routing: the plan of ``expert_ids``.
         expert_ids: [T, K] int32 or int64.
         weights: [T, K], or None.
-        alignment: as in ``sources``.
-        capacity: as in ``sources``.
-        load: as in ``arrivals``.
-        totals_dtype: as in ``arrivals``.
+        alignment: as in ``recv_permutation``.
+        capacity: as in ``recv_permutation``.
+        load: as in ``recv_row_index``.
+        totals_dtype: as in ``recv_row_index``.
 
     Raises:
         ArgumentTypeError: another dtype.
         ArgumentValueError: a wrong shape, or an alignment below 1.
     """
-    op, device = "permutation", expert_ids.device
+    op, device = "local_permutation", expert_ids.device
     shape = tuple(expert_ids.shape)
     check_tensor(op, "expert_ids", expert_ids, dtypes=INDICES, shape=(None, None), device=device)
     if weights is not None:
@@ -169,27 +169,29 @@ def permutation(
 
 
 def _sorted(
-    routing: Plan,
+    routing: RoutingPlan,
     weights: torch.Tensor | None,
     shape: tuple[int, ...],
     capacity: int | None,
     load: torch.Tensor | None,
     totals: torch.Tensor,
-) -> Permutation:
+) -> LocalPermutation:
     device, num_experts = routing.counts.device, len(routing.counts)
-    num_positions = routing.order.numel()
-    ends, offsets = torch.empty((2, num_experts), dtype=torch.int32, device=device).unbind()
-    begins = torch.empty((num_experts, 2), dtype=torch.int32, device=device)
+    num_positions = routing.sorted_slot_ids.numel()
+    recv_counts_cumsum, offsets = torch.empty(
+        (2, num_experts), dtype=torch.int32, device=device
+    ).unbind()
+    group_starts = torch.empty((num_experts, 2), dtype=torch.int32, device=device)
     num_rows = int(routing.counts.sum()) if capacity is None else capacity
     rows = _rows(num_rows, shape, weights, device)
     line = launch_config.line(device, max(num_rows, num_positions, 1))
     _sorted_kernel[(line.num_programs,)](
         routing.counts,
-        routing.order,
+        routing.sorted_slot_ids,
         weights,
-        ends,
+        recv_counts_cumsum,
         offsets,
-        begins,
+        group_starts,
         *rows,
         load,
         totals,
@@ -200,36 +202,36 @@ def _sorted(
         BLOCK=line.block,
         num_warps=line.num_warps,
     )
-    source, copy, found, places, received = rows
-    numbering = Sources(source, copy, ends, offsets, begins)
-    return Permutation(numbering, found, places, received, totals)
+    source, copy, found, row_index, received = rows
+    numbering = RecvPermutation(source, copy, recv_counts_cumsum, offsets, group_starts)
+    return LocalPermutation(numbering, found, row_index, received, totals)
 
 
 def _aligned(
-    routing: Plan,
+    routing: RoutingPlan,
     expert_ids: torch.Tensor,
     weights: torch.Tensor | None,
     alignment: int,
     capacity: int | None,
     load: torch.Tensor | None,
     totals: torch.Tensor,
-) -> Permutation:
+) -> LocalPermutation:
     device = expert_ids.device
     counts = routing.counts[:, None]
-    groups = number_groups("permutation", counts, alignment, capacity, load, totals)
+    groups = number_groups("local_permutation", counts, alignment, capacity, load, totals)
     num_rows = groups.rows(capacity)
     rows = _rows(num_rows, tuple(expert_ids.shape), weights, device)
     line = launch_config.line(device, max(num_rows, expert_ids.numel(), 1))
     _aligned_kernel[(line.num_programs,)](
-        groups.begins,
-        groups.copies,
+        groups.group_starts,
+        groups.slot_ids,
         groups.offsets,
         expert_ids.contiguous(),
-        routing.expand_idx,
-        routing.order,
+        routing.position_in_expert,
+        routing.sorted_slot_ids,
         weights,
         *rows,
-        groups.begins.numel(),
+        groups.group_starts.numel(),
         len(routing.counts),
         expert_ids.numel(),
         num_rows,
@@ -237,9 +239,11 @@ def _aligned(
         BLOCK=line.block,
         num_warps=line.num_warps,
     )
-    source, copy, found, places, received = rows
-    numbering = Sources(source, copy, groups.ends, groups.offsets, groups.begins)
-    return Permutation(numbering, found, places, received, totals)
+    source, copy, found, row_index, received = rows
+    numbering = RecvPermutation(
+        source, copy, groups.recv_counts_cumsum, groups.offsets, groups.group_starts
+    )
+    return LocalPermutation(numbering, found, row_index, received, totals)
 
 
 def _rows(
@@ -248,8 +252,8 @@ def _rows(
     """Memory for source, copy, number, place and weight."""
     source, copy = torch.empty((2, num_rows), dtype=torch.int64, device=device).unbind()
     found = torch.empty(num_rows, dtype=torch.int32, device=device)
-    places = torch.empty(shape, dtype=torch.int64, device=device)
+    row_index = torch.empty(shape, dtype=torch.int64, device=device)
     received = None
     if weights is not None:
         received = torch.empty(num_rows, dtype=weights.dtype, device=device)
-    return source, copy, found, places, received
+    return source, copy, found, row_index, received

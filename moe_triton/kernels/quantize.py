@@ -8,9 +8,9 @@
     return   s = max |x| * (1 / 127);  code = int8(fp16(x / s));  scale = s in 16 bits
 
 One kernel writes rows in any of these schemes, or as they are, to one place or to several. In its
-eyes "token" and "divide" have one group for a row. A token row is read once and quantised once,
-unless each of its copies has smooth factors of its own, or it is longer than a tile: then it comes
-from the cache.
+eyes "per_row" and "per_row_div" have one group for a row. A token row is read once and quantised
+once, unless each of its copies has smooth factors of its own, or it is longer than a tile: then it
+comes from the cache.
 
 Shapes: T tokens, H hidden size, S places of a token, A rows of the output, C scales of a row, G
         elements of a group.
@@ -47,18 +47,18 @@ _PAYLOADS = {
     torch.float8_e5m2: (57344.0, 2),
 }
 _MX_BLOCK = 32
-_SMOOTH_SCHEMES = ("static", "token", "divide", "group")
-_INT8_SCHEMES = ("static", "divide", "return")
+_SMOOTH_SCHEMES = ("static", "per_row", "per_row_div", "group")
+_INT8_SCHEMES = ("static", "per_row_div", "block8")
 
 
 @triton.jit
 def _quantize(t, factor, SCHEME: tl.constexpr, MAX: tl.constexpr, MANTISSA: tl.constexpr):
     """[R, G, L] fp32 to codes, with the [R, G, 1] factor that ``_factor_and_scale`` made."""
-    if SCHEME == "return":
+    if SCHEME == "block8":
         # Here the factor is a divisor. Where it has lost bits the quotient can pass 127.
         y = tl.div_rn(t, tl.broadcast_to(factor, t.shape))
         codes = int8_code(y.to(tl.float16).to(tl.float32), -127.0)
-    elif SCHEME == "divide":
+    elif SCHEME == "per_row_div":
         codes = int8_code(tl.div_rn(t, tl.broadcast_to(factor, t.shape)), -127.0)
     elif SCHEME == "mx":
         y = tl.minimum(tl.maximum(t * factor, -MAX), MAX)
@@ -82,10 +82,10 @@ def _factor_and_scale(largest, SCHEME: tl.constexpr, MAX: tl.constexpr, MANTISSA
         bits = tl.where(exponent == 255, 0x7FC00000, (254 - code) << 23)
         factor = bits.to(tl.float32, bitcast=True)
         scale = tl.where(exponent == 255, 255, code).to(tl.uint8)
-    elif SCHEME == "return":
+    elif SCHEME == "block8":
         factor = amax * (1.0 / 127.0)
         scale = factor
-    elif SCHEME == "divide":
+    elif SCHEME == "per_row_div":
         factor = tl.div_rn(amax, tl.full(amax.shape, MAX, tl.float32))
         scale = factor
     else:
@@ -97,14 +97,14 @@ def _factor_and_scale(largest, SCHEME: tl.constexpr, MAX: tl.constexpr, MANTISSA
 
 
 @triton.jit
-def _smoothed(x, smooth_ptr, smooth_at, mask, ONE_FACTOR: tl.constexpr):
+def _smoothed(x, smooth_scales_ptr, smooth_at, mask, ONE_FACTOR: tl.constexpr):
     """Tokens times their factors, as fp32."""
     t = to_float32(x)
-    if smooth_ptr is not None:
+    if smooth_scales_ptr is not None:
         if ONE_FACTOR:
-            t = t * tl.load(smooth_ptr)
+            t = t * tl.load(smooth_scales_ptr)
         else:
-            t = t * tl.load(smooth_ptr + smooth_at, mask=mask, other=0.0)
+            t = t * tl.load(smooth_scales_ptr + smooth_at, mask=mask, other=0.0)
     return t
 
 
@@ -143,7 +143,7 @@ def _destination(index_ptr, first_token, slot, num_slots, num_rows, num_tokens, 
 )
 def _write_rows_kernel(
     x_ptr,  # [T, H] fp16 | bf16 | fp32 | fp64, for the scheme "none" integers as wide
-    smooth_ptr,  # [1], [H], [T, H] or [NS + E, H] fp32, or None
+    smooth_scales_ptr,  # [1], [H], [T, H] or [NS + E, H] fp32, or None
     expert_ids_ptr,  # [T, K] int32 | int64 where each slot has smooth factors of its own, or None
     index_ptr,  # [T, S] int32 | int64 rows of out, negative for none; None for row t * S + slot
     count_ptr,  # [1] int32 tokens that there are, or None for T
@@ -213,7 +213,7 @@ def _write_rows_kernel(
 
             if SCALED:
                 if WHOLE:
-                    t = _smoothed(x, smooth_ptr, smooth_at, mask, FACTORS == "one")
+                    t = _smoothed(x, smooth_scales_ptr, smooth_at, mask, FACTORS == "one")
                     largest = _largest(t, ROWS, GROUPS, LANES)
                 else:
                     largest = tl.zeros([ROWS, GROUPS], tl.int32)
@@ -222,7 +222,7 @@ def _write_rows_kernel(
                         part_mask = active[:, None] & in_group[None, :]
                         part = tl.load(x_ptr + x_at + start, mask=part_mask, other=0)
                         at = smooth_at + start
-                        part = _smoothed(part, smooth_ptr, at, part_mask, FACTORS == "one")
+                        part = _smoothed(part, smooth_scales_ptr, at, part_mask, FACTORS == "one")
                         largest = tl.maximum(largest, _largest(part, ROWS, GROUPS, LANES))
                 factor, scale = _factor_and_scale(largest, SCHEME, MAX, MANTISSA)
                 if SCHEME != "mx":
@@ -240,7 +240,7 @@ def _write_rows_kernel(
                     codes = part
                 else:
                     at = smooth_at + start
-                    part = _smoothed(part, smooth_ptr, at, part_mask, FACTORS == "one")
+                    part = _smoothed(part, smooth_scales_ptr, at, part_mask, FACTORS == "one")
                     if SCHEME == "static":
                         codes = int8_code(part, -128.0)
                     else:
@@ -277,46 +277,46 @@ def quantize_static(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_rows(
-    x: torch.Tensor, smooth: torch.Tensor | None = None, dtype: torch.dtype = torch.int8
+    x: torch.Tensor, smooth_scales: torch.Tensor | None = None, dtype: torch.dtype = torch.int8
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise each row with a scale of its own, as ``ref.quantize_rows``.
 
     Args:
         x: [R, H] floating point.
-        smooth: [R, H] or [H] fp32, or None for no factor.
+        smooth_scales: [R, H] or [H] fp32, or None for no factor.
         dtype: int8, float8_e4m3fn or float8_e5m2.
 
     Returns:
         q: [R, H] of ``dtype``.
         scale: [R] fp32.
     """
-    fmt = RowFormat(dtype, x.shape[1], 0, "token")
-    q, scale = _quantized("quantize_rows", x, fmt, smooth)
+    fmt = RowFormat(dtype, x.shape[1], 0, "per_row")
+    q, scale = _quantized("quantize_rows", x, fmt, smooth_scales)
     return q, scale[:, 0]
 
 
 def quantize_by_division(
-    x: torch.Tensor, smooth: torch.Tensor | None = None
+    x: torch.Tensor, smooth_scales: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise each row to int8, as ``ref.quantize_by_division``.
 
     Args:
         x: [R, H] floating point.
-        smooth: [R, H] or [H] fp32, or None for no factor.
+        smooth_scales: [R, H] or [H] fp32, or None for no factor.
 
     Returns:
         q: [R, H] int8.
         scale: [R] fp32.
     """
-    fmt = RowFormat(torch.int8, x.shape[1], 0, "divide")
-    q, scale = _quantized("quantize_by_division", x, fmt, smooth)
+    fmt = RowFormat(torch.int8, x.shape[1], 0, "per_row_div")
+    q, scale = _quantized("quantize_by_division", x, fmt, smooth_scales)
     return q, scale[:, 0]
 
 
 def quantize_groups(
     x: torch.Tensor,
     group: int,
-    smooth: torch.Tensor | None = None,
+    smooth_scales: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float8_e4m3fn,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise each ``group`` consecutive elements of a row, as ``ref.quantize_groups``.
@@ -326,7 +326,7 @@ def quantize_groups(
         scale: [R, ceil(H / group)] fp32.
     """
     fmt = RowFormat(dtype, x.shape[1], 0, "group", block=group)
-    return _quantized("quantize_groups", x, fmt, smooth)
+    return _quantized("quantize_groups", x, fmt, smooth_scales)
 
 
 def quantize_mx(
@@ -360,16 +360,16 @@ def quantize_blocks(
         q: [R, H] int8.
         scale: [R, H / block] of ``scale_dtype``.
     """
-    fmt = RowFormat(torch.int8, x.shape[1], 0, "return", scale_dtype=scale_dtype, block=block)
+    fmt = RowFormat(torch.int8, x.shape[1], 0, "block8", scale_dtype=scale_dtype, block=block)
     return _quantized("quantize_blocks", x, fmt)
 
 
 def _quantized(
-    op: str, x: torch.Tensor, fmt: RowFormat, smooth: torch.Tensor | None = None
+    op: str, x: torch.Tensor, fmt: RowFormat, smooth_scales: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     q = torch.empty(x.shape, dtype=fmt.dtype, device=x.device)
     scales = torch.empty((len(x), fmt.num_scales), dtype=fmt.scale_dtype, device=x.device)
-    write_rows(op, x, fmt, q, scales, smooth)
+    write_rows(op, x, fmt, q, scales, smooth_scales)
     return q, scales
 
 
@@ -377,7 +377,7 @@ def encode(
     x: torch.Tensor,
     fmt: RowFormat,
     rows: torch.Tensor,
-    smooth: torch.Tensor | None = None,
+    smooth_scales: torch.Tensor | None = None,
     count: torch.Tensor | None = None,
 ) -> None:
     """Write [R, H] tokens into [R, stride] uint8 ``rows`` as they travel; padding is left.
@@ -386,14 +386,15 @@ def encode(
         x: the tokens.
         fmt: of the rows.
         rows: output.
-        smooth: [R, H] or [H] fp32 factors of the schemes that take such; of "static" also [1].
+        smooth_scales: [R, H] or [H] fp32 factors of the schemes that take such; of "static" also
+            [1].
         count: [1] int32 on the device: only so many rows are written; None for all R.
     """
     check_tensor(
         "encode", "rows", rows, dtypes=(torch.uint8,), shape=(len(x), None), device=x.device
     )
     payload, scales = split_rows(fmt, rows)
-    write_rows("encode", x, fmt, payload, scales, smooth, count=count)
+    write_rows("encode", x, fmt, payload, scales, smooth_scales, count=count)
 
 
 def split_rows(fmt: RowFormat, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -407,7 +408,7 @@ def write_rows(
     fmt: RowFormat,
     out: torch.Tensor,
     scales: torch.Tensor | None,
-    smooth: torch.Tensor | None = None,
+    smooth_scales: torch.Tensor | None = None,
     *,
     index: torch.Tensor | None = None,
     expert_ids: torch.Tensor | None = None,
@@ -422,7 +423,7 @@ def write_rows(
         fmt: the scheme, its dtypes and its block; not its stride.
         out: [A, H] of ``fmt.dtype``, written.
         scales: [A, C] of ``fmt.scale_dtype``, written; None for a scheme without scales.
-        smooth: [1], [H] or [T, H] fp32 factors, or with ``expert_ids`` [NS + E, H], or None.
+        smooth_scales: [1], [H] or [T, H] fp32 factors, or with ``expert_ids`` [NS + E, H], or None.
         index: [T, S] rows of ``out``, negative for a slot without one; None for t * S + slot.
         expert_ids: [T, K] where slot k has the factors NS + expert_ids[t, k], and slot K + j
             those of shared expert j; or None.
@@ -430,21 +431,23 @@ def write_rows(
         count: [1] int32 on the device: only so many tokens are written; None for all T.
     """
     num_tokens, hidden = x.shape
-    _check_rows(op, x, fmt, out, scales, smooth, expert_ids is not None)
+    _check_rows(op, x, fmt, out, scales, smooth_scales, expert_ids is not None)
     if count is not None:
         check_tensor(op, "count", count, dtypes=(torch.int32,), shape=(1,), device=x.device)
     if num_tokens == 0 or num_slots == 0 or out.numel() == 0:
         return
     # The rows of a tensor may lie apart, its columns may not.
     x = x if x.stride(1) == 1 else x.contiguous()
-    if smooth is None or fmt.scheme not in _SMOOTH_SCHEMES:
-        smooth = expert_ids = None
+    if smooth_scales is None or fmt.scheme not in _SMOOTH_SCHEMES:
+        smooth_scales = expert_ids = None
         factors = "none"
     else:
-        factors = "rows" if smooth.dim() == 2 else "row" if smooth.numel() > 1 else "one"
-        smooth = smooth.contiguous()
+        factors = (
+            "rows" if smooth_scales.dim() == 2 else "row" if smooth_scales.numel() > 1 else "one"
+        )
+        smooth_scales = smooth_scales.contiguous()
     top_k = 0 if expert_ids is None else expert_ids.shape[1]
-    num_experts = 0 if smooth is None else len(smooth) - (num_slots - top_k)
+    num_experts = 0 if smooth_scales is None else len(smooth_scales) - (num_slots - top_k)
     maximum, mantissa = _PAYLOADS.get(fmt.dtype, (0.0, 0))
     if fmt.scheme == "none":
         words = WORDS[x.element_size()]
@@ -465,7 +468,7 @@ def write_rows(
     unit = math.gcd(16, hidden, step, x.stride(0), out.stride(0))
     _write_rows_kernel[(tiles.num_programs,)](
         x,
-        smooth,
+        smooth_scales,
         None if expert_ids is None else expert_ids.contiguous(),
         None if index is None else index.contiguous(),
         count,
@@ -504,7 +507,7 @@ def _check_rows(
     fmt: RowFormat,
     out: torch.Tensor,
     scales: torch.Tensor | None,
-    smooth: torch.Tensor | None,
+    smooth_scales: torch.Tensor | None,
     per_slot: bool,
 ) -> None:
     device, columns = x.device, x.shape[1]
@@ -516,8 +519,10 @@ def _check_rows(
         raise ArgumentTypeError(op, "dtype", f"be one of {[*_PAYLOADS]}", fmt.dtype)
     if fmt.scheme in _INT8_SCHEMES and fmt.dtype != torch.int8:
         raise ArgumentTypeError(op, "dtype", f"be torch.int8 for {fmt.scheme}", fmt.dtype)
-    if fmt.scheme == "static" and smooth is None:
-        raise MissingArgumentError(op, "smooth", "hold the factors of the scheme static", None)
+    if fmt.scheme == "static" and smooth_scales is None:
+        raise MissingArgumentError(
+            op, "smooth_scales", "hold the factors of the scheme static", None
+        )
     if (scales is None) != (fmt.scheme in ("none", "static")):
         contract = f"be None just for the schemes without scales, this is {fmt.scheme!r}"
         raise ArgumentValueError(op, "scales", contract, scales if scales is None else "a tensor")
@@ -537,19 +542,21 @@ def _check_rows(
             device=device,
             strided_columns=False,
         )
-    if smooth is not None:
-        _check_factors(op, smooth, x, per_slot)
+    if smooth_scales is not None:
+        _check_factors(op, smooth_scales, x, per_slot)
 
 
-def _check_factors(op: str, smooth: torch.Tensor, x: torch.Tensor, per_slot: bool) -> None:
+def _check_factors(op: str, smooth_scales: torch.Tensor, x: torch.Tensor, per_slot: bool) -> None:
     hidden = x.shape[1]
-    if smooth.dim() == 1 and smooth.numel() == 1 and not per_slot:
+    if smooth_scales.dim() == 1 and smooth_scales.numel() == 1 and not per_slot:
         shape: tuple[int | None, ...] = (1,)
-    elif smooth.dim() == 1 and not per_slot:
+    elif smooth_scales.dim() == 1 and not per_slot:
         shape = (hidden,)
     else:
         shape = (None if per_slot else len(x), hidden)
-    check_tensor(op, "smooth", smooth, dtypes=(torch.float32,), shape=shape, device=x.device)
+    check_tensor(
+        op, "smooth_scales", smooth_scales, dtypes=(torch.float32,), shape=shape, device=x.device
+    )
 
 
 @triton.jit(
@@ -605,7 +612,7 @@ def _decode_kernel(
 
 
 def decode(rows: torch.Tensor, fmt: RowFormat, out: torch.Tensor) -> None:
-    """Write into [R, H] ``out`` what [R, stride] uint8 rows of the scheme "return" stand for.
+    """Write into [R, H] ``out`` what [R, stride] uint8 rows of the scheme "block8" stand for.
 
     That is q * scale in fp32, rounded to the dtype of ``out``.
     """
@@ -620,7 +627,7 @@ def decode(rows: torch.Tensor, fmt: RowFormat, out: torch.Tensor) -> None:
         device=device,
         strided_columns=False,
     )
-    if fmt.scheme != "return":
+    if fmt.scheme != "block8":
         raise ArgumentValueError(op, "fmt", "have the scheme 'return'", repr(fmt.scheme))
     if out.numel() == 0:
         return

@@ -9,7 +9,7 @@ Example: two local experts, three sources, counts [[1, 0, 2], [2, 1, 0]]:
 
 Shapes: L local experts, W sources, n rows.
 Bytes:  about L * W * 24 + n * (16 + 4 * log2(L * W)), the latter from the cache.
-Source: ``moe_triton.ref.sources``.
+Source: ``moe_triton.ref.recv_permutation``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..layout import Sources
+from ..layout import RecvPermutation
 from . import launch_config
 from ._groups import find_row, number_groups
 
@@ -26,7 +26,7 @@ from ._groups import find_row, number_groups
 @triton.jit(do_not_specialize=["num_groups", "num_experts", "world", "capacity", "steps"])
 def _sources_kernel(
     begins_ptr,  # [L * (W + 1)] int32
-    copies_ptr,  # [L * (W + 1)] int32
+    slot_ids_ptr,  # [L * (W + 1)] int32
     offsets_ptr,  # [L] int32
     source_ptr,  # [capacity] int64
     copy_ptr,  # [capacity] int64
@@ -40,12 +40,14 @@ def _sources_kernel(
     num_rows = tl.load(offsets_ptr + num_experts - 1)
     for begin in range(tl.program_id(0) * BLOCK, capacity, tl.num_programs(0) * BLOCK):
         row = begin + tl.arange(0, BLOCK)
-        source, copy = find_row(row, num_rows, begins_ptr, copies_ptr, num_groups, world, steps)
+        source, copy = find_row(row, num_rows, begins_ptr, slot_ids_ptr, num_groups, world, steps)
         tl.store(source_ptr + row, source.to(tl.int64), mask=row < capacity)
         tl.store(copy_ptr + row, copy.to(tl.int64), mask=row < capacity)
 
 
-def sources(counts: torch.Tensor, alignment: int = 1, capacity: int | None = None) -> Sources:
+def recv_permutation(
+    counts: torch.Tensor, alignment: int = 1, capacity: int | None = None
+) -> RecvPermutation:
     """Number the rows that [L, W] int32 ``counts`` (local expert, source) announce.
 
     Args:
@@ -59,19 +61,19 @@ def sources(counts: torch.Tensor, alignment: int = 1, capacity: int | None = Non
         ArgumentTypeError: another dtype.
         ArgumentValueError: a wrong shape, or an alignment below 1.
     """
-    groups = number_groups("sources", counts, alignment, capacity)
+    groups = number_groups("recv_permutation", counts, alignment, capacity)
     device, (num_experts, world) = counts.device, counts.shape
     num_rows = groups.rows(capacity)
     source, copy = torch.empty((2, num_rows), dtype=torch.int64, device=device).unbind()
     if num_rows:
         line = launch_config.line(device, num_rows)
         _sources_kernel[(line.num_programs,)](
-            groups.begins,
-            groups.copies,
+            groups.group_starts,
+            groups.slot_ids,
             groups.offsets,
             source,
             copy,
-            groups.begins.numel(),
+            groups.group_starts.numel(),
             num_experts,
             world,
             num_rows,
@@ -79,4 +81,6 @@ def sources(counts: torch.Tensor, alignment: int = 1, capacity: int | None = Non
             BLOCK=line.block,
             num_warps=line.num_warps,
         )
-    return Sources(source, copy, groups.ends, groups.offsets, groups.begins)
+    return RecvPermutation(
+        source, copy, groups.recv_counts_cumsum, groups.offsets, groups.group_starts
+    )

@@ -5,7 +5,7 @@
     order         positions sorted by (expert, position): i comes to start[e] + expand_idx[i]
 
 Example: expert_ids [[0, 2], [2, 1], [0, 3]], E = 4:
-    counts [2, 1, 2, 1], expand_idx [0, 0, 1, 0, 1, 0], order [0, 4, 3, 1, 2, 5]
+    counts [2, 1, 2, 1], expand_idx [0, 0, 1, 0, 1, 0], sorted_slot_ids [0, 4, 3, 1, 2, 5]
 
 Everything is counted, so every run gives the same plan. Ids beyond [0, E) count as expert E, which
 is sorted last and not sent. Few positions are compared with each other, all with all, in a single
@@ -14,7 +14,7 @@ it.
 
 Shapes: N = T * K positions, E experts, B blocks.
 Bytes:  few: reads N * 4 for each program; many: about N * 16 + B * E * 12.
-Source: ``moe_triton.ref.plan``.
+Source: ``moe_triton.ref.routing_plan``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..layout import NOWHERE, Plan, RoutingCopies
+from ..layout import NOWHERE, RoutingCopies, RoutingPlan
 from . import launch_config
 from ._checks import FLOATS, INDICES, check_tensor
 
@@ -58,7 +58,7 @@ def _plan_few_kernel(
     expert_ids_ptr,  # [N] int32 | int64
     counts_ptr,  # [E] int32
     expand_idx_ptr,  # [N] int32
-    order_ptr,  # [N] int32
+    sorted_slot_ids_ptr,  # [N] int32
     ids_copy_ptr,  # [N] int32, or None
     weights_ptr,  # [N] fp16 | bf16 | fp32 | fp64, or None
     weights_copy_ptr,  # [N] of the weights' dtype, or None
@@ -83,7 +83,7 @@ def _plan_few_kernel(
         _keep(expert_ids_ptr, ids_copy_ptr, weights_ptr, weights_copy_ptr, position, inside)
         rank = tl.where(expert < num_experts, earlier, _NOWHERE)
         tl.store(expand_idx_ptr + position, rank, mask=inside)
-        tl.store(order_ptr + lower + earlier, position, mask=inside)
+        tl.store(sorted_slot_ids_ptr + lower + earlier, position, mask=inside)
     for own in range(tl.program_id(0) * OWN, num_experts, tl.num_programs(0) * OWN):
         expert = own + tl.arange(0, OWN)
         count = tl.zeros([OWN], tl.int32)
@@ -165,7 +165,7 @@ def _rank_kernel(
     starts_ptr,  # [B, E + 1] int32
     first_ptr,  # [E + 1] int32
     expand_idx_ptr,  # [N] int32
-    order_ptr,  # [N] int32
+    sorted_slot_ids_ptr,  # [N] int32
     ids_copy_ptr,  # [N] int32, or None
     weights_ptr,  # [N] fp16 | bf16 | fp32 | fp64, or None
     weights_copy_ptr,  # [N] of the weights' dtype, or None
@@ -193,10 +193,12 @@ def _rank_kernel(
         rank = place - tl.load(first_ptr + expert, mask=inside, other=0)
         rank = tl.where(expert < num_experts, rank, _NOWHERE)
         tl.store(expand_idx_ptr + position, rank, mask=inside)
-        tl.store(order_ptr + place, position, mask=inside)
+        tl.store(sorted_slot_ids_ptr + place, position, mask=inside)
 
 
-def plan(expert_ids: torch.Tensor, num_experts: int, kept: RoutingCopies | None = None) -> Plan:
+def routing_plan(
+    expert_ids: torch.Tensor, num_experts: int, kept: RoutingCopies | None = None
+) -> RoutingPlan:
     """Count and rank the copies of [T, K] ``expert_ids``; ids beyond [0, E) are not sent.
 
     Args:
@@ -212,18 +214,18 @@ def plan(expert_ids: torch.Tensor, num_experts: int, kept: RoutingCopies | None 
     check_tensor(
         "plan", "expert_ids", expert_ids, dtypes=INDICES, shape=(None, None), device=device
     )
-    copies = _copies(expert_ids, kept)
+    slot_ids = _copies(expert_ids, kept)
     ids = expert_ids.contiguous().view(-1)
     num_positions = ids.numel()
     counts = torch.empty(num_experts, dtype=torch.int32, device=device)
-    expand_idx = torch.empty(num_positions, dtype=torch.int32, device=device)
+    position_in_expert = torch.empty(num_positions, dtype=torch.int32, device=device)
     order = torch.empty(num_positions, dtype=torch.int32, device=device)
-    routing = Plan(counts, expand_idx, order)
+    routing = RoutingPlan(counts, position_in_expert, order)
     shape = launch_config.plan_launch(device, num_positions)
     if shape.compare:
-        _plan_few(ids, num_experts, routing, copies, shape)
+        _plan_few(ids, num_experts, routing, slot_ids, shape)
     else:
-        _plan_many(ids, num_experts, routing, copies, shape)
+        _plan_many(ids, num_experts, routing, slot_ids, shape)
     return routing
 
 
@@ -248,15 +250,15 @@ def _copies(expert_ids: torch.Tensor, kept: RoutingCopies | None) -> _Copies:
 def _plan_few(
     ids: torch.Tensor,
     num_experts: int,
-    routing: Plan,
-    copies: _Copies,
+    routing: RoutingPlan,
+    slot_ids: _Copies,
     shape: launch_config.PlanLaunch,
 ) -> None:
     work = triton.cdiv(max(ids.numel(), num_experts, 1), shape.own)
     _plan_few_kernel[(min(work, shape.num_programs),)](
         ids,
         *routing,
-        *copies,
+        *slot_ids,
         ids.numel(),
         num_experts,
         OWN=shape.own,
@@ -268,8 +270,8 @@ def _plan_few(
 def _plan_many(
     ids: torch.Tensor,
     num_experts: int,
-    routing: Plan,
-    copies: _Copies,
+    routing: RoutingPlan,
+    slot_ids: _Copies,
     shape: launch_config.PlanLaunch,
 ) -> None:
     device, bins, block = ids.device, num_experts + 1, shape.own
@@ -297,9 +299,9 @@ def _plan_many(
         ids,
         starts,
         first,
-        routing.expand_idx,
-        routing.order,
-        *copies,
+        routing.position_in_expert,
+        routing.sorted_slot_ids,
+        *slot_ids,
         *sizes,
         BLOCK=block,
         OTHERS=shape.others,

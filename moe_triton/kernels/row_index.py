@@ -1,7 +1,8 @@
 """Where rows are: those that arrive, and those that come back.
 
-    arrivals  row i is copy ``copies[source, copy]``, at ``origins[source] + row * step``
-    returns   slot (t, k) is at ``origins[holder] + (begins[holder, expert, rank] + place) * step``
+    arrivals  row i is copy ``slot_ids[source, copy]``, at ``origins[source] + row * step``
+    returns   slot (t, k) is at ``origins[holder] + (group_starts[holder, expert, rank] + place) *
+    step``
 
 Everything is computed from counts that all ranks know, row by row and slot by slot.
 
@@ -20,7 +21,7 @@ import triton
 import triton.language as tl
 
 from ..errors import ArgumentValueError, MissingArgumentError
-from ..layout import NOWHERE, Arrivals, Plan, Sources
+from ..layout import NOWHERE, RecvPermutation, RecvRowIndex, RoutingPlan
 from . import launch_config
 from ._checks import FLOATS, INDICES, check_tensor
 from ._groups import UNLIMITED, find_row, number_groups
@@ -35,10 +36,10 @@ _NOWHERE = tl.constexpr(NOWHERE)
         "world",
         "capacity",
         "steps",
-        "num_copies",
-        "copies_stride",
+        "num_slot_ids",
+        "slot_ids_stride",
         "weights_stride",
-        "copies_per_row",
+        "slots_per_row",
         "row_step",
         "table_stride",
     ]
@@ -47,7 +48,7 @@ def _arrivals_kernel(
     begins_ptr,  # [L * (W + 1)] int32
     firsts_ptr,  # [L * (W + 1)] int32
     offsets_ptr,  # [L] int32
-    copies_ptr,  # [W, C] int32
+    slot_ids_ptr,  # [W, C] int32
     weights_ptr,  # [W, C] fp32 | fp64, or None
     origins_ptr,  # [W] int64, or None
     table_ptr,  # [W, R] int64, or None
@@ -61,10 +62,10 @@ def _arrivals_kernel(
     world,
     capacity,
     steps,
-    num_copies,
-    copies_stride,
+    num_slot_ids,
+    slot_ids_stride,
     weights_stride,
-    copies_per_row,
+    slots_per_row,
     row_step,
     table_stride,
     BLOCK: tl.constexpr,
@@ -75,10 +76,10 @@ def _arrivals_kernel(
         inside = row < capacity
         source, copy = find_row(row, num_rows, begins_ptr, firsts_ptr, num_groups, world, steps)
         # A source that names an expert twice for a token has no room for all of its copies.
-        real = inside & (source >= 0) & (copy < num_copies)
+        real = inside & (source >= 0) & (copy < num_slot_ids)
         source, copy = source.to(tl.int64), copy.to(tl.int64)
-        found = tl.load(copies_ptr + source * copies_stride + copy, mask=real, other=_NOWHERE)
-        sent = found // copies_per_row
+        found = tl.load(slot_ids_ptr + source * slot_ids_stride + copy, mask=real, other=_NOWHERE)
+        sent = found // slots_per_row
         if table_ptr is not None:
             index = tl.load(table_ptr + source * table_stride + sent, mask=real, other=0)
         else:
@@ -92,12 +93,12 @@ def _arrivals_kernel(
             tl.store(received_ptr + row, tl.load(weight_at, mask=real, other=0.0), mask=inside)
 
 
-def arrivals(
+def recv_row_index(
     counts: torch.Tensor,
-    copies: torch.Tensor,
+    slot_ids: torch.Tensor,
     weights: torch.Tensor | None,
     *,
-    copies_per_row: int,
+    slots_per_row: int,
     origins: torch.Tensor | None = None,
     step: int = 1,
     table: torch.Tensor | None = None,
@@ -105,21 +106,21 @@ def arrivals(
     capacity: int | None = None,
     load: torch.Tensor | None = None,
     totals_dtype: torch.dtype = torch.int64,
-) -> Arrivals:
+) -> RecvRowIndex:
     """Number the rows that all sources sent this rank, and say where each lies.
 
     Row r of source s is at ``origins[s] + r * step``, or at ``table[s, r]``.
 
     Args:
         counts: [L, W] int32 rows for each local expert from each source.
-        copies: [W, C] int32 the sources' lists of copies for this rank.
+        slot_ids: [W, C] int32 the sources' lists of copies for this rank.
         weights: [W, C] their weights, or None.
-        copies_per_row: K + NS where the copies of a token share its row, or 1.
+        slots_per_row: K + NS where the copies of a token share its row, or 1.
         origins: [W] int64, or None with a table.
         step: from one row of a source to its next.
         table: [W, R] int64, or None.
-        alignment: as in ``sources``.
-        capacity: as in ``sources``.
+        alignment: as in ``recv_permutation``.
+        capacity: as in ``recv_permutation``.
         load: [L] int64 to add the rows of each local expert to, padding left out, or None.
         totals_dtype: int32 or int64, of ``totals``.
 
@@ -128,11 +129,11 @@ def arrivals(
         ArgumentValueError: a wrong shape, or an alignment below 1.
         MissingArgumentError: neither origins nor a table.
     """
-    op, device = "arrivals", counts.device
+    op, device = "recv_row_index", counts.device
     totals = torch.empty(counts.shape[:1], dtype=totals_dtype, device=device)
     groups = number_groups(op, counts, alignment, capacity, load, totals)
     num_experts, world = counts.shape
-    _check_lists(op, "copies", copies, (torch.int32,), counts)
+    _check_lists(op, "slot_ids", slot_ids, (torch.int32,), counts)
     if weights is not None:
         _check_lists(op, "weights", weights, FLOATS, counts)
     if table is not None:
@@ -151,10 +152,10 @@ def arrivals(
     if num_rows:
         line = launch_config.line(device, num_rows)
         _arrivals_kernel[(line.num_programs,)](
-            groups.begins,
-            groups.copies,
+            groups.group_starts,
+            groups.slot_ids,
             groups.offsets,
-            copies,
+            slot_ids,
             weights,
             origins,
             table,
@@ -163,22 +164,24 @@ def arrivals(
             found,
             index,
             received,
-            groups.begins.numel(),
+            groups.group_starts.numel(),
             num_experts,
             world,
             num_rows,
             groups.steps,
-            copies.shape[1],
-            copies.stride(0),
+            slot_ids.shape[1],
+            slot_ids.stride(0),
             0 if weights is None else weights.stride(0),
-            copies_per_row,
+            slots_per_row,
             step,
             0 if table is None else table.stride(0),
             BLOCK=line.block,
             num_warps=line.num_warps,
         )
-    numbering = Sources(source, copy, groups.ends, groups.offsets, groups.begins)
-    return Arrivals(numbering, found, index, received, totals)
+    numbering = RecvPermutation(
+        source, copy, groups.recv_counts_cumsum, groups.offsets, groups.group_starts
+    )
+    return RecvRowIndex(numbering, found, index, received, totals)
 
 
 def _check_lists(
@@ -272,9 +275,9 @@ def _returns_kernel(
                 tl.store(index_ptr + copied_at, copied, mask=token < num_tokens)
 
 
-def returns(
-    begins: torch.Tensor,
-    routing: Plan,
+def combine_row_index(
+    group_starts: torch.Tensor,
+    routing: RoutingPlan,
     expert_ids: torch.Tensor,
     *,
     rank: int,
@@ -288,8 +291,8 @@ def returns(
     """Where each token's rows are after the experts: row r of holder h at origins[h] + r * step.
 
     Args:
-        begins: [W, L, W + 1] int32 every rank's ``Sources.begins``; a shared expert's is its
-            holder's first.
+        group_starts: [W, L, W + 1] int32 every rank's ``RecvPermutation.group_starts``; a shared
+            expert's is its holder's first.
         routing: the plan of ``expert_ids``.
         expert_ids: [T, K] int32 or int64 of this rank's tokens.
         rank: this rank, the source of the tokens.
@@ -308,13 +311,20 @@ def returns(
         ArgumentTypeError: another dtype.
         ArgumentValueError: a wrong shape.
     """
-    op, device = "returns", begins.device
+    op, device = "combine_row_index", group_starts.device
     check_tensor(
-        op, "begins", begins, dtypes=(torch.int32,), shape=(None, None, None), device=device
+        op,
+        "group_starts",
+        group_starts,
+        dtypes=(torch.int32,),
+        shape=(None, None, None),
+        device=device,
     )
-    world, local, columns = begins.shape
+    world, local, columns = group_starts.shape
     if columns != world + 1:
-        raise ArgumentValueError(op, "begins", "have the shape (W, L, W + 1)", tuple(begins.shape))
+        raise ArgumentValueError(
+            op, "group_starts", "have the shape (W, L, W + 1)", tuple(group_starts.shape)
+        )
     check_tensor(op, "expert_ids", expert_ids, dtypes=INDICES, shape=(None, None), device=device)
     check_tensor(op, "origins", origins, dtypes=(torch.int64,), shape=(world,), device=device)
     num_tokens, top_k = expert_ids.shape
@@ -324,9 +334,9 @@ def returns(
         slots = triton.next_power_of_2(top_k)
         line = launch_config.line(device, num_tokens * slots)
         _returns_kernel[(line.num_programs,)](
-            begins.contiguous(),
+            group_starts.contiguous(),
             expert_ids.contiguous(),
-            routing.expand_idx,
+            routing.position_in_expert,
             _table(tuple(shared_ranks), device) if num_shared else None,
             origins,
             index,

@@ -271,7 +271,7 @@ def _reduce_kernel(
                         tl.store(y_ptr + token * y_stride + here, y, mask=inside)
 
 
-def reduce(
+def weighted_sum(
     rows: torch.Tensor,
     index: torch.Tensor,
     fmt: RowFormat,
@@ -281,12 +281,12 @@ def reduce(
     out: torch.Tensor,
     norm: Norm | None = None,
 ) -> None:
-    """Sum the rows of each token in fp32, ascending, and round once; see ``ref.reduce``.
+    """Sum the rows of each token in fp32, ascending, and round once; see ``ref.weighted_sum``.
 
     Args:
         rows: [N, stride] uint8; rows may overlap.
         index: [T, K + NS] int64 rows of each token, the unweighted ones last; negative for none.
-        fmt: of the rows, scheme "none" or "return".
+        fmt: of the rows, scheme "none" or "block8".
         weights: [T, K] fp32, for float64 also float64, or None for all 1.
         special: the experts without a network, or None.
         addend: [T, H] of the dtype of ``out``, or None.
@@ -305,7 +305,7 @@ def reduce(
 
     slots = index.shape[1]
     payload = fmt.payload(rows)
-    scales = fmt.scales(rows) if fmt.scheme == "return" else None
+    scales = fmt.scales(rows) if fmt.scheme == "block8" else None
     align = math.gcd(rows.stride(0), 16)
     ids = tokens = alpha_1 = alpha_2 = value = None
     first_copy = first_constant = end = 0
@@ -397,8 +397,8 @@ def _check_rows(
     if fmt.scheme == "none":
         if fmt.dtype != out.dtype:
             raise ArgumentTypeError(op, "out", f"be of the rows' dtype {fmt.dtype}", out.dtype)
-    elif fmt.scheme != "return":
-        raise ArgumentValueError(op, "fmt", 'be of scheme "none" or "return"', repr(fmt.scheme))
+    elif fmt.scheme != "block8":
+        raise ArgumentValueError(op, "fmt", 'be of scheme "none" or "block8"', repr(fmt.scheme))
     elif fmt.block < 1 or fmt.block & (fmt.block - 1) or fmt.hidden % fmt.block:
         contract = f"have blocks of a power of two that divides {fmt.hidden} columns"
         raise ArgumentValueError(op, "fmt", contract, fmt.block)

@@ -153,7 +153,7 @@ def expert_ids(
     ids: torch.Tensor,
     num_experts: int,
     *,
-    num_special: int = 0,
+    num_zero_computation: int = 0,
     active: torch.Tensor | None = None,
     otherwise: str = "",
 ) -> None:
@@ -164,19 +164,19 @@ def expert_ids(
         name: of the argument.
         ids: [T, K].
         num_experts: E, the routed experts.
-        num_special: experts after those.
+        num_zero_computation: experts after those.
         active: [T, K] bool, the slots to look at; None for all.
         otherwise: what else an id may be, for error messages.
     """
     if ids.device.type != "cpu" or ids.numel() == 0:
         return
-    wrong = (ids < 0) | (ids >= num_experts + num_special)
+    wrong = (ids < 0) | (ids >= num_experts + num_zero_computation)
     if active is not None:
         wrong &= active
     if wrong.any():
         token, slot = wrong.nonzero()[0].tolist()
         got = f"{int(ids[token, slot])} for token {token}, slot {slot}"
-        contract = f"be in [0, {num_experts + num_special}){otherwise}"
+        contract = f"be in [0, {num_experts + num_zero_computation}){otherwise}"
         raise ArgumentValueError(op, name, contract, got)
     routed = ids < num_experts
     if active is not None:

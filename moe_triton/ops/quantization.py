@@ -40,7 +40,7 @@ def check_factors(
         checks.value(op, "scales", scales is not None, contract, None)
     if scales is None:
         return
-    takes = scheme in ("static", "token", "group")
+    takes = scheme in ("static", "per_row", "group")
     what = quant or "unquantised"
     checks.value(op, "scales", takes, f"be None where rows are {what}", tuple(scales.shape))
     if scheme == "static" and scales.dim() == 1:

@@ -11,8 +11,8 @@ Source: the semantics of Ascend's ``npu_moe_distribute_*`` family.
 from __future__ import annotations
 
 from .experts import eplb_map, keep_experts, top_k_gating
-from .finalize_routing import finalize
-from .move import clear, gather_quant, pack, push
+from .finalize_routing import finalize_routing
+from .move import dispatch_send, gather_quant, gather_rows, zero_padding
 from .quantize import (
     decode,
     encode,
@@ -24,24 +24,28 @@ from .quantize import (
     quantize_rows,
     quantize_static,
 )
-from .routing import arrivals, permutation, plan, returns, sources
-from .weighted_sum import accumulator, add_rows, reduce
+from .routing import (
+    combine_row_index,
+    local_permutation,
+    recv_permutation,
+    recv_row_index,
+    routing_plan,
+)
+from .weighted_sum import accumulator, add_rows, weighted_sum
 
 __all__ = [
     "accumulator",
     "add_rows",
-    "arrivals",
-    "clear",
+    "combine_row_index",
     "decode",
+    "dispatch_send",
     "encode",
     "eplb_map",
-    "finalize",
+    "finalize_routing",
     "gather_quant",
+    "gather_rows",
     "keep_experts",
-    "pack",
-    "permutation",
-    "plan",
-    "push",
+    "local_permutation",
     "quantize_affine",
     "quantize_blocks",
     "quantize_by_division",
@@ -49,8 +53,10 @@ __all__ = [
     "quantize_mx",
     "quantize_rows",
     "quantize_static",
-    "reduce",
-    "returns",
-    "sources",
+    "recv_permutation",
+    "recv_row_index",
+    "routing_plan",
     "top_k_gating",
+    "weighted_sum",
+    "zero_padding",
 ]

@@ -9,7 +9,7 @@ from ._common import blocks
 from .weighted_sum import accumulator
 
 
-def finalize(
+def finalize_routing(
     rows: torch.Tensor,
     index: torch.Tensor,
     weights: torch.Tensor | None,

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 
 import torch
 
-from ..layout import FLOAT8, NOWHERE, DispatchHeader, Plan, RowFormat
+from ..layout import FLOAT8, NOWHERE, DispatchHeader, RoutingPlan, RowFormat
 from .quantize import encode, encode_apart
 
 
-def push(
+def dispatch_send(
     x: torch.Tensor,
     expert_ids: torch.Tensor,
     weights: torch.Tensor | None,
-    smooth: torch.Tensor | None,
+    smooth_scales: torch.Tensor | None,
     fmt: RowFormat,
-    routing: Plan,
+    routing: RoutingPlan,
     rows: torch.Tensor,
     headers: Sequence[DispatchHeader],
     *,
@@ -33,8 +33,8 @@ def push(
         x: [T, H] tokens.
         expert_ids: [T, K].
         weights: [T, K] to send along, or None.
-        smooth: [1] or [H] fp32 factors of all copies, [NS + E, H] factors of each expert, those of
-            shared experts first; or None.
+        smooth_scales: [1] or [H] fp32 factors of all copies, [NS + E, H] factors of each expert,
+            those of shared experts first; or None.
         fmt: the format of the rows.
         routing: the plan of ``expert_ids``.
         rows: [R, stride] uint8 output; row t is token t, or with factors of each expert row
@@ -47,31 +47,31 @@ def push(
     num_tokens, top_k = expert_ids.shape
     num_shared = len(shared_targets)
     num_slots = top_k + num_shared
-    if smooth is None or smooth.dim() == 1:
-        encode(x, fmt, rows[:num_tokens], smooth)
+    if smooth_scales is None or smooth_scales.dim() == 1:
+        encode(x, fmt, rows[:num_tokens], smooth_scales)
     else:
         slots = rows[: num_tokens * num_slots].unflatten(0, (num_tokens, num_slots))
         # Slots that are not sent get some expert's factors: nobody reads them.
         expert = expert_ids.long().clamp(0, len(routing.counts) - 1)
         for k in range(top_k):
-            encode(x, fmt, slots[:, k], smooth[num_shared + expert[:, k]])
+            encode(x, fmt, slots[:, k], smooth_scales[num_shared + expert[:, k]])
         for shared in range(num_shared):
-            encode(x, fmt, slots[:, top_k + shared], smooth[shared])
+            encode(x, fmt, slots[:, top_k + shared], smooth_scales[shared])
 
-    order = routing.order
-    copies = order + order // top_k * num_shared  # t * K + k becomes t * (K + NS) + k
+    order = routing.sorted_slot_ids
+    slot_ids = order + order // top_k * num_shared  # t * K + k becomes t * (K + NS) + k
     ordered = None if weights is None else weights.reshape(-1)[order.long()]
     start = 0
     per_rank = routing.counts.view(-1, experts_per_rank).sum(1).tolist()
     for header, count in zip(headers[num_shared_ranks:], per_rank, strict=True):
-        header.copies[:count] = copies[start : start + count]
+        header.slot_ids[:count] = slot_ids[start : start + count]
         if ordered is not None and header.weights is not None:
             header.weights[:count] = ordered[start : start + count]
         start += count
     active = (expert_ids != NOWHERE).any(1).nonzero()[:, 0]
     for shared, rank in enumerate(shared_targets):
         header = headers[rank]
-        header.copies[: len(active)] = active * num_slots + top_k + shared
+        header.slot_ids[: len(active)] = active * num_slots + top_k + shared
         if header.weights is not None:
             header.weights[: len(active)] = 1.0
     for header in headers:
@@ -79,7 +79,7 @@ def push(
         header.counts.copy_(routing.counts)
 
 
-def pack(
+def gather_rows(
     rows: torch.Tensor,
     index: torch.Tensor,
     fmt: RowFormat,
@@ -120,7 +120,7 @@ def pack(
             out.index_fill_(0, absent, 0)
 
 
-def clear(x: torch.Tensor, index: torch.Tensor, count: torch.Tensor | None = None) -> None:
+def zero_padding(x: torch.Tensor, index: torch.Tensor, count: torch.Tensor | None = None) -> None:
     """Zero the rows of [A, C] ``x`` that ``index`` leaves empty.
 
     Args:
@@ -138,7 +138,7 @@ def gather_quant(
     x: torch.Tensor,
     index: torch.Tensor,
     fmt: RowFormat,
-    smooth: torch.Tensor | None,
+    smooth_scales: torch.Tensor | None,
     expert_ids: torch.Tensor | None,
     out: torch.Tensor,
     scales: torch.Tensor | None = None,
@@ -152,9 +152,9 @@ def gather_quant(
         index: [T, K + NS] int64 row of ``out`` for each slot of each token, or ``NOWHERE``. A row
             is named once at most.
         fmt: scheme, dtypes and block of the rows; its stride is not looked at.
-        smooth: [1] or [H] fp32 factors of all copies, [NS + E, H] factors of each expert, those of
-            shared experts first; or None.
-        expert_ids: [T, K], needed where ``smooth`` has a row for each expert.
+        smooth_scales: [1] or [H] fp32 factors of all copies, [NS + E, H] factors of each expert,
+            those of shared experts first; or None.
+        expert_ids: [T, K], needed where ``smooth_scales`` has a row for each expert.
         out: [A, H] output, of the payload's dtype; rows that are not named stay untouched.
         scales: [A] or [A, C] output of the scales' dtype, or None for a scheme without scales.
     """
@@ -162,19 +162,19 @@ def gather_quant(
     codes = x.new_empty((num_tokens, fmt.hidden), dtype=fmt.dtype)
     found = None if scales is None else scales.new_empty((num_tokens, fmt.num_scales))
     for slot in range(num_slots):
-        if smooth is not None and smooth.dim() == 2:
+        if smooth_scales is not None and smooth_scales.dim() == 2:
             assert expert_ids is not None
             top_k = expert_ids.shape[1]
             num_shared = num_slots - top_k
             if slot < top_k:
                 # Slots that are not sent get some expert's factors: nobody reads them.
-                expert = expert_ids[:, slot].long().clamp(0, len(smooth) - num_shared - 1)
-                factors = smooth[num_shared + expert]
+                expert = expert_ids[:, slot].long().clamp(0, len(smooth_scales) - num_shared - 1)
+                factors = smooth_scales[num_shared + expert]
             else:
-                factors = smooth[slot - top_k]
+                factors = smooth_scales[slot - top_k]
             encode_apart(x, fmt, codes, found, factors)
         elif slot == 0:
-            encode_apart(x, fmt, codes, found, smooth)
+            encode_apart(x, fmt, codes, found, smooth_scales)
         token = (index[:, slot] != NOWHERE).nonzero()[:, 0]
         row = index[token, slot].long()
         # torch has no indexed copy of every float8; bytes it has.

@@ -36,7 +36,7 @@ def quantize_static(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_rows(
-    x: torch.Tensor, smooth: torch.Tensor | None = None, dtype: torch.dtype = torch.int8
+    x: torch.Tensor, smooth_scales: torch.Tensor | None = None, dtype: torch.dtype = torch.int8
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise each row with a scale of its own.
 
@@ -44,21 +44,21 @@ def quantize_rows(
 
     Args:
         x: [R, H] floating point.
-        smooth: [R, H] or [H] fp32, or None for no factor.
+        smooth_scales: [R, H] or [H] fp32, or None for no factor.
         dtype: int8, float8_e4m3fn or float8_e5m2.
 
     Returns:
         q: [R, H] of ``dtype``, such that q * scale / smooth approximates x.
         scale: [R] fp32. A row whose factor s overflows (all zeros, or nearly) gives zeros, scale 0.
     """
-    q, scale = quantize_groups(x, max(x.shape[1], 1), smooth, dtype)
+    q, scale = quantize_groups(x, max(x.shape[1], 1), smooth_scales, dtype)
     return q, scale[:, 0]
 
 
 def quantize_groups(
     x: torch.Tensor,
     group: int,
-    smooth: torch.Tensor | None = None,
+    smooth_scales: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float8_e4m3fn,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise each ``group`` consecutive elements of a row as ``quantize_rows`` does a row.
@@ -75,8 +75,8 @@ def quantize_groups(
     scale = x.new_empty((num_rows, num_groups), dtype=torch.float32)
     for rows in blocks(num_rows, hidden):
         t = x[rows].float()
-        if smooth is not None:
-            t = t * (smooth if smooth.dim() == 1 else smooth[rows])
+        if smooth_scales is not None:
+            t = t * (smooth_scales if smooth_scales.dim() == 1 else smooth_scales[rows])
         grouped = _in_groups(t, group)
         amax = torch.maximum(grouped.amax(dim=2), -grouped.amin(dim=2)).abs()  # not -0.0
         factor = torch.full_like(amax, LARGEST[dtype]) / amax
@@ -96,7 +96,7 @@ def _in_groups(x: torch.Tensor, group: int) -> torch.Tensor:
 
 
 def quantize_by_division(
-    x: torch.Tensor, smooth: torch.Tensor | None = None
+    x: torch.Tensor, smooth_scales: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise each row to int8 as ``npu_moe_init_routing_v2`` does, and not dispatch.
 
@@ -104,7 +104,7 @@ def quantize_by_division(
 
     Args:
         x: [R, H] floating point.
-        smooth: [R, H] or [H] fp32, or None for no factor.
+        smooth_scales: [R, H] or [H] fp32, or None for no factor.
 
     Returns:
         q: [R, H] int8; 0 where the quotient is no number, as in a row of zeros.
@@ -114,8 +114,8 @@ def quantize_by_division(
     scale = x.new_zeros(len(x), dtype=torch.float32)
     for rows in blocks(*x.shape):
         t = x[rows].float()
-        if smooth is not None:
-            t = t * (smooth[rows] if smooth.dim() == 2 else smooth)
+        if smooth_scales is not None:
+            t = t * (smooth_scales[rows] if smooth_scales.dim() == 2 else smooth_scales)
         largest = t.abs().amax(dim=1)
         scale[rows] = largest / torch.full_like(largest, LARGEST[torch.int8])
         quotient = (t / scale[rows, None]).round_().nan_to_num_(0.0)
@@ -210,7 +210,7 @@ def encode(
     x: torch.Tensor,
     fmt: RowFormat,
     rows: torch.Tensor,
-    smooth: torch.Tensor | None = None,
+    smooth_scales: torch.Tensor | None = None,
     count: torch.Tensor | None = None,
 ) -> None:
     """Write [R, H] tokens into [R, stride] uint8 ``rows`` as they travel; padding is left.
@@ -219,14 +219,19 @@ def encode(
         x: the tokens.
         fmt: of the rows.
         rows: output.
-        smooth: [R, H] or [H] fp32 factors of the schemes that take such; of "static" also [1].
+        smooth_scales: [R, H] or [H] fp32 factors of the schemes that take such; of "static" also
+            [1].
         count: [1] int32: only so many rows are written; None for all R.
     """
     if count is not None:
         x, rows = x[: int(count)], rows[: int(count)]
-        smooth = smooth if smooth is None or smooth.dim() == 1 else smooth[: len(x)]
+        smooth_scales = (
+            smooth_scales
+            if smooth_scales is None or smooth_scales.dim() == 1
+            else smooth_scales[: len(x)]
+        )
     scales = None if fmt.scale_offset is None else fmt.scales(rows)
-    encode_apart(x, fmt, fmt.payload(rows), scales, smooth)
+    encode_apart(x, fmt, fmt.payload(rows), scales, smooth_scales)
 
 
 def encode_apart(
@@ -234,14 +239,18 @@ def encode_apart(
     fmt: RowFormat,
     payload: torch.Tensor,
     scales: torch.Tensor | None,
-    smooth: torch.Tensor | None = None,
+    smooth_scales: torch.Tensor | None = None,
 ) -> None:
     """Encode [R, H] tokens into [R, H] payload and [R, num_scales] scales, wherever these are."""
     if fmt.scheme == "none":
         payload.copy_(x)
         return
     for part in blocks(*x.shape):
-        factors = smooth if smooth is None or smooth.dim() == 1 else smooth[part]
+        factors = (
+            smooth_scales
+            if smooth_scales is None or smooth_scales.dim() == 1
+            else smooth_scales[part]
+        )
         q, made = _quantize(x[part], fmt, factors)
         # torch has no copy between strided float8 tensors of every kind; bytes it has.
         payload[part].view(torch.uint8).copy_(q.view(torch.uint8))
@@ -250,28 +259,28 @@ def encode_apart(
 
 
 def _quantize(
-    x: torch.Tensor, fmt: RowFormat, smooth: torch.Tensor | None
+    x: torch.Tensor, fmt: RowFormat, smooth_scales: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     if fmt.scheme == "static":
-        assert smooth is not None
-        return quantize_static(x, smooth), None
-    if fmt.scheme == "token":
-        q, scale = quantize_rows(x, smooth, fmt.dtype)
+        assert smooth_scales is not None
+        return quantize_static(x, smooth_scales), None
+    if fmt.scheme == "per_row":
+        q, scale = quantize_rows(x, smooth_scales, fmt.dtype)
         return q, scale[:, None]
-    if fmt.scheme == "divide":
-        q, scale = quantize_by_division(x, smooth)
+    if fmt.scheme == "per_row_div":
+        q, scale = quantize_by_division(x, smooth_scales)
         return q, scale[:, None]
     if fmt.scheme == "group":
-        return quantize_groups(x, fmt.block, smooth, fmt.dtype)
+        return quantize_groups(x, fmt.block, smooth_scales, fmt.dtype)
     if fmt.scheme == "mx":
         assert fmt.dtype in FLOAT8
         return quantize_mx(x, fmt.dtype)
-    assert fmt.scheme == "return"
+    assert fmt.scheme == "block8"
     return quantize_blocks(x, fmt.block, fmt.scale_dtype)
 
 
 def decode(rows: torch.Tensor, fmt: RowFormat, out: torch.Tensor) -> None:
-    """Write into [R, H] ``out`` what [R, stride] uint8 rows of the scheme "return" stand for.
+    """Write into [R, H] ``out`` what [R, stride] uint8 rows of the scheme "block8" stand for.
 
     That is q * scale in fp32, rounded to the dtype of ``out``.
     """

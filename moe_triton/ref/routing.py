@@ -6,11 +6,20 @@ from collections.abc import Sequence
 
 import torch
 
-from ..layout import NOWHERE, Arrivals, Permutation, Plan, RoutingCopies, Sources
+from ..layout import (
+    NOWHERE,
+    LocalPermutation,
+    RecvPermutation,
+    RecvRowIndex,
+    RoutingCopies,
+    RoutingPlan,
+)
 from ._common import exclusive_cumsum, fitted
 
 
-def plan(expert_ids: torch.Tensor, num_experts: int, kept: RoutingCopies | None = None) -> Plan:
+def routing_plan(
+    expert_ids: torch.Tensor, num_experts: int, kept: RoutingCopies | None = None
+) -> RoutingPlan:
     """Count and rank the copies of [T, K] ``expert_ids``; ids beyond [0, E) are not sent.
 
     Args:
@@ -27,13 +36,15 @@ def plan(expert_ids: torch.Tensor, num_experts: int, kept: RoutingCopies | None 
     counts = torch.bincount(ids, minlength=num_experts + 1).int()
     order = torch.argsort(ids, stable=True)
     position = torch.arange(ids.numel(), dtype=torch.int32, device=ids.device)
-    expand_idx = torch.empty_like(position)
-    expand_idx[order] = position - exclusive_cumsum(counts)[ids[order]]
-    expand_idx.masked_fill_(ids == num_experts, NOWHERE)
-    return Plan(counts[:num_experts], expand_idx, order.int())
+    position_in_expert = torch.empty_like(position)
+    position_in_expert[order] = position - exclusive_cumsum(counts)[ids[order]]
+    position_in_expert.masked_fill_(ids == num_experts, NOWHERE)
+    return RoutingPlan(counts[:num_experts], position_in_expert, order.int())
 
 
-def sources(counts: torch.Tensor, alignment: int = 1, capacity: int | None = None) -> Sources:
+def recv_permutation(
+    counts: torch.Tensor, alignment: int = 1, capacity: int | None = None
+) -> RecvPermutation:
     """Number the rows that [L, W] int32 ``counts`` (local expert, source) announce.
 
     Args:
@@ -46,13 +57,13 @@ def sources(counts: torch.Tensor, alignment: int = 1, capacity: int | None = Non
     rows = counts.sum(1, dtype=torch.int32)
     padded = (rows + alignment - 1) // alignment * alignment
     groups = torch.cat([counts, (padded - rows)[:, None]], dim=1)
-    begins = exclusive_cumsum(groups.reshape(-1))
+    group_starts = exclusive_cumsum(groups.reshape(-1))
     group = torch.repeat_interleave(
         torch.arange(groups.numel(), device=counts.device), groups.reshape(-1).long()
     )
     # Where the group's copies begin in its source's list, which runs over this rank's experts.
     first = torch.nn.functional.pad(exclusive_cumsum(counts, dim=0), (0, 1)).reshape(-1)
-    within = torch.arange(group.numel(), device=counts.device) - begins[group]
+    within = torch.arange(group.numel(), device=counts.device) - group_starts[group]
     source = group % (world + 1)
     source = source.where(source < world, NOWHERE)
     copy = (first[group] + within).long()
@@ -61,21 +72,21 @@ def sources(counts: torch.Tensor, alignment: int = 1, capacity: int | None = Non
         offsets = offsets.clamp(max=capacity)
         source = fitted(source, capacity, NOWHERE)
         copy = fitted(copy, capacity, 0)
-    return Sources(
+    return RecvPermutation(
         source,
         copy,
         counts.reshape(-1).cumsum(0, dtype=torch.int32),
         offsets,
-        begins.view(groups.shape).int(),
+        group_starts.view(groups.shape).int(),
     )
 
 
-def arrivals(
+def recv_row_index(
     counts: torch.Tensor,
-    copies: torch.Tensor,
+    slot_ids: torch.Tensor,
     weights: torch.Tensor | None,
     *,
-    copies_per_row: int,
+    slots_per_row: int,
     origins: torch.Tensor | None = None,
     step: int = 1,
     table: torch.Tensor | None = None,
@@ -83,31 +94,31 @@ def arrivals(
     capacity: int | None = None,
     load: torch.Tensor | None = None,
     totals_dtype: torch.dtype = torch.int64,
-) -> Arrivals:
+) -> RecvRowIndex:
     """Number the rows that all sources sent this rank, and say where each lies.
 
     Row r of source s is at ``origins[s] + r * step``, or at ``table[s, r]``.
 
     Args:
         counts: [L, W] int32 rows for each local expert from each source.
-        copies: [W, C] int32 the sources' lists of copies for this rank.
+        slot_ids: [W, C] int32 the sources' lists of copies for this rank.
         weights: [W, C] their weights, or None.
-        copies_per_row: K + NS where the copies of a token share its row, or 1.
+        slots_per_row: K + NS where the copies of a token share its row, or 1.
         origins: [W] int64, or None with a table.
         step: from one row of a source to its next.
         table: [W, R] int64, or None.
-        alignment: as in ``sources``.
-        capacity: as in ``sources``.
+        alignment: as in ``recv_permutation``.
+        capacity: as in ``recv_permutation``.
         load: [L] int64 to add the rows of each local expert to, padding left out, or None.
         totals_dtype: int32 or int64, of ``totals``.
     """
-    numbering = sources(counts, alignment, capacity)
+    numbering = recv_permutation(counts, alignment, capacity)
     if load is not None:
         load += counts.sum(1)
     real = numbering.source != NOWHERE
     source, copy = numbering.source.where(real, 0), numbering.copy.where(real, 0)
-    found = copies[source, copy] if copies.numel() else copy.int()
-    row = (found // copies_per_row).long().where(real, 0)
+    found = slot_ids[source, copy] if slot_ids.numel() else copy.int()
+    row = (found // slots_per_row).long().where(real, 0)
     if table is not None:
         index = table[source, row]
     else:
@@ -117,7 +128,7 @@ def arrivals(
     if weights is not None:
         received = weights[source, copy] if weights.numel() else weights.new_zeros(len(real))
         received = received.where(real, 0)
-    return Arrivals(
+    return RecvRowIndex(
         numbering,
         found.where(real, NOWHERE).int(),
         index.where(real, NOWHERE),
@@ -126,8 +137,8 @@ def arrivals(
     )
 
 
-def permutation(
-    routing: Plan,
+def local_permutation(
+    routing: RoutingPlan,
     expert_ids: torch.Tensor,
     weights: torch.Tensor | None,
     *,
@@ -135,39 +146,39 @@ def permutation(
     capacity: int | None = None,
     load: torch.Tensor | None = None,
     totals_dtype: torch.dtype = torch.int64,
-) -> Permutation:
+) -> LocalPermutation:
     """Number the rows of a rank whose tokens and experts are its own.
 
     Args:
         routing: the plan of ``expert_ids``.
         expert_ids: [T, K].
         weights: [T, K], or None.
-        alignment: as in ``sources``.
-        capacity: as in ``sources``.
-        load: as in ``arrivals``.
-        totals_dtype: as in ``arrivals``.
+        alignment: as in ``recv_permutation``.
+        capacity: as in ``recv_permutation``.
+        load: as in ``recv_row_index``.
+        totals_dtype: as in ``recv_row_index``.
     """
-    numbering = sources(routing.counts[:, None], alignment, capacity)
+    numbering = recv_permutation(routing.counts[:, None], alignment, capacity)
     if load is not None:
         load += routing.counts
     real = (numbering.source != NOWHERE).nonzero()[:, 0]
-    flat = routing.order[numbering.copy[real]].long()
-    copies = routing.order.new_full((len(numbering.source),), NOWHERE)
-    copies[real] = flat.int()
-    places = real.new_full(expert_ids.shape, NOWHERE)
-    places.view(-1)[flat] = real
+    flat = routing.sorted_slot_ids[numbering.copy[real]].long()
+    slot_ids = routing.sorted_slot_ids.new_full((len(numbering.source),), NOWHERE)
+    slot_ids[real] = flat.int()
+    row_index = real.new_full(expert_ids.shape, NOWHERE)
+    row_index.view(-1)[flat] = real
     received = None
     if weights is not None:
-        received = weights.new_zeros(len(copies))
+        received = weights.new_zeros(len(slot_ids))
         received[real] = weights.reshape(-1)[flat]
-    return Permutation(
-        numbering, copies, places, received, routing.counts.to(totals_dtype, copy=True)
+    return LocalPermutation(
+        numbering, slot_ids, row_index, received, routing.counts.to(totals_dtype, copy=True)
     )
 
 
-def returns(
-    begins: torch.Tensor,
-    routing: Plan,
+def combine_row_index(
+    group_starts: torch.Tensor,
+    routing: RoutingPlan,
     expert_ids: torch.Tensor,
     *,
     rank: int,
@@ -181,8 +192,8 @@ def returns(
     """Where each token's rows are after the experts: row r of holder h at origins[h] + r * step.
 
     Args:
-        begins: [W, L, W + 1] int32 every rank's ``Sources.begins``; a shared expert's is its
-            holder's first.
+        group_starts: [W, L, W + 1] int32 every rank's ``RecvPermutation.group_starts``; a shared
+            expert's is its holder's first.
         routing: the plan of ``expert_ids``.
         expert_ids: [T, K] of this rank's tokens.
         rank: this rank, the source of the tokens.
@@ -197,12 +208,12 @@ def returns(
     Returns:
         [T, K + NS] int64, ``NOWHERE`` for a slot without a row.
     """
-    ids, local = expert_ids.long(), begins.shape[1]
-    place = routing.expand_idx.view(ids.shape)
+    ids, local = expert_ids.long(), group_starts.shape[1]
+    place = routing.position_in_expert.view(ids.shape)
     sent = place != NOWHERE
     expert = ids.where(sent, 0)
     holder = num_shared_ranks + expert // local
-    row = begins[holder, expert % local, rank] + place
+    row = group_starts[holder, expert % local, rank] + place
     if capacity is not None:
         sent = sent & (row < capacity)
     routed = (origins[holder] + row * step).where(sent, NOWHERE)
@@ -210,7 +221,7 @@ def returns(
     active = (ids != NOWHERE).any(1, keepdim=True)
     token = active.cumsum(0) - 1
     shared = torch.tensor(shared_ranks, dtype=torch.long, device=ids.device)
-    shared_row = begins[shared, 0, rank] + token
+    shared_row = group_starts[shared, 0, rank] + token
     if shared_capacity is not None:
         active = active & (shared_row < shared_capacity)
     shared_index = (origins[shared] + shared_row * step).where(active, NOWHERE)

@@ -14,7 +14,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def reduce(
+def weighted_sum(
     rows: torch.Tensor,
     index: torch.Tensor,
     fmt: RowFormat,

@@ -34,7 +34,7 @@ def gather(communicator, call, parts, num_bytes):
         return found
 
     transport = communicator.transport(call.op)
-    return transport.gather_teardown(transport.gather_setup(call, parts, num_bytes), consume)
+    return transport.all_gather_recv(transport.all_gather_send(call, parts, num_bytes), consume)
 
 
 def parts_of(rank: int, seed: int) -> list[torch.Tensor]:

@@ -261,20 +261,20 @@ def serve_growing(ctx, number, memory):
     if memory == "posix":
         MemfdMemory.open = refuse
     files = open_files()
-    smooth = torch.ones(6, 16)
+    smooth_scales = torch.ones(6, 16)
     with make(ctx.ep_group, quant="int8") as ep:
         ep.dispatch(*inputs_of(ep.rank, 0))
         if ctx.rank == VICTIM:
             arm(PosixMemory if memory == "posix" else MemfdMemory, "open", lambda *_: True, number)
         began = time.monotonic()
         try:
-            ep.dispatch(*inputs_of(ep.rank, 0), scales=smooth)
+            ep.dispatch(*inputs_of(ep.rank, 0), scales=smooth_scales)
             raise AssertionError("nobody was lost")
         except (PeerTimeoutError, UnavailableError) as error:
             # A rank that comes back finds the windows of its peers gone.
             found = abort_peers_on_error(ctx, error, began)
         recover(ep)
-        ep.dispatch(*inputs_of(ep.rank, 1), scales=smooth)
+        ep.dispatch(*inputs_of(ep.rank, 1), scales=smooth_scales)
     del ep
     return found | {"files": open_files() - files}
 

@@ -71,17 +71,19 @@ def test_wrong_counts_of_a_peer_are_told(world):
         x, ids, weights = batch(ctx.rank)
         arguments = (ctx.ep_group, 2, ctx.rank, EXPERTS)
         out = torch_npu.npu_moe_distribute_dispatch(x, ids, *arguments)
-        expand_x, _, expand_idx, _, counts = out[:5]
+        expand_x, _, position_in_expert, _, counts = out[:5]
         wrong = counts.clone()
         if ctx.rank == 1:
             wrong[0] += 1 if wrong[0] < wrong[1] else -1
         combine = torch_npu.npu_moe_distribute_combine
         caught = None
         try:
-            combine(expand_x, ids, expand_idx, wrong, weights, *arguments)
+            combine(expand_x, ids, position_in_expert, wrong, weights, *arguments)
         except RoutingMismatchError as error:
             caught = error
-        assert torch.equal(combine(expand_x, ids, expand_idx, counts, weights, *arguments), x)
+        assert torch.equal(
+            combine(expand_x, ids, position_in_expert, counts, weights, *arguments), x
+        )
         return caught and caught.rank
 
     assert run(world, fn) == [1, 1]

@@ -94,7 +94,7 @@ def test_num_slots(in_flight):
 def test_a_layout_by_hand():
     """W 2, E 4, K 2, H 5, 3 tokens: L 2, C 6, A 12."""
     config = MoeConfig(Topology(2, 4), 2, 5, 3, with_weights=True)
-    assert config.max_copies == 6
+    assert config.max_slot_ids == 6
     assert config.row_format.stride == 16  # 10 bytes
     layout = config.dispatch
     assert layout.header_bytes == 64 + 32  # 4 + 4 + 6 words, then 6
@@ -150,11 +150,11 @@ def test_nothing_overlaps_in_a_dispatch_window(config, in_flight):
             one = header_of(headers, source)
             assert one.num_tokens.shape == (1,)
             assert one.counts.shape == (config.topology.num_experts,)
-            assert one.copies.shape == (config.max_copies,)
-            views += [one.num_tokens, one.counts, one.copies]
+            assert one.slot_ids.shape == (config.max_slot_ids,)
+            views += [one.num_tokens, one.counts, one.slot_ids]
             assert (one.weights is not None) == config.with_weights
             if one.weights is not None:
-                assert one.weights.shape == one.copies.shape
+                assert one.weights.shape == one.slot_ids.shape
                 assert one.weights.dtype == config.weight_dtype
                 views.append(one.weights.view(torch.int32))
         rows = layout.rows(data)
@@ -173,14 +173,14 @@ def test_nothing_overlaps_in_a_combine_window(config, in_flight):
     views = []
     for slot in range(windows.slots):
         data = windows.data(0, slot)
-        begins, rows = layout.begins(data), layout.rows(data)
-        assert begins.shape == (config.topology.experts_per_rank, world + 1)
+        group_starts, rows = layout.group_starts(data), layout.rows(data)
+        assert group_starts.shape == (config.topology.experts_per_rank, world + 1)
         assert rows.shape == (layout.num_rows, config.return_format.stride)
         for rank in range(world):
             assert layout.num_rows >= config.capacity(rank)
-            assert len(begins) >= config.topology.num_local_experts(rank)
+            assert len(group_starts) >= config.topology.num_local_experts(rank)
         views += [
-            begins.view(-1),
+            group_starts.view(-1),
             *(row.view(torch.int32) for row in rows),
             *flags_of(windows, slot),
         ]
@@ -261,7 +261,11 @@ def test_views_are_remembered_and_forgotten():
     layout = config.combine
     first = windows.view(0, 0, layout, layout.rows)
     assert windows.view(0, 0, layout, layout.rows) is first
-    for owner, slot, make in ((1, 0, layout.rows), (0, 1, layout.rows), (0, 0, layout.begins)):
+    for owner, slot, make in (
+        (1, 0, layout.rows),
+        (0, 1, layout.rows),
+        (0, 0, layout.group_starts),
+    ):
         assert windows.view(owner, slot, layout, make).data_ptr() != first.data_ptr()
     smaller = MoeConfig(Topology(2, 4), 2, 8, 2).combine
     assert windows.view(0, 0, smaller, smaller.rows).shape != first.shape

@@ -35,12 +35,12 @@ def formats(hidden: int) -> dict[str, RowFormat]:
 
     found = {
         "bf16": RowFormat(BF16, hidden, -(-2 * hidden // 16) * 16),
-        "int8": quantised(INT8, "token", 1),
-        "divide": quantised(INT8, "divide", 1),
+        "int8": quantised(INT8, "per_row", 1),
+        "per_row_div": quantised(INT8, "per_row_div", 1),
         "static": RowFormat(INT8, hidden, codes, "static"),
     }
     for name, dtype in (("e4m3", E4M3), ("e5m2", E5M2)):
-        found[name] = quantised(dtype, "token", 1)
+        found[name] = quantised(dtype, "per_row", 1)
         found[f"group {name}"] = quantised(dtype, "group", -(-hidden // 128), block=128)
         mx = -(-hidden // 64) * 2
         found[f"mx {name}"] = quantised(dtype, "mx", mx, torch.uint8, 32)
@@ -51,7 +51,7 @@ def return_format(hidden: int, dtype: torch.dtype) -> RowFormat:
     """Rows on their way back, quantised in blocks of 8."""
     codes = -(-hidden // 16) * 16
     stride = -(-(codes + hidden // 8 * 2) // 16) * 16
-    return RowFormat(INT8, hidden, stride, "return", codes, dtype, 8)
+    return RowFormat(INT8, hidden, stride, "block8", codes, dtype, 8)
 
 
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -76,51 +76,51 @@ def _kept(tokens: int) -> RoutingCopies:
 
 
 def _routing() -> Iterator[tuple[str, Callable[[], object]]]:
-    yield "plan tile", lambda: kernels.plan(_ids(), EXPERTS)
-    yield "plan blocks", lambda: kernels.plan(_ids(4096), EXPERTS)
+    yield "plan tile", lambda: kernels.routing_plan(_ids(), EXPERTS)
+    yield "plan blocks", lambda: kernels.routing_plan(_ids(4096), EXPERTS)
     for name, tokens in (("tile", TOKENS), ("blocks", 4096)):
         yield (
             f"plan {name} kept",
-            lambda tokens=tokens: kernels.plan(_ids(tokens).long(), EXPERTS, _kept(tokens)),
+            lambda tokens=tokens: kernels.routing_plan(_ids(tokens).long(), EXPERTS, _kept(tokens)),
         )
     counts = torch.full((EXPERTS // 8, 8), 2, dtype=torch.int32)
-    yield "sources", lambda: kernels.sources(counts, capacity=4096)
-    yield "sources aligned", lambda: kernels.sources(counts, 128, capacity=4096)
-    copies, weights = torch.zeros((8, 4096), dtype=torch.int32), torch.zeros((8, 4096))
+    yield "recv_permutation", lambda: kernels.recv_permutation(counts, capacity=4096)
+    yield "sources aligned", lambda: kernels.recv_permutation(counts, 128, capacity=4096)
+    slot_ids, weights = torch.zeros((8, 4096), dtype=torch.int32), torch.zeros((8, 4096))
     origins, table = torch.zeros(8, dtype=torch.int64), torch.zeros((8, 512), dtype=torch.int64)
     for name, where in (("", {"origins": origins, "step": 449}), (" by table", {"table": table})):
         yield (
             f"arrivals{name}",
-            lambda where=where: kernels.arrivals(
-                counts, copies, weights, copies_per_row=TOP_K, capacity=4096, **where
+            lambda where=where: kernels.recv_row_index(
+                counts, slot_ids, weights, slots_per_row=TOP_K, capacity=4096, **where
             ),
         )
     load = torch.zeros(len(counts), dtype=torch.int64)
     yield (
         "arrivals counted",
-        lambda load=load: kernels.arrivals(
-            counts, copies, None, copies_per_row=TOP_K, capacity=4096, table=table, load=load
+        lambda load=load: kernels.recv_row_index(
+            counts, slot_ids, None, slots_per_row=TOP_K, capacity=4096, table=table, load=load
         ),
     )
     ids, ones = _ids(), torch.ones((TOKENS, TOP_K))
-    routing = ref.plan(ids, EXPERTS)
+    routing = ref.routing_plan(ids, EXPERTS)
     rows = TOKENS * TOP_K
-    yield "permutation", lambda: kernels.permutation(routing, ids, ones, capacity=rows)
+    yield "local_permutation", lambda: kernels.local_permutation(routing, ids, ones, capacity=rows)
     load = torch.zeros(EXPERTS, dtype=torch.int64)
     yield (
         "permutation counted",
-        lambda load=load: kernels.permutation(routing, ids, None, capacity=rows, load=load),
+        lambda load=load: kernels.local_permutation(routing, ids, None, capacity=rows, load=load),
     )
     yield (
         "permutation aligned",
-        lambda: kernels.permutation(routing, ids, ones, alignment=16, capacity=rows),
+        lambda: kernels.local_permutation(routing, ids, ones, alignment=16, capacity=rows),
     )
-    begins = torch.zeros((8, EXPERTS // 8, 9), dtype=torch.int32)
+    group_starts = torch.zeros((8, EXPERTS // 8, 9), dtype=torch.int32)
     for name, shared in (("", ()), (" with shared experts", (0, 1))):
         yield (
             f"returns{name}",
-            lambda shared=shared: kernels.returns(
-                begins, routing, ids, rank=1, num_shared_ranks=0, shared_ranks=shared,
+            lambda shared=shared: kernels.combine_row_index(
+                group_starts, routing, ids, rank=1, num_shared_ranks=0, shared_ranks=shared,
                 origins=origins, step=896,
             ),
         )  # fmt: skip
@@ -129,9 +129,9 @@ def _routing() -> Iterator[tuple[str, Callable[[], object]]]:
 def _moves(kind: str, hidden: int) -> Iterator[tuple[str, Callable[[], object]]]:
     x = torch.zeros((TOKENS, hidden), dtype=BF16)
     ids = _ids()
-    smooth = torch.ones((EXPERTS, hidden))
+    smooth_scales = torch.ones((EXPERTS, hidden))
     index = torch.arange(TOKENS * TOP_K).view(TOKENS, TOP_K)
-    places = torch.arange(TOKENS)
+    row_index = torch.arange(TOKENS)
     for name, fmt in formats(hidden).items():
         rows = torch.zeros((TOKENS * TOP_K, fmt.stride), dtype=torch.uint8)
         factors = torch.ones(1) if fmt.scheme == "static" else None
@@ -152,20 +152,20 @@ def _moves(kind: str, hidden: int) -> Iterator[tuple[str, Callable[[], object]]]
                 x, index, fmt, factors, None, out, scales
             ),
         )
-        if fmt.scheme in ("token", "divide", "group"):
+        if fmt.scheme in ("per_row", "per_row_div", "group"):
             yield (
                 f"gather_quant {name} with factors, {kind}",
                 lambda fmt=fmt, out=out, scales=scales: kernels.gather_quant(
-                    x, index, fmt, smooth, ids, out, scales
+                    x, index, fmt, smooth_scales, ids, out, scales
                 ),
             )
         if name == "int8":
-            yield f"clear {name}, {kind}", lambda out=out: kernels.clear(out, places)
+            yield f"clear {name}, {kind}", lambda out=out: kernels.zero_padding(out, row_index)
         if not fmt.block:
             yield (
                 f"pack {name}, {kind}",
-                lambda fmt=fmt, rows=rows, out=out, scales=scales: kernels.pack(
-                    rows, places, fmt, out, scales
+                lambda fmt=fmt, rows=rows, out=out, scales=scales: kernels.gather_rows(
+                    rows, row_index, fmt, out, scales
                 ),
             )
     one = torch.ones(1)
@@ -181,11 +181,11 @@ def _moves(kind: str, hidden: int) -> Iterator[tuple[str, Callable[[], object]]]
         )
         for _ in range(8)
     ]
-    routing = ref.plan(ids, EXPERTS)
-    for name, factors in (("int8", None), ("int8 with factors", smooth)):
+    routing = ref.routing_plan(ids, EXPERTS)
+    for name, factors in (("int8", None), ("int8 with factors", smooth_scales)):
         yield (
             f"push {name}, {kind}",
-            lambda factors=factors: kernels.push(
+            lambda factors=factors: kernels.dispatch_send(
                 x, ids, torch.ones(ids.shape), factors, fmt, routing, rows, headers,
                 experts_per_rank=EXPERTS // 8, shared_targets=[], num_shared_ranks=0,
             ),
@@ -215,16 +215,16 @@ def _sums(kind: str, hidden: int) -> Iterator[tuple[str, Callable[[], object]]]:
     ):
         yield (
             f"reduce{name}, {kind}",
-            lambda extra=extra: kernels.reduce(rows, missing, plain, *extra, out),
+            lambda extra=extra: kernels.weighted_sum(rows, missing, plain, *extra, out),
         )
     yield (
         f"reduce and norm, {kind}",
-        lambda: kernels.reduce(rows, index, plain, weights, None, None, out, norm),
+        lambda: kernels.weighted_sum(rows, index, plain, weights, None, None, out, norm),
     )
     double = RowFormat.tight(torch.float64, hidden)
     yield (
         f"reduce fp64, {kind}",
-        lambda: kernels.reduce(
+        lambda: kernels.weighted_sum(
             torch.zeros((TOKENS * TOP_K, double.stride), dtype=torch.uint8), index, double,
             weights, None, None, out.double(),
         ),
@@ -241,7 +241,7 @@ def _sums(kind: str, hidden: int) -> Iterator[tuple[str, Callable[[], object]]]:
             )
             yield (
                 f"reduce return {dtype}, {kind}",
-                lambda fmt=fmt, coded=coded, dtype=dtype: kernels.reduce(
+                lambda fmt=fmt, coded=coded, dtype=dtype: kernels.weighted_sum(
                     coded, index, fmt, weights, None, None, out.to(dtype)
                 ),
             )
@@ -253,7 +253,7 @@ def _sums(kind: str, hidden: int) -> Iterator[tuple[str, Callable[[], object]]]:
     ):
         yield (
             f"finalize{name}, {kind}",
-            lambda extra=extra: kernels.finalize(packed, missing, *extra, out),
+            lambda extra=extra: kernels.finalize_routing(packed, missing, *extra, out),
         )
     yield f"add_rows, {kind}", lambda: kernels.add_rows(tokens, tokens, out)
 

@@ -12,7 +12,7 @@ import torch
 from moe_triton import kernels, ref
 from moe_triton.errors import MoeError
 from moe_triton.kernels import launch_config
-from moe_triton.layout import NOWHERE, DispatchHeader, Plan, RowFormat
+from moe_triton.layout import NOWHERE, DispatchHeader, RoutingPlan, RowFormat
 
 
 def header(num_experts, capacity, weight_dtype, device):
@@ -36,7 +36,7 @@ def assert_same_push(
     num_shared_ranks=0,
     per_expert=False,
     static=(),
-    scheme="token",
+    scheme="per_row",
     weight_dtype=torch.float32,
     send_weights=True,
     seed=0,
@@ -49,19 +49,19 @@ def assert_same_push(
     ids[torch.rand(num_tokens, generator=generator) < 0.3] = NOWHERE
     ids = ids.int().to(device)
     weights = torch.rand((num_tokens, top_k), generator=generator).to(device)
-    smooth = None
+    smooth_scales = None
     if per_expert:
         shape = (len(shared_targets) + num_experts, hidden)
-        smooth = (0.5 + torch.rand(shape, generator=generator)).to(device)
+        smooth_scales = (0.5 + torch.rand(shape, generator=generator)).to(device)
     elif static:
-        smooth = (50 * torch.rand(static, generator=generator)).to(device)
+        smooth_scales = (50 * torch.rand(static, generator=generator)).to(device)
     if static:
         fmt = RowFormat.quantized("int8_static", torch.bfloat16, hidden)
     elif scheme == "none":
         fmt = RowFormat(torch.bfloat16, hidden, -(-hidden * 2 // 16) * 16)
     else:
         payload = -(-hidden // 16) * 16
-        fmt = RowFormat(torch.int8, hidden, payload + 16, "token", payload)
+        fmt = RowFormat(torch.int8, hidden, payload + 16, "per_row", payload)
     world = num_shared_ranks + moe_ranks
     results = []
     for module in (ref, kernels):
@@ -71,13 +71,13 @@ def assert_same_push(
         headers = [
             header(num_experts, num_tokens * top_k + 1, weight_dtype, device) for _ in range(world)
         ]
-        module.push(
+        module.dispatch_send(
             x,
             ids,
             weights if send_weights else None,
-            smooth,
+            smooth_scales,
             fmt,
-            ref.plan(ids, num_experts),
+            ref.routing_plan(ids, num_experts),
             rows,
             headers,
             experts_per_rank=experts_per_rank,
@@ -145,22 +145,22 @@ def test_copies_without_room_are_not_written(device):
     ids = torch.tensor([[0, 0], [0, 1]], dtype=torch.int32, device=device)
     fmt = RowFormat.tight(torch.bfloat16, 8)
     sent = header(2, 3, torch.float32, device)
-    kept = [part[:2] for part in (sent.copies, sent.weights)]
-    kernels.push(
+    kept = [part[:2] for part in (sent.slot_ids, sent.weights)]
+    kernels.dispatch_send(
         torch.zeros((2, 8), dtype=torch.bfloat16, device=device),
         ids,
         torch.ones((2, 2), device=device),
         None,
         fmt,
-        ref.plan(ids, 2),
+        ref.routing_plan(ids, 2),
         torch.zeros((2, fmt.stride), dtype=torch.uint8, device=device),
-        [sent._replace(copies=kept[0], weights=kept[1])],
+        [sent._replace(slot_ids=kept[0], weights=kept[1])],
         experts_per_rank=2,
         shared_targets=(),
         num_shared_ranks=0,
     )
     poisoned = header(2, 3, torch.float32, device)
-    assert sent.copies.tolist() == [0, 1, int(poisoned.copies[2])]
+    assert sent.slot_ids.tolist() == [0, 1, int(poisoned.slot_ids[2])]
     assert sent.weights.tolist() == [1.0, 1.0, float(poisoned.weights[2])]
 
 
@@ -186,7 +186,7 @@ def test_several_programs_write_a_header(shared_targets, device, monkeypatch):
     moe_ranks=st.integers(1, 6),
     num_shared_ranks=st.integers(0, 3),
     per_expert=st.booleans(),
-    scheme=st.sampled_from(["none", "token"]),
+    scheme=st.sampled_from(["none", "per_row"]),
     seed=st.integers(0, 2**16),
     data=st.data(),
 )
@@ -206,7 +206,7 @@ def test_any_size(num_shared_ranks, data, device, **sizes):
         ({"rows": torch.zeros((2, 16))}, "rows must be one of"),
         ({"rows": torch.zeros((1, 16), dtype=torch.uint8)}, "rows must have 2 rows at least"),
         ({"x": torch.zeros((2, 4)).half()}, "x must be one of"),
-        ({"smooth": torch.zeros((3, 5))}, r"smooth must have the shape \(\*, 4\)"),
+        ({"smooth_scales": torch.zeros((3, 5))}, r"smooth_scales must have the shape \(\*, 4\)"),
     ],
 )
 def test_rejects(change, message, device):
@@ -214,16 +214,16 @@ def test_rejects(change, message, device):
         "x": torch.zeros((2, 4)),
         "expert_ids": torch.zeros((2, 1), dtype=torch.int32),
         "weights": None,
-        "smooth": None,
+        "smooth_scales": None,
         "rows": torch.zeros((2, 16), dtype=torch.uint8),
     } | change
     moved = {
         name: value.to(device) if isinstance(value, torch.Tensor) else value
         for name, value in arguments.items()
     }
-    routing = Plan(*(torch.zeros(2, dtype=torch.int32, device=device) for _ in range(3)))
+    routing = RoutingPlan(*(torch.zeros(2, dtype=torch.int32, device=device) for _ in range(3)))
     with pytest.raises(MoeError, match=message):
-        kernels.push(
+        kernels.dispatch_send(
             **moved,
             fmt=RowFormat(torch.float32, 4, 16),
             routing=routing,

@@ -24,11 +24,13 @@ def run(function, rows, index, weights=None, bias=None, experts=None, skips=(Non
 
 
 def assert_same(*arguments, **named):
-    found, wanted = (run(one, *arguments, **named) for one in (kernels.finalize, ref.finalize))
+    found, wanted = (
+        run(one, *arguments, **named) for one in (kernels.finalize_routing, ref.finalize_routing)
+    )
     torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("function", [kernels.finalize, ref.finalize])
+@pytest.mark.parametrize("function", [kernels.finalize_routing, ref.finalize_routing])
 def test_by_hand(function, device):
     rows = torch.tensor([[1.0], [10.0], [100.0]], device=device)
     index = torch.tensor([[0, 2], [1, -1]], device=device)
@@ -45,7 +47,7 @@ def test_by_hand(function, device):
     assert run(function, rows, index, weights, bias, experts)[1].isnan().all()
 
 
-@pytest.mark.parametrize("function", [kernels.finalize, ref.finalize])
+@pytest.mark.parametrize("function", [kernels.finalize_routing, ref.finalize_routing])
 def test_the_order_of_sums(function, device):
     """2**24 takes up 1 only if two of them come together, and float16 is rounded once."""
     rows = torch.tensor([[1.0], [1.0], [2.0**24]], device=device)
@@ -115,9 +117,9 @@ GOOD = {
 def test_refused(change, device):
     if device.type != "cpu":
         pytest.skip("the tensors of this test are on the CPU")
-    kernels.finalize(**GOOD)
+    kernels.finalize_routing(**GOOD)
     with pytest.raises(MoeError, match=next(iter(change))):
-        kernels.finalize(**GOOD | change)
+        kernels.finalize_routing(**GOOD | change)
 
 
 @pytest.mark.parametrize("row, expert", [(2, 0), (0, 3), (0, -1)])
@@ -126,7 +128,7 @@ def test_numbers_out_of_range_are_errors(row, expert, asserting, device):
     experts = torch.tensor([[expert]], dtype=torch.int32, device=device)
     with pytest.raises(Exception, match="out of range"):
         run(
-            kernels.finalize,
+            kernels.finalize_routing,
             torch.ones((2, 4), device=device),
             index,
             bias=torch.ones((3, 4), device=device),

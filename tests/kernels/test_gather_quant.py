@@ -23,9 +23,9 @@ def formats(hidden, dtype=torch.bfloat16):
     return {
         "none": RowFormat(dtype, hidden, 0),
         "static": RowFormat(torch.int8, hidden, 0, "static"),
-        "int8": RowFormat(torch.int8, hidden, 0, "token", 0),
-        "divide": RowFormat(torch.int8, hidden, 0, "divide", 0),
-        "e4m3": RowFormat(E4M3, hidden, 0, "token", 0),
+        "int8": RowFormat(torch.int8, hidden, 0, "per_row", 0),
+        "per_row_div": RowFormat(torch.int8, hidden, 0, "per_row_div", 0),
+        "e4m3": RowFormat(E4M3, hidden, 0, "per_row", 0),
         "group e4m3": RowFormat(E4M3, hidden, 0, "group", 0, block=128),
         "group e5m2": RowFormat(E5M2, hidden, 0, "group", 0, block=128),
         "mx e4m3": RowFormat(E4M3, hidden, 0, "mx", 0, torch.uint8, 32),
@@ -61,11 +61,11 @@ def outputs(fmt, index, device):
     return out, scales
 
 
-def assert_same(x, index, fmt, smooth, ids):
+def assert_same(x, index, fmt, smooth_scales, ids):
     device = x.device
     actual, expected = outputs(fmt, index, device), outputs(fmt, index, device)
-    kernels.gather_quant(x, index, fmt, smooth, ids, *actual)
-    ref.gather_quant(x, index, fmt, smooth, ids, *expected)
+    kernels.gather_quant(x, index, fmt, smooth_scales, ids, *actual)
+    ref.gather_quant(x, index, fmt, smooth_scales, ids, *expected)
     for one, other in zip(actual, expected, strict=True):
         if other is not None:
             assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
@@ -108,12 +108,12 @@ def test_a_tile_for_each_token(scheme, device, monkeypatch):
 
 def test_is_a_push_and_a_pack(device):
     x, ids, _ = draw(7, 64, device)
-    plan = kernels.plan(ids, NUM_EXPERTS)
+    plan = kernels.routing_plan(ids, NUM_EXPERTS)
     start = plan.counts.cumsum(0) - plan.counts
-    sent = plan.expand_idx != NOWHERE
-    row = start[ids.reshape(-1).clamp(0, NUM_EXPERTS - 1).long()] + plan.expand_idx
+    sent = plan.position_in_expert != NOWHERE
+    row = start[ids.reshape(-1).clamp(0, NUM_EXPERTS - 1).long()] + plan.position_in_expert
     index = row.where(sent, NOWHERE).view(ids.shape)
-    fmt = RowFormat(torch.int8, 64, 80, "token", 64)
+    fmt = RowFormat(torch.int8, 64, 80, "per_row", 64)
     count = int(plan.counts.sum())
     out = torch.empty((count, 64), dtype=torch.int8, device=device)
     scales = torch.empty(count, device=device)
@@ -121,7 +121,7 @@ def test_is_a_push_and_a_pack(device):
     rows = torch.zeros((7, 80), dtype=torch.uint8, device=device)
     ref.encode(x, fmt, rows)
     packed, packed_scales = torch.empty_like(out), torch.empty_like(scales)
-    ref.pack(rows, plan.order[:count].long() // TOP_K, fmt, packed, packed_scales)
+    ref.gather_rows(rows, plan.sorted_slot_ids[:count].long() // TOP_K, fmt, packed, packed_scales)
     assert torch.equal(out, packed)
     assert torch.equal(scales, packed_scales)
 
@@ -171,27 +171,27 @@ def test_an_index_out_of_range_fails_where_the_device_asserts(asserting, device)
         ({"index": torch.zeros((2, 1))}, "index must be one of"),
         ({"index": torch.zeros((3, 1), dtype=torch.int64)}, r"index must have the shape \(2, \*\)"),
         ({"x": torch.zeros((2, 4), dtype=torch.int32)}, "x must be one of"),
-        ({"smooth": torch.zeros((3, 4))}, "expert_ids must choose the factors of each copy"),
+        ({"smooth_scales": torch.zeros((3, 4))}, "expert_ids must choose the factors of each copy"),
         (
-            {"smooth": torch.zeros((3, 4)), "expert_ids": torch.zeros(2)},
+            {"smooth_scales": torch.zeros((3, 4)), "expert_ids": torch.zeros(2)},
             "expert_ids must be one of",
         ),
-        ({"smooth": torch.zeros(3)}, r"smooth must have the shape \(4\)"),
+        ({"smooth_scales": torch.zeros(3)}, r"smooth_scales must have the shape \(4\)"),
         ({"out": torch.zeros((2, 4))}, "out must be one of"),
         ({"out": torch.zeros((2, 5), dtype=torch.int8)}, r"out must have the shape \(\*, 4\)"),
         ({"out": torch.zeros((4, 2), dtype=torch.int8).T}, "out must be contiguous in its"),
         ({"scales": torch.zeros(2, dtype=torch.half)}, "scales must be one of"),
         ({"scales": torch.zeros(3)}, r"scales must have the shape \(2, 1\)"),
         ({"scales": None}, "scales must be None just for"),
-        ({"fmt": RowFormat(torch.int8, 4, 0, "static")}, "smooth must hold the factors"),
+        ({"fmt": RowFormat(torch.int8, 4, 0, "static")}, "smooth_scales must hold the factors"),
     ],
 )
 def test_rejects(change, message, device):
     arguments = {
         "x": torch.zeros((2, 4)),
         "index": torch.zeros((2, 1), dtype=torch.int64),
-        "fmt": RowFormat(torch.int8, 4, 0, "token", 0),
-        "smooth": None,
+        "fmt": RowFormat(torch.int8, 4, 0, "per_row", 0),
+        "smooth_scales": None,
         "expert_ids": None,
         "out": torch.zeros((2, 4), dtype=torch.int8),
         "scales": torch.zeros(2),

@@ -32,7 +32,7 @@ def formats(hidden):
             found.append(RowFormat(dtype, hidden, payload))
         else:
             found.append(
-                RowFormat(dtype, hidden, payload + 16, "token", payload, scale_dtype=scale_dtype)
+                RowFormat(dtype, hidden, payload + 16, "per_row", payload, scale_dtype=scale_dtype)
             )
     return found
 
@@ -40,7 +40,7 @@ def formats(hidden):
 def assert_same_pack(rows, index, fmt, capacity=None):
     """Pack with both, into outputs with a few rows more than are taken."""
     results = []
-    for pack in (kernels.pack, ref.pack):
+    for gather_rows in (kernels.gather_rows, ref.gather_rows):
         capacity = index.numel() + 2 if capacity is None else capacity
         x = torch.zeros((capacity, fmt.hidden), device=rows.device).to(fmt.dtype)
         scales = None
@@ -50,7 +50,7 @@ def assert_same_pack(rows, index, fmt, capacity=None):
         for output in (x, scales):
             if output is not None:
                 output.view(torch.uint8).fill_(0xA5)
-        pack(rows, index, fmt, x, scales)
+        gather_rows(rows, index, fmt, x, scales)
         results.append((x, scales))
     for actual, expected in zip(*results, strict=True):
         if expected is not None:
@@ -110,9 +110,9 @@ def test_a_count_on_the_device(taken, device):
     x = torch.full((4, 24), 99, dtype=torch.int8, device=device)
     scales = torch.full((4,), 99.0, device=device)
     count = torch.tensor([taken], dtype=torch.int32, device=device)
-    kernels.pack(rows, index, fmt, x, scales, count)
+    kernels.gather_rows(rows, index, fmt, x, scales, count)
     expected, expected_scales = torch.full_like(x, 99), torch.full_like(scales, 99.0)
-    ref.pack(rows, index[:taken], fmt, expected, expected_scales)
+    ref.gather_rows(rows, index[:taken], fmt, expected, expected_scales)
     assert torch.equal(x, expected)
     assert torch.equal(scales.view(torch.int32), expected_scales.view(torch.int32))
 
@@ -126,7 +126,7 @@ def test_clear(hidden, device):
             count = None
             if taken is not None:
                 count = torch.tensor([taken], dtype=torch.int32, device=device)
-            kernels.clear(x[:, 1 : hidden + 1], index, count)
+            kernels.zero_padding(x[:, 1 : hidden + 1], index, count)
             expected = torch.ones_like(x)
             expected[[row for row in (1, 3, 4) if taken is None or row < taken], 1:-2] = 0
             assert torch.equal(x, expected)
@@ -135,13 +135,13 @@ def test_clear(hidden, device):
 def test_clear_refuses(device):
     index = torch.zeros(3, dtype=torch.int64, device=device)
     with pytest.raises(MoeError, match="x must have a row for each of 3 indices, got 2"):
-        kernels.clear(torch.ones((2, 4), device=device), index)
+        kernels.zero_padding(torch.ones((2, 4), device=device), index)
     with pytest.raises(MoeError, match="count must be one of"):
-        kernels.clear(torch.ones((3, 4), device=device), index, index[:1])
+        kernels.zero_padding(torch.ones((3, 4), device=device), index, index[:1])
 
 
 def test_overlapping_rows_are_counted_in_16_bytes(device):
-    fmt = RowFormat(torch.int8, 40, 64, "token", 48)
+    fmt = RowFormat(torch.int8, 40, 64, "per_row", 48)
     memory = drawn_rows(1, 4096, device)[0]
     rows = memory.as_strided(((4096 - 64) // 16 + 1, 64), (16, 1))
     index = torch.tensor([0, 3, 252, NOWHERE, 3], device=device)
@@ -168,7 +168,7 @@ def test_a_column_alone_may_have_any_stride(device):
     fmt = RowFormat(torch.int8, 1, 16)
     x = torch.zeros((1, 3), dtype=torch.int8, device=device).T
     rows = drawn_rows(3, 16, device)
-    kernels.pack(rows, torch.tensor([2, NOWHERE, 1], device=device), fmt, x)
+    kernels.gather_rows(rows, torch.tensor([2, NOWHERE, 1], device=device), fmt, x)
     assert x.flatten().tolist() == [rows[2, 0].view(torch.int8), 0, rows[1, 0].view(torch.int8)]
 
 
@@ -176,7 +176,7 @@ def test_strided_output(device):
     fmt = formats(24)[0]
     rows = drawn_rows(4, fmt.stride, device)
     wide = torch.zeros((3, 40), dtype=torch.bfloat16, device=device)
-    kernels.pack(rows, torch.tensor([3, 1], device=device), fmt, wide[:, 5:29])
+    kernels.gather_rows(rows, torch.tensor([3, 1], device=device), fmt, wide[:, 5:29])
     expected = fmt.payload(rows)[[3, 1]].view(torch.int16)
     assert torch.equal(wide[:2, 5:29].view(torch.int16), expected)
     assert not wide[:, :5].any() and not wide[:, 29:].any() and not wide[2].any()
@@ -194,7 +194,7 @@ def test_addresses_are_64_bit(index_dtype, device, reserve):
     rows.copy_(drawn_rows(3, 32, device))
     x = torch.zeros((3, 32), dtype=torch.int8, device=device)
     index = torch.tensor([2, 0, 2], dtype=index_dtype, device=device)
-    kernels.pack(rows, index, RowFormat(torch.int8, 32, 32), x)
+    kernels.gather_rows(rows, index, RowFormat(torch.int8, 32, 32), x)
     assert torch.equal(x, rows.view(torch.int8)[[2, 0, 2]])
 
 
@@ -202,7 +202,9 @@ def test_addresses_of_outputs_are_64_bit(device, reserve):
     reserve(2 * FAR + 2**20)
     x = torch.empty_strided((3, 32), (FAR, 1), dtype=torch.int8, device=device)
     rows = drawn_rows(3, 32, device)
-    kernels.pack(rows, torch.tensor([1, 0, 2], device=device), RowFormat(torch.int8, 32, 32), x)
+    kernels.gather_rows(
+        rows, torch.tensor([1, 0, 2], device=device), RowFormat(torch.int8, 32, 32), x
+    )
     assert torch.equal(x, rows.view(torch.int8)[[1, 0, 2]])
 
 
@@ -210,7 +212,9 @@ def test_an_index_out_of_range_fails_where_the_device_asserts(asserting, device)
     x = torch.zeros((2, 4), dtype=torch.int8, device=device)
     rows = torch.zeros((2, 16), dtype=torch.uint8, device=device)
     with pytest.raises(InterpreterError, match="index out of range"):
-        kernels.pack(rows, torch.tensor([0, 2], device=device), RowFormat(torch.int8, 4, 16), x)
+        kernels.gather_rows(
+            rows, torch.tensor([0, 2], device=device), RowFormat(torch.int8, 4, 16), x
+        )
 
 
 @pytest.mark.parametrize(
@@ -232,7 +236,7 @@ def test_rejects(change, message, device):
     arguments = {
         "rows": torch.zeros((2, 32), dtype=torch.uint8),
         "index": torch.zeros(2, dtype=torch.int64),
-        "fmt": RowFormat(torch.int8, 4, 32, "token", 16),
+        "fmt": RowFormat(torch.int8, 4, 32, "per_row", 16),
         "x": torch.zeros((2, 4), dtype=torch.int8),
         "scales": torch.zeros(2),
     } | change
@@ -241,4 +245,4 @@ def test_rejects(change, message, device):
         for name, value in arguments.items()
     }
     with pytest.raises(MoeError, match=message):
-        kernels.pack(**moved)
+        kernels.gather_rows(**moved)

@@ -45,22 +45,22 @@ def expert_ids(draw, device, tokens=T):
 @pytest.mark.parametrize("tokens", [T, 5000], ids=["few", "many"])
 def test_plan(tokens, captured, device):
     ids, kept = expert_ids(0, device, tokens), {}
-    replay = captured(lambda: kept.update(plan=kernels.plan(ids, E)))
+    replay = captured(lambda: kept.update(plan=kernels.routing_plan(ids, E)))
     for draw in DRAWS:
         ids.copy_(expert_ids(draw, device, tokens))
         replay()
-        for one, other in zip(kept["plan"], ref.plan(ids, E), strict=True):
+        for one, other in zip(kept["plan"], ref.routing_plan(ids, E), strict=True):
             assert torch.equal(one, other)
 
 
 def test_sources(captured, device):
     counts = torch.zeros((E // W, W), dtype=torch.int32, device=device)
     capacity, kept = 1000, {}
-    replay = captured(lambda: kept.update(found=kernels.sources(counts, 8, capacity)))
+    replay = captured(lambda: kept.update(found=kernels.recv_permutation(counts, 8, capacity)))
     for draw in DRAWS:
         counts.copy_(tensor(draw, 0, 9, counts.shape, 0, device))
         replay()
-        expected = ref.sources(counts, 8)
+        expected = ref.recv_permutation(counts, 8)
         n = len(expected.source)
         assert torch.equal(kept["found"].source[:n], expected.source)
         assert (kept["found"].source[n:] == NOWHERE).all()
@@ -72,13 +72,13 @@ def test_gather_quant(quant, captured, device):
     fmt = RowFormat.quantized(quant, BF16, H)
     x, ids = numbers(0, (T, H), 0, device, BF16), expert_ids(0, device)
     index = torch.arange(T * K, device=device).view(T, K)
-    smooth = 0.5 + torch.rand((E, H), device=device) if quant == "int8" else None
+    smooth_scales = 0.5 + torch.rand((E, H), device=device) if quant == "int8" else None
     out = torch.zeros((T * K, H), dtype=fmt.dtype, device=device)
     scales = None
     if fmt.scale_offset is not None:
         scales = torch.zeros(fmt.scale_shape(T * K), dtype=fmt.scale_dtype, device=device)
     outputs = [out] if scales is None else [out, scales]
-    replay = captured(lambda: kernels.gather_quant(x, index, fmt, smooth, ids, out, scales))
+    replay = captured(lambda: kernels.gather_quant(x, index, fmt, smooth_scales, ids, out, scales))
     for draw in DRAWS:
         x.copy_(numbers(draw, (T, H), 0, device))
         ids.copy_(expert_ids(draw, device))
@@ -86,7 +86,7 @@ def test_gather_quant(quant, captured, device):
         poison(*outputs)
         replay()
         expected = [torch.zeros_like(one) for one in outputs]
-        ref.gather_quant(x, index, fmt, smooth, ids, *expected)
+        ref.gather_quant(x, index, fmt, smooth_scales, ids, *expected)
         for one, other in zip(outputs, expected, strict=True):
             assert torch.equal(bits(one), bits(other))
 
@@ -111,10 +111,10 @@ def test_push_and_pack(captured, device):
         return rows, headers, packed, torch.zeros(T, device=device)
 
     def work(steps, rows, headers, packed, scales):
-        routing = steps.plan(ids, E)
+        routing = steps.routing_plan(ids, E)
         sizes = {"experts_per_rank": E // W, "shared_targets": (), "num_shared_ranks": 0}
-        steps.push(x, ids, weights, None, fmt, routing, rows, headers, **sizes)
-        steps.pack(rows, index, fmt, packed, scales)
+        steps.dispatch_send(x, ids, weights, None, fmt, routing, rows, headers, **sizes)
+        steps.gather_rows(rows, index, fmt, packed, scales)
 
     ours = outputs()
     replay = captured(lambda: work(kernels, *ours))
@@ -147,7 +147,7 @@ def test_reduce(normalised, captured, device):
         return out, norm if normalised else None
 
     def work(steps, out, norm):
-        steps.reduce(y.view(torch.uint8), index, fmt, weights, None, None, out, norm)
+        steps.weighted_sum(y.view(torch.uint8), index, fmt, weights, None, None, out, norm)
 
     out, norm = outputs()
     replay = captured(lambda: work(kernels, out, norm))

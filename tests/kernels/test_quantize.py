@@ -74,9 +74,9 @@ SHAPES = [
 def test_rows(T, H, x_dtype, device):
     x = tokens(T, H, x_dtype, device)
     for dtype in PAYLOADS:
-        for smooth in (None, factors(H, device), factors((T, H), device)):
-            actual = kernels.quantize_rows(x, smooth, dtype)
-            assert_all_same_bits(actual, ref.quantize_rows(x, smooth, dtype))
+        for smooth_scales in (None, factors(H, device), factors((T, H), device)):
+            actual = kernels.quantize_rows(x, smooth_scales, dtype)
+            assert_all_same_bits(actual, ref.quantize_rows(x, smooth_scales, dtype))
 
 
 @pytest.mark.parametrize("x_dtype", FLOATS)
@@ -93,27 +93,27 @@ def test_static(T, H, x_dtype, device):
 @pytest.mark.parametrize("T, H", SHAPES)
 def test_by_division(T, H, x_dtype, device):
     x = tokens(T, H, x_dtype, device)
-    for smooth in (None, factors(H, device), factors((T, H), device)):
-        actual = kernels.quantize_by_division(x, smooth)
-        assert_all_same_bits(actual, ref.quantize_by_division(x, smooth))
+    for smooth_scales in (None, factors(H, device), factors((T, H), device)):
+        actual = kernels.quantize_by_division(x, smooth_scales)
+        assert_all_same_bits(actual, ref.quantize_by_division(x, smooth_scales))
 
 
 @pytest.mark.parametrize("group", [128, 7, 5000, 8200])
 @pytest.mark.parametrize("T, H", SHAPES)
 def test_groups(T, H, group, device):
     x = tokens(T, H, torch.bfloat16, device)
-    smooth = factors((T, H), device)
+    smooth_scales = factors((T, H), device)
     for dtype in PAYLOADS:
-        actual = kernels.quantize_groups(x, group, smooth, dtype)
-        assert_all_same_bits(actual, ref.quantize_groups(x, group, smooth, dtype))
+        actual = kernels.quantize_groups(x, group, smooth_scales, dtype)
+        assert_all_same_bits(actual, ref.quantize_groups(x, group, smooth_scales, dtype))
 
 
 @pytest.mark.parametrize("group", [3000, 9000])
 def test_several_long_groups(group, device):
     x = tokens(5, 20001, torch.float32, device)
-    for smooth in (None, factors((5, 20001), device)):
-        actual = kernels.quantize_groups(x, group, smooth)
-        assert_all_same_bits(actual, ref.quantize_groups(x, group, smooth))
+    for smooth_scales in (None, factors((5, 20001), device)):
+        actual = kernels.quantize_groups(x, group, smooth_scales)
+        assert_all_same_bits(actual, ref.quantize_groups(x, group, smooth_scales))
 
 
 @pytest.mark.parametrize("x_dtype", FLOATS)
@@ -208,11 +208,11 @@ def formats(hidden, dtype):
     return [
         RowFormat(dtype, hidden, -(-hidden * dtype.itemsize // 16) * 16),
         RowFormat(torch.int8, hidden, 4096, "static"),
-        RowFormat(torch.int8, hidden, 4096, "token", 2048),
-        RowFormat(torch.int8, hidden, 4096, "divide", 2048),
+        RowFormat(torch.int8, hidden, 4096, "per_row", 2048),
+        RowFormat(torch.int8, hidden, 4096, "per_row_div", 2048),
         RowFormat(E4M3, hidden, 4096, "group", 2048, torch.float32, 128),
         RowFormat(E5M2, hidden, 4096, "mx", 2048, torch.uint8, 32),
-        RowFormat(torch.int8, hidden, 4096, "return", 2048, dtype, 8),
+        RowFormat(torch.int8, hidden, 4096, "block8", 2048, dtype, 8),
     ]
 
 
@@ -221,13 +221,13 @@ def formats(hidden, dtype):
 def test_encode_and_decode(hidden, dtype, device):
     x = tokens(6, hidden, dtype, device)
     for fmt in formats(hidden, dtype):
-        for smooth in (None, factors(hidden, device), factors((6, hidden), device)):
-            if fmt.scheme == "static" and smooth is None:
+        for smooth_scales in (None, factors(hidden, device), factors((6, hidden), device)):
+            if fmt.scheme == "static" and smooth_scales is None:
                 continue
             rows = torch.full((6, fmt.stride), 0xA5, dtype=torch.uint8, device=device)
             expected = rows.clone()
-            kernels.encode(x, fmt, rows, smooth)
-            ref.encode(x, fmt, expected, smooth)
+            kernels.encode(x, fmt, rows, smooth_scales)
+            ref.encode(x, fmt, expected, smooth_scales)
             for part in (fmt.payload, *([fmt.scales] if fmt.scale_offset else [])):
                 assert_same_bits(part(rows), part(expected))
             padding = torch.ones_like(rows, dtype=torch.bool)
@@ -235,7 +235,7 @@ def test_encode_and_decode(hidden, dtype, device):
             if fmt.scale_offset:
                 fmt.scales(padding.view(torch.uint8)).view(torch.uint8).zero_()
             assert (rows[padding] == 0xA5).all(), f"{fmt.scheme}: padding was written"
-            if fmt.scheme == "return":
+            if fmt.scheme == "block8":
                 for out_dtype in (*FLOATS, torch.float64):
                     out, wanted = torch.full((2, 6, hidden), 99.0, dtype=out_dtype, device=device)
                     kernels.decode(rows, fmt, out)
@@ -245,7 +245,7 @@ def test_encode_and_decode(hidden, dtype, device):
 
 @pytest.mark.parametrize("taken", [0, 2, 3, 9])
 def test_encode_a_count(taken, device):
-    fmt = RowFormat(torch.int8, 8, 32, "token", 16)
+    fmt = RowFormat(torch.int8, 8, 32, "per_row", 16)
     x = tokens(3, 8, torch.float32, device)
     rows = torch.full((3, 32), 0xA5, dtype=torch.uint8, device=device)
     expected = rows.clone()
@@ -255,7 +255,7 @@ def test_encode_a_count(taken, device):
 
 
 def test_decode_blocks_of_any_size(device):
-    fmt = RowFormat(torch.int8, 36, 80, "return", 48, torch.bfloat16, 12)
+    fmt = RowFormat(torch.int8, 36, 80, "block8", 48, torch.bfloat16, 12)
     x = tokens(5, 36, torch.bfloat16, device)
     rows = torch.zeros((5, 80), dtype=torch.uint8, device=device)
     ref.encode(x, fmt, rows)
@@ -318,7 +318,7 @@ def test_worked_example_of_returned_rows(device):
         q, scales = kernels.quantize_blocks(x, 8, dtype)
         assert q.tolist() == [[32, -64, 16, 127, 95, -4, 0, 79] + [0] * 8]
         assert scales.tolist() == [[0.031494140625, 0]]
-        fmt = RowFormat(torch.int8, 16, 32, "return", 16, dtype, 8)
+        fmt = RowFormat(torch.int8, 16, 32, "block8", 16, dtype, 8)
         rows = torch.zeros((1, 32), dtype=torch.uint8, device=device)
         kernels.encode(x, fmt, rows)
         out = torch.empty_like(x)
@@ -357,7 +357,7 @@ def test_rows_past_2_to_the_31_elements(device, reserve):
 
 def test_coded_rows_past_2_to_the_31_elements(device, reserve):
     reserve(2**31 + 2**20)
-    fmt = RowFormat(torch.int8, 8, 2**31 + 16, "token", 16)
+    fmt = RowFormat(torch.int8, 8, 2**31 + 16, "per_row", 16)
     x = torch.tensor([[127.0] * 8, [254.0] * 8], device=device)
     rows = torch.empty_strided((2, 2**31 + 16), (2**31 + 16, 1), dtype=torch.uint8, device=device)
     kernels.encode(x, fmt, rows)
@@ -372,18 +372,18 @@ def test_coded_rows_past_2_to_the_31_elements(device, reserve):
         (lambda x: kernels.quantize_rows(x, None, torch.int16), "dtype must be one of"),
         (lambda x: kernels.quantize_mx(x, torch.int8), "dtype must be one of .* for MX"),
         (
-            lambda x: kernels.encode(x, RowFormat(E4M3, 4, 32, "divide", 16), bytes_of(2, 32)),
-            "dtype must be torch.int8 for divide",
+            lambda x: kernels.encode(x, RowFormat(E4M3, 4, 32, "per_row_div", 16), bytes_of(2, 32)),
+            "dtype must be torch.int8 for per_row_div",
         ),
-        (lambda x: kernels.quantize_rows(x, x.half()), "smooth must be one of"),
-        (lambda x: kernels.quantize_rows(x, x[:1]), "smooth must have the shape"),
-        (lambda x: kernels.quantize_static(x, x[0, :3]), "smooth must have the shape"),
-        (lambda x: kernels.quantize_rows(x, x.to("meta")), "smooth must be on"),
+        (lambda x: kernels.quantize_rows(x, x.half()), "smooth_scales must be one of"),
+        (lambda x: kernels.quantize_rows(x, x[:1]), "smooth_scales must have the shape"),
+        (lambda x: kernels.quantize_static(x, x[0, :3]), "smooth_scales must have the shape"),
+        (lambda x: kernels.quantize_rows(x, x.to("meta")), "smooth_scales must be on"),
         (lambda x: kernels.quantize_rows(x[:, :0]), "x must have columns"),
         (lambda x: kernels.encode(x, RowFormat(torch.float32, 4, 16), x), "rows must be one of"),
         (
             lambda x: kernels.encode(x, RowFormat(torch.int8, 4, 16, "static"), bytes_of(2, 16)),
-            "smooth must hold the factors",
+            "smooth_scales must hold the factors",
         ),
         (
             lambda x: kernels.encode(x, RowFormat(torch.bfloat16, 4, 16), bytes_of(2, 16)),

@@ -13,8 +13,8 @@ from moe_triton.layout import NOWHERE
 
 
 def assert_same_sources(counts, alignment):
-    expected = ref.sources(counts, alignment)
-    actual = kernels.sources(counts, alignment)
+    expected = ref.recv_permutation(counts, alignment)
+    actual = kernels.recv_permutation(counts, alignment)
     for name, one, other in zip(expected._fields, actual, expected, strict=True):
         assert one.dtype == other.dtype, name
         assert one.tolist() == other.tolist(), name
@@ -29,11 +29,11 @@ def draw(num_experts, world, most, device, seed=0):
 
 def test_example(device):
     counts = torch.tensor([[1, 0, 2], [2, 1, 0]], dtype=torch.int32, device=device)
-    sources = kernels.sources(counts)
-    assert sources.ends.tolist() == [1, 1, 3, 5, 6, 6]
-    assert sources.offsets.tolist() == [3, 6]
-    assert sources.source.tolist() == [0, 2, 2, 0, 0, 1]
-    assert sources.copy.tolist() == [0, 0, 1, 1, 2, 0]
+    recv_permutation = kernels.recv_permutation(counts)
+    assert recv_permutation.recv_counts_cumsum.tolist() == [1, 1, 3, 5, 6, 6]
+    assert recv_permutation.offsets.tolist() == [3, 6]
+    assert recv_permutation.source.tolist() == [0, 2, 2, 0, 0, 1]
+    assert recv_permutation.copy.tolist() == [0, 0, 1, 1, 2, 0]
 
 
 @pytest.mark.parametrize("alignment", [1, 4, 128])
@@ -67,20 +67,20 @@ def test_sources_of_any_size(num_experts, world, most, alignment, seed, device):
 @pytest.mark.parametrize("extra", [0, 5, 10_000])
 def test_capacity(extra, device):
     counts = draw(6, 4, 9, device)
-    expected = ref.sources(counts, 8)
+    expected = ref.recv_permutation(counts, 8)
     n = len(expected.source)
-    sources = kernels.sources(counts, 8, n + extra)
-    assert sources.source.tolist() == expected.source.tolist() + [NOWHERE] * extra
-    assert sources.copy.tolist() == expected.copy.tolist() + [0] * extra
-    assert sources.ends.tolist() == expected.ends.tolist()
-    assert sources.offsets.tolist() == expected.offsets.tolist()
+    recv_permutation = kernels.recv_permutation(counts, 8, n + extra)
+    assert recv_permutation.source.tolist() == expected.source.tolist() + [NOWHERE] * extra
+    assert recv_permutation.copy.tolist() == expected.copy.tolist() + [0] * extra
+    assert recv_permutation.recv_counts_cumsum.tolist() == expected.recv_counts_cumsum.tolist()
+    assert recv_permutation.offsets.tolist() == expected.offsets.tolist()
 
 
 def test_a_capacity_that_is_too_small_cuts_the_end_off(device):
     counts = torch.tensor([[3, 2]], dtype=torch.int32, device=device)
-    sources = kernels.sources(counts, capacity=4)
-    assert sources.source.tolist() == [0, 0, 0, 1]
-    assert sources.offsets.tolist() == [4]
+    recv_permutation = kernels.recv_permutation(counts, capacity=4)
+    assert recv_permutation.source.tolist() == [0, 0, 0, 1]
+    assert recv_permutation.offsets.tolist() == [4]
 
 
 def test_strided_counts(device):
@@ -91,10 +91,10 @@ def test_strided_counts(device):
 def test_rejects(device):
     counts = torch.ones((2, 2), dtype=torch.int32, device=device)
     with pytest.raises(ArgumentTypeError, match="counts must be one of"):
-        kernels.sources(counts.long())
+        kernels.recv_permutation(counts.long())
     with pytest.raises(ArgumentValueError, match="counts must have the shape"):
-        kernels.sources(counts[0])
+        kernels.recv_permutation(counts[0])
     with pytest.raises(ArgumentValueError, match="counts must have an expert"):
-        kernels.sources(counts[:0])
+        kernels.recv_permutation(counts[:0])
     with pytest.raises(ArgumentValueError, match="alignment must be at least 1, got 0"):
-        kernels.sources(counts, 0)
+        kernels.recv_permutation(counts, 0)

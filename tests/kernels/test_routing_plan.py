@@ -16,7 +16,10 @@ from moe_triton.layout import NOWHERE, RoutingCopies
 
 
 def assert_same_plan(expert_ids, num_experts):
-    actual, expected = kernels.plan(expert_ids, num_experts), ref.plan(expert_ids, num_experts)
+    actual, expected = (
+        kernels.routing_plan(expert_ids, num_experts),
+        ref.routing_plan(expert_ids, num_experts),
+    )
     for name, one, other in zip(expected._fields, actual, expected, strict=True):
         assert one.dtype == other.dtype == torch.int32
         assert one.tolist() == other.tolist(), name
@@ -32,10 +35,10 @@ def draw(num_tokens, top_k, num_experts, device, seed=0):
 
 def test_example(device):
     ids = torch.tensor([[0, 2], [2, 1], [0, 3]], dtype=torch.int32, device=device)
-    plan = kernels.plan(ids, 4)
+    plan = kernels.routing_plan(ids, 4)
     assert plan.counts.tolist() == [2, 1, 2, 1]
-    assert plan.expand_idx.tolist() == [0, 0, 1, 0, 1, 0]
-    assert plan.order.tolist() == [0, 4, 3, 1, 2, 5]
+    assert plan.position_in_expert.tolist() == [0, 0, 1, 0, 1, 0]
+    assert plan.sorted_slot_ids.tolist() == [0, 4, 3, 1, 2, 5]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +99,9 @@ def test_copies_on_the_way(T, K, dtype, device):
             weights,
             None if weights is None else torch.full_like(weights, -7.0).contiguous(),
         )
-        for one, other in zip(kernels.plan(ids, 16, kept), ref.plan(ids, 16), strict=True):
+        for one, other in zip(
+            kernels.routing_plan(ids, 16, kept), ref.routing_plan(ids, 16), strict=True
+        ):
             assert one.tolist() == other.tolist()
         assert kept.expert_ids.tolist() == ids.tolist()
         if weights is not None:
@@ -111,14 +116,14 @@ def test_both_ways_are_taken(device):
 
 def test_rejects(device):
     with pytest.raises(ArgumentTypeError, match="expert_ids must be one of"):
-        kernels.plan(torch.zeros((2, 2), device=device), 4)
+        kernels.routing_plan(torch.zeros((2, 2), device=device), 4)
     with pytest.raises(ArgumentValueError, match="expert_ids must have the shape"):
-        kernels.plan(torch.zeros(2, dtype=torch.int32, device=device), 4)
+        kernels.routing_plan(torch.zeros(2, dtype=torch.int32, device=device), 4)
     ids = torch.zeros((2, 2), dtype=torch.int32, device=device)
     weights = torch.zeros((2, 2), device=device)
     with pytest.raises(ArgumentTypeError, match=r"kept\.expert_ids must be one of"):
-        kernels.plan(ids, 4, RoutingCopies(ids.long()))
+        kernels.routing_plan(ids, 4, RoutingCopies(ids.long()))
     with pytest.raises(ArgumentValueError, match=r"kept\.weights must have the shape"):
-        kernels.plan(ids, 4, RoutingCopies(ids, weights[:1], weights))
+        kernels.routing_plan(ids, 4, RoutingCopies(ids, weights[:1], weights))
     with pytest.raises(ArgumentTypeError, match=r"kept\.weights_copy must be one of"):
-        kernels.plan(ids, 4, RoutingCopies(ids, weights, weights.double()))
+        kernels.routing_plan(ids, 4, RoutingCopies(ids, weights, weights.double()))

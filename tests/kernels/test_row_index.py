@@ -20,80 +20,80 @@ def drawn_headers(L, W, per_token, seed, device):
     counts = torch.randint(0, 4, (L, W), generator=generator, dtype=torch.int32)
     counts[:, torch.rand(W, generator=generator) < 0.3] = 0
     longest = int(counts.sum(0).max()) + 2
-    copies = torch.full((W, longest), 2**30, dtype=torch.int32)
+    slot_ids = torch.full((W, longest), 2**30, dtype=torch.int32)
     weights = torch.full((W, longest + 3), float("nan"))
     for source in range(W):
         n = int(counts[:, source].sum())
-        copies[source, :n] = torch.randperm(n * per_token, generator=generator)[:n].int()
+        slot_ids[source, :n] = torch.randperm(n * per_token, generator=generator)[:n].int()
         weights[source, :n] = torch.rand(n, generator=generator)
-    return counts.to(device), copies.to(device), weights.to(device)
+    return counts.to(device), slot_ids.to(device), weights.to(device)
 
 
 @ALIGNMENTS
 @CAPACITIES
 @pytest.mark.parametrize("L, W", [(1, 1), (3, 4), (32, 8)])
 def test_arrivals(L, W, alignment, spare, device):
-    counts, copies, weights = drawn_headers(L, W, 3, L + W, device)
+    counts, slot_ids, weights = drawn_headers(L, W, 3, L + W, device)
     capacity = capacity_of(counts, alignment, spare)
     origins = torch.arange(W, device=device) * 1000 + 2**33
-    options = {"copies_per_row": 3, "alignment": alignment, "capacity": capacity}
+    options = {"slots_per_row": 3, "alignment": alignment, "capacity": capacity}
     for given, dtype in ((weights, torch.int64), (None, torch.int32)):
         options["totals_dtype"] = dtype
-        arguments = (counts, copies, given)
-        found = kernels.arrivals(*arguments, origins=origins, step=7, **options)
-        same(found, ref.arrivals(*arguments, origins=origins, step=7, **options))
+        arguments = (counts, slot_ids, given)
+        found = kernels.recv_row_index(*arguments, origins=origins, step=7, **options)
+        same(found, ref.recv_row_index(*arguments, origins=origins, step=7, **options))
 
 
 @ALIGNMENTS
 @pytest.mark.parametrize("L, W", [(1, 1), (3, 4), (300, 8)])
 def test_load_is_added_up(L, W, alignment, device):
     """Rows that there are, whatever the padding, and even where there is no room for them."""
-    counts, copies, _ = drawn_headers(L, W, 1, L + W, device)
+    counts, slot_ids, _ = drawn_headers(L, W, 1, L + W, device)
     origins = torch.zeros(W, dtype=torch.int64, device=device)
     before = torch.arange(L, device=device) + 2**33
-    for arrivals in (kernels.arrivals, ref.arrivals):
+    for recv_row_index in (kernels.recv_row_index, ref.recv_row_index):
         for capacity in (0, None):
-            options = {"alignment": alignment, "capacity": capacity, "copies_per_row": 1}
+            options = {"alignment": alignment, "capacity": capacity, "slots_per_row": 1}
             load = before.clone()
-            arrivals(counts, copies, None, origins=origins, load=load, **options)
+            recv_row_index(counts, slot_ids, None, origins=origins, load=load, **options)
             assert torch.equal(load, before + counts.sum(1))
 
 
 @ALIGNMENTS
 def test_arrivals_by_a_table(alignment, device):
-    counts, copies, weights = drawn_headers(4, 3, 2, 0, device)
+    counts, slot_ids, weights = drawn_headers(4, 3, 2, 0, device)
     table = torch.randperm(3 * 50, device=device).view(3, 50)
-    options = {"copies_per_row": 1, "table": table, "alignment": alignment}
+    options = {"slots_per_row": 1, "table": table, "alignment": alignment}
     same(
-        kernels.arrivals(counts, copies, weights.double(), **options),
-        ref.arrivals(counts, copies, weights.double(), **options),
+        kernels.recv_row_index(counts, slot_ids, weights.double(), **options),
+        ref.recv_row_index(counts, slot_ids, weights.double(), **options),
     )
 
 
 def test_copies_that_had_no_room(device):
     """More than a source can send, by a token that names an expert twice: zeros, nothing else."""
     counts = torch.tensor([[3]], dtype=torch.int32, device=device)
-    copies = torch.tensor([[7, 8, 9]], dtype=torch.int32, device=device)[:, :2]
+    slot_ids = torch.tensor([[7, 8, 9]], dtype=torch.int32, device=device)[:, :2]
     weights = torch.ones((1, 3), device=device)[:, :2]
     origins = torch.tensor([100], device=device)
-    found = kernels.arrivals(counts, copies, weights, copies_per_row=1, origins=origins)
-    assert found.copies.tolist() == [7, 8, NOWHERE]
-    assert found.places.tolist() == [107, 108, NOWHERE]
+    found = kernels.recv_row_index(counts, slot_ids, weights, slots_per_row=1, origins=origins)
+    assert found.slot_ids.tolist() == [7, 8, NOWHERE]
+    assert found.row_index.tolist() == [107, 108, NOWHERE]
     assert found.weights.tolist() == [1.0, 1.0, 0.0]
 
 
 def test_arrivals_by_hand(device):
     """Two experts, two sources: source 0 sends copies 4 and 1, source 1 copies 0 and 5."""
     counts = torch.tensor([[1, 0], [1, 2]], dtype=torch.int32, device=device)
-    copies = torch.tensor([[4, 1, -7], [0, 5, -7]], dtype=torch.int32, device=device)
+    slot_ids = torch.tensor([[4, 1, -7], [0, 5, -7]], dtype=torch.int32, device=device)
     weights = torch.tensor([[0.5, 0.25, 9.0], [0.125, 1.0, 9.0]], device=device)
     origins = torch.tensor([100, 200], device=device)
-    found = kernels.arrivals(
-        counts, copies, weights, copies_per_row=2, origins=origins, step=10, capacity=6
+    found = kernels.recv_row_index(
+        counts, slot_ids, weights, slots_per_row=2, origins=origins, step=10, capacity=6
     )
-    assert found.sources.source.tolist() == [0, 0, 1, 1, NOWHERE, NOWHERE]
-    assert found.copies.tolist() == [4, 1, 0, 5, NOWHERE, NOWHERE]
-    assert found.places.tolist() == [120, 100, 200, 220, NOWHERE, NOWHERE]
+    assert found.recv_permutation.source.tolist() == [0, 0, 1, 1, NOWHERE, NOWHERE]
+    assert found.slot_ids.tolist() == [4, 1, 0, 5, NOWHERE, NOWHERE]
+    assert found.row_index.tolist() == [120, 100, 200, 220, NOWHERE, NOWHERE]
     assert found.weights.tolist() == [0.5, 0.25, 0.125, 1.0, 0.0, 0.0]
 
 
@@ -105,9 +105,9 @@ def test_returns(T, K, num_shared, device):
     E, W = moe_ranks * L, moe_ranks + num_shared
     ids = drawn_ids(T, K, E, device, seed=K)
     ids[1::5] = NOWHERE  # tokens that take no part
-    routing = ref.plan(ids, E)
+    routing = ref.routing_plan(ids, E)
     generator = torch.Generator().manual_seed(T)
-    begins = torch.randint(0, 2**20, (W, L, W + 1), generator=generator, dtype=torch.int32)
+    group_starts = torch.randint(0, 2**20, (W, L, W + 1), generator=generator, dtype=torch.int32)
     origins = torch.randint(0, 2**40, (W,), generator=generator).to(device)
     for rank in (0, W - 1):
         options = {
@@ -117,8 +117,8 @@ def test_returns(T, K, num_shared, device):
             "origins": origins,
             "step": 449,
         }
-        found = kernels.returns(begins.to(device), routing, ids, **options)
-        expected = ref.returns(begins.to(device), routing, ids, **options)
+        found = kernels.combine_row_index(group_starts.to(device), routing, ids, **options)
+        expected = ref.combine_row_index(group_starts.to(device), routing, ids, **options)
         assert found.dtype == expected.dtype == torch.int64
         assert found.tolist() == expected.tolist()
 
@@ -127,7 +127,7 @@ def test_rows_without_room_do_not_return(device):
     """A holder of three routed rows and one of two shared ones."""
     ids = torch.tensor([[0, 1], [NOWHERE, 0], [1, 0]], dtype=torch.int32, device=device)
     # Of expert 0 come three rows, then two of expert 1; of the shared expert three.
-    begins = torch.tensor([[[0, 3, 3], [0, 0, 0]], [[0, 3, 3], [3, 5, 5]]], dtype=torch.int32)
+    group_starts = torch.tensor([[[0, 3, 3], [0, 0, 0]], [[0, 3, 3], [3, 5, 5]]], dtype=torch.int32)
     options = {
         "rank": 0,
         "num_shared_ranks": 1,
@@ -135,10 +135,10 @@ def test_rows_without_room_do_not_return(device):
         "origins": torch.tensor([100, 200], device=device),
     }
     for steps in (kernels, ref):
-        given = begins.to(device), ref.plan(ids, 2), ids
-        every = steps.returns(*given, **options)
+        given = group_starts.to(device), ref.routing_plan(ids, 2), ids
+        every = steps.combine_row_index(*given, **options)
         assert every.tolist() == [[200, 203, 100], [NOWHERE, 201, 101], [204, 202, 102]]
-        some = steps.returns(*given, **options, capacity=3, shared_capacity=2)
+        some = steps.combine_row_index(*given, **options, capacity=3, shared_capacity=2)
         assert some.tolist() == [[200, NOWHERE, 100], [NOWHERE, 201, 101], [NOWHERE, 202, NOWHERE]]
 
 
@@ -150,27 +150,29 @@ def test_returns_in_several_tiles(device, monkeypatch):
 
 def test_refusals(device):
     counts = torch.ones((2, 3), dtype=torch.int32, device=device)
-    copies = torch.zeros((3, 4), dtype=torch.int32, device=device)
+    slot_ids = torch.zeros((3, 4), dtype=torch.int32, device=device)
     origins = torch.zeros(3, dtype=torch.int64, device=device)
     with pytest.raises(MissingArgumentError, match="origins"):
-        kernels.arrivals(counts, copies, None, copies_per_row=1)
-    with pytest.raises(ArgumentTypeError, match="copies"):
-        kernels.arrivals(counts, copies.long(), None, copies_per_row=1, origins=origins)
+        kernels.recv_row_index(counts, slot_ids, None, slots_per_row=1)
+    with pytest.raises(ArgumentTypeError, match="slot_ids"):
+        kernels.recv_row_index(counts, slot_ids.long(), None, slots_per_row=1, origins=origins)
     with pytest.raises(ArgumentValueError, match="origins"):
-        kernels.arrivals(counts, copies, None, copies_per_row=1, origins=origins[:2])
+        kernels.recv_row_index(counts, slot_ids, None, slots_per_row=1, origins=origins[:2])
     with pytest.raises(ArgumentValueError, match="alignment"):
-        kernels.arrivals(counts, copies, None, copies_per_row=1, origins=origins, alignment=0)
-    given = {"copies_per_row": 1, "origins": origins}
+        kernels.recv_row_index(
+            counts, slot_ids, None, slots_per_row=1, origins=origins, alignment=0
+        )
+    given = {"slots_per_row": 1, "origins": origins}
     with pytest.raises(ArgumentTypeError, match="load"):
-        kernels.arrivals(counts, copies, None, load=counts[:, 0], **given)
+        kernels.recv_row_index(counts, slot_ids, None, load=counts[:, 0], **given)
     with pytest.raises(ArgumentValueError, match="load"):
-        kernels.arrivals(counts, copies, None, load=origins, **given)
+        kernels.recv_row_index(counts, slot_ids, None, load=origins, **given)
     ids = torch.zeros((2, 1), dtype=torch.int32, device=device)
-    begins = torch.zeros((3, 2, 3), dtype=torch.int32, device=device)
+    group_starts = torch.zeros((3, 2, 3), dtype=torch.int32, device=device)
     with pytest.raises(ArgumentValueError, match=r"W, L, W \+ 1"):
-        kernels.returns(
-            begins,
-            kernels.plan(ids, 2),
+        kernels.combine_row_index(
+            group_starts,
+            kernels.routing_plan(ids, 2),
             ids,
             rank=0,
             num_shared_ranks=0,

@@ -51,7 +51,7 @@ def plain_format(dtype, hidden, extra=0):
 def return_format(dtype, hidden):
     offset = -(-hidden // 16) * 16
     stride = offset + -(-(hidden // 8 * 2) // 16) * 16
-    return RowFormat(torch.int8, hidden, stride, "return", offset, dtype, 8)
+    return RowFormat(torch.int8, hidden, stride, "block8", offset, dtype, 8)
 
 
 def encoded(x, fmt):
@@ -114,7 +114,10 @@ class Drawn:
         return (out, y, rstd) if norm else (out,)
 
     def check(self):
-        (out, *norm), (expected, *expected_norm) = self.run(kernels.reduce), self.run(ref.reduce)
+        (out, *norm), (expected, *expected_norm) = (
+            self.run(kernels.weighted_sum),
+            self.run(ref.weighted_sum),
+        )
         same_bits(out, expected)
         for actual, wanted in zip(norm, expected_norm, strict=True):
             tolerance = NORM_TOLERANCE[actual.dtype]
@@ -186,7 +189,7 @@ def plain(x, index, weights=None, out=None, **rest):
     if out is None:
         out = torch.full((len(index), x.shape[1]), NAN, dtype=x.dtype, device=x.device)
     special, addend = rest.pop("special", None), rest.pop("addend", None)
-    kernels.reduce(x.view(torch.uint8), index, fmt, weights, special, addend, out, **rest)
+    kernels.weighted_sum(x.view(torch.uint8), index, fmt, weights, special, addend, out, **rest)
     return out
 
 
@@ -247,7 +250,7 @@ def test_rows_that_overlap_every_16_bytes(device):
     rows = memory.as_strided((12, 32), (16, 1))
     out = torch.empty((2, 8), device=device)
     index = torch.tensor([[0, 1], [2, 11]], device=device)
-    kernels.reduce(rows, index, RowFormat(FP32, 8, 32), None, None, None, out)
+    kernels.weighted_sum(rows, index, RowFormat(FP32, 8, 32), None, None, None, out)
     assert out[0].tolist() == [4.0 + 2 * i for i in range(8)]
     assert out[1].tolist() == [52.0 + 2 * i for i in range(8)]
 
@@ -283,7 +286,7 @@ def test_addresses_have_64_bits(device, reserve):
     fmt = RowFormat(BF16, 8, 16)
     fmt.payload(rows).copy_(torch.tensor([[1.0], [2.0], [4.0]], device=device).expand(3, 8))
     out = torch.empty((1, 8), dtype=BF16, device=device)
-    kernels.reduce(rows, torch.tensor([[0, 2]], device=device), fmt, None, None, None, out)
+    kernels.weighted_sum(rows, torch.tensor([[0, 2]], device=device), fmt, None, None, None, out)
     assert out.tolist() == [[5.0] * 8]
 
 
@@ -300,11 +303,11 @@ def test_addresses_of_sums_have_64_bits(device, reserve):
 
 def test_sum_may_take_the_place_of_what_is_added(launch, device):
     case = Drawn(5, 5, 2, 0, 40, BF16, device=device).with_norm()
-    wanted, wanted_y, _ = case.run(ref.reduce)
+    wanted, wanted_y, _ = case.run(ref.weighted_sum)
     place, gamma, epsilon = case.norm
     y, rstd = torch.empty_like(place), torch.empty(5, device=device)
     norm = Norm(place, gamma, epsilon, y, rstd)
-    kernels.reduce(case.rows, case.index, case.fmt, case.weights, None, None, place, norm)
+    kernels.weighted_sum(case.rows, case.index, case.fmt, case.weights, None, None, place, norm)
     same_bits(place, wanted)
     torch.testing.assert_close(y, wanted_y, rtol=NORM_TOLERANCE[BF16], atol=1e-6)
 
@@ -324,7 +327,7 @@ def test_worked_example_of_quantised_returns(dtype, arrived, launch, device):
     fmt.scales(rows)[0] = torch.tensor([0.031494140625, 0], dtype=dtype, device=device)
     out = torch.full((1, 16), NAN, dtype=dtype, device=device)
     weights = torch.ones((1, 1), device=device)
-    kernels.reduce(
+    kernels.weighted_sum(
         rows, torch.zeros((1, 1), dtype=torch.int64, device=device), fmt, weights, None, None, out
     )
     assert out.tolist() == [arrived + [0] * 8]
@@ -454,9 +457,9 @@ SPECIAL = ZeroComputationExperts(
         ({"index": torch.zeros((2, 2)).long()}, ValueError, r"index must have the shape \(1, \*\)"),
         ({"fmt": RowFormat(BF16, 4, 16)}, TypeError, "out must be of the rows' dtype"),
         ({"fmt": RowFormat(FP32, 3, 16)}, ValueError, "out must have 3 columns"),
-        ({"fmt": RowFormat(FP32, 4, 16, "token")}, ValueError, "fmt must be of scheme"),
+        ({"fmt": RowFormat(FP32, 4, 16, "per_row")}, ValueError, "fmt must be of scheme"),
         (
-            {"fmt": RowFormat(torch.int8, 4, 16, "return", 8, BF16, 8)},
+            {"fmt": RowFormat(torch.int8, 4, 16, "block8", 8, BF16, 8)},
             ValueError,
             "fmt must have blocks of a power of two that divides 4",
         ),
@@ -487,7 +490,7 @@ SPECIAL = ZeroComputationExperts(
 )
 def test_reduce_refuses(changed, error, message):
     with pytest.raises(error, match=f"reduce: {message}") as caught:
-        kernels.reduce(**REDUCE | changed)
+        kernels.weighted_sum(**REDUCE | changed)
     assert isinstance(caught.value, MoeError)
 
 

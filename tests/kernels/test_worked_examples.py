@@ -51,8 +51,10 @@ class Plane:
         self.num_slots = group.top_k + group.num_shared
         self.ids = [self.on_device(self.active_ids(mine)) for mine in tokens]
         self.headers = [[self.header() for _ in tokens] for _ in tokens]
-        self.rows = [self.push(source) for source in range(group.world_size)]
-        self.found = [kernels.sources(self.counts(rank)) for rank in range(group.world_size)]
+        self.rows = [self.dispatch_send(source) for source in range(group.world_size)]
+        self.found = [
+            kernels.recv_permutation(self.counts(rank)) for rank in range(group.world_size)
+        ]
 
     def on_device(self, values):
         return None if values is None else torch.as_tensor(values).to(self.device)
@@ -72,23 +74,23 @@ class Plane:
         return torch.from_numpy(mine.ids).masked_fill(~torch.from_numpy(mine.mask), NOWHERE)
 
     def header(self):
-        copies = max(mine.ids.size for mine in self.tokens)
-        sizes = (1, self.group.num_experts, copies)
+        slot_ids = max(mine.ids.size for mine in self.tokens)
+        sizes = (1, self.group.num_experts, slot_ids)
         numbers = [self.empty(size, dtype=torch.int32) for size in sizes]
-        return DispatchHeader(*numbers, self.empty(copies, dtype=torch.float32))
+        return DispatchHeader(*numbers, self.empty(slot_ids, dtype=torch.float32))
 
-    def push(self, source):
+    def dispatch_send(self, source):
         """This rank's rows, and its header at every rank."""
         group, mine, ids = self.group, self.tokens[source], self.ids[source]
-        smooth = self.on_device(mine.scales)
+        smooth_scales = self.on_device(mine.scales)
         rows = self.empty(len(ids) * self.num_slots, self.fmt.stride, dtype=torch.uint8)
-        kernels.push(
+        kernels.dispatch_send(
             self.floats(mine.x),
             ids,
             self.on_device(mine.weights),
-            smooth,
+            smooth_scales,
             self.fmt,
-            kernels.plan(ids, group.num_experts),
+            kernels.routing_plan(ids, group.num_experts),
             rows,
             [headers[source] for headers in self.headers],
             experts_per_rank=group.experts_per_rank,
@@ -111,16 +113,16 @@ class Plane:
         num_tokens = torch.cat([header.num_tokens for header in headers])
         return (num_tokens * self.on_device(served))[None].int()
 
-    def copies(self, rank):
+    def slot_ids(self, rank):
         """Per received row its source, its token * (K + NS) + slot there, and its weight."""
         headers, found = self.headers[rank], self.found[rank]
         rows = zip(found.source.tolist(), found.copy.tolist(), strict=True)
-        return [(s, int(headers[s].copies[c]), float(headers[s].weights[c])) for s, c in rows]
+        return [(s, int(headers[s].slot_ids[c]), float(headers[s].weights[c])) for s, c in rows]
 
-    def pack(self, rank):
+    def gather_rows(self, rank):
         """expand_x and dynamic_scales of a rank."""
         index, before = [], torch.tensor([0, *map(len, self.rows)]).cumsum(0)
-        for source, copy, _ in self.copies(rank):
+        for source, copy, _ in self.slot_ids(rank):
             # A row for each slot, where each has factors of its own; else one for a token.
             place = copy if self.tokens[source].scales is not None else copy // self.num_slots
             index.append(int(before[source]) + place)
@@ -129,14 +131,14 @@ class Plane:
         scales = None
         if self.group.quant_mode:
             scales = self.empty(len(index), dtype=torch.float32)
-        kernels.pack(torch.cat(self.rows), index, self.fmt, x, scales)
+        kernels.gather_rows(torch.cat(self.rows), index, self.fmt, x, scales)
         return x, scales
 
     def combine(self, returned):
         """The sums of every rank's tokens, from the [n, H] rows that each rank returns."""
         group, fmt = self.group, RowFormat.tight(self.dtype, self.group.hidden)
         if group.comm_quant_mode:
-            fmt = RowFormat.tight(torch.int8, group.hidden, "return", self.dtype, 8)
+            fmt = RowFormat.tight(torch.int8, group.hidden, "block8", self.dtype, 8)
         windows = []
         for rows in returned:
             windows.append(self.empty(len(rows), fmt.stride, dtype=torch.uint8))
@@ -144,14 +146,16 @@ class Plane:
         index = [torch.full((len(ids), self.num_slots), NOWHERE) for ids in self.ids]
         before = 0
         for rank, window in enumerate(windows):
-            for row, (source, copy, _) in enumerate(self.copies(rank)):
+            for row, (source, copy, _) in enumerate(self.slot_ids(rank)):
                 index[source].view(-1)[copy] = before + row
             before += len(window)
         outs = []
         for rank, mine in enumerate(self.tokens):
             out = self.empty(len(mine.ids), group.hidden, dtype=self.dtype)
             weights, where = self.on_device(mine.weights), index[rank].to(self.device)
-            kernels.reduce(torch.cat(windows), where, fmt, weights, self.special(rank), None, out)
+            kernels.weighted_sum(
+                torch.cat(windows), where, fmt, weights, self.special(rank), None, out
+            )
             outs.append(out)
         return outs
 
@@ -169,17 +173,20 @@ class Plane:
 def check_dispatch(plane, example, ranks):
     """What each rank received; ``ranks`` are the world ranks of the plane."""
     for rank, world_rank in enumerate(ranks):
-        x, scales = plane.pack(rank)
+        x, scales = plane.gather_rows(rank)
         own = len(example.rows[world_rank])
         assert x.tolist() == example.expand_x[world_rank][:own]
         if scales is not None:
             assert scales.tolist() == dynamic_scales(example, world_rank).tolist()
         size = plane.group.world_size * plane.group.num_local(rank)
-        assert plane.found[rank].ends.tolist() == example.ep_recv_counts[world_rank][:size]
-        triples = [(s, *divmod(copy, plane.num_slots)) for s, copy, _ in plane.copies(rank)]
+        assert (
+            plane.found[rank].recv_counts_cumsum.tolist()
+            == example.ep_recv_counts[world_rank][:size]
+        )
+        triples = [(s, *divmod(copy, plane.num_slots)) for s, copy, _ in plane.slot_ids(rank)]
         assert triples == example.rows[world_rank]
         if example.expand_scales is not None:
-            weights = [weight for *_, weight in plane.copies(rank)]
+            weights = [weight for *_, weight in plane.slot_ids(rank)]
             assert weights == example.expand_scales[world_rank]
 
 
@@ -270,12 +277,12 @@ def test_float8(quant, scales, codes, values, device):
     window = torch.full((1, fmt.stride), POISON, dtype=torch.uint8, device=device)
     kernels.encode(x, fmt, window)
     here = torch.zeros((1, 1), dtype=torch.int64, device=device)
-    for step in ("pack", "gather_quant"):
+    for step in ("gather_rows", "gather_quant"):
         bytes_ = torch.full((1, 64), POISON, dtype=torch.uint8, device=device)
         out = bytes_.view(fmt.dtype)
         found = torch.empty((1, fmt.num_scales), dtype=fmt.scale_dtype, device=device)
-        if step == "pack":
-            kernels.pack(window, here[0], fmt, out, found)
+        if step == "gather_rows":
+            kernels.gather_rows(window, here[0], fmt, out, found)
         else:
             kernels.gather_quant(x, here, fmt, None, None, out, found)
         assert found.tolist() == [scales]
@@ -297,7 +304,7 @@ def test_residual_and_norm(device):
     kernels.encode(returned, fmt, window)
     weights, rstd = torch.ones((1, 1), device=device), torch.zeros(1, device=device)
     norm = Norm(bf16([1, 1, -1, 0]), bf16(1, 0.5, 2, 1), 1e-6, y, rstd)
-    kernels.reduce(window, here, fmt, weights, None, None, total, norm)
+    kernels.weighted_sum(window, here, fmt, weights, None, None, total, norm)
     assert total.tolist() == [[2, 3, 2, 4]]
     assert rstd.tolist() == [pytest.approx(0.34815528988838196, rel=1e-6)]
     assert y.tolist() == [[0.6953125, 0.5234375, 1.390625, 1.390625]]

@@ -9,13 +9,13 @@ from moe_triton.layout import NOWHERE, RowFormat
 
 
 def test_pack_leaves_later_rows_untouched():
-    fmt = RowFormat(torch.int8, 4, 32, "token", 16)
+    fmt = RowFormat(torch.int8, 4, 32, "per_row", 16)
     rows = torch.zeros((3, 32), dtype=torch.uint8)
     fmt.payload(rows).copy_(torch.arange(12, dtype=torch.int8).view(3, 4))
     fmt.scales(rows).copy_(torch.tensor([[1.0], [2.0], [3.0]]))
     x = torch.full((4, 4), 99, dtype=torch.int8)
     scales = torch.full((4,), 99.0)
-    ref.pack(rows, torch.tensor([2, 0]), fmt, x, scales)
+    ref.gather_rows(rows, torch.tensor([2, 0]), fmt, x, scales)
     assert x.tolist() == [[8, 9, 10, 11], [0, 1, 2, 3], [99] * 4, [99] * 4]
     assert scales.tolist() == [3.0, 1.0, 99.0, 99.0]
 
@@ -25,14 +25,14 @@ def test_pack_makes_zeros_of_what_is_nowhere():
     rows = torch.full((2, 16), 0xFF, dtype=torch.uint8)  # NaN
     fmt.payload(rows)[1] = 3.0
     x = torch.full((4, 2), 99.0, dtype=torch.bfloat16)
-    ref.pack(rows, torch.tensor([NOWHERE, 1, NOWHERE]), fmt, x)
+    ref.gather_rows(rows, torch.tensor([NOWHERE, 1, NOWHERE]), fmt, x)
     assert x.tolist() == [[0, 0], [3, 3], [0, 0], [99, 99]]
-    ref.pack(rows[:0], torch.tensor([NOWHERE]), fmt, x)
+    ref.gather_rows(rows[:0], torch.tensor([NOWHERE]), fmt, x)
     assert x.tolist() == [[0, 0], [3, 3], [0, 0], [99, 99]]
 
 
 def test_gather_quant_writes_each_token_to_its_rows():
-    fmt = RowFormat(torch.int8, 2, 0, "token", 0)
+    fmt = RowFormat(torch.int8, 2, 0, "per_row", 0)
     x = torch.tensor([[127.0, 1.0], [254.0, -2.0]])
     index = torch.tensor([[3, NOWHERE], [0, 2]])
     out = torch.full((4, 2), 99, dtype=torch.int8)
@@ -45,10 +45,10 @@ def test_gather_quant_writes_each_token_to_its_rows():
 def test_gather_quant_with_factors_of_each_expert():
     # One shared expert with the factors of row 0; experts 0 and 1 with those of rows 1 and 2.
     fmt = RowFormat(torch.int8, 2, 0, "static")
-    smooth = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    smooth_scales = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     out = torch.zeros((3, 2), dtype=torch.int8)
     ids = torch.tensor([[1, 0]], dtype=torch.int32)
-    ref.gather_quant(torch.ones((1, 2)), torch.tensor([[0, 1, 2]]), fmt, smooth, ids, out)
+    ref.gather_quant(torch.ones((1, 2)), torch.tensor([[0, 1, 2]]), fmt, smooth_scales, ids, out)
     assert out.tolist() == [[5, 6], [3, 4], [1, 2]]
 
 
@@ -56,5 +56,5 @@ def test_pack_of_float8_with_gaps():
     fmt = RowFormat(torch.float8_e4m3fn, 2, 16)
     rows = torch.full((2, 16), 0x38, dtype=torch.uint8)  # 1.0
     x = torch.full((3, 2), 9.0).to(fmt.dtype)
-    ref.pack(rows, torch.tensor([1, NOWHERE]), fmt, x)
+    ref.gather_rows(rows, torch.tensor([1, NOWHERE]), fmt, x)
     assert x.float().tolist() == [[1, 1], [0, 0], [9, 9]]

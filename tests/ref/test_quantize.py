@@ -77,7 +77,7 @@ def test_a_tiny_block_saturates():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_blocks_survive_encode_and_decode(dtype):
     x = torch.randn((5, 24)).to(dtype)
-    fmt = RowFormat(torch.int8, 24, 48, "return", 32, dtype, 8)
+    fmt = RowFormat(torch.int8, 24, 48, "block8", 32, dtype, 8)
     rows = torch.full((5, 48), 0xFF, dtype=torch.uint8)
     out = torch.empty_like(x)
     ref.encode(x, fmt, rows)
@@ -180,7 +180,7 @@ def test_quantize_rows_to_float8(dtype):
     "fmt",
     [
         RowFormat(torch.int8, 70, 80, "static"),
-        RowFormat(E4M3, 70, 96, "token", 80),
+        RowFormat(E4M3, 70, 96, "per_row", 80),
         RowFormat(E5M2, 70, 96, "group", 80, torch.float32, 128),
         RowFormat(E4M3, 70, 96, "mx", 80, torch.uint8, 32),
     ],
@@ -188,15 +188,15 @@ def test_quantize_rows_to_float8(dtype):
 )
 def test_encode_writes_payload_and_scales_only(fmt):
     x = torch.randn((3, 70)).bfloat16()
-    smooth = None if fmt.scheme == "mx" else 0.5 + torch.rand((3, 70))
+    smooth_scales = None if fmt.scheme == "mx" else 0.5 + torch.rand((3, 70))
     rows = torch.full((3, fmt.stride), 0xA5, dtype=torch.uint8)
-    ref.encode(x, fmt, rows, smooth)
+    ref.encode(x, fmt, rows, smooth_scales)
     if fmt.scheme == "static":
-        q, scales = ref.quantize_static(x, smooth), None
-    elif fmt.scheme == "token":
-        q, scales = ref.quantize_rows(x, smooth, fmt.dtype)
+        q, scales = ref.quantize_static(x, smooth_scales), None
+    elif fmt.scheme == "per_row":
+        q, scales = ref.quantize_rows(x, smooth_scales, fmt.dtype)
     elif fmt.scheme == "group":
-        q, scales = ref.quantize_groups(x, 128, smooth, fmt.dtype)
+        q, scales = ref.quantize_groups(x, 128, smooth_scales, fmt.dtype)
     else:
         q, scales = ref.quantize_mx(x, fmt.dtype)
     assert torch.equal(rows[:, :70], q.view(torch.uint8))

@@ -9,9 +9,9 @@ from moe_triton import ref
 from moe_triton.layout import NOWHERE, Norm, RowFormat, ZeroComputationExperts
 
 
-def reduce(rows, index, weights, addend, out, special=None, norm=None):
+def weighted_sum(rows, index, weights, addend, out, special=None, norm=None):
     fmt = RowFormat(rows.dtype, rows.shape[1], rows.shape[1] * rows.itemsize)
-    ref.reduce(rows.view(torch.uint8), index, fmt, weights, special, addend, out, norm)
+    ref.weighted_sum(rows.view(torch.uint8), index, fmt, weights, special, addend, out, norm)
 
 
 def test_rows_longer_than_a_block():
@@ -19,7 +19,7 @@ def test_rows_longer_than_a_block():
     x = torch.ones((3, hidden))
     x[1] = 2.0
     out = torch.empty((1, hidden))
-    reduce(x, torch.tensor([[0, 1, 2]]), torch.tensor([[1.0, 2.0]]), None, out)
+    weighted_sum(x, torch.tensor([[0, 1, 2]]), torch.tensor([[1.0, 2.0]]), None, out)
     assert (out == 1 + 4 + 1).all()
 
 
@@ -29,7 +29,7 @@ def test_reduce_rounds_once_and_to_even():
     out = torch.empty((2, 1), dtype=torch.bfloat16)
     index = torch.tensor([[0, 1, 2], [0, 1, 1]])
     weights = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.5, 0.5]])
-    reduce(rows, index, weights, None, out)
+    weighted_sum(rows, index, weights, None, out)
     assert out.flatten().tolist() == [258.0, 256.0]
 
 
@@ -37,7 +37,7 @@ def test_reduce_adds_in_ascending_order():
     # (2**24 + 1) + 1 loses both ones in float32; 1 + 1 first would not.
     rows = torch.tensor([[2.0**24], [1.0]], dtype=torch.float32)
     out = torch.empty((2, 1))
-    reduce(rows, torch.tensor([[0, 1, 1], [1, 1, 0]]), None, None, out)
+    weighted_sum(rows, torch.tensor([[0, 1, 1], [1, 1, 0]]), None, None, out)
     assert out.flatten().tolist() == [2.0**24, 2.0**24 + 2]
 
 
@@ -45,14 +45,14 @@ def test_reduce_adds_unweighted_rows_and_the_addend_last():
     rows = torch.tensor([[1.0, 2.0], [10.0, 20.0]], dtype=torch.float16)
     out = torch.empty((1, 2), dtype=torch.float16)
     addend = torch.tensor([[0.5, 0.25]], dtype=torch.float16)
-    reduce(rows, torch.tensor([[0, 1]]), torch.tensor([[3.0]]), addend, out)
+    weighted_sum(rows, torch.tensor([[0, 1]]), torch.tensor([[3.0]]), addend, out)
     assert out.tolist() == [[13.5, 26.25]]
 
 
 def test_reduce_never_gives_a_negative_zero():
     rows = torch.tensor([[-0.0]], dtype=torch.bfloat16)
     out = torch.empty((1, 1), dtype=torch.bfloat16)
-    reduce(rows, torch.tensor([[0]]), None, None, out)
+    weighted_sum(rows, torch.tensor([[0]]), None, None, out)
     assert not torch.signbit(out).any()
 
 
@@ -61,9 +61,9 @@ def test_reduce_leaves_out_what_is_nowhere_whatever_its_weight():
     out = torch.empty((3, 1))
     index = torch.tensor([[NOWHERE, 1], [1, NOWHERE], [NOWHERE, NOWHERE]])
     weights = torch.tensor([[float("nan"), 3.0], [2.0, float("inf")], [1.0, 1.0]])
-    reduce(rows, index, weights, None, out)
+    weighted_sum(rows, index, weights, None, out)
     assert out.flatten().tolist() == [6.0, 4.0, 0.0]
-    reduce(rows[:0], index[2:], weights[2:], None, out[2:])
+    weighted_sum(rows[:0], index[2:], weights[2:], None, out[2:])
     assert out[2] == 0
 
 
@@ -83,13 +83,13 @@ def test_reduce_special_experts_in_their_place():
     index = torch.tensor([[0, NOWHERE, NOWHERE], [NOWHERE, NOWHERE, NOWHERE]])
     weights = torch.tensor([[1.0, 5.0, 2.0], [0.5, 4.0, float("nan")]])
     out = torch.empty((2, 2))
-    reduce(rows, index, weights, None, out, special)
+    weighted_sum(rows, index, weights, None, out, special)
     assert out.tolist() == [[24.0, 36.0], [0.5 * 5 + 4 * 4.5, 0.5 * 1 + 4 * 7.0]]
     columns = special._replace(
         alpha_1=torch.tensor([[2.0, 0.0], [0.5, 0.0]]),
         alpha_2=torch.tensor([[3.0, 1.0], [1.0, 2.0]]),
     )
-    reduce(rows, index, weights, None, out, columns)
+    weighted_sum(rows, index, weights, None, out, columns)
     assert out[1].tolist() == [0.5 * 5 + 4 * 4.5, 0.5 * -1 + 4 * 12.0]
 
 
@@ -107,7 +107,7 @@ def test_reduce_with_residual_and_norm_by_hand():
     gamma = torch.tensor([1.0, 0.5, 2.0, 1.0], dtype=torch.bfloat16)
     out, y = torch.empty_like(rows), torch.empty_like(rows)
     norm = Norm(residual, gamma, 1e-6, y, torch.empty(1))
-    reduce(rows, torch.tensor([[0]]), torch.tensor([[1.0]]), None, out, norm=norm)
+    weighted_sum(rows, torch.tensor([[0]]), torch.tensor([[1.0]]), None, out, norm=norm)
     assert out.tolist() == [[2, 3, 2, 4]]
     assert norm.rstd.item() == pytest.approx(0.34815528988838196, rel=1e-6)
     assert y.tolist() == [[0.6953125, 0.5234375, 1.390625, 1.390625]]

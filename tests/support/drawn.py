@@ -71,7 +71,7 @@ class Config:
     measured: bool
 
     @property
-    def num_special(self) -> int:
+    def num_zero_computation(self) -> int:
         group = self.group
         return group.zero_experts + group.copy_experts + group.const_experts
 
@@ -194,7 +194,7 @@ def draw_mask(rng: np.random.Generator, config: Config, batch: int) -> np.ndarra
 
 def draw_ids(rng: np.random.Generator, config: Config, batch: int) -> np.ndarray:
     """(BS, K) ids; those of routed experts are distinct in each row."""
-    routed, special, top_k = config.num_routed, config.num_special, config.group.top_k
+    routed, special, top_k = config.num_routed, config.num_zero_computation, config.group.top_k
     ids = np.zeros((batch, top_k), np.int32)
     popularity = np.full(routed, 1 / routed)
     if config.skew == "zipf":

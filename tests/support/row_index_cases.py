@@ -29,7 +29,7 @@ def same(found, expected):
 def capacity_of(counts: torch.Tensor, alignment: int, spare: int | None) -> int | None:
     if spare is None:
         return None
-    return max(int(ref.sources(counts.cpu(), alignment).offsets[-1]) + spare, 0)
+    return max(int(ref.recv_permutation(counts.cpu(), alignment).offsets[-1]) + spare, 0)
 
 
 def drawn_ids(T, K, E, device, seed=0, masked=0.2):

@@ -38,7 +38,7 @@ def check_tokens(
     rows = x.shape[0] if dispatch else None
     checks.shape(op, "expert_ids", expert_ids, (rows, None), "(BS, K)", x.device)
     num_tokens, top_k = expert_ids.shape
-    special = arguments.num_special_experts
+    special = arguments.num_zero_computation_experts
     most = topology.num_experts + special
     contract = f"have 1 to {most} columns, the number of experts"
     got = f"shape {tuple(expert_ids.shape)}"
@@ -67,7 +67,9 @@ def check_tokens(
         return max_tokens, active
     # Special experts follow the routed ones that are left.
     num_experts = (topology if elastic is None else elastic.topology).num_experts
-    checks.expert_ids(op, "expert_ids", expert_ids, num_experts, num_special=special, active=active)
+    checks.expert_ids(
+        op, "expert_ids", expert_ids, num_experts, num_zero_computation=special, active=active
+    )
     return max_tokens, active
 
 
@@ -108,7 +110,7 @@ def active_slots(
     return mask[:, None].expand(-1, top_k)
 
 
-def special_experts(
+def zero_computation_experts(
     op: str,
     arguments: GroupArguments,
     num_experts: int,
@@ -138,13 +140,13 @@ def special_experts(
             scalars = tensor.dim() == 1 and tensor is not value
             sizes = (constants,) if scalars else (constants, hidden)
             checks.shape(op, name, tensor, sizes, meaning, ids.device)
-    if not arguments.num_special_experts:
+    if not arguments.num_zero_computation_experts:
         return None
     return ZeroComputationExperts(
         ids,
         num_experts + arguments.zero_expert_num,
         num_experts + arguments.zero_expert_num + arguments.copy_expert_num,
-        num_experts + arguments.num_special_experts,
+        num_experts + arguments.num_zero_computation_experts,
         tokens,
         alpha_1,
         alpha_2,

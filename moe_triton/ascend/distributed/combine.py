@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 import torch
 
 from ... import comm
-from ...comm import Call, Finish, MoeConfig, Outputs
+from ...comm import Call, CombineEpilogue, CombineInput, MoeConfig
 from ...errors import ArgumentTypeError
-from ...layout import Norm, Plan, Sources, ZeroComputationExperts
+from ...layout import Norm, RecvPermutation, RoutingPlan, ZeroComputationExperts
 from ...ops import checks
 from ...ops.device_steps import steps_on
 from ...profile import active_profile
 from ...topology import Topology
 from ..group_arguments import GroupArguments, ScaledDown
 from ..op_names import COMBINE, COMBINE_ADD_RMS_NORM, COMBINE_V2, family
-from .checks import check_tokens, flat_addend, special_experts
+from .checks import check_tokens, flat_addend, zero_computation_experts
 from .dispatch_metadata import (
     ASSIST_WORDS,
     check_assist,
@@ -113,13 +113,15 @@ class Combine:
     config: MoeConfig
     agreed: dict[str, Any]
 
-    def check_index(self, op: str, plan: Plan, sources: Sources, rank: int) -> None:
+    def check_index(
+        self, op: str, plan: RoutingPlan, recv_permutation: RecvPermutation, rank: int
+    ) -> None:
         """What dispatch said of the places of rows has come back."""
         if self.by_token:
             check_expand_idx(op, self.index, plan)
         else:
             shared = self.topology.is_shared_rank(rank)
-            check_assist(op, _index_name(op), self.index, sources, self.config, shared)
+            check_assist(op, _index_name(op), self.index, recv_permutation, self.config, shared)
 
 
 def check_combine(
@@ -221,7 +223,7 @@ def check_combine(
     ids = routed_ids(expert_ids, active)
     placement = topology if elastic is None else elastic.topology
     alphas = (const_expert_alpha_1, const_expert_alpha_2)
-    special = special_experts(
+    special = zero_computation_experts(
         op, arguments, placement.num_experts, ids, hidden, ori_x, *alphas, const_expert_v
     )
     config = return_config(placement, top_k, max_tokens, expand_x, comm_quant_mode)
@@ -264,14 +266,14 @@ def distribute_combine(op: str, arguments: GroupArguments, **given: Any) -> Comb
         ids, config, topology = combine.ids, combine.config, combine.topology
         device = combine.expand_x.device
         steps = steps_on(device)
-        plan = steps.plan(ids, config.topology.num_experts)
+        plan = steps.routing_plan(ids, config.topology.num_experts)
         # The two ranks of a pair tell each other on the host how many rows they have.
         fixed = steps.fixed_shapes and ranks.tp is None
         most = config.capacity(ranks.ep.group.rank) if fixed else None
-        sources = steps.sources(combine.counts, capacity=most)
-        combine.check_index(op, plan, sources, rank)
+        recv_permutation = steps.recv_permutation(combine.counts, capacity=most)
+        combine.check_index(op, plan, recv_permutation, rank)
         sent = given.get("tp_send_counts")
-        own, count = tp_counts(op, arguments, sent, sources, combine.num_rows)
+        own, count = tp_counts(op, arguments, sent, recv_permutation, combine.num_rows)
 
     call = Call(op, config, combine.agreed, steps, device)
     y = combine.expand_x
@@ -280,9 +282,11 @@ def distribute_combine(op: str, arguments: GroupArguments, **given: Any) -> Comb
             tp_call = Call(op, config, combine.agreed | {"ep_rank_id": rank}, steps, device)
             y = add_halves(ranks.tp, tp_call, y, own, count, combine.capacity)
     transport = ranks.ep.transport(op)
-    pending = transport.combine_setup(call, Outputs(y, sources, ids, plan, combine.weights))
+    pending = transport.combine_send(
+        call, CombineInput(y, recv_permutation, ids, plan, combine.weights)
+    )
     norm = combine.norm
-    out = transport.combine_teardown(pending, Finish(combine.special, combine.addend, norm))
+    out = transport.combine_recv(pending, CombineEpilogue(combine.special, combine.addend, norm))
     normed = () if norm is None else (norm.y, norm.rstd[:, None])
     clear_inactive(combine.active, out, *normed)
     return CombineOutput(out, microseconds(pending.waited, topology, combine.elastic), norm)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...comm import Call, MoeConfig, Received, Tokens
+from ...comm import Call, DispatchInput, MoeConfig, Received
 from ...layout import FLOAT8
 from ...ops import checks, quantization
 from ...ops.device_steps import steps_on
@@ -66,7 +66,7 @@ class Dispatch:
     capacity: int
     config: MoeConfig
     agreed: dict[str, Any]
-    tokens: Tokens
+    tokens: DispatchInput
 
     @functools.cached_property
     def call(self) -> Call:
@@ -177,7 +177,7 @@ def check_dispatch(
         capacity,
         config,
         agreed,
-        Tokens(sent, ids, expert_scales, factors, num_rows),
+        DispatchInput(sent, ids, expert_scales, factors, num_rows),
     )
 
 
@@ -224,28 +224,34 @@ def distribute_dispatch(
     rank, capacity = ranks.group.rank, dispatch.capacity
     with ranks.abort_peers_on_error(op, None, "gather"):
         transport = ranks.ep.transport(op)
-        pending = transport.dispatch_setup(call, dispatch.tokens)
-        received = dispatch.outputs(transport.dispatch_teardown(pending))
+        pending = transport.dispatch_send(call, dispatch.tokens)
+        received = dispatch.outputs(transport.dispatch_recv(pending))
 
-    ends, weights, tp_counts = received.sources.ends, received.weights, None
+    recv_counts_cumsum, weights, tp_counts = (
+        received.recv_permutation.recv_counts_cumsum,
+        received.weights,
+        None,
+    )
     token_nums = received.totals
     if ranks.tp is not None:
-        num_own = int(ends[-1])
+        num_own = int(recv_counts_cumsum[-1])
         arguments_of_pair = {**call.arguments, "ep_rank_id": rank}
         tp_call = dataclasses.replace(call, arguments=arguments_of_pair)
-        peer = share_received(ranks.tp, tp_call, received.x, received.scales, ends)
+        peer = share_received(ranks.tp, tp_call, received.x, received.scales, recv_counts_cumsum)
         token_nums = token_nums + peer.count
-        ends = torch.cat([ends, peer.ends])
+        recv_counts_cumsum = torch.cat([recv_counts_cumsum, peer.recv_counts_cumsum])
         counts = [num_own, peer.count] if arguments.tp_rank_id == 0 else [peer.count, num_own]
         tp_counts = torch.tensor(counts, dtype=torch.int32, device=dispatch.x.device)
         weights = None if weights is None else weights[:capacity].clone()
     elif elastic is not None:
         size = topology.world_size * topology.num_local_experts(rank)
-        ends = torch.cat([ends, ends[-1:].expand(size - len(ends))])
+        recv_counts_cumsum = torch.cat(
+            [recv_counts_cumsum, recv_counts_cumsum[-1:].expand(size - len(recv_counts_cumsum))]
+        )
     profile, config = active_profile(), call.config
     spare = profile.spare_counts(topology.world_size, config.max_tokens, config.top_k)
     if spare:
-        ends = torch.cat([ends, ends.new_empty(spare)])
+        recv_counts_cumsum = torch.cat([recv_counts_cumsum, recv_counts_cumsum.new_empty(spare)])
     if weights is None and profile.returns_weights:
         weights = torch.empty(capacity, device=dispatch.x.device)
     assist = None
@@ -253,16 +259,16 @@ def distribute_dispatch(
         size = capacity * ASSIST_WORDS
         assist = torch.empty(size, dtype=torch.int32, device=dispatch.x.device)
         slots = call.config.num_slots
-        copies = received.copies
-        columns = [received.sources.source, copies // slots, copies % slots]
-        torch.stack(columns, dim=1, out=assist[: 3 * len(copies)].view(-1, 3))
+        slot_ids = received.slot_ids
+        columns = [received.recv_permutation.source, slot_ids // slots, slot_ids % slots]
+        torch.stack(columns, dim=1, out=assist[: 3 * len(slot_ids)].view(-1, 3))
     return DispatchOutput(
         received.x,
         received.scales,
-        received.plan.expand_idx,
+        received.plan.position_in_expert,
         assist,
         as_token_nums(token_nums, expert_token_nums_type),
-        ends,
+        recv_counts_cumsum,
         tp_counts,
         weights,
         microseconds(pending.waited, topology, elastic),

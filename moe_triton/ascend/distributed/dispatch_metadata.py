@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...comm import MoeConfig
-from ...layout import NOWHERE, Plan, Sources
+from ...layout import NOWHERE, RecvPermutation, RoutingPlan
 from ...ops import checks
 from ...profile import active_profile
 from ...topology import Topology
@@ -19,7 +19,7 @@ def received_counts(
     topology: Topology,
     config: MoeConfig,
     rank: int,
-    ends: torch.Tensor,
+    recv_counts_cumsum: torch.Tensor,
     arguments: GroupArguments,
     *,
     name: str = "ep_send_counts",
@@ -27,7 +27,7 @@ def received_counts(
     """[L, W] int32 rows of this rank, from their prefix sums."""
     local = topology.num_local_experts(rank)
     size = topology.world_size * local
-    if arguments.has_tp and len(ends) == size:
+    if arguments.has_tp and len(recv_counts_cumsum) == size:
         pass  # the peer's half is not needed
     else:
         spare = active_profile().spare_counts(topology.world_size, config.max_tokens, config.top_k)
@@ -35,13 +35,13 @@ def received_counts(
         meaning = "(W * T * L,)" if arguments.has_tp else "(W * L,)"
         if spare:
             meaning = "(W * L + 2 * G * K * (W / 8),)"
-        checks.shape(op, name, ends, (length,), meaning, ends.device)
+        checks.shape(op, name, recv_counts_cumsum, (length,), meaning, recv_counts_cumsum.device)
     left = config.topology.world_size
-    ends = ends[: local * left]
-    counts = ends.diff(prepend=ends.new_zeros(1)).view(local, left)
-    most = config.max_tokens if topology.is_shared_rank(rank) else config.max_copies
+    recv_counts_cumsum = recv_counts_cumsum[: local * left]
+    counts = recv_counts_cumsum.diff(prepend=recv_counts_cumsum.new_zeros(1)).view(local, left)
+    most = config.max_tokens if topology.is_shared_rank(rank) else config.max_slot_ids
     from_source = counts.sum(0)
-    if ends.device.type == "cpu":
+    if recv_counts_cumsum.device.type == "cpu":
         checks.value(
             op,
             name,
@@ -53,10 +53,10 @@ def received_counts(
     return counts
 
 
-def check_expand_idx(op: str, expand_idx: torch.Tensor, plan: Plan) -> None:
+def check_expand_idx(op: str, expand_idx: torch.Tensor, plan: RoutingPlan) -> None:
     """The values have come back unchanged, so that no row goes astray."""
     if expand_idx.device.type == "cpu":
-        same = (expand_idx == plan.expand_idx) | (plan.expand_idx == NOWHERE)
+        same = (expand_idx == plan.position_in_expert) | (plan.position_in_expert == NOWHERE)
         contract = "be what dispatch returned for these expert_ids"
         checks.value(op, "expand_idx", bool(same.all()), contract, "other values")
 
@@ -71,15 +71,20 @@ def check_assist_size(
 
 
 def check_assist(
-    op: str, name: str, assist: torch.Tensor, sources: Sources, config: MoeConfig, shared: bool
+    op: str,
+    name: str,
+    assist: torch.Tensor,
+    recv_permutation: RecvPermutation,
+    config: MoeConfig,
+    shared: bool,
 ) -> None:
     """The triples have come back unchanged, so that no row goes astray."""
     if assist.device.type != "cpu":
         return
-    n = int(sources.ends[-1])
+    n = int(recv_permutation.recv_counts_cumsum[-1])
     source, token, slot = assist[: 3 * n].view(n, 3).long().unbind(1)
     first, last = (config.top_k, config.num_slots) if shared else (0, config.top_k)
-    holds = (source == sources.source[:n]) & (token >= 0) & (token < config.max_tokens)
+    holds = (source == recv_permutation.source[:n]) & (token >= 0) & (token < config.max_tokens)
     holds &= (slot >= first) & (slot < last)
     contract = "hold the triples that dispatch returned for these rows"
     if not bool(holds.all()):
@@ -88,9 +93,9 @@ def check_assist(
         checks.value(op, name, False, contract, got)
     # Rows of one expert and one source come in the order of the source's tokens.
     place = token * config.num_slots + slot
-    begins = torch.zeros(n + 1, dtype=torch.bool)
-    begins[sources.ends.long()] = True
-    wrong = (place[1:] <= place[:-1]) & ~begins[1:n]
+    group_starts = torch.zeros(n + 1, dtype=torch.bool)
+    group_starts[recv_permutation.recv_counts_cumsum.long()] = True
+    wrong = (place[1:] <= place[:-1]) & ~group_starts[1:n]
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0]) + 1
         checks.value(op, name, False, contract, f"row {row} before the one it follows")
@@ -109,11 +114,11 @@ def tp_counts(
     op: str,
     arguments: GroupArguments,
     counts: torch.Tensor | None,
-    sources: Sources,
+    recv_permutation: RecvPermutation,
     num_rows: int,
 ) -> tuple[int, int]:
     """How many rows of expand_x are this rank's, and how many the peer's behind them."""
-    own = len(sources.source)
+    own = len(recv_permutation.source)
     if not arguments.has_tp:
         return own, 0
     assert counts is not None

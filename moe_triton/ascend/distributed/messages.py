@@ -20,7 +20,7 @@ def message_format(quant: str | None, dtype: torch.dtype, hidden: int) -> RowFor
     size = hidden * fmt.dtype.itemsize
     if scheme in ("none", "static"):
         return fmt._replace(stride=align(align(size, 32), 512))
-    start = align(size, {"token": 32, "group": 128, "mx": 256}[scheme])
+    start = align(size, {"per_row": 32, "group": 128, "mx": 256}[scheme])
     total = start + fmt.num_scales * fmt.scale_dtype.itemsize
     return fmt._replace(scale_offset=start, stride=align(total, 512))
 
@@ -40,7 +40,7 @@ def messages(dispatch: Dispatch) -> torch.Tensor:
     routed = y[: num_tokens * top_k].view(num_tokens, top_k, fmt.stride)
     shared = y[num_tokens * top_k :].view(num_shared, num_tokens, fmt.stride)
     places = [routed[:, k] for k in range(top_k)] + list(shared.unbind(0))
-    factors = tokens.smooth
+    factors = tokens.smooth_scales
     if factors is None or factors.dim() == 1:
         rows = torch.empty((num_tokens, fmt.stride), dtype=torch.uint8, device=x.device)
         steps.encode(x, fmt, rows, factors)
@@ -63,8 +63,8 @@ def sent_rows(pending: Pending, expand_x: torch.Tensor, capacity: int) -> torch.
     size = quant_row_bytes(hidden)
     sent = torch.empty((capacity, size), dtype=torch.uint8, device=expand_x.device)
     fmt = call.config.return_format
-    if fmt.scheme == "return":
-        n = len(pending.data.sources.source)
+    if fmt.scheme == "block8":
+        n = len(pending.data.recv_permutation.source)
         placed = fmt._replace(scale_offset=align(hidden, 32), stride=size)
         call.steps.encode(expand_x[:n], placed, sent[:n])
     return sent.view(torch.int8)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ... import comm
-from ...comm import Call, Finish, MoeConfig, Outputs
+from ...comm import Call, CombineEpilogue, CombineInput, MoeConfig
 from ...ops import checks
 from ...ops.device_steps import steps_on
 from ...profile import active_profile
@@ -27,7 +27,7 @@ from .dispatch_metadata import ASSIST_WORDS, check_assist_size, check_expand_idx
 from .groups import Ranks
 from .messages import messages, sent_rows
 from .places import place, routed_ids, sizes
-from .under_way import Started, find, start, torn_down
+from .under_way import PendingOp, find, start, torn_down
 
 RECORD = 16  # words of comm_cmd_info for each record that Ascend's ops send
 
@@ -96,10 +96,12 @@ def dispatch_setup(
             y_dtype=y_dtype,
             comm_type=comm_type,
         )
-        plan = dispatch.call.steps.plan(dispatch.tokens.expert_ids, dispatch.topology.num_experts)
+        plan = dispatch.call.steps.routing_plan(
+            dispatch.tokens.expert_ids, dispatch.topology.num_experts
+        )
         y = messages(dispatch)
-    pending = ranks.ep.transport(op).dispatch_setup(dispatch.call, dispatch.tokens)
-    started = Started(
+    pending = ranks.ep.transport(op).dispatch_send(dispatch.call, dispatch.tokens)
+    started = PendingOp(
         pending,
         _group(arguments)
         | {
@@ -114,7 +116,7 @@ def dispatch_setup(
     first = start(ranks.ep, "dispatch", op, started)
     topology = dispatch.topology
     records = len(y) + topology.world_size * topology.experts_per_rank
-    return y, plan.expand_idx, _info(first, records, x.device)
+    return y, plan.position_in_expert, _info(first, records, x.device)
 
 
 def _used_factors(scales: torch.Tensor | None, arguments: GroupArguments) -> torch.Tensor | None:
@@ -231,10 +233,12 @@ def dispatch_teardown(
     dispatch = started.dispatch
     assert dispatch is not None
     with torn_down(op, communicator, "dispatch", started) as transport:
-        received = dispatch.outputs(transport.dispatch_teardown(started.pending))
-    ends = received.sources.ends
-    assist = ends.new_empty(max(dispatch.capacity * ASSIST_WORDS, len(ends)))
-    assist[: len(ends)] = ends
+        received = dispatch.outputs(transport.dispatch_recv(started.pending))
+    recv_counts_cumsum = received.recv_permutation.recv_counts_cumsum
+    assist = recv_counts_cumsum.new_empty(
+        max(dispatch.capacity * ASSIST_WORDS, len(recv_counts_cumsum))
+    )
+    assist[: len(recv_counts_cumsum)] = recv_counts_cumsum
     token_nums = as_token_nums(received.totals, expert_token_nums_type)
     return received.x, received.scales, assist, token_nums
 
@@ -313,16 +317,18 @@ def combine_setup(
             comm_type=comm_type,
         )
         steps = steps_on(expand_x.device)
-        sources = steps.sources(counts, capacity=capacity if steps.fixed_shapes else None)
-        plan = steps.plan(expert_ids, config.topology.num_experts)
+        recv_permutation = steps.recv_permutation(
+            counts, capacity=capacity if steps.fixed_shapes else None
+        )
+        plan = steps.routing_plan(expert_ids, config.topology.num_experts)
 
     agreed = arguments.agreed(op, expand_x, "expand_x", expert_ids)
     agreed |= {"comm_quant_mode": int(comm_quant_mode)}
-    outputs = Outputs(expand_x, sources, expert_ids, plan, None)
+    outputs = CombineInput(expand_x, recv_permutation, expert_ids, plan, None)
     call = Call(op, config, agreed, steps, expand_x.device)
-    pending = ranks.ep.transport(op).combine_setup(call, outputs)
+    pending = ranks.ep.transport(op).combine_send(call, outputs)
     sent = sent_rows(pending, expand_x, capacity)
-    started = Started(
+    started = PendingOp(
         pending,
         _group(arguments)
         | {
@@ -443,7 +449,7 @@ def combine_teardown(
     active = active_slots(op, x_active_mask, num_tokens, top_k, device)
     checks.expert_ids(op, "expert_ids", expert_ids, call.config.topology.num_experts, active=active)
     ids = routed_ids(expert_ids, active)
-    plan = call.steps.plan(ids, call.config.topology.num_experts)
+    plan = call.steps.routing_plan(ids, call.config.topology.num_experts)
     checks.shape(op, "expand_idx", expand_idx, (expert_ids.numel(),), "(BS * K,)", device)
     check_expand_idx(op, expand_idx, plan)
     addend = flat_addend(op, shared_expert_x, num_tokens, hidden, device)
@@ -452,6 +458,6 @@ def combine_teardown(
         started.pending.data, expert_ids=ids, plan=plan, weights=expert_scales
     )
     with torn_down(op, communicator, "combine", started) as transport:
-        out = transport.combine_teardown(started.pending, Finish(addend=addend))
+        out = transport.combine_recv(started.pending, CombineEpilogue(addend=addend))
     clear_inactive(active, out)
     return out

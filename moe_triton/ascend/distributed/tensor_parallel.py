@@ -21,11 +21,11 @@ class PeerRows:
 
     Attributes:
         count: its rows.
-        ends: [W] int32 inclusive prefix sums of them by source.
+        recv_counts_cumsum: [W] int32 inclusive prefix sums of them by source.
     """
 
     count: int
-    ends: torch.Tensor
+    recv_counts_cumsum: torch.Tensor
 
 
 def share_received(
@@ -33,7 +33,7 @@ def share_received(
     call: Call,
     x: torch.Tensor,
     scales: torch.Tensor | None,
-    ends: torch.Tensor,
+    recv_counts_cumsum: torch.Tensor,
 ) -> PeerRows:
     """Append the peer's rows to the own ones.
 
@@ -42,19 +42,19 @@ def share_received(
         call: the call.
         x: [2 * A, H] that holds the own rows, and gets those of the peer behind them.
         scales: [2 * A] or [2 * A, C] in the same way, or None.
-        ends: [W] int32 prefix sums of the own rows.
+        recv_counts_cumsum: [W] int32 prefix sums of the own rows.
     """
-    own = int(ends[-1])
+    own = int(recv_counts_cumsum[-1])
     capacity, hidden = len(x) // 2, x.shape[1]
-    parts = [ends, x[:own]]
-    sizes = [4 * len(ends), capacity * hidden * x.element_size()]
+    parts = [recv_counts_cumsum, x[:own]]
+    sizes = [4 * len(recv_counts_cumsum), capacity * hidden * x.element_size()]
     if scales is not None:
         parts.append(scales[:own])
         sizes.append(capacity * scales.shape[1:].numel() * scales.element_size())
 
     def consume(received: list[torch.Tensor]) -> PeerRows:
         reader = PackedReader(received[1 - communicator.group.rank])
-        peer_ends = reader.take((len(ends),), torch.int32).clone()
+        peer_ends = reader.take((len(recv_counts_cumsum),), torch.int32).clone()
         count = int(peer_ends[-1])
         x[own : own + count] = reader.take((count, hidden), x.dtype)
         if scales is not None:
@@ -63,8 +63,8 @@ def share_received(
         return PeerRows(count, peer_ends)
 
     transport = communicator.transport(call.op)
-    pending = transport.gather_setup(call, parts, comm.packed_bytes(sizes))
-    return transport.gather_teardown(pending, consume)
+    pending = transport.all_gather_send(call, parts, comm.packed_bytes(sizes))
+    return transport.all_gather_recv(pending, consume)
 
 
 def add_halves(
@@ -99,6 +99,6 @@ def add_halves(
     transport = communicator.transport(call.op)
     parts = [torch.tensor([count], dtype=torch.int32), y[own : own + count]]
     num_bytes = comm.packed_bytes([4, capacity * hidden * y.element_size()])
-    pending = transport.gather_setup(call, parts, num_bytes)
-    transport.gather_teardown(pending, consume)
+    pending = transport.all_gather_send(call, parts, num_bytes)
+    transport.all_gather_recv(pending, consume)
     return total

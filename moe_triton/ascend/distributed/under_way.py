@@ -26,7 +26,7 @@ _lock = threading.Lock()  # ranks may be threads
 
 
 @dataclasses.dataclass
-class Started:
+class PendingOp:
     """An operation between setup and teardown.
 
     Attributes:
@@ -42,17 +42,17 @@ class Started:
     number: int = dataclasses.field(default_factory=lambda: next(_numbers) % 2**31)
 
 
-_under_way: weakref.WeakKeyDictionary[Communicator, dict[str, list[Started]]] = (
+_under_way: weakref.WeakKeyDictionary[Communicator, dict[str, list[PendingOp]]] = (
     weakref.WeakKeyDictionary()
 )
 
 
-def _queue(communicator: Communicator, kind: str) -> list[Started]:
+def _queue(communicator: Communicator, kind: str) -> list[PendingOp]:
     with _lock:
         return _under_way.setdefault(communicator, {}).setdefault(kind, [])
 
 
-def start(communicator: Communicator, kind: str, op: str, started: Started) -> torch.Tensor:
+def start(communicator: Communicator, kind: str, op: str, started: PendingOp) -> torch.Tensor:
     """Keep an operation; returns the first word of its comm_cmd_info."""
     queue, transport = _queue(communicator, kind), communicator.transport(op)
     # What recover() has given up is nobody's any more.
@@ -63,7 +63,7 @@ def start(communicator: Communicator, kind: str, op: str, started: Started) -> t
 
 def find(
     op: str, communicator: Communicator, kind: str, info: torch.Tensor, arguments: dict[str, Any]
-) -> Started:
+) -> PendingOp:
     """The oldest operation under way, if it is the one that the arguments of a teardown mean.
 
     Raises:
@@ -90,14 +90,14 @@ def find(
     return started
 
 
-def _forget(communicator: Communicator, kind: str, started: Started) -> None:
+def _forget(communicator: Communicator, kind: str, started: PendingOp) -> None:
     queue = _queue(communicator, kind)
     queue[:] = [one for one in queue if one is not started]
 
 
 @contextmanager
 def torn_down(
-    op: str, communicator: Communicator, kind: str, started: Started
+    op: str, communicator: Communicator, kind: str, started: PendingOp
 ) -> Iterator[Transport]:
     """Within it the operation is torn down; it stays under way if that can be tried again."""
     try:

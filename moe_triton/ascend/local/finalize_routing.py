@@ -87,7 +87,7 @@ def finalize_routing(
 
     out = flat.new_empty(sizes)
     places = source_rows(index, top_k, mode).long()
-    finalize = local_step("finalize", device)
+    finalize = local_step("finalize_routing", device)
     finalize(flat, places, scales, bias, experts, (skip1, skip2), out)
     return out
 

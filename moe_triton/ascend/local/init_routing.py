@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ArgumentTypeError
-from ...layout import NOWHERE, Plan, RowFormat
+from ...layout import NOWHERE, RoutingPlan, RowFormat
 from ...ops import checks
 from ...ops.device_steps import local_step
 from ...ops.quantization import E8M0
@@ -107,7 +107,7 @@ def init_routing_v2(
 
     rows = _rows(x, expert_idx, active_num, expert_capacity, expert_num, drop_pad_mode, quant_mode)
     local_ids = expert_idx - start
-    routing = local_step("plan", x.device)(local_ids, end - start)
+    routing = local_step("routing_plan", x.device)(local_ids, end - start)
     row, row_idx = _places(routing, local_ids, rows, row_idx_type)
     expanded, scales = _expand(x, row.view(expert_idx.shape), local_ids, scale, offset, rows)
     numbers = None
@@ -226,7 +226,7 @@ def _rows(
     if quant_mode in _MX:
         fmt = RowFormat.quantized(_MX[quant_mode], x.dtype, hidden)
     elif quant_mode == _DYNAMIC:
-        fmt = RowFormat.tight(torch.int8, hidden, "divide")
+        fmt = RowFormat.tight(torch.int8, hidden, "per_row_div")
     elif quant_mode == _STATIC:
         fmt = RowFormat.tight(torch.int8, hidden, "static")
     else:
@@ -237,16 +237,16 @@ def _rows(
 
 
 def _places(
-    routing: Plan, local_ids: Tensor, rows: _Rows, row_idx_type: int
+    routing: RoutingPlan, local_ids: Tensor, rows: _Rows, row_idx_type: int
 ) -> tuple[Tensor, Tensor]:
     """[N * K] the row of each copy or ``NOWHERE``, and expanded_row_idx."""
-    absent = routing.expand_idx == NOWHERE
+    absent = routing.position_in_expert == NOWHERE
     if rows.padded:
         capacity = rows.shape[1]
-        row = local_ids.reshape(-1) * capacity + routing.expand_idx
-        row = row.masked_fill(absent | (routing.expand_idx >= capacity), NOWHERE)
+        row = local_ids.reshape(-1) * capacity + routing.position_in_expert
+        row = row.masked_fill(absent | (routing.position_in_expert >= capacity), NOWHERE)
         return row, row
-    order = routing.order
+    order = routing.sorted_slot_ids
     position = torch.empty_like(order)
     position[order.long()] = torch.arange(len(order), dtype=order.dtype, device=order.device)
     position = position.masked_fill(absent, NOWHERE)
@@ -273,13 +273,13 @@ def _expand(
         # The same for all copies of a token, and so done before there are copies.
         x = local_step("quantize_affine", x.device)(x, scale, offset)
         fmt = RowFormat.tight(x.dtype, fmt.hidden)
-    smooth = made = None
-    if fmt.scheme == "divide" and scale is not None:
-        smooth = scale[0] if len(scale) == 1 else scale
+    smooth_scales = made = None
+    if fmt.scheme == "per_row_div" and scale is not None:
+        smooth_scales = scale[0] if len(scale) == 1 else scale
     if scales is not None and fmt.scheme != "none":
         made = scales.view(fmt.scale_dtype)
     gather_quant = local_step("gather_quant", x.device)
-    gather_quant(x, index, fmt, smooth, local_ids, expanded, made)
+    gather_quant(x, index, fmt, smooth_scales, local_ids, expanded, made)
     if scales is not None and scale is not None and made is None:
         # Where a copy has no row, its scale goes behind the last one.
         flat = index.reshape(-1).long()

@@ -170,7 +170,9 @@ def _unpermute_padded(
         checks.value(op, "sorted_indices", fits, contract, copies)
     checks.indices(op, "sorted_indices", token_of, num_tokens)
     # Which of its token's rows each one is. The number of slots is that of the busiest token.
-    slot = local_step("plan", token_of.device)(token_of[:, None], num_tokens).expand_idx.long()
+    slot = local_step("routing_plan", token_of.device)(
+        token_of[:, None], num_tokens
+    ).position_in_expert.long()
     slots = int(slot.max()) + 1 if copies else 0
     token = token_of.long()
     row = torch.arange(copies, device=token.device)
