@@ -34,6 +34,33 @@ DRIVERS: dict[str, tuple[str, Callable[[], bool]]] = {
     "/dev/davinci_manager": ("an Ascend NPU", lambda: hasattr(torch, "npu")),
 }
 _SHM = Path("/dev/shm")
+# Every variable that the package, its tests or its benches read, with its meaning.
+# docs/environment.md shows the same table, and a test compares both.
+ENVIRONMENT: dict[str, str] = {
+    "MOE_TRITON_BACKEND": "back end of all calls: cpu, interpret, cuda, rocm, npu; unset, the "
+    "device of the tensors chooses; set_backend() overrides it",
+    "MOE_TRITON_PROFILE": "product whose limits the npu_ operators apply: portable (the default), "
+    "a2, a3, 950; set_profile() overrides it",
+    "TRITON_INTERPRET": "1 imports Triton as its interpreter; the interpret back end sets it while "
+    "Triton is not imported yet",
+    "HCCL_BUFFSIZE": "MB of a group's communication buffer on Ascend; the profiles a2, a3 and 950 "
+    "check it where it is set",
+    "HCCL_INTRA_PCIE_ENABLE": "1, together with HCCL_INTRA_ROCE_ENABLE=0: hierarchical algorithm "
+    "of the profile a2",
+    "HCCL_INTRA_ROCE_ENABLE": "0, together with HCCL_INTRA_PCIE_ENABLE=1: hierarchical algorithm "
+    "of the profile a2",
+    "NO_COLOR": "set to any value: demo and doctor print without colours",
+    "SEED": "seed of the test cases of torch_npu.testing under npu-run; 666 by default",
+    "SET_NPU_DEVICE": "NPU of the test cases of torch_npu.testing under npu-run; 0 by default",
+    "TORCH_DEVICE_BACKEND_AUTOLOAD": "npu-run sets 0, so that torch does not load a broken "
+    "torch_npu",
+    "MOE_TRITON_NPU_HOST": "set by npu-run: device that stands for the NPUs, cpu or cuda",
+    "MOE_TRITON_NPU_DEVICES": "set by npu-run: number of NPUs",
+    "MOE_TRITON_NPU_FAILURES": "set by npu-run: file in which processes name failed children",
+    "MOE_TRITON_TEST_PROFILE": "tests: default, or full for 500 examples a property",
+    "MOE_TRITON_ASCEND": "tests: environment with triton-ascend; by default .venv/ascend",
+    "MOE_TRITON_REVISION": "benches: revision to record where there is no git checkout",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
         ),
         "transports": _answers(_transports()),
         "limits": _limits(),
+        "environment": {name: os.environ.get(name) for name in ENVIRONMENT},
         "warnings": warnings + _warnings(),
     }
     terminal = Terminal()
@@ -225,6 +253,10 @@ def _show(terminal: Terminal, facts: dict[str, Any], arguments: argparse.Namespa
     ranks, tokens = plural(arguments.world_size, "rank"), plural(arguments.tokens, "token")
     _heading(terminal, "windows", f"memory that each of {ranks} sets aside, for {tokens} a rank")
     windows.show(terminal, facts["windows"])
+    _heading(terminal, "environment", "variables, their values and meanings")
+    for name, value in facts["environment"].items():
+        text = f"{'not set' if value is None else value}; {ENVIRONMENT[name]}"
+        terminal.wrapped(f"  {name:<31}", text, indent=33)
     for warning in facts["warnings"]:
         terminal.line()
         terminal.wrapped(terminal.styled("warning: ", "bad"), warning, indent=9)
