@@ -77,13 +77,21 @@ def table(rows, columns):
     return "\n".join(lines)
 
 
+# What the README shows of the transports, and what docs/results.md adds.
 TRANSPORT = {
     "ranks": lambda row: row["world_size"],
     "rows": lambda row: row["payload"],
-    "windows": lambda row: f"{row['symmetric_ms']:.1f} ms",
-    "gloo": lambda row: f"{row['collective_ms']:.1f} ms",
-    "gloo / windows": lambda row: f"{row['ratio']:.2f}",
-    "windows, experts' rows copied": lambda row: f"{row['copied_ms']:.1f} ms",
+    "`shm`": lambda row: f"{row['symmetric_ms']:.1f} ms",
+    "`collective`": lambda row: f"{row['collective_ms']:.1f} ms",
+    "ratio": lambda row: f"{row['ratio']:.2f}",
+}
+
+
+TRANSPORT_COPIES = {
+    "ranks": lambda row: row["world_size"],
+    "rows": lambda row: row["payload"],
+    "`shm`": lambda row: f"{row['symmetric_ms']:.1f} ms",
+    "`shm`, experts' rows copied": lambda row: f"{row['copied_ms']:.1f} ms",
     "copy of the rows": lambda row: f"{row['copy_ms']:.1f} ms ({row['share_of_copy']:.0%})",
 }
 
@@ -92,10 +100,10 @@ TRANSFORMERS = {
     "ranks": lambda row: row["world_size"],
     "step": lambda row: f"{row['batch']}, {row['tokens']} tokens a rank",
     "`all_to_all`": lambda row: f"{row['all_to_all_ms']:.1f} ms",
-    "ours, gloo": lambda row: f"{row['gloo_ms']:.1f} ms",
-    "ours, windows": lambda row: f"{row['windows_ms']:.1f} ms",
-    "`all_to_all` / windows": lambda row: f"{row['ratio']:.2f}",
-    "the same, in the experts only": lambda row: (
+    "`collective`, gloo": lambda row: f"{row['gloo_ms']:.1f} ms",
+    "`shm`": lambda row: f"{row['windows_ms']:.1f} ms",
+    "`all_to_all` / `shm`": lambda row: f"{row['ratio']:.2f}",
+    "in the experts only": lambda row: (
         f"{row['all_to_all_experts_ms']:.1f} / {row['windows_experts_ms']:.1f} ms = "
         f"{row['experts_ratio']:.2f}"
     ),
@@ -129,7 +137,7 @@ LOAD = {
 }
 
 
-# Which others there may be, and at which numbers of tokens the README says something.
+# Implementations to compare with, and the numbers of tokens that docs/results.md shows.
 PEERS = ("pytorch", "torch.compile", "transformer_engine", "triton_kernels")
 KERNEL_TOKENS = (128, 4096)
 
@@ -176,8 +184,8 @@ def kernels(rows):
 
 def sections():
     """What each page shows of ``bench/results``."""
-    first, rest = [_transport(), *_kernels()], [*_overlap(), _transformers(), _load()]
-    return {"README.md": "\n\n".join(first), "docs/results.md": "\n\n".join(rest)}
+    rest = [_copies(), *_kernels(), *_overlap(), _transformers(), _load()]
+    return {"README.md": _transport(), "docs/results.md": "\n\n".join(rest)}
 
 
 def _kernels():
@@ -197,13 +205,22 @@ def _transport():
     rows = _read("transport")
     one = rows[0]
     return (
-        f"Dispatch and combine between processes of one host: {one['tokens']} tokens a rank,\n"
-        f"hidden {one['hidden']}, top-{one['top_k']} of {one['experts']} experts, on "
-        f"{one['cores']} cores ({one['device']},\n"
-        f"torch {one['torch']}, {one['date']}, revision {one['revision']}). Medians of "
-        f"{one['samples']} samples of the slowest\nrank. The last column is a plain copy of the "
-        "rows that each rank gets delivered, and its share of\nthe time of the windows.\n\n"
-        + table(rows, TRANSPORT)
+        f"Dispatch and combine on one host, median of {one['samples']} samples of the slowest "
+        f"rank: {one['tokens']} tokens a rank,\nhidden {one['hidden']}, top-{one['top_k']} of "
+        f"{one['experts']} experts; `collective` over gloo; {one['cores']} cores "
+        f"({one['device']},\ntorch {one['torch']}, {one['date']}, revision {one['revision']}). "
+        "[More](docs/results.md).\n\n" + table(rows, TRANSPORT)
+    )
+
+
+def _copies():
+    rows = _read("transport")
+    one = rows[0]
+    return (
+        f"The runs of the README's table ({one['date']}, revision {one['revision']}). In the "
+        "column `shm` the experts write\nto `output_rows`; in the next one combine copies their "
+        "rows. The last column is a plain copy of the\nrows that each rank gets delivered, and "
+        "its share of the time of `shm`.\n\n" + table(rows, TRANSPORT_COPIES)
     )
 
 
