@@ -28,7 +28,11 @@ PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("
 # test_examples.py, and the demo in test_cli.py.
 PROGRAMS = {
     "python": [sys.executable],
-    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"],
+    # Into files: ranks that share a pipe write into each other's lines.
+    "torchrun": [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--log-dir", "ranks", "--redirects", "1"),
+    ],
     "moe-triton": [sys.executable, "-m", "moe_triton"],
 }
 ELSEWHERE = ("examples/", "bench/", "docs/", "tests/", "demo")
@@ -115,7 +119,7 @@ def is_commands(block: Block) -> bool:
 def test_commands(page, tmp_path):
     # This copy of the package, and no other folder of the root: `kernels` hides a distribution.
     (tmp_path / "moe_triton").symlink_to(ROOT / "moe_triton")
-    # Unbuffered, ranks would write parts of lines in between each other.
+    # Unbuffered, processes would write parts of lines in between each other.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
     environment |= {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
     for block in BLOCKS[page]:
@@ -136,6 +140,9 @@ def test_commands(page, tmp_path):
             )
             assert run.returncode == 0, run.stderr
             printed += run.stdout
+            for log in tmp_path.glob("ranks/**/stdout.log"):
+                printed += log.read_text(encoding="utf-8")
+                log.unlink()
         assert "False" not in printed, "a check that the page prints failed"
         if block.output is not None:
             assert sorted(printed.splitlines()) == sorted(block.output.splitlines())
