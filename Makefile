@@ -19,7 +19,13 @@ INTERPRETED_FULL := $(INTERPRETED) tests/test_expert_parallel.py \
 	$(addprefix tests/ascend/distributed/test_,resolutions.py split_phase.py torch_npu.py torch_npu_v2.py) \
 	tests/ascend/local/test_update_expert.py
 
-.PHONY: help demo test test-full mutants lint docs clean
+# Definitions, kernels, profiles and layers, without compilers, faults and long draws.
+QUICK := tests/ref tests/profile tests/eplb tests/kernels tests/test_layers.py tests/test_topology.py \
+	tests/test_errors.py tests/test_load.py tests/test_fixed_shapes.py \
+	tests/test_expert_parallel.py tests/test_expert_parallel_rows.py tests/test_docs.py tests/test_readme.py tests/test_report.py \
+	--ignore=tests/kernels/test_compiled.py
+
+.PHONY: help demo test test-quick test-full mutants lint pages docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -28,9 +34,12 @@ help: ## list the targets
 demo: $(VENV)/.test ## a MoE layer over 8 processes, checked against the dense layer
 	$(BIN)/moe-triton demo
 
-test: $(VENV)/.test $(ASCEND)/.tried ## the tests
+test: $(VENV)/.test $(ASCEND)/.tried ## the tests, about 15 minutes on two cores
 	$(BIN)/pytest $(PYTEST_ARGS)
 	$(if $(PYTEST_ARGS),,MOE_TRITON_BACKEND=interpret $(BIN)/pytest $(INTERPRETED))
+
+test-quick: $(VENV)/.test ## a part of the tests, under 3 minutes on two cores
+	$(BIN)/pytest $(QUICK) $(PYTEST_ARGS)
 
 test-full: $(VENV)/.test $(ASCEND)/.tried ## the tests and long runs; rewrites docs/evidence/test-full.md
 	MOE_TRITON_TEST_PROFILE=full $(BIN)/pytest -m "full or not full" -o faulthandler_timeout=3600 \
@@ -45,11 +54,16 @@ lint: $(VENV)/.dev ## ruff (rules and format) and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(VENV)/.test ## rewrite docs/ascend.md from the code
+pages: $(VENV)/.test ## rewrite what the code says in docs/ and README.md: operators, results, picture
 	$(BIN)/python docs/ascend.py
+	$(BIN)/python docs/layer.py
+	$(BIN)/python bench/report.py
+
+docs: pages $(VENV)/.docs ## build the pages and the API reference into docs/_build/html
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -d docs/_build/doctrees docs docs/_build/html
 
 clean: ## remove the virtual environment, caches and build output
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist docs/_build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find moe_triton tests bench examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 # A stamp is newer than the files it depends on only if the installation went through.
@@ -59,6 +73,10 @@ $(VENV)/.test: $(SPEC) | $(BIN)/python
 
 $(VENV)/.dev: $(SPEC) | $(VENV)/.test
 	$(PIP_INSTALL) -e ".[dev]"
+	@touch $@
+
+$(VENV)/.docs: $(SPEC) | $(VENV)/.test
+	$(PIP_INSTALL) -e ".[docs]"
 	@touch $@
 
 # Where there is no wheel of it, the test that needs it says so and is skipped.

@@ -1,6 +1,6 @@
 """Write docs/ascend.md: the operators of Ascend as this library has them, from the code's tables.
 
-``make docs`` runs it, and a test fails while the page is not what it would write.
+``make pages`` runs it, and a test fails while the page is not what it would write.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PRODUCTS = {name: one for name, one in profile.PROFILES.items() if name != "port
 HEAD = f"""\
 # Ascend operators
 
-<!-- Made by `make docs` from the code: do not edit. -->
+<!-- Made by `make pages` from the code: do not edit. -->
 
 `moe_triton.compat.torch_npu` has the functions of torch_npu under their names, with their
 argument order and defaults, for CPUs and whatever else has a back end here. This page lists each

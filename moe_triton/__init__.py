@@ -25,7 +25,7 @@ from .expert_parallel import CombinePending, Dispatched, DispatchPending, Expert
 from .ops import window_bytes
 from .profile import get_profile, set_profile
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "ArgumentError",

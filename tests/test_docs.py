@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from moe_triton import profile
+from moe_triton.cli import doctor, main
 from moe_triton.compat import aclnn, torch_npu
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -29,7 +30,7 @@ def rows(text):
 
 def test_the_page_is_current():
     written = runpy.run_path(str(DOCS / "ascend.py"))["page"]()
-    assert written == PAGE, "run `make docs`"
+    assert written == PAGE, "run `make pages`"
 
 
 @pytest.mark.parametrize("op", torch_npu.__all__)
@@ -102,3 +103,35 @@ def test_what_the_first_op_of_replicas_takes():
     """It is not in torch_npu, and takes less than its successor there."""
     assert "on a3, `expert_ids` BS in [1, 512], K in [1, 16], " in PAGE
     assert "`eplb_table` E in [1, 512], `world_size` in [2, 384].\n" in PAGE
+
+
+def test_environment_variables_are_those_of_doctor():
+    """The page, ``doctor`` and what the code reads are one list."""
+    page = (DOCS / "environment.md").read_text(encoding="utf-8")
+    table = page.split("| --- | --- |\n", 1)[1].split("\n\n", 1)[0]
+    shown = {name.strip("`"): meaning for name, meaning in rows(table)}
+    assert shown == doctor.ENVIRONMENT
+
+
+# PYTHONPATH is Python's own.
+READ = re.compile(r'environ(?:\.get\(|\[)"(\w+)"|"(\w+)" (?:not )?in os\.environ|ENV\w* = "(\w+)"')
+
+
+def test_every_variable_that_the_package_reads_is_in_the_table():
+    for path in (DOCS.parent / "moe_triton").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        names = {name for match in READ.findall(text) for name in match if name}
+        names |= set(re.findall(r'"((?:MOE_TRITON|HCCL|TRITON)_[A-Z_]+)"', text))
+        missing = names - doctor.ENVIRONMENT.keys() - {"PYTHONPATH"}
+        assert not missing, f"{path} reads {missing}"
+
+
+def test_doctor_prints_every_variable(capsys, monkeypatch):
+    monkeypatch.setenv("HCCL_BUFFSIZE", "400")
+    monkeypatch.delenv("SEED", raising=False)
+    assert main(["doctor"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name in doctor.ENVIRONMENT:
+        assert f" {name} " in text
+    assert "HCCL_BUFFSIZE 400; MB of a group's communication buffer" in text
+    assert "SEED not set; " in text

@@ -105,9 +105,7 @@ def commands(block: Block) -> list[list[str]]:
     return [
         words
         for words in lines
-        if words
-        and words[0] in PROGRAMS
-        and not any(word.startswith(ELSEWHERE) for word in words)
+        if words and words[0] in PROGRAMS and not any(word.startswith(ELSEWHERE) for word in words)
     ]
 
 
