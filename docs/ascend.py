@@ -30,22 +30,25 @@ HEAD = f"""\
 <!-- Made by `make pages` from the code: do not edit. -->
 
 `moe_triton.compat.torch_npu` has the functions of torch_npu under their names, with their
-argument order and defaults, for CPUs and whatever else has a back end here. This page lists each
-of them with its arguments, and what the operators of a product take of each. `docs/ascend.py`
-makes it.
+argument order and defaults, for CPUs and every other back end of this library. This page lists
+each function with its arguments, and the values that each product accepts. `docs/ascend.py` makes
+it from docstrings and profiles. [npu-run](npu-run.md) runs unmodified scripts on a CPU, and
+[aclnn](aclnn.md) introduces the C interface.
 
 ## Products
 
 `moe_triton.set_profile(name)`, or `{profile.ENVIRONMENT}` in the environment, chooses whose
-limits hold: `portable`, the default, is this library's own; the others refuse what the operators
-of a product refuse, with the status that these return, so that a script which runs here can run
-there. A profile changes no result. The operators on one device are not limited by it.
+limits hold. `portable`, the default, has this library's own limits. The others refuse what a
+product's operators refuse, with the status that these return: a script that runs here under the
+profile of a product stays within that product's limits. A profile changes no result, and does not
+limit the operators on one device.
 """
 
 PORTABLE = """\
-## What the portable profile does otherwise
+## How the portable profile differs
 
-The documents' limits of sizes come from the memory and the kernels of a device, and do not hold:
+The documents' limits of sizes come from a device's memory and kernels. The portable profile lifts
+them:
 
 - BS may be 0, on one rank or on all. H, W, E, the number of shared experts in v1 and the experts
   of a rank are free. K is at most 16, as on the product with the most, and 12 with `fullmesh_v2`.
@@ -53,56 +56,58 @@ The documents' limits of sizes come from the memory and the kernels of a device,
 - `global_bs` may be any multiple of W from W * maxBS on.
 - `x_active_mask` in v1 too, and with a column for each slot in the split-phase operators.
 - `shared_expert_x` beside shared ranks: both are added.
-- `elastic_info`, special experts and pairs of tensor-parallel ranks wherever there is an
-  argument.
+- `elastic_info`, zero-computation experts and pairs of tensor-parallel ranks in every operator
+  that has the argument.
 - In the split-phase operators, `scales` with a row more than there are experts, as a documented
   example has it.
 
 With every profile:
 
-- What does not exist in a configuration is None: `dynamic_scales` without quantisation,
-  `tp_recv_counts` without tensor parallelism, `expand_scales` without `expert_scales` (but on
-  a2).
-- Rows of tokens that take no part are zeros, where the documents leave them open.
-- Values in tensors are checked where that costs no synchronisation, on the CPU: ids out of range
-  or twice in a row, masks with gaps, and what dispatch returned but combine did not get back.
-- Ranks that disagree, a rank that refuses its call and one that does not come raise on all ranks.
+- Outputs that a configuration does not have are None: `dynamic_scales` without quantisation,
+  `tp_recv_counts` without tensor parallelism, `expand_scales` without `expert_scales` (a2
+  returns it always).
+- Rows of inactive tokens are zeros, where the documents leave them open.
+- Values in tensors are checked on the CPU, where that costs no synchronisation: ids out of range
+  or repeated in a row, masks with gaps, and metadata of dispatch that combine gets back changed.
+- An error is raised on all ranks when ranks disagree, a rank refuses its call, or a rank is
+  missing.
 
-## What has no effect here, and what is not there
+## Without effect, and not supported
 
 - `comm_alg` and `comm_type` are checked, and change no result. The hierarchical algorithm rounds
-  once more for each server on a2; that is not imitated. The words that it keeps behind the prefix
-  sums of `ep_recv_counts` are there with the profile a2, and not written.
+  once more for each server on a2, and this library does not. With the profile a2,
+  `ep_recv_counts` has room behind its prefix sums for that algorithm's words, and leaves it
+  unwritten.
 - `expand_scales` of combine is not used, nor `group_tp` where T = 1.
-- `quant_expand_x` and `comm_cmd_info` are what the second half of an operator asks for, and
-  nothing else reads them.
+- `quant_expand_x` and `comm_cmd_info` are handles for the second half of an operator; no other
+  operator reads them.
 - int4 packed in int32, HiFloat8 and fp4 are refused with 161002; `quant_mode` 5 and
   `comm_quant_mode` 3 and 4 with 561002.
 - Arguments that the documents reserve must have their defaults.
 """
 
 COLUMNS = """\
-A column for a product says what it takes of an argument beyond what stands before it; nothing
-where that is all. After a semicolon comes what is special about an algorithm. Version 1 has no
-argument for it: on a2, `hierarchy` is what the environment chooses.
+A product's column has the product's own limits of an argument, in addition to its description; an
+empty cell adds none. Limits of one algorithm follow after a semicolon. Version 1 has no argument
+for the algorithm: on a2, the environment chooses `hierarchy`.
 """
 
 STATUSES = """\
-An operator of torch_npu raises, with the status as `code` of the exception; a function of
-`moe_triton.compat.aclnn` returns the status, and `aclnn_last_error()` is its sentence. 0 is
+An operator of torch_npu raises an exception with the status as its `code`. A function of
+`moe_triton.compat.aclnn` returns the status, and `aclnn_last_error()` returns its text. 0 is
 ACLNN_SUCCESS.
 """
 
 TWO_PHASES = """\
 `moe_triton.compat.aclnn` has the functions in two phases. The first takes the parameters below,
 in the order of the documents, with tensors for the outputs at the end, and returns status, size
-of the workspace and executor; the second takes workspace, size, executor and stream. The executor
+of the workspace and executor. The second takes workspace, size, executor and stream. An executor
 serves one launch.
 """
 
 
 HELPERS = """\
-Two functions have one phase: they tell the sizes of outputs, of the split-phase operators.
+Two functions have one phase: they compute output sizes of the split-phase operators.
 """
 
 
