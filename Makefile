@@ -19,11 +19,10 @@ INTERPRETED_FULL := $(INTERPRETED) tests/test_expert_parallel.py \
 	$(addprefix tests/ascend/distributed/test_,resolutions.py split_phase.py torch_npu.py torch_npu_v2.py) \
 	tests/ascend/local/test_update_expert.py
 
-# Definitions, kernels, profiles and layers, without compilers, faults and long draws.
-QUICK := tests/ref tests/profile tests/eplb tests/kernels tests/test_layers.py tests/test_topology.py \
-	tests/test_errors.py tests/test_load.py tests/test_fixed_shapes.py \
-	tests/test_expert_parallel.py tests/test_expert_parallel_rows.py tests/test_docs.py tests/test_readme.py tests/test_report.py \
-	--ignore=tests/kernels/test_compiled.py
+# Definitions, kernels, profiles and the layer: no compilers, no faults, no long draws.
+QUICK := tests/ref tests/profile tests/eplb tests/kernels $(addprefix tests/test_,layers.py \
+	topology.py errors.py load.py fixed_shapes.py expert_parallel.py expert_parallel_rows.py \
+	docs.py readme.py report.py) --ignore=tests/kernels/test_compiled.py
 
 .PHONY: help demo test test-quick test-full mutants lint pages docs clean
 .DEFAULT_GOAL := help

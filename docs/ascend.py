@@ -78,7 +78,7 @@ With every profile:
   once more for each server on a2, and this library does not. With the profile a2,
   `ep_recv_counts` has room behind its prefix sums for that algorithm's words, and leaves it
   unwritten.
-- `expand_scales` of combine is not used, nor `group_tp` where T = 1.
+- `expand_scales` of combine, and `group_tp` where T = 1, are not used.
 - `quant_expand_x` and `comm_cmd_info` are handles for the second half of an operator; no other
   operator reads them.
 - int4 packed in int32, HiFloat8 and fp4 are refused with 161002; `quant_mode` 5 and
@@ -194,7 +194,7 @@ def cells(product: str, op: str) -> dict[str, str]:
         texts: dict[str, list[str]] = {}
         for argument, letter in {**base, **limited}:
             every = {one.get((argument, letter)) for one in algorithms.values()}
-            # What portable says too is in the text, but for K, which it limits as products do.
+            # The text has what portable says too, except K, which it limits as products do.
             text = limited.get((argument, letter), f"any {letter}")
             usual = name and text == base.get((argument, letter))
             if not usual and (letter == "K" or every != {free.get((argument, letter))}):

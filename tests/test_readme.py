@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import moe_triton
+from moe_triton import testing
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "moe_triton"
@@ -60,6 +65,37 @@ def test_a_row_travels_in_12_hops():
     hops = re.findall(r"^\| (\d+) \|", ARCHITECTURE, re.MULTILINE)
     assert hops == [str(hop) for hop in range(1, 13)]
     assert len(NAMED) >= 12 + 10
+
+
+def layer(ctx):
+    """What the first rank calls in this package during one round over windows, in order."""
+    calls = []
+
+    def note(frame, event, argument):
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and "moe_triton" in path.parts:
+            calls.append((path.parent.name, frame.f_code.co_name))
+
+    sizes = {"num_experts": 4, "top_k": 2, "hidden": 64, "max_tokens": 4}
+    with moe_triton.ExpertParallel(ctx.ep_group, **sizes, quant="int8") as ep:
+        x, ids = testing.tokens(4, 64, torch.bfloat16), testing.routing_uniform(4, 4, 2)
+        sys.setprofile(note if ctx.rank == 0 else None)
+        try:
+            received = ep.dispatch(x, ids)
+            ep.combine(received.x.bfloat16(), received.handle)
+        finally:
+            sys.setprofile(None)
+    return calls
+
+
+def test_the_hops_come_in_this_order():
+    hops = re.findall(r"^\| \d+ \| `([\w/]+)/\w+\.py` \| `(\w+)` \|", ARCHITECTURE, re.MULTILINE)
+    calls = iter(testing.run_local(2, layer)[0])
+    for folder, name in hops:
+        # On the CPU the definitions run, which have the names of the kernels.
+        hop = ("ref" if folder == "kernels" else folder, name)
+        # Looked for after the hop before it.
+        assert hop in calls, f"docs/architecture.md: {hop} does not follow the hop before it"
 
 
 def test_the_folders_and_files_of_the_architecture_exist():
