@@ -164,3 +164,11 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r'(?:\]\(|src="|srcset=")([^)"#\s]+)', FENCE.sub("", text)):
         if not target.startswith(("http", "mailto:")):
             assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for path in re.findall(r"`((?:bench|docs|examples|moe_triton|tests)/[\w./-]+)`", text):
+        if "NAME" not in path and "_build" not in path:
+            assert (ROOT / path).exists(), f"{page} names {path}"
