@@ -1,7 +1,7 @@
-"""Which code runs the device steps: detection, override, and the reason why one cannot.
+"""Back ends of the device steps: detection, explicit choice, and the cause where one cannot run.
 
-The choice follows the tensors' device unless ``MOE_TRITON_BACKEND`` or ``set_backend`` says
-otherwise. An explicit choice that cannot work is an error, never a silent fallback.
+The tensors' device decides unless ``MOE_TRITON_BACKEND`` or ``set_backend`` does. An explicit
+choice that cannot run is an error, never a silent fallback.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def unavailable_because(name: str) -> str | None:
     if name == "interpret":
         return _no_interpreter_because()
     if name in ("cuda", "rocm"):
-        wanted = "ROCm" if name == "rocm" else "CUDA"
-        built = torch.version.hip if name == "rocm" else torch.version.cuda
-        if not built:
-            return f"this PyTorch was built without {wanted}"
+        platform = "ROCm" if name == "rocm" else "CUDA"
+        version = torch.version.hip if name == "rocm" else torch.version.cuda
+        if not version:
+            return f"this PyTorch was built without {platform}"
         if not torch.cuda.is_available():
-            return f"PyTorch sees no {wanted} device"
+            return f"PyTorch sees no {platform} device"
     elif name == "npu" and not hasattr(torch, "npu"):
         return "torch_npu is not imported, so there is no NPU"
     elif name == "xpu":
@@ -49,7 +49,7 @@ def unavailable_because(name: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if _is_interpreter():
-        return f"Triton was imported as its interpreter, which {INTERPRETER}=1 asked for"
+        return f"Triton was imported as its interpreter, because {INTERPRETER}=1 was set"
     return None
 
 
@@ -62,24 +62,26 @@ def _no_interpreter_because() -> str | None:
 
 
 def _is_interpreter() -> bool | None:
-    """Which of both Triton was imported as, or None before that."""
+    """Whether Triton was imported as its interpreter, or None before its import."""
     language = sys.modules.get("triton.language")
     if language is None:
         return None
-    # Its own library of device functions shows it.
+    # Triton's own device functions have the type of all kernels of the process.
     return type(language.cdiv).__name__ == "InterpretedFunction"
 
 
 def enable_interpreter() -> None:
-    """Let Triton, if it is not imported yet, be imported as its interpreter."""
+    """Make a later import of Triton that of its interpreter."""
     os.environ[INTERPRETER] = "1"
 
 
 def set_backend(name: str | None) -> None:
-    """Choose the back end of all following calls; None goes back to choosing by device.
+    """Choose the back end of all following calls.
 
-    "interpret" runs the Triton kernels on the CPU, one program after the other. It must be chosen,
-    or ``TRITON_INTERPRET=1`` be set, before anything imports Triton.
+    Args:
+        name: a name of ``BACKENDS``; None chooses by device. "interpret" runs the Triton kernels
+            on the CPU, one program after the other. It must be chosen, or ``TRITON_INTERPRET=1`` be
+            set, before anything imports Triton.
 
     Raises:
         UnavailableError: an unknown name, or a back end that cannot run here, with the cause.
@@ -102,8 +104,7 @@ def get_backend(device: torch.device | str = "cpu") -> str:
     """
     kind = torch.device(device).type
     by_device = "rocm" if kind == "cuda" and torch.version.hip else kind
-    chosen = _override or os.environ.get(ENVIRONMENT)
-    name = _check_name("get_backend", chosen or by_device)
+    name = _check_name("get_backend", _override or os.environ.get(ENVIRONMENT) or by_device)
     if kind == "cpu" and name not in ("cpu", "interpret"):
         raise UnavailableError(
             "get_backend", f"backend {name!r} needs tensors on its device, got tensors on the cpu"

@@ -1,11 +1,11 @@
-"""What can go wrong, as exceptions that carry the status codes of the aclnn interface.
+"""The library's exceptions, with the status codes of the aclnn interface.
 
-A message has three parts: the op and the argument, the contract, and what came:
+A message has three parts: the op and the argument, the contract, and the value that came:
 
     npu_moe_distribute_dispatch: expert_ids must be int32 of shape (BS, K), got torch.int64
 
 Every class is a ``MoeError`` and also the built-in exception that a caller would expect, so that
-``except ValueError`` works. ``code`` is None where the aclnn interface has no status for the case.
+``except ValueError`` works. ``code`` is None where the aclnn interface has no status.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class MoeError(Exception):
         self.problem = problem
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The default would call __init__ with the message: errors cross process boundaries.
+        # Errors cross process boundaries; the default would call __init__ with the message alone.
         return _rebuild, (type(self), self.args, self.__dict__)
 
 
@@ -71,7 +71,7 @@ class ArgumentValueError(ArgumentError, ValueError):
 
 
 class ArgumentNameError(ArgumentError, ValueError):
-    """A group name of the wrong form, or one that nobody registered."""
+    """A group name of the wrong form, or one that is not registered."""
 
     code = INVALID_PARAM
 
@@ -96,11 +96,11 @@ class ArgumentMismatchError(MoeError, ValueError):
 
 
 class PeerAbortError(MoeError, RuntimeError):
-    """A peer rejected its call; this rank's call was right. The group stays usable.
+    """A peer's call failed its checks, which aborts this rank's. The group stays usable.
 
     Attributes:
         rank: the peer.
-        reason: its error, in words.
+        reason: its error text.
     """
 
     def __init__(self, op: str, rank: int, reason: str) -> None:
@@ -110,7 +110,7 @@ class PeerAbortError(MoeError, RuntimeError):
 
 
 class PeerTimeoutError(MoeError, RuntimeError):
-    """Peers did not take part in time, or are gone. The group is broken until ``recover()``.
+    """Peers did not take part in time, or exited. The group is broken until ``recover()``.
 
     Attributes:
         ranks: the peers that are missing.
@@ -122,15 +122,15 @@ class PeerTimeoutError(MoeError, RuntimeError):
 
 
 class BrokenGroupError(MoeError, RuntimeError):
-    """The group is broken by an earlier timeout and has not been recovered."""
+    """An earlier time-out broke the group, and ``recover()`` has not been called since."""
 
 
 class SequenceError(MoeError, RuntimeError):
-    """A setup or teardown came at a point where the group cannot take it; nothing was done."""
+    """A setup or teardown came out of order; it had no effect."""
 
     @classmethod
     def too_many(cls, op: str, kind: str, limit: int) -> SequenceError:
-        """A setup before the teardown it has to follow."""
+        """A setup beyond the limit of operations in flight."""
         return cls(
             op,
             f"at most {limit} {kind} operations may be in flight, got one more; tear one down "
@@ -139,29 +139,29 @@ class SequenceError(MoeError, RuntimeError):
 
     @classmethod
     def out_of_order(cls, op: str, kind: str, got: int, oldest: int | None) -> SequenceError:
-        """A teardown of another operation than the oldest, or a second one of the same."""
-        waiting = "none is" if oldest is None else f"number {oldest} is the oldest"
+        """A teardown of an operation that is not the oldest, or a second one of the same."""
+        in_flight = "none is" if oldest is None else f"number {oldest} is the oldest"
         return cls(
             op,
             f"{kind} operations must be torn down in the order of their setup, and once, got "
-            f"number {got} while {waiting} in flight",
+            f"number {got} while {in_flight} in flight",
         )
 
 
 class RoutingMismatchError(MoeError, ValueError):
-    """The ranks combine what does not belong to one dispatch; raised where the counts disagree.
+    """The ranks combine rows of different dispatches; raised where the counts disagree.
 
     Attributes:
-        rank: the peer whose rows are too many or too few.
+        rank: the peer that returned too many or too few rows.
     """
 
     code = TILING_ERROR
 
-    def __init__(self, op: str, rank: int, what: str, sent: int, returned: int) -> None:
+    def __init__(self, op: str, rank: int, target: str, sent: int, returned: int) -> None:
         super().__init__(
             op,
             "expert_ids and the counts of received rows must come from the same dispatch on all "
-            f"ranks, got {sent} rows sent to {what} and {returned} returned by rank {rank}",
+            f"ranks, got {sent} rows sent to {target} and {returned} returned by rank {rank}",
             argument="expert_ids",
         )
         self.rank = rank
@@ -185,4 +185,4 @@ class ReceiveOverflowError(MoeError, RuntimeError):
 
 
 class UnavailableError(MoeError, RuntimeError):
-    """A back end, transport or format that cannot work here, with the cause."""
+    """A back end, transport, format or operation that is not available here, with the cause."""

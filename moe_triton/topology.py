@@ -1,7 +1,8 @@
-"""Who owns which expert, and how many rows a rank can receive.
+"""Placement of experts on ranks, and the most rows that a rank can receive.
 
 Letters: W ranks, E routed experts, NS shared experts, S ranks reserved for them (the first of the
-group), L routed experts on a MoE rank, R = S / NS copies of each shared expert, K experts a token.
+group), L routed experts on a MoE rank, R = S / NS replicas of each shared expert, K experts per
+token.
 Source: the expert_shard_type 0 layout of aclnnMoeDistributeDispatch.
 """
 
@@ -34,7 +35,7 @@ class Topology:
 
     @functools.cached_property
     def shared_replicas(self) -> int:
-        """R, the ranks that hold a copy of one shared expert; 1 when there are none."""
+        """R, the ranks that hold a replica of one shared expert; 1 without shared ranks."""
         return self.num_shared_ranks // max(self.num_shared_experts, 1) or 1
 
     def is_shared_rank(self, rank: int) -> bool:
@@ -53,16 +54,16 @@ class Topology:
         return 1 if self.is_shared_rank(rank) else self.experts_per_rank
 
     def shared_expert(self, rank: int) -> int:
-        """The shared expert that a shared rank holds."""
+        """Number, from 0, of the shared expert that a shared rank holds."""
         return rank // self.shared_replicas
 
     def shared_ranks_of(self, source: int) -> range:
-        """The NS ranks, one per shared expert, that get the tokens of ``source``."""
+        """The NS ranks, one per shared expert, that receive the tokens of ``source``."""
         replicas = self.shared_replicas
         return range(source % replicas, self.num_shared_experts * replicas, replicas)
 
     def serves(self, shared_rank: int, source: int) -> bool:
-        """Whether a shared rank gets the tokens of ``source``."""
+        """Whether a shared rank receives the tokens of ``source``."""
         return shared_rank % self.shared_replicas == source % self.shared_replicas
 
     def capacity(self, rank: int, max_tokens: int, top_k: int) -> int:

@@ -1,6 +1,7 @@
-"""Checks of arguments, in the order of the aclnn interface: missing, dtype, shape and value.
+"""Argument checks, to be called in the order of the aclnn interface: missing, dtype, shape, value.
 
-Values that live in tensors are looked at only where that costs no synchronisation: on the CPU.
+``expert_parallel`` and ``ascend`` share them. Each raises an ``ArgumentError`` of ``op`` for the
+named argument. Values of tensors are checked only on the CPU, where that costs no synchronisation.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ _MAX_NAME = 127
 
 
 def required(op: str, **arguments: object) -> None:
-    """None of the arguments is None."""
+    """No argument is None; ``MissingArgumentError``."""
     for name, value in arguments.items():
         if value is None:
             raise MissingArgumentError(op, name, "be given", None)
 
 
 def reserved(op: str, **arguments: object) -> None:
-    """All arguments have the only value that is supported: None, 0 or the empty string."""
+    """Reserved arguments are at a default: None, 0 or the empty string."""
     for name, value in arguments.items():
         tensor = isinstance(value, torch.Tensor)
         if tensor or value not in (None, 0, ""):
@@ -34,20 +35,20 @@ def reserved(op: str, **arguments: object) -> None:
 
 
 def group_name(op: str, argument: str, name: object) -> None:
-    """A name has legal length; a process group needs none."""
+    """A group's name has at most 127 characters; process groups and None pass."""
     if isinstance(name, str) and len(name) > _MAX_NAME:
         contract = f"be at most {_MAX_NAME} characters long"
         raise ArgumentNameError(op, argument, contract, f"{len(name)} characters")
 
 
 def dtype(op: str, name: str, tensor: torch.Tensor | None, allowed: Sequence[torch.dtype]) -> None:
-    """``tensor`` is None or a tensor of one of the dtypes."""
+    """``tensor`` is None, or a tensor of an allowed dtype; ``ArgumentTypeError``."""
     if tensor is None:
         return
     if not isinstance(tensor, torch.Tensor):
         raise ArgumentTypeError(op, name, "be a tensor", type(tensor).__name__)
     if tensor.dtype not in allowed:
-        names = " or ".join(str(one).removeprefix("torch.") for one in allowed)
+        names = " or ".join(str(choice).removeprefix("torch.") for choice in allowed)
         raise ArgumentTypeError(op, name, f"be {names}", tensor.dtype)
 
 
@@ -58,13 +59,13 @@ def integers(op: str, **arguments: object) -> None:
             raise ArgumentTypeError(op, name, "be an integer", repr(value))
 
 
-def integer_list(op: str, name: str, given: object) -> None:
-    """``given`` is a list of integers, or another sequence of them such as a ``torch.Size``."""
-    fits = isinstance(given, Sequence) and all(
-        isinstance(one, numbers.Integral) and not isinstance(one, bool) for one in given
+def integer_list(op: str, name: str, values: object) -> None:
+    """``values`` is a list of integers, or another sequence of them such as a ``torch.Size``."""
+    fits = isinstance(values, Sequence) and all(
+        isinstance(value, numbers.Integral) and not isinstance(value, bool) for value in values
     )
     if not fits:
-        raise ArgumentTypeError(op, name, "be a list of integers", repr(given))
+        raise ArgumentTypeError(op, name, "be a list of integers", repr(values))
 
 
 def reals(op: str, **arguments: object) -> None:
@@ -89,16 +90,26 @@ def shape(
     meaning: str,
     device: torch.device,
 ) -> None:
-    """``tensor`` is None, or dense, of the expected shape (None: any size) and on ``device``."""
+    """``tensor`` is None, or dense, of the expected shape and on ``device``.
+
+    Args:
+        op: for error messages.
+        name: of the argument.
+        tensor: the argument.
+        expected: sizes, None for any.
+        meaning: of the shape in letters, for error messages.
+        device: of the call.
+    """
     if tensor is None:
         return
     if tensor.layout != torch.strided:
         raise ArgumentValueError(op, name, "be a dense tensor", tensor.layout)
     fits = tensor.dim() == len(expected) and all(
-        want is None or size == want for size, want in zip(tensor.shape, expected, strict=True)
+        wanted is None or size == wanted
+        for size, wanted in zip(tensor.shape, expected, strict=True)
     )
     if not fits:
-        sizes = ["any" if want is None else str(want) for want in expected]
+        sizes = ["any" if size is None else str(size) for size in expected]
         contract = f"have shape {meaning} = ({', '.join(sizes)})"
         raise ArgumentValueError(op, name, contract, f"shape {tuple(tensor.shape)}")
     if tensor.device != device:
@@ -106,7 +117,7 @@ def shape(
 
 
 def value(op: str, name: str, holds: bool, contract: str, got: object) -> None:
-    """``holds``, or the value breaks its contract."""
+    """``holds`` is true, or the value ``got`` breaks its contract; ``ArgumentValueError``."""
     if not holds:
         raise ArgumentValueError(op, name, contract, got)
 
@@ -131,7 +142,7 @@ def topology(
     *,
     names: tuple[str, str, str] = ("moe_expert_num", "shared_expert_num", "shared_expert_rank_num"),
 ) -> Topology:
-    """The placement of the experts, if there can be one."""
+    """Make the placement of the experts of valid numbers, whose argument names are ``names``."""
     experts, shared, ranks = names
     value(op, ranks, 0 <= num_shared_ranks < world, f"be in [0, {world})", num_shared_ranks)
     if num_shared_ranks == 0:
@@ -157,7 +168,7 @@ def expert_ids(
     active: torch.Tensor | None = None,
     otherwise: str = "",
 ) -> None:
-    """On the CPU: active ids are those of experts, and no token names a routed one twice.
+    """On the CPU: active ids name experts, and no token names a routed expert twice.
 
     Args:
         op: for error messages.
@@ -165,8 +176,8 @@ def expert_ids(
         ids: [T, K].
         num_experts: E, the routed experts.
         num_zero_computation: experts after those.
-        active: [T, K] bool, the slots to look at; None for all.
-        otherwise: what else an id may be, for error messages.
+        active: [T, K] bool, the slots to check; None for all.
+        otherwise: other values that an id may have, for error messages.
     """
     if ids.device.type != "cpu" or ids.numel() == 0:
         return

@@ -1,11 +1,10 @@
-"""Ops as custom ops of ``torch.library`` in the namespace ``moe_triton``.
+"""Custom ops of ``torch.library`` in the namespace ``moe_triton``, for compilers and tracers.
 
-This is how compilers and tracers see them. An op that sends has an effect that its outputs do not
-show: a compiler must not drop it, merge it with an equal one, or change its place among the others,
-or the ranks would wait for each other for ever. So every ``Operator`` claims to write to one and
-the same tensor, the token, which makes one chain of them in each graph, forward and backward.
-(Registering an op as effectful says the same in one line, but inductor moves such ops, seen with
-torch 2.13.) What runs on one device alone is a ``Function``.
+An op that sends has an effect that its outputs do not show: a compiler must not drop it, merge it
+with an equal one or reorder it, or the ranks would deadlock. So every ``Operator`` declares that it
+writes to the same tensor, the token, which chains all of them in each graph, forward and backward.
+(Registering an op as effectful takes one line, but inductor moves such ops, seen with torch 2.13.)
+An op that runs on one device alone is a ``Function``.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-TOKEN = torch.zeros((), device="cpu")  # of all ops of this process; its value means nothing
+TOKEN = torch.zeros((), device="cpu")  # shared by all ops of this process; its value is unused
 
 _KINDS: dict[str, Any] = {
     "Tensor": torch.Tensor,
@@ -27,9 +26,9 @@ _KINDS: dict[str, Any] = {
 
 
 def _is(value: object, kind: str) -> bool:
-    """Whether a value is of a type of schemas; the dispatcher takes more, and converts it."""
+    """Whether a value has a schema's type; the dispatcher takes other types, and converts them."""
     if kind == "List[int]":
-        return isinstance(value, (list, tuple)) and all(_is(one, "int") for one in value)
+        return isinstance(value, (list, tuple)) and all(_is(item, "int") for item in value)
     if kind == "bool" or isinstance(value, bool):
         return isinstance(value, bool) and kind == "bool"
     return isinstance(value, _KINDS[kind])
@@ -38,7 +37,7 @@ def _is(value: object, kind: str) -> bool:
 class _Registered:
     """A custom op and the functions behind it, which take every argument by name.
 
-    ``hidden`` are arguments of the schema that the functions do not get, before all others.
+    ``hidden`` are the leading arguments of the schema, which the functions do not take.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class _Registered:
         self.run, self.outputs = run, outputs
         self._hidden = len(hidden)
         self._name = f"moe_triton::{name}"
-        # Not torch.library.custom_op, whose first call imports the whole compiler.
+        # torch.library.custom_op would import the whole compiler in its first call.
         torch.library.define(self._name, f"({', '.join([*hidden, arguments])}) -> {results}")
         torch.library.impl(self._name, "CompositeExplicitAutograd")(self._named(run))
         torch.library.register_fake(self._name, self._named(outputs))
@@ -73,11 +72,11 @@ class _Registered:
         return True
 
     def _named(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function`` for the dispatcher, which calls by position and leaves out defaults."""
+        """Adapt ``function`` to the dispatcher, which calls by position and omits defaults."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            given = args[self._hidden :]
-            values = dict(zip((a.name for a in self._arguments), given, strict=False)) | kwargs
+            names = (argument.name for argument in self._arguments)
+            values = dict(zip(names, args[self._hidden :], strict=False)) | kwargs
             return function(
                 **{a.name: values.get(a.name, a.default_value) for a in self._arguments}
             )
@@ -88,15 +87,15 @@ class _Registered:
 class Operator(_Registered):
     """An op that sends, as a custom op without gradients.
 
-    What does not send may be one too, so that it is not taken apart by compilers.
+    An op that does not send may be one too, so that compilers do not trace into it.
 
     Args:
         name: in the namespace ``moe_triton``.
         arguments: of the schema, after the token.
         results: of the schema; a result may be None where ``outputs`` says so.
         run: the op itself. Takes all arguments by name, without the token.
-        outputs: what ``run`` will return for the same arguments, with no values yet. Must not
-            raise, as a compiler would hide its error: what is wrong is for ``run`` to say.
+        outputs: fake outputs, of the shapes and dtypes of ``run`` for the same arguments. Must not
+            raise, as a compiler would hide its error: ``run`` checks the arguments.
 
     Attributes:
         run: as given.
@@ -117,11 +116,11 @@ class Operator(_Registered):
     def __call__(self, **arguments: Any) -> Any:
         """Call the op, with every argument by name.
 
-        Values of types that the dispatcher would refuse go straight to ``run``, which says what is
-        wrong with them in the words of this library, and tells the peers.
+        Values of types that the dispatcher would reject go straight to ``run``, which raises this
+        library's error and aborts the peers.
         """
         if torch.compiler.is_compiling() or self._takes(arguments):
-            with torch.no_grad():  # else the outputs would seem to have gradients
+            with torch.no_grad():  # otherwise autograd would mark the outputs
                 return self._overload(TOKEN, **arguments)
         return self.run(**arguments)
 
@@ -131,13 +130,13 @@ class Function(_Registered):
 
     Args:
         name: in the namespace ``moe_triton``.
-        arguments: of the schema; where there are gradients, without tensors by keyword only.
+        arguments: of the schema; with ``backward``, no tensor may be keyword-only.
         results: as in ``Operator``.
         run: the op itself. Takes all arguments by name.
         outputs: as in ``Operator``.
-        backward: with the context and the gradients of all outputs, the gradients of all arguments.
-            None for an op without gradients.
-        save: with the context, the arguments and the outputs, keeps what ``backward`` needs.
+        backward: from the context and the gradients of all outputs to those of all arguments; None
+            for an op without gradients.
+        save: saves tensors of the arguments and outputs in the context, for ``backward``.
     """
 
     def __init__(
@@ -160,7 +159,7 @@ class Function(_Registered):
         """Call the op, with every argument by name; wrong types as in ``Operator``."""
         if torch.compiler.is_compiling():
             return self._call(arguments)
-        # Other integers, such as those of numpy, must not lose the gradients.
+        # Numpy's integers would send the call to ``run``, which has no gradients.
         arguments = {
             name: int(value)
             if isinstance(value, numbers.Integral) and not isinstance(value, bool)
@@ -172,5 +171,5 @@ class Function(_Registered):
     def _call(self, arguments: dict[str, Any]) -> Any:
         if self._has_gradients:
             return self._overload(**arguments)
-        with torch.no_grad():  # else the outputs would seem to have gradients
+        with torch.no_grad():  # otherwise autograd would mark the outputs
             return self._overload(**arguments)
