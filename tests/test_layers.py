@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import shutil
 import subprocess
 import sys
@@ -87,6 +88,33 @@ def test_imports_point_one_way(path):
     names = imported(path.read_text(encoding="utf-8"), module_of(path), path.name == "__init__.py")
     wrong = {name for name in names if layer_of(name) not in ALLOWED[layer] | {layer}}
     assert not wrong, f"{path}: {layer or 'the package'} may not import {sorted(wrong)}"
+
+
+def test_the_core_does_not_know_ascend():
+    """Not through others either: what `expert_parallel` may import reaches no `ascend`."""
+    reached, new = set(), {"expert_parallel", "ops"}
+    while new:
+        reached |= new
+        new = set().union(*(ALLOWED[layer] for layer in new)) - reached
+    assert not reached & {"ascend", "compat", "emulate", "cli"}
+
+
+def owner_of(name: str) -> str:
+    """The module that defines a dotted name."""
+    path = ROOT / name.replace(".", "/")
+    if path.with_suffix(".py").is_file() or (path / "__init__.py").is_file():
+        return name
+    return owner_of(name.rpartition(".")[0])
+
+
+def test_no_import_cycle():
+    """Between modules, imports in functions and for type checkers included."""
+    graph = {}
+    for path in sources(PACKAGE):
+        module = module_of(path)
+        names = imported(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
+        graph[module] = {owner_of(name) for name in names} - {module}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
 
 
 @pytest.mark.parametrize("directory", SCRIPTS)
