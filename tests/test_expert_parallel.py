@@ -934,9 +934,11 @@ def test_a_half_belongs_to_the_object_that_set_it_up():
             inputs = FULL.inputs(ctx.rank)
             halves = first.dispatch_setup(**inputs), second.dispatch_setup(**inputs)
             texts = [str(error_of(first.dispatch_teardown, halves[1]))]
-            received = first.dispatch_teardown(halves[0])
-            second.dispatch_teardown(halves[1])
-            halves = [ep.combine_setup(received.x, received.handle) for ep in (first, second)]
+            received = first.dispatch_teardown(halves[0]), second.dispatch_teardown(halves[1])
+            halves = [
+                ep.combine_setup(one.x, one.handle)
+                for ep, one in zip((first, second), received, strict=True)
+            ]
             texts.append(str(error_of(second.combine_teardown, halves[0])))
             first.combine_teardown(halves[0])
             second.combine_teardown(halves[1])
@@ -945,6 +947,35 @@ def test_a_half_belongs_to_the_object_that_set_it_up():
     for texts in run_world("local", 2, fn):
         for text in texts:
             assert "from this object's setup since recover()" in text
+
+
+@worlds
+@pytest.mark.parametrize("everywhere", [False, True], ids=["one rank", "all ranks"])
+def test_a_handle_belongs_to_the_object_that_dispatched(world, everywhere):
+    """Nothing is sent; the peers of a rank that mixes up its handles abort, too."""
+
+    def fn(ctx):
+        with make(ctx) as first, make(ctx) as second:
+            inputs = FULL.inputs(ctx.rank)
+            own, other = first.dispatch(**inputs), second.dispatch(**inputs)
+            mine = everywhere or ctx.rank == 1
+            error = error_of(first.combine, own.x, (other if mine else own).handle)
+            FULL.check(first)
+            FULL.check(second)
+            if mine:
+                error_of(first.output_rows, other.handle)
+        return type(error), str(error)
+
+    for rank, (kind, text) in enumerate(run_world(world, 3, fn)):
+        assert kind is (ArgumentValueError if everywhere or rank == 1 else PeerAbortError)
+        assert "handle must come from a dispatch of this object" in text
+
+
+def test_alone_a_handle_belongs_to_its_object_too():
+    with ExpertParallel(**SIZES) as first, ExpertParallel(**SIZES) as second:
+        received = second.dispatch(**FULL.inputs(0))
+        error = error_of(first.combine, received.x, received.handle)
+        assert type(error) is ArgumentValueError
 
 
 @worlds

@@ -6,7 +6,7 @@ not to look either, and must come to what they come to when they may.
 
 from __future__ import annotations
 
-import dataclasses
+from types import SimpleNamespace
 
 import drawn
 import harness
@@ -15,10 +15,10 @@ import torch
 from hypothesis import given
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_triton import ExpertParallel, backend, testing
-from moe_triton.comm import row_exchange, single
+from moe_triton import ExpertParallel, backend, comm, testing
+from moe_triton.comm import row_exchange, single, transport
 from moe_triton.layout import NOWHERE
-from moe_triton.ops import checks, device_steps
+from moe_triton.ops import checks
 
 E, K, H, MAX_TOKENS = 6, 2, 32, 7
 # What cannot be answered without the data.
@@ -31,10 +31,8 @@ def fixed_shapes(monkeypatch):
 
 
 def fix_shapes(patch: pytest.MonkeyPatch) -> None:
-    table = device_steps._table
-    patch.setattr(
-        device_steps, "_table", lambda name: dataclasses.replace(table(name), fixed_shapes=True)
-    )
+    for module in (comm, transport):
+        patch.setattr(module, "fixed_shapes", lambda _: True)
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -252,16 +250,11 @@ class Launches(TorchDispatchMode):
 def test_launches_of_a_rank_alone(monkeypatch):
     """Each costs more than a microsecond of a small batch, even in a graph."""
     listed = Launches()
-    table = device_steps._table
-
-    def listing(name):
-        made = table(name)
-        fields = [one.name for one in dataclasses.fields(made) if one.name != "fixed_shapes"]
-        counted = {one: listed.step(one, getattr(made, one)) for one in fields}
-        return dataclasses.replace(made, **counted)
-
-    monkeypatch.setattr(device_steps, "_table", listing)
+    names = [name for name in vars(comm.DeviceSteps) if not name.startswith("_")]
     with testing.lockstep(1, make) as (ep,):
+        steps = ep._exchange._steps
+        counted = {name: listed.step(name, getattr(steps, name)) for name in names}
+        ep._exchange._steps = SimpleNamespace(**counted)
         given = inputs(0)
         drive([ep], [given])  # what is made once
         monkeypatch.setattr(checks, "expert_ids", lambda *args, **options: None)

@@ -8,6 +8,7 @@ import functools
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -65,7 +66,7 @@ def run_rounds(layer: Layer, quant: str | None, rounds: int, ctx: RankContext) -
         top_k=layer.top_k,
         hidden=layer.hidden,
         max_tokens=layer.num_tokens,
-        quant=quant,
+        quant=cast("Any", quant),
         shared_experts=layer.topology.num_shared_experts,
         shared_ranks=layer.shared_ranks,
         exact=True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 from ..ascend import required_buffsize_mb
 from ..ascend.op_names import DISPATCH
@@ -92,7 +92,7 @@ def _problem(shape: Shape, world_size: int) -> str | None:
 def _window_bytes(sizes: dict[str, Any], chosen: str | None) -> dict[str, dict[str, int]]:
     windows = {}
     for quant in [chosen] if chosen else _QUANTS:
-        found = window_bytes(**sizes, quant=None if quant == "none" else quant)
+        found = window_bytes(**sizes, quant=cast("Any", None if quant == "none" else quant))
         windows[quant] = {
             "dispatch": found.dispatch,
             "combine": found.combine,

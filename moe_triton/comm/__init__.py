@@ -38,6 +38,7 @@ from .transport import (
     Received,
     Traffic,
     Transport,
+    fixed_shapes,
 )
 from .window import RETURN_BLOCK, MoeConfig, WindowBytes, window_bytes
 
@@ -65,6 +66,7 @@ __all__ = [
     "close_all",
     "close_communicator",
     "default_communicator",
+    "fixed_shapes",
     "only_on_device",
     "open_communicator",
     "packed_bytes",

@@ -18,7 +18,7 @@ import datetime as dt
 import json
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NoReturn, TypeAlias, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,7 @@ from ..errors import (
     RoutingMismatchError,
     SequenceError,
 )
-from ..layout import NOWHERE, DispatchHeader
+from ..layout import NOWHERE, DispatchHeader, RoutingPlan
 from .groups import Group
 from .memory import HOST
 from .packing import packed_bytes, write_packed
@@ -55,10 +55,18 @@ from .window import MoeConfig, header_of
 Connection: TypeAlias = "dist.ProcessGroup | dist.ProcessGroupGloo"
 
 _T = TypeVar("_T")
+_Input = TypeVar("_Input")
 
 _HANDSHAKE_BYTES = 4096
 _CLOCK_SLACK = 0.01  # seconds by which gloo, which counts milliseconds, may be early
 _KINDS = ("dispatch", "combine", "gather", "exchange")
+
+
+class _Staged(NamedTuple):
+    """State of an operation between its phases: what goes to each rank, and a dispatch's plan."""
+
+    parts: Sequence[torch.Tensor]
+    plan: RoutingPlan | None = None
 
 
 @dataclasses.dataclass
@@ -127,7 +135,7 @@ class CollectiveTransport:
         self._finish(kind, epoch)
 
     @phase("dispatch send")
-    def dispatch_send(self, call: Call, tokens: DispatchInput) -> Pending:
+    def dispatch_send(self, call: Call, tokens: DispatchInput) -> Pending[DispatchInput]:
         """Stage the tokens, each rank's once, and send the notices."""
         epoch = self._begin("dispatch", call.op)
         config, layout = call.config, call.config.dispatch
@@ -135,7 +143,7 @@ class CollectiveTransport:
             data = self._buffer("dispatch send", epoch, layout.num_bytes, call.device)
             headers, rows = layout.headers(data), layout.rows(data)
             targets = [header_of(headers, rank) for rank in range(self._size)]
-            plan = write_tokens(call, self._rank, tokens, rows, targets)
+            plan, tokens = write_tokens(call, self._rank, tokens, rows, targets)
             parts = self._parts(config, headers, rows, epoch)
         except BaseException as error:
             self._give_up(call.op, "dispatch", epoch, error)
@@ -143,13 +151,15 @@ class CollectiveTransport:
         self._post_handshakes(
             call.op, "dispatch", epoch, call.arguments, [len(part) for part in parts]
         )
-        return Pending(self, call, tokens, epoch, (plan, parts))
+        return Pending(self, call, tokens, epoch, _Staged(parts, plan))
 
     @phase("dispatch recv")
-    def dispatch_recv(self, pending: Pending) -> Received:
+    def dispatch_recv(self, pending: Pending[DispatchInput]) -> Received:
         """Exchange the rows that the notices announced, and gather those of each expert."""
         call, config, epoch = pending.call, pending.call.config, pending.epoch
-        plan, parts = pending.state
+        assert isinstance(pending.state, _Staged)
+        parts, plan = pending.state
+        assert plan is not None
         layout, stride = config.dispatch, config.row_format.stride
         coming = self._await(pending, "dispatch")
         # The header of a source is one piece of memory, from its count of tokens to its weights.
@@ -206,7 +216,7 @@ class CollectiveTransport:
         return wanted
 
     @phase("combine send")
-    def combine_send(self, call: Call, outputs: CombineInput) -> Pending:
+    def combine_send(self, call: Call, outputs: CombineInput) -> Pending[CombineInput]:
         """Stage the experts' rows by the rank they return to, and send the notices."""
         epoch = self._begin("combine", call.op)
         fmt = call.config.return_format
@@ -226,16 +236,18 @@ class CollectiveTransport:
             self._give_up(call.op, "combine", epoch, error)
             raise
         self._post_handshakes(call.op, "combine", epoch, call.arguments, counts)
-        return Pending(self, call, outputs, epoch, staged.split(counts))
+        return Pending(self, call, outputs, epoch, _Staged(staged.split(counts)))
 
     @phase("combine recv")
-    def combine_recv(self, pending: Pending, finish: CombineEpilogue) -> torch.Tensor:
+    def combine_recv(self, pending: Pending[CombineInput], finish: CombineEpilogue) -> torch.Tensor:
         """Exchange the rows and sum those of each token.
 
         They come in the order of this rank's plan: a rank returns its experts' rows in the order in
         which it got them, and ranks follow each other as their experts do.
         """
         call, config, outputs = pending.call, pending.call.config, pending.data
+        staged = pending.state
+        assert isinstance(staged, _Staged)
         topology, stride = config.topology, config.return_format.stride
         coming = self._await(pending, "combine")
         num_bytes = sum(coming) * stride
@@ -247,7 +259,7 @@ class CollectiveTransport:
         self._transfer(
             call.op,
             self._tag("combine", pending.epoch, "rows"),
-            send=[[part] for part in pending.state],
+            send=[[part] for part in staged.parts],
             receive=[[parts[rank]] for rank in range(self._size)],
         )
         self._finish("combine", pending.epoch)
@@ -267,7 +279,12 @@ class CollectiveTransport:
                 raise RoutingMismatchError(call.op, rank, "its experts", mine, theirs)
 
     @phase("gather send")
-    def all_gather_send(self, call: Call, parts: Sequence[torch.Tensor], num_bytes: int) -> Pending:  # noqa: ARG002
+    def all_gather_send(
+        self,
+        call: Call,
+        parts: Sequence[torch.Tensor],
+        num_bytes: int,  # noqa: ARG002
+    ) -> Pending[None]:
         """Stage the parts and say how long they are."""
         epoch = self._begin("gather", call.op)
         try:
@@ -278,11 +295,15 @@ class CollectiveTransport:
             self._give_up(call.op, "gather", epoch, error)
             raise
         self._post_handshakes(call.op, "gather", epoch, call.arguments, [size] * self._size)
-        return Pending(self, call, None, epoch, staged)
+        return Pending(self, call, None, epoch, _Staged([staged] * self._size))
 
     @phase("gather recv")
-    def all_gather_recv(self, pending: Pending, consume: Callable[[list[torch.Tensor]], _T]) -> _T:
+    def all_gather_recv(
+        self, pending: Pending[None], consume: Callable[[list[torch.Tensor]], _T]
+    ) -> _T:
         """Exchange the parts."""
+        staged = pending.state
+        assert isinstance(staged, _Staged)
         coming = self._await(pending, "gather")
         device = pending.call.device
         buffer = self._buffer("gather receive", pending.epoch, sum(coming), device)
@@ -290,7 +311,7 @@ class CollectiveTransport:
         self._transfer(
             pending.call.op,
             self._tag("gather", pending.epoch, "rows"),
-            send=[[pending.state]] * self._size,
+            send=[[part] for part in staged.parts],
             receive=[[data] for data in received],
         )
         self._finish("gather", pending.epoch)
@@ -457,7 +478,7 @@ class CollectiveTransport:
             operation.sends.pop(0)
         return waited
 
-    def _await(self, pending: Pending, kind: str) -> list[int]:
+    def _await(self, pending: Pending[_Input], kind: str) -> list[int]:
         """The rows that each rank is going to send; notes how long that took to learn."""
         op = pending.call.op
         with profiled(op, f"{kind} wait", self.group_name):

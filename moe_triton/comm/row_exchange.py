@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -15,23 +16,26 @@ from .transport import Call, CombineEpilogue, CombineInput, DispatchInput, Recei
 from .window import MoeConfig
 
 
-def plan_tokens(call: Call, tokens: DispatchInput) -> RoutingPlan:
-    """Plan this rank's tokens; what is kept of their routing is there from now on."""
-    num_experts = call.config.topology.num_experts
-    if tokens.given is None:
-        return call.steps.routing_plan(tokens.expert_ids, num_experts)
-    ids, weights = tokens.given
-    return call.steps.routing_plan(
-        ids, num_experts, RoutingCopies(tokens.expert_ids, weights, tokens.weights)
-    )
+def plan_tokens(call: Call, tokens: DispatchInput) -> tuple[RoutingPlan, DispatchInput]:
+    """Plan this rank's tokens; the input comes back with its own ids and weights where it asks."""
+    ids, weights, num_experts = tokens.expert_ids, tokens.weights, call.config.topology.num_experts
+    if not tokens.copy_routing:
+        return call.steps.routing_plan(ids, num_experts), tokens
+    own_ids = torch.empty(ids.shape, dtype=torch.int32, device=ids.device)
+    own_weights = None
+    if weights is not None:
+        own_weights = torch.empty(ids.shape, dtype=weights.dtype, device=ids.device)
+    plan = call.steps.routing_plan(ids, num_experts, RoutingCopies(own_ids, weights, own_weights))
+    own = dataclasses.replace(tokens, expert_ids=own_ids, weights=own_weights, copy_routing=False)
+    return plan, own
 
 
 def write_tokens(
     call: Call, rank: int, tokens: DispatchInput, rows: torch.Tensor, headers: list[DispatchHeader]
-) -> RoutingPlan:
-    """Plan this rank's tokens, write them into its rows and its headers."""
+) -> tuple[RoutingPlan, DispatchInput]:
+    """Plan this rank's tokens, write them into its rows and its headers; as ``plan_tokens``."""
     topology = call.config.topology
-    plan = plan_tokens(call, tokens)
+    plan, tokens = plan_tokens(call, tokens)
     call.steps.dispatch_send(
         tokens.x,
         tokens.expert_ids,
@@ -45,7 +49,7 @@ def write_tokens(
         shared_targets=topology.shared_ranks_of(rank),
         num_shared_ranks=topology.num_shared_ranks,
     )
-    return plan
+    return plan, tokens
 
 
 def traffic(config: MoeConfig, tokens: DispatchInput) -> Traffic:
@@ -83,14 +87,14 @@ def _serves(topology: Topology, rank: int, device: torch.device) -> torch.Tensor
 
 def capacity_of(call: Call, rank: int, tokens: DispatchInput) -> int | None:
     """How many rows to number: None for just those that there are, which waits for the device."""
-    if tokens.num_rows is None or not call.steps.fixed_shapes:
+    if tokens.num_rows is None or not call.fixed_shapes:
         return None
     return min(tokens.num_rows, call.config.capacity(rank))
 
 
 def row_count(call: Call, recv_permutation: RecvPermutation) -> torch.Tensor | None:
     """[1] int32 the rows that there are, where that many are not what the tensors hold."""
-    return recv_permutation.offsets[-1:] if call.steps.fixed_shapes else None
+    return recv_permutation.offsets[-1:] if call.fixed_shapes else None
 
 
 def new_rows(
@@ -235,7 +239,7 @@ def check_returns(call: Call, rank: int, outputs: CombineInput, group_starts: to
         outputs: its input to combine.
         group_starts: [W, L, W + 1] of every rank, as in ``RecvPermutation``.
     """
-    if call.steps.fixed_shapes:
+    if call.fixed_shapes:
         return
     topology = call.config.topology
     local, first = topology.experts_per_rank, topology.num_shared_ranks

@@ -33,6 +33,7 @@ from .transport import (
 from .window import MoeConfig
 
 _T = TypeVar("_T")
+_Input = TypeVar("_Input")
 
 
 class SingleTransport:
@@ -52,19 +53,20 @@ class SingleTransport:
         """There is nothing to allocate and nobody to disagree with."""
 
     @phase("dispatch send")
-    def dispatch_send(self, call: Call, tokens: DispatchInput) -> Pending:
+    def dispatch_send(self, call: Call, tokens: DispatchInput) -> Pending[DispatchInput]:
         """Permute the tokens into expert order, each read once; they go no further."""
         epoch = self._begin("dispatch", call.op)
         try:
-            received = self._permute(call, tokens)
+            received, tokens = self._permute(call, tokens)
         except BaseException:
             self._epochs["dispatch"].remove(epoch)
             raise
         return Pending(self, call, tokens, epoch, received)
 
-    def _permute(self, call: Call, tokens: DispatchInput) -> Received:
-        config, steps, ids = call.config, call.steps, tokens.expert_ids
-        plan = plan_tokens(call, tokens)
+    def _permute(self, call: Call, tokens: DispatchInput) -> tuple[Received, DispatchInput]:
+        config, steps = call.config, call.steps
+        plan, tokens = plan_tokens(call, tokens)
+        ids = tokens.expert_ids
         check_overflow(call, lambda _: plan.counts)
         weights = None if tokens.weights is None else tokens.weights.to(config.weight_dtype)
         capacity = capacity_of(call, 0, tokens)
@@ -87,7 +89,7 @@ class SingleTransport:
             for rows in (x, scales):
                 if rows is not None:
                     steps.zero_padding(rows.view(num_rows, -1), found.slot_ids, count)
-        return Received(
+        received = Received(
             x,
             scales,
             padded(found.weights, num_rows),
@@ -97,21 +99,22 @@ class SingleTransport:
             found.totals,
             plan,
         )
+        return received, tokens
 
     @phase("dispatch recv")
-    def dispatch_recv(self, pending: Pending) -> Received:
+    def dispatch_recv(self, pending: Pending[DispatchInput]) -> Received:
         """What the setup made."""
         self._finish("dispatch", pending)
-        received: Received = pending.state
-        return received
+        assert isinstance(pending.state, Received)
+        return pending.state
 
     @phase("combine send")
-    def combine_send(self, call: Call, outputs: CombineInput) -> Pending:
+    def combine_send(self, call: Call, outputs: CombineInput) -> Pending[CombineInput]:
         """Remember the rows: they have nowhere to go."""
         return Pending(self, call, outputs, self._begin("combine", call.op))
 
     @phase("combine recv")
-    def combine_recv(self, pending: Pending, finish: CombineEpilogue) -> torch.Tensor:
+    def combine_recv(self, pending: Pending[CombineInput], finish: CombineEpilogue) -> torch.Tensor:
         """Sum the rows where they are."""
         self._finish("combine", pending)
         call, outputs = pending.call, pending.data
@@ -129,17 +132,22 @@ class SingleTransport:
         return self._origins[device]
 
     @phase("gather send")
-    def all_gather_send(self, call: Call, parts: Sequence[torch.Tensor], num_bytes: int) -> Pending:
+    def all_gather_send(
+        self, call: Call, parts: Sequence[torch.Tensor], num_bytes: int
+    ) -> Pending[None]:
         """Keep the parts."""
         data = torch.empty(num_bytes, dtype=torch.uint8, device=call.device)
         write_packed(data, parts)
-        return Pending(self, call, data, self._begin("gather", call.op))
+        return Pending(self, call, None, self._begin("gather", call.op), data)
 
     @phase("gather recv")
-    def all_gather_recv(self, pending: Pending, consume: Callable[[list[torch.Tensor]], _T]) -> _T:
+    def all_gather_recv(
+        self, pending: Pending[None], consume: Callable[[list[torch.Tensor]], _T]
+    ) -> _T:
         """Read them."""
         self._finish("gather", pending)
-        return consume([pending.data])
+        assert isinstance(pending.state, torch.Tensor)
+        return consume([pending.state])
 
     def _begin(self, kind: str, op: str) -> int:
         if len(self._epochs[kind]) >= self._limit:
@@ -148,7 +156,7 @@ class SingleTransport:
         self._epochs[kind].append(self._next)
         return self._next
 
-    def _finish(self, kind: str, pending: Pending) -> None:
+    def _finish(self, kind: str, pending: Pending[_Input]) -> None:
         oldest = next(iter(self._epochs[kind]), None)
         if oldest != pending.epoch:
             raise SequenceError.out_of_order(pending.call.op, kind, pending.epoch, oldest)

@@ -7,11 +7,12 @@ flags say that the work has been issued, and what reads is issued after it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from ..errors import ArgumentValueError, MoeError
+from ..layout import RoutingPlan
 from .packing import write_packed
 from .ring_protocol import RingProtocol
 from .row_exchange import (
@@ -36,6 +37,14 @@ from .transport import (
 from .window import MoeConfig, PeerWindows, header_of
 
 _T = TypeVar("_T")
+_Input = TypeVar("_Input")
+
+
+class _Dispatched(NamedTuple):
+    """State of a dispatch between its phases."""
+
+    plan: RoutingPlan
+    windows: PeerWindows
 
 
 class SymmetricTransport:
@@ -62,7 +71,7 @@ class SymmetricTransport:
         self._protocol.finish(kind, epoch)
 
     @phase("dispatch send")
-    def dispatch_send(self, call: Call, tokens: DispatchInput) -> Pending:
+    def dispatch_send(self, call: Call, tokens: DispatchInput) -> Pending[DispatchInput]:
         """Write the tokens and say for whom they are; waits only while arguments are new."""
         protocol, layout = self._protocol, call.config.dispatch
         epoch = protocol.begin("dispatch", call.op)
@@ -76,17 +85,18 @@ class SymmetricTransport:
                 for owner in range(protocol.size)
             ]
             rows = windows.view(self._rank, slot, layout, layout.rows)
-            plan = write_tokens(call, self._rank, tokens, rows, headers)
+            plan, tokens = write_tokens(call, self._rank, tokens, rows, headers)
         except BaseException as error:
             protocol.abort("dispatch", epoch, error)
             raise
         protocol.signal("dispatch", epoch)
-        return Pending(self, call, tokens, epoch, (plan, windows))
+        return Pending(self, call, tokens, epoch, _Dispatched(plan, windows))
 
     @phase("dispatch recv")
-    def dispatch_recv(self, pending: Pending) -> Received:
+    def dispatch_recv(self, pending: Pending[DispatchInput]) -> Received:
         """Wait for all ranks' tokens and gather those for this rank."""
         protocol, call, layout = self._protocol, pending.call, pending.call.config.dispatch
+        assert isinstance(pending.state, _Dispatched)
         plan, windows = pending.state
         self._wait("dispatch", pending)
         slot, stride = protocol.slot(pending.epoch), call.config.row_format.stride
@@ -98,7 +108,7 @@ class SymmetricTransport:
             protocol.finish("dispatch", pending.epoch)
 
     @phase("combine send")
-    def combine_send(self, call: Call, outputs: CombineInput) -> Pending:
+    def combine_send(self, call: Call, outputs: CombineInput) -> Pending[CombineInput]:
         """Write the experts' rows, unless they are in place already, and where groups begin."""
         protocol, layout = self._protocol, call.config.combine
         epoch = protocol.begin("combine", call.op)
@@ -137,10 +147,11 @@ class SymmetricTransport:
         call.steps.encode(y.clone() if in_window else y, fmt, rows[: len(y)], count=count)
 
     @phase("combine recv")
-    def combine_recv(self, pending: Pending, finish: CombineEpilogue) -> torch.Tensor:
+    def combine_recv(self, pending: Pending[CombineInput], finish: CombineEpilogue) -> torch.Tensor:
         """Wait for all ranks' rows and sum those of each token, from where they are."""
         protocol, call, layout = self._protocol, pending.call, pending.call.config.combine
         windows = pending.state
+        assert isinstance(windows, PeerWindows)
         self._wait("combine", pending)
         slot, outputs = protocol.slot(pending.epoch), pending.data
         try:
@@ -159,7 +170,9 @@ class SymmetricTransport:
             protocol.finish("combine", pending.epoch)
 
     @phase("gather send")
-    def all_gather_send(self, call: Call, parts: Sequence[torch.Tensor], num_bytes: int) -> Pending:
+    def all_gather_send(
+        self, call: Call, parts: Sequence[torch.Tensor], num_bytes: int
+    ) -> Pending[None]:
         """Write the parts into this rank's window."""
         protocol = self._protocol
         epoch = protocol.begin("gather", call.op)
@@ -176,9 +189,12 @@ class SymmetricTransport:
         return Pending(self, call, None, epoch, windows)
 
     @phase("gather recv")
-    def all_gather_recv(self, pending: Pending, consume: Callable[[list[torch.Tensor]], _T]) -> _T:
+    def all_gather_recv(
+        self, pending: Pending[None], consume: Callable[[list[torch.Tensor]], _T]
+    ) -> _T:
         """Wait for all ranks and read their windows."""
         protocol, windows = self._protocol, pending.state
+        assert isinstance(windows, PeerWindows)
         self._wait("gather", pending)
         slot = protocol.slot(pending.epoch)
         try:
@@ -186,7 +202,7 @@ class SymmetricTransport:
         finally:
             protocol.finish("gather", pending.epoch)
 
-    def _wait(self, kind: str, pending: Pending) -> None:
+    def _wait(self, kind: str, pending: Pending[_Input]) -> None:
         with profiled(pending.call.op, f"{kind} wait", self.group_name):
             pending.waited = self._protocol.wait(kind, pending.epoch, pending.call.op)
 

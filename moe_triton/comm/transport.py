@@ -1,8 +1,8 @@
-"""What every transport does, and what goes in and out of it.
+"""The transport interface: its operations, their inputs and results, and the device steps they use.
 
-A transport moves tokens between the ranks of one group. It gets its device steps as a table, either
-``ref``'s or the Triton ones, so that this package knows neither. Each operation is a setup, which
-sends, and a teardown, which waits and consumes.
+A transport moves rows between the ranks of one group. Its device steps come with each call, so that
+this package imports neither ``ref`` nor ``kernels``. Each operation has two phases: send, which
+returns a ``Pending``, and recv, which waits for the peers and consumes their rows.
 """
 
 from __future__ import annotations
@@ -10,69 +10,214 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec, Protocol, TypeVar, cast
+from typing import Generic, ParamSpec, Protocol, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 from ..errors import MoeError
 from ..layout import (
+    DispatchHeader,
     LocalPermutation,
     Norm,
     RecvPermutation,
     RecvRowIndex,
+    RoutingCopies,
     RoutingPlan,
+    RowFormat,
     ZeroComputationExperts,
 )
 from .window import MoeConfig
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+_Input = TypeVar("_Input")
 
 
-@dataclasses.dataclass(frozen=True)
-class DeviceSteps:
-    """The steps that run on the device; ``ref`` defines each.
+class DeviceSteps(Protocol):
+    """The device steps of a transport; ``moe_triton.ref`` defines what each computes.
 
-    ``gather_rows`` and ``reduce`` gather from one tensor by index. That tensor spans the windows of
-    all ranks, which one address space must hold.
-
-    Attributes:
-        fixed_shapes: nothing waits for the device: outputs have room for the most rows that there
-            can be, the values of tensors are not checked, and a graph can replay the calls.
+    ``gather_rows`` and ``weighted_sum`` gather from one tensor by index. That tensor spans the
+    windows of all ranks, which one address space must hold.
     """
 
-    fixed_shapes: bool
-    routing_plan: Callable[..., RoutingPlan]
-    dispatch_send: Callable[..., None]
-    recv_permutation: Callable[..., RecvPermutation]
-    recv_row_index: Callable[..., RecvRowIndex]
-    local_permutation: Callable[..., LocalPermutation]
-    combine_row_index: Callable[..., torch.Tensor]
-    gather_quant: Callable[..., None]
-    zero_padding: Callable[..., None]
-    gather_rows: Callable[..., None]
-    encode: Callable[..., None]
-    add_rows: Callable[..., None]
-    weighted_sum: Callable[..., None]
+    def routing_plan(
+        self, expert_ids: Tensor, num_experts: int, copies: RoutingCopies | None = None, /
+    ) -> RoutingPlan:
+        """Count the routed slots of each expert and sort them by expert."""
+        ...
+
+    def dispatch_send(
+        self,
+        x: Tensor,
+        expert_ids: Tensor,
+        weights: Tensor | None,
+        smooth_scales: Tensor | None,
+        fmt: RowFormat,
+        plan: RoutingPlan,
+        rows: Tensor,
+        headers: Sequence[DispatchHeader],
+        /,
+        *,
+        experts_per_rank: int,
+        shared_targets: Sequence[int],
+        num_shared_ranks: int,
+    ) -> None:
+        """Quantise the tokens into this rank's window and write every rank's header."""
+        ...
+
+    def recv_permutation(
+        self, counts: Tensor, /, alignment: int = 1, capacity: int | None = None
+    ) -> RecvPermutation:
+        """Number the received rows by (local expert, source)."""
+        ...
+
+    def recv_row_index(
+        self,
+        counts: Tensor,
+        slot_ids: Tensor,
+        weights: Tensor | None,
+        /,
+        *,
+        slots_per_row: int,
+        origins: Tensor | None = None,
+        step: int = 1,
+        table: Tensor | None = None,
+        alignment: int = 1,
+        capacity: int | None = None,
+        load: Tensor | None = None,
+        totals_dtype: torch.dtype = torch.int64,
+    ) -> RecvRowIndex:
+        """Index the rows that the sources hold for this rank."""
+        ...
+
+    def local_permutation(
+        self,
+        plan: RoutingPlan,
+        expert_ids: Tensor,
+        weights: Tensor | None,
+        /,
+        *,
+        alignment: int = 1,
+        capacity: int | None = None,
+        load: Tensor | None = None,
+        totals_dtype: torch.dtype = torch.int64,
+    ) -> LocalPermutation:
+        """Number the rows of a rank that sends to itself alone."""
+        ...
+
+    def combine_row_index(
+        self,
+        group_starts: Tensor,
+        plan: RoutingPlan,
+        expert_ids: Tensor,
+        /,
+        *,
+        rank: int,
+        num_shared_ranks: int,
+        shared_ranks: Sequence[int],
+        origins: Tensor,
+        step: int = 1,
+        capacity: int | None = None,
+        shared_capacity: int | None = None,
+    ) -> Tensor:
+        """Index the expert row of every slot of this rank's tokens."""
+        ...
+
+    def gather_quant(
+        self,
+        x: Tensor,
+        index: Tensor,
+        fmt: RowFormat,
+        smooth_scales: Tensor | None,
+        expert_ids: Tensor | None,
+        out: Tensor,
+        scales: Tensor | None = None,
+        /,
+    ) -> None:
+        """Quantise each token and write it to the rows of its slots."""
+        ...
+
+    def zero_padding(self, x: Tensor, index: Tensor, count: Tensor | None = None, /) -> None:
+        """Zero the rows whose index is ``NOWHERE``."""
+        ...
+
+    def gather_rows(
+        self,
+        rows: Tensor,
+        index: Tensor,
+        fmt: RowFormat,
+        x: Tensor,
+        scales: Tensor | None = None,
+        count: Tensor | None = None,
+        /,
+    ) -> None:
+        """Gather window rows by index into payload and scales."""
+        ...
+
+    def encode(
+        self,
+        x: Tensor,
+        fmt: RowFormat,
+        rows: Tensor,
+        smooth_scales: Tensor | None = None,
+        /,
+        count: Tensor | None = None,
+    ) -> None:
+        """Write rows in a window's format."""
+        ...
+
+    def add_rows(self, own: Tensor, peer: Tensor, out: Tensor, /) -> None:
+        """Add two halves of a row that two ranks hold."""
+        ...
+
+    def weighted_sum(
+        self,
+        rows: Tensor,
+        index: Tensor,
+        fmt: RowFormat,
+        weights: Tensor | None,
+        special: ZeroComputationExperts | None,
+        addend: Tensor | None,
+        out: Tensor,
+        norm: Norm | None = None,
+        /,
+    ) -> None:
+        """Sum the rows of each token with its weights."""
+        ...
+
+
+def fixed_shapes(device: torch.device) -> bool:
+    """Whether output shapes on ``device`` depend on sizes alone, never on data.
+
+    Reading a count would wait for a device: there outputs hold the most rows that can come, tensor
+    values are not checked, and a graph can replay the calls. On the CPU reading a count is free.
+    """
+    return device.type != "cpu"
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What every operation needs to know.
+    """Name, sizes and device steps of one operation.
 
     Attributes:
         op: the public op, for error messages.
         config: sizes and formats.
         arguments: names and printable values that must be equal on all ranks.
         steps: the device steps.
-        device: where the tensors are.
+        device: of all tensors.
     """
 
     op: str
     config: MoeConfig
-    arguments: Mapping[str, Any]
+    arguments: Mapping[str, object]
     steps: DeviceSteps
     device: torch.device
+
+    @property
+    def fixed_shapes(self) -> bool:
+        """``fixed_shapes`` of the call's device."""
+        return fixed_shapes(self.device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,36 +226,36 @@ class DispatchInput:
 
     Attributes:
         x: [T, H].
-        expert_ids: [T, K] int32; those outside [0, E) are not sent.
+        expert_ids: [T, K] int32, or int64 with ``copy_routing``; ids outside [0, E) are not sent.
         weights: [T, K] to send along, of the configuration's ``weight_dtype``, or None.
-        smooth_scales: fp32 factors of the quantisation: [1] or [H] for all copies, [NS + E, H] for
+        smooth_scales: fp32 factors of the quantisation: [1] or [H] for all slots, [NS + E, H] for
             those of each expert; or None.
-        num_rows: rows to allocate for what arrives, or None for exactly as many as do.
-        load: [L] int64 to add the rows that arrive for each local expert to, or None.
+        num_rows: rows to allocate for the received tokens; None allocates exactly as many as come.
+        load: [L] int64 to add the rows received for each local expert to, or None.
         totals_dtype: int32 or int64, of ``Received.totals``.
-        given: [T, K] int32 or int64 ids and weights, or None: what ``expert_ids`` and ``weights``
-            are copied from when the tokens are planned. None where they hold their values.
+        copy_routing: the caller may overwrite ids and weights before the operation ends, so that
+            the transport copies them as it plans; ``Pending.data`` holds the copies, ids in int32.
     """
 
-    x: torch.Tensor
-    expert_ids: torch.Tensor
-    weights: torch.Tensor | None = None
-    smooth_scales: torch.Tensor | None = None
+    x: Tensor
+    expert_ids: Tensor
+    weights: Tensor | None = None
+    smooth_scales: Tensor | None = None
     num_rows: int | None = None
-    load: torch.Tensor | None = None
+    load: Tensor | None = None
     totals_dtype: torch.dtype = torch.int64
-    given: tuple[torch.Tensor, torch.Tensor | None] | None = None
+    copy_routing: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What a dispatch asks of the wires between ranks, the one to the rank itself included.
+    """Rows and bytes that a dispatch sends to all ranks, the rank itself included.
 
-    Over windows in host memory nothing is sent: a row is written once, and read for each copy.
+    Windows in host memory send nothing: a row is written once, and read for each slot.
 
     Attributes:
-        rows_sent: one for each token and rank that wants it; with scales per expert, one per copy.
-        rows_saved: further rows that one per copy would have taken.
+        rows_sent: one for each token and rank that wants it; with scales per expert, one per slot.
+        rows_saved: further rows that one per slot would have taken.
         bytes_sent: of the rows sent.
         bytes_saved: of the rows saved.
     """
@@ -127,23 +272,22 @@ class Received:
 
     Attributes:
         x: [num_rows, H] rows in (local expert, source, flat position) order; padding rows are zero.
-        scales: [num_rows], or [num_rows, C] where a row has several, of the format's dtype; or
-            None.
+        scales: [num_rows], or [num_rows, C] for C scales a row, of the format's dtype; or None.
         weights: [num_rows], or None.
         counts: [L, W] int32 rows for each local expert from each source.
         recv_permutation: the numbering of the n rows.
-        slot_ids: [n] int32 which copy each row is, token * (K + NS) + slot of its source.
-        totals: [L] rows of each local expert, padding left out.
+        slot_ids: [n] int32 slot of each row in its source, token * (K + NS) + slot.
+        totals: [L] rows of each local expert, without padding.
         plan: of this rank's own tokens.
     """
 
-    x: torch.Tensor
-    scales: torch.Tensor | None
-    weights: torch.Tensor | None
-    counts: torch.Tensor
+    x: Tensor
+    scales: Tensor | None
+    weights: Tensor | None
+    counts: Tensor
     recv_permutation: RecvPermutation
-    slot_ids: torch.Tensor
-    totals: torch.Tensor
+    slot_ids: Tensor
+    totals: Tensor
     plan: RoutingPlan
 
 
@@ -157,60 +301,61 @@ class CombineInput:
         expert_ids: [T, K] int32 of this rank's tokens.
         plan: their plan.
         weights: [T, K] of the configuration's ``weight_dtype``, or None for all 1.
-        borrowed: y may be what ``output_rows`` gave since the last combine.
+        borrowed: y may be the zero-copy combine buffer, which ``output_rows`` returned since the
+            last combine.
     """
 
-    y: torch.Tensor
+    y: Tensor
     recv_permutation: RecvPermutation
-    expert_ids: torch.Tensor
+    expert_ids: Tensor
     plan: RoutingPlan
-    weights: torch.Tensor | None
+    weights: Tensor | None
     borrowed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class CombineEpilogue:
-    """What a combine does with the rows that came back.
+    """Work on the returned rows of a combine.
 
     Attributes:
-        special: the experts without a network, or None.
+        special: the zero-computation experts, or None.
         addend: [T, H] to add with weight 1, or None.
-        norm: a residual to add to the sum, and what to make of it, or None.
-        apart: return [T, K + NS, H], the row of each slot by itself and zeros where there is none,
-            instead of their sum.
+        norm: a residual to add to the sum, and its RMSNorm, or None.
+        apart: return [T, K + NS, H], one row per slot and zeros for slots without one, in place of
+            their sum.
     """
 
     special: ZeroComputationExperts | None = None
-    addend: torch.Tensor | None = None
+    addend: Tensor | None = None
     norm: Norm | None = None
     apart: bool = False
 
 
 @dataclasses.dataclass
-class Pending:
-    """An operation between setup and teardown.
+class Pending(Generic[_Input]):
+    """An operation between its send and its recv phase.
 
     Attributes:
-        owner: the transport that set it up, and that only can tear it down.
-        call: of the setup.
+        owner: the transport that sent it, the only one that can receive it.
+        call: of the send phase.
         data: its input.
         epoch: its number.
-        state: the transport's own.
-        waited: seconds that the teardown waited for each rank; empty before it.
+        state: the transport's own, which only ``owner`` reads.
+        waited: seconds that the recv phase waited for each rank; empty before it.
     """
 
     owner: Transport
     call: Call
-    data: Any
+    data: _Input
     epoch: int
-    state: Any = None
+    state: object = None
     waited: list[float] = dataclasses.field(default_factory=list)
 
 
 def outside_autograd(method: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Run a transport's method without autograd, whatever mode the caller is in.
+    """Run a transport's method without autograd and outside inference mode.
 
-    Windows outlive the call, so that views of them must not be inference tensors either.
+    Windows outlive the call, so that views of them must not be inference tensors.
     """
 
     @functools.wraps(method)
@@ -233,8 +378,8 @@ def phase(name: str) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
 
         @functools.wraps(method)
         def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-            transport, what = cast("tuple[Transport, Call | Pending]", args[:2])
-            call = what.call if isinstance(what, Pending) else what
+            transport, subject = cast("tuple[Transport, Call | Pending[object]]", args[:2])
+            call = subject.call if isinstance(subject, Pending) else subject
             with profiled(call.op, name, transport.group_name):
                 return inner(*args, **kwargs)
 
@@ -254,54 +399,61 @@ class Transport(Protocol):
     name: str
     group_name: str
 
-    def prepare(self, call: Call, kind: str, slot_bytes: int) -> None:
-        """Compare the arguments and allocate what ``kind`` needs, on all ranks together."""
+    def prepare(self, call: Call, kind: str, slot_bytes: int, /) -> None:
+        """Compare the arguments and allocate the windows of ``kind``, on all ranks together."""
         ...
 
-    def dispatch_send(self, call: Call, tokens: DispatchInput) -> Pending:
+    def dispatch_send(self, call: Call, tokens: DispatchInput, /) -> Pending[DispatchInput]:
         """Send this rank's tokens."""
         ...
 
-    def dispatch_recv(self, pending: Pending) -> Received:
-        """Wait for all ranks' tokens and pack those for this rank."""
+    def dispatch_recv(self, pending: Pending[DispatchInput], /) -> Received:
+        """Wait for all ranks' tokens and gather those for this rank."""
         ...
 
-    def combine_send(self, call: Call, outputs: CombineInput) -> Pending:
+    def combine_send(self, call: Call, inputs: CombineInput, /) -> Pending[CombineInput]:
         """Send the experts' rows back."""
         ...
 
-    def combine_recv(self, pending: Pending, finish: CombineEpilogue) -> torch.Tensor:
+    def combine_recv(self, pending: Pending[CombineInput], epilogue: CombineEpilogue, /) -> Tensor:
         """Wait for all ranks' rows and sum those of each token."""
         ...
 
-    def all_gather_send(self, call: Call, parts: Sequence[torch.Tensor], num_bytes: int) -> Pending:
-        """Show ``parts``, one after the other, to all ranks; ``num_bytes`` is the most of any."""
+    def all_gather_send(
+        self, call: Call, parts: Sequence[Tensor], num_bytes: int, /
+    ) -> Pending[None]:
+        """Send ``parts``, packed in order, to all ranks; no rank sends above ``num_bytes``."""
         ...
 
-    def all_gather_recv(self, pending: Pending, consume: Callable[[list[torch.Tensor]], _T]) -> _T:
+    def all_gather_recv(
+        self, pending: Pending[None], consume: Callable[[list[Tensor]], _T], /
+    ) -> _T:
         """Wait for all ranks; ``consume`` gets each one's uint8, with garbage after the end."""
         ...
 
-    def output_rows(self, config: MoeConfig, num_rows: int) -> torch.Tensor | None:
-        """[num_rows, H] memory from which the next combine need not copy, if there is such."""
+    def output_rows(self, config: MoeConfig, num_rows: int, /) -> Tensor | None:
+        """The zero-copy combine buffer: [num_rows, H] that the next combine sends without a copy.
+
+        None where the transport has none.
+        """
         ...
 
-    def all_to_all_v(self, op: str, x: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
-        """Send consecutive rows of [N, B] uint8 ``x``; return what each rank sent here."""
+    def all_to_all_v(self, op: str, x: Tensor, counts: list[int], /) -> list[Tensor]:
+        """Send consecutive rows of [N, B] uint8 ``x``; return the rows from each rank."""
         ...
 
-    def window_bytes(self, kind: str) -> int:
-        """Memory that this rank has set aside for ``kind``."""
+    def window_bytes(self, kind: str, /) -> int:
+        """Bytes that this rank has allocated for the windows of ``kind``."""
         ...
 
-    def abort_peers(self, kind: str, op: str, error: MoeError) -> None:
-        """Take part in the next operation only to tell the peers that this rank cannot."""
+    def abort_peers(self, kind: str, op: str, error: MoeError, /) -> None:
+        """Take part in the next operation with ``error`` in place of data, which aborts it."""
         ...
 
-    def raise_if_broken(self, op: str) -> None:
-        """Raise ``BrokenGroupError`` after a timeout."""
+    def raise_if_broken(self, op: str, /) -> None:
+        """Raise ``BrokenGroupError`` after a time-out."""
         ...
 
     def close(self) -> None:
-        """Give up memory."""
+        """Release the memory."""
         ...

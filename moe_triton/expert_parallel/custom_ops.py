@@ -1,13 +1,14 @@
 """The operations of ``ExpertParallel`` as custom ops, for compiled code and for gradients.
 
-An op takes tensors and names: an exchange by the name it got from ``register``, and an operation in
-flight by the number that its setup returned.
+A custom op takes tensors, numbers and strings only: an exchange comes as its name, and an operation
+in flight as the number that its setup returned.
 """
 
 from __future__ import annotations
 
 import itertools
 import weakref
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,33 +20,33 @@ from ..ops.custom_op import Operator
 from .exchange import COMBINE, DISPATCH, OP, Exchange
 from .results import Handle
 
+_Input = TypeVar("_Input")
+
 _numbers = itertools.count()
 _exchanges: weakref.WeakValueDictionary[str, Exchange] = weakref.WeakValueDictionary()
 
 
-def register(exchange: Exchange) -> str:
-    """A name for ``exchange``, which lives as long as its object does."""
-    name = f"{OP}{next(_numbers)}"
-    _exchanges[name] = exchange
-    return name
+def register(exchange: Exchange) -> None:
+    """Let custom ops find ``exchange`` by its name for as long as it lives."""
+    _exchanges[exchange.name] = exchange
 
 
 def _find(name: str) -> Exchange:
     if name not in _exchanges:
-        raise MoeError(OP, f"the object behind {name!r} does not exist any more")
+        raise MoeError(OP, f"{name!r} must be alive, got one that was deleted")
     return _exchanges[name]
 
 
-def _launch(exchange: Exchange, operation: Pending) -> Tensor:
+def _keep(operations: dict[int, Pending[_Input]], pending: Pending[_Input]) -> Tensor:
     number = next(_numbers)
-    exchange.in_flight[number] = operation
+    operations[number] = pending
     return torch.tensor(number, device="cpu")
 
 
-def _in_flight(exchange: Exchange, op: str, number: Tensor) -> Pending:
-    if int(number) not in exchange.in_flight:
+def _in_flight(operations: dict[int, Pending[_Input]], op: str, number: Tensor) -> Pending[_Input]:
+    if int(number) not in operations:
         raise SequenceError(op, "pending must be torn down once, and not after recover()")
-    return exchange.in_flight[int(number)]
+    return operations[int(number)]
 
 
 def _dispatch_setup(
@@ -54,17 +55,18 @@ def _dispatch_setup(
     exchange = _find(name)
     if exchange.exact:
         error = UnavailableError(
-            DISPATCH, "exact=True cannot be compiled: no shape may follow data"
+            DISPATCH, "exact=True cannot be compiled: its shapes depend on data"
         )
         exchange.communicator.abort_peers("dispatch", DISPATCH, error)
         raise error
-    return _launch(exchange, exchange.start_dispatch(x, topk_ids, topk_weights, scales))
+    pending = exchange.dispatch_send(x, topk_ids, topk_weights, scales)
+    return _keep(exchange.dispatches, pending)
 
 
 def _dispatch_teardown(*, number: Tensor, name: str) -> tuple[Tensor | None, ...]:
     exchange = _find(name)
-    received = exchange.finish_dispatch(_in_flight(exchange, DISPATCH, number))
-    del exchange.in_flight[int(number)]
+    received = exchange.dispatch_recv(_in_flight(exchange.dispatches, DISPATCH, number))
+    del exchange.dispatches[int(number)]
     return (
         received.x,
         received.scales,
@@ -102,25 +104,28 @@ def _combine_setup(
     row_weights: Tensor,
     recv_counts_cumsum: Tensor,
     addend: Tensor | None,
+    owner: str,
     name: str,
 ) -> Tensor:
     exchange = _find(name)
-    handle = Handle(expert_ids, weights, row_weights, recv_counts_cumsum, numbering=None)
-    operation, _ = exchange.start_combine(y, handle, addend)
-    return _launch(exchange, operation)
+    handle = Handle(expert_ids, weights, row_weights, recv_counts_cumsum, None, owner)
+    pending, _ = exchange.combine_send(y, handle, addend)
+    return _keep(exchange.combines, pending)
 
 
 def _combine_teardown(
     *,
     number: Tensor,
-    y: Tensor,  # noqa: ARG001 (its memory must last until here)
-    expert_ids: Tensor,  # noqa: ARG001 (tells a compiler how many tokens there are)
+    y: Tensor,  # noqa: ARG001 (keeps its memory alive until here)
+    expert_ids: Tensor,
     addend: Tensor | None,
     name: str,
 ) -> Tensor:
     exchange = _find(name)
-    out = exchange.finish_combine(_in_flight(exchange, COMBINE, number), addend)
-    del exchange.in_flight[int(number)]
+    pending = _in_flight(exchange.combines, COMBINE, number)
+    exchange.check_addend(addend, len(expert_ids))
+    out = exchange.combine_recv(pending, addend)
+    del exchange.combines[int(number)]
     return out
 
 
@@ -166,7 +171,7 @@ dispatch_teardown = Operator(
 combine_setup = Operator(
     "expert_parallel_combine_setup",
     "Tensor y, Tensor expert_ids, Tensor? weights, Tensor row_weights, Tensor recv_counts_cumsum, "
-    "Tensor? addend, str name",
+    "Tensor? addend, str owner, str name",
     "Tensor",
     run=_combine_setup,
     outputs=lambda **_: torch.empty((), dtype=torch.int64, device="cpu"),

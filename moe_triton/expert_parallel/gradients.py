@@ -1,7 +1,6 @@
-"""Dispatch and combine as functions with gradients: each one's backward is the other one.
+"""Dispatch and combine as autograd functions: the backward of each is the other.
 
-What dispatch delivers and combine sums has been computed before it comes here; these functions only
-tell autograd where it came from.
+Their forwards return outputs that the exchange has computed, and only record the graph.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from .exchange import Exchange
 
 
 def needed(*inputs: Tensor | None) -> bool:
-    """Whether anything computed from the inputs is to have gradients."""
+    """Whether autograd records operations on the inputs."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
-class Dispatch(torch.autograd.Function):
-    """Rows and their weights, as they came from tokens and their weights.
+class DispatchFunction(torch.autograd.Function):
+    """From tokens and their weights to rows and theirs.
 
-    The gradient of a token is the sum of those of its rows, which is a combine without weights.
+    The gradient of a token is the sum of those of its rows: a combine without weights.
     """
 
     @staticmethod
@@ -38,7 +37,7 @@ class Dispatch(torch.autograd.Function):
         name: str,
         owner: Exchange | None,
     ) -> tuple[Tensor, Tensor]:
-        """Pass on the rows and their weights, ``received``.
+        """Return the rows and their weights, ``received``.
 
         Args:
             ctx: of autograd.
@@ -48,7 +47,7 @@ class Dispatch(torch.autograd.Function):
             recv_counts_cumsum: [L * W] int32.
             received: [A, H] and [A].
             name: of the exchange.
-            owner: the exchange itself, to be kept alive.
+            owner: the exchange, kept alive until backward; None in compiled code.
         """
         rows, row_weights = received
         ctx.save_for_backward(expert_ids, recv_counts_cumsum)
@@ -71,12 +70,12 @@ class Dispatch(torch.autograd.Function):
         return x, weights if ctx.has_weights else None, None, None, None, None, None
 
 
-class Combine(torch.autograd.Function):
-    """Sums of rows, as they came from the rows and their weights.
+class CombineFunction(torch.autograd.Function):
+    """From rows and their weights to sums.
 
-    The gradient of a row is its weight times that of its token's sum, which dispatch brings here.
-    The gradient of the weight is the product of the two rows: it is computed here, and goes where
-    the weight came from, through dispatch.
+    The gradient of a row is its weight times that of its token's sum: a dispatch. The gradient of
+    a weight is the dot product of its row and that gradient, and returns to the weight's rank in
+    the backward of ``DispatchFunction``.
     """
 
     @staticmethod
@@ -90,17 +89,17 @@ class Combine(torch.autograd.Function):
         name: str,
         owner: Exchange | None,
     ) -> Tensor:
-        """Pass on the sums, ``out``.
+        """Return the sums, ``out``.
 
         Args:
             ctx: of autograd.
-            y: [A, H] or [n, H] rows, which must keep their values.
+            y: [A, H] or [n, H] rows, unchanged until backward.
             row_weights: [A].
             addend: [T, H], or None.
             expert_ids: [T, K] int32.
             out: [T, H].
             name: of the exchange.
-            owner: the exchange itself, to be kept alive.
+            owner: the exchange, kept alive until backward; None in compiled code.
         """
         ctx.save_for_backward(y, row_weights, expert_ids)
         ctx.name, ctx.owner = name, owner

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import numbers
+import os
+from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,14 +20,17 @@ from ..errors import (
     MoeError,
     PeerAbortError,
     PeerTimeoutError,
+    UnavailableError,
 )
 from ..ops import checks, layer_config, steps_on
+from ..ops.layer_config import QuantName, TransportName
 from . import custom_ops, gradients
 from .exchange import OP as _OP
 from .exchange import Exchange
 from .results import CombinePending, Dispatched, DispatchPending, Handle
 
 _LONGEST_TIMEOUT = 1e6  # seconds; more overflows the clocks of some waits
+SINGLE = "single"  # as a group: one rank alone
 
 
 class ExpertParallel:
@@ -34,13 +40,18 @@ class ExpertParallel:
     calls with none. One object serves any number of layers.
 
     Tokens, weights, expert outputs and ``shared_expert_x`` have gradients, but not tokens that are
-    sent quantised. Dispatch and combine are each other's backward, so going backward communicates:
-    all ranks do it for the same calls, having asked for gradients of the same arguments.
-    ``torch.compile`` takes the calls whole, and keeps all of them in their order.
+    sent quantised. Dispatch and combine are each other's backward, so the backward pass
+    communicates: all ranks run it for the same calls, with gradients of the same arguments.
+    ``torch.compile`` traces the calls without graph breaks and keeps their order.
+
+    An object of one rank can be copied and pickled; the copy has windows and a ``load`` of its own.
+    One of a larger group cannot, as its windows are shared with peers: share the object, or
+    construct another on every rank.
 
     Args:
-        group: a ``ProcessGroup``, a group's name, or None for the default process group; None where
-            torch.distributed is not initialised means one rank alone.
+        group: a ``ProcessGroup``, a group's name, or None for the default process group. One rank
+            alone is "single", and also None where torch.distributed is not initialised and the
+            environment's WORLD_SIZE is 1 or not set.
         num_experts: E routed experts, a multiple of the ranks that hold them.
         top_k: K experts per token.
         hidden: H.
@@ -52,9 +63,9 @@ class ExpertParallel:
             that each dispatch is given.
         shared_experts: NS shared experts on ranks of their own.
         shared_ranks: S ranks for them, the first of the group, a multiple of NS.
-        max_recv_tokens: rows to allocate for what a rank receives; None holds the worst case. More
-            than that raises on every rank. A captured graph cannot raise: rows without room are
-            left out of its sums, and ``num_tokens`` is above ``max_recv_tokens``.
+        max_recv_tokens: rows to allocate for the tokens that a rank receives; None holds the worst
+            case. More rows raise on every rank. A captured graph cannot raise: rows beyond the
+            limit are left out of its sums, and ``num_tokens`` is above ``max_recv_tokens``.
         exact: return exactly the received rows, at the price of reading their number on the host;
             cannot be compiled.
         alignment: the rows of each local expert begin at, and are padded to, a multiple of this.
@@ -62,11 +73,12 @@ class ExpertParallel:
         count_load: count the rows that every dispatch delivers, in ``load``.
         in_flight: dispatches, and combines, that may be set up before the first is torn down.
         timeout: seconds any wait for peers may take.
-        transport: "auto", "symmetric" or "collective".
+        transport: "local" (windows between threads of one process), "shm" (windows between
+            processes of one host), "symmetric" (whichever of the two fits), "collective"
+            (torch.distributed), or "auto" for the first of these that works.
         rank: this rank, needed for an in-process group whose thread is not bound to one.
-        device: where the tensors of all calls are. None stands for the accelerator where the
-            process group sends no other tensors than its, as NCCL's does, and else for torch's
-            default device.
+        device: of the tensors of all calls. None stands for the accelerator where the process
+            group sends only its tensors, as NCCL's does, and else for torch's default device.
 
     Raises:
         MoeError: a wrong argument, ranks that disagree, or a transport that cannot work here.
@@ -81,7 +93,7 @@ class ExpertParallel:
         hidden: int,
         max_tokens: int,
         dtype: torch.dtype = torch.bfloat16,
-        quant: str | None = None,
+        quant: QuantName | None = None,
         shared_experts: int = 0,
         shared_ranks: int = 0,
         max_recv_tokens: int | None = None,
@@ -91,19 +103,18 @@ class ExpertParallel:
         count_load: bool = False,
         in_flight: int = 1,
         timeout: float = 30.0,
-        transport: str = "auto",
+        transport: TransportName = "auto",
         rank: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        resolved = comm.resolve(_OP, group, rank)
+        resolved = _resolve(group, rank)
         self.rank, self.world_size = resolved.rank, resolved.size
         try:
             contract = f"be {self.rank}, this rank of the group, or None"
             checks.value(_OP, "rank", rank in (None, self.rank), contract, rank)
             _check_connection(in_flight, timeout, transport)
-            contract = "be torch.int64 or torch.int32"
-            held = counts_dtype in (torch.int64, torch.int32)
-            checks.value(_OP, "counts_dtype", held, contract, counts_dtype)
+            contract, dtypes = "be torch.int64 or torch.int32", (torch.int64, torch.int32)
+            checks.value(_OP, "counts_dtype", counts_dtype in dtypes, contract, counts_dtype)
             config = layer_config(
                 _OP,
                 self.world_size,
@@ -126,7 +137,7 @@ class ExpertParallel:
         communicator = comm.open_communicator(
             resolved, transport=transport, in_flight=int(in_flight), timeout=timeout
         )
-        arguments: dict[str, object] = {
+        agreed: dict[str, object] = {
             "num_experts": int(num_experts),
             "top_k": config.top_k,
             "hidden": config.hidden,
@@ -138,10 +149,20 @@ class ExpertParallel:
             "max_recv_tokens": config.max_rows,
             "alignment": config.alignment,
         }
+        self._options = agreed | {
+            "dtype": dtype,
+            "exact": exact,
+            "counts_dtype": counts_dtype,
+            "count_load": count_load,
+            "in_flight": int(in_flight),
+            "timeout": timeout,
+            "transport": transport,
+            "device": self.device,
+        }
         self._exchange = Exchange(
             communicator,
             config,
-            arguments,
+            agreed,
             steps,
             self.device,
             exact=exact,
@@ -156,9 +177,27 @@ class ExpertParallel:
         except BaseException:
             comm.close_communicator(communicator)
             raise
-        self._name = custom_ops.register(self._exchange)
+        custom_ops.register(self._exchange)
+        self._name = self._exchange.name
 
-    # What there is on this rank.
+    def __repr__(self) -> str:
+        names = ("num_experts", "top_k", "hidden", "max_tokens", "dtype", "quant")
+        sizes = ", ".join(f"{name}={self._options[name]}" for name in names)
+        where = f"rank {self.rank} of {self.world_size}, transport={self.transport}"
+        return f"ExpertParallel({where}, {sizes}, device={self.device})"
+
+    def __reduce__(self) -> tuple[Callable[..., ExpertParallel], tuple[dict[str, Any]]]:
+        if self.world_size > 1:
+            raise UnavailableError(
+                _OP,
+                "only an object of one rank can be copied or pickled, got one of "
+                f"{self.world_size} ranks, whose windows are shared with peers; share the object, "
+                "which serves any number of layers, or construct another on every rank, and save "
+                "a model by its state_dict()",
+            )
+        return _of_one_rank, (self._options,)
+
+    # Properties.
 
     @property
     def num_local_experts(self) -> int:
@@ -182,12 +221,12 @@ class ExpertParallel:
 
     @property
     def transport(self) -> str | None:
-        """One of "single", "symmetric" and "collective"; None after ``close()``."""
+        """One of "single", "local", "shm" and "collective"; None after ``close()``."""
         return self._exchange.communicator.transport_name
 
     @property
     def window_bytes(self) -> WindowBytes:
-        """Memory set aside for windows on this rank; none unless the transport is symmetric."""
+        """Bytes of this rank's windows; zero over the transports "single" and "collective"."""
         if self.transport is None:
             return WindowBytes(0, 0)
         transport = self._exchange.communicator.transport(f"{_OP}.window_bytes")
@@ -195,21 +234,20 @@ class ExpertParallel:
 
     @property
     def traffic(self) -> Traffic | None:
-        """What the last dispatch asks of the wires between ranks; None before the first."""
+        """Rows and bytes that the last dispatch sent; None before the first."""
         return None if self._exchange.last is None else comm.traffic(*self._exchange.last)
 
     @property
     def load(self) -> torch.Tensor | None:
-        """[L] int64 rows that dispatches have delivered for each local expert, padding left out.
+        """[L] int64 rows that dispatches have delivered for each local expert, without padding.
 
-        They are counted where the rows are numbered, without a launch of their own, and those of
-        replayed graphs too; backward passes are not. ``load.zero_()`` starts over. None without
-        ``count_load``.
+        The numbering of the rows counts them, in no launch of its own, replayed graphs included;
+        backward passes are not counted. ``load.zero_()`` starts over. None without ``count_load``.
         """
         return self._exchange.load
 
     def gather_load(self) -> torch.Tensor:
-        """The ``load`` of all ranks together, for ``moe_triton.eplb``; collective.
+        """Gather the ``load`` of all ranks, for ``moe_triton.eplb``; collective.
 
         Returns:
             [E] int64 rows for each routed expert. Where these are replicas of others,
@@ -267,7 +305,7 @@ class ExpertParallel:
             scales: as in ``dispatch``.
 
         Returns:
-            What ``dispatch_teardown`` takes.
+            The argument of ``dispatch_teardown``.
 
         Raises:
             The errors of ``dispatch``.
@@ -279,7 +317,7 @@ class ExpertParallel:
             ids = topk_ids.to(torch.int32, copy=True)
             weights = None if topk_weights is None else topk_weights.detach().clone()
             return DispatchPending(number, x, ids, topk_weights, weights)
-        operation = self._exchange.start_dispatch(x, topk_ids, topk_weights, scales)
+        operation = self._exchange.dispatch_send(x, topk_ids, topk_weights, scales)
         tokens = operation.data
         weights = None if topk_weights is None else tokens.weights
         return DispatchPending(operation, x, tokens.expert_ids, topk_weights, weights)
@@ -290,46 +328,42 @@ class ExpertParallel:
         After a ``PeerTimeoutError`` it may be called again, for a peer that was merely late.
 
         Args:
-            pending: what ``dispatch_setup`` returned.
+            pending: from ``dispatch_setup``.
 
         Raises:
             The errors of ``dispatch``.
         """
         numbering = None
         if isinstance(pending.operation, torch.Tensor):
-            rows, scales, row_weights, per_expert, offsets, recv_counts_cumsum = (
+            rows, scales, row_weights, per_expert, offsets, counts_cumsum = (
                 custom_ops.dispatch_teardown(number=pending.operation, name=self._name)
             )
         else:
-            received = self._exchange.finish_dispatch(pending.operation)
+            received = self._exchange.dispatch_recv(pending.operation)
             rows, scales, row_weights = received.x, received.scales, received.weights
-            per_expert = received.totals
-            offsets, recv_counts_cumsum = (
-                received.recv_permutation.offsets,
-                received.recv_permutation.recv_counts_cumsum,
-            )
-            numbering = received.plan, received.recv_permutation
+            per_expert, permutation = received.totals, received.recv_permutation
+            offsets, counts_cumsum = permutation.offsets, permutation.recv_counts_cumsum
+            numbering = received.plan, permutation
         if gradients.needed(pending.x, pending.topk_weights):
-            # What nobody wrote would make the gradients of the experts' parameters NaN.
-            rest = torch.arange(len(rows), device=rows.device) >= offsets[-1]
-            outputs = rows.masked_fill_(rest[:, None], 0), row_weights.masked_fill_(rest, 0)
-            recv_permutation = (
+            # Zero the unwritten rows: garbage there makes the experts' gradients NaN.
+            unwritten = torch.arange(len(rows), device=rows.device) >= offsets[-1]
+            rows, row_weights = gradients.DispatchFunction.apply(
                 pending.x,
                 pending.topk_weights,
                 pending.expert_ids,
-                recv_counts_cumsum,
+                counts_cumsum,
+                (rows.masked_fill_(unwritten[:, None], 0), row_weights.masked_fill_(unwritten, 0)),
+                *self._identity(),
             )
-            rows, row_weights = gradients.Dispatch.apply(
-                *recv_permutation, outputs, *self._identity()
-            )
+        ids, weights = pending.expert_ids, pending.weights
         return Dispatched(
             rows,
             scales,
-            None if pending.weights is None else row_weights,
+            None if weights is None else row_weights,
             per_expert,
             offsets,
-            recv_counts_cumsum[-1],
-            Handle(pending.expert_ids, pending.weights, row_weights, recv_counts_cumsum, numbering),
+            counts_cumsum[-1],
+            Handle(ids, weights, row_weights, counts_cumsum, numbering, self._name),
         )
 
     def combine(
@@ -342,7 +376,7 @@ class ExpertParallel:
 
         Args:
             y: [A, H] or [n, H] of the object's dtype, rows as dispatch delivered them.
-            handle: of that dispatch.
+            handle: of a dispatch of this object.
             shared_expert_x: [T, H] of the object's dtype to add with weight 1.
 
         Returns:
@@ -352,21 +386,24 @@ class ExpertParallel:
             The errors of ``dispatch``.
         """
         pending = self._combine_setup(y, handle, shared_expert_x)
-        return self.combine_teardown(pending, shared_expert_x=shared_expert_x)
+        return self._combine_teardown(pending, shared_expert_x)
 
     def output_rows(self, handle: Handle) -> torch.Tensor:
-        """Memory for the experts to write their outputs to, so that combine need not copy them.
+        """The zero-copy combine buffer: rows that experts write, and combine sends without a copy.
 
-        The memory is void after the next combine, whichever it is; a later one refuses it. Only
-        after a ``PeerAbortError`` it may be given to combine again. Nobody has to use it: combine
-        takes any tensor.
+        It is void after the next combine, of any handle; a later combine refuses it. Only after a
+        ``PeerAbortError`` may it be combined again. It is optional: combine takes any tensor. Where
+        the transport has no such buffer these rows are ordinary memory.
 
         Args:
-            handle: of a dispatch.
+            handle: of a dispatch of this object.
 
         Returns:
             [n, H] of the object's dtype, uninitialised; n rows as dispatch delivered them, those of
             padding included.
+
+        Raises:
+            ArgumentTypeError, ArgumentValueError: not a handle, or that of another object.
         """
         return self._exchange.output_rows(handle)
 
@@ -378,7 +415,7 @@ class ExpertParallel:
             handle: as in ``combine``.
 
         Returns:
-            What ``combine_teardown`` takes.
+            The argument of ``combine_teardown``.
 
         Raises:
             The errors of ``dispatch``.
@@ -396,10 +433,11 @@ class ExpertParallel:
                 row_weights=handle.row_weights,
                 recv_counts_cumsum=handle.recv_counts_cumsum,
                 addend=addend,
+                owner=handle.owner,
                 name=self._name,
             )
             return CombinePending(number, y, handle, None)
-        operation, borrowed = self._exchange.start_combine(y, handle, addend)
+        operation, borrowed = self._exchange.combine_send(y, handle, addend)
         return CombinePending(operation, y, handle, borrowed)
 
     def combine_teardown(
@@ -410,7 +448,7 @@ class ExpertParallel:
         A wrong ``shared_expert_x`` leaves the operation in flight, and the call may be repeated.
 
         Args:
-            pending: what ``combine_setup`` returned.
+            pending: from ``combine_setup``.
             shared_expert_x: as in ``combine``.
 
         Returns:
@@ -419,53 +457,60 @@ class ExpertParallel:
         Raises:
             The errors of ``dispatch``.
         """
+        if not torch.compiler.is_compiling():
+            self._exchange.check_addend(shared_expert_x, len(pending.handle.expert_ids))
+        return self._combine_teardown(pending, shared_expert_x)
+
+    def _combine_teardown(
+        self, pending: CombinePending, addend: torch.Tensor | None
+    ) -> torch.Tensor:
         y, handle = pending.y, pending.handle
         if isinstance(pending.operation, torch.Tensor):
             out = custom_ops.combine_teardown(
                 number=pending.operation,
                 y=y,
                 expert_ids=handle.expert_ids,
-                addend=shared_expert_x,
+                addend=addend,
                 name=self._name,
             )
         else:
             try:
-                out = self._exchange.finish_combine(pending.operation, shared_expert_x)
+                out = self._exchange.combine_recv(pending.operation, addend)
             except PeerAbortError:
                 if pending.borrowed is not None:
                     self._exchange.borrowed[id(handle)] = (handle, pending.borrowed)
                 raise
-        if gradients.needed(y, handle.row_weights, shared_expert_x):
-            # The values are needed again, and lent memory is void from the next combine on.
+        if gradients.needed(y, handle.row_weights, addend):
+            # Backward needs the values, and the zero-copy buffer is void from the next combine on.
             y = y if pending.borrowed is None else y.clone()
-            recv_permutation = y, handle.row_weights, shared_expert_x, handle.expert_ids
-            out = gradients.Combine.apply(*recv_permutation, (out,), *self._identity())
+            out = gradients.CombineFunction.apply(
+                y, handle.row_weights, addend, handle.expert_ids, (out,), *self._identity()
+            )
         return out
 
     def _identity(self) -> tuple[str, Exchange | None]:
-        """How gradients find the exchange, and what keeps it until then, but in compiled code."""
+        """Exchange name for the backward pass, and a reference to keep it alive (eager only)."""
         return self._name, None if torch.compiler.is_compiling() else self._exchange
 
-    # Life and death.
+    # Lifecycle.
 
     def check(self) -> None:
-        """Raise ``BrokenGroupError`` if a timeout has broken the group."""
+        """Raise ``BrokenGroupError`` if a time-out has broken the group."""
         self._exchange.communicator.raise_if_broken(f"{_OP}.check")
 
     def recover(self) -> None:
-        """Start over after a timeout, with fresh windows; collective.
+        """Start over after a time-out, with fresh windows; collective.
 
         Operations in flight are lost. A rank that was restarted constructs a new object instead.
         Objects find each other by their number among those that their process has constructed for
         the group: the new process constructs as many as the other ranks have, in the same order,
-        while these recover theirs. A closed one among them has nobody to be recovered with.
+        while these recover theirs. An object that was closed has no peer to recover with.
         """
-        self._exchange.borrowed.clear()
-        self._exchange.in_flight.clear()
+        self._exchange.forget_pending()
         self._exchange.communicator.recover(f"{_OP}.recover")
 
     def close(self) -> None:
-        """Give up the windows. Peers notice when they next wait for this rank."""
+        """Release the windows. Peers notice when they next wait for this rank."""
         comm.close_communicator(self._exchange.communicator)
 
     def __enter__(self) -> Self:
@@ -480,6 +525,27 @@ class ExpertParallel:
         self.close()
 
 
+def _of_one_rank(options: dict[str, Any]) -> ExpertParallel:
+    return ExpertParallel(SINGLE, **options)
+
+
+def _resolve(group: dist.ProcessGroup | str | None, rank: int | None) -> comm.Group:
+    """The group and this rank in it; None means one rank only where that is all there can be."""
+    if group == SINGLE:
+        return comm.Group(SINGLE, 0, 1, None)
+    initialized = dist.is_available() and dist.is_initialized()
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if group is None and not initialized and ranks.isdigit() and int(ranks) > 1:
+        raise ArgumentValueError(
+            _OP,
+            "group",
+            f"be a process group where the environment's WORLD_SIZE is {ranks}",
+            "None before torch.distributed.init_process_group(); call that first, or write "
+            f"group={SINGLE!r} if each process is to be one rank alone",
+        )
+    return comm.resolve(_OP, group, rank)
+
+
 def _check_connection(in_flight: int, timeout: float, transport: str) -> None:
     checks.integers(_OP, in_flight=in_flight)
     checks.value(_OP, "in_flight", in_flight >= 1, "be at least 1", in_flight)
@@ -492,22 +558,22 @@ def _check_connection(in_flight: int, timeout: float, transport: str) -> None:
 
 
 def _device(device: torch.device | str | None, group: comm.Group) -> torch.device:
-    """The device that an argument means, with its number."""
+    """The device of an argument, with its index."""
     if device is None:
         device = torch.get_default_device()
         if comm.only_on_device(group):
             device = torch.accelerator.current_accelerator() or device
     contract = "be a device of this PyTorch"
     try:
-        found = torch.device(device)
+        parsed = torch.device(device)
     except TypeError as error:
         raise ArgumentTypeError(_OP, "device", contract, repr(device)) from error
     except RuntimeError as error:
         raise ArgumentValueError(_OP, "device", contract, repr(device)) from error
-    if found.type == "cpu":
-        # Tensors on cpu:0 say that they are on cpu.
+    if parsed.type == "cpu":
+        # Tensors on cpu:0 report the device cpu.
         return torch.device("cpu")
-    if found.index is None:
-        steps_on(found)  # says why a device cannot be used
-        found = torch.device(found.type, torch.get_device_module(found).current_device())
-    return found
+    if parsed.index is None:
+        steps_on(parsed)  # raises the cause where the device cannot be used
+        parsed = torch.device(parsed.type, torch.get_device_module(parsed).current_device())
+    return parsed

@@ -1,4 +1,4 @@
-"""What the calls of ``ExpertParallel`` return and take back."""
+"""Results of the calls of ``ExpertParallel``, and the handles between them."""
 
 from __future__ import annotations
 
@@ -6,23 +6,32 @@ import dataclasses
 
 import torch
 
-from ..comm import Pending
+from ..comm import CombineInput, DispatchInput, Pending
 from ..layout import RecvPermutation, RoutingPlan
+from ..ops import quantization
 
 
-@dataclasses.dataclass(frozen=True)
+def _described(tensor: torch.Tensor | None) -> str:
+    """Shape and dtype, for a repr."""
+    if tensor is None:
+        return "None"
+    return f"{[*tensor.shape]} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Handle:
-    """What combine needs of a dispatch; good for any number of combines.
+    """A dispatch's routing, which combine needs; good for any number of combines.
 
     Attributes:
         expert_ids: [T, K] int32 of this rank's tokens.
         weights: [T, K] float32 (float64 where the tokens are), or None.
-        row_weights: [A] weights that the sources give the received rows, 1 where they give none; it
-            is through them that combine gives gradients to the weights.
+        row_weights: [A] weights of the received rows, 1 where their source gave none; combine gives
+            gradients to the weights through them.
         recv_counts_cumsum: [L * W] int32 inclusive prefix sums of the rows by (local expert,
             source).
-        numbering: the plan of the tokens and the sources of the rows, which follow from the ids and
-            the prefix sums; None from compiled code.
+        numbering: the plan of the tokens and the permutation of the received rows, which follow
+            from the ids and the prefix sums; None from compiled code.
+        owner: name of the ``ExpertParallel`` object that dispatched.
     """
 
     expert_ids: torch.Tensor
@@ -30,28 +39,32 @@ class Handle:
     row_weights: torch.Tensor
     recv_counts_cumsum: torch.Tensor
     numbering: tuple[RoutingPlan, RecvPermutation] | None
+    owner: str
 
     def unweighted(self) -> Handle:
         """The same for a combine that only sums, as the experts have applied the weights.
 
-        All ranks take it, or none does.
+        All ranks combine with it, or none does.
         """
         ones = torch.ones_like(self.row_weights)
         if self.row_weights.requires_grad:
-            # No gradient, but a place in the graph: going backward is for all ranks, even where
+            # A zero gradient keeps dispatch in the graph: all ranks run its backward, even where
             # nothing else leads from combine to dispatch.
             ones = ones + 0 * self.row_weights
         return dataclasses.replace(self, weights=None, row_weights=ones)
 
+    def __repr__(self) -> str:
+        ids, weights = _described(self.expert_ids), _described(self.weights)
+        return f"Handle(expert_ids={ids}, weights={weights}, owner={self.owner!r})"
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Dispatched:
-    """What a rank received.
+    """The rows that a rank received.
 
     Rows are sorted by (local expert, source rank, token). Those of local expert i end, padding
-    included, before row ``offsets[i]``, which is what grouped matrix products ask for. Padding
-    rows are zeros. Rows after the last one are zeros where there are gradients to come, and not
-    written otherwise.
+    included, before row ``offsets[i]``: the offsets of a grouped matrix product. Padding rows are
+    zeros. Rows after the last one are zeros where gradients are needed, and garbage otherwise.
 
     Attributes:
         x: [A, H] of the model's dtype, or quantised; [n, H] with ``exact``.
@@ -60,8 +73,9 @@ class Dispatched:
             ceil(H / 32) rounded up to an even number. None without quant, and with "int8_static".
         weights: [A] routing weights of the rows, of the dtype of topk_weights; None without those.
         tokens_per_expert: [L] rows of each local expert without padding, int64 or ``counts_dtype``.
-        offsets: [L] int32, none above the rows of ``x``.
-        num_tokens: 0-d int32, received rows without padding, those without room included.
+        offsets: [L] int32, at most the rows of ``x``.
+        num_tokens: 0-d int32, received rows without padding, those beyond ``max_recv_tokens``
+            included.
         handle: for combine.
     """
 
@@ -72,6 +86,26 @@ class Dispatched:
     offsets: torch.Tensor
     num_tokens: torch.Tensor
     handle: Handle
+
+    def dequantized(self, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        """``x`` times its scales, computed in float32 and rounded once.
+
+        Args:
+            dtype: of the result, floating.
+
+        Returns:
+            [A, H], or [n, H] with ``exact``; ``x`` in ``dtype`` without quant.
+
+        Raises:
+            ArgumentTypeError: ``dtype`` is not a floating dtype.
+            ArgumentValueError: rows of "int8_static", whose factors only the caller has.
+        """
+        return quantization.dequantize("Dispatched.dequantized", self.x, self.scales, dtype)
+
+    def __repr__(self) -> str:
+        x, scales = _described(self.x), _described(self.scales)
+        experts = len(self.tokens_per_expert)
+        return f"Dispatched(x={x}, scales={scales}, local experts={experts}, {self.handle!r})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +120,7 @@ class DispatchPending:
         weights: a copy of them.
     """
 
-    operation: Pending | torch.Tensor
+    operation: Pending[DispatchInput] | torch.Tensor
     x: torch.Tensor
     expert_ids: torch.Tensor
     topk_weights: torch.Tensor | None
@@ -101,10 +135,10 @@ class CombinePending:
         operation: the transport's part; in compiled code its number.
         y: the experts' outputs.
         handle: of their dispatch.
-        borrowed: the memory of ``output_rows``, if this is the combine it was for.
+        borrowed: the zero-copy combine buffer of ``output_rows``, if it was for this combine.
     """
 
-    operation: Pending | torch.Tensor
+    operation: Pending[CombineInput] | torch.Tensor
     y: torch.Tensor
     handle: Handle
     borrowed: torch.Tensor | None

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 
 from ..errors import ArgumentValueError
 from ..expert_parallel import CombinePending, Dispatched, DispatchPending, ExpertParallel
+from ..ops.layer_config import QuantName, TransportName
 
 _DISPATCH = "RowExchange.dispatch"
 
@@ -32,9 +33,9 @@ class Options:
         timeout: seconds any wait for peers may take.
     """
 
-    quant: str | None = None
+    quant: QuantName | None = None
     max_tokens: int | None = None
-    transport: str = "auto"
+    transport: TransportName = "auto"
     timeout: float = 30.0
 
 

@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import UnavailableError
+from ..ops.layer_config import QuantName, TransportName
 from .expert_rows import Options, close_exchanges, exchange_for
 
 if TYPE_CHECKING:
@@ -44,9 +45,9 @@ _OLDEST = "5.23"
 def register(
     name: str = "moe_triton",
     *,
-    quant: str | None = None,
+    quant: QuantName | None = None,
     max_tokens: int | None = None,
-    transport: str = "auto",
+    transport: TransportName = "auto",
     timeout: float = 30.0,
     group: dist.ProcessGroup | None = None,
 ) -> None:

@@ -1,76 +1,169 @@
-"""The table of device steps of each back end."""
+"""The device steps of each back end, as one typed table.
+
+``moe_triton.ref`` is the table of the CPU. The kernels' launchers need a guard around each call:
+Triton launches on the current device, and neither its interpreter nor its compiler expects threads.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
-import importlib
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import ParamSpec, Protocol, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .. import ref
 from ..backend import get_backend
 from ..comm import DeviceSteps
+from .compile_once import compile_once
 
-# Ranks may be threads. Triton's interpreter keeps the program that it is in at one place for all of
-# them, and its compiler does not expect two that ask for the same kernel.
-_triton = threading.Lock()
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
-def steps_on(device: torch.device) -> DeviceSteps:
+class Steps(DeviceSteps, Protocol):
+    """The steps of transports, and those that only operators of one device call."""
+
+    def top_k_gating(
+        self,
+        logits: Tensor,
+        top_k: int,
+        /,
+        *,
+        bias: Tensor | None = None,
+        given: Tensor | None = None,
+        groups: int = 1,
+        top_groups: int = 1,
+        group_by_two: bool = False,
+        scoring: str = "softmax",
+        scaling: float = 1.0,
+        epsilon: float = 1e-20,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Choose each token's experts: weights, ids and scores."""
+        ...
+
+    def eplb_map(
+        self, expert_ids: Tensor, table: Tensor, /, *, rank: int | None, world_size: int
+    ) -> Tensor:
+        """Choose the replica of each expert."""
+        ...
+
+    def keep_experts(self, weights: Tensor, threshold: Tensor, active: Tensor | None, /) -> Tensor:
+        """Mark the slots whose weight reaches the threshold."""
+        ...
+
+    def finalize_routing(
+        self,
+        rows: Tensor,
+        index: Tensor,
+        weights: Tensor | None,
+        bias: Tensor | None,
+        expert_ids: Tensor | None,
+        skips: tuple[Tensor | None, Tensor | None],
+        out: Tensor,
+        /,
+    ) -> None:
+        """Sum the rows of each token with weights, biases and skip connections."""
+        ...
+
+    def quantize_affine(self, x: Tensor, scale: Tensor, offset: Tensor, /) -> Tensor:
+        """Quantise rows to int8 with a scale and an offset."""
+        ...
+
+
+def steps_on(device: torch.device) -> Steps:
     """The steps for tensors on ``device``; ``UnavailableError`` when its back end cannot run."""
-    return _table(get_backend(device))
-
-
-def local_step(name: str, device: torch.device) -> Callable[..., Any]:
-    """A step that no transport needs, by its name in ``ref``; errors as above."""
-    return _step(get_backend(device), name)
-
-
-@functools.cache
-def _table(backend: str) -> DeviceSteps:
-    names = {field.name for field in dataclasses.fields(DeviceSteps)} - {"fixed_shapes"}
-    # On the CPU a value is as near as a shape, so that memory need not be set aside for the worst.
-    fixed_shapes = backend not in ("cpu", "interpret")
-    return DeviceSteps(fixed_shapes, **{name: _step(backend, name) for name in names})
-
-
-@functools.cache
-def _step(backend: str, name: str) -> Callable[..., Any]:
+    backend = get_backend(device)
     if backend == "cpu":
-        return getattr(ref, name)
-    # Only here: importing the kernels imports Triton, as an interpreter or not.
-    step = getattr(importlib.import_module("moe_triton.kernels"), name)
-    return _one_at_a_time(step)
+        return ref
+    return _interpreted_steps() if backend == "interpret" else _launched_steps(device)
 
 
-def _one_at_a_time(step: Callable[..., Any]) -> Callable[..., Any]:
+class _Guard(Protocol):
+    def __call__(self, step: Callable[_P, _T], /) -> Callable[_P, _T]: ...
+
+
+class _Guarded:
+    """``steps``, each behind a guard."""
+
+    def __init__(self, guard: _Guard, steps: Steps) -> None:
+        self.routing_plan = guard(steps.routing_plan)
+        self.dispatch_send = guard(steps.dispatch_send)
+        self.recv_permutation = guard(steps.recv_permutation)
+        self.recv_row_index = guard(steps.recv_row_index)
+        self.local_permutation = guard(steps.local_permutation)
+        self.combine_row_index = guard(steps.combine_row_index)
+        self.gather_quant = guard(steps.gather_quant)
+        self.zero_padding = guard(steps.zero_padding)
+        self.gather_rows = guard(steps.gather_rows)
+        self.encode = guard(steps.encode)
+        self.add_rows = guard(steps.add_rows)
+        self.weighted_sum = guard(steps.weighted_sum)
+        self.top_k_gating = guard(steps.top_k_gating)
+        self.eplb_map = guard(steps.eplb_map)
+        self.keep_experts = guard(steps.keep_experts)
+        self.finalize_routing = guard(steps.finalize_routing)
+        self.quantize_affine = guard(steps.quantize_affine)
+
+
+def _kernels() -> Steps:
+    # Imports Triton, as an interpreter or not.
+    from .. import kernels
+
+    return kernels
+
+
+@functools.cache
+def _interpreted_steps() -> Steps:
+    return _Guarded(_interpreted, _kernels())
+
+
+# The interpreter keeps the running program in one place for all threads, and ranks may be threads.
+_interpreter = threading.Lock()
+
+
+def _interpreted(step: Callable[_P, _T]) -> Callable[_P, _T]:
     @functools.wraps(step)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        # The interpreter computes with numpy, which warns of zeros and NaNs that are meant.
-        with _triton, np.errstate(all="ignore"), _current(_device_of(args)):
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        # The interpreter computes with numpy, which warns of intended zeros and NaNs.
+        with _interpreter, np.errstate(all="ignore"):
             return step(*args, **kwargs)
 
     return call
 
 
-def _device_of(args: tuple[Any, ...]) -> torch.device:
-    """That of the first tensor, which may be that of a plan."""
-    first = args[0]
-    while isinstance(first, tuple):
-        first = first[0]
-    device: torch.device = first.device
-    return device
+@functools.cache
+def _launched_steps(device: torch.device) -> Steps:
+    steps = _Guarded(functools.partial(_launched, device), _kernels())
+    return steps if compile_once("moe_triton.kernels") else _Guarded(_locked, steps)
 
 
-def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device and its stream, wherever the tensors are."""
-    if device.type == "cpu":
-        return contextlib.nullcontext()
-    current: contextlib.AbstractContextManager[Any] = torch.get_device_module(device).device(device)
-    return current
+def _launched(device: torch.device, step: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Make ``device`` the current one, on which Triton launches."""
+    module = torch.get_device_module(device)
+
+    @functools.wraps(step)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        if module.current_device() == device.index:
+            return step(*args, **kwargs)
+        with module.device(device):
+            return step(*args, **kwargs)
+
+    return call
+
+
+_launch = threading.Lock()
+
+
+def _locked(step: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Serialise the launches of all threads."""
+
+    @functools.wraps(step)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with _launch:
+            return step(*args, **kwargs)
+
+    return call

@@ -1,6 +1,8 @@
-"""The sizes of a layer: checked, and what its windows take."""
+"""Sizes of an expert-parallel layer: their checks, and the bytes of its windows."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 
@@ -10,6 +12,19 @@ from ..layout import QUANTS
 from . import checks
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+# For type checkers: the names of ``layout.QUANTS`` and of ``comm.TRANSPORTS``.
+QuantName = Literal[
+    "int8_static",
+    "int8",
+    "e4m3",
+    "e5m2",
+    "group_e4m3",
+    "group_e5m2",
+    "mx_e4m3",
+    "mx_e5m2",
+]
+TransportName = Literal["auto", "symmetric", "local", "shm", "collective"]
 
 
 def layer_config(
@@ -28,10 +43,10 @@ def layer_config(
     alignment: int,
     per_expert_scales: bool = False,
 ) -> MoeConfig:
-    """The configuration of ``ExpertParallel`` with these arguments, if there can be such a layer.
+    """Check the arguments of ``ExpertParallel``, and make its configuration of them.
 
     Raises:
-        ArgumentTypeError, ArgumentValueError: there is no such layer.
+        ArgumentTypeError, ArgumentValueError: an argument breaks its contract.
     """
     sizes = {
         "num_experts": num_experts,
@@ -43,7 +58,7 @@ def layer_config(
         "alignment": alignment,
     }
     checks.integers(op, **sizes)
-    # numpy's integers are none for JSON, in which the ranks compare their arguments.
+    # Ranks compare their arguments as JSON, which has no numpy integers.
     num_experts, top_k, hidden, max_tokens = map(int, (num_experts, top_k, hidden, max_tokens))
     shared_experts, shared_ranks, alignment = map(int, (shared_experts, shared_ranks, alignment))
     names = ("num_experts", "shared_experts", "shared_ranks")
@@ -86,7 +101,7 @@ def window_bytes(
     hidden: int,
     max_tokens: int,
     dtype: torch.dtype = torch.bfloat16,
-    quant: str | None = None,
+    quant: QuantName | None = None,
     per_expert_scales: bool = False,
     shared_experts: int = 0,
     shared_ranks: int = 0,
@@ -94,9 +109,10 @@ def window_bytes(
     alignment: int = 1,
     in_flight: int = 1,
 ) -> WindowBytes:
-    """Bytes of the windows that ``ExpertParallel`` with these arguments sets aside on each rank.
+    """Bytes of the windows that ``ExpertParallel`` with these arguments allocates on each rank.
 
-    They hold the worst case, which ``max_recv_tokens`` lowers; pages are taken as rows are written.
+    They hold the worst case, which ``max_recv_tokens`` lowers; the system commits a page when it
+    is first written.
 
     Args:
         world_size: W.
@@ -106,7 +122,7 @@ def window_bytes(
         max_tokens: most tokens of a rank.
         dtype: of the tokens.
         quant: None, or a name of ``layout.QUANTS``, as for ``ExpertParallel``.
-        per_expert_scales: dispatch gets smooth scales per expert, so that copies of a token differ.
+        per_expert_scales: dispatch gets smooth scales per expert: each slot is a row of its own.
         shared_experts: NS.
         shared_ranks: S.
         max_recv_tokens: most rows a rank receives, or None for the worst case.
@@ -117,7 +133,7 @@ def window_bytes(
         Bytes of the dispatch and of the combine windows; both 0 for a world of one rank.
 
     Raises:
-        ArgumentTypeError, ArgumentValueError: there is no such layer.
+        ArgumentTypeError, ArgumentValueError: an argument breaks its contract.
     """
     op = "window_bytes"
     checks.integers(op, world_size=world_size, in_flight=in_flight)

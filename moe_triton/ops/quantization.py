@@ -1,9 +1,10 @@
-"""Scales of quantised rows as callers see them, and the factors that callers give."""
+"""Scales and factors of quantised rows, as callers see and give them."""
 
 from __future__ import annotations
 
 import torch
 
+from ..errors import ArgumentTypeError, ArgumentValueError
 from ..layout import QUANTS
 from ..topology import Topology
 from . import checks
@@ -12,8 +13,39 @@ E8M0 = torch.float8_e8m0fnu
 
 
 def as_e8m0(quant: str | None, scales: torch.Tensor) -> torch.Tensor:
-    """Scales as they come out: those of MX travel as bytes."""
+    """View MX scales, which travel as bytes, as float8_e8m0fnu; others are returned unchanged."""
     return scales.view(E8M0) if quant is not None and QUANTS[quant].scheme == "mx" else scales
+
+
+def dequantize(
+    op: str, x: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """Rows times their scales, in float32 and rounded once.
+
+    Args:
+        op: for error messages.
+        x: [n, H] payload.
+        scales: [n], [n, ceil(H / 128)], or [n, C] of E8M0 with one for every 32 elements; None
+            where the rows are not quantised.
+        dtype: of the result.
+
+    Raises:
+        ArgumentTypeError: ``dtype`` is not floating.
+        ArgumentValueError: int8 rows without scales, as "int8_static" sends them.
+    """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ArgumentTypeError(op, "dtype", "be a floating dtype", dtype)
+    if scales is None:
+        if x.dtype == torch.int8:
+            contract = 'be one with scales: only the caller has the factors of "int8_static"'
+            raise ArgumentValueError(op, "quant", contract, "int8 rows without scales")
+        return x.to(dtype)
+    if scales.dim() == 1:
+        factors = scales[:, None]
+    else:
+        block = QUANTS["mx_e4m3" if scales.dtype == E8M0 else "group_e4m3"].block
+        factors = scales.float().repeat_interleave(block, dim=1)[:, : x.shape[1]]
+    return (x.float() * factors).to(dtype)
 
 
 def check_factors(
@@ -24,12 +56,12 @@ def check_factors(
     hidden: int,
     device: torch.device,
 ) -> None:
-    """The factors of a quantisation that the caller makes, or makes not.
+    """The caller's factors fit the quantisation: required, optional or forbidden, and their shape.
 
     Args:
         op: for error messages.
-        scales: the factors.
-        quant: the quantisation.
+        scales: the factors, or None.
+        quant: the quantisation, or None.
         topology: of the experts.
         hidden: H.
         device: of the tokens.
@@ -40,9 +72,9 @@ def check_factors(
         checks.value(op, "scales", scales is not None, contract, None)
     if scales is None:
         return
-    takes = scheme in ("static", "per_row", "group")
-    what = quant or "unquantised"
-    checks.value(op, "scales", takes, f"be None where rows are {what}", tuple(scales.shape))
+    has_factors = scheme in ("static", "per_row", "group")
+    contract = f"be None where rows are {quant or 'unquantised'}"
+    checks.value(op, "scales", has_factors, contract, tuple(scales.shape))
     if scheme == "static" and scales.dim() == 1:
         fits = len(scales) in (1, hidden)
         contract = f"have shape (1,), (H,) = ({hidden},) or (shared + moe experts, H)"

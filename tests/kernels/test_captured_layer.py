@@ -6,14 +6,12 @@ the interpreter, and a replay is another call.
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
-from moe_triton import ExpertParallel, ref, set_backend, testing
+from moe_triton import ExpertParallel, comm, ref, set_backend, testing
+from moe_triton.comm import transport
 from moe_triton.layout import NOWHERE
-from moe_triton.ops import device_steps
 
 E, K, H, MAX_TOKENS = 6, 2, 64, 9
 BF16 = torch.bfloat16
@@ -23,10 +21,8 @@ BF16 = torch.bfloat16
 def on_the_device(device, monkeypatch):
     """No size follows from data, which a CPU could otherwise look at."""
     set_backend("interpret" if device.type == "cpu" else None)
-    make = device_steps._table
-    monkeypatch.setattr(
-        device_steps, "_table", lambda name: dataclasses.replace(make(name), fixed_shapes=True)
-    )
+    for module in (comm, transport):
+        monkeypatch.setattr(module, "fixed_shapes", lambda _: True)
     yield
     set_backend(None)
 

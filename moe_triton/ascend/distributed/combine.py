@@ -268,7 +268,7 @@ def distribute_combine(op: str, arguments: GroupArguments, **given: Any) -> Comb
         steps = steps_on(device)
         plan = steps.routing_plan(ids, config.topology.num_experts)
         # The two ranks of a pair tell each other on the host how many rows they have.
-        fixed = steps.fixed_shapes and ranks.tp is None
+        fixed = comm.fixed_shapes(device) and ranks.tp is None
         most = config.capacity(ranks.ep.group.rank) if fixed else None
         recv_permutation = steps.recv_permutation(combine.counts, capacity=most)
         combine.check_index(op, plan, recv_permutation, rank)

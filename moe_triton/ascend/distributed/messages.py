@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ...comm import Pending
+from ...comm import CombineInput, Pending
 from ...layout import QUANTS, RowFormat, align
 from .dispatch import Dispatch
 
@@ -57,7 +57,9 @@ def messages(dispatch: Dispatch) -> torch.Tensor:
     return y.view(dispatch.rows.dtype)
 
 
-def sent_rows(pending: Pending, expand_x: torch.Tensor, capacity: int) -> torch.Tensor:
+def sent_rows(
+    pending: Pending[CombineInput], expand_x: torch.Tensor, capacity: int
+) -> torch.Tensor:
     """quant_expand_x: the rows as they return with comm_quant_mode 2, else not written."""
     call, hidden = pending.call, expand_x.shape[1]
     size = quant_row_bytes(hidden)

@@ -318,7 +318,7 @@ def combine_setup(
         )
         steps = steps_on(expand_x.device)
         recv_permutation = steps.recv_permutation(
-            counts, capacity=capacity if steps.fixed_shapes else None
+            counts, capacity=capacity if comm.fixed_shapes(expand_x.device) else None
         )
         plan = steps.routing_plan(expert_ids, config.topology.num_experts)
 

@@ -36,7 +36,7 @@ class PendingOp:
         number: of the setup, as comm_cmd_info says.
     """
 
-    pending: Pending
+    pending: Pending[Any]
     arguments: dict[str, Any]
     dispatch: Dispatch | None = None
     number: int = dataclasses.field(default_factory=lambda: next(_numbers) % 2**31)

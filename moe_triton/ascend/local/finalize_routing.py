@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...ops import checks
-from ...ops.device_steps import local_step
+from ...ops.device_steps import steps_on
 from ..op_names import FINALIZE_ROUTING as OP
 from .gather import FLOATS
 
@@ -87,7 +87,7 @@ def finalize_routing(
 
     out = flat.new_empty(sizes)
     places = source_rows(index, top_k, mode).long()
-    finalize = local_step("finalize_routing", device)
+    finalize = steps_on(device).finalize_routing
     finalize(flat, places, scales, bias, experts, (skip1, skip2), out)
     return out
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...layout import NOWHERE, RowFormat
-from ...ops.device_steps import local_step
+from ...ops.device_steps import steps_on
 from ...ref import accumulator
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -26,7 +26,7 @@ def gather(rows: Tensor, index: Tensor) -> Tensor:
     out = rows.new_empty((len(index), rows.shape[1]))
     if out.numel():
         taken, fmt = as_bytes(rows)
-        local_step("gather_rows", rows.device)(taken, index, fmt, out)
+        steps_on(rows.device).gather_rows(taken, index, fmt, out)
     return out
 
 
@@ -48,7 +48,7 @@ def weighted_sums(rows: Tensor, index: Tensor, weights: Tensor | None) -> Tensor
         index = index.where((index >= 0) & (index < len(rows)), NOWHERE)
         if weights is not None:
             weights = weights.to(accumulator(rows.dtype))
-        reduce = local_step("weighted_sum", rows.device)
+        reduce = steps_on(rows.device).weighted_sum
         reduce(taken, index, fmt, weights, None, None, out)
     return out
 

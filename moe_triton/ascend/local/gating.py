@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...ops import checks
-from ...ops.device_steps import local_step
+from ...ops.device_steps import steps_on
 from ..op_names import GATING_TOP_K, GATING_TOP_K_SOFTMAX, GATING_TOP_K_SOFTMAX_V2
 
 _FLOATS = (*checks.FLOATS, torch.float32)
@@ -78,7 +78,7 @@ def gating_top_k(
     checks.value(op, "k", 1 <= k <= most, f"be in [1, {most}], the experts of k_group groups", k)
     given = _hashed(x, k, input_ids, tid2eid)
 
-    weights, ids, scores = local_step("top_k_gating", device)(
+    weights, ids, scores = steps_on(device).top_k_gating(
         _adjacent(x),
         int(k),
         bias=bias,
@@ -172,7 +172,7 @@ def _softmax(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weights in the dtype of x, ids and scores, with the leading dimensions of x."""
     rows = _adjacent(x.reshape(-1, x.shape[-1]))
-    weights, ids, scores = local_step("top_k_gating", x.device)(rows, k, scoring=scoring)
+    weights, ids, scores = steps_on(x.device).top_k_gating(rows, k, scoring=scoring)
     shape = (*x.shape[:-1], k)
     ids = ids.view(shape)
     if finished is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...errors import ArgumentTypeError
 from ...layout import NOWHERE, RoutingPlan, RowFormat
 from ...ops import checks
-from ...ops.device_steps import local_step
+from ...ops.device_steps import steps_on
 from ...ops.quantization import E8M0
 from ..op_names import INIT_ROUTING_V2 as OP
 from ..quant_modes import named_dtype
@@ -107,7 +107,7 @@ def init_routing_v2(
 
     rows = _rows(x, expert_idx, active_num, expert_capacity, expert_num, drop_pad_mode, quant_mode)
     local_ids = expert_idx - start
-    routing = local_step("routing_plan", x.device)(local_ids, end - start)
+    routing = steps_on(x.device).routing_plan(local_ids, end - start)
     row, row_idx = _places(routing, local_ids, rows, row_idx_type)
     expanded, scales = _expand(x, row.view(expert_idx.shape), local_ids, scale, offset, rows)
     numbers = None
@@ -271,14 +271,16 @@ def _expand(
             scales.zero_()
     if fmt.scheme == "static":
         # The same for all copies of a token, and so done before there are copies.
-        x = local_step("quantize_affine", x.device)(x, scale, offset)
+        assert scale is not None
+        assert offset is not None
+        x = steps_on(x.device).quantize_affine(x, scale, offset)
         fmt = RowFormat.tight(x.dtype, fmt.hidden)
     smooth_scales = made = None
     if fmt.scheme == "per_row_div" and scale is not None:
         smooth_scales = scale[0] if len(scale) == 1 else scale
     if scales is not None and fmt.scheme != "none":
         made = scales.view(fmt.scale_dtype)
-    gather_quant = local_step("gather_quant", x.device)
+    gather_quant = steps_on(x.device).gather_quant
     gather_quant(x, index, fmt, smooth_scales, local_ids, expanded, made)
     if scales is not None and scale is not None and made is None:
         # Where a copy has no row, its scale goes behind the last one.

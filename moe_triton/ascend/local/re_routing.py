@@ -12,7 +12,7 @@ from torch import Tensor
 from ...errors import ArgumentTypeError
 from ...layout import NOWHERE
 from ...ops import checks
-from ...ops.device_steps import local_step
+from ...ops.device_steps import steps_on
 from ..op_names import COMPUTE_EXPERT_TOKENS, RE_ROUTING
 from ..quant_modes import named_dtype
 from .gather import gather
@@ -67,9 +67,7 @@ def _by_expert(counts: Tensor, num_rows: int) -> Tensor:
     """[A] int64 places, by (rank, expert), of rows in the order of (expert, rank)."""
     if counts.numel() == 0:
         return counts.new_empty(0, dtype=torch.int64)
-    numbered = local_step("recv_permutation", counts.device)(
-        counts.T.contiguous(), capacity=num_rows
-    )
+    numbered = steps_on(counts.device).recv_permutation(counts.T.contiguous(), capacity=num_rows)
     per_rank = counts.sum(1)
     starts = per_rank.cumsum(0) - per_rank
     index = starts[numbered.source.clamp(min=0)] + numbered.copy
@@ -111,7 +109,7 @@ def compute_expert_tokens(sorted_experts: Tensor, num_expert: int) -> Tensor:
         place = int(falls[0]) if len(falls) else 0
         got = f"{sorted_experts[place : place + 2].tolist()} at {place}"
         checks.value(op, "sorted_experts", not len(falls), "not descend", got)
-    routing = local_step("routing_plan", device)(sorted_experts[:, None], int(num_expert))
+    routing = steps_on(device).routing_plan(sorted_experts[:, None], int(num_expert))
     return routing.counts.cumsum(0, dtype=torch.int32)
 
 

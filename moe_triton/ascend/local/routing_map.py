@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...layout import NOWHERE
 from ...ops import checks
-from ...ops.device_steps import local_step
+from ...ops.device_steps import steps_on
 from ..op_names import TOKEN_PERMUTE_MAP, TOKEN_UNPERMUTE_MAP
 from .gather import FLOATS, gather, grouped, weighted_sums
 
@@ -170,9 +170,11 @@ def _unpermute_padded(
         checks.value(op, "sorted_indices", fits, contract, copies)
     checks.indices(op, "sorted_indices", token_of, num_tokens)
     # Which of its token's rows each one is. The number of slots is that of the busiest token.
-    slot = local_step("routing_plan", token_of.device)(
-        token_of[:, None], num_tokens
-    ).position_in_expert.long()
+    slot = (
+        steps_on(token_of.device)
+        .routing_plan(token_of[:, None], num_tokens)
+        .position_in_expert.long()
+    )
     slots = int(slot.max()) + 1 if copies else 0
     token = token_of.long()
     row = torch.arange(copies, device=token.device)

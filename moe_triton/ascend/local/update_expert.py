@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...ops import checks
-from ...ops.device_steps import local_step
+from ...ops.device_steps import steps_on
 from ...profile import active_profile
 from ..op_names import EPLB_UPDATE_EXPERT, UPDATE_EXPERT, family
 
@@ -95,10 +95,11 @@ def update_expert(
     )
     device, top_k = expert_ids.device, expert_ids.shape[1]
     rank = int(local_rank_id) if balance_mode == 0 else None
-    replicas = local_step("eplb_map", device)
+    replicas = steps_on(device).eplb_map
     balanced = replicas(expert_ids, eplb_table, rank=rank, world_size=int(world_size))
     if threshold is not None:
-        keep = local_step("keep_experts", device)(expert_scales, threshold, active_mask)
+        assert expert_scales is not None
+        keep = steps_on(device).keep_experts(expert_scales, threshold, active_mask)
     elif active_mask is not None:
         keep = active_mask[:, None].repeat(1, top_k)
     else:
