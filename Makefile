@@ -15,7 +15,8 @@ INTERPRETED := tests/test_expert_parallel_rows.py \
 	tests/ascend/distributed/test_combine_add_rms_norm.py \
 	tests/ascend/distributed/test_quant_modes.py \
 	tests/test_fixed_shapes.py
-INTERPRETED_FULL := $(INTERPRETED) tests/test_expert_parallel.py \
+INTERPRETED_FULL := $(INTERPRETED) \
+	$(addprefix tests/test_expert_parallel,.py _errors.py _lifecycle.py) \
 	$(addprefix tests/ascend/distributed/test_,resolutions.py split_phase.py torch_npu.py torch_npu_v2.py) \
 	tests/ascend/local/test_update_expert.py
 

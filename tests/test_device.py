@@ -1,4 +1,4 @@
-"""Dispatch and combine on a GPU: what comes out is what comes out on the CPU, bit for bit.
+"""Dispatch and combine on a GPU give the bits of the CPU.
 
 The ranks of a world share the device, in threads or driven by one thread, eagerly or as a graph.
 """
@@ -9,6 +9,7 @@ import os
 
 import pytest
 import torch
+from lockstep_layer import bits, drive, experts
 
 from moe_triton import ExpertParallel, SequenceError, UnavailableError, set_backend, testing
 from moe_triton.compat import torch_npu
@@ -45,22 +46,15 @@ def make(ctx, **options) -> ExpertParallel:
     return ExpertParallel(ctx.ep_group, **{**sizes, **ranks, **options})
 
 
-def experts(received) -> torch.Tensor:
-    """Each row times the number of its expert."""
-    rows = torch.arange(len(received.x), device=received.x.device)
-    number = torch.searchsorted(received.offsets, rows, right=True)
-    return (received.x.float() * (number[:, None] + 1)).bfloat16()
-
-
 def rounds(ctx, options: dict) -> list[dict]:
-    """Three layers, as CPU tensors without what nobody wrote."""
-    found = []
+    """Outputs of three layers, as CPU tensors without the unwritten rows."""
+    outputs = []
     with make(ctx, **options) as ep:
         for seed in range(3):
             received = ep.dispatch(*inputs(ctx.rank, ctx.device, seed))
             out = ep.combine(experts(received), received.handle)
             n = int(received.offsets[-1])
-            found.append(
+            outputs.append(
                 {
                     "x": bits(received.x[:n]),
                     "scales": None if received.scales is None else bits(received.scales[:n]),
@@ -69,42 +63,31 @@ def rounds(ctx, options: dict) -> list[dict]:
                     "out": bits(out),
                 }
             )
-    return found
+    return outputs
 
 
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.cpu().contiguous().view(torch.uint8)
+def check_on_device(world: int, fn) -> None:
+    """The tensors that ``fn(ctx)`` returns are equal on the device and on the CPU."""
+    on_device = testing.run_local(world, fn, device=DEVICE)
+    for got, expected in zip(on_device, testing.run_local(world, fn), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
-def assert_same(found: dict, expected: dict) -> None:
-    for name, one in expected.items():
-        assert (found[name] is None) == (one is None), name
-        assert one is None or torch.equal(found[name], one), name
+OPTIONS = [{"quant": quant, "alignment": alignment} for quant in QUANTS for alignment in (1, 16)]
 
 
-@pytest.mark.parametrize("quant", QUANTS, ids=str)
 @pytest.mark.parametrize("world", [1, 4])
-@pytest.mark.parametrize("alignment", [1, 16])
-def test_layers(world, quant, alignment):
-    options = {"quant": quant, "alignment": alignment}
-    found = testing.run_local(world, lambda ctx: rounds(ctx, options), device=DEVICE)
-    expected = testing.run_local(world, lambda ctx: rounds(ctx, options))
-    for mine, theirs in zip(found, expected, strict=True):
-        for one, other in zip(mine, theirs, strict=True):
-            assert_same(one, other)
+@pytest.mark.parametrize("options", [*OPTIONS, {"exact": True}], ids=str)
+def test_layers(world, options):
+    check_on_device(world, lambda ctx: rounds(ctx, options))
 
 
-@pytest.mark.parametrize("options", [{"exact": True}, {"shared_experts": 1, "shared_ranks": 2}])
-def test_layers_with(options):
-    found = testing.run_local(4, lambda ctx: rounds(ctx, options), device=DEVICE)
-    expected = testing.run_local(4, lambda ctx: rounds(ctx, options))
-    for mine, theirs in zip(found, expected, strict=True):
-        for one, other in zip(mine, theirs, strict=True):
-            assert_same(one, other)
+def test_layers_with_shared_ranks():
+    check_on_device(4, lambda ctx: rounds(ctx, {"shared_experts": 1, "shared_ranks": 2}))
 
 
 def functional(ctx, special: bool) -> list[torch.Tensor]:
-    """v2 of both ops, with a mask, experts without a network, and what is added."""
+    """v2 of both ops, with a mask, zero-computation experts and an addend."""
     x, ids, weights = inputs(ctx.rank, ctx.device, count=9)
     arguments = {
         "group_ep": ctx.ep_group,
@@ -130,17 +113,14 @@ def functional(ctx, special: bool) -> list[torch.Tensor]:
     out = torch_npu.npu_moe_distribute_combine_v2(
         y, ids, assist, ends, weights, **arguments, **more, tp_send_counts=tp_ends
     )
-    return [bits(one) for one in (expand_x[:n], scales[:n], assist[: 3 * n], ends, out)]
+    outputs = expand_x[:n], scales[:n], assist[: 3 * n], ends, out
+    return [bits(output) for output in outputs]
 
 
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("world", [1, 4])
 def test_functions(world, special):
-    found = testing.run_local(world, lambda ctx: functional(ctx, special), device=DEVICE)
-    expected = testing.run_local(world, lambda ctx: functional(ctx, special))
-    for mine, theirs in zip(found, expected, strict=True):
-        for one, other in zip(mine, theirs, strict=True):
-            assert torch.equal(one, other)
+    check_on_device(world, lambda ctx: functional(ctx, special))
 
 
 @pytest.mark.parametrize("quant", [None, "int8", "e4m3"])
@@ -148,53 +128,44 @@ def test_functions(world, special):
 def test_a_graph_of_a_layer(world, quant):
     """Captured once; replayed with other inputs, of fewer tokens too, between eager calls."""
     with testing.lockstep(world, lambda ctx: make(ctx, quant=quant), device=DEVICE) as ranks:
-        given = [inputs(rank, DEVICE, count=MAX_TOKENS) for rank in range(world)]
-
-        def layer() -> list[torch.Tensor]:
-            pending = [ep.dispatch_setup(*one) for ep, one in zip(ranks, given, strict=True)]
-            rows = [ep.dispatch_teardown(one) for ep, one in zip(ranks, pending, strict=True)]
-            sent = [
-                ep.combine_setup(experts(one), one.handle)
-                for ep, one in zip(ranks, rows, strict=True)
-            ]
-            return [ep.combine_teardown(one) for ep, one in zip(ranks, sent, strict=True)]
+        batches = [inputs(rank, DEVICE, count=MAX_TOKENS) for rank in range(world)]
 
         torch.cuda.synchronize()  # windows may still be cleared, on another stream
         with torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(3):  # compiles, and copies tables to the device: some for each slot
-                layer()
+                drive(ranks, batches)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = layer()
+            _, captured = drive(ranks, batches)
         for seed, count in ((1, MAX_TOKENS), (2, 5), (3, MAX_TOKENS), (4, 1)):
-            for rank, buffers in enumerate(given):
+            for rank, buffers in enumerate(batches):
                 fresh = inputs(rank, DEVICE, seed, MAX_TOKENS)
                 fresh[1][count:] = NOWHERE
                 for buffer, values in zip(buffers, fresh, strict=True):
                     buffer.copy_(values)
             graph.replay()
-            found = [out.clone() for out in captured]
-            eager = layer()
-            for one, other in zip(found, eager, strict=True):
-                assert torch.equal(one, other)
-                assert not one[count:].any()
-                assert bool(one[:count].any())
+            replayed = [out.clone() for out in captured]
+            _, sums = drive(ranks, batches)
+            for got, eager in zip(replayed, sums, strict=True):
+                assert torch.equal(got, eager)
+                assert not got[count:].any()
+                assert bool(got[:count].any())
 
 
 def test_ranks_on_different_streams():
-    """What one rank issues may then run before what another issued earlier: refused."""
+    """Rejected: work of one rank could run before that of another, although issued later."""
 
     def fn(ctx):
         stream = torch.cuda.Stream() if ctx.rank == 1 else torch.cuda.current_stream()
-        refused = pytest.raises(SequenceError, match="one stream")
-        with make(ctx, timeout=20) as ep, torch.cuda.stream(stream), refused:
+        rejected = pytest.raises(SequenceError, match="one stream")
+        with make(ctx, timeout=20) as ep, torch.cuda.stream(stream), rejected:
             ep.dispatch(*inputs(ctx.rank, ctx.device))
 
     testing.run_local(2, fn, device=DEVICE)
 
 
-def test_a_device_that_is_not_the_back_ends():
+def test_a_device_of_another_back_end():
     set_backend("cuda")
     with pytest.raises(UnavailableError, match="cpu"):
         testing.run_local(1, make)

@@ -1,7 +1,7 @@
-"""What devices do, on the CPU: outputs of the worst size, one thread for all ranks, blindly.
+"""Fixed shapes as on devices, on the CPU: outputs of the worst size, one thread for all ranks.
 
-On a device no size may follow from data, because nothing waits for it. Here the same steps are told
-not to look either, and must come to what they come to when they may.
+On a device no size may follow from data, because reading it would wait. Here the same steps run
+without reading any, and give the same results as with exact sizes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import harness
 import pytest
 import torch
 from hypothesis import given
+from lockstep_layer import bits, drive, experts
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_triton import ExpertParallel, backend, comm, testing
@@ -21,8 +22,8 @@ from moe_triton.layout import NOWHERE
 from moe_triton.ops import checks
 
 E, K, H, MAX_TOKENS = 6, 2, 32, 7
-# What cannot be answered without the data.
-LOOKS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
+# Ops that read data.
+READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
 
 
 @pytest.fixture(autouse=True)
@@ -52,39 +53,21 @@ def inputs(rank: int, seed: int = 0):
     return testing.tokens(count, H, torch.bfloat16, seed=seed), ids, weights
 
 
-def experts(received) -> torch.Tensor:
-    """Each row times the number of its expert; anything where there is no row."""
-    rows = torch.arange(len(received.x))
-    number = torch.searchsorted(received.offsets, rows, right=True)
-    y = received.x.to(torch.bfloat16) * (number[:, None] + 1)
-    return y.masked_fill_((rows >= received.offsets[-1])[:, None], float("nan"))
-
-
 def make(ctx, **options) -> ExpertParallel:
     sizes = {"num_experts": E, "top_k": K, "hidden": H, "max_tokens": MAX_TOKENS}
     return ExpertParallel(ctx.ep_group, rank=ctx.ep_rank, **{**sizes, **options})
 
 
-def drive(ranks: list[ExpertParallel], given) -> tuple[list, list]:
-    """One layer on all ranks: dispatched rows and sums."""
-    pending = [ep.dispatch_setup(*values) for ep, values in zip(ranks, given, strict=True)]
-    received = [ep.dispatch_teardown(one) for ep, one in zip(ranks, pending, strict=True)]
-    outputs = [
-        ep.combine_setup(experts(one), one.handle) for ep, one in zip(ranks, received, strict=True)
-    ]
-    return received, [ep.combine_teardown(one) for ep, one in zip(ranks, outputs, strict=True)]
-
-
 def exact(world: int, options: dict) -> list:
-    """The same layer by ranks that look, each in its thread."""
+    """Rows and sums of the same layer with exact sizes, each rank in its thread."""
 
     def fn(ctx):
         with make(ctx, **options, exact=True) as ep:
-            found = []
+            rounds = []
             for seed in range(3):
                 received = ep.dispatch(*inputs(ctx.rank, seed))
-                found.append((received, ep.combine(experts(received), received.handle)))
-            return found
+                rounds.append((received, ep.combine(experts(received), received.handle)))
+            return rounds
 
     return testing.run_local(world, fn)
 
@@ -99,27 +82,23 @@ def test_one_thread_drives_all_ranks(world, quant, alignment):
         for seed in range(3):
             received, sums = drive(ranks, [inputs(rank, seed) for rank in range(world)])
             for rank, ep in enumerate(ranks):
-                one, other = received[rank], expected[rank][seed][0]
-                n = int(one.offsets[-1])
-                assert n == len(other.x)
-                assert len(one.x) == ep.capacity
-                assert torch.equal(one.offsets, other.offsets)
-                assert torch.equal(one.tokens_per_expert, other.tokens_per_expert)
+                fixed, exact_rows = received[rank], expected[rank][seed][0]
+                n = int(fixed.offsets[-1])
+                assert n == len(exact_rows.x)
+                assert len(fixed.x) == ep.capacity
+                assert torch.equal(fixed.offsets, exact_rows.offsets)
+                assert torch.equal(fixed.tokens_per_expert, exact_rows.tokens_per_expert)
                 for name in ("x", "scales", "weights"):
-                    found, wanted = getattr(one, name), getattr(other, name)
-                    assert (found is None) == (wanted is None)
-                    if found is not None:
-                        assert torch.equal(bits(found[:n]), bits(wanted)), name
+                    got, wanted = getattr(fixed, name), getattr(exact_rows, name)
+                    assert (got is None) == (wanted is None)
+                    if got is not None:
+                        assert torch.equal(bits(got[:n]), bits(wanted)), name
                 assert torch.equal(sums[rank], expected[rank][seed][1])
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.uint8)
 
 
 @pytest.mark.parametrize("world", ["symmetric", "collective"])
 def test_processes(world):
-    """The way of NPUs, and of GPUs that cannot reach each other's memory."""
+    """As on NPUs, and on GPUs without access to each other's memory."""
 
     def fn(ctx):
         with pytest.MonkeyPatch.context() as patch:
@@ -129,13 +108,13 @@ def test_processes(world):
                 assert len(received.x) == ep.capacity
                 return ep.combine(experts(received), received.handle)
 
-    found = harness.run_world(world, 3, fn)
+    sums = harness.run_world(world, 3, fn)
     for rank, rounds in enumerate(exact(3, {"quant": "int8", "alignment": 4})):
-        assert torch.equal(found[rank], rounds[0][1])
+        assert torch.equal(sums[rank], rounds[0][1])
 
 
-def test_rows_that_did_not_come_are_left_as_they_are(monkeypatch):
-    """A worst case has room for many times the rows that come: none of it may cost anything."""
+def test_rows_after_the_last_one_are_not_written(monkeypatch):
+    """Outputs hold the worst case, many times the received rows: the rest must cost nothing."""
     empty = torch.Tensor.new_empty
 
     def poisoned(tensor, *shape, **options):
@@ -144,17 +123,17 @@ def test_rows_that_did_not_come_are_left_as_they_are(monkeypatch):
     with testing.lockstep(3, make) as ranks:
         monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
         received, _ = drive(ranks, [inputs(rank) for rank in range(3)])
-    for one in received:
-        assert bool((one.x[int(one.num_tokens) :] == 77).all())
+    for rank in received:
+        assert bool((rank.x[int(rank.num_tokens) :] == 77).all())
 
 
 @pytest.mark.parametrize("shared", [0, 1])
 @pytest.mark.parametrize("alignment", [1, 4])
 @pytest.mark.parametrize("world", [1, 3])
-def test_rows_without_room_are_left_out(world, alignment, shared, monkeypatch):
-    """In a graph nobody can say that there are too many: no row goes where there is no room."""
+def test_rows_beyond_the_limit_are_left_out(world, alignment, shared, monkeypatch):
+    """A graph cannot raise: rows beyond ``max_recv_tokens`` are neither written nor summed."""
     if world == 1 and shared:
-        pytest.skip("a rank of its own is needed for a shared expert")
+        pytest.skip("a shared expert needs a rank of its own")
     for module in (single, row_exchange):
         monkeypatch.setattr(module, "check_overflow", lambda *_: None)
     experts_of = E if world == 1 else E // (world - shared)
@@ -193,51 +172,51 @@ def test_rows_without_room_are_left_out(world, alignment, shared, monkeypatch):
         assert torch.equal(sums[rank], total.to(torch.bfloat16))
 
 
-class NoLooks(TorchDispatchMode):
-    """Raises when an op asks for a value."""
+class NoReads(TorchDispatchMode):
+    """Raises when an op reads a value."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.__name__.split(".")[0]
-        assert name not in LOOKS, f"{name} waits for the device"
+        assert name not in READS, f"{name} waits for the device"
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.skipif(
-    backend.get_backend("cpu") != "interpret", reason="the definition looks at the data"
+    backend.get_backend("cpu") != "interpret", reason="the definition reads the data"
 )
 @pytest.mark.parametrize("quant", [None, "int8"])
 @pytest.mark.parametrize("world", [1, 3])
-def test_nothing_asks_for_a_value(world, quant, monkeypatch):
+def test_no_op_reads_a_value(world, quant, monkeypatch):
     """So that a graph can replay a layer; values are checked on the CPU alone."""
     with testing.lockstep(world, lambda ctx: make(ctx, quant=quant)) as ranks:
         given = [inputs(rank) for rank in range(world)]
         drive(ranks, given)
         monkeypatch.setattr(checks, "expert_ids", lambda *args, **options: None)
-        with NoLooks():
+        with NoReads():
             drive(ranks, given)
 
 
 class Launches(TorchDispatchMode):
-    """Lists the steps of a device and what PyTorch does beside them, views and memory left out."""
+    """Lists device steps and PyTorch's ops outside them, without views and allocations."""
 
     IDLE = ("empty", "empty_like", "new_empty", "promote_types", "_record_function_enter_new")
     IDLE += ("_record_function_exit", "view", "slice", "select", "detach", "unbind", "unsqueeze")
-    IDLE += ("fill_",)  # of memory that tests poison
+    IDLE += ("fill_",)  # poisons memory
 
     def __init__(self) -> None:
         super().__init__()
-        self.found = []
+        self.launched = []
         self.inside = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.__name__.split(".")[0]
         if not self.inside and name not in self.IDLE:
-            self.found.append(name)
+            self.launched.append(name)
         return func(*args, **(kwargs or {}))
 
     def step(self, name, run):
         def call(*args, **kwargs):
-            self.found.append(name)
+            self.launched.append(name)
             self.inside = True
             try:
                 return run(*args, **kwargs)
@@ -248,35 +227,35 @@ class Launches(TorchDispatchMode):
 
 
 def test_launches_of_a_rank_alone(monkeypatch):
-    """Each costs more than a microsecond of a small batch, even in a graph."""
+    """Each launch costs more than a microsecond of a small batch, even in a graph."""
     listed = Launches()
     names = [name for name in vars(comm.DeviceSteps) if not name.startswith("_")]
     with testing.lockstep(1, make) as (ep,):
         steps = ep._exchange._steps
         counted = {name: listed.step(name, getattr(steps, name)) for name in names}
         ep._exchange._steps = SimpleNamespace(**counted)
-        given = inputs(0)
-        drive([ep], [given])  # what is made once
+        batch = inputs(0)
+        drive([ep], [batch])  # allocates tables that are made once
         monkeypatch.setattr(checks, "expert_ids", lambda *args, **options: None)
-        listed.found.clear()
+        listed.launched.clear()
         with listed:
-            received = ep.dispatch(*given)
-        listed.found.remove("ne")  # a check of ids, on the CPU alone
-        assert listed.found == ["routing_plan", "local_permutation", "gather_quant"]
-        listed.found.clear()
+            received = ep.dispatch(*batch)
+        listed.launched.remove("ne")  # a check of ids, on the CPU alone
+        assert listed.launched == ["routing_plan", "local_permutation", "gather_quant"]
+        listed.launched.clear()
         with listed:
             ep.combine(received.x, received.handle)
-        assert listed.found == ["combine_row_index", "weighted_sum"]
+        assert listed.launched == ["combine_row_index", "weighted_sum"]
 
 
-def test_fewer_tokens_by_ids_that_go_nowhere():
-    """What a captured batch does for a smaller one: the slots of the rest take no part."""
+def test_smaller_batches_by_ids_of_minus_one():
+    """How a captured batch serves a smaller one: slots of the other tokens take no part."""
     with testing.lockstep(2, make) as ranks:
-        given = [inputs(0), inputs(0, 1)]
-        _, whole = drive(ranks, given)
-        for _, ids, _ in given:
+        batches = [inputs(0), inputs(0, 1)]
+        _, whole = drive(ranks, batches)
+        for _, ids, _ in batches:
             ids[3:] = NOWHERE
-        _, part = drive(ranks, given)
-    for one, other in zip(whole, part, strict=True):
-        assert torch.equal(one[:3], other[:3])
-        assert not other[3:].any()
+        _, part = drive(ranks, batches)
+    for full, small in zip(whole, part, strict=True):
+        assert torch.equal(full[:3], small[:3])
+        assert not small[3:].any()

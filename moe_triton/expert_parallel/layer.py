@@ -298,17 +298,7 @@ class ExpertParallel:
     ) -> DispatchPending:
         """The first half of ``dispatch``: send; waits only while arguments are new.
 
-        Args:
-            x: as in ``dispatch``.
-            topk_ids: as in ``dispatch``.
-            topk_weights: as in ``dispatch``.
-            scales: as in ``dispatch``.
-
-        Returns:
-            The argument of ``dispatch_teardown``.
-
-        Raises:
-            The errors of ``dispatch``.
+        Arguments and errors are those of ``dispatch``.
         """
         if torch.compiler.is_compiling():
             number = custom_ops.dispatch_setup(
@@ -325,13 +315,8 @@ class ExpertParallel:
     def dispatch_teardown(self, pending: DispatchPending) -> Dispatched:
         """The second half of ``dispatch``: wait for all ranks' tokens. In the order of the setups.
 
-        After a ``PeerTimeoutError`` it may be called again, for a peer that was merely late.
-
-        Args:
-            pending: from ``dispatch_setup``.
-
-        Raises:
-            The errors of ``dispatch``.
+        Errors are those of ``dispatch``. After a ``PeerTimeoutError`` it may be called again, for a
+        peer that was merely late.
         """
         numbering = None
         if isinstance(pending.operation, torch.Tensor):
@@ -410,15 +395,7 @@ class ExpertParallel:
     def combine_setup(self, y: torch.Tensor, handle: Handle) -> CombinePending:
         """The first half of ``combine``: send the rows back; waits only while arguments are new.
 
-        Args:
-            y: as in ``combine``; must not change before the teardown.
-            handle: as in ``combine``.
-
-        Returns:
-            The argument of ``combine_teardown``.
-
-        Raises:
-            The errors of ``dispatch``.
+        Arguments and errors are those of ``combine``; ``y`` must not change before the teardown.
         """
         return self._combine_setup(y, handle, None)
 
@@ -445,17 +422,8 @@ class ExpertParallel:
     ) -> torch.Tensor:
         """The second half of ``combine``: wait for all rows and sum. In the order of the setups.
 
-        A wrong ``shared_expert_x`` leaves the operation in flight, and the call may be repeated.
-
-        Args:
-            pending: from ``combine_setup``.
-            shared_expert_x: as in ``combine``.
-
-        Returns:
-            [T, H] of the object's dtype.
-
-        Raises:
-            The errors of ``dispatch``.
+        Result and errors are those of ``combine``. A wrong ``shared_expert_x`` leaves the operation
+        in flight, and the call may be repeated.
         """
         if not torch.compiler.is_compiling():
             self._exchange.check_addend(shared_expert_x, len(pending.handle.expert_ids))
