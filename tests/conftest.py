@@ -1,4 +1,4 @@
-"""What every test shares: hypothesis profiles, poisoned memory, and the evidence report."""
+"""Shared by all tests: hypothesis profiles, poisoned memory, and the evidence report."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ try:
 except ModuleNotFoundError:
     import hypothesis_fallback as hypothesis
 
-    # For the test files, which import it too.
+    # Test files import it, too.
     sys.modules["hypothesis"] = hypothesis
     sys.modules["hypothesis.strategies"] = hypothesis.strategies
 
-# Where there is no GPU the tests of the kernels run under Triton's interpreter, which has to be on
-# before anything imports Triton.
+# Without a GPU the kernels' tests run in Triton's interpreter, which must be enabled before Triton
+# is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Ranks are threads or processes here, often more than there are cores; a pool of torch's threads
-# for each of them would only make them wait for one another.
+# Ranks are threads or processes, often more than the cores: torch's thread pools would only make
+# them wait for one another.
 torch.set_num_threads(1)
 
-# A test that states no number of examples takes the profile's. The small profile draws the same
-# examples in every run, so that CI fails for a change and not for its luck.
+# A test without a number of examples takes the profile's. The small profile draws the same examples
+# in every run, so that only a change can make CI fail.
 hypothesis.settings.register_profile(
     "default", max_examples=25, deadline=None, derandomize=True, print_blob=True
 )
@@ -51,7 +51,7 @@ _PACKAGE_DIR = (
     str(Path(importlib.util.find_spec("moe_triton").submodule_search_locations[0])) + os.sep
 )
 
-# Every byte 0xAA, in integers as they read it. Floats get NaN, which no later sum can hide.
+# Every byte 0xAA, as each integer dtype reads it. Floats get NaN, which no later sum can hide.
 POISON = {
     torch.uint8: 0xAA,
     torch.int8: -0x56,
@@ -63,12 +63,12 @@ POISON = {
 
 
 def _poisoned(allocate):
-    """Wrap an allocator of uninitialised memory: what moe_triton asks for comes back poisoned."""
+    """Wrap an allocator of uninitialised memory to poison what it returns to moe_triton."""
 
     @functools.wraps(allocate)
     def allocate_and_poison(*args, **kwargs):
         tensor = allocate(*args, **kwargs)
-        # The compiler must not see the frame below, and a traced program allocates for itself.
+        # Dynamo must not trace the frame lookup, and a traced program allocates for itself.
         if torch.compiler.is_compiling():
             return tensor
         if sys._getframe(1).f_code.co_filename.startswith(_PACKAGE_DIR):
@@ -83,11 +83,11 @@ def _poisoned(allocate):
 
 @pytest.fixture(scope="session", autouse=True)
 def poison():
-    """Poison what moe_triton allocates without writing it, so that a row left out shows.
+    """Poison moe_triton's uninitialised memory, so that an unwritten row shows.
 
-    Set once for the whole run: the wrappers keep no state, so ranks in threads, and threads that
-    outlive a test, may call them at any time. Other callers get what torch gives; tests of 64-bit
-    addresses rely on buffers of many gigabytes that nobody touches.
+    Set once for the whole run: the wrappers keep no state, so that ranks in threads, and threads
+    that outlive a test, may call them at any time. Memory of other callers is not touched; tests of
+    64-bit addresses rely on untouched buffers of many gigabytes.
     """
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in (
@@ -102,13 +102,13 @@ def poison():
 
 @pytest.fixture
 def fresh_compiler():
-    """Forget what a test has compiled."""
+    """Reset the compiler after a test."""
     yield
     torch.compiler.reset()
 
 
 class Evidence:
-    """Collects results of the run, and what tests report, for a page to be committed."""
+    """Collects results of the run and records of tests, for a page to be committed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -164,9 +164,9 @@ def _counts(count) -> str:
 
 
 def pytest_runtest_teardown(item):
-    """A launch that goes wrong does so in its own test, and ends a process that lost its device.
+    """Let an asynchronous launch fail in its own test, and end a process that lost its device.
 
-    Whatever ran on the device after it would fail as well. Other processes of the run go on.
+    Every later test on the device would fail as well. Other processes of the run go on.
     """
     if not torch.cuda.is_initialized():
         return
@@ -186,7 +186,7 @@ def pytest_addoption(parser):
         "--evidence",
         metavar="PATH",
         type=Path,
-        help="write results, versions and what tests report to this Markdown file",
+        help="write results, versions and records of tests to this Markdown file",
     )
 
 
@@ -199,7 +199,7 @@ def pytest_configure(config):
 def record_evidence(request):
     """``record_evidence(name, text)`` adds Markdown to the page of ``--evidence``, under a heading.
 
-    Texts of one name stand in the order they came. Without the option they are dropped.
+    Texts of one name keep their order. Without the option they are dropped.
     """
     evidence = request.config.pluginmanager.get_plugin("moe_triton-evidence")
 

@@ -1,4 +1,4 @@
-"""Gradients of ExpertParallel: by finite differences, against a dense layer, and in hard places."""
+"""Gradients of ExpertParallel: finite differences, a dense layer, unusual uses, edge cases."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ LAYERS = {
     "plain": TrainedLayer(),
     "unweighted": TrainedLayer(weighted=False),
     "addend": TrainedLayer(addend=True),
-    "slots that go nowhere": TrainedLayer(nowhere=True, addend=True),
+    "ids of -1": TrainedLayer(nowhere=True, addend=True),
     "aligned": TrainedLayer(options=(("alignment", 4),)),
     "exact": TrainedLayer(options=(("exact", True),)),
     "unequal, one idle": TrainedLayer(tokens=(5, 0, 3), num_experts=6),
     "shared expert": TrainedLayer(
         tokens=(4, 4, 4), shared_experts=1, shared_ranks=1, nowhere=True, addend=True
     ),
-    "two copies of a shared expert": TrainedLayer(
+    "two replicas of a shared expert": TrainedLayer(
         tokens=(3, 2, 3, 1), shared_experts=1, shared_ranks=2, options=(("alignment", 3),)
     ),
 }
@@ -43,7 +43,7 @@ EXACT = {"rtol": 1e-12, "atol": 1e-12}
 # By finite differences.
 
 
-@pytest.mark.parametrize("name", ["plain", "unweighted", "slots that go nowhere", "aligned"])
+@pytest.mark.parametrize("name", ["plain", "unweighted", "ids of -1", "aligned"])
 def test_gradcheck_alone(name):
     layer = dataclasses.replace(LAYERS[name], tokens=(5,))
     with layer.make(None) as ep:
@@ -87,7 +87,7 @@ def test_finite_differences_on_several_ranks(name):
 
     # The loss is the sum of those of all ranks.
     analytic, numeric = map(sum, zip(*testing.run_local(len(layer.tokens), fn), strict=True))
-    # What the step leaves of the curvature, and of rounding, is about 1e-9.
+    # The errors of the step's curvature and of rounding are about 1e-9.
     torch.testing.assert_close(analytic, numeric, rtol=1e-7, atol=1e-7)
 
 
@@ -133,25 +133,25 @@ def test_gradients_have_the_dtype_of_their_tensors(dtype, tolerance):
     assert_gradients(got, dense_gradients(layer), **tolerance)
 
 
-# Ways through a layer.
+# Uses of a layer.
 
 
 def through_own_weights(ep, ids, matrices, x, weights):
-    """The weights are applied to the rows here, and by combine not at all."""
+    """The experts apply the weights, and combine only sums."""
     received = ep.dispatch(x, ids, weights)
     y = apply_experts(received, matrices) * received.weights[:, None]
     return ep.combine(y, received.handle.unweighted())
 
 
 def combined_twice(ep, ids, matrices, x, weights):
-    """One handle, two combines: 3 times the rows less 2 times the rows."""
+    """One handle, two combines: 3 times the rows minus 2 times the rows."""
     received = ep.dispatch(x, ids, weights)
     y = apply_experts(received, matrices)
     return ep.combine(3 * y, received.handle) - ep.combine(2 * y, received.handle)
 
 
-def in_lent_memory(ep, ids, matrices, x, weights):
-    """The outputs lie in memory that the next combine overwrites."""
+def in_the_combine_buffer(ep, ids, matrices, x, weights):
+    """The outputs lie in the zero-copy buffer, which the next combine overwrites."""
     received = ep.dispatch(x, ids, weights)
     y = apply_experts(received, matrices)
     rows = ep.output_rows(received.handle)
@@ -163,7 +163,7 @@ def in_lent_memory(ep, ids, matrices, x, weights):
 
 
 def with_more_rows(ep, ids, matrices, x, weights):
-    """Combine takes more rows than there are."""
+    """Combine takes more rows than dispatch delivered."""
     received = ep.dispatch(x, ids, weights)
     y = apply_experts(received, matrices)
     return ep.combine(torch.cat([y, y]), received.handle)
@@ -176,7 +176,7 @@ def with_as_many_rows(ep, ids, matrices, x, weights):
 
 
 def with_garbage_after_the_rows(ep, ids, matrices, x, weights):
-    """What an expert makes of rows that did not arrive may be anything."""
+    """An expert's output of unwritten rows is ignored."""
     received = ep.dispatch(x, ids, weights)
     y = apply_experts(received, matrices)
     real = torch.arange(len(y)) < received.num_tokens
@@ -189,14 +189,14 @@ def with_garbage_after_the_rows(ep, ids, matrices, x, weights):
         in_halves,
         through_own_weights,
         combined_twice,
-        in_lent_memory,
+        in_the_combine_buffer,
         with_more_rows,
         with_as_many_rows,
         with_garbage_after_the_rows,
     ],
     ids=lambda forward: forward.__name__,
 )
-def test_ways_through_a_layer(forward):
+def test_uses_of_a_layer(forward):
     layer = LAYERS["plain"]
 
     def fn(ctx):
@@ -221,8 +221,8 @@ def test_two_layers_share_an_object():
 
 
 @pytest.mark.parametrize("weighted", ["by combine", "by the experts"])
-def test_a_rank_whose_experts_get_nothing_takes_part(weighted):
-    """Its outputs need not even depend on what it received."""
+def test_a_rank_whose_experts_receive_no_row_takes_part(weighted):
+    """Its outputs need not depend on its received rows."""
     layer = TrainedLayer(tokens=(3, 3), num_experts=2, top_k=1)
 
     def fn(ctx):
@@ -264,32 +264,32 @@ def test_quantised_rows_have_no_gradient_but_weights_have():
     for rank, (weights_grad, x_grad, y_grad) in enumerate(testing.run_local(2, fn)):
         x, cotangent = layer.inputs(rank)["x"].float(), layer.cotangent(rank).float()
         # Every expert returns its row, so that all weights of a token have the same gradient. The
-        # row comes back with an error of half a step of its int8 scale, and of bfloat16.
+        # row returns with an error of half a step of its int8 scale, and of bfloat16.
         expected = (x * cotangent).sum(1, keepdim=True).expand(-1, layer.top_k)
         torch.testing.assert_close(weights_grad, expected, rtol=0.05, atol=0.1)
         assert x_grad is None
         assert torch.isfinite(y_grad).all() and y_grad.any()
 
 
-# When there are gradients, and when not.
+# With and without gradients.
 
 
-def test_rows_that_did_not_arrive_are_zeros():
+def test_unwritten_rows_are_zeros():
     layer = LAYERS["plain"]
 
     def fn(ctx):
         ep = layer.make(ctx.ep_group)
         x, ids = layer.inputs(ep.rank)["x"].requires_grad_(), layer.ids(ep.rank)
         received = ep.dispatch(x, ids, layer.inputs(ep.rank)["weights"])
-        rest = slice(int(received.num_tokens), None)
-        return received.x[rest].detach(), received.weights[rest].detach()
+        unwritten = slice(int(received.num_tokens), None)
+        return received.x[unwritten].detach(), received.weights[unwritten].detach()
 
     for rows, weights in testing.run_local(2, fn):
         assert len(rows) > 0
         assert not rows.any() and not weights.any()
 
 
-def test_no_gradients_unless_asked_for():
+def test_no_gradients_unless_required():
     layer = LAYERS["plain"]
     with layer.make(None) as ep:
         inputs = layer.inputs(0)
@@ -342,7 +342,7 @@ def test_a_loss_that_is_a_sum():
         torch.testing.assert_close(weights_grad, expected, **EXACT)
 
 
-def test_going_backward_voids_lent_memory():
+def test_backward_voids_the_combine_buffer():
     layer = LAYERS["plain"]
 
     def fn(ctx):
@@ -357,7 +357,7 @@ def test_going_backward_voids_lent_memory():
     testing.run_local(2, fn)
 
 
-def test_there_are_no_second_derivatives():
+def test_no_second_derivatives():
     layer = LAYERS["plain"]
     with layer.make(None) as ep:
         inputs = {name: value.requires_grad_() for name, value in layer.inputs(0).items()}
@@ -367,7 +367,7 @@ def test_there_are_no_second_derivatives():
             gradient.sum().backward()
 
 
-def test_a_rank_that_goes_backward_alone_is_told():
+def test_a_backward_on_one_rank_alone_is_a_mismatch():
     layer = LAYERS["plain"]
 
     def fn(ctx):

@@ -1,4 +1,4 @@
-"""The choice of the back end: by device, by name, and the reason when it cannot be."""
+"""The choice of the back end: by device, by name, and the cause when it cannot run."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def no_choice(monkeypatch):
     backend.set_backend(None)
 
 
-def test_the_device_decides():
+def test_choice_by_device():
     assert backend.get_backend() == "cpu"
     assert backend.get_backend(torch.device("cpu")) == "cpu"
 
 
-def test_a_choice_by_environment_and_by_call(monkeypatch):
+def test_choice_by_environment_and_by_call(monkeypatch):
     monkeypatch.setenv(backend.ENVIRONMENT, "cuda")
     with pytest.raises(UnavailableError, match="'cuda' needs tensors on its device"):
         backend.get_backend("cpu")
@@ -39,7 +39,7 @@ def test_a_choice_by_environment_and_by_call(monkeypatch):
 @pytest.mark.parametrize(
     "name", [name for name in backend.BACKENDS if name not in ("cpu", "interpret")]
 )
-def test_what_cannot_run_says_why(name):
+def test_a_back_end_that_cannot_run_gives_the_cause(name):
     cause = backend.unavailable_because(name)
     assert cause
     with pytest.raises(UnavailableError) as caught:
@@ -83,8 +83,8 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
 
 
 def run(code: str, **environment) -> str:
-    """What a fresh process prints."""
-    found = subprocess.run(
+    """The output of a fresh process."""
+    done = subprocess.run(
         [sys.executable, "-c", code],
         env={name: value for name, value in os.environ.items() if name != backend.INTERPRETER}
         | environment,
@@ -92,7 +92,7 @@ def run(code: str, **environment) -> str:
         text=True,
         check=True,
     )
-    return found.stdout.strip()
+    return done.stdout.strip()
 
 
 CHOOSE = """
@@ -118,8 +118,8 @@ except MoeError as error:
     ],
 )
 def test_the_interpreter_is_on_when_triton_comes_later(choose, environment):
-    said = run(CHOOSE.format(before="", choose=choose), **environment)
-    assert said.split() == ["interpret", "False", "InterpretedFunction"]
+    printed = run(CHOOSE.format(before="", choose=choose), **environment)
+    assert printed.split() == ["interpret", "False", "InterpretedFunction"]
 
 
 def test_the_interpreter_cannot_be_switched_on_afterwards():

@@ -48,7 +48,7 @@ CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
 
 def outputs(ep, dtype, x, ids, weights):
-    """What dispatch and combine return, around experts that multiply by -2."""
+    """The results of dispatch and combine, around experts that multiply by -2."""
     received = ep.dispatch(x, ids, weights)
     y = received.x
     if received.scales is not None:
@@ -74,7 +74,7 @@ def test_the_eager_bits(name, quant, backend):
         arguments = inputs["x"], layer.ids(0), inputs.get("weights")
         run = functools.partial(outputs, ep, layer.dtype)
         compiled = torch.compile(run, backend=backend, fullgraph=True)
-        for _ in range(2):  # the second time, nothing is compiled
+        for _ in range(2):  # the second call compiles nothing
             for got, expected in zip(compiled(*arguments), run(*arguments), strict=True):
                 torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
@@ -93,7 +93,7 @@ def test_the_eager_gradients(name, backend):
 
 
 def test_gradients_of_quantised_layers():
-    """The weights have some, the tokens have none."""
+    """The weights have gradients, the tokens have none."""
     layer = dataclasses.replace(ALONE, dtype=torch.float32, options=(("quant", "int8"),))
 
     def forward(ep, ids, matrices, x, weights):
@@ -112,7 +112,7 @@ def test_gradients_of_quantised_layers():
 
 
 @backends
-def test_halves(backend):
+def test_setup_and_teardown(backend):
     with ALONE.make(None, in_flight=2) as ep:
         expected = rank_gradients(ALONE, ep, in_halves)
         compiled = torch.compile(in_halves, backend=backend, fullgraph=True)
@@ -123,12 +123,12 @@ def test_halves(backend):
 
 @backends
 def test_all_operations_run_in_the_eager_order(backend, monkeypatch):
-    """Forward and backward, with two branches that nothing orders and a layer that nobody needs."""
-    made = []
+    """Forward and backward, with two independent branches and a layer without use."""
+    issued = []
     for name in ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv"):
-        record(monkeypatch, made, name, lambda x, *rest: name_of(x))
-    record(monkeypatch, made, "send_gradients", lambda gradient, *rest: tuple(gradient.shape))
-    record(monkeypatch, made, "return_gradients", lambda rows, *rest: tuple(rows.shape))
+        record(monkeypatch, issued, name, lambda x, *rest: name_of(x))
+    record(monkeypatch, issued, "send_gradients", lambda gradient, *rest: tuple(gradient.shape))
+    record(monkeypatch, issued, "return_gradients", lambda rows, *rest: tuple(rows.shape))
 
     def branches(ep, ids, matrices, x, weights):
         first = over_ranks(ep, ids, matrices, x, weights)
@@ -138,12 +138,12 @@ def test_all_operations_run_in_the_eager_order(backend, monkeypatch):
 
     with ALONE.make(None) as ep:
         rank_gradients(ALONE, ep, branches)
-        expected = made.copy()
+        expected = issued.copy()
         compiled = torch.compile(branches, backend=backend, fullgraph=True)
         for _ in range(2):
-            made.clear()
+            issued.clear()
             rank_gradients(ALONE, ep, compiled)
-            assert made == expected
+            assert issued == expected
     assert len(expected) == 3 * 4 + 2 * 2
 
 
@@ -151,11 +151,11 @@ def name_of(value) -> object:
     return tuple(value.shape) if torch.is_tensor(value) else "operation"
 
 
-def record(monkeypatch, made, name, describe) -> None:
+def record(monkeypatch, issued, name, describe) -> None:
     method = getattr(Exchange, name)
 
     def recorded(self, *args):
-        made.append((name, describe(*args)))
+        issued.append((name, describe(*args)))
         return method(self, *args)
 
     monkeypatch.setattr(Exchange, name, recorded)
@@ -165,7 +165,7 @@ def record(monkeypatch, made, name, describe) -> None:
 
 
 def test_a_handle_from_compiled_code():
-    """It is good for eager code, and whatever becomes of the caller's routing."""
+    """Eager code can use it, also after the caller overwrites its routing."""
     with ALONE.make(None) as ep:
         inputs, ids = ALONE.inputs(0), ALONE.ids(0).int()
         expected = over_ranks(ep, ids, ALONE.matrices(), **inputs)
@@ -179,8 +179,8 @@ def test_a_handle_from_compiled_code():
         torch.testing.assert_close(out, expected, rtol=0, atol=0)
 
 
-def test_halves_from_compiled_code():
-    """They can be torn down by eager code, once."""
+def test_pending_operations_from_compiled_code():
+    """Eager code can tear them down, once."""
     with ALONE.make(None) as ep:
         inputs, ids = ALONE.inputs(0), ALONE.ids(0)
         expected = over_ranks(ep, ids, ALONE.matrices(), **inputs)
@@ -219,7 +219,7 @@ def test_errors_are_the_same():
 
 
 def test_exact_rows_cannot_be_compiled(monkeypatch):
-    """The other ranks are told, who need not have asked for them. One rank seems to be compiled."""
+    """The peers abort, although they are neither exact nor compiled."""
     compiled = threading.local()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: hasattr(compiled, "here"))
     layer = TrainedLayer()
@@ -234,11 +234,11 @@ def test_exact_rows_cannot_be_compiled(monkeypatch):
     testing.run_local(2, fn)
 
 
-# What is registered.
+# Registered ops.
 
 
 def calls_of(ep, monkeypatch) -> list[tuple]:
-    """The ops that a layer calls, forward and backward, with their arguments."""
+    """The ops of a layer, forward and backward, with their arguments."""
     layer = dataclasses.replace(ALONE, addend=True)
     with monkeypatch.context() as patch, compilers.Recorded() as recorded:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
@@ -250,21 +250,21 @@ def test_opcheck(monkeypatch):
     """Teardowns are left out: each call needs a setup of its own, and opcheck calls many times."""
     checked = set()
     with ALONE.make(None, in_flight=64) as ep:
-        # Setups come last, since what they leave in flight would be in the way of the others.
+        # Setups come last, since the operations that they leave in flight would block the others.
         calls = sorted(calls_of(ep, monkeypatch), key=lambda call: call[0].name().endswith("setup"))
         for op, args, kwargs in calls:
             name = op.name().removeprefix("moe_triton::expert_parallel_")
             if name.endswith("teardown"):
                 continue
             utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
-            if not name.endswith("setup"):  # which returns another number each time
+            if not name.endswith("setup"):  # its number differs from call to call
                 utilities += ("test_aot_dispatch_dynamic",)
             torch.library.opcheck(op, args, kwargs, test_utils=utilities)
             checked.add(name)
     assert checked == {"dispatch_setup", "combine_setup", "send_gradients", "return_gradients"}
 
 
-def test_an_object_that_is_gone_is_named(monkeypatch):
+def test_an_error_names_a_deleted_object(monkeypatch):
     op, args, kwargs = calls_of(ALONE.make(None), monkeypatch)[0]
     gc.collect()
     with pytest.raises(MoeError, match="must be alive, got one that was deleted"):
@@ -280,8 +280,8 @@ class Model(torch.nn.Module):
     """A linear layer and two MoE layers, each on top of its input.
 
     Args:
-        moe: what a MoE layer does with ids, matrices, tokens and weights.
-        local: the experts whose matrices are here.
+        moe: the MoE layer, a function of ids, matrices, tokens and weights.
+        local: the experts of this rank.
     """
 
     def __init__(self, moe, local: slice) -> None:
@@ -298,7 +298,7 @@ class Model(torch.nn.Module):
         self.experts = torch.nn.Parameter(experts[:, local].clone())
 
     def forward(self, x, target) -> torch.Tensor:
-        """The sum of squares by which the outputs miss the target."""
+        """The squared error of the outputs."""
         h = (x @ self.first).relu()
         for gate, matrices in zip(self.gates, self.experts, strict=True):
             weights, ids = torch.topk((h @ gate).softmax(1), TOP_K)
@@ -307,7 +307,7 @@ class Model(torch.nn.Module):
 
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens of both ranks and what to make of them; the same tokens every other step."""
+    """Tokens of both ranks and their targets; the same tokens every other step."""
     random = torch.Generator().manual_seed(step % 2)
     x = torch.randn(2 * TOKENS, HIDDEN, generator=random)
     return x, x.roll(1, dims=1)
@@ -322,7 +322,7 @@ def train(model, forward, reduce, local: slice) -> list[float]:
         optimizer.zero_grad()
         loss = forward(x, target) / (2 * TOKENS)
         loss.backward()
-        # The experts of a rank have seen the tokens of all ranks, the other parameters have not.
+        # The gradients of a rank's experts cover the tokens of all ranks, the others do not.
         for shared in (model.first.grad, model.gates.grad):
             reduce(shared)
         optimizer.step()
@@ -343,19 +343,19 @@ def test_a_compiled_model_trains_like_the_dense_one():
 
     def fn(ctx):
         torch.set_num_threads(1)
-        found = []
+        losses = []
         for backend in ("aot_eager", "inductor"):
             with layer.make(dist.group.WORLD) as ep:
                 model = Model(functools.partial(over_ranks, ep), layer.local(ep))
                 compiled = torch.compile(model, backend=backend, fullgraph=True)
                 tokens = slice(TOKENS * ep.rank, TOKENS * (ep.rank + 1))
-                found.append(train(model, compiled, dist.all_reduce, tokens))
-        return found
+                losses.append(train(model, compiled, dist.all_reduce, tokens))
+        return losses
 
     model = Model(functools.partial(dense, layer), slice(None))
     expected = train(model, model, lambda _: None, slice(None))
     assert expected[-1] < 0.5 * expected[0]
     for losses in harness.run_world("symmetric", 2, fn, limit=240):
         for got in losses:
-            # float32 in another order, from one step to the next.
+            # float32 sums in another order, over 20 steps.
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=0)

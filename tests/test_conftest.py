@@ -1,4 +1,4 @@
-"""The shared fixtures do what other tests rely on."""
+"""Shared fixtures: poisoned memory, the evidence page, a lost device, optional dependencies."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGE = Path(importlib.util.find_spec("moe_triton").submodule_search_locations
 
 
 def run_as(path: Path, code: str) -> torch.Tensor:
-    """What ``code`` leaves in ``out`` when it stands in the file ``path``."""
+    """Run ``code`` as the file ``path``; returns its ``out``."""
     names = {"torch": torch}
     exec(compile(code, str(path), "exec"), names)
     return names["out"]
@@ -54,8 +54,8 @@ def test_memory_for_threads_of_the_package_is_poisoned():
     assert all(result.isnan().all() for result in results)
 
 
-def test_memory_for_others_is_left_alone(tmp_path):
-    # Poison fills all of it; what other tests left behind may hold a NaN here and there.
+def test_memory_for_others_is_not_poisoned(tmp_path):
+    # Poison fills all of it; memory of earlier tests may hold a few NaNs.
     out = run_as(tmp_path / "test_x.py", "out = torch.empty(2**24)")
     assert not out.isnan().all()
 
@@ -139,12 +139,12 @@ sys.exit(pytest.main(sys.argv[1:]))
 
 
 def test_kernels_are_tested_without_hypothesis_and_cloudpickle():
-    """As on a machine with a GPU that has pytest, but not these."""
+    """As on a GPU machine that has pytest, but not these."""
     chosen = ["tests/kernels", "-k", "test_recv_permutation.py and (example or any_size)"]
     done = subprocess.run(
         [sys.executable, "-c", _WITHOUT, "-rs", "-p", "no:cacheprovider", *chosen],
         cwd=Path(__file__).parents[1],
-        # Else pytest finds hypothesis for its plugin.
+        # Otherwise pytest imports hypothesis for its plugin.
         env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""Errors carry codes, name what is wrong, and survive the way between processes."""
+"""Errors carry codes, name argument, contract and value, and survive pickling."""
 
 from __future__ import annotations
 

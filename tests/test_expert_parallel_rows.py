@@ -1,4 +1,4 @@
-"""The rows that experts get from ExpertParallel: padded, left out, wide, counted as engines ask."""
+"""Received rows of ExpertParallel: padding, ids of -1, wide dtypes, counts, profiler ranges."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def inputs(rank: int, dtype=torch.bfloat16, seed: int = 0):
 
 
 def expert_numbers(ep: ExpertParallel, offsets: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """[num_rows] which expert's each row is."""
+    """[num_rows] the expert of each row."""
     rows = torch.arange(num_rows)
     return torch.searchsorted(offsets, rows, right=True) + ep.local_experts.start
 
@@ -39,26 +39,26 @@ def test_aligned_rows_hold_the_same_tokens(world, exact, quant):
         x, ids, weights = inputs(ctx.rank)
         options = {"quant": quant, "exact": exact}
         with make(ctx, **options) as plain, make(ctx, **options, alignment=8) as padded:
-            one = plain.dispatch(x, ids, weights)
-            two = padded.dispatch(x, ids, weights)
-            counts = one.tokens_per_expert
-            assert torch.equal(two.tokens_per_expert, counts)
-            assert two.num_tokens == one.num_tokens == counts.sum()
-            assert one.offsets.tolist() == counts.cumsum(0).tolist()
+            tight = plain.dispatch(x, ids, weights)
+            aligned = padded.dispatch(x, ids, weights)
+            counts = tight.tokens_per_expert
+            assert torch.equal(aligned.tokens_per_expert, counts)
+            assert aligned.num_tokens == tight.num_tokens == counts.sum()
+            assert tight.offsets.tolist() == counts.cumsum(0).tolist()
             sizes = -(-counts // 8) * 8
-            assert two.offsets.dtype == torch.int32
-            assert two.offsets.tolist() == sizes.cumsum(0).tolist()
-            total = int(two.offsets[-1])
-            assert len(two.x) == (total if exact else padded.capacity)
+            assert aligned.offsets.dtype == torch.int32
+            assert aligned.offsets.tolist() == sizes.cumsum(0).tolist()
+            total = int(aligned.offsets[-1])
+            assert len(aligned.x) == (total if exact else padded.capacity)
             assert padded.capacity == plain.capacity + 7 * plain.num_local_experts
-            starts = [0, *two.offsets.tolist()]
+            starts = [0, *aligned.offsets.tolist()]
             first = 0
             for number, count in enumerate(counts.tolist()):
                 real = slice(starts[number], starts[number] + count)
                 padding = slice(starts[number] + count, starts[number + 1])
                 for name in ("x", "weights") + (("scales",) if quant else ()):
-                    rows = getattr(two, name)
-                    assert torch.equal(rows[real], getattr(one, name)[first : first + count])
+                    rows = getattr(aligned, name)
+                    assert torch.equal(rows[real], getattr(tight, name)[first : first + count])
                     assert not rows[padding].any()
                 first += count
 
@@ -67,10 +67,10 @@ def test_aligned_rows_hold_the_same_tokens(world, exact, quant):
                 number = expert_numbers(padded, received.offsets, len(y))
                 return y * (number[:, None] + 1)
 
-            y = experts(two)
+            y = experts(aligned)
             y[total:] = float("nan")
-            expected = plain.combine(experts(one), one.handle)
-            assert torch.equal(padded.combine(y, two.handle), expected)
+            expected = plain.combine(experts(tight), tight.handle)
+            assert torch.equal(padded.combine(y, aligned.handle), expected)
 
     run_world(world, 3, fn)
 
@@ -82,22 +82,22 @@ def test_aligned_rows_with_shared_ranks_and_a_limit(shared):
         ids = ids % 4
         ids[:, 1] = (ids[:, 0] + 1) % 4
         options = {"num_experts": 6 if not shared else 4, **shared}
-        found = []
+        sums = []
         for alignment in (1, 16):
             with make(ctx, alignment=alignment, max_recv_tokens=40, **options) as ep:
                 received = ep.dispatch(x, ids, weights)
                 y = ep.output_rows(received.handle)
                 assert len(y) == int(received.offsets[-1])
                 y.copy_(received.x[: len(y)])
-                found.append(ep.combine(y, received.handle))
-        assert torch.equal(*found)
+                sums.append(ep.combine(y, received.handle))
+        assert torch.equal(*sums)
 
     run_world("local", 3, fn)
 
 
 @worlds
-def test_a_slot_can_go_nowhere(world):
-    """Its expert gets no row, the sum no term; of a token without any only the addend is left."""
+def test_ids_of_minus_one(world):
+    """Such a slot adds no row and no term; a token of such slots alone returns its addend."""
 
     def fn(ctx):
         x, ids, weights = inputs(ctx.rank)
@@ -151,7 +151,7 @@ def test_wide_tokens(world, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
-def test_counts_come_as_asked(dtype):
+def test_counts_dtype(dtype):
     def fn(ctx):
         with make(ctx, counts_dtype=dtype) as ep:
             received = ep.dispatch(*inputs(ctx.rank))
@@ -161,8 +161,8 @@ def test_counts_come_as_asked(dtype):
     run_world("local", 3, fn)
 
 
-def test_offsets_are_what_grouped_products_take():
-    """torch's grouped product on the rows as they are, against one product per expert."""
+def test_offsets_suit_grouped_matrix_products():
+    """torch's grouped product on the received rows, against one product per expert."""
 
     def fn(ctx):
         x, ids, weights = inputs(ctx.rank)
@@ -181,7 +181,7 @@ def test_offsets_are_what_grouped_products_take():
 
 @pytest.mark.parametrize("world", ["symmetric", "collective"])
 def test_phases_are_ranges_of_the_profiler(world):
-    """Each half of each op, and the wait in it, by the names of the op and of the group."""
+    """Each phase of each op and its wait, by the names of the op and of the group."""
 
     def fn(ctx):
         x, ids, weights = inputs(ctx.rank)

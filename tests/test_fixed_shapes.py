@@ -141,15 +141,15 @@ def test_rows_beyond_the_limit_are_left_out(world, alignment, shared, monkeypatc
     options = {"max_recv_tokens": limit, "alignment": alignment}
     options |= {"shared_experts": shared, "shared_ranks": shared}
     with testing.lockstep(world, lambda ctx: make(ctx, **options)) as ranks:
-        given = [inputs(rank) for rank in range(world)]
-        received, sums = drive(ranks, given)
+        batches = [inputs(rank) for rank in range(world)]
+        received, sums = drive(ranks, batches)
         capacities = [ep.capacity for ep in ranks]
     room = [0] * world  # rows of each rank so far, padding included
     kept = set()
     for rank in range(world):
         for local in range(1 if rank < shared else experts_of):
             expert = (rank - shared) * experts_of + local
-            for source, (_, ids, _) in enumerate(given):
+            for source, (_, ids, _) in enumerate(batches):
                 for token, slots in enumerate(ids.tolist()):
                     wanted = [K] if rank < shared else [k for k in range(K) if slots[k] == expert]
                     for slot in wanted:
@@ -158,7 +158,7 @@ def test_rows_beyond_the_limit_are_left_out(world, alignment, shared, monkeypatc
                         room[rank] += 1
             room[rank] = -(-room[rank] // alignment) * alignment
     assert any(rows > capacity for rows, capacity in zip(room, capacities, strict=True))
-    for rank, (x, ids, weights) in enumerate(given):
+    for rank, (x, ids, weights) in enumerate(batches):
         assert len(received[rank].x) == capacities[rank]
         assert int(received[rank].offsets[-1]) == min(room[rank], capacities[rank])
         total = torch.zeros(x.shape)
@@ -189,11 +189,11 @@ class NoReads(TorchDispatchMode):
 def test_no_op_reads_a_value(world, quant, monkeypatch):
     """So that a graph can replay a layer; values are checked on the CPU alone."""
     with testing.lockstep(world, lambda ctx: make(ctx, quant=quant)) as ranks:
-        given = [inputs(rank) for rank in range(world)]
-        drive(ranks, given)
+        batches = [inputs(rank) for rank in range(world)]
+        drive(ranks, batches)
         monkeypatch.setattr(checks, "expert_ids", lambda *args, **options: None)
         with NoReads():
-            drive(ranks, given)
+            drive(ranks, batches)
 
 
 class Launches(TorchDispatchMode):

@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "moe_triton"
 
 # layer -> the layers it may import, beside itself. A layer is a file or a package directly below
-# moe_triton; "" is moe_triton/__init__.py. comm gets its device steps as a table from ops, and so
-# needs neither ref nor kernels.
+# moe_triton; "" is moe_triton/__init__.py. comm gets its device steps from ops with each call, and
+# so imports neither ref nor kernels.
 ALLOWED = {
     "errors": set(),
     "topology": {"errors"},
@@ -91,7 +91,7 @@ def test_imports_point_one_way(path):
 
 
 def test_the_core_does_not_know_ascend():
-    """Not through others either: what `expert_parallel` may import reaches no `ascend`."""
+    """Nor does any layer that it may import, directly or not."""
     reached, new = set(), {"expert_parallel", "ops"}
     while new:
         reached |= new

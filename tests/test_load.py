@@ -1,4 +1,4 @@
-"""``ExpertParallel(count_load=True)``: what dispatches deliver, counted while they number it."""
+"""``ExpertParallel(count_load=True)``: the rows of each expert, counted as they are numbered."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_load_over_steps(world, alignment):
         assert torch.equal(after, rows(range(RANKS), [3]))
 
 
-def test_one_rank_alone():
+def test_one_rank():
     with layer() as ep:
         ep.dispatch(*batch(0, 0))
         assert torch.equal(ep.load, rows([0], [0]))
@@ -67,13 +67,13 @@ def test_shared_ranks_count_their_own():
             return ep.load, ep.gather_load()
 
     loads, gathered = zip(*testing.run_local(RANKS, work), strict=True)
-    # Each shared rank has the tokens of two ranks, of which one token each takes no part.
+    # Each shared rank receives the tokens of two ranks, all but one masked token of each.
     assert [load.tolist() for load in loads[:2]] == [[2 * (TOKENS - 1)]] * 2
     assert torch.equal(torch.cat(loads[2:]), rows(range(RANKS), [0]))
-    assert all(torch.equal(one, rows(range(RANKS), [0])) for one in gathered)
+    assert all(torch.equal(load, rows(range(RANKS), [0])) for load in gathered)
 
 
-def test_going_backward_is_not_counted():
+def test_backward_is_not_counted():
     with layer(dtype=torch.float32) as ep:
         x, ids = batch(0, 0)
         x = x.float().requires_grad_()
@@ -90,7 +90,7 @@ def test_without_counting():
             ep.gather_load()
 
 
-def test_peers_hear_of_a_rank_that_does_not_count():
+def test_peers_of_a_rank_that_does_not_count_abort():
     def work(ctx):
         with layer(ctx, count_load=ctx.rank != 1) as ep:
             kind = moe_triton.ArgumentValueError if ctx.rank == 1 else moe_triton.PeerAbortError
@@ -101,7 +101,7 @@ def test_peers_hear_of_a_rank_that_does_not_count():
 
 
 def test_from_replicas_back_to_experts():
-    """What physical experts received is the load of the logical ones."""
+    """The loads of physical experts add up to those of the logical ones."""
     ids = testing.routing_zipf(TOKENS, EXPERTS, TOP_K, seed=5)
     load = ids.flatten().bincount(minlength=EXPERTS) * RANKS
     plan = eplb.plan(load, num_ranks=RANKS, num_slots=3 * RANKS)

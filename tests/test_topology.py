@@ -1,4 +1,4 @@
-"""Who owns which expert, against a placement written out expert by expert."""
+"""The placement of experts, against one written out expert by expert."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_every_source_reaches_each_shared_expert_once(topology):
 
 
 @pytest.mark.parametrize("topology", SHAPES)
-def test_capacity_holds_the_most_that_can_come(topology):
+def test_capacity_holds_the_worst_case(topology):
     tokens, top_k = 5, 2
     for rank in range(topology.world_size):
         if topology.is_shared_rank(rank):

@@ -45,7 +45,6 @@ class DeviceSteps(Protocol):
         self, expert_ids: Tensor, num_experts: int, copies: RoutingCopies | None = None, /
     ) -> RoutingPlan:
         """Count the routed slots of each expert and sort them by expert."""
-        ...
 
     def dispatch_send(
         self,
@@ -64,13 +63,11 @@ class DeviceSteps(Protocol):
         num_shared_ranks: int,
     ) -> None:
         """Quantise the tokens into this rank's window and write every rank's header."""
-        ...
 
     def recv_permutation(
         self, counts: Tensor, /, alignment: int = 1, capacity: int | None = None
     ) -> RecvPermutation:
         """Number the received rows by (local expert, source)."""
-        ...
 
     def recv_row_index(
         self,
@@ -89,7 +86,6 @@ class DeviceSteps(Protocol):
         totals_dtype: torch.dtype = torch.int64,
     ) -> RecvRowIndex:
         """Index the rows that the sources hold for this rank."""
-        ...
 
     def local_permutation(
         self,
@@ -104,7 +100,6 @@ class DeviceSteps(Protocol):
         totals_dtype: torch.dtype = torch.int64,
     ) -> LocalPermutation:
         """Number the rows of a rank that sends to itself alone."""
-        ...
 
     def combine_row_index(
         self,
@@ -122,7 +117,6 @@ class DeviceSteps(Protocol):
         shared_capacity: int | None = None,
     ) -> Tensor:
         """Index the expert row of every slot of this rank's tokens."""
-        ...
 
     def gather_quant(
         self,
@@ -136,11 +130,9 @@ class DeviceSteps(Protocol):
         /,
     ) -> None:
         """Quantise each token and write it to the rows of its slots."""
-        ...
 
     def zero_padding(self, x: Tensor, index: Tensor, count: Tensor | None = None, /) -> None:
         """Zero the rows whose index is ``NOWHERE``."""
-        ...
 
     def gather_rows(
         self,
@@ -153,7 +145,6 @@ class DeviceSteps(Protocol):
         /,
     ) -> None:
         """Gather window rows by index into payload and scales."""
-        ...
 
     def encode(
         self,
@@ -165,11 +156,9 @@ class DeviceSteps(Protocol):
         count: Tensor | None = None,
     ) -> None:
         """Write rows in a window's format."""
-        ...
 
     def add_rows(self, own: Tensor, peer: Tensor, out: Tensor, /) -> None:
         """Add two halves of a row that two ranks hold."""
-        ...
 
     def weighted_sum(
         self,
@@ -184,7 +173,6 @@ class DeviceSteps(Protocol):
         /,
     ) -> None:
         """Sum the rows of each token with its weights."""
-        ...
 
 
 def fixed_shapes(device: torch.device) -> bool:
@@ -401,59 +389,46 @@ class Transport(Protocol):
 
     def prepare(self, call: Call, kind: str, slot_bytes: int, /) -> None:
         """Compare the arguments and allocate the windows of ``kind``, on all ranks together."""
-        ...
 
     def dispatch_send(self, call: Call, tokens: DispatchInput, /) -> Pending[DispatchInput]:
         """Send this rank's tokens."""
-        ...
 
     def dispatch_recv(self, pending: Pending[DispatchInput], /) -> Received:
         """Wait for all ranks' tokens and gather those for this rank."""
-        ...
 
     def combine_send(self, call: Call, inputs: CombineInput, /) -> Pending[CombineInput]:
         """Send the experts' rows back."""
-        ...
 
     def combine_recv(self, pending: Pending[CombineInput], epilogue: CombineEpilogue, /) -> Tensor:
         """Wait for all ranks' rows and sum those of each token."""
-        ...
 
     def all_gather_send(
         self, call: Call, parts: Sequence[Tensor], num_bytes: int, /
     ) -> Pending[None]:
         """Send ``parts``, packed in order, to all ranks; no rank sends above ``num_bytes``."""
-        ...
 
     def all_gather_recv(
         self, pending: Pending[None], consume: Callable[[list[Tensor]], _T], /
     ) -> _T:
         """Wait for all ranks; ``consume`` gets each one's uint8, with garbage after the end."""
-        ...
 
     def output_rows(self, config: MoeConfig, num_rows: int, /) -> Tensor | None:
         """The zero-copy combine buffer: [num_rows, H] that the next combine sends without a copy.
 
         None where the transport has none.
         """
-        ...
 
     def all_to_all_v(self, op: str, x: Tensor, counts: list[int], /) -> list[Tensor]:
         """Send consecutive rows of [N, B] uint8 ``x``; return the rows from each rank."""
-        ...
 
     def window_bytes(self, kind: str, /) -> int:
         """Bytes that this rank has allocated for the windows of ``kind``."""
-        ...
 
     def abort_peers(self, kind: str, op: str, error: MoeError, /) -> None:
         """Take part in the next operation with ``error`` in place of data, which aborts it."""
-        ...
 
     def raise_if_broken(self, op: str, /) -> None:
         """Raise ``BrokenGroupError`` after a time-out."""
-        ...
 
     def close(self) -> None:
         """Release the memory."""
-        ...

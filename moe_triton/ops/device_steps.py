@@ -43,17 +43,14 @@ class Steps(DeviceSteps, Protocol):
         epsilon: float = 1e-20,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Choose each token's experts: weights, ids and scores."""
-        ...
 
     def eplb_map(
         self, expert_ids: Tensor, table: Tensor, /, *, rank: int | None, world_size: int
     ) -> Tensor:
         """Choose the replica of each expert."""
-        ...
 
     def keep_experts(self, weights: Tensor, threshold: Tensor, active: Tensor | None, /) -> Tensor:
         """Mark the slots whose weight reaches the threshold."""
-        ...
 
     def finalize_routing(
         self,
@@ -67,11 +64,9 @@ class Steps(DeviceSteps, Protocol):
         /,
     ) -> None:
         """Sum the rows of each token with weights, biases and skip connections."""
-        ...
 
     def quantize_affine(self, x: Tensor, scale: Tensor, offset: Tensor, /) -> Tensor:
         """Quantise rows to int8 with a scale and an offset."""
-        ...
 
 
 def steps_on(device: torch.device) -> Steps:
