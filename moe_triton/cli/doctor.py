@@ -43,6 +43,8 @@ ENVIRONMENT: dict[str, str] = {
     "a2, a3, 950; set_profile() overrides it",
     "TRITON_INTERPRET": "1 imports Triton as its interpreter; the interpret back end sets it while "
     "Triton is not imported yet",
+    "WORLD_SIZE": "set by torchrun: above 1, ExpertParallel without a group raises until "
+    "torch.distributed is initialised",
     "HCCL_BUFFSIZE": "MB of a group's communication buffer on Ascend; the profiles a2, a3 and 950 "
     "check it where it is set",
     "HCCL_INTRA_PCIE_ENABLE": "1, together with HCCL_INTRA_ROCE_ENABLE=0: hierarchical algorithm "
