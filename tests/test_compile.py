@@ -215,7 +215,12 @@ def test_errors_are_the_same():
             with pytest.raises(error) as eager:
                 ep.dispatch(x, wrong)
             assert str(caught.value) == str(eager.value)
-        assert compiled(inputs["x"], ids).num_tokens == ids.numel()
+        received = compiled(inputs["x"], ids)
+        assert received.num_tokens == ids.numel()
+        with ALONE.make(None) as other:
+            combine = torch.compile(other.combine, backend="aot_eager", fullgraph=True)
+            with pytest.raises(ArgumentValueError, match="come from a dispatch of this object"):
+                combine(received.x, received.handle)
 
 
 def test_exact_rows_cannot_be_compiled(monkeypatch):

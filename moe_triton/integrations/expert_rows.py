@@ -162,7 +162,7 @@ class RowExchange:
         dispatched = layer.dispatch_teardown(pending.operation)
         x, weights = dispatched.x, dispatched.weights
         if dispatched.scales is not None:
-            x = (x.float() * dispatched.scales[:, None]).to(pending.dtype)
+            x = dispatched.dequantized(pending.dtype)
         experts = torch.repeat_interleave(
             torch.arange(layer.num_local_experts, device=x.device),
             dispatched.tokens_per_expert,

@@ -20,8 +20,8 @@ def compile_once(package: str) -> bool:
     """Let threads launch the kernels of ``package`` without a lock around each launch.
 
     Returns:
-        False where this Triton compiles in another way than 3.4 to 3.7 do: each launch of a kernel
-        needs a lock then.
+        False where this Triton compiles in another way than 3.7 does: each launch of a kernel needs
+        a lock then.
     """
     # Triton is imported with the kernels.
     from triton.runtime.jit import JITFunction

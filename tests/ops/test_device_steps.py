@@ -98,7 +98,7 @@ def test_a_launch_takes_a_lock_only_where_triton_compiles_in_an_unknown_way(monk
 
 # Triton with a driver that only writes down what would be launched.
 LAUNCH = """
-import json, threading, time
+import json, sys, threading, time
 from types import SimpleNamespace
 import torch, triton
 import triton.language as tl
@@ -126,7 +126,9 @@ driver.set_active(SimpleNamespace(
     get_current_device=lambda: 0, get_current_stream=lambda _: 0, utils=utils,
     get_current_target=lambda: GPUTarget("cuda", 90, 32), launcher_cls=launcher,
 ))
-assert compile_once.compile_once("moe_triton.kernels"), "the installed Triton is not known"
+if not compile_once.compile_once("moe_triton.kernels"):
+    print("null")
+    sys.exit()
 compile_once.guard(_copy_kernel)
 x = torch.zeros(64)
 
@@ -153,7 +155,10 @@ def test_threads_load_a_kernel_once_and_launch_no_null_function(tmp_path):
         text=True,
         check=True,
     )
-    loads, functions = json.loads(done.stdout)
+    counted = json.loads(done.stdout)
+    if counted is None:
+        pytest.skip("this Triton compiles in another way, and each launch takes a lock")
+    loads, functions = counted
     assert loads == 2
     assert len(functions) == 12
     assert set(functions) == {1, 2}
