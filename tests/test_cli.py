@@ -15,7 +15,7 @@ import torch
 import moe_triton
 from moe_triton import ExpertParallel, PeerTimeoutError
 from moe_triton.cli import demo, doctor, main
-from moe_triton.cli.layer import Layer, dense
+from moe_triton.cli.demo_layer import Layer, dense
 from moe_triton.cli.terminal import Terminal, milliseconds, size
 from moe_triton.comm.shm import MemfdMemory
 

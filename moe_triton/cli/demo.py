@@ -17,9 +17,9 @@ from .. import ref
 from ..errors import MoeError
 from ..expert_parallel import Dispatched, ExpertParallel
 from ..testing import RankContext, WorkerDiedError, run_processes
-from . import report
-from .layer import Dense, Layer, dense, rank_experts, replicated_expert
-from .report import PHASES, RankResult, Verdict
+from . import demo_report
+from .demo_layer import Dense, Layer, dense, rank_experts, replicated_expert
+from .demo_report import PHASES, RankResult, Verdict
 from .terminal import Terminal, plural, positive
 
 _FORMATS: dict[str, str | None] = {"bf16": None, "int8": "int8"}
@@ -134,7 +134,7 @@ def run(arguments: argparse.Namespace) -> int:
         terminal.line(f"{terminal.styled('WRONG', 'bad')}  {text}")
         return 1
 
-    report.describe(terminal, layer, arguments.transport)
+    demo_report.describe(terminal, layer, arguments.transport)
     try:
         results, verdicts, loads = _compute(layer, arguments.transport, progress)
     except BrokenPipeError:
@@ -146,9 +146,9 @@ def run(arguments: argparse.Namespace) -> int:
         where = "" if rank is None else f" on rank {rank}"
         return wrong(f"{type(error).__name__}{where}: {error}".replace("\n", " "))
     terminal.line()
-    report.show_loads(terminal, layer, loads)
+    demo_report.show_loads(terminal, layer, loads)
     terminal.line()
-    report.show_table(terminal, results, verdicts)
+    demo_report.show_table(terminal, results, verdicts)
     terminal.line()
     problems = [f"{name}: {text}" for name, v in verdicts.items() for text in v.problems]
     for problem in problems:

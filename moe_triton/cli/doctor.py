@@ -23,7 +23,7 @@ from ..comm import atomics
 from ..comm.local import LocalMemory
 from ..comm.memory import Memory
 from ..comm.shm import MemfdMemory, PosixMemory
-from . import windows
+from . import window_sizes
 from .terminal import Terminal, plural, size
 
 _PACKAGES = ("torch", "triton", "numpy", "torch_npu", "triton-ascend", "nvidia-ml-py")
@@ -68,12 +68,12 @@ ENVIRONMENT: dict[str, str] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    windows.add_arguments(parser)
+    window_sizes.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print everything; returns 0, and ends the program with 2 for sizes that do not fit."""
-    facts: dict[str, Any] = {"windows": windows.examine(arguments)}
+    facts: dict[str, Any] = {"windows": window_sizes.examine(arguments)}
     warnings = _import_torch_npu()
     facts |= {
         "versions": _versions(),
@@ -254,7 +254,7 @@ def _show(terminal: Terminal, facts: dict[str, Any], arguments: argparse.Namespa
     _show_answers(terminal, facts["transports"], _transport_notes(facts["limits"]))
     ranks, tokens = plural(arguments.world_size, "rank"), plural(arguments.tokens, "token")
     _heading(terminal, "windows", f"memory that each of {ranks} sets aside, for {tokens} a rank")
-    windows.show(terminal, facts["windows"])
+    window_sizes.show(terminal, facts["windows"])
     _heading(terminal, "environment", "variables, their values and meanings")
     for name, value in facts["environment"].items():
         text = f"{'not set' if value is None else value}; {ENVIRONMENT[name]}"

@@ -8,9 +8,9 @@ Nothing here communicates or needs a device: a planner runs beside the model, on
 
 from __future__ import annotations
 
-from .plan import Plan
 from .planner import plan, plan_greedy
 from .plot import plot_load
+from .replica_plan import Plan
 from .table import rank_load
 
 __all__ = ["Plan", "plan", "plan_greedy", "plot_load", "rank_load"]

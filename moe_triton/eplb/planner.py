@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from . import greedy, search, table
 from .greedy import Floats, Ints
-from .plan import Plan
-from .sizes import Sizes, check_load
+from .plan_sizes import PlanSizes, check_load
+from .replica_plan import Plan
 
 
 def plan(
@@ -98,10 +98,10 @@ def _plan_layers(
     num_nodes: int,
     num_groups: int | None,
     balance_mode: int,
-    make: Callable[[Floats, Sizes], tuple[Ints, NDArray[np.int32]]],
+    make: Callable[[Floats, PlanSizes], tuple[Ints, NDArray[np.int32]]],
 ) -> Plan:
     check_load(op, load)
-    sizes = Sizes(load.shape[-1], num_ranks, num_slots, num_nodes, num_groups, balance_mode)
+    sizes = PlanSizes(load.shape[-1], num_ranks, num_slots, num_nodes, num_groups, balance_mode)
     sizes.check(op)
     layers = load.detach().cpu().double()
     if load.dim() == 1:
@@ -120,13 +120,13 @@ def _plan_layers(
     return Plan(eplb_table, placement, num_ranks, balance_mode, before, after)
 
 
-def _greedy(load: Floats, sizes: Sizes) -> tuple[Ints, NDArray[np.int32]]:
+def _greedy(load: Floats, sizes: PlanSizes) -> tuple[Ints, NDArray[np.int32]]:
     """The placement and the table of the greedy scheme."""
     placement = greedy.place(load, _nodes(load, sizes), sizes.num_ranks, sizes.num_slots)
     return placement, table.of_replicas(placement, sizes.num_experts)
 
 
-def _searched(load: Floats, sizes: Sizes) -> tuple[Ints, NDArray[np.int32]]:
+def _searched(load: Floats, sizes: PlanSizes) -> tuple[Ints, NDArray[np.int32]]:
     """The placement and the table of the best that the searches find."""
     packed = _nodes(load, sizes)
     exchanged = _exchanged(load, packed, sizes)
@@ -140,7 +140,7 @@ def _searched(load: Floats, sizes: Sizes) -> tuple[Ints, NDArray[np.int32]]:
     return placement, table.of_parts(state.parts, placement, sizes.balance_mode, sizes.num_nodes)
 
 
-def _search(load: Floats, nodes: Ints, sizes: Sizes, balance_mode: int) -> search.State:
+def _search(load: Floats, nodes: Ints, sizes: PlanSizes, balance_mode: int) -> search.State:
     """What the search reaches, node by node, from the greedy placement as a mode uses it."""
     placement = greedy.place(load, nodes, sizes.num_ranks, sizes.num_slots)
     state = _start(load, placement, sizes.num_ranks, balance_mode)
@@ -184,7 +184,7 @@ def _fill(state: search.State, slots: int) -> None:
             state.held[np.where(state.held[:, rank], -1.0, each).argmax(), rank] = True
 
 
-def _nodes(load: Floats, sizes: Sizes) -> Ints:
+def _nodes(load: Floats, sizes: PlanSizes) -> Ints:
     """(E,) the node on which each expert has to stay, as the greedy scheme packs the groups."""
     if sizes.num_groups is None:
         return np.zeros(len(load), np.int64)
@@ -192,7 +192,7 @@ def _nodes(load: Floats, sizes: Sizes) -> Ints:
     return np.repeat(greedy.pack(groups, sizes.num_nodes), len(load) // sizes.num_groups)
 
 
-def _exchanged(load: Floats, nodes: Ints, sizes: Sizes) -> Ints:
+def _exchanged(load: Floats, nodes: Ints, sizes: PlanSizes) -> Ints:
     """The same after exchanges of two groups between the heaviest node and another."""
     if sizes.num_groups is None:
         return nodes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import UnavailableError
-from .plan import Plan
+from .replica_plan import Plan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from .greedy import Floats, Ints
-from .sizes import check_table
+from .plan_sizes import check_table
 
 BY_RANK, BY_TOKEN = 0, 1  # balance modes
 _UNUSED = -1

@@ -11,7 +11,7 @@ from ..errors import ArgumentTypeError, ArgumentValueError
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
+class PlanSizes:
     """The arguments of ``plan``, where they are described, and E from the load."""
 
     num_experts: int

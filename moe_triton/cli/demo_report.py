@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from ..comm import Traffic
-from .layer import Layer
+from .demo_layer import Layer
 from .terminal import WIDTH, Terminal, milliseconds, plural, size
 
 PHASES = ("dispatch", "experts", "combine")
