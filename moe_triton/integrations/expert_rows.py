@@ -1,9 +1,9 @@
-"""What every engine needs: its tokens at the ranks of their experts, and the results back.
+"""Send an engine's tokens to the ranks of their experts, and bring the experts' rows back.
 
-An engine's MoE layer has tokens, expert ids and weights, and experts that work on rows.
-``RowExchange`` is what lies between, in the form that experts of any engine take; docs/engines.md
-shows how to write an integration with it. There is one per group, number of experts and options,
-shared by all layers, and its windows are allocated when the first call of a shape comes.
+An engine's MoE layer has tokens, expert ids and weights, and experts that compute rows.
+``ExpertExchange`` connects the two; docs/engines.md shows how to write an integration with it. All
+layers share one exchange per group, number of experts and options. Windows are allocated at the
+first call of each shape.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from ..errors import ArgumentValueError
 from ..expert_parallel import CombinePending, Dispatched, DispatchPending, ExpertParallel
 from ..ops.layer_config import QuantName, TransportName
 
-_DISPATCH = "RowExchange.dispatch"
+_DISPATCH = "ExpertExchange.dispatch"
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How tokens travel; equal on all ranks.
+    """How rows are sent; equal on all ranks.
 
     Attributes:
-        quant: None, or "int8" to send rows quantised with a scale each.
-        max_tokens: most tokens that a rank brings to one call. None: the ranks tell each other
-            before every call, by a small all-reduce, and windows grow when needed.
+        quant: None, or "int8" to send rows quantised per row.
+        max_tokens: most tokens that a rank passes to one call. None: the ranks agree on it before
+            every call by a small all-reduce, and windows grow when needed.
         transport: "auto", "symmetric" or "collective".
-        timeout: seconds any wait for peers may take.
+        timeout: limit in seconds of each wait for peers.
     """
 
     quant: QuantName | None = None
@@ -40,17 +40,17 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
-    """What the experts of this rank work on.
+class ExpertRows:
+    """Rows for the experts of this rank.
 
     Attributes:
-        x: [R, H] of the tokens' dtype, dequantised if they came as int8. R is at least 1: where
-            nothing came there is one row of zeros for expert 0, which has no effect. It spares
-            experts the empty input, and keeps their part in a backward pass.
+        x: [R, H] of the tokens' dtype, dequantised if sent as int8. R is at least 1: a rank that
+            receives no token has one row of zeros for expert 0, which changes no result, spares
+            the experts empty inputs and keeps them in the backward pass.
         experts: [R] int64, the local expert of each row, ascending.
-        weights: [R] the routing weights of the rows, of the dtype they were given in; or None.
-        layer: the object that dispatched them, and that brings them back.
-        dispatched: what it returned.
+        weights: [R] routing weights of the rows, in the dtype passed to dispatch; or None.
+        layer: the ``ExpertParallel`` that dispatched the rows and combines them.
+        dispatched: its result.
     """
 
     x: torch.Tensor
@@ -61,14 +61,14 @@ class Rows:
 
 
 @dataclasses.dataclass(frozen=True)
-class RowsPending:
+class ExpertRowsPending:
     """A dispatch between setup and teardown.
 
     Attributes:
-        layer: the object that sent the tokens.
-        operation: what it returned.
+        layer: the ``ExpertParallel`` that sent the tokens.
+        operation: its pending operation.
         dtype: of the tokens.
-        weight_dtype: of the weights as they were given, or None.
+        weight_dtype: of the weights passed to dispatch, or None.
     """
 
     layer: ExpertParallel
@@ -82,54 +82,55 @@ class SumsPending:
     """A combine between setup and teardown.
 
     Attributes:
-        layer: the object that sent the rows.
-        operation: what it returned.
+        layer: the ``ExpertParallel`` that sent the rows.
+        operation: its pending operation.
     """
 
     layer: ExpertParallel
     operation: CombinePending
 
 
-class RowExchange:
-    """Tokens to the ranks of their experts and back, whatever their shapes.
+class ExpertExchange:
+    """Dispatch and combine for tokens of any shape; counts are exact.
 
     Expert e is on rank ``e // (num_experts / ranks)`` of the group. All ranks issue the same calls
-    in the same order; one without tokens calls with none.
+    in the same order; a rank without tokens passes zero rows. Exact counts need the host: under
+    ``torch.compile``, call it from a function marked ``torch.compiler.disable``.
 
     Args:
-        group: of the ranks, or None for this one alone.
+        group: of the ranks, or None for one rank.
         num_experts: E, a multiple of the ranks.
-        options: how tokens travel.
+        options: how rows are sent.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, num_experts: int, options: Options) -> None:
         self.group = group
         self._num_experts = num_experts
         self._options = options
-        # By hidden size, experts per token and dtype; with the tokens that the windows hold.
+        # (hidden, top_k, dtype) -> the layer and the max_tokens of its windows.
         self._layers: dict[tuple[int, int, torch.dtype], tuple[ExpertParallel, int]] = {}
 
     def dispatch(
         self, x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor | None = None
-    ) -> Rows:
+    ) -> ExpertRows:
         """Send each token to the ranks of its experts.
 
         Args:
             x: [T, H] bfloat16, float16, float32 or float64.
             expert_ids: [T, K] int32 or int64 in [0, E), distinct within a row; -1 for a slot that
                 goes nowhere.
-            weights: [T, K] of any float dtype, for the experts or ``combine`` to apply; or None.
+            weights: [T, K] of any float dtype, applied by the experts or by ``combine``; or None.
 
         Raises:
-            ArgumentValueError: the tokens are to have gradients, and travel as int8.
+            ArgumentValueError: the tokens require gradients and ``quant`` is set.
             MoeError: as ``ExpertParallel.dispatch``.
         """
         return self.dispatch_teardown(self.dispatch_setup(x, expert_ids, weights))
 
     def dispatch_setup(
         self, x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor | None = None
-    ) -> RowsPending:
-        """The first half of ``dispatch``: send. What needs no rows can run before the second.
+    ) -> ExpertRowsPending:
+        """Send the tokens; compute that needs no rows can run before the teardown.
 
         Args:
             x: as in ``dispatch``.
@@ -147,13 +148,15 @@ class RowExchange:
         operation = layer.dispatch_setup(
             x, expert_ids, None if weights is None else weights.to(wide)
         )
-        return RowsPending(layer, operation, x.dtype, None if weights is None else weights.dtype)
+        return ExpertRowsPending(
+            layer, operation, x.dtype, None if weights is None else weights.dtype
+        )
 
-    def dispatch_teardown(self, pending: RowsPending) -> Rows:
-        """The second half of ``dispatch``: wait for all ranks' tokens.
+    def dispatch_teardown(self, pending: ExpertRowsPending) -> ExpertRows:
+        """Wait for all ranks' tokens and return this rank's rows.
 
         Args:
-            pending: what ``dispatch_setup`` returned.
+            pending: from ``dispatch_setup``.
 
         Raises:
             The errors of ``dispatch``.
@@ -173,15 +176,15 @@ class RowExchange:
         if len(x) == 0:
             x, experts = pad(x, (0, 0, 0, 1)), pad(experts, (0, 1))
             weights = None if weights is None else pad(weights, (0, 1))
-        return Rows(x, experts, weights, layer, dispatched)
+        return ExpertRows(x, experts, weights, layer, dispatched)
 
-    def combine(self, y: torch.Tensor, rows: Rows, *, weighted: bool = False) -> torch.Tensor:
-        """Bring the experts' rows back and sum those of each token with its weights.
+    def combine(self, y: torch.Tensor, rows: ExpertRows, *, weighted: bool = False) -> torch.Tensor:
+        """Send the experts' rows back and return each token's weighted sum.
 
         Args:
-            y: [R, H] of the tokens' dtype, what the experts made of ``rows.x``.
+            y: [R, H] of the tokens' dtype, the experts' outputs for ``rows.x``.
             rows: of the dispatch.
-            weighted: the experts have applied ``rows.weights``; only sum.
+            weighted: True if the experts have applied ``rows.weights``: the rows are only summed.
 
         Returns:
             [T, H] of the tokens' dtype, summed in float32 (float64) and rounded once.
@@ -191,8 +194,10 @@ class RowExchange:
         """
         return self.combine_teardown(self.combine_setup(y, rows, weighted=weighted))
 
-    def combine_setup(self, y: torch.Tensor, rows: Rows, *, weighted: bool = False) -> SumsPending:
-        """The first half of ``combine``: send the rows back.
+    def combine_setup(
+        self, y: torch.Tensor, rows: ExpertRows, *, weighted: bool = False
+    ) -> SumsPending:
+        """Send the experts' rows back.
 
         Args:
             y: as in ``combine``; must not change before the teardown.
@@ -209,10 +214,10 @@ class RowExchange:
         return SumsPending(rows.layer, operation)
 
     def combine_teardown(self, pending: SumsPending) -> torch.Tensor:
-        """The second half of ``combine``: wait for all rows, and sum.
+        """Wait for all rows and return each token's weighted sum.
 
         Args:
-            pending: what ``combine_setup`` returned.
+            pending: from ``combine_setup``.
 
         Returns:
             As ``combine``.
@@ -223,19 +228,19 @@ class RowExchange:
         return pending.layer.combine_teardown(pending.operation)
 
     def close(self) -> None:
-        """Give up the windows; on all ranks. The next call allocates new ones."""
+        """Free the windows, on all ranks; the next call allocates new ones."""
         for layer, _ in self._layers.values():
             layer.close()
         self._layers.clear()
 
     def _layer(self, x: torch.Tensor, top_k: int) -> ExpertParallel:
-        """The object for tokens of this shape, with room for those of every rank."""
+        """The layer for tokens of this shape, with windows for the largest rank's tokens."""
         key = (x.shape[1], top_k, x.dtype)
-        needed = self._most_tokens(x)
-        layer, held = self._layers.get(key, (None, 0))
-        # Somebody may have closed all communicators of the process.
-        if layer is None or layer.transport is None or held < needed:
-            # The smaller one is not closed: a backward pass may still need it.
+        needed = self._max_tokens(x)
+        layer, max_tokens = self._layers.get(key, (None, 0))
+        # transport is None after comm.close_all().
+        if layer is None or layer.transport is None or max_tokens < needed:
+            # Keep the smaller layer open: a backward pass may still need it.
             layer = ExpertParallel(
                 self.group,
                 num_experts=self._num_experts,
@@ -251,49 +256,49 @@ class RowExchange:
             self._layers[key] = layer, needed
         return layer
 
-    def _most_tokens(self, x: torch.Tensor) -> int:
-        """Tokens that the windows must hold, the same on all ranks."""
+    def _max_tokens(self, x: torch.Tensor) -> int:
+        """Tokens per rank that the windows must hold, the same on all ranks."""
         if self._options.max_tokens is not None:
             return self._options.max_tokens
         most = torch.tensor(len(x), device=x.device)
         if self.group is not None and self.group.size() > 1:
             dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
-        # Powers of two: a sequence that grows token by token asks for new windows rarely.
+        # Powers of two: a sequence that grows token by token rarely needs new windows.
         return 1 << max(int(most) - 1, 0).bit_length()
 
 
-_exchanges: dict[tuple[str, int, Options], RowExchange] = {}
+_exchanges: dict[tuple[str, int, Options], ExpertExchange] = {}
 
 
 def exchange_for(
     group: dist.ProcessGroup | None, num_experts: int, options: Options
-) -> RowExchange:
-    """The exchange of a group, made when first asked for; the same order of calls on all ranks.
+) -> ExpertExchange:
+    """The exchange of a group, created by the first call; all ranks call in the same order.
 
-    It stays until ``close_exchanges``: were it to go with the last model that uses it, garbage
-    collection would decide on each rank alone whether the next model shares it.
+    It lives until ``close_exchanges``. If it ended with its last model, each rank's garbage
+    collector would decide alone whether the next model shares it.
 
     Args:
-        group: of the ranks; None for the default process group, or for this rank alone where
+        group: of the ranks; None for the default process group, or for one rank if
             torch.distributed is not initialised.
         num_experts: E, a multiple of the ranks.
-        options: how tokens travel.
+        options: how rows are sent.
     """
     if group is None and dist.is_initialized():
         group = dist.group.WORLD
     key = ("" if group is None else group.group_name, num_experts, options)
-    found = _exchanges.get(key)
-    # A process group that was destroyed and made again may have the old name.
-    if found is None or found.group is not group:
-        found = _exchanges[key] = RowExchange(group, num_experts, options)
-    return found
+    exchange = _exchanges.get(key)
+    # A process group that was destroyed and created again may have the old name.
+    if exchange is None or exchange.group is not group:
+        exchange = _exchanges[key] = ExpertExchange(group, num_experts, options)
+    return exchange
 
 
 def close_exchanges() -> None:
-    """Give up the windows of all exchanges of this process; on all ranks.
+    """Free the windows of all exchanges of this process, on all ranks.
 
-    Models go on working, with new windows: also after a ``PeerTimeoutError`` has broken the old.
+    The next call allocates new windows, also after a ``PeerTimeoutError`` broke the old ones.
     """
-    for found in _exchanges.values():
-        found.close()
+    for exchange in _exchanges.values():
+        exchange.close()
     _exchanges.clear()

@@ -8,7 +8,12 @@ import torch.distributed as dist
 from harness import describe, run_world
 
 from moe_triton import ArgumentValueError, comm
-from moe_triton.integrations.expert_rows import Options, RowExchange, close_exchanges, exchange_for
+from moe_triton.integrations.expert_rows import (
+    ExpertExchange,
+    Options,
+    close_exchanges,
+    exchange_for,
+)
 
 worlds = pytest.mark.parametrize("world", ["symmetric", "collective"])
 EXPERTS, TOP_K, HIDDEN = 6, 2, 16
@@ -49,7 +54,7 @@ def group():
 @pytest.mark.parametrize("weighted", [False, True], ids=["by combine", "by the experts"])
 def test_layer_is_the_dense_one(world, weighted):
     def work(ctx):
-        exchange = RowExchange(group(), EXPERTS, Options())
+        exchange = ExpertExchange(group(), EXPERTS, Options())
         x, ids, weights = inputs(5 + ctx.rank, ctx.rank)
         ids[0, 1] = -1  # goes nowhere
         out, rows = layer(exchange, x, ids, weights.to(torch.bfloat16), weighted=weighted)
@@ -65,7 +70,7 @@ def test_layer_is_the_dense_one(world, weighted):
 @worlds
 def test_rank_that_gets_nothing_has_a_row_of_zeros(world):
     def work(ctx):
-        exchange = RowExchange(group(), EXPERTS, Options())
+        exchange = ExpertExchange(group(), EXPERTS, Options())
         count = 0 if ctx.rank == 0 else 4  # rank 0 is idle, rank 1 has no expert that is asked for
         x, ids, weights = inputs(count, ctx.rank)
         ids = ids % 2 if ctx.rank == 0 else torch.tensor([[0, 4]] * count)
@@ -85,7 +90,7 @@ def test_rank_that_gets_nothing_has_a_row_of_zeros(world):
 @worlds
 def test_windows_grow_with_the_largest_rank(world):
     def work(ctx):
-        exchange = RowExchange(group(), EXPERTS, Options())
+        exchange = ExpertExchange(group(), EXPERTS, Options())
         layers = []
         # Only one rank outgrows the windows, and all get new ones.
         for counts in ((3, 2), (4, 1), (1, 5), (8, 0), (2, 2)):
@@ -101,7 +106,7 @@ def test_windows_grow_with_the_largest_rank(world):
 
 def test_dispatch_before_windows_grew_can_be_combined():
     def work(ctx):
-        exchange = RowExchange(group(), EXPERTS, Options())
+        exchange = ExpertExchange(group(), EXPERTS, Options())
         x, ids, _ = inputs(2, ctx.rank)
         small = exchange.dispatch(x, ids)
         layer(exchange, *inputs(50, ctx.rank))
@@ -131,7 +136,7 @@ def test_gradients_reach_tokens_weights_and_experts_on_every_rank(world, weighte
         return [(x.grad, weights.grad) for x, _, weights in tokens], factors.grad
 
     def work(ctx):
-        exchange = RowExchange(group(), EXPERTS, Options())
+        exchange = ExpertExchange(group(), EXPERTS, Options())
         x, ids, weights = (one.detach() for one in tokens[ctx.rank])
         x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
         factors = torch.arange(1.0, EXPERTS + 1).double().requires_grad_()
@@ -151,7 +156,7 @@ def test_gradients_reach_tokens_weights_and_experts_on_every_rank(world, weighte
 
 
 def test_int8_with_gradients_is_refused():
-    exchange = RowExchange(None, EXPERTS, Options(quant="int8"))
+    exchange = ExpertExchange(None, EXPERTS, Options(quant="int8"))
     x, ids, _ = inputs(2, 0, torch.bfloat16)
     with pytest.raises(ArgumentValueError, match=r"quant must be None where tokens have gradients"):
         exchange.dispatch(x.requires_grad_(), ids)
@@ -161,7 +166,7 @@ def test_int8_with_gradients_is_refused():
 
 def test_more_than_max_tokens_is_refused_on_all_ranks():
     def work(ctx):
-        exchange = RowExchange(group(), EXPERTS, Options(max_tokens=4))
+        exchange = ExpertExchange(group(), EXPERTS, Options(max_tokens=4))
         first, rows = layer(exchange, *inputs(4, ctx.rank))
         try:
             layer(exchange, *inputs(5 if ctx.rank else 1, ctx.rank))
@@ -181,7 +186,7 @@ def test_more_than_max_tokens_is_refused_on_all_ranks():
 
 def test_int8_rows_come_dequantised():
     def work(ctx):
-        exchange = RowExchange(group(), EXPERTS, Options(quant="int8"))
+        exchange = ExpertExchange(group(), EXPERTS, Options(quant="int8"))
         x, ids, _ = inputs(6, ctx.rank, torch.bfloat16)
         rows = exchange.dispatch(x, ids)
         out = exchange.combine(rows.x, rows)
@@ -198,7 +203,7 @@ def test_int8_rows_come_dequantised():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 def test_dtypes_keep_their_precision(dtype):
-    exchange = RowExchange(None, EXPERTS, Options())
+    exchange = ExpertExchange(None, EXPERTS, Options())
     x, ids, weights = inputs(5, 0, dtype)
     rows = exchange.dispatch(x, ids, weights.to(dtype))
     assert rows.x.dtype == rows.weights.dtype == dtype
@@ -210,7 +215,7 @@ def test_dtypes_keep_their_precision(dtype):
 
 def test_alone_rows_are_grouped_by_expert():
     x, ids, weights = inputs(5, 0)
-    out, rows = layer(RowExchange(None, EXPERTS, Options()), x, ids, weights)
+    out, rows = layer(ExpertExchange(None, EXPERTS, Options()), x, ids, weights)
     torch.testing.assert_close(out, dense(x, ids, weights))
     expected = [[token, expert] for expert in range(EXPERTS) for token in range(5)]
     expected = [pair for pair in expected if pair[1] in ids[pair[0]]]

@@ -7,6 +7,8 @@ transformers' own initialisation they are flat, and which token is the largest i
 from __future__ import annotations
 
 import functools
+import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -331,6 +333,88 @@ def test_experts_function_alone_is_eager(checkpoint):
     expected, expected_tokens = run(model, prompts())
     assert torch.equal(logits, expected)
     assert torch.equal(tokens, expected_tokens)
+
+
+class _ExpertsConfig:
+    """Small sizes for the constructor of any experts class."""
+
+    _experts_implementation = "moe_triton"
+    _SIZES = (
+        ("act", "silu"),
+        ("num", 4),
+        ("expert_count", 4),
+        ("intermediate", 24),
+        ("hidden", 16),
+        ("latent", 16),
+    )
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name in ("n_routed_experts", "moe_num_experts"):
+            return 4
+        return next((size for part, size in self._SIZES if part in name), 0)
+
+
+def experts_classes():
+    """(module, class) of every experts module of the installed transformers, from its source."""
+    root = Path(transformers.models.__file__).parent
+    for path in sorted(root.glob("*/modeling_*.py")):
+        text = path.read_text(encoding="utf-8")
+        for name in re.findall(r"^@use_experts_implementation.*\nclass (\w+)", text, re.MULTILINE):
+            yield f"{path.parent.name}.{path.stem}", name
+
+
+# The first two sum in the tokens' dtype, the next two in float32, the last computes in it too.
+CLASSES_IN_CI = (
+    "MixtralExperts",
+    "GptOssExperts",
+    "NemotronHExperts",
+    "Inkling2Experts",
+    "OpenAIPrivacyFilterExperts",
+)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "module, name",
+    [
+        pytest.param(module, name, id=name, marks=() if name in CLASSES_IN_CI else full)
+        for module, name in experts_classes()
+    ],
+)
+def test_experts_function_rounds_as_each_class_does(module, name, weight_dtype):
+    """Bit for bit in bf16."""
+    kind = getattr(importlib.import_module(f"transformers.models.{module}"), name)
+    generator = torch.Generator().manual_seed(0)
+    config = _ExpertsConfig()
+    experts = kind(config).to(torch.bfloat16)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.normal_(std=0.3, generator=generator)
+    x = torch.randn(40, experts.down_proj.shape[1:][experts.is_transposed], generator=generator)
+    x = x.bfloat16()
+    ids = torch.rand(40, 4, generator=generator).argsort(dim=1)[:, :3]
+    weights = torch.rand(40, 3, generator=generator).to(weight_dtype)
+    integration.register()
+    with torch.no_grad():
+        out = experts(x, ids, weights)
+        config._experts_implementation = "eager"
+        expected = experts(x, ids, weights)
+    integration.close_exchanges()
+    assert out.dtype == expected.dtype
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_model_breaks_its_graph_at_the_experts(checkpoint):
+    integration.register()
+    model = load(checkpoint("qwen3_moe"), torch.float32, "experts_implementation")
+    with torch.no_grad():
+        expected = model(prompts()).logits
+        logits = torch.compile(model, backend="aot_eager")(prompts()).logits
+    integration.close_exchanges()
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
 def test_registering_again_changes_nothing_and_names_have_options_of_their_own():
