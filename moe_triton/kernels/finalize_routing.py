@@ -97,9 +97,9 @@ def finalize_routing(
     """Sum the rows of each token and their experts' biases; see ``ref.finalize_routing``.
 
     Args:
-        rows: [N, H] fp16, bf16, fp32 or fp64; all others of their dtype, but the integers.
+        rows: [N, H] fp16, bf16, fp32 or fp64; bias, skips and out are of their dtype.
         index: [T, K] int64, negative for none.
-        weights: [T, K], or None for all 1.
+        weights: [T, K] fp16, bf16, fp32 or fp64, or None for all 1.
         bias: [E, H], or None.
         expert_ids: [T, K] int32, where there is a bias.
         skips: two of [T, H], or None.
@@ -120,7 +120,7 @@ def finalize_routing(
     slots = (shape[0], num_slots)
     check_tensor(op, "index", index, dtypes=(torch.int64,), shape=slots, device=device)
     if weights is not None:
-        check_tensor(op, "weights", weights, dtypes=dtypes, shape=slots, device=device)
+        check_tensor(op, "weights", weights, dtypes=FLOATS, shape=slots, device=device)
         weights = weights.contiguous()
     if bias is not None:
         if expert_ids is None:

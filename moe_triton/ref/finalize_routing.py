@@ -28,9 +28,9 @@ def finalize_routing(
     whatever the weight.
 
     Args:
-        rows: [N, H] floating point; all others of their dtype, but the integers.
+        rows: [N, H] floating point; bias, skips and out are of their dtype.
         index: [T, K] int64, or ``NOWHERE``.
-        weights: [T, K], or None for all 1.
+        weights: [T, K] of any floating dtype, or None for all 1.
         bias: [E, H], or None.
         expert_ids: [T, K] int32, where there is a bias.
         skips: two of [T, H], or None.

@@ -1,9 +1,10 @@
-"""Gradients of the ops of one device, in the form that ``torch.library.register_autograd`` takes.
+"""Gradients of the single-device ops, in the form that ``torch.library.register_autograd`` takes.
 
-Every op is a sum of terms: row ``row[i]`` of one tensor, times ``weight[i]``, goes to row
-``token[i]`` of the other. So the gradient of the rows is the same sum read backwards, and that of a
-weight is the product of the two rows. All of it is plain PyTorch, which can be differentiated
-again.
+Every op is a sum of terms: row ``row[i]`` of one tensor, times ``weight[i]``, is added to row
+``token[i]`` of another. The gradient of the rows is the same sum from ``token`` to ``row``; that of
+a weight is the dot product of the two rows. Plain PyTorch, so second derivatives work too.
+
+A ``save_*`` function keeps a tensor only if the gradient of some argument needs it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ...ref import accumulator
 from .finalize_routing import source_rows
-from .routing_map import padded_experts, selected
+from .routing_map import first_selected, padded_experts
 
 _Gradients = tuple[Tensor | None, ...]
 
@@ -23,202 +24,232 @@ _Gradients = tuple[Tensor | None, ...]
 def add_terms(
     source: Tensor, row: Tensor, token: Tensor, weights: Tensor | None, num_out: int
 ) -> Tensor:
-    """[num_out, H]: sums over i of weights[i] * source[row[i]], each to row token[i].
+    """[num_out, H]: weights[i] * source[row[i]] added to row token[i], for all i.
 
-    In float32 (float64 for float64), rounded once. Terms whose row or token is not there are left
-    out.
+    In float32 (float64 for float64), rounded once. A term whose row or token is out of range is
+    left out.
     """
-    accumulated = accumulator(source.dtype)
-    out = source.new_zeros((num_out, source.shape[1]), dtype=accumulated)
+    dtype = accumulator(source.dtype)
+    out = source.new_zeros((num_out, source.shape[1]), dtype=dtype)
     if not len(source) or not num_out:
         return out.to(source.dtype)
-    there = (row >= 0) & (row < len(source)) & (token >= 0) & (token < num_out)
-    terms = source[row.where(there, 0).long()].to(accumulated)
+    valid = (row >= 0) & (row < len(source)) & (token >= 0) & (token < num_out)
+    terms = source[row.where(valid, 0).long()].to(dtype)
     if weights is not None:
-        terms = terms * weights.to(accumulated)[:, None]
-    terms = terms.where(there[:, None], 0.0)
-    return out.index_add(0, token.where(there, 0).long(), terms).to(source.dtype)
+        terms = terms * weights.to(dtype)[:, None]
+    terms = terms.where(valid[:, None], 0.0)
+    return out.index_add(0, token.where(valid, 0).long(), terms).to(source.dtype)
 
 
-def products(one: Tensor, row: Tensor, other: Tensor, token: Tensor, like: Tensor) -> Tensor:
-    """[n] of the dtype of ``like``: products of one[row[i]] and other[token[i]]; 0 if not there."""
-    if not len(one) or not len(other):
-        return like.new_zeros(len(row))
-    there = (row >= 0) & (row < len(one)) & (token >= 0) & (token < len(other))
-    accumulated = accumulator(one.dtype)
-    left, right = (
-        rows[index.where(there, 0).long()].to(accumulated)
-        for rows, index in ((one, row), (other, token))
+def dot_products(
+    left: Tensor, left_row: Tensor, right: Tensor, right_row: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """[n] of ``dtype``: left[left_row[i]] . right[right_row[i]]; 0 if a row is out of range."""
+    if not len(left) or not len(right):
+        return left.new_zeros(len(left_row), dtype=dtype)
+    valid = (left_row >= 0) & (left_row < len(left)) & (right_row >= 0) & (right_row < len(right))
+    a, b = (
+        rows[index.where(valid, 0).long()].to(accumulator(left.dtype))
+        for rows, index in ((left, left_row), (right, right_row))
     )
-    return (left * right).sum(1).where(there, 0.0).to(like.dtype)
+    return (a * b).sum(1).where(valid, 0.0).to(dtype)
 
 
 def _needs(ctx: Any, argument: int) -> bool:
-    """Whether an argument needs a gradient; those left at their defaults are not listed."""
+    """Whether an argument needs a gradient; trailing defaults are not listed."""
     needed = ctx.needs_input_grad
     return argument < len(needed) and bool(needed[argument])
 
 
-def _numbers(index: Tensor, divisor: int = 1) -> Tensor:
-    """0, 1, 2, ..., as many as there are in ``index``, each ``divisor`` times."""
-    return torch.arange(len(index), device=index.device) // max(divisor, 1)
+def _positions(index: Tensor, repeats: int = 1) -> Tensor:
+    """0, 1, 2, ..., each ``repeats`` times, as long as ``index``: the token of each slot."""
+    return torch.arange(len(index), device=index.device) // max(repeats, 1)
 
 
 def save_permute(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Of ``token_permute``."""
+    """Save what ``permute_backward`` needs."""
     tokens, indices, *_ = inputs
     ctx.num_tokens, ctx.top_k = len(tokens), indices.shape[1:].numel()
     ctx.save_for_backward(output[1])
 
 
 def permute_backward(ctx: Any, gradient: Tensor, _: Tensor) -> _Gradients:
-    """Of ``token_permute``: a token gets the gradients of its copies."""
+    """Gradients of ``token_permute``: a token gets the sum over its permuted rows."""
     (position,) = ctx.saved_tensors
-    token = _numbers(position, ctx.top_k)
+    token = _positions(position, ctx.top_k)
     return add_terms(gradient, position, token, None, ctx.num_tokens), None, None, None
 
 
 def save_unpermute(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    """Of ``token_unpermute``."""
+    """Save what ``unpermute_backward`` needs."""
     permuted, position, probs, *_ = inputs
-    ctx.save_for_backward(permuted, position, probs)
+    ctx.num_rows = len(permuted)
+    ctx.probs = None if probs is None else (probs.shape, probs.dtype)
+    ctx.save_for_backward(
+        position, permuted if _needs(ctx, 2) else None, probs if _needs(ctx, 0) else None
+    )
 
 
 def unpermute_backward(ctx: Any, gradient: Tensor) -> _Gradients:
-    """Of ``token_unpermute``."""
-    permuted, position, probs = ctx.saved_tensors
-    token = _numbers(position, 1 if probs is None else probs.shape[1])
-    weights = None if probs is None else probs.reshape(-1)
-    rows = chances = None
+    """Gradients of ``token_unpermute``."""
+    position, permuted, probs = ctx.saved_tensors
+    token = _positions(position, 1 if ctx.probs is None else ctx.probs[0][1])
+    to_rows = to_probs = None
     if _needs(ctx, 0):
-        rows = add_terms(gradient, token, position, weights, len(permuted))
-    if probs is not None and _needs(ctx, 2):
-        chances = products(permuted, position, gradient, token, probs).view_as(probs)
-    return rows, None, chances, None, None
+        weights = None if probs is None else probs.reshape(-1)
+        to_rows = add_terms(gradient, token, position, weights, ctx.num_rows)
+    if _needs(ctx, 2):
+        shape, dtype = ctx.probs
+        to_probs = dot_products(permuted, position, gradient, token, dtype).view(shape)
+    return to_rows, None, to_probs, None, None
 
 
 def save_permute_map(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Of ``token_permute_with_routing_map``."""
-    _, routing_map, probs, _, ctx.padded = inputs
-    ctx.has_probs = probs is not None
-    ctx.save_for_backward(routing_map, output[2])
+    """Save what ``permute_map_backward`` needs."""
+    _, routing_map, _, _, ctx.padded = inputs
+    ctx.map_shape = routing_map.shape
+    needs_map = _needs(ctx, 2) and not ctx.padded
+    ctx.save_for_backward(output[2], routing_map if needs_map else None)
 
 
 def permute_map_backward(
-    ctx: Any, gradient: Tensor, kept_gradient: Tensor | None, _: Tensor
+    ctx: Any, gradient: Tensor, probs_gradient: Tensor | None, _: Tensor
 ) -> _Gradients:
-    """Of ``token_permute_with_routing_map``."""
-    routing_map, position = ctx.saved_tensors
-    num_tokens, num_experts = routing_map.shape
-    if ctx.padded:
-        row, token = _numbers(position), position
-        expert = padded_experts(position, num_experts)
-    else:
-        top_k = len(position) // max(num_tokens, 1)
-        row, token = position, _numbers(position, top_k)
-        expert = selected(routing_map, top_k).reshape(-1)
-    tokens = probs = None
+    """Gradients of ``token_permute_with_routing_map``."""
+    position, routing_map = ctx.saved_tensors
+    num_tokens, num_experts = ctx.map_shape
+    top_k = len(position) // max(num_tokens, 1)
+    row, token = _rows_and_tokens(position, top_k, ctx.padded)
+    to_tokens = to_probs = None
     if _needs(ctx, 0):
-        tokens = add_terms(gradient, row, token, None, num_tokens)
-    if ctx.has_probs and kept_gradient is not None and _needs(ctx, 2):
-        probs = _to_cells(kept_gradient[row.long()], token, expert, routing_map.shape)
-    return tokens, None, probs, None, None
+        to_tokens = add_terms(gradient, row, token, None, num_tokens)
+    if probs_gradient is not None and _needs(ctx, 2):
+        expert = _experts(position, routing_map, top_k, num_experts)
+        to_probs = _scatter_cells(probs_gradient[row.long()], token, expert, ctx.map_shape)
+    return to_tokens, None, to_probs, None, None
 
 
 def save_unpermute_map(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    """Of ``token_unpermute_with_routing_map``."""
+    """Save what ``unpermute_map_backward`` needs."""
     permuted, position, shape, probs, routing_map, ctx.padded = inputs
-    ctx.num_tokens = shape[0]
-    ctx.save_for_backward(permuted, position, probs, routing_map)
+    ctx.num_tokens, ctx.num_rows = shape[0], len(permuted)
+    ctx.probs = None if probs is None else (probs.shape, probs.dtype)
+    needs_map = probs is not None and not ctx.padded
+    ctx.save_for_backward(
+        position,
+        permuted if _needs(ctx, 3) else None,
+        probs if _needs(ctx, 0) else None,
+        routing_map if needs_map else None,
+    )
 
 
 def unpermute_map_backward(ctx: Any, gradient: Tensor) -> _Gradients:
-    """Of ``token_unpermute_with_routing_map``."""
-    permuted, position, probs, routing_map = ctx.saved_tensors
+    """Gradients of ``token_unpermute_with_routing_map``."""
+    position, permuted, probs, routing_map = ctx.saved_tensors
     top_k = len(position) // max(ctx.num_tokens, 1)
-    if ctx.padded:
-        row, token = _numbers(position), position
-    else:
-        row, token = position, _numbers(position, top_k)
-    weights = None
-    if probs is not None:
-        if ctx.padded:
-            expert = padded_experts(position, probs.shape[1])
-        else:
-            expert = selected(routing_map, top_k).reshape(-1)
-        weights = probs[token.long(), expert]
-    rows = chances = None
+    row, token = _rows_and_tokens(position, top_k, ctx.padded)
+    expert = None
+    if ctx.probs is not None:
+        expert = _experts(position, routing_map, top_k, ctx.probs[0][1])
+    to_rows = to_probs = None
     if _needs(ctx, 0):
-        rows = add_terms(gradient, token, row, weights, len(permuted))
-    if probs is not None and _needs(ctx, 3):
-        terms = products(permuted, row, gradient, token, probs)
-        chances = _to_cells(terms, token, expert, probs.shape)
-    return rows, None, None, chances, None, None
+        weights = None if probs is None else probs[token.long(), expert]
+        to_rows = add_terms(gradient, token, row, weights, ctx.num_rows)
+    if _needs(ctx, 3):
+        shape, dtype = ctx.probs
+        terms = dot_products(permuted, row, gradient, token, dtype)
+        assert expert is not None
+        to_probs = _scatter_cells(terms, token, expert, shape)
+    return to_rows, None, None, to_probs, None, None
 
 
-def _to_cells(values: Tensor, token: Tensor, expert: Tensor, shape: torch.Size) -> Tensor:
-    """[N, E] with values [n] added to the cells (token, expert), zeros elsewhere."""
+def _rows_and_tokens(position: Tensor, top_k: int, padded: bool) -> tuple[Tensor, Tensor]:
+    """The row and the token of each term, from sorted_indices."""
+    if padded:
+        return _positions(position), position
+    return position, _positions(position, top_k)
+
+
+def _experts(position: Tensor, routing_map: Tensor | None, top_k: int, num_experts: int) -> Tensor:
+    """The expert of each term; without a map, of rows padded to equal capacity."""
+    if routing_map is None:
+        return padded_experts(position, num_experts)
+    return first_selected(routing_map, top_k).reshape(-1)
+
+
+def _scatter_cells(values: Tensor, token: Tensor, expert: Tensor, shape: torch.Size) -> Tensor:
+    """[N, E] zeros with values [n] added to the cells (token, expert)."""
     flat = token.long() * shape[1] + expert
     return values.new_zeros(shape.numel()).index_add(0, flat, values).view(shape)
 
 
 def save_init_routing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Of ``init_routing_v2``; what is quantised has no gradient, and scales have none."""
+    """Save what ``init_routing_backward`` needs; quantised rows and scales have no gradient."""
     x, ids, *_ = inputs
-    row_idx_type = inputs[12]
+    quant_mode, bounds, row_idx_type = inputs[10:13]
     expanded, row_idx, _, scales = output
-    if scales is not None:
-        ctx.mark_non_differentiable(scales)
+    ctx.mark_non_differentiable(*([scales] if quant_mode == -1 else [expanded, scales]))
     ctx.sizes, ctx.scattered = x.shape, row_idx_type == 1 and expanded.dim() == 2
-    start, end = inputs[11] or (0, inputs[6])
+    start, end = bounds or (0, inputs[6])
     ctx.save_for_backward(row_idx, ((ids >= start) & (ids < end)).reshape(-1))
 
 
 def init_routing_backward(ctx: Any, gradient: Tensor, *_: Tensor | None) -> _Gradients:
-    """Of ``init_routing_v2``: a token gets the gradients of its copies."""
-    row_idx, inside = ctx.saved_tensors
+    """Gradients of ``init_routing_v2``: a token gets the sum over its rows."""
+    row_idx, in_range = ctx.saved_tensors
     row = row_idx.long()
     if ctx.scattered:
-        row = torch.empty_like(row).scatter(0, row, _numbers(row))
+        row = torch.empty_like(row).scatter(0, row, _positions(row))
     num_tokens, hidden = ctx.sizes
-    token = _numbers(row, len(row) // max(num_tokens, 1))
-    row = row.where(inside, -1)
+    token = _positions(row, len(row) // max(num_tokens, 1))
+    row = row.where(in_range, -1)
     x = add_terms(gradient.reshape(-1, hidden), row, token, None, num_tokens)
-    return x, *[None] * 13
+    return x, *[None] * 14
+
+
+_ROWS, _SKIP1, _SKIP2, _BIAS, _SCALES = range(5)  # arguments of finalize_routing
 
 
 def save_finalize(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    """Of ``finalize_routing``."""
+    """Save what ``finalize_backward`` needs."""
     rows, _, _, bias, scales, index, experts, mode, k = inputs
     ctx.shape = rows.shape
-    top_k = (k or 1) if scales is None else scales.shape[1]
-    row = source_rows(index, top_k, mode).reshape(-1)
-    ctx.top_k = top_k
+    ctx.top_k = (k or 1) if scales is None else scales.shape[1]
     ctx.num_experts = 0 if bias is None else len(bias)
-    # Rows and biases are for the gradient of the weights alone.
-    kept = (rows, bias) if scales is not None else (None, None)
-    ctx.save_for_backward(row, experts, scales, *kept)
+    ctx.scales = None if scales is None else (scales.shape, scales.dtype)
+    for_scales = _needs(ctx, _SCALES)
+    for_bias = _needs(ctx, _BIAS)
+    ctx.save_for_backward(
+        source_rows(index, ctx.top_k, mode).reshape(-1),
+        experts if bias is not None and (for_bias or for_scales) else None,
+        scales if for_bias or _needs(ctx, _ROWS) else None,
+        rows if for_scales else None,
+        bias if for_scales else None,
+    )
 
 
 def finalize_backward(ctx: Any, gradient: Tensor) -> _Gradients:
-    """Of ``finalize_routing``."""
+    """Gradients of ``finalize_routing``."""
     row, experts, scales, rows, bias = ctx.saved_tensors
-    token = _numbers(row, ctx.top_k)
+    token = _positions(row, ctx.top_k)
     expert = None if experts is None else experts.reshape(-1)
     weights = None if scales is None else scales.reshape(-1)
-    found: list[Tensor | None] = [None] * 9
-    if _needs(ctx, 0):
+    gradients: list[Tensor | None] = [None] * 9
+    if _needs(ctx, _ROWS):
         size = ctx.shape[:-1].numel()
-        found[0] = add_terms(gradient, token, row, weights, size).view(ctx.shape)
-    for skip in (1, 2):
+        gradients[_ROWS] = add_terms(gradient, token, row, weights, size).view(ctx.shape)
+    for skip in (_SKIP1, _SKIP2):
         if _needs(ctx, skip):
-            found[skip] = gradient
-    if ctx.num_experts and expert is not None and _needs(ctx, 3):
-        found[3] = add_terms(gradient, token, expert, weights, ctx.num_experts)
-    if scales is not None and _needs(ctx, 4):
+            gradients[skip] = gradient
+    if _needs(ctx, _BIAS):
+        assert expert is not None
+        gradients[_BIAS] = add_terms(gradient, token, expert, weights, ctx.num_experts)
+    if _needs(ctx, _SCALES):
+        shape, dtype = ctx.scales
         flat = rows.reshape(-1, ctx.shape[-1])
-        terms = products(flat, row, gradient, token, scales)
-        if bias is not None and expert is not None:
-            terms = terms + products(bias, expert, gradient, token, scales)
-        found[4] = terms.view_as(scales)
-    return tuple(found)
+        terms = dot_products(flat, row, gradient, token, dtype)
+        if bias is not None:
+            assert expert is not None
+            terms = terms + dot_products(bias, expert, gradient, token, dtype)
+        gradients[_SCALES] = terms.view(shape)
+    return tuple(gradients)

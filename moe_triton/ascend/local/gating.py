@@ -1,7 +1,7 @@
-"""The ops behind ``npu_moe_gating_top_k`` and its relatives: which experts each token goes to.
+"""The ops behind ``npu_moe_gating_top_k`` and its variants: choose the experts of each token.
 
-Shapes and errors are in ``compat.torch_npu``. Each op has a function of its name with ``_outputs``,
-for compilers: what it returns, with no values yet; nothing there raises.
+Shapes and errors are documented in ``compat.torch_npu``. ``*_outputs`` are the fake implementations
+and never raise.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def gating_top_k(
     out_flag: bool = False,
     routed_scaling_factor: float = 1.0,
     eps: float = 1e-20,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Choose experts by their scores, within the best groups of experts."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose the experts with the best scores within the best groups."""
     op = GATING_TOP_K
     checks.required(op, x=x)
     checks.integers(
@@ -72,17 +72,18 @@ def gating_top_k(
     fits = 1 <= k_group <= group_count
     checks.value(op, "k_group", fits, f"be in [1, group_count] = [1, {group_count}]", k_group)
     by_two = group_select_mode == 1 and group_count > 1
-    contract = "be 0 where groups have one expert"
+    contract = "be 0 when groups have one expert"
     checks.value(op, "group_select_mode", not by_two or members > 1, contract, group_select_mode)
     most = k_group * members
-    checks.value(op, "k", 1 <= k <= most, f"be in [1, {most}], the experts of k_group groups", k)
-    given = _hashed(x, k, input_ids, tid2eid)
+    contract = f"be in [1, {most}], as k_group groups have {most} experts"
+    checks.value(op, "k", 1 <= k <= most, contract, k)
+    table_ids = _look_up(x, k, input_ids, tid2eid)
 
     weights, ids, scores = steps_on(device).top_k_gating(
-        _adjacent(x),
+        _dense_rows(x),
         int(k),
         bias=bias,
-        given=given,
+        given=table_ids,
         groups=int(group_count),
         top_groups=int(k_group),
         group_by_two=by_two,
@@ -90,21 +91,18 @@ def gating_top_k(
         scaling=float(routed_scaling_factor),
         epsilon=float(eps),
     )
-    return weights.to(x.dtype), ids, scores if out_flag else None
+    return weights.to(x.dtype), ids, scores
 
 
-def gating_top_k_outputs(
-    *, x: Tensor, k: int, out_flag: bool, **_: object
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What ``gating_top_k`` returns."""
-    y, ids = _chosen(x, k)
-    return y, ids, x.new_empty(x.shape, dtype=torch.float32) if out_flag else None
+def gating_top_k_outputs(*, x: Tensor, k: int, **_: object) -> tuple[Tensor, Tensor, Tensor]:
+    """Fake outputs of ``gating_top_k``."""
+    return *_fake_choice(x, k), x.new_empty(x.shape, dtype=torch.float32)
 
 
 def gating_top_k_softmax(
     x: Tensor, finished: Tensor | None = None, k: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose the experts with the largest softmax; number the choices column by column."""
+    """Choose the experts with the largest softmax; row_idx numbers the choices column by column."""
     op = GATING_TOP_K_SOFTMAX
     _check_softmax(op, x, finished, k)
     y, ids, _ = _softmax(x, finished, int(k), "softmax")
@@ -116,8 +114,8 @@ def gating_top_k_softmax(
 def gating_top_k_softmax_outputs(
     *, x: Tensor, k: int, **_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``gating_top_k_softmax`` returns."""
-    y, ids = _chosen(x, k)
+    """Fake outputs of ``gating_top_k_softmax``."""
+    y, ids = _fake_choice(x, k)
     return y, ids, torch.empty_like(ids)
 
 
@@ -129,7 +127,7 @@ def gating_top_k_softmax_v2(
     renorm: int | None = 0,
     output_softmax: bool | None = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose by the softmax over all experts, or take the softmax over the chosen ones."""
+    """Choose by the softmax over all experts, or take the softmax of the chosen logits."""
     op = GATING_TOP_K_SOFTMAX_V2
     renorm = 0 if renorm is None else renorm
     output_softmax = False if output_softmax is None else output_softmax
@@ -147,14 +145,14 @@ def gating_top_k_softmax_v2(
 def gating_top_k_softmax_v2_outputs(
     *, x: Tensor, k: int, renorm: int | None, output_softmax: bool | None, **_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``gating_top_k_softmax_v2`` returns."""
-    y, ids = _chosen(x, k)
+    """Fake outputs of ``gating_top_k_softmax_v2``."""
+    y, ids = _fake_choice(x, k)
     shape = x.shape if output_softmax and not renorm else (0,)
     return y, ids, x.new_empty(shape, dtype=torch.float32)
 
 
 def _check_softmax(op: str, x: Tensor, finished: Tensor | None, k: int) -> None:
-    """The arguments that both softmax ops have."""
+    """Check the arguments that both softmax ops share."""
     checks.required(op, x=x)
     checks.integers(op, k=k)
     checks.dtype(op, "x", x, _FLOATS)
@@ -162,7 +160,7 @@ def _check_softmax(op: str, x: Tensor, finished: Tensor | None, k: int) -> None:
     three = x.dim() == 3
     shape, meaning = ((None,) * 3, "(.., N, E)") if three else ((None,) * 2, "(N, E)")
     checks.shape(op, "x", x, shape, meaning, x.device)
-    checks.shape(op, "finished", finished, x.shape[:-1], "that of x without E", x.device)
+    checks.shape(op, "finished", finished, x.shape[:-1], "of x without E", x.device)
     most = min(x.shape[-1], _MAX_TOP_K)
     checks.value(op, "k", 1 <= k <= most, f"be in [1, min(E, {_MAX_TOP_K})] = [1, {most}]", k)
 
@@ -170,8 +168,8 @@ def _check_softmax(op: str, x: Tensor, finished: Tensor | None, k: int) -> None:
 def _softmax(
     x: Tensor, finished: Tensor | None, k: int, scoring: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights in the dtype of x, ids and scores, with the leading dimensions of x."""
-    rows = _adjacent(x.reshape(-1, x.shape[-1]))
+    """Weights in the dtype of x, ids, and scores; leading dimensions as in x."""
+    rows = _dense_rows(x.reshape(-1, x.shape[-1]))
     weights, ids, scores = steps_on(x.device).top_k_gating(rows, k, scoring=scoring)
     shape = (*x.shape[:-1], k)
     ids = ids.view(shape)
@@ -180,27 +178,31 @@ def _softmax(
     return weights.to(x.dtype).view(shape), ids, scores.view(x.shape)
 
 
-def _hashed(x: Tensor, k: int, tokens: Tensor | None, table: Tensor | None) -> Tensor | None:
-    """The experts that a table has for the ids of the tokens, [N, K] int32, or None."""
+def _look_up(x: Tensor, k: int, input_ids: Tensor | None, tid2eid: Tensor | None) -> Tensor | None:
+    """[N, K] int32 experts from the table for the tokens' ids; None without a table."""
     op = GATING_TOP_K
-    contract = "be given together with the other of input_ids and tid2eid"
-    checks.value(op, "input_ids", tokens is not None or table is None, contract, None)
-    checks.value(op, "tid2eid", table is not None or tokens is None, contract, None)
-    if tokens is None or table is None:
+    contract = "be given if and only if {} is"
+    checks.value(
+        op, "input_ids", input_ids is not None or tid2eid is None, contract.format("tid2eid"), None
+    )
+    checks.value(
+        op, "tid2eid", tid2eid is not None or input_ids is None, contract.format("input_ids"), None
+    )
+    if input_ids is None or tid2eid is None:
         return None
-    checks.shape(op, "input_ids", tokens, (len(x),), "(N,)", x.device)
-    checks.shape(op, "tid2eid", table, (None, k), "(any, k)", x.device)
-    checks.indices(op, "input_ids", tokens, len(table))
-    checks.indices(op, "tid2eid", table, x.shape[1])
-    return table[tokens.long()].int()
+    checks.shape(op, "input_ids", input_ids, (len(x),), "(N,)", x.device)
+    checks.shape(op, "tid2eid", tid2eid, (None, k), "(any, k)", x.device)
+    checks.indices(op, "input_ids", input_ids, len(tid2eid))
+    checks.indices(op, "tid2eid", tid2eid, x.shape[1])
+    return tid2eid[input_ids.long()].int()
 
 
-def _chosen(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Weights and ids of chosen experts, with no values."""
+def _fake_choice(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Fake weights and ids."""
     shape = (*x.shape[:-1], max(k, 0))
     return x.new_empty(shape), x.new_empty(shape, dtype=torch.int32)
 
 
-def _adjacent(rows: Tensor) -> Tensor:
-    """[N, E] rows whose elements do not lie apart."""
+def _dense_rows(rows: Tensor) -> Tensor:
+    """[N, E] rows with stride 1 along E."""
     return rows if rows.stride(1) == 1 else rows.contiguous()

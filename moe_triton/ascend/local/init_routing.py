@@ -1,7 +1,7 @@
-"""The op behind ``npu_moe_init_routing_v2``: a copy of each token for each of its experts.
+"""The op behind ``npu_moe_init_routing_v2``: gather tokens in the order of their experts.
 
-Shapes and errors are in ``compat.torch_npu``. ``init_routing_v2_outputs`` is for compilers: what
-the op returns, with no values yet; nothing there raises.
+Shapes and errors are documented in ``compat.torch_npu``. ``init_routing_v2_outputs`` is the fake
+implementation and never raises.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _MX = {2: "mx_e5m2", 3: "mx_e4m3"}
 _MODES = (_NONE, _STATIC, _DYNAMIC, *_MX)
 
 
-class _Rows(NamedTuple):
-    """What the rows of expanded_x are.
+class _ExpandedRows(NamedTuple):
+    """Layout of expanded_x.
 
     Attributes:
-        shape: of expanded_x, without H.
-        fmt: of its rows.
+        shape: without H.
+        fmt: of a row.
     """
 
     shape: tuple[int, ...]
@@ -63,8 +63,13 @@ def init_routing_v2(
     active_expert_range: Sequence[int] = (),
     row_idx_type: int = 0,
     x_dtype: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Copies in the order of their experts, quantised or not."""
+    zero_unwritten: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gather tokens in the order of their experts, quantised or not.
+
+    ``zero_unwritten`` zeros the rows after the last one: garbage there times a zero gradient would
+    make the experts' weight gradients NaN.
+    """
     checks.required(OP, x=x, expert_idx=expert_idx)
     checks.integers(
         OP,
@@ -107,13 +112,20 @@ def init_routing_v2(
 
     rows = _rows(x, expert_idx, active_num, expert_capacity, expert_num, drop_pad_mode, quant_mode)
     local_ids = expert_idx - start
-    routing = steps_on(x.device).routing_plan(local_ids, end - start)
-    row, row_idx = _places(routing, local_ids, rows, row_idx_type)
-    expanded, scales = _expand(x, row.view(expert_idx.shape), local_ids, scale, offset, rows)
-    numbers = None
-    if expert_tokens_num_flag:
-        numbers = _numbers(routing.counts, start, expert_num, expert_tokens_num_type)
-    return expanded, row_idx, numbers, scales
+    plan = steps_on(x.device).routing_plan(local_ids, end - start)
+    row, row_idx = _row_index(plan, local_ids, rows, row_idx_type)
+    expanded, scales = _new_outputs(x, scale, rows)
+    if rows.padded or zero_unwritten:
+        scales.view(torch.uint8).zero_()
+    if rows.padded:
+        expanded.zero_()
+    elif zero_unwritten:
+        index = torch.arange(rows.number, device=x.device)
+        index = index.where(index < plan.counts.sum(), NOWHERE)
+        steps_on(x.device).zero_padding(expanded, index)
+    _expand(x, row.view(expert_idx.shape), local_ids, scale, offset, rows, expanded, scales)
+    token_counts = _token_counts(plan.counts, start, expert_num, expert_tokens_num_type)
+    return expanded.view(*rows.shape, rows.fmt.hidden), row_idx, token_counts, scales
 
 
 def init_routing_v2_outputs(
@@ -126,12 +138,11 @@ def init_routing_v2_outputs(
     expert_num: int,
     drop_pad_mode: int,
     expert_tokens_num_type: int,
-    expert_tokens_num_flag: bool,
     quant_mode: int,
     active_expert_range: Sequence[int],
     **_: object,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """What ``init_routing_v2`` returns."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fake outputs of ``init_routing_v2``."""
     if x.dim() != 2:
         x = x.new_empty((0, 0))
     rows = _rows(
@@ -143,17 +154,16 @@ def init_routing_v2_outputs(
         drop_pad_mode,
         quant_mode,
     )
-    start, end, *_rest = *active_expert_range, 0, max(expert_num, 0)
-    if len(active_expert_range) != 2:
-        start, end = 0, max(expert_num, 0)
-    shape: tuple[int, ...] = (max(end - start, 0),)
+    bounds = active_expert_range if len(active_expert_range) == 2 else (0, expert_num)
+    shape: tuple[int, ...] = (max(bounds[1] - bounds[0], 0),)
     if expert_tokens_num_type == _KEY_VALUE:
         shape = (max(expert_num, 0), 2)
+    expanded, scales = _new_outputs(x, scale, rows)
     return (
-        x.new_empty((*rows.shape, rows.fmt.hidden), dtype=rows.fmt.dtype),
+        expanded.view(*rows.shape, rows.fmt.hidden),
         x.new_empty(expert_idx.numel(), dtype=torch.int32),
-        x.new_empty(shape, dtype=torch.int64) if expert_tokens_num_flag else None,
-        _new_scales(x, scale, rows),
+        x.new_empty(shape, dtype=torch.int64),
+        scales,
     )
 
 
@@ -175,22 +185,22 @@ def _check_dtypes(
         raise ArgumentTypeError(OP, "x_dtype", f"be that of x, {x.dtype}", kind)
 
 
-def _check_range(given: Sequence[int], num_experts: int, drop_pad: int) -> tuple[int, int]:
-    """The experts that have rows, [start, end)."""
-    bounds = (0, num_experts) if len(given) == 0 else tuple(given)
+def _check_range(active: Sequence[int], num_experts: int, drop_pad: int) -> tuple[int, int]:
+    """The range [start, end) of experts that get rows."""
+    bounds = tuple(active) or (0, num_experts)
     fits = len(bounds) == 2 and 0 <= bounds[0] < bounds[1] <= num_experts
     contract = f"be empty, or [start, end] with 0 <= start < end <= expert_num = {num_experts}"
-    checks.value(OP, "active_expert_range", fits, contract, list(given))
+    checks.value(OP, "active_expert_range", fits, contract, list(active))
     contract = f"be [0, {num_experts}] when drop_pad_mode is 1"
     full = not drop_pad or bounds == (0, num_experts)
-    checks.value(OP, "active_expert_range", full, contract, list(given))
+    checks.value(OP, "active_expert_range", full, contract, list(active))
     return int(bounds[0]), int(bounds[1])
 
 
 def _check_factors(
     x: Tensor, scale: Tensor | None, offset: Tensor | None, quant_mode: int, num_experts: int
 ) -> None:
-    """The factors that each mode takes."""
+    """Scale and offset have the shapes of their mode."""
     num_tokens, hidden = x.shape
     if quant_mode == _STATIC:
         checks.value(OP, "scale", scale is not None, "be given when quant_mode is 0", None)
@@ -221,8 +231,9 @@ def _rows(
     num_experts: int,
     drop_pad: int,
     quant_mode: int,
-) -> _Rows:
-    hidden, copies = x.shape[1], expert_idx.numel()
+) -> _ExpandedRows:
+    """The layout of expanded_x for checked arguments."""
+    hidden, num_slots = x.shape[1], expert_idx.numel()
     if quant_mode in _MX:
         fmt = RowFormat.quantized(_MX[quant_mode], x.dtype, hidden)
     elif quant_mode == _DYNAMIC:
@@ -232,21 +243,21 @@ def _rows(
     else:
         fmt = RowFormat.tight(x.dtype, hidden)
     if drop_pad:
-        return _Rows((num_experts, capacity), fmt)
-    return _Rows((min(active_num, copies) if active_num > 0 else copies,), fmt)
+        return _ExpandedRows((num_experts, capacity), fmt)
+    return _ExpandedRows((min(active_num, num_slots) if active_num > 0 else num_slots,), fmt)
 
 
-def _places(
-    routing: RoutingPlan, local_ids: Tensor, rows: _Rows, row_idx_type: int
+def _row_index(
+    plan: RoutingPlan, local_ids: Tensor, rows: _ExpandedRows, row_idx_type: int
 ) -> tuple[Tensor, Tensor]:
-    """[N * K] the row of each copy or ``NOWHERE``, and expanded_row_idx."""
-    absent = routing.position_in_expert == NOWHERE
+    """[N * K] the row of each slot or ``NOWHERE``, and expanded_row_idx."""
+    absent = plan.position_in_expert == NOWHERE
     if rows.padded:
         capacity = rows.shape[1]
-        row = local_ids.reshape(-1) * capacity + routing.position_in_expert
-        row = row.masked_fill(absent | (routing.position_in_expert >= capacity), NOWHERE)
+        row = local_ids.reshape(-1) * capacity + plan.position_in_expert
+        row = row.masked_fill(absent | (plan.position_in_expert >= capacity), NOWHERE)
         return row, row
-    order = routing.sorted_slot_ids
+    order = plan.sorted_slot_ids
     position = torch.empty_like(order)
     position[order.long()] = torch.arange(len(order), dtype=order.dtype, device=order.device)
     position = position.masked_fill(absent, NOWHERE)
@@ -260,57 +271,54 @@ def _expand(
     local_ids: Tensor,
     scale: Tensor | None,
     offset: Tensor | None,
-    rows: _Rows,
-) -> tuple[Tensor, Tensor | None]:
-    """expanded_x and expanded_scale; what no copy comes to is zero if it is padding."""
-    fmt, scales = rows.fmt, _new_scales(x, scale, rows)
-    expanded = x.new_empty((rows.number, fmt.hidden), dtype=fmt.dtype)
-    if rows.padded:
-        expanded.zero_()
-        if scales is not None:
-            scales.zero_()
+    rows: _ExpandedRows,
+    expanded: Tensor,
+    scales: Tensor,
+) -> None:
+    """Write the rows that ``index`` [N, K] names, and their scales."""
+    fmt = rows.fmt
     if fmt.scheme == "static":
-        # The same for all copies of a token, and so done before there are copies.
+        # All rows of a token have the same codes, so quantise before the gather.
         assert scale is not None
         assert offset is not None
         x = steps_on(x.device).quantize_affine(x, scale, offset)
         fmt = RowFormat.tight(x.dtype, fmt.hidden)
-    smooth_scales = made = None
+    smooth_scales = row_scales = None
     if fmt.scheme == "per_row_div" and scale is not None:
         smooth_scales = scale[0] if len(scale) == 1 else scale
-    if scales is not None and fmt.scheme != "none":
-        made = scales.view(fmt.scale_dtype)
+    if fmt.scheme != "none":
+        row_scales = scales.view(fmt.scale_dtype)
     gather_quant = steps_on(x.device).gather_quant
-    gather_quant(x, index, fmt, smooth_scales, local_ids, expanded, made)
-    if scales is not None and scale is not None and made is None:
-        # Where a copy has no row, its scale goes behind the last one.
+    gather_quant(x, index, fmt, smooth_scales, local_ids, expanded, row_scales)
+    if rows.fmt.scheme == "none" and scale is not None:
+        # A slot without a row writes its scale behind the last one.
         flat = index.reshape(-1).long()
         extended = torch.cat([scales, scales[:1].new_zeros(1)])
         extended[flat.where(flat != NOWHERE, rows.number)] = scale.repeat_interleave(index.shape[1])
-        scales = extended[:-1]
-    return expanded.view(*rows.shape, fmt.hidden), scales
+        scales.copy_(extended[:-1])
 
 
-def _new_scales(x: Tensor, scale: Tensor | None, rows: _Rows) -> Tensor | None:
-    """Memory for expanded_scale, where there is one."""
+def _new_outputs(x: Tensor, scale: Tensor | None, rows: _ExpandedRows) -> tuple[Tensor, Tensor]:
+    """expanded_x as 2-D rows, uninitialised, and expanded_scale, zeros if the mode has none."""
     fmt = rows.fmt
+    expanded = x.new_empty((rows.number, fmt.hidden), dtype=fmt.dtype)
     if fmt.scheme == "static" or (fmt.scheme == "none" and scale is None):
-        return None
+        return expanded, x.new_zeros(rows.number, dtype=torch.float32)
     scales = x.new_empty(fmt.scale_shape(rows.number), dtype=fmt.scale_dtype)
-    return scales.view(E8M0) if fmt.scheme == "mx" else scales
+    return expanded, scales.view(E8M0) if fmt.scheme == "mx" else scales
 
 
-def _numbers(counts: Tensor, start: int, num_experts: int, kind: int) -> Tensor:
+def _token_counts(counts: Tensor, start: int, num_experts: int, kind: int) -> Tensor:
     """expert_token_cumsum_or_count."""
     counts = counts.long()
     if kind == _CUMSUM:
         return counts.cumsum(0)
     if kind == _COUNT:
         return counts
-    # Experts with rows come first, in their order; each has its place among them.
-    found = counts.new_zeros((num_experts + 1, 2))
+    # Experts with rows move to the front, the others behind the last pair.
+    pairs = counts.new_zeros((num_experts + 1, 2))
     expert = torch.arange(start, start + len(counts), device=counts.device)
-    place = (counts > 0).cumsum(0) - 1
-    place = place.where(counts > 0, num_experts)
-    found[place] = torch.stack([expert, counts], dim=1)
-    return found[:num_experts]
+    position = (counts > 0).cumsum(0) - 1
+    position = position.where(counts > 0, num_experts)
+    pairs[position] = torch.stack([expert, counts], dim=1)
+    return pairs[:num_experts]

@@ -1,7 +1,7 @@
 """The ops behind ``npu_moe_token_permute`` and ``npu_moe_token_unpermute``.
 
-Shapes and errors are in ``compat.torch_npu``. Each op has a function of its name with ``_outputs``,
-for compilers: what it returns, with no values yet; nothing there raises.
+Shapes and errors are documented in ``compat.torch_npu``. ``*_outputs`` are the fake implementations
+and never raise.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...ops import checks
 from ..op_names import TOKEN_PERMUTE, TOKEN_UNPERMUTE
-from .gather import FLOATS, gather, grouped, weighted_sums
+from .gather import FLOATS, gather, sort_order, weighted_sums
 
 _MAX_INDEX = 2**24 - 1
 
@@ -24,7 +24,7 @@ def token_permute(
     num_out_tokens: int | None = None,
     padded_mode: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """A copy of each token for each of its experts, in the order of the experts."""
+    """Gather the token of every (expert, token) pair, in that order."""
     op = TOKEN_PERMUTE
     number = 0 if num_out_tokens is None else num_out_tokens
     checks.required(op, tokens=tokens, indices=indices)
@@ -42,22 +42,22 @@ def token_permute(
     least = -indices.numel()
     checks.value(op, "num_out_tokens", number >= least, f"be at least {least}", number)
     checks.value(op, "padded_mode", not padded_mode, "be False", padded_mode)
-    order, position = grouped(indices.reshape(-1))
-    return gather(tokens, order[: _kept(number, len(order))] // top_k), position
+    order, position = sort_order(indices.reshape(-1))
+    return gather(tokens, order[: _num_rows(number, len(order))] // top_k), position
 
 
 def token_permute_outputs(
     *, tokens: Tensor, indices: Tensor, num_out_tokens: int | None, **_: object
 ) -> tuple[Tensor, Tensor]:
-    """What ``token_permute`` returns."""
-    rows = max(_kept(num_out_tokens or 0, indices.numel()), 0)
+    """Fake outputs of ``token_permute``."""
+    rows = max(_num_rows(num_out_tokens or 0, indices.numel()), 0)
     permuted = tokens.new_empty((rows, *tokens.shape[1:]))
     return permuted, indices.new_empty(indices.numel(), dtype=torch.int32)
 
 
-def _kept(number: int, copies: int) -> int:
-    """How many of the copies are kept: a slice that ends at ``number``, 0 for all."""
-    return min(number, copies) if number > 0 else copies + number
+def _num_rows(num_out_tokens: int, num_slots: int) -> int:
+    """Permuted rows: a slice that ends at ``num_out_tokens``, 0 for all."""
+    return min(num_out_tokens, num_slots) if num_out_tokens > 0 else num_slots + num_out_tokens
 
 
 def token_unpermute(
@@ -67,7 +67,7 @@ def token_unpermute(
     padded_mode: bool = False,
     restore_shape: Sequence[int] | None = None,  # noqa: ARG001 (of padded_mode)
 ) -> Tensor:
-    """The sum of each token's copies, weighted."""
+    """Weighted sum of each token's permuted rows."""
     op = TOKEN_UNPERMUTE
     checks.required(op, permuted_tokens=permuted_tokens, sorted_indices=sorted_indices)
     checks.flags(op, padded_mode=padded_mode)
@@ -80,9 +80,9 @@ def token_unpermute(
     checks.shape(op, "sorted_indices", sorted_indices, (None,), "(N * K,)", device)
     if probs is not None:
         checks.shape(op, "probs", probs, (None, None), "(N, K)", device)
-        copies = len(sorted_indices)
-        fits = probs.numel() == copies and probs.shape[1] > 0
-        contract = f"have a column, and N * K = {copies} elements as sorted_indices has"
+        num_slots = len(sorted_indices)
+        fits = probs.numel() == num_slots and probs.shape[1] > 0
+        contract = f"have K > 0 and as many elements as sorted_indices, {num_slots}"
         checks.value(op, "probs", fits, contract, f"shape {tuple(probs.shape)}")
     checks.value(op, "padded_mode", not padded_mode, "be False", padded_mode)
     top_k = 1 if probs is None else probs.shape[1]
@@ -92,6 +92,6 @@ def token_unpermute(
 def token_unpermute_outputs(
     *, permuted_tokens: Tensor, sorted_indices: Tensor, probs: Tensor | None, **_: object
 ) -> Tensor:
-    """What ``token_unpermute`` returns."""
+    """Fake output of ``token_unpermute``."""
     rows = sorted_indices.numel() if probs is None else probs.shape[:1].numel()
     return permuted_tokens.new_empty((rows, *permuted_tokens.shape[1:]))

@@ -1,8 +1,7 @@
 """The ops behind ``npu_moe_token_permute_with_routing_map`` and its inverse.
 
-A routing map says of each token and expert whether they belong together. Shapes and errors are in
-``compat.torch_npu``. Each op has a function of its name with ``_outputs``, for compilers: what it
-returns, with no values yet; nothing there raises.
+A routing map is an [N, E] mask of the experts of each token. Shapes and errors are documented in
+``compat.torch_npu``. ``*_outputs`` are the fake implementations and never raise.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from ...layout import NOWHERE
 from ...ops import checks
 from ...ops.device_steps import steps_on
 from ..op_names import TOKEN_PERMUTE_MAP, TOKEN_UNPERMUTE_MAP
-from .gather import FLOATS, gather, grouped, weighted_sums
+from .gather import FLOATS, gather, sort_order, weighted_sums
 
 _MAPS = (torch.bool, torch.int8)
 
 
-def selected(routing_map: Tensor, number: int) -> Tensor:
-    """[.., number] int64: the first columns that are True, then the first that are not."""
+def first_selected(routing_map: Tensor, number: int) -> Tensor:
+    """[.., number] int64: columns that are True in ascending order, then the False ones."""
     order = routing_map.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return order[..., :number]
 
@@ -34,7 +33,7 @@ def token_permute_with_routing_map(
     num_out_tokens: int | None = None,
     drop_and_pad: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """A copy of each token for each of its experts, in the order of the experts."""
+    """Gather the token of every (expert, token) pair of the map, in that order."""
     op = TOKEN_PERMUTE_MAP
     checks.required(op, tokens=tokens, routing_map=routing_map)
     if num_out_tokens is not None:
@@ -54,20 +53,20 @@ def token_permute_with_routing_map(
     checks.value(op, "num_out_tokens", 0 <= number <= most, contract, number)
     if drop_and_pad:
         capacity = number // routing_map.shape[1]
-        token = selected(routing_map.T, capacity)
-        kept = None if probs is None else probs.T.gather(1, token).reshape(-1)
+        token = first_selected(routing_map.T, capacity)
+        permuted_probs = None if probs is None else probs.T.gather(1, token).reshape(-1)
         token = token.reshape(-1)
-        return gather(tokens, token), kept, token.int()
+        return gather(tokens, token), permuted_probs, token.int()
     top_k = number // max(num_tokens, 1)
     if routing_map.device.type == "cpu" and bool((routing_map.sum(1) != top_k).any()):
-        contract = f"name num_out_tokens // N = {top_k} experts for each token"
+        contract = f"have num_out_tokens // N = {top_k} experts for each token"
         row = int((routing_map.sum(1) != top_k).nonzero()[0])
         got = f"{int(routing_map[row].sum())} for token {row}"
         checks.value(op, "routing_map", False, contract, got)
-    expert = selected(routing_map, top_k)
-    order, position = grouped(expert.reshape(-1))
-    kept = None if probs is None else probs.gather(1, expert).reshape(-1)[order]
-    return gather(tokens, order // max(top_k, 1)), kept, position
+    expert = first_selected(routing_map, top_k)
+    order, position = sort_order(expert.reshape(-1))
+    permuted_probs = None if probs is None else probs.gather(1, expert).reshape(-1)[order]
+    return gather(tokens, order // max(top_k, 1)), permuted_probs, position
 
 
 def token_permute_with_routing_map_outputs(
@@ -78,14 +77,14 @@ def token_permute_with_routing_map_outputs(
     num_out_tokens: int | None,
     drop_and_pad: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """What ``token_permute_with_routing_map`` returns."""
+    """Fake outputs of ``token_permute_with_routing_map``."""
     num_tokens, num_experts, *_ = *routing_map.shape, 0, 0
     number = num_tokens if num_out_tokens is None else max(num_out_tokens, 0)
     divisor = max(num_experts if drop_and_pad else num_tokens, 1)
     rows = number // divisor * divisor
     permuted = tokens.new_empty((rows, *tokens.shape[1:]))
-    kept = None if probs is None else probs.new_empty(rows)
-    return permuted, kept, tokens.new_empty(rows, dtype=torch.int32)
+    permuted_probs = None if probs is None else probs.new_empty(rows)
+    return permuted, permuted_probs, tokens.new_empty(rows, dtype=torch.int32)
 
 
 def token_unpermute_with_routing_map(
@@ -96,7 +95,7 @@ def token_unpermute_with_routing_map(
     routing_map: Tensor | None = None,
     drop_and_pad: bool = False,
 ) -> Tensor:
-    """The sum of each token's copies, weighted."""
+    """Weighted sum of each token's permuted rows."""
     op = TOKEN_UNPERMUTE_MAP
     checks.required(
         op,
@@ -118,7 +117,7 @@ def token_unpermute_with_routing_map(
     fits = fits and restore_shape[1] == permuted_tokens.shape[1]
     contract = f"be (N, H) with H = {permuted_tokens.shape[1]}"
     checks.value(op, "restore_shape", fits, contract, tuple(restore_shape))
-    num_tokens, copies = restore_shape[0], len(sorted_indices)
+    num_tokens, num_rows = restore_shape[0], len(sorted_indices)
     checks.shape(op, "probs", probs, (num_tokens, None), "(N, E)", device)
     if routing_map is not None:
         _check_map(op, routing_map, num_tokens, device)
@@ -129,55 +128,55 @@ def token_unpermute_with_routing_map(
         return _unpermute_padded(permuted_tokens, sorted_indices, num_tokens, probs)
 
     contract = f"be a multiple of N = {num_tokens} long"
-    fits = copies % num_tokens == 0 if num_tokens else copies == 0
-    checks.value(op, "sorted_indices", fits, contract, copies)
-    top_k = copies // max(num_tokens, 1)
+    fits = num_rows % num_tokens == 0 if num_tokens else num_rows == 0
+    checks.value(op, "sorted_indices", fits, contract, num_rows)
+    top_k = num_rows // max(num_tokens, 1)
     weights = None
     if probs is not None:
         checks.value(op, "routing_map", routing_map is not None, "be given with probs", None)
         assert routing_map is not None
         most = probs.shape[1]
-        contract = f"hold at most E = {most} copies of each of N = {num_tokens} tokens"
-        checks.value(op, "sorted_indices", top_k <= most, contract, copies)
-        weights = probs.gather(1, selected(routing_map, top_k))
+        contract = f"have at most N * E = {num_tokens * most} elements"
+        checks.value(op, "sorted_indices", top_k <= most, contract, num_rows)
+        weights = probs.gather(1, first_selected(routing_map, top_k))
     return weighted_sums(permuted_tokens, sorted_indices.view(num_tokens, top_k), weights)
 
 
 def token_unpermute_with_routing_map_outputs(
     *, permuted_tokens: Tensor, restore_shape: Sequence[int], **_: object
 ) -> Tensor:
-    """What ``token_unpermute_with_routing_map`` returns."""
+    """Fake output of ``token_unpermute_with_routing_map``."""
     return permuted_tokens.new_empty([max(size, 0) for size in restore_shape])
 
 
 def padded_experts(sorted_indices: Tensor, num_experts: int) -> Tensor:
-    """[E * capacity] int64: the expert of each row of drop_and_pad."""
-    copies = len(sorted_indices)
-    row = torch.arange(copies, device=sorted_indices.device)
-    return row // max(copies // max(num_experts, 1), 1)
+    """[E * capacity] int64: the expert of each row with drop_and_pad."""
+    num_rows = len(sorted_indices)
+    row = torch.arange(num_rows, device=sorted_indices.device)
+    return row // max(num_rows // max(num_experts, 1), 1)
 
 
 def _unpermute_padded(
     permuted: Tensor, token_of: Tensor, num_tokens: int, probs: Tensor | None
 ) -> Tensor:
-    """Sums of rows whose tokens are known, in the order of the rows."""
-    op, copies = TOKEN_UNPERMUTE_MAP, len(token_of)
-    contract = f"have {copies} rows, as sorted_indices has"
-    checks.value(op, "permuted_tokens", len(permuted) == copies, contract, len(permuted))
+    """Sum rows by the token of each, in the order of the rows."""
+    op, num_rows = TOKEN_UNPERMUTE_MAP, len(token_of)
+    contract = f"have as many rows as sorted_indices, {num_rows}"
+    checks.value(op, "permuted_tokens", len(permuted) == num_rows, contract, len(permuted))
     if probs is not None:
-        fits = copies % probs.shape[1] == 0 if probs.shape[1] else copies == 0
+        fits = num_rows % probs.shape[1] == 0 if probs.shape[1] else num_rows == 0
         contract = f"be a multiple of E = {probs.shape[1]} long"
-        checks.value(op, "sorted_indices", fits, contract, copies)
+        checks.value(op, "sorted_indices", fits, contract, num_rows)
     checks.indices(op, "sorted_indices", token_of, num_tokens)
-    # Which of its token's rows each one is. The number of slots is that of the busiest token.
+    # The rank of each row among its token's rows; the busiest token sets the number of slots.
     slot = (
         steps_on(token_of.device)
         .routing_plan(token_of[:, None], num_tokens)
         .position_in_expert.long()
     )
-    slots = int(slot.max()) + 1 if copies else 0
+    slots = int(slot.max()) + 1 if num_rows else 0
     token = token_of.long()
-    row = torch.arange(copies, device=token.device)
+    row = torch.arange(num_rows, device=token.device)
     index = token.new_full((num_tokens, slots), NOWHERE)
     index[token, slot] = row
     weights = None
@@ -188,13 +187,12 @@ def _unpermute_padded(
 
 
 def _probs_dtypes(tokens: Tensor) -> tuple[torch.dtype, ...]:
-    """Weights have the dtype of what they weigh, or float32 for bfloat16."""
-    also = (torch.float32,) if tokens.dtype == torch.bfloat16 else ()
-    return (tokens.dtype, *also)
+    """Probs have the dtype of the tokens; float32 also goes with bfloat16."""
+    return (tokens.dtype, torch.float32) if tokens.dtype == torch.bfloat16 else (tokens.dtype,)
 
 
 def _check_map(op: str, routing_map: Tensor, num_tokens: int, device: torch.device) -> None:
-    """A map is [N, E], with experts, of zeros and ones."""
+    """A map is [N, E] with E > 0, all zeros and ones."""
     checks.shape(op, "routing_map", routing_map, (num_tokens, None), "(N, E)", device)
     fits = routing_map.shape[1] > 0
     checks.value(op, "routing_map", fits, "have columns", f"shape {tuple(routing_map.shape)}")

@@ -1,7 +1,7 @@
-"""Ops of one device under the schemas of torch_npu: they send nothing, and compilers may move them.
+"""Schemas of the single-device ops, as torch_npu has them.
 
-An op with gradients has no tensors by keyword only, which torch cannot differentiate; its function
-in ``compat.torch_npu`` has.
+torch cannot differentiate keyword-only tensors, so an op with gradients takes them by position
+here, and by keyword only in ``compat.torch_npu``.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ init_routing_v2 = Function(
     "Tensor x, Tensor expert_idx, Tensor? scale=None, Tensor? offset=None, int active_num=-1, "
     "int expert_capacity=-1, int expert_num=-1, int drop_pad_mode=0, "
     "int expert_tokens_num_type=0, bool expert_tokens_num_flag=False, int quant_mode=-1, "
-    "int[] active_expert_range=[], int row_idx_type=0, int? x_dtype=None",
+    "int[] active_expert_range=[], int row_idx_type=0, int? x_dtype=None, "
+    "bool zero_unwritten=False",
     "(Tensor expanded_x, Tensor expanded_row_idx, Tensor expert_token_cumsum_or_count, "
     "Tensor expanded_scale)",
     run=init_routing.init_routing_v2,

@@ -1,4 +1,4 @@
-"""The op behind ``npu_moe_update_expert``: which replica serves each token, which slots stay."""
+"""The op behind ``npu_moe_update_expert``: choose replicas, prune light slots."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ def check_update_expert(
     balance_mode: int = 0,
     op: str = UPDATE_EXPERT,
 ) -> torch.Tensor | None:
-    """Check all arguments; returns the threshold as [K], or None where nothing is pruned.
+    """Check all arguments; return the threshold as [K], or None without pruning.
 
-    ``op`` is ``names.UPDATE_EXPERT`` or ``EPLB_UPDATE_EXPERT``, which takes less.
-    Tensors on the meta device have no values to be wrong.
+    ``op`` is ``op_names.UPDATE_EXPERT`` or ``EPLB_UPDATE_EXPERT``, whose ids are int32 only.
     """
     checks.required(op, expert_ids=expert_ids, eplb_table=eplb_table)
     checks.integers(
@@ -34,7 +33,7 @@ def check_update_expert(
     kinds = (torch.int32,) if op == EPLB_UPDATE_EXPERT else (torch.int32, torch.int64)
     checks.dtype(op, "expert_ids", expert_ids, kinds)
     checks.dtype(op, "eplb_table", eplb_table, (torch.int32,))
-    checks.dtype(op, "expert_scales", expert_scales, (torch.float32,))
+    checks.dtype(op, "expert_scales", expert_scales, (*checks.FLOATS, torch.float32))
     checks.dtype(op, "pruning_threshold", pruning_threshold, (torch.float32,))
     checks.dtype(op, "active_mask", active_mask, (torch.bool,))
 
@@ -81,7 +80,7 @@ def update_expert(
     balance_mode: int = 0,
     op: str = UPDATE_EXPERT,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """From logical experts to their replicas; shapes and errors in ``compat.torch_npu``."""
+    """Map logical experts to replicas; shapes and errors are in ``compat.torch_npu``."""
     threshold = check_update_expert(
         expert_ids,
         eplb_table,
@@ -99,7 +98,7 @@ def update_expert(
     balanced = replicas(expert_ids, eplb_table, rank=rank, world_size=int(world_size))
     if threshold is not None:
         assert expert_scales is not None
-        keep = steps_on(device).keep_experts(expert_scales, threshold, active_mask)
+        keep = steps_on(device).keep_experts(expert_scales.float(), threshold, active_mask)
     elif active_mask is not None:
         keep = active_mask[:, None].repeat(1, top_k)
     else:
@@ -108,7 +107,7 @@ def update_expert(
 
 
 def _check_values(op: str, ids: torch.Tensor, table: torch.Tensor) -> None:
-    """On the CPU: ids are those of logical experts, and these have replicas."""
+    """On the CPU: ids are in [0, E) and every table row has a valid count."""
     if ids.device.type != "cpu":
         return
     counts, most = table[:, 0], table.shape[1] - 1
@@ -127,13 +126,11 @@ def _check_values(op: str, ids: torch.Tensor, table: torch.Tensor) -> None:
 def _check_pruning(
     op: str, ids: torch.Tensor, weights: torch.Tensor | None, threshold: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """The threshold as [K], or None where nothing is pruned."""
-    for name, one, other in (
-        ("expert_scales", weights, threshold),
-        ("pruning_threshold", threshold, weights),
-    ):
-        contract = "be given, as what belongs to it is, to leave slots out"
-        checks.value(op, name, one is not None or other is None, contract, None)
+    """The threshold as [K], or None without pruning."""
+    if (weights is None) != (threshold is None):
+        names = ["expert_scales", "pruning_threshold"]
+        missing, other = names if weights is None else names[::-1]
+        checks.value(op, missing, False, f"be given when {other} is given", None)
     checks.shape(op, "expert_scales", weights, tuple(ids.shape), "(BS, K)", ids.device)
     if threshold is None:
         return None

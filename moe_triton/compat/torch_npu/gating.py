@@ -22,7 +22,7 @@ def npu_moe_gating_top_k(
     out_flag: bool = False,
     routed_scaling_factor: float = 1.0,
     eps: float = 1e-20,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Choose the k experts with the largest score + bias, from the best groups of experts.
 
         p = softmax(x) or sigmoid(x);  s = p + bias;  y = p of the chosen, without bias
@@ -42,14 +42,14 @@ def npu_moe_gating_top_k(
         group_select_mode: a group is as good as 0 its best expert, 1 its best two together.
         renorm: 0.
         norm_type: 0 softmax, 1 sigmoid.
-        out_flag: whether to return p.
+        out_flag: whether torch_npu computes out; here it always holds p.
         routed_scaling_factor: factor of y.
         eps: keeps the division finite.
 
     Returns:
         y: (N, k) of the dtype of x, largest score + bias first.
         expert_idx: (N, k) int32.
-        out: (N, E) float32, p; None without out_flag.
+        out: (N, E) float32, p.
 
     Raises:
         MissingArgumentError: 161001.

@@ -30,7 +30,7 @@ def npu_moe_init_routing_v2(
     active_expert_range: Sequence[int] = [],
     row_idx_type: int = 0,
     x_dtype: int | torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Copy each token for each of its experts, in the order of (expert, token), quantised or not.
 
     With drop_pad_mode every expert has expert_capacity rows, for the first copies that come; what
@@ -49,7 +49,7 @@ def npu_moe_init_routing_v2(
         drop_pad_mode: 0 or 1.
         expert_tokens_num_type: 0 prefix sums, 1 counts, 2 pairs of expert and count. They count
             copies before any is dropped.
-        expert_tokens_num_flag: whether to return these.
+        expert_tokens_num_flag: whether torch_npu computes these; here they always are.
         quant_mode: -1 none. 0: int8 of x * scale + offset, each step rounded to float16. 1: int8
             with a scale for each row, the largest magnitude / 127, by which the row is divided. 2
             and 3: float8_e5m2 and float8_e4m3fn with a power of two for every 32 elements, as
@@ -62,15 +62,18 @@ def npu_moe_init_routing_v2(
 
     Returns:
         expanded_x: (rows, H), rows = N * K or active_num; (E, C, H) with drop_pad_mode 1. Of the
-            dtype of x or of quant_mode. Rows after the last copy are not written.
+            dtype of x or of quant_mode. Rows after the last copy are zeros while gradients are
+            enabled (``torch.is_grad_enabled()``), so that they cannot make the gradients of the
+            experts NaN; otherwise they are not written.
         expanded_row_idx: (N * K,) int32. Gather: the row of each copy, -1 without one; with
             active_num also rows that are not there. Scatter: the copy of each row; the rest is
             undefined.
         expert_token_cumsum_or_count: int64, (end - start,), or (E, 2) pairs of the experts with
-            copies, then zeros; None without expert_tokens_num_flag.
+            copies, then zeros.
         expanded_scale: quant_mode -1 the given scales of the rows, 1 those by which rows were
             divided, (rows,) or (E * C,) float32, 0 for padding; 2 and 3 (rows, ceil(H / 32)
-            rounded up to an even number) float8_e8m0fnu. Else None.
+            rounded up to an even number) float8_e8m0fnu. Else (rows,) or (E * C,) float32
+            zeros, which torch_npu does not write.
 
     Raises:
         The errors of ``npu_moe_re_routing``.
@@ -90,6 +93,7 @@ def npu_moe_init_routing_v2(
         active_expert_range=active_expert_range,
         row_idx_type=row_idx_type,
         x_dtype=dtype_number(x_dtype),
+        zero_unwritten=torch.is_grad_enabled(),
     )
 
 
@@ -101,16 +105,18 @@ def npu_moe_re_routing(
     expert_token_num_type: int = 1,
     idx_type: int = 0,
     tokens_dtype: int | torch.dtype | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Bring rows that came from several ranks into the order of (expert, rank).
 
         permute_tokens[i] = tokens[permute_token_idx[i]]
 
     Args:
-        tokens: (A, H) float16, bfloat16 or int8 rows in the order of (rank, expert), H below 16384.
+        tokens: (A, H) float16, bfloat16, int8, float8_e4m3fn or float8_e5m2 rows in the order of
+            (rank, expert), H below 16384.
         expert_token_num_per_rank: (N, E) int32 or int64 rows from each rank for each expert of this
             one, A in all. Zeros are allowed.
-        per_token_scales: (A,) float32, brought into the same order.
+        per_token_scales: (A,) float32, brought into the same order. With float8 tokens also
+            (A, ...) float8_e8m0fnu, or uint8 that stands for it.
         expert_token_num_type: 1, counts.
         idx_type: 0.
         tokens_dtype: None, or the dtype of tokens, as itself or as torch_npu's number of it.
@@ -118,7 +124,8 @@ def npu_moe_re_routing(
 
     Returns:
         permute_tokens: (A, H) of the dtype of tokens.
-        permute_per_token_scales: (A,) float32; None without per_token_scales.
+        permute_per_token_scales: per_token_scales in the new order; without them (A,)
+            float32 zeros, which torch_npu does not write.
         permute_token_idx: (A,) int32.
         expert_token_num: (E,) rows of each expert, of the dtype of expert_token_num_per_rank.
 
@@ -175,11 +182,13 @@ def npu_moe_finalize_routing(
 
     Args:
         expanded_permuted_rows: (N * K, H), or (E, C, H) with drop_pad_mode 1 and 3; float16,
-            bfloat16, float32, or float64, which torch_npu has not. All others are of its dtype.
+            bfloat16, float32, or float64, which torch_npu has not. skip1, skip2 and bias are of its
+            dtype.
         skip1: (N, H), or None for zeros.
         skip2: likewise; None where skip1 is None.
         bias: (E, H) of each expert, or None.
-        scales: (N, K) weights, or None for 1.
+        scales: (N, K) weights, float16, bfloat16, float32 or of the dtype of the rows; or None
+            for 1.
         expanded_src_to_dst_row: (N * K,) int32, p: the row of each copy, or -1. Copy k of token i
             is at k * N + i with drop_pad_mode 0 and 1, at i * K + k with 2 and 3.
         export_for_source_row: (N, K) int32 the experts, needed with bias.

@@ -29,7 +29,7 @@ def npu_moe_update_expert(
         eplb_table: (E, F) int32: for each expert the number of its replicas, at least one, then
             their ids; the rest of a row is not looked at. With balance_mode 0, F is at most
             world_size + 1.
-        expert_scales: (BS, K) float32 weights, with pruning_threshold.
+        expert_scales: (BS, K) float16, bfloat16 or float32 weights, with pruning_threshold.
         pruning_threshold: (K,) or (1, K) float32. A slot stays when its weight is at least this
             part of the sum of the token's weights. None for all slots.
         active_mask: (BS,) bool, the tokens that take part; None for all.

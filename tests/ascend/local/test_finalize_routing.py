@@ -101,6 +101,8 @@ def test_any(back_end, mode, data):
     skip1 = maybe(num_tokens, hidden)
     skip2 = None if skip1 is None else maybe(num_tokens, hidden)
     bias, scales = maybe(experts, hidden), maybe(num_tokens, top_k)
+    if scales is not None and draw(st.booleans()):
+        scales = scales.to(draw(st.sampled_from(FLOATS[:3])))
     ids = torch.randint(0, experts, (num_tokens, top_k), generator=random).to(int32)
 
     def strided(tensor):
@@ -120,6 +122,18 @@ def test_any(back_end, mode, data):
     wanted = define(rows, (skip1, skip2), bias, scales, index, ids, mode, top_k)
     assert found.dtype == dtype
     assert torch.equal(found, wanted)
+
+
+def test_scales_of_more_bits_than_the_rows(back_end):
+    """1 + 2**-8 is no bfloat16; the sum of the products is."""
+    rows = torch.tensor([[512.0], [256.0]]).bfloat16().requires_grad_()
+    scales = torch.tensor([[1 + 2**-8, 1 - 2**-7]]).requires_grad_()
+    index = torch.tensor([0, 1], dtype=int32)
+    out = finalize(rows, None, None, None, scales, index, None)
+    assert (out.dtype, out.tolist()) == (torch.bfloat16, [[768.0]])
+    out.sum().backward()
+    assert scales.grad.dtype == torch.float32 and scales.grad.tolist() == [[512.0, 256.0]]
+    assert rows.grad.dtype == torch.bfloat16 and rows.grad.tolist() == [[1.0], [0.9921875]]
 
 
 def test_init_routing_and_back(back_end):
@@ -211,7 +225,8 @@ BAD = {
     "skip1 half": ({"skip1": SKIP.half()}, 161002, "skip1"),
     "skip2 half": ({"skip2": SKIP.half()}, 161002, "skip2"),
     "bias half": ({"bias": BIAS.half()}, 161002, "bias"),
-    "scales float": ({"scales": SCALES.float()}, 161002, "scales"),
+    "scales int": ({"scales": SCALES.int()}, 161002, "scales"),
+    "scales double": (PLAIN | {ROWS_NAME: ROWS.float(), "scales": SCALES}, 161002, "scales"),
     "index int64": ({INDEX_NAME: INDEX.long()}, 161002, INDEX_NAME),
     "experts int64": ({EXPERTS_NAME: EXPERTS.long()}, 161002, EXPERTS_NAME),
     "mode a word": ({"drop_pad_mode": "0"}, 161002, "drop_pad_mode"),

@@ -95,7 +95,8 @@ def test_worked_example(back_end):
     assert rows[:, 0].tolist() == [1, 2, 3, 1, 3, 2]
     assert index.tolist() == [3, 0, 1, 5, 4, 2]
     assert numbers.tolist() == [3, 2, 1, 0]
-    assert (index.dtype, numbers.dtype, scales) == (int32, torch.int64, None)
+    assert (index.dtype, numbers.dtype) == (int32, torch.int64)
+    assert scales.dtype == torch.float32 and scales.tolist() == [0] * 6
     _, index, numbers, _ = init_routing(X, IDS, row_idx_type=1, **given)
     assert index.tolist() == [1, 2, 5, 0, 4, 3]
     assert numbers.tolist() == [3, 5, 6, 6]
@@ -105,7 +106,7 @@ def test_worked_example_of_drop_and_pad(back_end):
     rows, index, numbers, _ = init_routing(X, IDS, expert_num=4, drop_pad_mode=1, expert_capacity=2)
     assert rows[..., 0].tolist() == [[1, 2], [1, 3], [2, 0], [0, 0]]
     assert index.tolist() == [2, 0, 1, 4, 3, -1]
-    assert numbers is None
+    assert numbers.tolist() == [3, 5, 6, 6]
 
 
 def test_pairs_of_experts_and_counts(back_end):
@@ -174,11 +175,9 @@ def test_any(back_end, mode, padded, data):
         assert rows.shape == (kept, hidden)
     for row, value in wanted.rows.items():
         assert row >= kept or same(rows[row], value)
-    has_scales = scale is not None if mode == -1 else mode != 0
-    assert (scales is not None) == has_scales
-    if has_scales:
-        assert len(scales) == kept
-        assert scales.dtype == (torch.float8_e8m0fnu if mode > 1 else torch.float32)
+    assert len(scales) == kept
+    assert scales.dtype == (torch.float8_e8m0fnu if mode > 1 else torch.float32)
+    if scale is not None if mode == -1 else mode != 0:
         for row, value in wanted.scales.items():
             made = scales.view(torch.uint8)[row : row + 1] if mode > 1 else scales[row : row + 1]
             assert row >= kept or torch.equal(made.view(value.shape), value)
@@ -266,10 +265,40 @@ def test_gradients_of_rows_that_are_not_written_go_nowhere(row_idx_type):
     assert x.grad.tolist() == [[2.0], [1.0], [2.0]]
 
 
-def test_what_is_quantised_has_no_gradients():
+@pytest.mark.parametrize("quant_mode", [1, 2, 3])
+def test_quantised_rows_have_no_gradients(quant_mode):
     x = X.clone().requires_grad_()
-    rows, _, _, scales = init_routing(x, IDS, expert_num=4, quant_mode=1)
+    rows, _, _, scales = init_routing(x, IDS, expert_num=4, quant_mode=quant_mode)
     assert not rows.requires_grad and not scales.requires_grad
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen tokens", "trained tokens"])
+@compilers.usual
+def test_experts_trained_over_all_rows_have_finite_gradients(back_end, frozen, compiled):
+    """Experts 1 and 2 have 3 of the 6 rows; garbage in the others would make dW NaN."""
+
+    def experts(x, weight):
+        rows, _, counts, _ = init_routing(x, IDS, expert_num=4, active_expert_range=[1, 3])
+        valid = torch.arange(len(rows)) < counts[-1]
+        return ((rows * weight) * valid[:, None]).sum()
+
+    weight = torch.ones(1, requires_grad=True)
+    x = X.clone().requires_grad_(not frozen)
+    call = torch.compile(experts, backend="aot_eager", fullgraph=True) if compiled else experts
+    call(x, weight).backward()
+    assert weight.grad.tolist() == [1.0 + 3.0 + 2.0]
+    assert x.grad is None if frozen else x.grad.tolist() == [[1.0], [1.0], [1.0]]
+
+
+@pytest.mark.parametrize("mode", [-1, 1, 3])
+def test_rows_after_the_last_copy_are_zeros_while_gradients_are_enabled(back_end, mode):
+    scale = torch.ones(3) if mode == -1 else None
+    rows, _, _, scales = init_routing(
+        X, IDS, scale=scale, expert_num=4, quant_mode=mode, active_expert_range=[1, 3]
+    )
+    assert not rows.view(torch.uint8).view(6, -1)[3:].any()
+    assert not scales.view(torch.uint8).view(6, -1)[3:].any()
 
 
 @pytest.mark.parametrize(

@@ -313,6 +313,38 @@ def test_gradients(name, back_end):
         assert torch.autograd.gradcheck(call, given)
 
 
+def finalized(x, p):
+    return torch_npu.npu_moe_finalize_routing(x, None, None, None, p, POSITION, None, 2)
+
+
+@pytest.mark.parametrize(
+    "call, trained, sizes",
+    [
+        (lambda x, _: unpermute(x, POSITION), "x", [8]),
+        (lambda x, p: unpermute(x, POSITION, p), "x", [8, 8]),
+        (lambda x, p: unpermute(x, POSITION, p), "p", [8, 24]),
+        (lambda x, _: permute_map(x[:4], MAP, num_out_tokens=8)[0], "x", [8]),
+        (lambda x, _: unpermute_map(x, POSITION, [4, 3]), "x", [8]),
+        (finalized, "x", [8, 8]),
+        (finalized, "p", [8, 24]),
+    ],
+)
+def test_only_tensors_that_a_gradient_needs_are_saved(call, trained, sizes):
+    """Index 8 elements, probs 8, rows 24; rows are kept for the gradient of the probs alone."""
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor.numel())
+        return tensor
+
+    inputs = {"x": ROWS.clone(), "p": PROBS.clone()}
+    inputs[trained].requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = call(*inputs.values())
+    assert sorted(saved) == sizes
+    out.sum().backward()
+
+
 @pytest.mark.parametrize("dtype", FLOATS[:3])
 def test_gradients_have_the_dtypes_of_their_tensors(dtype):
     tokens, probs = TOKENS.to(dtype).requires_grad_(), PROBS.float().requires_grad_()

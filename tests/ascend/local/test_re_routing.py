@@ -27,7 +27,20 @@ def test_worked_example(dtype, back_end):
     assert permuted[:, 0].tolist() == [1, 4, 5, 2, 3]
     assert index.tolist() == [0, 3, 4, 1, 2]
     assert numbers.tolist() == [3, 2]
-    assert (index.dtype, numbers.dtype, scales) == (torch.int32, dtype, None)
+    assert (index.dtype, numbers.dtype) == (torch.int32, dtype)
+    assert scales.dtype == torch.float32 and scales.tolist() == [0] * 5
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float8_e8m0fnu, torch.uint8, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_rows(dtype, scale_dtype, back_end):
+    scales = torch.arange(120, 130, dtype=torch.uint8).view(5, 2)
+    scales = scales[:, 0].float() if scale_dtype == torch.float32 else scales.view(scale_dtype)
+    rows, moved, index, _ = re_routing(TOKENS.to(dtype), COUNTS, per_token_scales=scales)
+    assert (rows.dtype, rows[:, 0].float().tolist()) == (dtype, [1, 4, 5, 2, 3])
+    assert moved.dtype == scale_dtype
+    moved, scales = (one.view(torch.uint8).view(5, -1) for one in (moved, scales))
+    assert torch.equal(moved, scales[index])
 
 
 @hypothesis.given(data=st.data())
@@ -58,7 +71,7 @@ def test_any_re_routing(back_end, data):
     assert found[2].tolist() == index
     assert torch.equal(found[0], tokens[index])
     assert found[0].dtype == dtype
-    assert found[1] is scales is None or torch.equal(found[1], scales[index])
+    assert scales is None or torch.equal(found[1], scales[index])
     assert found[3].tolist() == [int(counts[:, expert].sum()) for expert in range(experts)]
 
 
@@ -96,6 +109,12 @@ BAD = {
     "tokens fp32": (re_routing, {"tokens": TOKENS.float()}, 161002, "tokens"),
     "counts float": (re_routing, {COUNTS_NAME: COUNTS.float()}, 161002, COUNTS_NAME),
     "scales half": (re_routing, {"per_token_scales": TOKENS[:, 0]}, 161002, "per_token_scales"),
+    "scales E8M0": (
+        re_routing,
+        {"per_token_scales": torch.ones(5).to(torch.float8_e8m0fnu)},
+        161002,
+        "per_token_scales",
+    ),
     "hifloat8": (re_routing, {"tokens_dtype": 290}, 161002, "tokens_dtype"),
     "another dtype": (re_routing, {"tokens_dtype": torch.int8}, 161002, "tokens_dtype"),
     "type a word": (re_routing, {"idx_type": "0"}, 161002, "idx_type"),

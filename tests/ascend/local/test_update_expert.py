@@ -42,13 +42,14 @@ def test_worked_example_by_token():
     assert ids.tolist() == [[5, 0], [3, 2], [0, 6]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(2,), (1, 2)])
-def test_worked_example_of_pruning(shape):
-    """13 #35: a weight that is just the threshold stays."""
+def test_worked_example_of_pruning(shape, dtype):
+    """13 #35: a weight equal to the threshold stays."""
     _, mask = update(
         IDS,
         TABLE,
-        expert_scales=WEIGHTS,
+        expert_scales=WEIGHTS.to(dtype),
         pruning_threshold=torch.tensor([0, 0.3]).view(shape),
         active_mask=torch.tensor([True, True, False]),
         balance_mode=1,
@@ -105,7 +106,7 @@ BAD = {
     "table None": ({"eplb_table": None}, 161001, "eplb_table"),
     "ids float": ({"expert_ids": IDS.float()}, 161002, "expert_ids"),
     "table int64": ({"eplb_table": TABLE.long()}, 161002, "eplb_table"),
-    "weights half": ({"expert_scales": WEIGHTS.half()}, 161002, "expert_scales"),
+    "weights double": ({"expert_scales": WEIGHTS.double()}, 161002, "expert_scales"),
     "mask int": ({"active_mask": IDS[:, 0]}, 161002, "active_mask"),
     "world size text": ({"world_size": "8"}, 161002, "world_size"),
     "ids 1-D": ({"expert_ids": IDS[0]}, 561002, "expert_ids"),
