@@ -1,5 +1,5 @@
-"""Ascend scripts where there is no NPU: ``moe-triton npu-run``.
+"""Run Ascend scripts on machines without NPUs: ``moe-triton npu-run``.
 
-``launch`` starts a script with ``standins`` on its path, which holds packages named torch_npu and
-torchair. They are thin; the other modules here are what they install when they are imported.
+``bootstrap`` starts a script with ``standins`` on its path: thin packages named torch_npu and
+torchair, which install the other modules here on import.
 """

@@ -1,4 +1,4 @@
-"""``torch_npu._npu_distribute_barrier``, which no op of this library stands for."""
+"""``torch_npu._npu_distribute_barrier``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _barrier(
     elastic_info: Tensor | None,
 ) -> Tensor:
     if elastic_info is not None and elastic_info[0] and elastic_info[1] != world_size:
-        problem = "elastic_info that leaves out ranks is not emulated by moe-triton npu-run"
+        problem = "moe-triton npu-run does not emulate elastic_info that leaves out ranks"
         raise UnavailableError(_NAME, problem, argument="elastic_info")
     process_group = dist.distributed_c10d._resolve_process_group(cast("Any", group))
     if world_size != process_group.size():
@@ -55,23 +55,23 @@ def npu_distribute_barrier(
     time_out: Tensor | None = None,
     elastic_info: Tensor | None = None,
 ) -> Tensor:
-    """Wait until all ranks of a group are here.
+    """Wait until all ranks of a group call this.
 
     Args:
         x_ref: any tensor.
         group: name of the group, from ``get_hccl_comm_name``.
         world_size: its size.
-        time_out: (1,) microseconds to wait at most, by default the group's limit.
-        elastic_info: (4 + 2 * world_size,) as in npu_moe_distribute_dispatch_v2; all ranks must
-            remain.
+        time_out: (1,) limit in microseconds, by default the group's time-out.
+        elastic_info: (4 + 2 * world_size,) as in npu_moe_distribute_dispatch_v2; it must keep all
+            ranks.
 
     Returns:
         A copy of x_ref.
 
     Raises:
         ArgumentValueError: world_size is not the size of the group.
-        UnavailableError: ranks are left out.
-        RuntimeError: a rank did not come in time.
+        UnavailableError: elastic_info leaves out ranks.
+        RuntimeError: time-out.
     """
     return _operator(
         x_ref=x_ref,

@@ -1,4 +1,4 @@
-"""Start a script with the stand-ins on its path, and wait for it."""
+"""Start a script with the stand-ins on its path, and wait for its end."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ STANDINS = Path(__file__).with_name("standins")
 
 
 def _installed() -> tuple[str | None, str | None]:
-    """Where the real torch_npu is, and why it cannot be imported."""
+    """The path of the real torch_npu, and why it cannot be imported; None for each if not."""
     spec = importlib.util.find_spec("torch_npu")
     if spec is None or spec.origin is None or STANDINS in Path(spec.origin).parents:
         return None, None
     probe = [sys.executable, "-c", "import torch_npu"]
-    found = subprocess.run(probe, capture_output=True, text=True, check=False)
-    lines = found.stderr.strip().splitlines() or [f"exit code {found.returncode}"]
-    return spec.origin, lines[-1] if found.returncode else None
+    result = subprocess.run(probe, capture_output=True, text=True, check=False)
+    lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
+    return spec.origin, lines[-1] if result.returncode else None
 
 
-def _say(text: str) -> None:
+def _report(text: str) -> None:
     sys.stderr.write(f"moe-triton npu-run: {text}\n")
     sys.stderr.flush()
 
@@ -36,27 +36,29 @@ def _say(text: str) -> None:
 def run(arguments: Sequence[str], *, host: str, devices: int) -> int:
     """Run Python with the stand-ins, unless the real torch_npu can be imported.
 
-    Says on stderr which of the two it is.
+    Reports on stderr which of the two it does.
 
     Args:
         arguments: of Python: a script or ``-m`` and a module, and its arguments.
-        host: the device that stands for the NPUs, "cpu" or "cuda".
+        host: the device that replaces the NPUs, "cpu" or "cuda".
         devices: number of NPUs.
 
     Returns:
-        The exit status: that of the script, or 128 and the signal that ended it. Where it is 0
-        although processes that the script started through multiprocessing failed, 1.
+        The exit status of the script, or 128 + the signal that ended it; 1 instead of 0 if
+        processes that the script started through multiprocessing failed.
     """
     environment = dict(os.environ)
     origin, cause = _installed()
     if origin is not None and cause is None:
-        _say(f"torch_npu is installed ({origin}); nothing is emulated")
+        _report(f"torch_npu is installed ({origin}); nothing is emulated")
         return _supervise(arguments, environment)
     if origin is not None:
-        _say(f"torch_npu ({origin}) cannot be imported: {cause}")
-        # It would be torch itself that imports it, for the devices that it brings.
+        _report(f"torch_npu ({origin}) cannot be imported: {cause}")
+        # torch itself would import it to load its device.
         environment["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-    _say(f"no NPU here: torch_npu and torchair are stand-ins, {devices} NPUs on the {host} device")
+    _report(
+        f"no NPU here: torch_npu and torchair are stand-ins, {devices} NPUs on the {host} device"
+    )
     path = [str(STANDINS), *filter(None, [environment.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(path)
     environment[settings.HOST] = host
@@ -68,14 +70,13 @@ def run(arguments: Sequence[str], *, host: str, devices: int) -> int:
         status = _supervise(arguments, environment)
         reports = failures.read_text(encoding="utf-8").splitlines()
     for report in reports:
-        _say(report)
+        _report(report)
     return status or int(bool(reports))
 
 
 def _supervise(arguments: Sequence[str], environment: dict[str, str]) -> int:
     with subprocess.Popen([sys.executable, *arguments], env=environment) as process:
-        # Ctrl-C reaches the script by itself, which may take its time to end. What is sent to this
-        # process alone is passed on.
+        # The terminal sends Ctrl-C to the script too; forward signals sent to this process alone.
         handlers: dict[int, Any] = {
             signal.SIGINT: signal.SIG_IGN,
             signal.SIGTERM: lambda number, _: process.send_signal(number),

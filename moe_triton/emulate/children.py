@@ -1,6 +1,7 @@
-"""Notice child processes that fail: a script that does not look ends well although its ranks died.
+"""Record child processes that fail.
 
-``multiprocessing`` prints the traceback of a child, and the exit status of the parent says nothing.
+``multiprocessing`` prints a child's traceback, but the parent's exit status stays 0 unless the
+script checks its children.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _started: list[BaseProcess] = []
 
 
 def install() -> None:
-    """Watch what this process starts from now on, and report it when this process ends."""
+    """Watch processes started from now on, and report failed ones when this process exits."""
     start = BaseProcess.start
 
     def start_and_remember(process: BaseProcess) -> None:
@@ -25,24 +26,24 @@ def install() -> None:
         _started.append(process)
 
     BaseProcess.start = start_and_remember  # type: ignore[assignment,method-assign]
-    # A negative priority comes after multiprocessing has joined the children.
+    # Finalizers of negative priority run after multiprocessing has joined the children.
     util.Finalize(None, _report, exitpriority=-1)
 
 
 def _report() -> None:
     with Path(os.environ[settings.FAILURES]).open("a", encoding="utf-8") as file:
         for process in _started:
-            how = _failure(process)
-            if how is not None:
-                print(f"{process.name} (pid {process.pid}) {how}", file=file)
+            failure = _failure(process)
+            if failure is not None:
+                print(f"{process.name} (pid {process.pid}) {failure}", file=file)
 
 
 def _failure(process: BaseProcess) -> str | None:
     try:
         code = process.exitcode
-    except ValueError:  # the script closed it, and so it had looked at it
+    except ValueError:  # closed by the script, which can do so only after its end
         return None
-    # None is still running; SIGTERM is how a parent ends the children that it no longer needs.
+    # None: still running. SIGTERM: ended by its parent.
     if code in (None, 0, -signal.SIGTERM):
         return None
     return f"ended with exit code {code}" if code > 0 else f"was ended by signal {-code}"

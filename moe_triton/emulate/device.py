@@ -1,7 +1,7 @@
-"""The device name npu, as another name of the device that the tensors are really on.
+"""The device name npu as an alias of the host device, the CPU or CUDA.
 
-No tensor is ever on an NPU: ``.npu()``, ``.to("npu:0")`` and ``device="npu"`` give tensors of the
-host, the CPU or CUDA. So ``tensor.device`` says cpu or cuda, and ``is_npu`` is true of all of them.
+``.npu()``, ``.to("npu:0")`` and ``device="npu"`` return tensors on the host device, so
+``tensor.device`` is cpu or cuda, and ``is_npu`` is True of them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch.overrides import TorchFunctionMode
 from . import settings
 
 HOST = torch.device(os.environ.get(settings.HOST, "cpu"))
-_COPIES = HOST.type == "cpu"  # a move between the CPU and an NPU stays on the CPU
+_COPIES = HOST.type == "cpu"  # a move between the CPU and an NPU copies
 _kernels = torch.library.Library("aten", "IMPL")  # its kernels go when it does
 
 
 def on_host(value: Any) -> Any:
-    """The device that stands for ``value`` if that is an NPU, else ``value`` itself."""
+    """The host device for an NPU device or its name; any other value as it is."""
     if isinstance(value, str):
         name, _, index = value.partition(":")
         if name != "npu" or (index and not index.isdigit()):
@@ -38,17 +38,17 @@ def on_host(value: Any) -> Any:
 
 
 def _device_argument(value: Any) -> Any:
-    """``on_host`` where a bare number, too, means a device: that of the accelerator, the NPU."""
+    """``on_host`` for device arguments, where a bare number means an accelerator, the NPU."""
     if isinstance(value, int) and not isinstance(value, bool):
         value = torch.device("npu", value)
     return on_host(value)
 
 
 class NpuIsHost(TorchFunctionMode):
-    """Replaces NPUs among the arguments of all functions of torch, in compiled code too.
+    """Replaces NPUs among the arguments of all torch functions, in compiled code too.
 
-    On the CPU, a move to a device copies the tensor, as it does between a CPU and an NPU: otherwise
-    ``x.npu()`` and ``x.cpu()`` would be ``x`` itself, and see what is written to it later.
+    On the CPU, a move to a device copies the tensor, as between a CPU and an NPU: otherwise
+    ``x.npu()`` and ``x.cpu()`` would alias ``x`` and see later writes to it.
     """
 
     def __torch_function__(
@@ -59,7 +59,7 @@ class NpuIsHost(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func is torch.device:
-            return func(*args, **(kwargs or {}))  # an NPU's name stays one until it is used
+            return func(*args, **(kwargs or {}))  # keep the name until a function uses it
         arguments = [on_host(value) for value in args]
         named = {name: on_host(value) for name, value in (kwargs or {}).items()}
         if "device" in named:
@@ -70,17 +70,29 @@ class NpuIsHost(TorchFunctionMode):
             if func is Tensor.cpu:
                 return arguments[0].to("cpu", copy=True, **named)
             if func is Tensor.pin_memory:
-                return arguments[0].clone()  # there is no device that could read it faster
+                return arguments[0].clone()  # pinning has no use without a device
             named.pop("pin_memory", None)
+            if func in (torch.histc, Tensor.histc):
+                return _histc(func, arguments, named)
         return func(*arguments, **named)
 
 
+def _histc(func: Any, arguments: list[Any], named: dict[str, Any]) -> Tensor:
+    """``torch.histc``, also of integers, which an NPU takes and the CPU does not."""
+    tensor = arguments[0] if arguments else named.pop("input")
+    if tensor.is_floating_point():
+        return func(tensor, *arguments[1:], **named)
+    out = named.pop("out", None)
+    counts = func(tensor.double(), *arguments[1:], **named).to(tensor.dtype)
+    return counts if out is None else out.copy_(counts)
+
+
 def _complete_move(arguments: list[Any], named: dict[str, Any]) -> None:
-    """Change the arguments of ``Tensor.to`` where they name a device: tensor, then device."""
+    """Complete the arguments (tensor, device, ...) of ``Tensor.to`` in place."""
     if arguments[1:]:
         arguments[1] = _device_argument(arguments[1])
     device = named.get("device", arguments[1] if arguments[1:] else None)
-    # to(device, dtype, non_blocking, copy): with all of these, whether to copy is said.
+    # to(tensor, device, dtype, non_blocking, copy): five arguments include copy.
     if _COPIES and isinstance(device, torch.device | str) and len(arguments) < 5:
         named.setdefault("copy", True)
 
@@ -88,14 +100,14 @@ def _complete_move(arguments: list[Any], named: dict[str, Any]) -> None:
 def _tensor_npu(
     self: Tensor, device: Any = None, non_blocking: bool = False, **options: Any
 ) -> Tensor:
-    """This tensor on an NPU."""
-    # torch.compile takes this for an operator, and finds its result without the mode.
+    """Copy this tensor to an NPU."""
+    # torch.compile infers the result outside the mode, so replace the device here too.
     host = HOST if device is None else _device_argument(device)
     return self.to(host, non_blocking=non_blocking, **options)
 
 
 def _start_with_mode(start: Any) -> Any:
-    """``Thread.start`` for threads to which npu is the host, too: a mode is one thread's own."""
+    """``Thread.start`` that enters the mode in the new thread; modes are per thread."""
 
     def start_thread(thread: threading.Thread) -> None:
         run = thread.run
@@ -115,12 +127,12 @@ def _host() -> torch.device:
 
 
 def _empty(*size: Any, device: Any, **options: Any) -> Tensor:
-    """``aten::empty`` for code below Python, where no mode is: barriers make a tensor first."""
+    """``aten::empty`` for C++ callers, which no mode reaches; barriers allocate a tensor."""
     return torch.ops.aten.empty.memory_format(*size, device=on_host(device), **options)
 
 
 def _load(storage: Any, location: str) -> Any:
-    """Deserialise a storage that was saved on an NPU, or that ``map_location`` sends to one."""
+    """Load a storage saved on an NPU, or sent to one by ``map_location``."""
     if not location.startswith("npu"):
         return None
     return storage if _COPIES else storage.to(device=on_host(location))
@@ -130,7 +142,7 @@ def install(runtime: ModuleType) -> None:
     """Make npu a device of torch, for the rest of this process.
 
     Args:
-        runtime: what becomes ``torch.npu``.
+        runtime: the module to become ``torch.npu``.
     """
     torch.utils.rename_privateuse1_backend("npu")
     torch._register_device_module("npu", runtime)
@@ -140,10 +152,9 @@ def install(runtime: ModuleType) -> None:
     Tensor.is_npu = property(  # type: ignore[attr-defined]
         lambda tensor: tensor.device.type == HOST.type
     )
-    # Below 20, so that it comes before the one for back ends with memory of their own.
+    # Priority 20 is the loader for back ends with their own memory.
     torch.serialization.register_package(15, lambda _: None, _load)
-    # A renamed back end counts as an accelerator: torch.compile would ask it for streams, and
-    # torch.distributed for its device.
+    # torch takes a renamed back end for an accelerator, and would ask it for streams and devices.
     torch.accelerator.is_available = lambda: False
     torch._C._get_accelerator = _host  # type: ignore[assignment]
     threading.Thread.start = _start_with_mode(threading.Thread.start)  # type: ignore[method-assign]

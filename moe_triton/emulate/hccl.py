@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _world
 
 from ..errors import ArgumentNameError
+from . import hccl_collectives
 from .device import HOST
 
 
@@ -21,27 +22,34 @@ def _create(store: dist.Store, rank: int, size: int, timeout: timedelta) -> obje
     return dist.ProcessGroupGloo(store, rank, size, timeout)
 
 
-def _backend_comm_name(backend: object, rank: int, *_: object) -> str:
+def _backend_comm_name(
+    backend: object, rankid: int, *_: object, init_comm: bool = True, **__: object
+) -> str:
     """The name of the group that ``backend`` serves, as the npu_moe functions take it.
 
     Args:
         backend: from ``group._get_backend(torch.device("npu"))``.
-        rank: this process; HCCL needs it, and the name does not depend on it here.
+        rankid: this process; the name does not depend on it.
+        init_comm: False for the empty string if the group has not communicated yet.
 
     Raises:
         ArgumentNameError: no group of this process has the back end.
     """
     for group, name in _world.pg_names.items():
         if group._get_backend(torch.device("npu")) is backend:
-            return name
+            if init_comm:
+                hccl_collectives.mark_initialised(group)
+            return name if hccl_collectives.initialised(group) else ""
     raise ArgumentNameError(
-        "get_hccl_comm_name", "the back end", "belong to a live process group", f"rank {rank}"
+        "get_hccl_comm_name", "the back end", "belong to a live process group", f"rank {rankid}"
     )
 
 
-def _group_comm_name(group: dist.ProcessGroup, *_: object) -> str:
-    """The name of the group, where scripts for old versions of torch look for it."""
-    return group.group_name
+def _group_comm_name(
+    group: dist.ProcessGroup, rankid: int, *_: object, init_comm: bool = True, **__: object
+) -> str:
+    """The name from the group itself, as scripts for torch before 2.1 ask for it."""
+    return _backend_comm_name(group._get_backend(torch.device("npu")), rankid, init_comm=init_comm)
 
 
 def install() -> None:
@@ -51,3 +59,4 @@ def install() -> None:
     torch._C._distributed_c10d.Backend.get_hccl_comm_name = (  # type: ignore[attr-defined]
         _backend_comm_name
     )
+    hccl_collectives.install()

@@ -1,19 +1,19 @@
-"""What ``npu-run`` tells the processes below it, through their environment."""
+"""Environment variables that ``npu-run`` sets for its child processes."""
 
 from __future__ import annotations
 
 import os
 
-HOST = "MOE_TRITON_NPU_HOST"  # the device that stands for the NPUs: cpu or cuda
-DEVICES = "MOE_TRITON_NPU_DEVICES"  # how many NPUs there are
-FAILURES = "MOE_TRITON_NPU_FAILURES"  # file in which processes name children that failed
+HOST = "MOE_TRITON_NPU_HOST"  # the device that replaces the NPUs: cpu or cuda
+DEVICES = "MOE_TRITON_NPU_DEVICES"  # number of NPUs
+FAILURES = "MOE_TRITON_NPU_FAILURES"  # file to which processes append failed children
 
 
 def check_started_by_npu_run(package: str) -> None:
-    """Refuse to stand in for a package in a process that was not started for it.
+    """Refuse to import a stand-in outside npu-run.
 
     Raises:
-        ImportError: this process is not below ``moe-triton npu-run``.
+        ImportError: no ancestor of this process is ``moe-triton npu-run``.
     """
     if FAILURES not in os.environ:
         raise ImportError(

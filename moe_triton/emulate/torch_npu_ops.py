@@ -1,4 +1,4 @@
-"""The operators of torch_npu: those that ``moe_triton.compat`` has, and errors for all others."""
+"""Names of torch_npu: operators of ``moe_triton.compat``, dtypes, and errors for all others."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from .barrier import npu_distribute_barrier
 class NotEmulatedError(UnavailableError, AttributeError):
     """A name of torch_npu or torchair that has no stand-in.
 
-    An ``AttributeError`` too, so that scripts which look with ``hasattr`` what their version of
-    torch_npu offers take the way without it.
+    Also an ``AttributeError``, so that ``hasattr`` is False.
     """
 
     def __init__(self, name: str) -> None:
@@ -25,11 +24,11 @@ class NotEmulatedError(UnavailableError, AttributeError):
 
 
 def not_emulated(module: str, name: str) -> NoReturn:
-    """What a module does about a name that it lacks.
+    """Refuse a name that a stand-in module lacks.
 
     Raises:
         NotEmulatedError: with the full name.
-        AttributeError: for names with two underscores, which Python itself asks for.
+        AttributeError: for dunder names, which Python itself looks up.
     """
     if name.startswith("__"):
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
@@ -42,8 +41,43 @@ OPERATORS: dict[str, Callable[..., Any]] = {
 }
 
 
+# torch_npu's dtype constants: the numbers of ACL, plus 256.
+DTYPES = {
+    name: 256 + number
+    for number, name in {
+        0: "float32",
+        1: "float16",
+        2: "int8",
+        3: "int32",
+        4: "uint8",
+        6: "int16",
+        7: "uint16",
+        8: "uint32",
+        9: "int64",
+        10: "uint64",
+        11: "float64",
+        12: "bool",
+        13: "string",
+        16: "complex64",
+        17: "complex128",
+        27: "bfloat16",
+        29: "int4",
+        30: "uint1",
+        33: "complex32",
+        34: "hifloat8",
+        35: "float8_e5m2",
+        36: "float8_e4m3fn",
+        37: "float8_e8m0fnu",
+        38: "float6_e3m2",
+        39: "float6_e2m3",
+        40: "float4_e2m1fn_x2",
+        41: "float4_e1m2fn_x2",
+    }.items()
+}
+
+
 def _with_overload(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` in the form of an operator of torch.ops: it is its own overload ``default``."""
+    """``function`` with itself as the overload ``default``, like an operator of torch.ops."""
 
     @functools.wraps(function)
     def operator(*args: Any, **kwargs: Any) -> Any:
@@ -54,7 +88,7 @@ def _with_overload(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Namespace(torch._ops._OpNamespace):
-    """``torch.ops.npu``; it finds operators that scripts register there themselves as well."""
+    """``torch.ops.npu``; also finds operators that scripts register there."""
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -29,6 +29,46 @@ def barriers(rank, group):
         assert "Timed out" in refused(2, time_out=limit // 100)
 
 
+def collectives(rank):
+    """What hccl takes and gloo by itself does not."""
+    mine = torch.tensor([1.5, 2.0, 0.5, 4.0]).npu() * (rank + 1)
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.int16, torch.uint16):
+        sent = mine.to(dtype)
+        received = torch.empty(3 if rank == 0 else 5).to(dtype).npu()
+        received_splits, sent_splits = ([2, 1], [2, 2]) if rank == 0 else ([2, 3], [1, 3])
+        dist.all_to_all_single(received, sent, received_splits, sent_splits)
+        both = [(torch.tensor([1.5, 2.0, 0.5, 4.0]) * (r + 1)).to(dtype).float() for r in range(2)]
+        wanted = [*both[0][:2], *both[1][:1]] if rank == 0 else [*both[0][2:], *both[1][1:]]
+        assert received.float().tolist() == wanted, (received, wanted)
+        dist.broadcast(sent, 1)
+        assert sent.float().tolist() == both[1].tolist()
+    stacked = torch.empty(2, 3).npu()
+    dist.all_gather_into_tensor(stacked, torch.arange(3.0).npu() + 10 * rank)
+    assert stacked.tolist() == [[0, 1, 2], [10, 11, 12]]
+    uneven = [torch.empty(1).npu(), torch.empty(3).npu()]
+    for asynchronous in (False, True):
+        mine = torch.full((1 + 2 * rank,), rank + 1.0)
+        work = dist.all_gather(uneven, mine, async_op=asynchronous)
+        assert work.wait() if asynchronous else work is None
+        assert [part.tolist() for part in uneven] == [[1], [2, 2, 2]]
+    dist.all_to_all(uneven, [torch.full((1 + 2 * rank,), 10.0 * rank + peer) for peer in range(2)])
+    assert [part.tolist() for part in uneven] == [[rank], [10 + rank] * 3]
+    total = torch.empty(1 + 2 * rank).npu()
+    dist.reduce_scatter(total, [torch.ones(1), torch.full((3,), 5.0 + rank)])
+    assert total.tolist() == ([2] if rank == 0 else [11, 11, 11])
+
+
+def comm_names(rank):
+    fresh = dist.new_group(backend="hccl", ranks=[0, 1])
+    backend = fresh._get_backend(torch.device("npu"))
+    assert backend.get_hccl_comm_name(rank, init_comm=False) == ""
+    name = backend.get_hccl_comm_name(rank)
+    assert name and backend.get_hccl_comm_name(rank, init_comm=False) == name
+    used = dist.new_group(backend="hccl", ranks=[0, 1])
+    dist.all_reduce(torch.ones(1).npu(), group=used)
+    assert used.get_hccl_comm_name(rank, init_comm=False) not in ("", name)
+
+
 def work(rank, port):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     os.environ["HCCL_BUFFSIZE"] = "400"
@@ -42,6 +82,8 @@ def work(rank, port):
     received = torch.empty(2).npu()
     dist.all_to_all_single(received, torch.tensor([0.0, 1.0]).npu() + 10 * rank)
     assert received.tolist() == [rank, rank + 10]
+    collectives(rank)
+    comm_names(rank)
     objects = [None, None]
     dist.all_gather_object(objects, rank)
     assert objects == [0, 1]

@@ -47,7 +47,7 @@ class TestDevice(TestCase):
                 torch.npu.set_device(wrong)
 
     def test_tensors(self):
-        for made in (
+        for tensor in (
             torch.empty(3, device="npu"),
             torch.tensor([1, 2], device=torch.device("npu", 5)),
             torch.arange(3, device=1),
@@ -65,7 +65,7 @@ class TestDevice(TestCase):
             torch.nn.Linear(2, 2).npu().weight,
             torch.nn.Linear(2, 2).to("npu:1").bias,
         ):
-            assert made.is_npu and made.device.type == "cpu"
+            assert tensor.is_npu and tensor.device.type == "cpu"
 
     def test_moves_copy(self):
         x = torch.zeros(2)
@@ -86,16 +86,42 @@ class TestDevice(TestCase):
         assert x.to(moved) is x
         assert x.to("npu", torch.float32, False, False) is x
 
+    def test_histc_of_integers(self):
+        ids = torch.tensor([0, 3, 3, 1, 7]).npu()
+        for dtype in (torch.int32, torch.int64, torch.float32):
+            for histc in (torch.histc, torch.Tensor.histc):
+                counts = histc(ids.to(dtype), bins=4, min=0, max=3)
+                assert counts.dtype == dtype and counts.tolist() == [1, 1, 0, 2]
+        out = torch.empty(4, dtype=torch.int64).npu()
+        assert torch.histc(input=ids, bins=4, min=0, max=3, out=out) is out
+        assert out.tolist() == [1, 1, 0, 2]
+
+    def test_dtype_constants(self):
+        for name, number in (
+            ("int4", 285),
+            ("hifloat8", 290),
+            ("float8_e5m2", 291),
+            ("float8_e4m3fn", 292),
+            ("float8_e8m0fnu", 293),
+            ("float4_e2m1fn_x2", 296),
+            ("float4_e1m2fn_x2", 297),
+            ("bfloat16", 283),
+            ("int8", 258),
+            ("float32", 256),
+        ):
+            assert getattr(torch_npu, name) == number
+
     def test_threads(self):
-        made = []
+        tensors = []
+        own_run = {"run": lambda _: tensors.append(torch.ones(2).to(0))}
         threads = [
-            threading.Thread(target=lambda: made.append(torch.ones(2, device="npu"))),
-            type("Own", (threading.Thread,), {"run": lambda _: made.append(torch.ones(2).to(0))})(),
+            threading.Thread(target=lambda: tensors.append(torch.ones(2, device="npu"))),
+            type("Own", (threading.Thread,), own_run)(),
         ]
         for thread in threads:
             thread.start()
             thread.join()
-        assert [tensor.tolist() for tensor in made] == [[1, 1], [1, 1]]
+        assert [tensor.tolist() for tensor in tensors] == [[1, 1], [1, 1]]
 
     def test_default_device(self):
         with torch.device("npu:1"):
@@ -135,7 +161,7 @@ class TestDevice(TestCase):
         assert 0 <= start.elapsed_time(end) < 1000
         assert stream.query() and end.query()
 
-    def test_what_is_not_emulated(self):
+    def test_names_that_are_not_emulated(self):
         for call, name in (
             (lambda: torch_npu.npu_swiglu(torch.ones(2)), "torch_npu.npu_swiglu"),
             (lambda: torch.ops.npu.npu_swiglu(torch.ones(2)), "torch.ops.npu.npu_swiglu"),

@@ -1,4 +1,4 @@
-"""A stand-in for torch_npu, where there is none: see ``moe-triton npu-run``."""
+"""Stand-in for torch_npu under ``moe-triton npu-run``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ device.install(npu)
 hccl.install()
 torch_npu_ops.install()
 children.install()
-globals().update(torch_npu_ops.OPERATORS)
+globals().update(torch_npu_ops.DTYPES | torch_npu_ops.OPERATORS)
 
 
 def __getattr__(name: str) -> NoReturn:

@@ -1,11 +1,11 @@
-"""A stand-in for torchair, where there is none: see ``moe-triton npu-run``."""
+"""Stand-in for torchair under ``moe-triton npu-run``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-# torch.compile takes a second to import. A parent does it here once for all ranks that it forks.
+# Import the compiler here, so that a parent does it once for all ranks that it forks.
 import torch._dynamo
 
 from moe_triton.emulate import settings, torch_npu_ops
@@ -24,15 +24,15 @@ def get_npu_backend(
 ) -> Callable[..., Any]:
     """The back end for ``torch.compile``: aot_eager.
 
-    It captures the graph and makes it functional with the operators' shape functions, where a
-    script can be wrong, and then runs operator by operator. Inductor would spend seconds in every
-    rank on code that is not what an NPU runs.
+    It captures and functionalises the graph with the operators' fake implementations, which finds a
+    script's mistakes, and runs it operator by operator. Inductor would spend seconds on each rank
+    for code that no NPU runs.
     """
     return torch._dynamo.lookup_backend("aot_eager")
 
 
 def patch_for_hcom() -> None:
-    """Nothing: collectives need no patch."""
+    """Do nothing: collectives need no patch."""
 
 
 def __getattr__(name: str) -> NoReturn:
