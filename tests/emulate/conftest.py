@@ -15,7 +15,7 @@ SCRIPTS = Path(__file__).parent / "scripts"
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a script did: its exit status, and what it and its children wrote."""
+    """A script's exit status, and the output of it and its children."""
 
     status: int
     out: str
@@ -24,7 +24,7 @@ class Run:
 
 @pytest.fixture
 def npu_run(capfd):
-    """``npu_run(*arguments)`` runs the command; a name without a folder is one of ``scripts``."""
+    """``npu_run(*arguments)`` runs the command; a bare file name is one of ``scripts``."""
 
     def run(*arguments) -> Run:
         named = [SCRIPTS / a if (SCRIPTS / a).is_file() else a for a in arguments]
@@ -36,7 +36,7 @@ def npu_run(capfd):
 
 @pytest.fixture
 def port():
-    """A free port; the scripts meet there."""
+    """A free port for the rendezvous of the scripts."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

@@ -1,4 +1,4 @@
-"""How npu-run starts a script: what it says, its exit status, and what it leaves alone."""
+"""npu-run: its messages, its exit status, and that it changes nothing else."""
 
 from __future__ import annotations
 
@@ -88,14 +88,14 @@ def test_a_child_that_failed_shows_in_the_status(npu_run, tmp_path):
     run = npu_run(script(tmp_path, _CHILDREN), "raises", "dies", "ends")
     assert run.status == 1
     assert "ValueError: a rank went wrong" in run.err
-    said = [line for line in run.err.splitlines() if line.startswith("moe-triton npu-run: ")]
-    assert len(said) == 3
-    assert said[1].startswith("moe-triton npu-run: raises (pid ")
-    assert said[1].endswith(") ended with exit code 1")
-    assert said[2].endswith(") was ended by signal 11")
+    reports = [line for line in run.err.splitlines() if line.startswith("moe-triton npu-run: ")]
+    assert len(reports) == 3
+    assert reports[1].startswith("moe-triton npu-run: raises (pid ")
+    assert reports[1].endswith(") ended with exit code 1")
+    assert reports[2].endswith(") was ended by signal 11")
 
 
-def test_children_that_the_script_ends_have_not_failed(npu_run, tmp_path):
+def test_children_terminated_by_the_script_do_not_count_as_failed(npu_run, tmp_path):
     run = npu_run("--devices", "32", script(tmp_path, _CHILDREN), "waits", "ends")
     assert (run.status, run.out) == (0, "32\n")
     assert run.err == NOTICE.replace("16", "32")
@@ -146,17 +146,17 @@ def test_an_installed_torch_npu_is_used(npu_run, tmp_path, monkeypatch):
 
 def test_a_torch_npu_that_cannot_be_imported_is_replaced(npu_run, tmp_path, monkeypatch):
     path = real(tmp_path, monkeypatch, "raise ImportError('libascendcl.so: not found')")
-    run = npu_run(script(tmp_path, _WHAT_IS_FOUND))
+    run = npu_run(script(tmp_path, _SHOW_IMPORTS))
     assert run.status == 0
     cause = f"torch_npu ({path}) cannot be imported: ImportError: libascendcl.so: not found"
     assert run.err == f"moe-triton npu-run: {cause}\n{NOTICE}"
-    found, autoload, search = run.out.splitlines()
-    assert found == str(bootstrap.STANDINS / "torch_npu" / "__init__.py")
+    origin, autoload, search = run.out.splitlines()
+    assert origin == str(bootstrap.STANDINS / "torch_npu" / "__init__.py")
     assert autoload == "0"
     assert str(path.parents[1]) in search
 
 
-_WHAT_IS_FOUND = """
+_SHOW_IMPORTS = """
 import importlib.util, os, sys
 print(importlib.util.find_spec("torch_npu").origin)
 print(os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD"))
@@ -166,12 +166,12 @@ print(sys.path)
 
 def test_the_standins_are_not_taken_for_the_real_one(npu_run, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(bootstrap.STANDINS)
-    run = npu_run(script(tmp_path, _WHAT_IS_FOUND))
+    run = npu_run(script(tmp_path, _SHOW_IMPORTS))
     assert run.err == NOTICE
     assert run.out.splitlines()[1] == "None"
 
 
-# Nothing is emulated without the command.
+# Emulation stays inside the command.
 
 
 def test_nothing_leaks(npu_run, tmp_path):

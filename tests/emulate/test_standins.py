@@ -1,4 +1,4 @@
-"""Scripts written for Ascend, as they are, on this machine."""
+"""Scripts written for Ascend run under npu-run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def _meeting_point(port, monkeypatch):
+def _rendezvous_port(port, monkeypatch):
     monkeypatch.setenv("MASTER_PORT", str(port))
 
 

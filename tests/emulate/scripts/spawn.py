@@ -1,4 +1,4 @@
-"""Two spawned ranks that meet through the environment, and collectives on npu tensors."""
+"""Two spawned ranks, rendezvous by environment variables, and collectives on npu tensors."""
 
 import os
 import sys
@@ -30,7 +30,7 @@ def barriers(rank, group):
 
 
 def collectives(rank):
-    """What hccl takes and gloo by itself does not."""
+    """Collectives that hccl has and gloo lacks."""
     mine = torch.tensor([1.5, 2.0, 0.5, 4.0]).npu() * (rank + 1)
     for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.int16, torch.uint16):
         sent = mine.to(dtype)

@@ -1,4 +1,4 @@
-"""The split-phase operators on two ranks: what is sent in one call is received in the next."""
+"""The split-phase operators on two ranks."""
 
 import sys
 
@@ -27,7 +27,7 @@ def work(rank):
     y, expand_idx, sending = torch_npu.npu_moe_distribute_dispatch_setup(
         x=x,
         expert_ids=ids,
-        # One row more than there are experts, as in the document.
+        # 1 + experts rows, as in the document.
         scales=torch.ones(1 + experts, h).npu(),
         quant_mode=2,
         **common,
@@ -53,7 +53,7 @@ def work(rank):
     total = counts.sum()
     dist.all_reduce(total, group=group)
     assert total == world_size * bs * k
-    # Experts change nothing, so that what is left is the error of int8.
+    # Identity experts, so the difference is the error of int8.
     assert (out - x).abs().max() < x.abs().max() / 50
     print(f"rank {rank} npu finished!\n", end="", flush=True)
 

@@ -1,4 +1,4 @@
-"""What npu devices are, seen from one process."""
+"""The npu device, streams, events and names, in one process."""
 
 import concurrent.futures
 import io
@@ -39,7 +39,10 @@ class TestDevice(TestCase):
         with torch.npu.device(1):
             assert torch.npu.current_device() == 1
         assert torch.npu.current_device() == 3
-        assert "emulated" in torch.npu.get_device_name()
+        assert torch.npu.get_device_name(device_name=2).startswith("npu:2, emulated")
+        for no_device in (None, -1):
+            with torch.npu.device(no_device):
+                assert torch.npu.current_device() == 3
         with concurrent.futures.ThreadPoolExecutor() as pool:
             assert pool.submit(torch.npu.current_device).result() == 0
         for wrong in (16, -1, "npu:16"):
@@ -147,7 +150,7 @@ class TestDevice(TestCase):
     def test_streams_and_events(self):
         stream = torch.npu.Stream()
         before = torch.npu.current_stream()
-        start, end = (torch.npu.Event(enable_timing=True) for _ in range(2))
+        start, end = (torch.npu.Event(True, False, interprocess=False) for _ in range(2))
         with self.assertRaisesRegex(RuntimeError, "recorded"):
             start.elapsed_time(end)
         with torch.npu.stream(stream):

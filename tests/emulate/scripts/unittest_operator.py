@@ -1,4 +1,4 @@
-"""A test as operators have them: ranks in processes of their own, results through queues."""
+"""An operator test as torch_npu has them: ranks in processes, results through queues."""
 
 import os
 
@@ -60,7 +60,7 @@ class TestDispatch(TestCase):
 
     @skipIfUnsupportMultiNPU(17)
     def test_too_many(self):
-        self.fail("there are 16")
+        self.fail("npu-run emulates 16")
 
     def test_comparisons_fail(self):
         x = torch.arange(10.0)
@@ -72,14 +72,20 @@ class TestDispatch(TestCase):
             (self.assertRtolEqual, x[:5]),
             (self.assertRtolEqual, x * float("nan")),
         ):
-            for one, other in ((x, y), ([x, x], [x, y])):
+            for left, right in ((x, y), ([x, x], [x, y])):
                 with self.assertRaises(AssertionError):
-                    compare(one, other)
+                    compare(left, right)
         with self.assertRaisesRegex(AssertionError, "(?s)which.*0.001"):
             self.assertEqual(x, x + 1e-3, "which")
         self.assertEqual(x, x + 1e-3, 1e-2)
         self.assertEqual({"a": [x, 1]}, {"a": [x, 1]})
         self.assertEqual(None, None)
+        self.assertEqual(x, x.double(), 0, "", True, False)
+        with self.assertRaisesRegex(AssertionError, "dtype"):
+            self.assertEqual(x, x.double(), exact_dtype=True)
+        self.assertRtolEqual(x, x.double(), auto_trans_dtype=True)
+        with self.assertRaisesRegex(AssertionError, "which\ndtypes differ"):
+            self.assertRtolEqual(x, x.double(), message="which")
         self.assertEqual(x * float("nan"), x * float("nan"))
         self.assertRtolEqual(1e6 * x + 1e6, 1e6 * x + 1e6 + 1)
         self.assertRtolEqual(x.half(), x.half() * (1 + 2**-11))

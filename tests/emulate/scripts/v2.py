@@ -1,4 +1,4 @@
-"""The second version of the operators on two forked ranks: a mask, and special experts."""
+"""The second version of the operators on two forked ranks: a mask, and zero-computation experts."""
 
 import sys
 
@@ -8,7 +8,7 @@ import torch_npu
 from torch.multiprocessing import Process
 
 world_size, experts, bs, h = 2, 4, 4, 32
-zero, copy = experts, experts + 1  # special experts come after the others
+zero, copy = experts, experts + 1  # zero-computation experts come after the routed ones
 
 
 def moe(x, expert_ids, expert_scales, x_active_mask, group_ep, rank):
@@ -50,7 +50,7 @@ def work(rank):
     active = torch.tensor([True, True, True, False]).npu()
     arguments = (x, ids.int().npu(), scales, active, name, rank)
     out, counts = moe(*arguments)
-    # An expert doubles, and each counts half: two experts, one, two and a copy, none.
+    # Experts double their rows and weights are 0.5: two experts, one, two and a copy, none.
     factors = torch.tensor([[2.0], [1.0], [2.5], [0.0]])
     assert (out.float() - x.float() * factors).abs().max() < 1e-2
     assert counts.sum() == 2 * (2 if rank == 1 else 3)

@@ -1,7 +1,7 @@
 """``torch_npu.npu`` and ``torch.npu``: devices, streams, events and seeds.
 
-What runs on the CPU is done when a call returns, so streams order nothing there and events are
-points in time. On CUDA all of this is CUDA's.
+Work on the CPU is complete when a call returns, so streams order nothing there and events are
+points in time. On CUDA these are the ones of ``torch.cuda``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def __getattr__(name: str) -> Any:
 
 
 def is_available() -> bool:
-    """True: there are as many NPUs as were asked for."""
+    """True: npu-run emulates as many NPUs as it was asked for."""
     return True
 
 
@@ -45,27 +45,27 @@ def device_count() -> int:
 
 
 def _index(device: Any) -> int:
-    """The number of a device, given as a number, name, or ``torch.device``."""
+    """The index of a device, from an index, name, or ``torch.device``."""
     if device is None:
         return current_device()
     index = device if isinstance(device, int) else torch.device(device).index
     index = current_device() if index is None else index
     if not 0 <= index < _COUNT:
-        contract = f"be in [0, {_COUNT}); npu-run takes --devices"
+        contract = f"be in [0, {_COUNT}), see npu-run --devices"
         raise ArgumentValueError("torch.npu.set_device", "device", contract, index)
     return index
 
 
 def current_device() -> int:
-    """The device of this thread, at first 0."""
+    """The device of this thread, initially 0."""
     return getattr(_thread, "device", 0)
 
 
 def set_device(device: Any) -> None:
-    """Choose the device of this thread.
+    """Set the device of this thread.
 
     Raises:
-        ArgumentValueError: there is no such device.
+        ArgumentValueError: the index is out of range.
     """
     _thread.device = _index(device)
     if _ON_CUDA:
@@ -74,22 +74,23 @@ def set_device(device: Any) -> None:
 
 @contextlib.contextmanager
 def device(device: Any) -> Iterator[None]:
-    """Choose the device of this thread, and go back to the one before at the end."""
+    """Set the device of this thread within the context; None and negative indices do nothing."""
     before = current_device()
-    set_device(device)
+    if not isinstance(device, int) or device >= 0:
+        set_device(device)
     try:
         yield
     finally:
         set_device(before)
 
 
-def get_device_name(device: Any = None) -> str:
-    """What the device is, which is not a product of Ascend."""
-    return f"npu:{_index(device)}, emulated by moe_triton on {HOST.type}"
+def get_device_name(device_name: Any = None) -> str:
+    """The device's name, which says that it is emulated."""
+    return f"npu:{_index(device_name)}, emulated by moe_triton on {HOST.type}"
 
 
 def init() -> None:
-    """Nothing: the devices are there from the start."""
+    """Do nothing: the devices need no initialisation."""
 
 
 _lazy_init = init
@@ -105,17 +106,17 @@ def _is_in_bad_fork() -> bool:
 
 
 def empty_cache() -> None:
-    """Give back memory that is held for reuse."""
+    """Free cached memory."""
     if _ON_CUDA:
         torch.cuda.empty_cache()
 
 
 def set_compile_mode(jit_compile: bool = False) -> None:
-    """Accepted: nothing is compiled for an NPU."""
+    """Do nothing: no code is compiled for an NPU."""
 
 
 def set_option(option: dict[str, Any]) -> None:
-    """Accepted: there is no NPU to set up."""
+    """Do nothing: the options configure NPUs."""
 
 
 # Streams and events.
@@ -129,23 +130,23 @@ def synchronize(device: Any = None) -> None:
 
 
 class _Stream:
-    """A queue of work that is always empty."""
+    """A stream whose work is always complete."""
 
     def __init__(self, device: Any = None, priority: int = 0, **options: Any) -> None:  # noqa: ARG002 - the signature of torch_npu
         self.device_index = _index(device)
 
     def synchronize(self) -> None:
-        """Nothing is left to wait for."""
+        """Do nothing."""
 
     def query(self) -> bool:
-        """True: all work is done."""
+        """True: all work is complete."""
         return True
 
     def wait_stream(self, stream: _Stream) -> None:
-        """Nothing is left to wait for."""
+        """Do nothing."""
 
     def wait_event(self, event: _Event) -> None:
-        """Nothing is left to wait for."""
+        """Do nothing."""
 
     def record_event(self, event: _Event | None = None) -> _Event:
         """Record ``event``, by default a new one."""
@@ -157,31 +158,36 @@ class _Stream:
 class _Event:
     """A point in time."""
 
-    def __init__(self, enable_timing: bool = False, **options: Any) -> None:  # noqa: ARG002 - the signature of torch_npu
+    def __init__(
+        self,
+        enable_timing: bool = False,  # noqa: ARG002 - the signature of torch_npu
+        blocking: bool = False,  # noqa: ARG002 - likewise
+        interprocess: bool = False,  # noqa: ARG002 - likewise
+    ) -> None:
         self._seconds: float | None = None
 
     def record(self, stream: _Stream | None = None) -> None:  # noqa: ARG002 - all streams are empty
-        """Take the time."""
+        """Read the clock."""
         self._seconds = time.perf_counter()
 
     def elapsed_time(self, end_event: _Event) -> float:
         """Milliseconds until ``end_event``.
 
         Raises:
-            RuntimeError: one of the two was not recorded.
+            RuntimeError: an event was not recorded.
         """
         if self._seconds is None or end_event._seconds is None:
-            raise RuntimeError("both events must be recorded before the time between them is known")
+            raise RuntimeError("both events must be recorded before elapsed_time")
         return (end_event._seconds - self._seconds) * 1e3
 
     def synchronize(self) -> None:
-        """Nothing is left to wait for."""
+        """Do nothing."""
 
     def wait(self, stream: _Stream | None = None) -> None:
-        """Nothing is left to wait for."""
+        """Do nothing."""
 
     def query(self) -> bool:
-        """True: what came before is done."""
+        """True: earlier work is complete."""
         return True
 
 
@@ -190,7 +196,7 @@ Event: Any = torch.cuda.Event if _ON_CUDA else _Event
 
 
 def default_stream(device: Any = None) -> Any:
-    """The stream that a device starts with."""
+    """The default stream of a device."""
     return torch.cuda.default_stream(on_host(device)) if _ON_CUDA else _Stream(device)
 
 
@@ -202,7 +208,7 @@ def current_stream(device: Any = None) -> Any:
 
 
 def set_stream(stream: Any) -> None:
-    """Choose the stream of this thread."""
+    """Set the stream of this thread."""
     if _ON_CUDA:
         torch.cuda.set_stream(stream)
     else:
@@ -211,7 +217,7 @@ def set_stream(stream: Any) -> None:
 
 @contextlib.contextmanager
 def stream(stream: Any) -> Iterator[None]:
-    """Choose the stream of this thread, and go back to the one before at the end."""
+    """Set the stream of this thread within the context; None does nothing."""
     before = current_stream()
     if stream is not None:
         set_stream(stream)
@@ -225,7 +231,7 @@ def stream(stream: Any) -> Iterator[None]:
 
 
 def manual_seed(seed: int) -> None:
-    """Seed the generator of the device, which on the CPU is that of the CPU."""
+    """Seed the generator of the host device."""
     if _ON_CUDA:
         torch.cuda.manual_seed(seed)
     else:

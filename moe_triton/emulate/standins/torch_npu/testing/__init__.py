@@ -1,1 +1,1 @@
-"""``torch_npu.testing``: what the tests of operators use."""
+"""``torch_npu.testing``, as far as tests of operators use it."""

@@ -12,8 +12,8 @@ Test = TypeVar("Test", bound=Callable[..., None])
 
 
 def skipIfUnsupportMultiNPU(npu_number_needed: int) -> Callable[[Test], Test]:
-    """Skip a test where there are fewer NPUs than it needs."""
+    """Skip a test if npu-run emulates fewer NPUs than it needs."""
     return unittest.skipIf(
         torch_npu.npu.device_count() < npu_number_needed,
-        f"needs {npu_number_needed} NPUs; npu-run takes --devices",
+        f"needs {npu_number_needed} NPUs, see npu-run --devices",
     )

@@ -1,4 +1,4 @@
-"""``torch_npu.testing.common_utils``: inputs on the host and on an NPU, and what tests need."""
+"""``torch_npu.testing.common_utils``: test inputs on the host and on an NPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moe_triton.emulate import torch_npu_ops
 
 Test = TypeVar("Test")
 
-# Layouts in which an NPU may hold a tensor: -1 leaves it as it is, 2 is what torch has.
+# NPU storage formats: -1 keeps the tensor's, 2 is ND.
 _PLAIN = (-1, 2)
 
 
@@ -28,7 +28,7 @@ def create_common_tensor(
     maxValue: float,
     device: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Uniform random numbers, twice.
+    """The same uniform random tensor on the host and on a device.
 
     Args:
         item: numpy dtype, layout (-1 or 2), shape.
@@ -50,6 +50,6 @@ def create_common_tensor(
 
 
 def SupportedDevices(names: Sequence[str]) -> Callable[[Test], Test]:
-    """Run a test on some products only: the emulated NPU passes for any of them."""
+    """Run a test on some products only; the emulated NPU counts as each of them."""
     del names
     return lambda test: test

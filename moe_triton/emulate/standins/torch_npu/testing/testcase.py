@@ -31,15 +31,23 @@ class TestCase(unittest.TestCase):
         random.seed(seed)
 
     def assertEqual(
-        self, x: Any, y: Any, prec: float | str | None = None, message: str | None = None
+        self,
+        x: Any,
+        y: Any,
+        prec: float | str | None = None,
+        message: str | None = None,
+        allow_inf: bool = False,  # noqa: ARG002 - equal infinities always pass
+        exact_dtype: bool | None = None,
     ) -> None:
         """Fail unless numbers and tensors, also in lists and dicts, differ by ``prec`` at most.
 
         Args:
-            x: the one.
-            y: the other. Tensors have equal shapes; dtypes may differ.
-            prec: largest difference, by default ``precision``; a text here is the message.
-            message: says what is compared.
+            x: a tensor, array or number, or a list or dict of them.
+            y: likewise; tensors of equal shapes.
+            prec: largest difference, by default ``precision``; a string here is the message.
+            message: beginning of the failure message.
+            allow_inf: ignored.
+            exact_dtype: whether dtypes must be equal.
         """
         if isinstance(prec, str):
             prec, message = None, prec
@@ -52,42 +60,56 @@ class TestCase(unittest.TestCase):
             rtol=0,
             atol=self.precision if prec is None else prec,
             equal_nan=True,
-            check_dtype=False,
-            msg=(lambda found: f"{message}\n{found}") if message else None,
+            check_dtype=bool(exact_dtype),
+            msg=(lambda text: f"{message}\n{text}") if message else None,
         )
 
-    def assertRtolEqual(self, x: Any, y: Any, prec: float = 1e-4, prec16: float = 1e-3) -> None:
+    def assertRtolEqual(
+        self,
+        x: Any,
+        y: Any,
+        prec: float = 1e-4,
+        prec16: float = 1e-3,
+        auto_trans_dtype: bool = False,
+        message: str | None = None,
+    ) -> None:
         """Fail unless almost all elements agree, relatively or absolutely.
 
-        The share of elements whose relative difference is above the precision, or that of those
-        whose absolute difference is, must be at most the precision.
+        The share of elements whose relative difference exceeds the precision, or the share whose
+        absolute difference does, must be at most the precision.
 
         Args:
             x: a tensor, array or number, or a sequence of these.
-            y: the like, of the same shapes and dtypes.
+            y: likewise, of the same shapes.
             prec: the precision.
             prec16: the precision for float16 and bfloat16.
+            auto_trans_dtype: whether to convert x to the dtype of y.
+            message: beginning of the failure message.
         """
+        prefix = f"{message}\n" if message else ""
         if isinstance(x, Sequence) and isinstance(y, Sequence):
             if len(x) != len(y):
-                self.fail(f"lengths differ, {len(x)} and {len(y)}")
-            for one, other in zip(x, y, strict=True):
-                self.assertRtolEqual(one, other, prec, prec16)
+                self.fail(f"{prefix}lengths differ, {len(x)} and {len(y)}")
+            for left, right in zip(x, y, strict=True):
+                self.assertRtolEqual(left, right, prec, prec16, auto_trans_dtype, message)
             return
         x, y = (torch.as_tensor(value).detach().cpu() for value in (x, y))
-        for what in ("shape", "dtype"):
-            if getattr(x, what) != getattr(y, what):
-                self.fail(f"{what}s differ, {getattr(x, what)} and {getattr(y, what)}")
+        if x.shape != y.shape:
+            self.fail(f"{prefix}shapes differ, {x.shape} and {y.shape}")
+        if auto_trans_dtype:
+            x = x.to(y.dtype)
+        if x.dtype != y.dtype:
+            self.fail(f"{prefix}dtypes differ, {x.dtype} and {y.dtype}")
         limit = prec16 if x.dtype in (torch.float16, torch.bfloat16) else prec
-        one, other = (np.asarray(value.double()) for value in (x, y))
-        difference = np.abs(one - other)
+        left, right = (np.asarray(value.double()) for value in (x, y))
+        difference = np.abs(left - right)
         # Not "<=": a NaN counts as wrong.
         wrong = ~(difference <= limit)
-        scale = np.maximum(np.abs(one), np.abs(other)) + 1e-9
+        scale = np.maximum(np.abs(left), np.abs(right)) + 1e-9
         wrong_relatively = ~(difference / scale <= limit)
         if min(wrong.sum(), wrong_relatively.sum()) > x.numel() * limit:
             self.fail(
-                f"of {x.numel()} elements, {wrong.sum()} differ by more than {limit} and "
+                f"{prefix}of {x.numel()} elements, {wrong.sum()} differ by more than {limit} and "
                 f"{wrong_relatively.sum()} by more than this relatively, at most {difference.max()}"
             )
 
