@@ -322,6 +322,29 @@ def test_the_object_lives_until_the_backward(forward):
     assert x.grad.any()
 
 
+@pytest.mark.parametrize("trained", ["experts", "router"])
+def test_combine_saves_rows_for_the_gradient_of_the_weights_alone(trained):
+    layer = dataclasses.replace(LAYERS["plain"], tokens=(5,))
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with layer.make(None) as ep:
+        inputs = layer.inputs(0)
+        if trained == "router":
+            inputs = {name: value.requires_grad_() for name, value in inputs.items()}
+        recv = ep.dispatch(inputs["x"], layer.ids(0), inputs["weights"])
+        y = recv.x.detach().clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = ep.combine(y, recv.handle)
+        assert any(tensor.shape == y.shape for tensor in saved) == (trained == "router")
+        out.sum().backward()
+    weights = recv.handle.row_weights[: len(y)].detach()
+    assert torch.equal(y.grad, weights[:, None].to(y.dtype).expand_as(y))
+
+
 def test_a_loss_that_is_a_sum():
     """Its gradient is one number, expanded."""
     layer = LAYERS["plain"]

@@ -101,8 +101,10 @@ class CombineFunction(torch.autograd.Function):
             name: of the exchange.
             owner: the exchange, kept alive until backward; None in compiled code.
         """
-        ctx.save_for_backward(y, row_weights, expert_ids)
-        ctx.name, ctx.owner = name, owner
+        # The rows are for the gradient of the weights alone.
+        rows = y if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(rows, row_weights, expert_ids)
+        ctx.name, ctx.owner, ctx.num_rows, ctx.dtype = name, owner, len(y), y.dtype
         ctx.has_addend = addend is not None
         return out[0]
 
@@ -112,12 +114,16 @@ class CombineFunction(torch.autograd.Function):
         """The gradients of the rows, of their weights and of the addend."""
         y, row_weights, expert_ids = ctx.saved_tensors
         rows = custom_ops.send_gradients(
-            gradient=gradient, expert_ids=expert_ids, num_rows=len(y), name=ctx.name
+            gradient=gradient, expert_ids=expert_ids, num_rows=ctx.num_rows, name=ctx.name
         ).to(row_weights.dtype)
-        size = min(len(y), len(row_weights))  # y may have more rows than arrived, or fewer than A
+        size = min(
+            ctx.num_rows, len(row_weights)
+        )  # y may have more rows than arrived, or fewer than A
         factors = torch.zeros_like(rows[:, 0])
         factors[:size] = row_weights[:size]
-        products = torch.zeros_like(row_weights)
-        products[:size] = (rows * y)[:size].sum(1)
+        products = None
+        if y is not None:
+            products = torch.zeros_like(row_weights)
+            products[:size] = (rows * y)[:size].sum(1)
         addend = gradient if ctx.has_addend else None
-        return (rows * factors[:, None]).to(y.dtype), products, addend, None, None, None, None
+        return (rows * factors[:, None]).to(ctx.dtype), products, addend, None, None, None, None

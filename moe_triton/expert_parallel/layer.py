@@ -449,8 +449,9 @@ class ExpertParallel:
                     self._exchange.borrowed[id(handle)] = (handle, pending.borrowed)
                 raise
         if gradients.needed(y, handle.row_weights, addend):
-            # Backward needs the values, and the zero-copy buffer is void from the next combine on.
-            y = y if pending.borrowed is None else y.clone()
+            if pending.borrowed is not None and handle.row_weights.requires_grad:
+                # Backward needs the values, and the next combine overwrites the zero-copy buffer.
+                y = y.clone()
             out = gradients.CombineFunction.apply(
                 y, handle.row_weights, addend, handle.expert_ids, (out,), *self._identity()
             )
