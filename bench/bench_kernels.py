@@ -1,14 +1,13 @@
-"""How fast are the kernels, against the bytes they move and against others, in one run?
+"""How fast are the kernels, relative to a copy of their bytes and to peers?
 
-Each kernel is compared with the definition, then timed over rotating inputs: one call at a time,
-and as a graph of one call for each set of inputs. Its bytes are counted by the formula in its
-docstring. The share beside the time is that of the rate of a plain copy on the device of as many
-bytes, in the same run.
+Each kernel is compared with the reference, then timed over rotating inputs: one call at a time, and
+as a graph with one call per set of inputs. Bytes follow the formula in the kernel's docstring. The
+share is relative to the rate of a plain device copy of as many bytes in the same run.
 
-Dispatch and combine as a whole follow, of one rank and of 8 that share the device
-(``layer_cases.py``). What others do as well is timed beside (``kernel_peers.py``), for DeepSeek-V3
-at 128 and 4096 tokens. Most telling cases come first: ``--seconds`` cuts the others off, and says
-how many.
+Then follow whole dispatch and combine, of one rank and of 8 ranks that share the device
+(``layer_cases.py``). Peers with the same function (``kernel_peers.py``) are timed for DeepSeek-V3
+at 128 and 4096 tokens. The most important cases run first; ``--seconds`` limits the run, which
+reports how many cases it left out.
 
     python bench/bench_kernels.py [--seconds 300] [--peers-from FOLDER] [--only TEXT]
     python bench/bench_kernels.py --dry-run    # a CPU: checks only, on tiny shapes, and no times
@@ -33,7 +32,7 @@ FIRST_TOKENS = (4096, 128)
 FIRST_MODEL = "DeepSeek-V3"
 RANKS = 8  # that share the device
 MOST_TOKENS_OF_RANKS = 4096
-# Of the first model, one rank: the least share of the copy, the longest time of a graph's call.
+# First model, one rank: minimum share of the copy, maximum time of a call in a graph.
 TARGETS = {
     ("gather_quant int8", 4096): {"target_share": 0.85},
     ("weighted_sum", 4096): {"target_share": 0.85},
@@ -46,7 +45,7 @@ def main(arguments=None):
     options = parsed(arguments)
     if options.dry_run:
         moe_triton.set_backend("interpret")
-        # numpy's, of zeros and infinities that are meant.
+        # numpy warns about intended zeros and infinities.
         warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
         options.device = torch.device("cpu")
         torch.set_num_threads(1)
@@ -65,13 +64,13 @@ def main(arguments=None):
 
 def parsed(arguments):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=300, help="after which no case begins")
+    parser.add_argument("--seconds", type=float, default=300, help="no case begins later")
     parser.add_argument("--only", default="", help="kernels with this in their name")
     parser.add_argument("--models", nargs="+", help="of the table; all by default")
     parser.add_argument("--tokens", type=int, nargs="+", help=f"{list(TOKENS)} by default")
-    parser.add_argument("--peers-from", type=Path, help="a folder with peers; see kernel_peers.py")
-    parser.add_argument("--no-peers", action="store_true", help="only ours")
-    parser.add_argument("--dry-run", action="store_true", help="check on a CPU, time nothing")
+    parser.add_argument("--peers-from", type=Path, help="folder with peers, see kernel_peers.py")
+    parser.add_argument("--no-peers", action="store_true", help="time only our kernels")
+    parser.add_argument("--dry-run", action="store_true", help="check on a CPU without timing")
     parser.add_argument("--out", type=Path, help="JSON lines; in bench/results/<gpu> by default")
     return parser.parse_args(arguments)
 
@@ -82,7 +81,7 @@ def say(text):
 
 
 class Run:
-    """One run: its cases, in order, and a line for each implementation of each."""
+    """A run: its cases in order, and a result line per case and implementation."""
 
     def __init__(self, options):
         import gpu_timing
@@ -107,13 +106,13 @@ class Run:
         self.peers = kernel_peers.Peers(options.peers_from, names)
         self.facts = report.machine() | {"dry_run": options.dry_run}
         for name, why in self.peers.missing.items():
-            say(f"no {name} here: {why}")
+            say(f"{name} is missing: {why}")
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text("", encoding="utf-8")
 
     def order(self):
-        """(what, how) of each piece of work, most telling first, none of them twice."""
+        """(label, function) of each case, most important first, without repeats."""
         options, cases = self.options, self.cases
         if options.dry_run:
             shapes, sizes, first, worlds = (cases.TINY,), options.tokens or (1, 5), (5,), (1, 2)
@@ -121,13 +120,13 @@ class Run:
             shapes = [s for s in cases.SHAPES if s.model in (options.models or [s.model])]
             sizes, first, worlds = options.tokens or TOKENS, FIRST_TOKENS, (1, RANKS)
         first = [tokens for tokens in first if tokens in sizes]
-        rest = [tokens for tokens in sizes if tokens not in first]
-        for some in (first, rest):
+        others = [tokens for tokens in sizes if tokens not in first]
+        for group in (first, others):
             for shape in shapes:
                 leading = shape is shapes[0]
-                for tokens in some:
-                    yield from self.kernels(shape, tokens, some is first and leading)
-                for tokens in some if leading or some is first else ():
+                for tokens in group:
+                    yield from self.kernels(shape, tokens, group is first and leading)
+                for tokens in group if leading or group is first else ():
                     yield from self.layers(shape, tokens, worlds)
 
     def kernels(self, shape, tokens, with_peers):
@@ -152,7 +151,7 @@ class Run:
             spent = time.monotonic() - self.start
             if spent > self.options.seconds:
                 self.left_out = len(todo) - number + 1
-                say(f"{spent:.0f} s are over: {self.left_out} of {len(todo)} cases are left out")
+                say(f"{spent:.0f} s have passed: {self.left_out} of {len(todo)} cases are left out")
                 return
             say(f"[{number}/{len(todo)}, {spent:.0f} s] {what}")
             work()
@@ -168,7 +167,7 @@ class Run:
             with layer as halves:
                 for half in halves:
                     self.measure(half, "moe_triton", half.calls)
-        except Exception as error:  # noqa: BLE001 - one wrong layer does not hide the others
+        except Exception as error:  # noqa: BLE001 - report it and run the others
             self.refuse(what, "moe_triton", error)
 
     def case(self, what, kind, shape, tokens, with_peers):
@@ -178,7 +177,7 @@ class Run:
             sets = case.sets(self.num_sets(case.num_bytes))
             calls = [case.bind(self.cases.kernels, *tensors) for tensors in sets]
             self.measure(case, "moe_triton", calls)
-        except Exception as error:  # noqa: BLE001 - one wrong kernel does not hide the others
+        except Exception as error:  # noqa: BLE001 - report it and run the others
             self.refuse(what, "moe_triton", error)
             return
         if not with_peers:
@@ -189,12 +188,12 @@ class Run:
                 theirs = [bind(*tensors) for tensors in sets]
                 self.peers_module.check(case, theirs[0](), ours)
                 self.measure(case, name, theirs)
-            except Exception as error:  # noqa: BLE001 - a peer that fails is reported as such
+            except Exception as error:  # noqa: BLE001 - report it and run the others
                 self.refuse(what, name, error)
 
     def refuse(self, what, name, error):
         why = f"{what}, {name}: {type(error).__name__}: {error}"
-        say(f"no figures of {why}")
+        say(f"no results of {why}")
         if name == "moe_triton":
             self.wrong.append(why)
 
@@ -227,15 +226,15 @@ class Run:
                 if row["implementation"] == "moe_triton":
                     print(*targets(row), sep="", end="")
         for name, why in self.peers.missing.items():
-            print(f"not here: {name} ({why})")
+            print(f"missing: {name} ({why})")
         for what in self.wrong:
             print(f"WRONG: {what}")
         if self.left_out:
-            print(f"{self.left_out} cases were left out for lack of time")
+            print(f"{self.left_out} cases were left out by the time limit")
 
 
 def targets(row):
-    """What a row says of its targets, a line for each."""
+    """A line per target of a row."""
     where = f"{row['kernel']}, {row['tokens']} tokens of {row['model']}"
     if "target_share" in row:
         share, wanted = row["share_of_copy"], row["target_share"]
@@ -248,7 +247,7 @@ def targets(row):
 
 
 def figures(timer, num_bytes, calls):
-    """Microseconds eager and as a graph, and what follows from them."""
+    """Microseconds eager and as a graph, and the rates that follow."""
     eager, host = timer.eager(calls), timer.host(calls)
     copy = timer.copy(num_bytes)
     row = {
@@ -262,7 +261,7 @@ def figures(timer, num_bytes, calls):
     }
     try:
         graph = timer.graph(calls)
-    except Exception as error:  # noqa: BLE001 - some peers wait for the device, which no graph can
+    except Exception as error:  # noqa: BLE001 - some peers synchronise, which a graph cannot capture
         best = eager.median
         row["no_graph"] = f"{type(error).__name__}: {error}"
         torch.cuda.synchronize()

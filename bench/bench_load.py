@@ -1,15 +1,14 @@
 """How evenly do replicas of hot experts spread the load, and how long does planning take?
 
-DeepSeek-V3's shape: 256 experts, 32 redundant ones on 8 to 32 ranks. 288 slots are 4.5 for each of
-64 ranks, and so these get 64 redundant experts, 5 slots a rank. The load of experts follows Zipf's
-law, in an order drawn for each of a few layers; a balance is the most that a rank receives over
-the mean, of the worst layer.
+DeepSeek-V3's shape: 256 experts, and 32 redundant ones on 8 to 32 ranks. 64 ranks get 64 redundant
+experts, 5 slots per rank, because 288 slots do not divide by 64. The load of experts follows Zipf's
+law, in an order drawn per layer; a balance is maximum over mean of the ranks, of the worst layer.
 
-Each plan is compared with DeepSeek's published greedy scheme on the same loads: as that scheme sees
-it, every replica of an expert getting an equal part, and as it comes out when
-``npu_moe_update_expert`` picks the replica by rank. Predictions are checked first, against ids that
-go through that operator. Unseen ids are drawn from the same law after those that are planned for:
-top-8 of 256, 512 tokens a rank, so that no expert can get more than an eighth.
+Each plan is compared with DeepSeek's published greedy scheme on the same loads: as that scheme
+assumes, with equal parts for all replicas of an expert, and as ``npu_moe_update_expert`` picks the
+replica by rank. Predictions are checked first against ids mapped by that operator. Unseen ids are
+drawn from the same law after the planned ones: top-8 of 256, 512 tokens per rank, so that no expert
+gets more than an eighth.
 
     python bench/bench_load.py [--layers 3] [--plot bench/results/load.svg]
 """
@@ -56,21 +55,21 @@ def main():
 
 
 def measure(num_ranks, num_slots, exponent, layers):
-    """Balances, and seconds of one core, of one shape and law."""
+    """Balances and CPU time of one shape and exponent."""
     load = zipf(exponent, layers)
     sizes = {"num_ranks": num_ranks, "num_slots": num_slots}
-    works = {
+    planners = {
         "plan": functools.partial(eplb.plan, **sizes),
         "plan_by_token": functools.partial(eplb.plan, **sizes, balance_mode=BY_TOKEN),
         "greedy": functools.partial(eplb.plan_greedy, **sizes),
         "greedy_equal_parts": functools.partial(eplb.plan_greedy, **sizes, balance_mode=BY_TOKEN),
     }
-    seconds = {name: [] for name in works}
-    plans = {name: [] for name in works}
+    seconds = {name: [] for name in planners}
+    plans = {name: [] for name in planners}
     for layer in load:
-        for name, work in works.items():
+        for name, planner in planners.items():
             start = time.process_time()
-            plans[name].append(work(layer))
+            plans[name].append(planner(layer))
             seconds[name].append(time.process_time() - start)
     check(load[0], plans["plan"][0])
     check(load[0], plans["greedy"][0])
@@ -84,14 +83,14 @@ def measure(num_ranks, num_slots, exponent, layers):
         "no_replicas": worst(plan.balance_before for plan in plans["plan"]),
         "at_least": worst(map(functools.partial(least, **sizes), load)),
     }
-    for name in works:
+    for name in planners:
         row[name] = worst(plan.balance_after for plan in plans[name])
         row[f"{name}_ms"] = statistics.median(seconds[name]) * 1e3
     return row | unseen(num_ranks, num_slots, exponent)
 
 
 def zipf(exponent, layers):
-    """[layers, E], popularity ``place ** -exponent`` with the places drawn for each layer."""
+    """[layers, E], popularity ``rank ** -exponent`` with ranks drawn per layer."""
     popularity = np.arange(1, EXPERTS + 1) ** -exponent
     draws = np.random.default_rng(0)
     return torch.from_numpy(np.stack([draws.permutation(popularity) for _ in range(layers)]))
@@ -102,24 +101,24 @@ def worst(balances):
 
 
 def least(load, num_ranks, num_slots):
-    """A balance that no table can go below when the choice is by rank.
+    """A lower bound of the balance of any table that is read by rank.
 
-    The hottest expert has at most a replica for each redundant slot and its own, and comes in W-ths
-    of its load. If no rank takes two of these, every rank has a replica of it, and the second
-    hottest expert can be divided by what is left of the redundant slots.
+    The hottest expert has at most 1 + redundant replicas; its parts are W-ths of its load. If no
+    rank takes two parts, every rank has a replica, and the remaining redundant slots divide the
+    second hottest expert.
     """
     hottest, second = (load * num_ranks / load.sum()).topk(2).values.tolist()
     redundant = num_slots - EXPERTS
-    one_each = float("inf")
+    one_part = float("inf")
     if redundant >= num_ranks - 1:
         replicas = min(1 + redundant - (num_ranks - 1), num_ranks)
-        one_each = hottest / num_ranks + second / replicas
-    elsewise = max(hottest / min(1 + redundant, num_ranks), 2 * hottest / num_ranks)
-    return max(1.0, min(one_each, elsewise))
+        one_part = hottest / num_ranks + second / replicas
+    two_parts = max(hottest / min(1 + redundant, num_ranks), 2 * hottest / num_ranks)
+    return max(1.0, min(one_part, two_parts))
 
 
 def check(load, plan):
-    """Ids through the operator, of ranks that send alike, give the load that was predicted."""
+    """Ids mapped by the operator, equal on all ranks, give the predicted load."""
     rows = (load / load.sum() * 10_000).round().long()
     ids = torch.repeat_interleave(torch.arange(EXPERTS, dtype=torch.int32), rows)[:, None]
     received = receive([ids] * plan.num_ranks, plan)
@@ -133,18 +132,18 @@ def check(load, plan):
 
 
 def receive(ids, plan):
-    """[W], the rows of each rank when each sends ``ids[rank]``."""
+    """[W], the rows that each rank receives if each sends ``ids[rank]``."""
     received = torch.zeros(plan.num_ranks, dtype=torch.int64)
-    for rank, one in enumerate(ids):
+    for rank, expert_ids in enumerate(ids):
         mapped, _ = npu_moe_update_expert(
-            one, plan.eplb_table, local_rank_id=rank, world_size=plan.num_ranks
+            expert_ids, plan.eplb_table, local_rank_id=rank, world_size=plan.num_ranks
         )
         received += plan.ranks[mapped.long()].flatten().bincount(minlength=plan.num_ranks)
     return received
 
 
 def unseen(num_ranks, num_slots, exponent):
-    """Balances of ids that were drawn after those that the plans are made for."""
+    """Balances of ids drawn after those that are planned for."""
     order = torch.randperm(EXPERTS, generator=torch.Generator().manual_seed(0)).int()
 
     def batch(first):
@@ -157,8 +156,8 @@ def unseen(num_ranks, num_slots, exponent):
     load = torch.cat(batch(0)).flatten().bincount(minlength=EXPERTS)
     following = batch(num_ranks)
     balances = {}
-    for name, make in (("plan", eplb.plan), ("greedy", eplb.plan_greedy)):
-        received = receive(following, make(load, num_ranks=num_ranks, num_slots=num_slots))
+    for name, planner in (("plan", eplb.plan), ("greedy", eplb.plan_greedy)):
+        received = receive(following, planner(load, num_ranks=num_ranks, num_slots=num_slots))
         balances[f"{name}_next"] = float(received.max() / received.double().mean())
     return balances
 

@@ -1,24 +1,22 @@
-"""What do the split-phase ops hide? Own compute between setup and teardown, while a peer is late.
+"""How much waiting for a late peer do the split-phase ops hide?
 
-The last rank enters each operation late, as a rank does whose part of the batch was longer. The
-others have compute that does not need the exchange, as that of a shared expert. In sequence they
-set up, tear down, which waits for the late rank, and then compute; overlapped they compute in
-between. At best that takes the longer of delay and compute, where the sequence takes both.
+The last rank enters each operation late, like a rank with a longer part of the batch. The others
+have compute that does not need the exchange, as a shared expert has. In sequence they set up, tear
+down, which waits for the late rank, and compute; overlapped they compute between setup and
+teardown. At best that takes the longer of delay and compute instead of their sum.
 
-It is the wait that is hidden. Between processes of one host the cores that compute also copy the
-rows, and that is never hidden: where nobody is late there is little to gain. The late rank sleeps,
-and leaves its core to the others.
+Only waiting is hidden. Between processes of one host the cores that compute also copy the rows, so
+without a late rank the gain is small. The late rank sleeps and leaves its core to the others.
 
-A sample is one operation, timed from a barrier on, and its time that of the slowest rank that is
-not late; every result is compared with the sum computed directly. The time until the setups are
-back shows that they wait for nobody.
+A sample is one operation from a barrier on, and its time that of the slowest rank that is not late;
+every result is compared with the sum computed directly. The time until the setups return shows that
+they do not wait.
 
     python bench/bench_overlap.py [--world-size 2 4] [--late 0 10 40] [--samples 21]
 """
 
 import argparse
 import functools
-import statistics
 import time
 from pathlib import Path
 
@@ -57,7 +55,7 @@ def main():
 
 
 def measure(ctx, *, late, samples):
-    """One rank: seconds of the compute alone, and (all, setup) by (operation, way, delay)."""
+    """On a rank: seconds of the compute alone, and (total, setup) by (operation, way, delay)."""
     layer, compute = Layer(ctx), calibrated(ctx)
     times = {"compute": []}
     for sample in range(-WARM_UP, samples):
@@ -68,15 +66,15 @@ def measure(ctx, *, late, samples):
         for delay in late:
             for way in WAYS:
                 for operation in OPERATIONS:
-                    found = timed(ctx, layer, operation, way, delay * 1e-3, compute)
+                    seconds = timed(ctx, layer, operation, way, delay * 1e-3, compute)
                     if sample >= 0:
-                        times.setdefault((operation, way, delay), []).append(found)
+                        times.setdefault((operation, way, delay), []).append(seconds)
                 layer.check()
     return times
 
 
 def timed(ctx, layer, operation, way, delay, compute):
-    """Seconds until the operation and the compute are done, and until the setup is."""
+    """Seconds until the operation and the compute end, and until the setup returns."""
     dist.barrier()
     start = time.perf_counter()
     if ctx.rank == ctx.world_size - 1:
@@ -92,7 +90,7 @@ def timed(ctx, layer, operation, way, delay, compute):
 
 
 def calibrated(ctx):
-    """Matrix products that take about ``COMPUTE`` on one core; as many on every rank."""
+    """Matrix products that take about ``COMPUTE`` on one core, equally many on every rank."""
     left, right = torch.ones(64, 512), torch.ones(512, 512)
 
     def compute(count):
@@ -100,7 +98,7 @@ def calibrated(ctx):
             left @ right
 
     count = torch.zeros(1, dtype=torch.int64)
-    if ctx.rank == 0:  # alone: the others wait for its answer
+    if ctx.rank == 0:  # alone, while the others wait for the broadcast
         compute(50)
         start = time.process_time()
         compute(200)
@@ -110,7 +108,7 @@ def calibrated(ctx):
 
 
 class Layer:
-    """The four ops, with experts that return what they get."""
+    """The four ops, with identity experts."""
 
     def __init__(self, ctx):
         tokens, top_k, experts = SHAPE["tokens"], SHAPE["top_k"], SHAPE["experts"]
@@ -144,23 +142,19 @@ class Layer:
             )
 
     def check(self):
-        wanted = self.expected.to(self.out.dtype)
-        torch.testing.assert_close(self.out, wanted, rtol=0, atol=0)
+        expected = self.expected.to(self.out.dtype)
+        torch.testing.assert_close(self.out, expected, rtol=0, atol=0)
 
 
 def summary(world, operation, late, ranks):
     """Medians over samples of the slowest rank that is not late, in milliseconds."""
     punctual = ranks[:-1]
 
-    def median(name, which):
-        samples = zip(*(times[name] for times in punctual), strict=True)
-        slowest = [max(one[which] for one in sample) * 1e3 for sample in samples]
-        quartiles = statistics.quantiles(slowest, n=4)
-        return statistics.median(slowest), quartiles[2] - quartiles[0]
+    def median(name, index):
+        return report.slowest([[pair[index] for pair in times[name]] for times in punctual])
 
-    compute = [max(one) * 1e3 for one in zip(*(t["compute"] for t in punctual), strict=True)]
     row = {"bench": "overlap", "world_size": world, "operation": operation, "late_ms": late}
-    row |= SHAPE | {"compute_ms": statistics.median(compute)}
+    row |= SHAPE | {"compute_ms": report.slowest([times["compute"] for times in punctual])[0]}
     for way in WAYS:
         row[f"{way}_ms"], row[f"{way}_iqr_ms"] = median((operation, way, late), 0)
     row["setup_ms"], row["setup_iqr_ms"] = median((operation, "overlap", late), 1)

@@ -1,20 +1,19 @@
-"""How fast is a transformers model with our exchange, against its own all_to_all, in one run?
+"""How fast is a transformers model with our exchange, compared with its own all_to_all?
 
-Each case loads one random Qwen3-MoE several times in the same processes, once for each
+Each case loads one random Qwen3-MoE several times in the same processes, once per
 ``ep_implementation``: transformers' ``all_to_all`` over gloo, ours over gloo, and ours over shared
-memory. Before anything is timed, their logits are compared with those of the unmodified model. A
-sample is one forward of each, in turn; its time is the slowest rank's. The forward includes what is
-the same for all of them, among it attention and FSDP's gathering of the other weights over gloo, so
-the time in the MoE layers' experts (exchange, experts, and waiting for slower ranks) stands beside.
+memory. Their logits are compared with the unmodified model's before anything is timed. A sample is
+one forward of each, in turn; its time is the slowest rank's. The forward includes parts common to
+all, such as attention and FSDP's gathering of other weights over gloo, so the time in the experts
+modules (exchange, experts, and waiting for slower ranks) is reported separately.
 
-"prefill" brings 128 tokens a rank, "decode" 8. Ours is told how many, as serving engines do.
+"prefill" has 128 tokens per rank, "decode" 8. Ours gets ``max_tokens``, as from serving engines.
 
     python bench/bench_transformers.py [--world-size 2 4] [--samples 15]
 """
 
 import argparse
 import functools
-import statistics
 import tempfile
 import time
 from importlib.metadata import version
@@ -79,7 +78,7 @@ def quiet():
 
 
 def write_checkpoint(path):
-    """Random weights with a spread that makes routing and logits differ."""
+    """Write random weights, spread so that routing and logits differ."""
     config = Qwen3MoeConfig(
         **MODEL,
         vocab_size=512,
@@ -99,7 +98,7 @@ def write_checkpoint(path):
 
 
 def measure(ctx, *, path, samples):
-    """One rank: seconds of a forward, and in its experts, per batch, implementation and sample."""
+    """On a rank: seconds of a forward and of its experts, per batch, implementation and sample."""
     quiet()
     most = max(sequences * length for sequences, length in BATCHES.values())
     integration.register("gloo", transport="collective", max_tokens=most)
@@ -131,7 +130,7 @@ def measure(ctx, *, path, samples):
 
 
 def forward(model, ids, clock):
-    """Seconds of a forward, and of the part of it that is spent in experts."""
+    """Seconds of a forward, and of its experts."""
     clock.clear()
     dist.barrier()
     start = time.perf_counter()
@@ -140,7 +139,7 @@ def forward(model, ids, clock):
 
 
 def watch(model):
-    """A list that every experts module of ``model`` adds the seconds of its calls to."""
+    """A list to which every experts module of ``model`` appends the seconds of its calls."""
     clock = []
 
     def timed(forward):
@@ -158,7 +157,7 @@ def watch(model):
 
 
 def check(name, logits, expected):
-    """In bf16 a router's tie may fall otherwise for some tokens; most must agree."""
+    """Most tokens must agree; in bf16, routing ties may break differently for some."""
     error = (logits - expected).abs().amax(dim=-1) / expected.std()
     assert error.median() < 0.05, f"{name}: logits are off by {error.median():.3f} deviations"
 
@@ -170,11 +169,9 @@ def summary(world, batch, ranks):
     row["tokens"] = BATCHES[batch][0] * BATCHES[batch][1]
     for name in IMPLEMENTATIONS:
         for index, kind in enumerate(("", "_experts")):
-            pairs = zip(*(times[name] for times in ranks), strict=True)
-            slowest = [max(one[index] for one in sample) * 1e3 for sample in pairs]
-            quartiles = statistics.quantiles(slowest, n=4)
-            row[f"{name}{kind}_ms"] = statistics.median(slowest)
-            row[f"{name}{kind}_iqr_ms"] = quartiles[2] - quartiles[0]
+            row[f"{name}{kind}_ms"], row[f"{name}{kind}_iqr_ms"] = report.slowest(
+                [[pair[index] for pair in times[name]] for times in ranks]
+            )
     row["ratio"] = row["all_to_all_ms"] / row["windows_ms"]
     row["experts_ratio"] = row["all_to_all_experts_ms"] / row["windows_experts_ms"]
     return row

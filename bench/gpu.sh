@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
-# What wants a GPU, in less than ten minutes: the tests of kernels and layers on the device, the
-# benches, what is recorded in graphs, and a memory checker. It installs nothing, and says what it
-# misses.
+# GPU checks in less than ten minutes: tests of kernels and layers on the device, benches, graphs and
+# a memory checker. Installs nothing, and reports missing tools.
 #
 #     bench/gpu.sh [--peers-from FOLDER]    # for FOLDER see bench/kernel_peers.py
-#     bench/gpu.sh --dry-run                # the same parts on a CPU, small and without figures
+#     bench/gpu.sh --dry-run                # the same parts on a CPU, small and without timing
 #
-# Logs and results come into $OUT (build/gpu). Every part has a limit, and the status is 1 if one of
-# them failed. PYTHON says with which interpreter; otherwise .venv's, or python3.
+# Logs and results go to $OUT (build/gpu). Every part has a time limit; the status is 1 if one fails.
+# PYTHON is the interpreter, by default .venv's or python3.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
@@ -35,7 +34,7 @@ if [[ -z $python ]]; then
     [[ -x .venv/bin/python ]] && python=.venv/bin/python
 fi
 
-# The package alone: the repository's root holds links that hide other distributions.
+# The package alone: the links in the repository's root hide other distributions.
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
 ln -s "$PWD/moe_triton" "$site/moe_triton"
@@ -54,7 +53,7 @@ has() {
     "$python" -c "import $1" 2>/dev/null
 }
 
-# part NAME LIMIT COMMAND...: run it for LIMIT seconds at most, with its output in NAME.log.
+# part NAME LIMIT COMMAND...: run it for at most LIMIT seconds, output in NAME.log.
 part() {
     local name=$1 limit=$2 start=$SECONDS status
     shift 2
@@ -89,10 +88,10 @@ device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
 print(f"{device}; Python {platform.python_version()}, torch {torch.__version__}, "
       f"triton {triton.__version__}, {os.cpu_count()} cores")
 without = {
-    "hypothesis": "tests of drawn examples are skipped",
-    "xdist": "tests run one after the other",
-    "matplotlib": "there is no plot",
-    "pynvml": "clocks are asked of nvidia-smi",
+    "hypothesis": "property tests are skipped",
+    "xdist": "tests run in one process",
+    "matplotlib": "no plot",
+    "pynvml": "clocks come from nvidia-smi",
 }
 for name, what in without.items():
     if importlib.util.find_spec(name) is None:
@@ -106,25 +105,25 @@ if ! has torch || ! has triton || ! has pytest; then
 fi
 note "$(environment)"
 if [[ ! $dry_run ]] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    note "FAILED  PyTorch sees no GPU; --dry-run goes without"
+    note "FAILED  PyTorch sees no GPU; --dry-run needs none"
     exit 1
 fi
 
-# Without -m's usual look into the current directory, for the same links.
+# -m must not add the current directory with its links to sys.path.
 safely=(env PYTHONSAFEPATH=1)
 pytest=("$python" -m pytest -q -rs -p no:cacheprovider -o faulthandler_timeout=120)
 if ! "$python" -c 'import sys, pytest; sys.exit(pytest.version_tuple < (9,))'; then
-    # The settings in pyproject.toml ask for 9; these are the ones that matter.
+    # The settings in pyproject.toml need pytest 9; these options are the relevant ones.
     note "an old pytest: without the settings of pyproject.toml"
     pytest+=(-c /dev/null --rootdir "$PWD" --import-mode=importlib -m "not full")
 fi
 workers=()
 if has xdist && [[ ! $dry_run ]]; then
-    # Most of their time is the compiler's.
+    # Most of their time is compilation.
     workers=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")
 fi
 
-# What other targets compile to needs no GPU, and is tested without one.
+# Cross-compilation is tested without a GPU.
 tests=(tests/kernels tests/test_device.py --ignore tests/kernels/test_compiled.py)
 if [[ $dry_run ]]; then
     part tests 120 "${safely[@]}" "${pytest[@]}" tests/kernels/test_routing_plan.py tests/kernels/test_recv_permutation.py
@@ -134,7 +133,7 @@ if [[ $dry_run ]]; then
     note "left out  memory checker: it needs a GPU"
 else
     part tests 230 "${safely[@]}" "${pytest[@]}" "${workers[@]}" "${tests[@]}" -k "not graph"
-    # What the tests left over, but for the parts that follow.
+    # The time left by the tests, less the parts that follow.
     seconds=$((most_seconds - SECONDS - 190))
     ((seconds < 60)) && seconds=60
     part kernels $((seconds + 40)) "$python" bench/bench_kernels.py --seconds "$seconds" \
@@ -144,12 +143,12 @@ else
     fi
     part graphs 60 "${safely[@]}" "${pytest[@]}" "${tests[@]}" -k graph
     if command -v compute-sanitizer >/dev/null; then
-        # Memory of its own for each tensor, so that the end of one is not inside another.
+        # Separate allocations, so that an access past the end of a tensor is an error.
         part sanitizer 90 "${safely[@]}" PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
             compute-sanitizer --tool memcheck --error-exitcode 9 \
             "${pytest[@]}" "${tests[@]}" -k "example and not any_size"
     else
-        note "left out  memory checker: there is no compute-sanitizer"
+        note "left out  memory checker: no compute-sanitizer"
     fi
 fi
 

@@ -1,9 +1,9 @@
-"""Times on a GPU, by device events; the copy that they are compared with; clocks and power.
+"""Timing on a GPU by device events, the copy used as baseline, and clocks and power.
 
-A call is timed over several sets of inputs and outputs, together larger than the L2 cache where
-there is enough work, and after other memory went through that cache. "Eager" is one call between
-two events, the host's part included wherever the device waits for it. "Graph" is a captured graph
-of one call for each set, divided by their number.
+A call is timed over several sets of inputs and outputs, together larger than the L2 cache if the
+work is large enough, and after other memory has flushed that cache. "Eager" is one call between two
+events, including host time that the device waits for. "Graph" is a captured graph with one call per
+set, divided by their number.
 """
 
 import dataclasses
@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 MOST_SETS = 32
-SECONDS = 0.1  # of measuring, for each way
+SECONDS = 0.1  # of measuring, per method
 FEWEST, MOST = 10, 200  # samples
 MOST_BYTES = 2**34  # of all sets
-OTHER_BYTES = 2**29  # that go through the cache before a call, at least
+OTHER_BYTES = 2**29  # read before each call to flush the cache, at least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,24 +48,24 @@ class Timer:
     def __init__(self, device: torch.device, cuda=torch.cuda, seconds: float = SECONDS) -> None:
         self.device, self.cuda, self.seconds = device, cuda, seconds
         self.cache_bytes = int(cuda.get_device_properties(device).L2_cache_size)
-        # So long to read that most calls are launched before it ends.
+        # Reading it takes longer than most launches, so the host runs ahead.
         size = max(4 * self.cache_bytes, OTHER_BYTES)
         self._others = torch.ones(size // 4, dtype=torch.float32, device=device)
         self._copies: dict[int, Time] = {}
 
     def num_sets(self, num_bytes: int) -> int:
-        """Sets of so many bytes each that a call is timed over."""
+        """The number of sets, of ``num_bytes`` each, to time a call over."""
         wanted = -(-3 * self.cache_bytes // max(num_bytes, 1))
         return max(2, min(wanted, MOST_SETS, MOST_BYTES // max(num_bytes, 1)))
 
     def eager(self, calls: Sequence[Callable[[], object]]) -> Time:
-        """One call of each in turn, as often as there is time for."""
+        """Time single calls, cycling through the sets."""
         for call in calls:
             call()
         return self._samples(lambda number: calls[number % len(calls)]())
 
     def graph(self, calls: Sequence[Callable[[], object]]) -> Time:
-        """All calls in one graph; the time of one of them."""
+        """Time all calls in one graph; returns the time of one."""
         stream = self.cuda.Stream()
         stream.wait_stream(self.cuda.current_stream())
         with self.cuda.stream(stream):
@@ -74,17 +74,17 @@ class Timer:
         self.cuda.current_stream().wait_stream(stream)
         self.cuda.synchronize()
         graph = self.cuda.CUDAGraph()
-        # What the calls return has to live as long as the graph writes to it.
+        # The graph writes to these outputs, so they must stay alive.
         with self.cuda.graph(graph):
-            kept = [call() for call in calls]
+            outputs = [call() for call in calls]
         graph.replay()
         time_of_all = self._samples(lambda _: graph.replay())
-        del kept
+        del outputs
         count = len(calls)
         return Time(time_of_all.median / count, time_of_all.spread / count, time_of_all.samples)
 
     def host(self, calls: Sequence[Callable[[], object]]) -> float:
-        """Microseconds that the host needs for a call, without the device's work."""
+        """Microseconds of host time per call."""
         times = []
         for call in list(calls)[:10]:
             self.cuda.synchronize()
@@ -95,7 +95,7 @@ class Timer:
         return statistics.median(times)
 
     def copy(self, num_bytes: int) -> Time:
-        """A copy on the device that reads and writes ``num_bytes`` together, as a graph."""
+        """Time a device copy that reads and writes ``num_bytes`` in all, as a graph."""
         if num_bytes not in self._copies:
             size = max(num_bytes // 2, 1)
             pairs = [
@@ -107,19 +107,19 @@ class Timer:
         return self._copies[num_bytes]
 
     def _samples(self, call: Callable[[int], object]) -> Time:
-        """Each sample after a flush, between events of its own; a first few say how many fit."""
+        """Time samples, each after a flush; the first few determine how many fit."""
         start = time.perf_counter()
-        found = self._measure(call, FEWEST, 0)
+        first = self._measure(call, FEWEST, 0)
         each = (time.perf_counter() - start) / FEWEST
         more = min(int(self.seconds / max(each, 1e-9)), MOST) - FEWEST
-        # Those of the first round still warm something up.
-        return Time.of(self._measure(call, more, FEWEST) if more >= FEWEST else found)
+        # The first samples include warm-up.
+        return Time.of(self._measure(call, more, FEWEST) if more >= FEWEST else first)
 
     def _measure(self, call: Callable[[int], object], count: int, first: int) -> list[float]:
         events = []
         for number in range(first, first + count):
             start, end = (self.cuda.Event(enable_timing=True) for _ in range(2))
-            self._others.sum()  # read, not written: lines to write back would cost the call
+            self._others.sum()  # read-only: the call must not pay for writing dirty lines back
             start.record()
             call(number)
             end.record()
@@ -129,7 +129,7 @@ class Timer:
 
 
 class Clocks:
-    """Clocks, power and temperature of the first GPU, from NVML or else nvidia-smi."""
+    """Clocks, power and temperature of a GPU, from NVML or nvidia-smi."""
 
     FIELDS = ("sm_mhz", "memory_mhz", "power_w", "temperature_c")
     EVERY = 20  # seconds; nvidia-smi takes one to answer
@@ -146,17 +146,17 @@ class Clocks:
                 else pynvml.nvmlDeviceGetHandleByIndex(0)
             )
             self.source, self._read = "nvml", functools.partial(_from_nvml, pynvml, handle)
-        except Exception as error:  # noqa: BLE001 - nothing of this may end a run
+        except Exception as error:  # noqa: BLE001 - a bench runs without clocks
             self.why = f"NVML: {error!r}"
             if _from_smi(uuid):
                 self.source = "nvidia-smi"
                 self._read = functools.partial(self._at_times, functools.partial(_from_smi, uuid))
 
     def read(self) -> dict[str, float | str]:
-        """``FIELDS``, those that are known, and where they are from."""
+        """The known ``FIELDS``, and their source."""
         try:
             return {"clocks_from": self.source, **self._read()}
-        except Exception as error:  # noqa: BLE001 - nothing of this may end a run
+        except Exception as error:  # noqa: BLE001 - a bench runs without clocks
             return {"clocks_from": f"unknown: {error!r}"}
 
     def _at_times(self, read: Callable[[], dict]) -> dict:
@@ -179,10 +179,10 @@ def _from_smi(uuid: str | None) -> dict[str, float]:
     query = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
     try:
-        said = subprocess.run(
+        result = subprocess.run(
             [*command, "-i", uuid or "0"], capture_output=True, text=True, timeout=20, check=True
         )
-        values = said.stdout.splitlines()[0].split(",")
+        values = result.stdout.splitlines()[0].split(",")
         return dict(zip(Clocks.FIELDS, map(float, values), strict=True))
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return {}

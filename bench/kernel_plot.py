@@ -1,8 +1,8 @@
-"""Plot results of bench_kernels: the share of a copy over the number of tokens, a panel per kernel.
+"""Plot results of bench_kernels: share of a copy's rate over tokens, one panel per kernel.
 
     python bench/kernel_plot.py bench/results/<gpu>/kernels.jsonl [kernels.png]
 
-Needs matplotlib, which the extra ``bench`` brings.
+Needs matplotlib (extra ``bench``).
 """
 
 import json
@@ -15,7 +15,7 @@ TICKS = (1, 16, 256, 4096)
 
 
 def plot(rows, path):
-    """Write the figure of ours; ``path`` says in which format."""
+    """Write the figure of our kernels; the suffix of ``path`` is the format."""
     from matplotlib.figure import Figure
 
     ours = [row for row in rows if row["implementation"] == "moe_triton"]
@@ -25,15 +25,15 @@ def plot(rows, path):
     lines = math.ceil(len(kernels) / columns)
     figure = Figure(figsize=(3.2 * columns, 2.6 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
-    for place, kernel in enumerate(kernels):
-        axis = axes[place // columns][place % columns]
+    for panel_id, kernel in enumerate(kernels):
+        axis = axes[panel_id // columns][panel_id % columns]
         for model in models:
             of_model = sorted(
                 (row["tokens"], row["share_of_copy"])
                 for row in ours
                 if (panel(row), row["model"]) == (kernel, model)
             )
-            # A model without results is a line of its own all the same: the legend names all.
+            # An empty line keeps a model without results in the legend.
             axis.plot(*(zip(*of_model, strict=True) if of_model else ([], [])), ".-", label=model)
         axis.set_title(kernel, fontsize=9)
         axis.set_xscale("log", base=2)
@@ -41,8 +41,8 @@ def plot(rows, path):
         axis.tick_params(labelbottom=True)
         axis.set_ylim(bottom=0)
         axis.axhline(1, color="grey", linewidth=0.5)
-    for place in range(len(kernels), lines * columns):
-        axes[place // columns][place % columns].set_axis_off()
+    for panel_id in range(len(kernels), lines * columns):
+        axes[panel_id // columns][panel_id % columns].set_axis_off()
     figure.supxlabel("tokens")
     figure.supylabel("share of the rate of a copy")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower right", fontsize=8)
@@ -64,7 +64,7 @@ def main():
     try:
         plot(rows, target)
     except ModuleNotFoundError as error:
-        sys.exit(f"{error}: pip install 'moe_triton[bench]' brings what plots need")
+        sys.exit(f"{error}: plots need pip install 'moe_triton[bench]'")
 
 
 if __name__ == "__main__":

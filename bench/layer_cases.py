@@ -1,8 +1,8 @@
-"""Whole layers for bench_kernels: dispatch and combine of all ranks that share one device.
+"""Whole layers for bench_kernels: dispatch and combine of ranks that share one device.
 
-One thread drives the ranks, so a call is every rank's setup and then every rank's teardown. Experts
-are left out: combine sums what stands in the memory that ``output_rows`` names, or for one rank in
-any memory. Bytes are those of the kernels underneath that move rows; plans and places are small.
+One thread drives the ranks, so a call is every rank's setup and then every rank's teardown. Without
+experts, combine sums whatever ``output_rows`` holds, or any memory for one rank. Bytes are those of
+the kernels that move rows; plans and indices are small.
 """
 
 import contextlib
@@ -23,22 +23,22 @@ from kernel_cases import (
 from moe_triton import ExpertParallel, ref, testing
 from moe_triton.layout import RowFormat
 
-# Above this many rows for a rank, what it may receive is limited to twice the mean: memory for the
-# worst case of many ranks would fill the device. Eager calls then look at what comes.
+# Above this many rows per rank, max_recv_tokens is twice the mean: memory for the worst case would
+# fill the device. Eager calls then check for overflow.
 MOST_ROWS = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerCase:
-    """One half of a layer, as ``kernel_cases.Case`` is one kernel.
+    """Dispatch or combine of a layer, like ``kernel_cases.Case`` for a kernel.
 
     Attributes:
-        name: of the half, and of the rows that travel.
+        name: the half, and the format of rows.
         shape: of the model.
         tokens: of each rank.
         world_size: W.
         num_bytes: of all ranks together.
-        calls: one for each set of inputs.
+        calls: one per set of inputs.
     """
 
     name: str
@@ -84,8 +84,8 @@ def layer(
     ]
     with testing.lockstep(world_size, make, device=device) as ranks:
         check(ranks, sets[0], quant)
-        received = [dispatch(ranks, given) for given in sets]
-        outputs = [[one.x.to(BF16) for one in of_set] for of_set in received]
+        received = [dispatch(ranks, inputs) for inputs in sets]
+        outputs = [[recv.x.to(BF16) for recv in of_set] for of_set in received]
         if world_size > 1:
             outputs = [None] * len(sets)
         names = [f"{half} {quant or 'bf16'}" for half in ("dispatch", "combine")]
@@ -95,22 +95,22 @@ def layer(
                 names[0],
                 *common,
                 dispatch_bytes,
-                [lambda given=given: dispatch(ranks, given) for given in sets],
+                [lambda inputs=inputs: dispatch(ranks, inputs) for inputs in sets],
             ),
             LayerCase(
                 names[1],
                 *common,
                 combine_bytes,
                 [
-                    lambda one=one, rows=rows: combine(ranks, one, rows)
-                    for one, rows in zip(received, outputs, strict=True)
+                    lambda of_set=of_set, rows=rows: combine(ranks, of_set, rows)
+                    for of_set, rows in zip(received, outputs, strict=True)
                 ],
             ),
         ]
 
 
 def layer_bytes(shape: Shape, tokens: int, world_size: int, quant: str | None) -> tuple[int, int]:
-    """Of dispatch and of combine, all ranks together."""
+    """Bytes of dispatch and of combine, of all ranks."""
     fmt = RowFormat.quantized(quant, BF16, shape.hidden)
     returned = world_size * weighted_sum_bytes(shape, tokens, normalised=False)
     if world_size == 1:
@@ -126,31 +126,31 @@ def drawn(shape: Shape, tokens: int, device: torch.device, rank: int) -> tuple[t
     return numbers((tokens, shape.hidden), device), ids.to(device), weights.to(device)
 
 
-def dispatch(ranks: list[ExpertParallel], given: list[tuple[torch.Tensor, ...]]) -> list:
-    sent = [ep.dispatch_setup(*values) for ep, values in zip(ranks, given, strict=True)]
-    return [ep.dispatch_teardown(one) for ep, one in zip(ranks, sent, strict=True)]
+def dispatch(ranks: list[ExpertParallel], inputs: list[tuple[torch.Tensor, ...]]) -> list:
+    pending = [ep.dispatch_setup(*values) for ep, values in zip(ranks, inputs, strict=True)]
+    return [ep.dispatch_teardown(sent) for ep, sent in zip(ranks, pending, strict=True)]
 
 
 def combine(ranks: list[ExpertParallel], received: list, rows: list | None) -> list[torch.Tensor]:
-    """``rows`` are the experts' outputs; None for whatever stands where they belong."""
+    """Combine the experts' outputs ``rows``; None for the contents of the output rows."""
     if rows is None:
-        rows = [ep.output_rows(one.handle) for ep, one in zip(ranks, received, strict=True)]
-    sent = [
-        ep.combine_setup(y, one.handle) for ep, y, one in zip(ranks, rows, received, strict=True)
+        rows = [ep.output_rows(recv.handle) for ep, recv in zip(ranks, received, strict=True)]
+    pending = [
+        ep.combine_setup(y, recv.handle) for ep, y, recv in zip(ranks, rows, received, strict=True)
     ]
-    return [ep.combine_teardown(one) for ep, one in zip(ranks, sent, strict=True)]
+    return [ep.combine_teardown(sent) for ep, sent in zip(ranks, pending, strict=True)]
 
 
-def check(ranks: list[ExpertParallel], given: list, quant: str | None) -> None:
-    """Experts that return the codes they get: a sum is the codes times the weights, in order."""
-    received = dispatch(ranks, given)
-    outputs = [ep.output_rows(one.handle) for ep, one in zip(ranks, received, strict=True)]
-    for y, one in zip(outputs, received, strict=True):
-        y.copy_(one.x[: len(y)])
-    for (x, _, weights), found in zip(given, combine(ranks, received, outputs), strict=True):
+def check(ranks: list[ExpertParallel], inputs: list, quant: str | None) -> None:
+    """With experts that return the received codes, a sum is weights times codes, in order."""
+    received = dispatch(ranks, inputs)
+    outputs = [ep.output_rows(recv.handle) for ep, recv in zip(ranks, received, strict=True)]
+    for y, recv in zip(outputs, received, strict=True):
+        y.copy_(recv.x[: len(y)])
+    for (x, _, weights), out in zip(inputs, combine(ranks, received, outputs), strict=True):
         codes = x if quant is None else ref.quantize_rows(x)[0]
         total = torch.zeros(x.shape, device=x.device)
         for k in range(weights.shape[1]):
             total += codes.to(BF16).float() * weights[:, k, None]
-        if not torch.equal(found, total.to(BF16)):
-            raise AssertionError(f"{len(ranks)} ranks: sums differ from those of the tokens alone")
+        if not torch.equal(out, total.to(BF16)):
+            raise AssertionError(f"{len(ranks)} ranks: sums differ from those computed directly")

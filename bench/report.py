@@ -1,11 +1,12 @@
-"""What all benches share: the machine they ran on, JSON lines, a table.
+"""Shared by all benches: facts of the machine, JSON lines, statistics and tables.
 
-Run as a script, it puts the committed results into README.md and docs/results.md.
+As a script, it writes the committed results into README.md and docs/results.md.
 """
 
 import json
 import os
 import platform
+import statistics
 import subprocess
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def machine():
-    """Device, versions and revision, for every line of results."""
+    """Device, versions and revision, part of every line of results."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
         "cores": len(os.sched_getaffinity(0)),
@@ -40,11 +41,11 @@ def _version(name):
 
 
 def _revision():
-    """That of the checkout; a copy without one has it from ``MOE_TRITON_REVISION``."""
-    if given := os.environ.get("MOE_TRITON_REVISION"):
-        return given
+    """The revision from ``MOE_TRITON_REVISION``, for copies without git, or of the checkout."""
+    if revision := os.environ.get("MOE_TRITON_REVISION"):
+        return revision
     try:
-        said = subprocess.run(
+        described = subprocess.run(
             ["git", "describe", "--always", "--dirty"],
             cwd=ROOT,
             capture_output=True,
@@ -53,7 +54,7 @@ def _revision():
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return said.stdout.strip()
+    return described.stdout.strip()
 
 
 def _cpu():
@@ -64,14 +65,21 @@ def _cpu():
 
 
 def write(path, rows):
-    """One JSON line per row, with the machine in each."""
+    """Write one JSON line per row, with the facts of the machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     facts = machine()
     path.write_text("".join(json.dumps(row | facts) + "\n" for row in rows), encoding="utf-8")
 
 
+def slowest(seconds_of_ranks):
+    """Median and interquartile range, in ms over samples, of the slowest rank."""
+    slowest = [max(sample) * 1e3 for sample in zip(*seconds_of_ranks, strict=True)]
+    quartiles = statistics.quantiles(slowest, n=4)
+    return statistics.median(slowest), quartiles[2] - quartiles[0]
+
+
 def table(rows, columns):
-    """A Markdown table of ``columns``, each a heading and a function of a row."""
+    """A Markdown table; ``columns`` maps headings to functions of a row."""
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(str(cell(row)) for cell in columns.values()) + " |" for row in rows]
     return "\n".join(lines)
@@ -143,13 +151,13 @@ KERNEL_TOKENS = (128, 4096)
 
 
 def kernels(rows):
-    """Tables of bench_kernels: all models beside each other, and ours beside others."""
+    """Tables of bench_kernels: one column per model, then one per peer."""
     chosen = [row for row in rows if row["tokens"] in KERNEL_TOKENS] or rows
     models = list(dict.fromkeys(row["model"] for row in chosen))
-    found, ours = {}, {}
+    results, ours = {}, {}
     for row in chosen:
         line = tuple(row[name] for name in ("kernel", "world_size", "tokens"))
-        found.setdefault((line, row["model"]), {})[row["implementation"]] = row
+        results.setdefault((line, row["model"]), {})[row["implementation"]] = row
         ours[line] = None
     columns = {
         "kernel": lambda line: line[0],
@@ -158,7 +166,7 @@ def kernels(rows):
     }
 
     def cell(line, model, name, share):
-        row = found.get((line, model), {}).get(name)
+        row = results.get((line, model), {}).get(name)
         if row is None:
             return ""
         text = f"{row.get('graph_us', row['eager_us']):.1f}"
@@ -169,10 +177,10 @@ def kernels(rows):
         return lambda line: cell(line, model, "moe_triton", True)
 
     tables = table(ours, columns | {model: models_cell(model) for model in models})
-    beside = [line for line in ours if len(found.get((line, models[0]), ())) > 1]
+    beside = [line for line in ours if len(results.get((line, models[0]), ())) > 1]
     if not beside:
         return tables
-    # The model that comes first is the one that others were timed on.
+    # Peers are timed on the first model only.
     names = {"ours": "moe_triton"} | {name: name for name in PEERS}
 
     def peer_cell(name):
@@ -183,19 +191,19 @@ def kernels(rows):
 
 
 def sections():
-    """What each page shows of ``bench/results``."""
-    rest = [_copies(), *_kernels(), *_overlap(), _transformers(), _load()]
-    return {"README.md": _transport(), "docs/results.md": "\n\n".join(rest)}
+    """The section of each page, from ``bench/results``."""
+    results = [_copies(), *_kernels(), *_overlap(), _transformers(), _load()]
+    return {"README.md": _transport(), "docs/results.md": "\n\n".join(results)}
 
 
 def _kernels():
-    """A paragraph and tables for each GPU that has results."""
+    """A paragraph and tables per GPU with results."""
     for path in sorted((ROOT / "bench/results").glob("*/kernels.jsonl")):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        one = rows[0]
+        row = rows[0]
         yield (
-            f"The kernels on one {one['device']} (torch {one['torch']}, triton {one['triton']}, "
-            f"{one['date']},\nrevision {one['revision']}): microseconds of a call in a CUDA graph, "
+            f"The kernels on one {row['device']} (torch {row['torch']}, triton {row['triton']}, "
+            f"{row['date']},\nrevision {row['revision']}): microseconds of a call in a CUDA graph, "
             "medians, over rotating\ninputs, and the share of the rate of a plain copy on the "
             "device of as many bytes in the same run.\n\n" + kernels(rows)
         )
@@ -203,21 +211,21 @@ def _kernels():
 
 def _transport():
     rows = _read("transport")
-    one = rows[0]
+    row = rows[0]
     return (
-        f"Dispatch and combine on one host, median of {one['samples']} samples of the slowest "
-        f"rank: {one['tokens']} tokens a rank,\nhidden {one['hidden']}, top-{one['top_k']} of "
-        f"{one['experts']} experts; `collective` over gloo; {one['cores']} cores "
-        f"({one['device']},\ntorch {one['torch']}, {one['date']}, revision {one['revision']}). "
+        f"Dispatch and combine on one host, median of {row['samples']} samples of the slowest "
+        f"rank: {row['tokens']} tokens a rank,\nhidden {row['hidden']}, top-{row['top_k']} of "
+        f"{row['experts']} experts; `collective` over gloo; {row['cores']} cores "
+        f"({row['device']},\ntorch {row['torch']}, {row['date']}, revision {row['revision']}). "
         "[More](docs/results.md).\n\n" + table(rows, TRANSPORT)
     )
 
 
 def _copies():
     rows = _read("transport")
-    one = rows[0]
+    row = rows[0]
     return (
-        f"The runs of the README's table ({one['date']}, revision {one['revision']}). In the "
+        f"The runs of the README's table ({row['date']}, revision {row['revision']}). In the "
         "column `shm` the experts write\nto `output_rows`; in the next one combine copies their "
         "rows. The last column is a plain copy of the\nrows that each rank gets delivered, and "
         "its share of the time of `shm`.\n\n" + table(rows, TRANSPORT_COPIES)
@@ -225,44 +233,44 @@ def _copies():
 
 
 def _overlap():
-    """A paragraph and a table, if there are results."""
+    """A paragraph and a table, if results exist."""
     if not (ROOT / "bench/results/overlap.jsonl").exists():
         return
     rows = _read("overlap")
-    one = rows[0]
+    row = rows[0]
     yield (
-        f"Split-phase dispatch and combine between processes of one host, {one['tokens']} tokens a "
-        f"rank,\nhidden {one['hidden']}, top-{one['top_k']} of {one['experts']} experts, on "
-        f"{one['cores']} cores ({one['device']},\ntorch {one['torch']}, {one['date']}, revision "
-        f"{one['revision']}), while one rank enters late:\ntime until an operation and compute of "
+        f"Split-phase dispatch and combine between processes of one host, {row['tokens']} tokens a "
+        f"rank,\nhidden {row['hidden']}, top-{row['top_k']} of {row['experts']} experts, on "
+        f"{row['cores']} cores ({row['device']},\ntorch {row['torch']}, {row['date']}, revision "
+        f"{row['revision']}), while one rank enters late:\ntime until an operation and compute of "
         "the rank's own are done, which comes after the teardown or\nbetween setup and teardown. "
-        f"Medians of {one['samples']} samples of the slowest rank that is not late.\nThe wait can "
+        f"Medians of {row['samples']} samples of the slowest rank that is not late.\nThe wait can "
         "be hidden; the copies cannot, as the same cores make them.\n\n" + table(rows, OVERLAP)
     )
 
 
 def _transformers():
     rows = _read("transformers")
-    one = rows[0]
+    row = rows[0]
     return (
         "A forward of a random Qwen3-MoE in transformers "
-        f"{one['transformers']}: {one['num_hidden_layers']} layers, hidden {one['hidden_size']},\n"
-        f"top-{one['num_experts_per_tok']} of {one['num_experts']} experts of "
-        f"{one['moe_intermediate_size']}, bf16, on {one['cores']} cores ({one['device']},\n"
-        f"torch {one['torch']}, {one['date']}, revision {one['revision']}). Medians of "
-        f"{one['samples']} samples of the slowest\nrank; `all_to_all` is transformers' own, over "
+        f"{row['transformers']}: {row['num_hidden_layers']} layers, hidden {row['hidden_size']},\n"
+        f"top-{row['num_experts_per_tok']} of {row['num_experts']} experts of "
+        f"{row['moe_intermediate_size']}, bf16, on {row['cores']} cores ({row['device']},\n"
+        f"torch {row['torch']}, {row['date']}, revision {row['revision']}). Medians of "
+        f"{row['samples']} samples of the slowest\nrank; `all_to_all` is transformers' own, over "
         "gloo.\n\n" + table(rows, TRANSFORMERS)
     )
 
 
 def _load():
     rows = _read("load")
-    one = rows[0]
+    row = rows[0]
     shown = [row for row in rows if row["exponent"] in (1.0, 1.5, 2.0)]
     return (
-        f"The most loaded rank over the mean with replicas of {one['experts']} experts, load after "
-        f"Zipf's law in {one['layers']}\norders of the experts, the worst of them (torch "
-        f"{one['torch']}, {one['date']}, revision\n{one['revision']}). 288 slots do not divide by "
+        f"The most loaded rank over the mean with replicas of {row['experts']} experts, load after "
+        f"Zipf's law in {row['layers']}\norders of the experts, the worst of them (torch "
+        f"{row['torch']}, {row['date']}, revision\n{row['revision']}). 288 slots do not divide by "
         "64. DeepSeek's greedy scheme counts on equal parts; by\nrank is what "
         "`npu_moe_update_expert` makes of its replicas by default, where no table comes below\n"
         '"at least", since a rank sends all its copies for an expert to one replica. Unseen ids '
@@ -277,10 +285,10 @@ def _read(bench):
 
 
 def filled(text, section):
-    """A page with a section in place of what it had between the marks."""
-    head, rest = text.split("<!-- results: begin", 1)
-    begin, rest = rest.split("-->", 1)
-    _, tail = rest.split("<!-- results: end -->", 1)
+    """The page with the section between its marks replaced."""
+    head, tail = text.split("<!-- results: begin", 1)
+    begin, tail = tail.split("-->", 1)
+    _, tail = tail.split("<!-- results: end -->", 1)
     return f"{head}<!-- results: begin{begin}-->\n{section}\n<!-- results: end -->{tail}"
 
 

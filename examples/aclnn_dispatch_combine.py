@@ -1,15 +1,14 @@
-"""Tokens to their experts and back through the two-phase interface of aclnn, on 16 ranks.
+"""Dispatch and combine through the two-phase interface of aclnn, on 16 ranks.
 
     python examples/aclnn_dispatch_combine.py
     python examples/aclnn_dispatch_combine.py --processes
 
-The sizes and the order of calls are those of the example in the operator document of
-aclnnMoeDistributeDispatch, which is for two servers of A2; so are the limits that its calls must
-keep. There is one expert on each of 16 ranks, 8 tokens a rank, hidden 7168, top-8. Tokens and
-routing are drawn, expert e multiplies by e + 1, and every rank compares all it gets with what that
-has to be, bit for bit. The document's program passes tensors for parameters that its own text wants
-empty (xActiveMask, tpSendCounts, activationScale, weightScale, groupList), and too few counts: here
-the text is followed. Ranks are threads, or processes; both commands print
+Sizes, limits and the order of calls are those of the example in the operator document of
+aclnnMoeDistributeDispatch, for two servers of A2: one expert on each of 16 ranks, 8 tokens per
+rank, hidden 7168, top-8. Tokens and routing are random, expert e multiplies by e + 1, and every
+rank checks all outputs bit for bit. The document's program passes tensors for parameters that its
+text requires to be empty (xActiveMask, tpSendCounts, activationScale, weightScale, groupList), and
+too few counts; this example follows the text. Ranks are threads or processes; both commands print
 
     rank  0 computed 125 of its 128 rows, times 1
     rank 15 computed 37 of its 128 rows, times 16
@@ -35,8 +34,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", action="store_true", help="ranks are processes, not threads")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # a rank is one
-    # By the environment, as worker processes get it too.
+    torch.set_num_threads(1)  # each rank is a thread or process
+    # Worker processes inherit the environment.
     os.environ["MOE_TRITON_PROFILE"] = "a2"
     run = testing.run_processes if arguments.processes else testing.run_local
     for rank, rows in enumerate(run(WORLD, dispatch_and_combine)):
@@ -46,14 +45,14 @@ def main():
 
 
 def dispatch_and_combine(ctx):
-    """What one rank does; the number of rows it received."""
+    """Run one rank; returns the number of rows it received."""
     x, expert_ids, expert_scales = tokens_of(ctx.ep_rank)
 
-    # The outputs are ours to provide. All sizes are known before anything is sent.
+    # The caller allocates the outputs; all sizes are known before the call.
     expand_x = torch.empty(CAPACITY, HIDDEN, dtype=torch.bfloat16)
     expand_idx = torch.empty(TOKENS * TOP_K, dtype=torch.int32)
     expert_token_nums = torch.empty(1, dtype=torch.int64)
-    # Behind the counts is room for what A2 notes of its servers.
+    # The counts, followed by A2's space for server data.
     ep_recv_counts = torch.empty(EXPERTS + 2 * GLOBAL_BS * TOP_K * SERVERS, dtype=torch.int32)
     expand_scales = torch.empty(CAPACITY)
     out = torch.empty(TOKENS, HIDDEN, dtype=torch.bfloat16)
@@ -75,7 +74,7 @@ def dispatch_and_combine(ctx):
         GLOBAL_BS,
         0,  # expertTokenNumsType: prefix sums
         expand_x,
-        None,  # dynamicScales, which rows without quantisation have not
+        None,  # dynamicScales, absent without quantisation
         expand_idx,
         expert_token_nums,
         ep_recv_counts,
@@ -113,7 +112,7 @@ def dispatch_and_combine(ctx):
     check(status)
     check(aclnn.aclnnMoeDistributeCombine(workspace(size), size, executor, None))
 
-    # Every slot's expert multiplied by its number and one more; these sums are exact in float32.
+    # Expert e multiplied by e + 1; the sums are exact in float32.
     factor = (expert_scales * (expert_ids + 1)).sum(1, keepdim=True)
     assert torch.equal(out, (x.float() * factor).bfloat16())
     return received
@@ -125,12 +124,12 @@ def check(status):
 
 
 def workspace(size):
-    """Memory for an op to work in, if it wants any."""
+    """Workspace memory; None if the op needs none."""
     return torch.empty(size, dtype=torch.uint8) if size else None
 
 
 def tokens_of(rank):
-    """x, expert ids and weights: small integers and powers of two, so that sums are exact."""
+    """x, expert ids and weights; small integers and powers of two keep sums exact."""
     generator = torch.Generator().manual_seed(rank)
     x = torch.randint(-4, 5, (TOKENS, HIDDEN), generator=generator).bfloat16()
     ids = testing.routing_zipf(TOKENS, EXPERTS, TOP_K, seed=rank, exponent=0.8)
@@ -139,7 +138,7 @@ def tokens_of(rank):
 
 
 def check_received(rank, received, expand_x, expand_idx, ep_recv_counts, expand_scales):
-    """Dispatch's outputs against all ranks' tokens: those of each rank that name this expert."""
+    """Compare dispatch's outputs with the tokens of all ranks for this rank's expert."""
     rows, ends, weights = [], [], []
     for source in range(WORLD):
         x, ids, scales = tokens_of(source)
@@ -151,7 +150,7 @@ def check_received(rank, received, expand_x, expand_idx, ep_recv_counts, expand_
     assert torch.equal(expand_x[:received], torch.cat(rows))
     assert torch.equal(expand_scales[:received], torch.cat(weights))
     assert ep_recv_counts[:WORLD].tolist() == ends
-    # How often a token before this one, or a slot before this one, names the same expert.
+    # The number of earlier slots with the same expert.
     ids = tokens_of(rank)[1].flatten()
     assert expand_idx.tolist() == [int((ids[:i] == ids[i]).sum()) for i in range(len(ids))]
 

@@ -1,15 +1,15 @@
-"""A layer whose popular experts have replicas, by torch_npu's functions: 16 ranks, 8 EP x 2 TP.
+"""An MoE layer with replicas of popular experts, by torch_npu's functions: 16 ranks, 8 EP x 2 TP.
 
     python examples/eplb_chain.py
     python examples/eplb_chain.py --processes
 
-npu_moe_update_expert replaces the expert that the router chose by one of its replicas,
+npu_moe_update_expert maps the router's expert to one of its replicas,
 npu_moe_distribute_dispatch_v2 sends the tokens there, and npu_moe_distribute_combine_add_rms_norm
-brings the results back, sums them, adds the residual and the shared expert and normalises. Of 6
-experts the two popular ones have a replica each, which makes 8: one on every EP rank, half of it on
-either TP rank. Sizes are the documents' (8 tokens a rank, hidden 7168, top-3), and so are the
-limits: those of A3. Every rank compares its results with the layer computed without the library.
-Ranks are threads, or processes; both commands print
+sends the results back, sums them, adds the residual and the shared expert, and normalises. Two of 6
+experts are popular and have a second replica, so 8 physical experts: one per EP rank, half of it on
+each TP rank. Sizes are the documents' (8 tokens per rank, hidden 7168, top-3), with the limits of
+A3. Every rank compares its results with the layer computed without the library. Ranks are threads
+or processes; both commands print
 
     rows on each EP rank
         6 experts, once each   110  85  61  53  42  33   0   0   busiest 2.3 times the mean
@@ -28,7 +28,7 @@ from moe_triton.compat import torch_npu
 EP, TP = 8, 2
 TOKENS, HIDDEN, TOP_K = 8, 7168, 3
 LOGICAL, INTERMEDIATE = 6, 64
-# Row e: how many replicas expert e has, then which they are.
+# Row e: the number of replicas of expert e, then their physical ids.
 TABLE = torch.tensor(
     [[2, 0, 6], [2, 1, 7], [1, 2, 0], [1, 3, 0], [1, 4, 0], [1, 5, 0]], dtype=torch.int32
 )
@@ -40,8 +40,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", action="store_true", help="ranks are processes, not threads")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # a rank is one
-    # By the environment, as worker processes get it too.
+    torch.set_num_threads(1)  # each rank is a thread or process
+    # Worker processes inherit the environment.
     os.environ["MOE_TRITON_PROFILE"] = "a3"
     run = testing.run_processes if arguments.processes else testing.run_local
     results = run(EP * TP, layer, tp_world_size=TP)
@@ -49,7 +49,7 @@ def main():
     chosen = torch.cat([tokens_of(rank)[1].flatten() for rank in range(EP * TP)])
     print("rows on each EP rank")
     report_load("6 experts, once each", torch.bincount(chosen, minlength=EP).tolist())
-    # The two TP ranks of a pair have the same rows.
+    # Both TP ranks of an EP rank have the same rows.
     report_load("8, after the update", [received for received, *_ in results[::TP]])
     for rank, (_, y, rstd, x) in enumerate(results):
         check(rank, y, rstd, x)
@@ -60,7 +60,7 @@ def main():
 
 
 def layer(ctx):
-    """What one rank does: the rows it received, and y, rstd and x of its tokens."""
+    """Run one rank; returns the number of rows it received, and y, rstd and x of its tokens."""
     x, ids, weights, residual, gamma = tokens_of(ctx.rank)
     where = (ctx.ep_group, ctx.ep_world_size, ctx.ep_rank, len(REPLICA_OF))
     tensor_parallel = {
@@ -76,8 +76,8 @@ def layer(ctx):
             x, ids, *where, expert_scales=weights, **tensor_parallel
         )
     )
-    # This rank's expert, on its own rows and those of its TP peer. What this half of the expert
-    # returns is a part of a sum, which combine completes.
+    # This rank's half of the expert, on its own rows and those of its TP peer; combine adds the
+    # halves.
     received = int(token_nums.sum())
     half = slice(ctx.tp_rank * INTERMEDIATE // TP, (ctx.tp_rank + 1) * INTERMEDIATE // TP)
     rows[:received] = expert(rows[:received], REPLICA_OF[ctx.ep_rank], half)
@@ -100,7 +100,7 @@ def layer(ctx):
 
 
 def tokens_of(rank):
-    """x, expert ids, weights, residual, gamma: small integers and quarters, so sums are exact."""
+    """x, expert ids, weights, residual, gamma; small integers and quarters keep sums exact."""
     generator = torch.Generator().manual_seed(rank)
     x, residual = torch.randint(-2, 3, (2, TOKENS, HIDDEN), generator=generator).bfloat16()
     ids = testing.routing_zipf(TOKENS, LOGICAL, TOP_K, seed=rank, exponent=0.8)
@@ -110,9 +110,9 @@ def tokens_of(rank):
 
 
 def expert(x, number, part=slice(None)):
-    """relu(x @ up) @ down, or what ``part`` of the intermediate columns adds to it."""
+    """relu(x @ up) @ down, restricted to ``part`` of the intermediate columns."""
     generator = torch.Generator().manual_seed(1000 + number)
-    # 4 hidden columns go into each intermediate one, and 4 intermediate ones into each hidden one.
+    # Each output column has 4 inputs.
     up, down = (
         torch.zeros(outputs, inputs).scatter_add_(
             1,
@@ -125,12 +125,12 @@ def expert(x, number, part=slice(None)):
 
 
 def shared_expert(x):
-    """Every token's, which this rank has computed by itself."""
+    """The shared expert, computed locally for every token."""
     return x.roll(1, 1)
 
 
 def check(rank, y, rstd, x):
-    """The whole layer on the tokens of one rank: all experts here, no replicas, no halves."""
+    """Compute the layer locally for the tokens of one rank, with whole experts and no replicas."""
     tokens, ids, weights, residual, gamma = tokens_of(rank)
     total = residual.float() + shared_expert(tokens).float()
     for number in range(LOGICAL):

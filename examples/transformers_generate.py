@@ -4,9 +4,9 @@
     torchrun --nproc-per-node 4 examples/transformers_generate.py
     torchrun --nproc-per-node 4 examples/transformers_generate.py --quant int8
 
-Each process continues a prompt of its own, with a quarter of the experts in its memory, and then
-once more with the unmodified model, which has them all. Nothing is downloaded: the weights are
-random, the same in every run, and the vocabulary has 64 words. The first command prints
+Each process holds a quarter of the experts and continues a prompt of its own, then again with the
+unmodified model, which holds all experts. Nothing is downloaded: the weights are random, the same
+in every run, and the vocabulary has 64 words. The first command prints
 
     rank 0 of 4, 4 of 16 experts
         every token goes to | it few few last few few row row row it
@@ -21,7 +21,7 @@ random, the same in every run, and the vocabulary has 64 words. The first comman
         each rank and its own row | a every every last last to to to to to
         10 of 10 words equal the unmodified model's; logits within 0.0001 standard deviations
 
-and the second, whose tokens travel as int8,
+and the second, which sends tokens as int8,
 
     rank 0 of 4, 4 of 16 experts
         every token goes to | it few few last few few row row row it
@@ -68,7 +68,9 @@ NEW_WORDS = 10
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quant", choices=["int8"], help="how tokens travel; default as they are")
+    parser.add_argument(
+        "--quant", choices=["int8"], help="format of sent tokens"
+    )
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -81,7 +83,7 @@ def main():
         write_checkpoint(paths[0])
     dist.barrier()
 
-    # The two lines that change: a name for transformers, and the name in the configuration.
+    # The two added lines: register a name with transformers, and use it in the configuration.
     integration.register("moe_triton", quant=arguments.quant)
     config = DistributedConfig(fsdp_size=ranks, ep_size=ranks, ep_implementation="moe_triton")
     spread = AutoModelForCausalLM.from_pretrained(paths[0], distributed_config=config)
@@ -108,7 +110,7 @@ def main():
 
 
 def write_checkpoint(path):
-    """A Qwen3-MoE with 16 experts, random but not flat, so that words have a clear winner."""
+    """Write a Qwen3-MoE with 16 experts, with random weights that make logits distinct."""
     config = Qwen3MoeConfig(
         vocab_size=len(WORDS),
         hidden_size=128,
@@ -135,9 +137,9 @@ def write_checkpoint(path):
 
 @torch.no_grad()
 def generate(model, prompt):
-    """The next words, and the logits of the prompt."""
+    """Generate words; returns them and the logits of the prompt."""
     ids = torch.tensor([[WORDS.index(word) for word in prompt.split()]])
-    # All ranks must go through the layers equally often: as many words each, of whatever prompt.
+    # All ranks must run the layers equally often, so each generates the same number of words.
     tokens = model.generate(
         ids, do_sample=False, min_new_tokens=NEW_WORDS, max_new_tokens=NEW_WORDS
     )
@@ -145,12 +147,12 @@ def generate(model, prompt):
 
 
 def report(*lines):
-    """Print every rank's lines, in the order of the ranks."""
+    """Print every rank's lines in rank order."""
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, lines)
     if dist.get_rank() == 0:
-        for one in gathered:
-            print(*one, sep="\n")
+        for rank_lines in gathered:
+            print(*rank_lines, sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line: what it prints, its exit codes, and that the demo notices what is wrong."""
+"""The command line: output, exit codes, and that the demo detects wrong results."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def drop_weights(rank, recv):
         ("dispatch", ignore_scales, False),
     ],
 )
-def test_demo_notices_wrong_results(capsys, monkeypatch, method, change, bf16_too):
+def test_demo_detects_wrong_results(capsys, monkeypatch, method, change, bf16_too):
     spoil(monkeypatch, method, change)
     assert main(SMALL) == 1
     out = lines(capsys)
@@ -141,7 +141,7 @@ def test_demo_notices_wrong_results(capsys, monkeypatch, method, change, bf16_to
     assert any(line.startswith("bf16: ") for line in out) == bf16_too
 
 
-def test_demo_notices_a_round_that_differs_within_the_tolerance(capsys, monkeypatch):
+def test_demo_detects_other_bits_within_the_tolerance(capsys, monkeypatch):
     calls = []
 
     def change(rank, out):
@@ -157,7 +157,7 @@ def test_demo_notices_a_round_that_differs_within_the_tolerance(capsys, monkeypa
     assert not any("differ from the dense layer" in line for line in out)
 
 
-def test_demo_notices_wrong_counts(capsys, monkeypatch):
+def test_demo_detects_wrong_counts(capsys, monkeypatch):
     def change(rank, recv):
         counts = recv.tokens_per_expert.flip(0) if rank == 1 else recv.tokens_per_expert
         return dataclasses.replace(recv, tokens_per_expert=counts)
@@ -175,7 +175,7 @@ def test_demo_notices_wrong_counts(capsys, monkeypatch):
     ],
     ids=["of-the-package", "of-anything-else"],
 )
-def test_demo_that_cannot_run_is_wrong(capsys, monkeypatch, error, traceback):
+def test_demo_that_fails_is_wrong(capsys, monkeypatch, error, traceback):
     def fail(*args, **kwargs):
         error.failed_rank = 1
         raise error
@@ -236,16 +236,16 @@ def test_dense_is_the_sum_of_each_tokens_experts():
     x = layer.tokens(0)
     ids, weights = layer.gate(x)
     inputs, shared = x.float(), 2 * x.float()
-    (found,) = dense(layer, [inputs], [shared], ids, weights)
+    (result,) = dense(layer, [inputs], [shared], ids, weights)
     for token in range(3):
         terms = [layer.expert(layer.shared_expert)(shared[token, None])[0]]
         for slot in range(8):
             row = layer.expert(int(ids[token, slot]))(inputs[token, None])[0]
             terms.append(weights[token, slot] * row)
         total = torch.stack(terms).sum(0)
-        torch.testing.assert_close(found.out[token], total, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(result.out[token], total, rtol=1e-5, atol=1e-5)
         size = torch.stack(terms).abs().sum(0) + total.abs()
-        torch.testing.assert_close(found.tolerance[token], 1.01 / 256 * size, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(result.tolerance[token], 1.01 / 256 * size, rtol=1e-4, atol=1e-6)
 
 
 # doctor
@@ -290,18 +290,18 @@ def test_doctor_json(capsys):
     }
 
 
-def test_doctor_takes_sizes_instead_of_the_models(capsys):
+def test_doctor_with_custom_sizes(capsys):
     arguments = ["--model", "kimi-k2", "--experts", "64", "--top-k", "2", "--hidden", "512"]
     assert main(["doctor", *arguments]) == 0
     assert any(line.startswith("  custom        64/2/512 ") for line in lines(capsys))
 
 
-def test_doctor_goes_on_when_a_model_does_not_fit_the_ranks(capsys):
+def test_doctor_continues_if_a_model_does_not_fit_the_ranks(capsys):
     assert main(["doctor", "--world-size", "16"]) == 0
     assert any("8 experts cannot be divided over 16 ranks" in line for line in lines(capsys))
 
 
-def test_doctor_says_why_a_transport_does_not_work(capsys, monkeypatch):
+def test_doctor_gives_the_cause_of_a_broken_transport(capsys, monkeypatch):
     def refuse(self, num_bytes):
         raise OSError("memfd_create is not permitted here")
 
@@ -319,7 +319,7 @@ def test_doctor_warns(capsys, monkeypatch, tmp_path):
     assert main(["doctor", "--json"]) == 0
     first, second = json.loads(capsys.readouterr().out)["warnings"]
     assert first.startswith("pytorch-triton-rocm and triton all install the package triton")
-    assert second == f"{driver} says there is a device, which this PyTorch cannot use"
+    assert second == f"{driver} indicates a device, which this PyTorch cannot use"
     assert main(["doctor"]) == 0
     assert sum(line.startswith("warning: ") for line in capsys.readouterr().out.splitlines()) == 2
 
@@ -328,7 +328,7 @@ def test_doctor_warns(capsys, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, complaint",
+    "arguments, message",
     [
         ([], "required: {demo,doctor,npu-run}"),
         (["dance"], "invalid choice: 'dance'"),
@@ -342,13 +342,13 @@ def test_doctor_warns(capsys, monkeypatch, tmp_path):
         (["npu-run", "--devices", "0", "script.py"], "must be at least 1, got 0"),
     ],
 )
-def test_wrong_arguments(capsys, arguments, complaint):
+def test_wrong_arguments(capsys, arguments, message):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
     captured = capsys.readouterr()
     assert not captured.out
-    assert complaint in captured.err
+    assert message in captured.err
 
 
 @pytest.mark.parametrize(
@@ -377,7 +377,7 @@ def test_interrupt(capsys, monkeypatch):
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_module_runs_and_stops_quietly_when_nobody_reads(tmp_path):
+def test_module_exits_quietly_on_a_broken_pipe(tmp_path):
     with subprocess.Popen(
         [sys.executable, "-m", "moe_triton", "doctor"],
         cwd=tmp_path,

@@ -10,31 +10,30 @@ from collections.abc import Sequence
 from .. import __version__
 from . import demo, doctor, npu_run
 
-# What shells report for a program that the signal ended.
+# Exit codes of shells for a program ended by a signal.
 _INTERRUPTED = 128 + 2
 _BROKEN_PIPE = 128 + 13
 
 _DEMO = """
 Run a DeepSeek-V3-shaped MoE layer, scaled to one machine, over many processes, in bf16 and with
-int8 rows, and hold each against the dense layer of one process. Prints loads, times, traffic and
-errors. The last line begins with OK; or with WRONG, and then the exit code is 1.
+int8 rows, and compare each with the dense layer in one process. Prints loads, times, traffic and
+errors. The last line begins with OK, or with WRONG and exit code 1.
 """
 _DOCTOR = """
-Print devices, versions, which back ends and transports work here or why not, and the window memory
-that a model needs, beside the HCCL_BUFFSIZE of Ascend's operators.
+Print devices, versions, whether each back end and transport works here or why not, and the window
+memory that models need, next to the HCCL_BUFFSIZE of Ascend's operators.
 """
 _NPU_RUN = """
-Run an Ascend script, unmodified, where there is no NPU. torch_npu and torchair are stand-ins there,
-for the script and all its children: npu devices are other names of the CPU, hccl is gloo, and the
-npu_moe_distribute_* operators are those of moe_triton. Other operators raise an error with their
-name. Says on stderr that it emulates; where torch_npu can be imported, that one is used instead.
-The exit status is the script's, and 1 if that is 0 but a process that the script started through
-multiprocessing failed: no rank can go missing unseen.
+Run an unmodified Ascend script without an NPU. The script and its children import stand-ins for
+torch_npu and torchair: npu devices are aliases of the CPU, hccl is gloo, and the npu_moe_*
+operators are those of moe_triton. Other operators raise an error with their name. Reports the
+emulation on stderr; if torch_npu can be imported, the script gets that instead. The exit status is
+the script's, and 1 if that is 0 but a process that it started through multiprocessing failed.
 """
 _COMMANDS = (
     (demo, "demo", "run an MoE layer over 8 processes and check it", _DEMO),
-    (doctor, "doctor", "say what works on this machine, and what windows take", _DOCTOR),
-    (npu_run, "npu-run", "run an Ascend script where there is no NPU", _NPU_RUN),
+    (doctor, "doctor", "report what works on this machine, and the size of windows", _DOCTOR),
+    (npu_run, "npu-run", "run an Ascend script without an NPU", _NPU_RUN),
 )
 
 
@@ -45,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments, by default those of the process.
 
     Returns:
-        The exit code: 0, or 1 when the demo finds something wrong; that of the script of npu-run.
+        The exit code: 0, or 1 if the demo finds an error; for npu-run the script's.
 
     Raises:
         SystemExit: with 0 after ``--help`` and ``--version``, with 2 for wrong arguments.
@@ -57,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED
     except BrokenPipeError:
-        # The reader went away, such as `head`. Python would complain once more while it exits.
+        # The reader of the pipe, such as `head`, has exited; Python would report it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
     return code

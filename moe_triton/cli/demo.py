@@ -1,4 +1,4 @@
-"""``moe-triton demo``: an MoE layer over many processes, held against the dense layer of one."""
+"""``moe-triton demo``: an MoE layer over many processes, compared with the dense layer in one."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from .terminal import Terminal, plural, positive
 _FORMATS: dict[str, str | None] = {"bf16": None, "int8": "int8"}
 _ROUNDS = 5
 _TIMEOUT = 300.0  # seconds; many ranks may share few cores
-# Rounding a row to 254 steps between plus and minus its largest value adds 0.8 % of noise to normal
-# values (root mean square), and SwiGLU at most doubles it.
+# Rounding to 254 steps per row adds 0.8 % of noise (root mean square) to normal values, and SwiGLU
+# at most doubles it.
 _NOISE_LIMIT = 0.03
 
 
@@ -48,14 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def make_experts(layer: Layer, ctx: RankContext) -> None:
-    """Prepare the experts of a rank; the rounds find them in the cache."""
+    """Create the experts of a rank, which the rounds take from the cache."""
     rank_experts(layer, ctx.rank)
     if not layer.shared_ranks:
         replicated_expert(layer)
 
 
 def run_rounds(layer: Layer, quant: str | None, rounds: int, ctx: RankContext) -> RankResult:
-    """Run the layer once to warm up and ``rounds`` times with the clock on."""
+    """Run the layer once to warm up, then time ``rounds`` rounds."""
     x = layer.tokens(ctx.rank)
     ids, weights = layer.gate(x)
     seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
@@ -96,7 +96,7 @@ def run_rounds(layer: Layer, quant: str | None, rounds: int, ctx: RankContext) -
 
 
 def _run_experts(layer: Layer, rank: int, recv: Dispatched) -> torch.Tensor:
-    """[n, H] bf16: each received row through the expert it came for."""
+    """[n, H] bf16: the output of each row's expert."""
     y = torch.empty(recv.x.shape, dtype=torch.bfloat16)
     ends = recv.tokens_per_expert.cumsum(0).tolist()
     starts = [0, *ends[:-1]]
@@ -110,7 +110,7 @@ def _run_experts(layer: Layer, rank: int, recv: Dispatched) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _clock(seconds: list[float]) -> Iterator[None]:
-    """Append how long this rank takes, once all ranks are there to begin."""
+    """Append the seconds that this rank takes after a barrier."""
     dist.barrier()
     start = time.perf_counter()
     yield
@@ -121,7 +121,7 @@ def _clock(seconds: list[float]) -> Iterator[None]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the demo; 0 when all results are right, else 1."""
+    """Run the demo; returns 0 if all results are right, else 1."""
     layer = Layer(arguments.world_size, arguments.tokens, arguments.seed)
     terminal = Terminal()
     start = time.monotonic()
@@ -139,7 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
         results, verdicts, loads = _compute(layer, arguments.transport, progress)
     except BrokenPipeError:
         raise
-    except Exception as error:  # noqa: BLE001 (whatever it is, a verdict is the last line)
+    except Exception as error:  # noqa: BLE001 (the verdict must be the last line)
         if not isinstance(error, (MoeError, WorkerDiedError)):
             traceback.print_exc()
         rank = getattr(error, "failed_rank", None)
@@ -153,13 +153,15 @@ def run(arguments: argparse.Namespace) -> int:
     problems = [f"{name}: {text}" for name, v in verdicts.items() for text in v.problems]
     for problem in problems:
         terminal.wrapped("", problem, indent=0)
-    took = f"{time.monotonic() - start:.1f} s"
+    seconds = f"{time.monotonic() - start:.1f} s"
     ranks = plural(layer.world_size, "rank")
     if problems:
         bad = " and ".join(name for name, verdict in verdicts.items() if verdict.problems)
-        return wrong(f"{bad} on {ranks}, as said above; {took}")
+        return wrong(f"{bad} on {ranks}, see above; {seconds}")
     good = terminal.styled("OK", "good")
-    terminal.line(f"{good}  {' and '.join(verdicts)} on {ranks} agree with the dense layer; {took}")
+    terminal.line(
+        f"{good}  {' and '.join(verdicts)} on {ranks} agree with the dense layer; {seconds}"
+    )
     return 0
 
 
@@ -173,19 +175,19 @@ def _compute(
         experts should receive.
     """
     world = layer.world_size
-    progress("the dense layer in this process, to compare with")
+    progress("the dense layer in this process, as reference")
     x = torch.cat([layer.tokens(rank) for rank in range(world)])
     ids, weights = layer.gate(x)
     full = x.float()
     codes, scales = ref.quantize_rows(x)
     rounded = codes.float() * scales[:, None]
-    # A shared expert that is on every rank sees the tokens before anything quantises them.
+    # A shared expert on every rank gets the tokens unquantised.
     shared = [full, rounded if layer.shared_ranks else full]
     with _one_thread():
         both = dense(layer, [full, rounded], shared, ids, weights)
-    wanted = dict(zip(_FORMATS, both, strict=True))
+    references = dict(zip(_FORMATS, both, strict=True))
     loads = _expected_loads(layer, ids)
-    progress(f"{plural(world, 'process', 'processes')}, each making its experts")
+    progress(f"{plural(world, 'process', 'processes')}, each creating its experts")
     run_processes(world, functools.partial(make_experts, layer), transport=transport)
     results, verdicts = {}, {}
     for name, quant in _FORMATS.items():
@@ -193,13 +195,13 @@ def _compute(
         results[name] = run_processes(
             world, functools.partial(run_rounds, layer, quant, _ROUNDS), transport=transport
         )
-        verdicts[name] = _judge(results[name], wanted[name], wanted["bf16"].out, loads)
+        verdicts[name] = _judge(results[name], references[name], references["bf16"].out, loads)
     return results, verdicts, loads
 
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Compute with one thread: on a busy machine, several mostly wait for each other."""
+    """Compute with one thread; on a busy machine more threads wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -209,7 +211,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _expected_loads(layer: Layer, ids: torch.Tensor) -> list[list[int]]:
-    """Rows for each expert of each rank, counted without any of the library's plans."""
+    """Rows for each expert of each rank, counted independently of the library."""
     topology = layer.topology
     counts = ids.flatten().bincount(minlength=layer.num_experts).tolist()
     loads = []
@@ -223,14 +225,15 @@ def _expected_loads(layer: Layer, ids: torch.Tensor) -> list[list[int]]:
 
 
 def _judge(
-    results: list[RankResult], wanted: Dense, unquantised: torch.Tensor, loads: list[list[int]]
+    results: list[RankResult], reference: Dense, unquantised: torch.Tensor, loads: list[list[int]]
 ) -> Verdict:
+    """Compare the ranks' results with the dense layer."""
     out = torch.cat([result.out for result in results]).float()
-    error = (out - wanted.out).abs()
+    error = (out - reference.out).abs()
     noise = float((out - unquantised).norm() / unquantised.norm())
     problems = []
-    # Not `error > tolerance`: a NaN must not pass for a small error.
-    wrong = (~(error <= wanted.tolerance)).nonzero()
+    # Not `error > tolerance`, which is False for NaN.
+    wrong = (~(error <= reference.tolerance)).nonzero()
     if len(wrong):
         num_tokens = len(results[0].out)
         rank, token = divmod(int(wrong[0, 0]), num_tokens)
@@ -243,12 +246,12 @@ def _judge(
     for rank, (result, load) in enumerate(zip(results, loads, strict=True)):
         if result.tokens_per_expert != load:
             pairs = enumerate(zip(result.tokens_per_expert, load, strict=True))
-            expert, (found, expected) = next(pair for pair in pairs if pair[1][0] != pair[1][1])
+            expert, (received, expected) = next(pair for pair in pairs if pair[1][0] != pair[1][1])
             problems.append(
-                f"rank {rank} received {found} rows for its expert {expert}, expected {expected}"
+                f"rank {rank} received {received} rows for its expert {expert}, expected {expected}"
             )
-    restless = [str(rank) for rank, result in enumerate(results) if not result.repeats]
-    if restless:
-        problems.append(f"other bits in a later round on rank {', '.join(restless)}")
-    share = float((error / wanted.tolerance).max())
+    unstable = [str(rank) for rank, result in enumerate(results) if not result.repeats]
+    if unstable:
+        problems.append(f"other bits in a later round on rank {', '.join(unstable)}")
+    share = float((error / reference.tolerance).max())
     return Verdict(float(error.max()), share, noise, _NOISE_LIMIT, problems)

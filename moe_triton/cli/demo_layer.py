@@ -1,8 +1,8 @@
-"""The MoE layer of the demo: DeepSeek-V3's at one eighth, and the dense computation of it.
+"""The demo's MoE layer: DeepSeek-V3's at one eighth, and its dense computation.
 
 Letters: T tokens, H hidden size, I width of an expert, E routed experts, K experts per token,
-W ranks, S ranks that hold the shared expert. Weights come from seeds, so that a rank can make those
-of its own experts and the dense layer those of all.
+W ranks, S ranks that hold the shared expert. Weights are drawn from seeds per expert, so that a
+rank creates its own experts and the dense layer all of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BF16_ROUNDOFF = 2.0**-8  # largest relative error of rounding to bf16
 _NUM_GROUPS = 8  # of experts, DeepSeek-V3's n_group
 _TOP_GROUPS = 4  # groups that a token may choose from
 _WEIGHT_SCALE = 2.5  # sum of the weights of a token, DeepSeek-V3's routed_scaling_factor
-_SKEW = 0.15  # how much popularity the gate's correction bias gives, in units of its scores
+_SKEW = 0.15  # strength of the gate's correction bias, in units of its scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,25 +44,25 @@ class Layer:
 
     @property
     def shared_ranks(self) -> int:
-        """S; 0 in worlds too small for it, where every rank computes the shared expert itself."""
+        """S; 0 in small worlds, where every rank computes the shared expert itself."""
         return self.world_size // 4
 
     @property
     def num_experts(self) -> int:
-        """E: about 96, such that groups of experts and ranks divide it."""
+        """E: about 96, a multiple of the groups and of the ranks with routed experts."""
         unit = math.lcm(_NUM_GROUPS, self.world_size - self.shared_ranks)
         return unit * max(1, round(96 / unit))
 
     @property
     def topology(self) -> Topology:
-        """Who holds which expert."""
+        """The placement of experts on ranks."""
         return Topology(
             self.world_size, self.num_experts, min(self.shared_ranks, 1), self.shared_ranks
         )
 
     @property
     def shared_expert(self) -> int:
-        """The number under which ``expert`` knows the shared expert."""
+        """The number of the shared expert for ``expert``."""
         return self.num_experts
 
     def _generator(self, *what: int) -> torch.Generator:
@@ -79,8 +79,8 @@ class Layer:
     def gate(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Choose experts as DeepSeek-V3 does: the best experts of the best groups.
 
-        The correction bias, which a trained model uses to balance its experts, is Zipf's law here:
-        it makes a few experts popular. It takes part in the choice and not in the weights.
+        The correction bias, with which a trained model balances its experts, follows Zipf's law
+        here and makes a few experts popular. It affects the choice and not the weights.
 
         Args:
             x: [T, H] bf16.
@@ -90,8 +90,8 @@ class Layer:
             weights: [T, K] fp32, a row's sum is 2.5.
         """
         generator = self._generator(1)
-        # float64: a matrix product may differ in its last bits with the number of rows, and a token
-        # must find the same experts on its rank and in the dense layer.
+        # float64: the last bits of a matrix product may depend on the number of rows, and a token
+        # must choose the same experts on its rank and in the dense layer.
         router = torch.randn(
             self.hidden, self.num_experts, generator=generator, dtype=torch.float64
         )
@@ -108,7 +108,7 @@ class Layer:
         return ids.int(), weights.float()
 
     def expert(self, number: int) -> Expert:
-        """Make one expert's weights."""
+        """Draw one expert's weights."""
         generator = self._generator(2, number)
         gate_up = torch.randn(self.hidden, 2 * self.width, generator=generator)
         down = torch.randn(self.width, self.hidden, generator=generator)
@@ -135,7 +135,7 @@ class Expert:
 
 @functools.lru_cache(maxsize=1)
 def rank_experts(layer: Layer, rank: int) -> list[Expert]:
-    """The experts that a rank holds; kept for the next call."""
+    """The experts of a rank, cached."""
     if layer.topology.is_shared_rank(rank):
         return [layer.expert(layer.shared_expert)]
     return [layer.expert(number) for number in layer.topology.local_experts(rank)]
@@ -143,19 +143,19 @@ def rank_experts(layer: Layer, rank: int) -> list[Expert]:
 
 @functools.lru_cache(maxsize=1)
 def replicated_expert(layer: Layer) -> Expert:
-    """The shared expert where every rank has it; kept for the next call."""
+    """The shared expert of every rank, cached."""
     return layer.expert(layer.shared_expert)
 
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    """What the layer gives in one process, in fp32.
+    """The layer's output computed in one process, in fp32.
 
     Attributes:
         out: [N, H] for all tokens.
-        tolerance: [N, H] largest difference that rounding to bf16 explains. Each expert's row is
-            rounded once on its way back and the sum once, each by at most 2**-8 of the value; 1 %
-            more leaves room for the order of fp32 sums.
+        tolerance: [N, H] largest difference due to rounding to bf16: each expert's row is rounded
+            once, and the sum once, by at most 2**-8 of the value; plus 1 % for the order of fp32
+            sums.
     """
 
     out: torch.Tensor
@@ -169,12 +169,12 @@ def dense(
     ids: torch.Tensor,
     weights: torch.Tensor,
 ) -> list[Dense]:
-    """Compute the layer without any exchange, expert by expert, for several inputs at once.
+    """Compute the layer expert by expert in this process, for several inputs at once.
 
     Args:
         layer: whose experts to use.
-        inputs: [N, H] fp32 each, what the routed experts see.
-        shared_inputs: as many, what the shared expert sees.
+        inputs: [N, H] fp32 each, inputs of the routed experts.
+        shared_inputs: as many, inputs of the shared expert.
         ids: [N, K] int32.
         weights: [N, K] fp32.
     """

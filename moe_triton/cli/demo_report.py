@@ -1,4 +1,4 @@
-"""What the demo shows: who received how much, times, traffic, memory and errors."""
+"""The demo's output: rows per rank and expert, times, traffic, memory and errors."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ _MAX_COLUMNS = 32  # of a picture of experts; several share a column when there 
 _OVER = {
     "symmetric": "shared memory",
     "collective": "torch.distributed",
-    "auto": "the best transport there is",
+    "auto": "the best available transport",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class RankResult:
-    """What a rank found.
+    """Result of a rank.
 
     Attributes:
         out: [T, H] bf16 of the first round.
-        repeats: all later rounds gave the same bits.
-        tokens_per_expert: rows that each of its experts received.
+        repeats: whether all later rounds gave the same bits.
+        tokens_per_expert: rows received by each of its experts.
         seconds: of each timed round, for each phase.
         traffic: of one dispatch.
         window_bytes: of this rank.
-        transport: what ExpertParallel chose.
+        transport: chosen by ExpertParallel.
     """
 
     out: torch.Tensor
@@ -48,14 +48,14 @@ class RankResult:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """One format against the dense layer.
+    """Comparison of one format with the dense layer.
 
     Attributes:
-        error: largest difference from the dense layer that sees the same rows.
-        share: the same in units of what rounding explains, so that above 1 is wrong.
-        noise: root mean square of the difference from the unquantised dense layer, relative to it.
-        noise_limit: more is wrong.
-        problems: what is wrong, nothing when all is well.
+        error: largest difference from the dense layer on the same rows.
+        share: the same relative to the rounding tolerance; above 1 is wrong.
+        noise: root mean square of the relative difference from the unquantised dense layer.
+        noise_limit: noise above it is wrong.
+        problems: descriptions of errors; empty if all is right.
     """
 
     error: float
@@ -66,7 +66,7 @@ class Verdict:
 
 
 def describe(terminal: Terminal, layer: Layer, transport: str) -> None:
-    """Say what is going to run."""
+    """Print the configuration of the run."""
     world, shared = layer.world_size, layer.shared_ranks
     title = terminal.styled("moe-triton demo", "bold")
     terminal.line(
@@ -88,11 +88,11 @@ def describe(terminal: Terminal, layer: Layer, transport: str) -> None:
 
 
 def show_loads(terminal: Terminal, layer: Layer, loads: list[list[int]]) -> None:
-    """Draw what each rank and each of its experts received.
+    """Draw the rows received by each rank and each of its experts.
 
     Args:
-        terminal: where to.
-        layer: which experts the ranks have.
+        terminal: output.
+        layer: maps experts to ranks.
         loads: rows for each expert of each rank.
     """
     shared = layer.shared_ranks
@@ -110,19 +110,19 @@ def show_loads(terminal: Terminal, layer: Layer, loads: list[list[int]]) -> None
     merged = f"; {per_column} experts a column" if per_column > 1 else ""
     terminal.line(f"{title}  at most {busiest}, {busiest / mean:.1f} times the mean{merged}")
     for rank, load in enumerate(loads):
-        held = "shared" if rank < shared else span(layer.topology.local_experts(rank))
+        experts = "shared" if rank < shared else span(layer.topology.local_experts(rank))
         picture = " " * width if rank < shared else terminal.columns(columns[rank], most)
         bar = terminal.bar(sum(load), most_of_rank, WIDTH - (15 + width + 2 + digits + 1))
-        terminal.line(f"{rank:>4}  {held:<9}{picture}  {sum(load):>{digits}} {bar}")
+        terminal.line(f"{rank:>4}  {experts:<9}{picture}  {sum(load):>{digits}} {bar}")
 
 
 def show_table(
     terminal: Terminal, results: dict[str, list[RankResult]], verdicts: dict[str, Verdict]
 ) -> None:
-    """Print a column for each format.
+    """Print a column per format.
 
     Args:
-        terminal: where to.
+        terminal: output.
         results: of all ranks, by format.
         verdicts: by format.
     """
@@ -147,18 +147,18 @@ def show_table(
     row(
         "bytes sent",
         [size(b) for b in sent],
-        f"{total(lambda t: t.rows_sent)[0]} rows, one for each token and rank",
+        f"{total(lambda t: t.rows_sent)[0]} rows, one per token and rank",
     )
-    row("bytes saved", [size(b) for b in saved], f"{share:.0%} of one row for each copy")
+    row("bytes saved", [size(b) for b in saved], f"{share:.0%} of one row per slot")
     windows = [max(result.window_bytes for result in every) for every in ranks]
     transport = f"of each rank, {ranks[0][0].transport} transport"
     row("window", [size(b) for b in windows], transport)
-    found = verdicts.values()
-    row("max error", [f"{v.error:.2g}" for v in found], "from the dense layer on the same rows")
-    row("of its limit", [f"{v.share:.0%}" for v in found], "limit: rows and sums rounded to bf16")
-    limit = max(v.noise_limit for v in found)
+    judged = verdicts.values()
+    row("max error", [f"{v.error:.2g}" for v in judged], "from the dense layer on the same rows")
+    row("of its limit", [f"{v.share:.0%}" for v in judged], "limit: rows and sums rounded to bf16")
+    limit = max(v.noise_limit for v in judged)
     note = f"from unquantised dense, limit {limit:.0%}"
-    row("rms error", [f"{v.noise:.2%}" for v in found], note)
+    row("rms error", [f"{v.noise:.2%}" for v in judged], note)
 
 
 def _median(ranks: list[RankResult], phase: str) -> float:
@@ -168,5 +168,5 @@ def _median(ranks: list[RankResult], phase: str) -> float:
 
 
 def span(numbers: range) -> str:
-    """First and last of some numbers, for people."""
+    """Format a range as first-last."""
     return f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])

@@ -1,4 +1,4 @@
-"""``moe-triton doctor``: what this machine has, what works on it, and what memory windows take."""
+"""``moe-triton doctor``: devices, versions, what works here, and the memory of windows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from . import window_sizes
 from .terminal import Terminal, plural, size
 
 _PACKAGES = ("torch", "triton", "numpy", "torch_npu", "triton-ascend", "nvidia-ml-py")
-# Device files of drivers, and how a build of PyTorch that can use them shows.
+# Device file of a driver -> device, and whether this build of PyTorch can use it.
 DRIVERS: dict[str, tuple[str, Callable[[], bool]]] = {
     "/dev/nvidiactl": ("an NVIDIA GPU", lambda: torch.version.cuda is not None),
     "/dev/kfd": ("an AMD GPU", lambda: torch.version.hip is not None),
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print everything; returns 0, and ends the program with 2 for sizes that do not fit."""
+    """Print the report; returns 0, or ends the program with 2 for sizes that do not fit."""
     facts: dict[str, Any] = {"windows": window_sizes.examine(arguments)}
     warnings = _import_torch_npu()
     facts |= {
@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-# What there is. None stands for a package that is not installed, and for a cause that is none.
+# Facts. None is a package that is not installed, or the cause of what works.
 
 
 def _versions() -> dict[str, str | None]:
@@ -110,11 +110,11 @@ def _version(distribution: str) -> str | None:
 
 
 def _import_torch_npu() -> list[str]:
-    """Import torch_npu, which adds the device to torch; returns why it cannot be imported."""
+    """Import torch_npu, which adds the device to torch; returns the import error, if any."""
     if importlib.util.find_spec("torch_npu") is not None:
         try:
             importlib.import_module("torch_npu")
-        except Exception as error:  # noqa: BLE001 (without its driver it raises what it likes)
+        except Exception as error:  # noqa: BLE001 (without its driver it raises any error)
             return [f"torch_npu is installed and cannot be imported: {error}"]
     return []
 
@@ -161,7 +161,7 @@ def _answers(causes: dict[str, str | None]) -> dict[str, dict[str, Any]]:
 def _transports() -> dict[str, str | None]:
     between_processes = None
     if not atomics.BETWEEN_PROCESSES:
-        between_processes = "libstdc++ is missing, which orders memory between processes"
+        between_processes = "libstdc++ is missing, whose atomics order memory between processes"
     return {
         "local": _memory_problem(LocalMemory()),
         "shm memfd": between_processes or _memory_problem(MemfdMemory()),
@@ -173,7 +173,7 @@ def _transports() -> dict[str, str | None]:
 
 
 def _memory_problem(memory: Memory) -> str | None:
-    """Why a rank could not write into memory that another one allocates."""
+    """Why a rank cannot write into memory that another rank allocates."""
     try:
         block = memory.allocate(4096)
         try:
@@ -182,14 +182,14 @@ def _memory_problem(memory: Memory) -> str | None:
             block.release()
     except (OSError, AttributeError) as error:  # some systems have no memfd_create
         return str(error)
-    return None if int(block.data.sum()) == 7 * 4096 else "what a peer writes does not arrive"
+    return None if int(block.data.sum()) == 7 * 4096 else "writes of a peer are not visible"
 
 
 def _gloo_problem() -> str | None:
     if not dist.is_gloo_available():
         return "this PyTorch was built without gloo"
     try:
-        # Even a group of one looks for a network interface, which is what fails on odd hosts.
+        # Even a group of one looks for a network interface, which some hosts lack.
         dist.ProcessGroupGloo(dist.HashStore(), 0, 1, dt.timedelta(seconds=10))
     except RuntimeError as error:
         return str(error).splitlines()[0]
@@ -222,22 +222,22 @@ def _warnings() -> list[str]:
         )
     for path, (device, usable) in DRIVERS.items():
         if Path(path).exists() and not usable():
-            warnings.append(f"{path} says there is {device}, which this PyTorch cannot use")
+            warnings.append(f"{path} indicates {device}, which this PyTorch cannot use")
     return warnings
 
 
-# What people see.
+# Printed output.
 
 
 def _show(terminal: Terminal, facts: dict[str, Any], arguments: argparse.Namespace) -> None:
     terminal.line(terminal.styled("moe-triton doctor", "bold"))
     _heading(terminal, "versions")
     versions = facts["versions"].items()
-    there = [f"{name} {version}" for name, version in versions if version is not None]
-    terminal.wrapped("  ", ", ".join(there), indent=2)
-    absent = [name for name, version in versions if version is None]
-    if absent:
-        terminal.wrapped("  ", f"not installed: {', '.join(absent)}", indent=2)
+    installed = [f"{name} {version}" for name, version in versions if version is not None]
+    terminal.wrapped("  ", ", ".join(installed), indent=2)
+    missing = [name for name, version in versions if version is None]
+    if missing:
+        terminal.wrapped("  ", f"not installed: {', '.join(missing)}", indent=2)
 
     _heading(terminal, "devices")
     for device in facts["devices"]:
@@ -253,7 +253,7 @@ def _show(terminal: Terminal, facts: dict[str, Any], arguments: argparse.Namespa
     _heading(terminal, "transports")
     _show_answers(terminal, facts["transports"], _transport_notes(facts["limits"]))
     ranks, tokens = plural(arguments.world_size, "rank"), plural(arguments.tokens, "token")
-    _heading(terminal, "windows", f"memory that each of {ranks} sets aside, for {tokens} a rank")
+    _heading(terminal, "windows", f"memory of each of {ranks}, for {tokens} per rank")
     window_sizes.show(terminal, facts["windows"])
     _heading(terminal, "environment", "variables, their values and meanings")
     for name, value in facts["environment"].items():
@@ -280,8 +280,8 @@ def _show_answers(
 
 
 def _transport_notes(limits: dict[str, int | None]) -> dict[str, str]:
-    """What to say of the transports that work."""
-    memfd, posix = "processes of one host", "the same where memfd does not work"
+    """Notes on transports that work."""
+    memfd, posix = "processes of one host", "processes of one host without memfd"
     available, free = limits["memory_available_bytes"], limits["dev_shm_free_bytes"]
     if available is not None:
         memfd += f"; {size(available)} of memory available"
@@ -292,6 +292,6 @@ def _transport_notes(limits: dict[str, int | None]) -> dict[str, str]:
         "shm memfd": memfd,
         "shm posix": posix,
         "gloo": "any processes, through torch.distributed",
-        "nccl": "any processes, through torch.distributed; not yet tried",
-        "hccl": "any processes, through torch.distributed; not yet tried",
+        "nccl": "any processes, through torch.distributed; not yet tested",
+        "hccl": "any processes, through torch.distributed; not yet tested",
     }

@@ -1,4 +1,4 @@
-"""``moe-triton npu-run``: an Ascend script, unmodified, where there is no NPU."""
+"""``moe-triton npu-run``: run an unmodified Ascend script without an NPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=DEVICES,
         metavar="N",
-        help=f"how many NPUs there shall be (default {DEVICES})",
+        help=f"number of emulated NPUs (default: {DEVICES})",
     )
     parser.add_argument("-m", action="store_true", dest="module", help="SCRIPT is a module's name")
     parser.add_argument("script", metavar="SCRIPT", help="the script")
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the script; returns its exit status, see ``launch.run``."""
+    """Run the script; returns the exit status of ``bootstrap.run``."""
     host = "cuda" if backend.unavailable_because("cuda") is None else "cpu"
     command = [*(["-m"] if arguments.module else []), arguments.script, *arguments.arguments]
     return bootstrap.run(command, host=host, devices=arguments.devices)

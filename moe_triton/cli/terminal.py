@@ -1,4 +1,4 @@
-"""Plain text for a terminal: bars, sizes, emphasis, and what to do where Unicode does not print."""
+"""Plain text for a terminal: bars, sizes and emphasis, with an ASCII fallback."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _STYLES = {"bold": "1", "dim": "2", "good": "1;32", "bad": "1;31", "bar": "36"}
 
 
 class Terminal:
-    """Prints to standard output, each line at once."""
+    """Prints to standard output, flushing each line."""
 
     def __init__(self) -> None:
         self._stream = sys.stdout
@@ -33,16 +33,16 @@ class Terminal:
         print(text, file=self._stream, flush=True)
 
     def wrapped(self, first: str, text: str, indent: int) -> None:
-        """Print ``text`` within the width, after ``first``, which fills the indent of line one."""
+        """Print ``text`` wrapped and indented; ``first`` replaces the indent of the first line."""
         for index, part in enumerate(textwrap.wrap(text, WIDTH - indent) or [""]):
             self.line(((" " * indent if index else first) + part).rstrip())
 
     def styled(self, text: str, style: str) -> str:
-        """``text`` in "bold", "dim", "good", "bad" or "bar"; as it is outside a terminal."""
+        """``text`` in style "bold", "dim", "good", "bad" or "bar"; unchanged outside a terminal."""
         return f"\033[{_STYLES[style]}m{text}\033[0m" if self._styled else text
 
     def bar(self, value: float, most: float, width: int) -> str:
-        """A bar of ``width`` cells for ``most``; any value above 0 shows."""
+        """A bar, ``width`` cells long for ``most``; a value above 0 gets at least an eighth."""
         eighths = max(round(8 * width * value / most), 1) if value > 0 else 0
         if not self._unicode:
             return self.styled("#" * max(round(eighths / 8), min(eighths, 1)), "bar")
@@ -50,14 +50,14 @@ class Terminal:
         return self.styled("█" * full + (_BLOCKS[part - 1] if part else ""), "bar")
 
     def columns(self, values: Sequence[float], most: float) -> str:
-        """One column of a cell for each value, as high as its share of ``most``; none for 0."""
+        """A cell per value, its height proportional to ``value / most``; blank for 0."""
         levels = _LEVELS if self._unicode else _ASCII_LEVELS
         cells = (levels[min(int(8 * value / most), 7)] if value > 0 else " " for value in values)
         return self.styled("".join(cells), "bar")
 
 
 def size(num_bytes: float) -> str:
-    """Bytes for people, in powers of 1024 and about three digits."""
+    """Format bytes in powers of 1024 with about three digits."""
     if num_bytes < 1000:
         return f"{num_bytes:.0f} B"
     units = ["KiB", "MiB", "GiB", "TiB"]
@@ -69,7 +69,7 @@ def size(num_bytes: float) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    """A duration in milliseconds and about three digits."""
+    """Format seconds as milliseconds with about three digits."""
     value = 1000 * seconds
     return f"{value:.{_digits(value)}f} ms"
 
@@ -79,13 +79,13 @@ def _digits(value: float) -> int:
 
 
 def positive(text: str) -> int:
-    """Parse a number of at least 1; for argparse."""
+    """Parse an integer of at least 1, for argparse."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number
 
 
-def plural(count: int, one: str, many: str = "") -> str:
-    """``count`` with its noun; ``many`` unless that is ``one`` with an s."""
-    return f"{count} {one if count == 1 else many or one + 's'}"
+def plural(count: int, singular: str, plural: str = "") -> str:
+    """``count`` and its noun, whose plural is by default the singular with an s."""
+    return f"{count} {singular if count == 1 else plural or singular + 's'}"

@@ -1,4 +1,4 @@
-"""The part of ``moe-triton doctor`` that says how much memory the windows of a model take."""
+"""Window memory of models, for ``moe-triton doctor``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ..ascend.op_names import DISPATCH
 from ..ops import window_bytes
 from .terminal import Terminal, positive, size
 
-_QUANTS = {"none": "bf16", "int8": "int8"}  # name of the option, and what rows are then
+_QUANTS = {"none": "bf16", "int8": "int8"}  # option -> dtype of dispatched rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What of a model decides the size of its windows: E, K and H."""
+    """The sizes of a model that determine its windows: E, K and H."""
 
     num_experts: int
     top_k: int
@@ -33,26 +33,27 @@ MODELS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that choose whose windows to show."""
-    add = parser.add_argument_group("whose windows to show").add_argument
+    """Add the options that select models and sizes."""
+    add = parser.add_argument_group("models and sizes of windows").add_argument
     add(
         "--model",
         choices=MODELS,
         metavar="NAME",
-        help=f"one model instead of all of them: {', '.join(MODELS)}",
+        help=f"one model instead of all: {', '.join(MODELS)}",
     )
     add("--experts", type=positive, metavar="E", help="routed experts, instead of the model's")
-    add("--top-k", type=positive, metavar="K", help="experts of a token, instead of the model's")
+    add("--top-k", type=positive, metavar="K", help="experts per token, instead of the model's")
     add("--hidden", type=positive, metavar="H", help="hidden size, instead of the model's")
     add("--world-size", type=positive, default=8, metavar="W", help="ranks (default: 8)")
-    add("--tokens", type=positive, default=128, metavar="T", help="most of a rank (default: 128)")
+    add("--tokens", type=positive, default=128, metavar="T", help="maximum per rank (default: 128)")
     add("--quant", choices=_QUANTS, help="one format of dispatched rows instead of both")
 
 
 def examine(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Sizes for each model and format; a wrong request ends the program with exit code 2.
+    """Window sizes per model and format.
 
-    A model without a request of its own that does not fit the ranks has a problem instead of sizes.
+    A model that does not fit the ranks has a problem instead of sizes; if the user asked for that
+    model, the program ends with exit code 2.
     """
     changes = {"num_experts": arguments.experts}
     changes |= {"top_k": arguments.top_k, "hidden": arguments.hidden}
@@ -92,12 +93,8 @@ def _problem(shape: Shape, world_size: int) -> str | None:
 def _window_bytes(sizes: dict[str, Any], chosen: str | None) -> dict[str, dict[str, int]]:
     windows = {}
     for quant in [chosen] if chosen else _QUANTS:
-        found = window_bytes(**sizes, quant=cast("Any", None if quant == "none" else quant))
-        windows[quant] = {
-            "dispatch": found.dispatch,
-            "combine": found.combine,
-            "total": found.total,
-        }
+        size_of = window_bytes(**sizes, quant=cast("Any", None if quant == "none" else quant))
+        windows[quant] = {name: getattr(size_of, name) for name in ("dispatch", "combine", "total")}
     return windows
 
 
@@ -106,7 +103,7 @@ def _ascend_buffers(sizes: dict[str, Any]) -> dict[str, int]:
 
 
 def show(terminal: Terminal, windows: list[dict[str, Any]]) -> None:
-    """Print a line for each model and format."""
+    """Print a line per model and format."""
     terminal.line(
         f"  {'model':<14}{'E/K/H':<12}{'rows':<5}{'dispatch':>10}{'combine':>10}{'total':>10}"
         f"{'a2':>7}{'a3':>7}"
@@ -117,9 +114,9 @@ def show(terminal: Terminal, windows: list[dict[str, Any]]) -> None:
         if window["problem"]:
             terminal.line(f"{label}{window['problem']}")
         buffers = "".join(f"{mb:>7}" for mb in window["hccl_buffsize_mb"].values())
-        for quant, found in window["bytes"].items():
-            cells = "".join(f"{size(number):>10}" for number in found.values())
+        for quant, sizes in window["bytes"].items():
+            cells = "".join(f"{size(number):>10}" for number in sizes.values())
             terminal.line(f"{label}{_QUANTS[quant]:<5}{cells}{buffers}")
             label, buffers = " " * len(label), ""
     terminal.line("  E experts, top K, hidden size H; a2, a3: HCCL_BUFFSIZE there, in MB")
-    terminal.line("  room for the worst case (see max_recv_tokens); pages are taken when used")
+    terminal.line("  sized for the worst case (see max_recv_tokens); pages are allocated on use")

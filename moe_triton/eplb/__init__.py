@@ -1,9 +1,9 @@
-"""Balance the load of experts: which get replicas, where, and which rank uses which.
+"""Balance the load of experts: replicate hot experts, place the replicas, assign ranks to them.
 
     plan = eplb.plan(load, num_ranks=32, num_slots=288)  # load: rows per logical expert
     ids, _ = npu_moe_update_expert(ids, plan.eplb_table, local_rank_id=rank, world_size=32)
 
-Nothing here communicates or needs a device: a planner runs beside the model, once in many steps.
+No function here communicates or needs a device: plan beside the model, once in many steps.
 """
 
 from __future__ import annotations

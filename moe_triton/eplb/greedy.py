@@ -1,14 +1,13 @@
 """The greedy scheme that DeepSeek published as EPLB: replicate the heaviest, pack heaviest first.
 
-Each further replica goes to the expert whose replicas carry the most, and the replicas go, heaviest
-first, to the rank with the least load that has a slot left. The hierarchical form first packs
-groups of experts onto nodes in the same way, and then does both steps inside each node. It takes
-every replica of an expert to get an equal part of its tokens.
+Each extra replica goes to the expert with the highest load per replica. Replicas are then placed,
+heaviest first, on the least loaded rank with a free slot. The hierarchical form first packs groups
+of experts onto nodes in the same way, and then does both steps inside each node. It assumes that
+all replicas of an expert get equal parts of its tokens.
 
 Letters: E logical experts, S physical slots, W ranks, N nodes.
 Source: the description of github.com/deepseek-ai/EPLB. Two replicas of an expert may share a rank,
-as there; an expert never gets more replicas than there are ranks, which is all that
-``npu_moe_update_expert`` takes.
+as there. An expert gets at most W replicas, the limit of ``npu_moe_update_expert``.
 """
 
 from __future__ import annotations
@@ -21,35 +20,35 @@ Ints = NDArray[np.int64]
 
 
 def pack(weights: Floats, bins: int) -> Ints:
-    """The bin of each item: equally many in each, the heaviest first into the lightest.
+    """Put equally many items into each bin, heaviest first into the lightest bin.
 
     Args:
         weights: (n,), n a multiple of ``bins``.
-        bins: how many.
+        bins: number of bins.
 
     Returns:
-        (n,) in [0, bins).
+        (n,) the bin of each item.
     """
-    room = np.full(bins, len(weights) // bins)
-    filled = np.zeros(bins)
-    chosen = np.empty(len(weights), np.int64)
+    free = np.full(bins, len(weights) // bins)
+    load = np.zeros(bins)
+    bin_of = np.empty(len(weights), np.int64)
     for item in np.argsort(-weights, kind="stable"):
-        chosen[item] = lightest = np.where(room > 0, filled, np.inf).argmin()
-        filled[lightest] += weights[item]
-        room[lightest] -= 1
-    return chosen
+        bin_of[item] = lightest = np.where(free > 0, load, np.inf).argmin()
+        load[lightest] += weights[item]
+        free[lightest] -= 1
+    return bin_of
 
 
 def replicate(load: Floats, num_slots: int, most: int) -> Ints:
-    """How many replicas each expert gets: one more, again and again, where each carries the most.
+    """Add replicas one at a time where the load per replica is highest.
 
     Args:
         load: (E,).
         num_slots: S, in [E, E * most].
-        most: replicas that an expert can have.
+        most: replicas that an expert may have.
 
     Returns:
-        (E,), with sum S.
+        (E,) the number of replicas of each expert, with sum S.
     """
     replicas = np.ones(len(load), np.int64)
     for _ in range(num_slots - len(load)):
@@ -58,12 +57,12 @@ def replicate(load: Floats, num_slots: int, most: int) -> Ints:
 
 
 def place(load: Floats, nodes: Ints, num_ranks: int, num_slots: int) -> Ints:
-    """The logical expert in each physical slot.
+    """Place replicas: the logical expert in each physical slot.
 
     Args:
         load: (E,).
-        nodes: (E,), the node that each expert has to stay on; equally many on each.
-        num_ranks: W, a multiple of the nodes.
+        nodes: (E,), the node of each expert's replicas; equally many experts on each.
+        num_ranks: W, a multiple of N.
         num_slots: S, a multiple of W.
 
     Returns:
@@ -77,6 +76,6 @@ def place(load: Floats, nodes: Ints, num_ranks: int, num_slots: int) -> Ints:
         replicas = replicate(load[experts], num_slots // num_nodes, ranks)
         slots = np.repeat(experts, replicas)
         rank = pack(np.repeat(load[experts] / replicas, replicas), ranks)
-        # By rank, then by expert: the slots are in order of the experts already.
+        # A stable sort by rank keeps the experts ascending.
         placed.append(slots[np.argsort(rank, kind="stable")])
     return np.concatenate(placed)

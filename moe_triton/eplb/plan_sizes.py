@@ -1,4 +1,4 @@
-"""What a load is planned for, and the checks of both."""
+"""Sizes of a plan, and checks of the arguments of ``eplb``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import ArgumentTypeError, ArgumentValueError
 
 @dataclasses.dataclass(frozen=True)
 class PlanSizes:
-    """The arguments of ``plan``, where they are described, and E from the load."""
+    """The sizes that ``plan`` takes and documents, and E from the load."""
 
     num_experts: int
     num_ranks: int
@@ -22,7 +22,7 @@ class PlanSizes:
     balance_mode: int
 
     def check(self, op: str) -> None:
-        """Integers that fit together, or an error of ``op``."""
+        """Raise an error of ``op`` unless the sizes are integers that fit together."""
         for name, value in dataclasses.asdict(self).items():
             if name == "num_groups" and value is None:
                 continue
@@ -50,13 +50,13 @@ class PlanSizes:
 
 
 def check_load(op: str, load: torch.Tensor) -> None:
-    """A load as ``plan`` takes it, or an error of ``op``."""
+    """Raise an error of ``op`` unless ``load`` is valid for ``plan``."""
     if not isinstance(load, torch.Tensor):
         raise ArgumentTypeError(op, "load", "be a tensor", type(load).__name__)
     if load.is_complex() or load.dtype == torch.bool:
         raise ArgumentTypeError(op, "load", "be of a real dtype", load.dtype)
     if load.dim() not in (1, 2) or load.numel() == 0:
-        contract = "have shape (E,) or (layers, E), and something in it"
+        contract = "have shape (E,) or (layers, E), not empty"
         raise ArgumentValueError(op, "load", contract, f"shape {tuple(load.shape)}")
     values = load.detach().double()
     if not (values >= 0).all() or not values.sum(-1).isfinite().all():
@@ -73,7 +73,7 @@ def check_table(
     num_slots: int,
     balance_mode: int,
 ) -> None:
-    """The arguments of ``rank_load``, where they are described, or an error of ``op``."""
+    """Raise an error of ``op`` unless the arguments are valid for ``rank_load``."""
     check_load(op, load)
     _check(op, "load", load.dim() == 1, "have shape (E,)", f"shape {tuple(load.shape)}")
     if not isinstance(eplb_table, torch.Tensor) or eplb_table.dtype != torch.int32:

@@ -1,4 +1,4 @@
-"""A picture of a plan: what each rank receives before and after."""
+"""Plot the load of each rank without and with a plan."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def plot_load(plan: Plan) -> Figure:
     """Draw the load of each rank over the mean, without replicas and with the plan's table.
 
     Args:
-        plan: of one layer, or of several: then there is one row of bars for each.
+        plan: of one layer, or of several, one row of bars each.
 
     Returns:
-        A figure that belongs to no window; ``figure.savefig(path)`` writes it.
+        A figure without a window; ``figure.savefig(path)`` writes it.
 
     Raises:
         UnavailableError: matplotlib is not installed (extra ``plot``).

@@ -1,4 +1,4 @@
-"""What a planner returns: a table, a placement, and the load that they give."""
+"""The result of a planner: a table, a placement, and the load of each rank."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from ..errors import ArgumentTypeError, ArgumentValueError
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """Where replicas of experts live and who uses which; for one layer, or for several stacked.
+    """Placement and use of the replicas of experts, of one layer or several stacked.
 
     Letters: E logical experts, S physical slots, W ranks, F columns of the table. With several
-    layers, every tensor begins with a dimension for them. Tensors are on the CPU.
+    layers, every tensor has a leading dimension for them. Tensors are on the CPU.
 
     Attributes:
-        eplb_table: [E, F] int32, what ``npu_moe_update_expert`` takes: how many columns of the row
-            count, then a physical expert in each, then -1. A replica stands there as often as its
-            part of the load asks, and not at all if it gets none.
+        eplb_table: [E, F] int32 for ``npu_moe_update_expert``: the number n of used columns, n
+            physical experts, then -1. A replica occurs in proportion to its part of the load, and
+            not at all without a part.
         placement: [S] int64, the logical expert whose weights each physical expert holds. Physical
-            expert s is on rank s // (S / W), as dispatch has it.
+            expert s is on rank s // (S / W), as in dispatch.
         num_ranks: W.
-        balance_mode: 0 if the table is made for the choice by rank, 1 for that by token.
+        balance_mode: 0 for a table read by rank, 1 for one read by token.
         load_before: [W] float64, rows per rank without replicas: the experts in order, E / W on
             each rank (expert e on rank e * W // E).
         load_after: [W] float64, the same with the table; ``rank_load`` says when this is exact.
@@ -44,12 +44,12 @@ class Plan:
 
     @property
     def replicas(self) -> torch.Tensor:
-        """[E] int64, how many physical experts hold each logical one."""
+        """[E] int64, the number of physical experts of each logical one."""
         counts = self.eplb_table.new_zeros(self.eplb_table.shape[:-1], dtype=torch.int64)
         return counts.scatter_add_(-1, self.placement, torch.ones_like(self.placement))
 
     def logical_load(self, load: torch.Tensor) -> torch.Tensor:
-        """Add up what was counted for physical experts, to plan the next table from.
+        """Sum a load of physical experts per logical expert, for the next plan.
 
         Args:
             load: [S] of any dtype and on any device.
@@ -58,7 +58,7 @@ class Plan:
             [E] of that dtype, on that device.
 
         Raises:
-            ArgumentTypeError: the load is no tensor.
+            ArgumentTypeError: the load is not a tensor.
             ArgumentValueError: its shape is not that of ``placement``.
         """
         op = "eplb.Plan.logical_load"
@@ -72,7 +72,7 @@ class Plan:
 
     @property
     def balance_before(self) -> torch.Tensor:
-        """[] float64, the most that a rank receives without replicas over the mean; 1 is best."""
+        """[] float64, maximum over mean of the ranks' load without replicas; 1 is best."""
         return _balance(self.load_before)
 
     @property
@@ -83,5 +83,5 @@ class Plan:
 
 def _balance(load: torch.Tensor) -> torch.Tensor:
     mean = load.mean(-1)
-    # Without any load every placement is as good as any other.
+    # Without load every placement is balanced.
     return torch.where(mean > 0, load.amax(-1) / mean, 1.0)

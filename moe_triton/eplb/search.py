@@ -1,10 +1,10 @@
-"""Local search: relieve the heaviest rank that can be, one move after the other, until none can.
+"""Local search: relieve the heaviest rank that a move can relieve, until no move helps.
 
-The load of an expert comes in equal quanta: the rows that one rank sends, or those of one column of
-the table. A state says how many quanta of each expert each rank serves, and which experts it holds.
-Every move takes quanta from one rank and leaves each rank that it touches below what that one had.
-So the loads in descending order fall from move to move, and the search ends; it is never worse than
-where it began. Relieving others than the heaviest makes room for what the heaviest cannot yet move.
+The load of an expert is a number of equal quanta: the rows that one rank sends, or those of one
+column of the table. A state has the quanta of each expert that each rank serves, and the experts
+that each rank holds. A move takes quanta from one rank and leaves every rank it touches below that
+rank's former load. So the loads in descending order fall with every move: the search ends, and is
+never worse than its start. Relieving lighter ranks makes room for moves of the heaviest.
 
 Letters: E experts, R ranks, s slots on each.
 """
@@ -20,19 +20,19 @@ from numpy.typing import NDArray
 
 from .greedy import Floats, Ints
 
-_MOVES_PER_SLOT = 16  # a search takes few; the bound is for loads that nobody has thought of
-_GOAL = 1.001  # of the mean: from one batch to the next, loads differ by more
-_MARGIN = 1e-12  # of the heaviest load, so that rounding is no progress
+_MOVES_PER_SLOT = 16  # a safety bound; searches take far fewer
+_GOAL = 1.001  # of the mean; loads of successive batches differ by more
+_MARGIN = 1e-12  # of the heaviest load, so that rounding does not count as progress
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class State:
-    """Who serves what.
+    """The quanta that each rank serves, and the experts that it holds.
 
     Attributes:
         quantum: [E], the load of one quantum of each expert.
         parts: [E, R], the quanta that each rank serves; 0 where ``held`` is False.
-        held: [E, R], whether an expert is on a rank; s on each, every expert somewhere.
+        held: [E, R], whether an expert is on a rank; s experts on each rank.
     """
 
     quantum: Floats
@@ -40,19 +40,19 @@ class State:
     held: NDArray[np.bool_]
 
     def load(self) -> Floats:
-        """[R], of each rank."""
+        """[R], the load of each rank."""
         return self.quantum @ self.parts
 
 
 class _Move(NamedTuple):
-    """The highest load it leaves on the ranks it touches, and (expert, rank, quanta, held)."""
+    """The highest load left on the ranks it touches, and edits (expert, rank, quanta, held)."""
 
     peak: float
     edits: tuple[tuple[int, int, int, bool], ...]
 
 
 def refine(state: State) -> None:
-    """Relieve ranks until none has more than ``_GOAL``, or none above the mean can be; in place."""
+    """Relieve ranks in place until all are within ``_GOAL`` or no move helps one above the mean."""
     for _ in range(_MOVES_PER_SLOT * int(state.held.sum())):
         load = state.load()
         mean = load.mean()
@@ -65,12 +65,12 @@ def refine(state: State) -> None:
             break
         _apply(state, move)
     for expert, rank in np.argwhere(state.held & (state.parts == 0)):
-        _employ(state, int(expert), int(rank))
+        _use_idle(state, int(expert), int(rank))
 
 
 def _relief(state: State, load: Floats, rank: int) -> _Move | None:
-    """The move that leaves the lowest peak, if that is below what ``rank`` has."""
-    moves = [move for make in (_shift, _swap, _replicate) for move in make(state, load, rank)]
+    """The move with the lowest peak, if that is below the load of ``rank``."""
+    moves = [move for find in (_shift, _swap, _replicate) for move in find(state, load, rank)]
     best = min(moves, key=lambda move: move.peak, default=None)
     return best if best is not None and best.peak < load[rank] * (1 - _MARGIN) else None
 
@@ -81,14 +81,14 @@ def _apply(state: State, move: _Move) -> None:
 
 
 def _halfway(excess: Floats, quantum: Floats, most: Ints) -> Ints:
-    """The quanta in [0, most] that come closest to half of the excess."""
+    """The quanta in [0, most] closest to half of the excess."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         wanted = np.nan_to_num(np.floor(excess / 2 / quantum + 0.5), posinf=0, neginf=0)
     return np.clip(wanted, 0, most).astype(np.int64)
 
 
 def _shift(state: State, load: Floats, rank: int) -> Iterator[_Move]:
-    """Some quanta of an expert go from ``rank`` to another rank that holds it."""
+    """Move quanta of an expert from ``rank`` to another rank that holds it."""
     experts = np.flatnonzero(state.held[:, rank])
     have = state.parts[experts, rank, None]
     quantum = state.quantum[experts, None]
@@ -108,7 +108,7 @@ def _shift(state: State, load: Floats, rank: int) -> Iterator[_Move]:
 
 
 def _swap(state: State, load: Floats, rank: int) -> Iterator[_Move]:
-    """An expert of ``rank`` changes places with one of another rank, quanta and all."""
+    """Swap an expert of ``rank`` with one of another rank, with their quanta."""
     experts = np.flatnonzero(state.held[:, rank])
     others, homes = _elsewhere(state, rank)
     if not len(others):
@@ -134,10 +134,10 @@ def _swap(state: State, load: Floats, rank: int) -> Iterator[_Move]:
 
 
 def _replicate(state: State, load: Floats, rank: int) -> Iterator[_Move]:
-    """An expert of ``rank`` gets a replica in a slot whose own expert has another replica.
+    """Give an expert of ``rank`` a replica in a slot whose expert has another replica.
 
-    The quanta of the replica that gives way go to the lightest other rank that holds its expert. If
-    that is ``rank``, the move does not relieve it and is not taken.
+    The quanta of the replaced replica go to the lightest other rank that holds its expert. If that
+    is ``rank``, the move does not relieve it and is rejected.
     """
     experts = np.flatnonzero(state.held[:, rank])
     others, homes = _elsewhere(state, rank)
@@ -177,8 +177,8 @@ def _elsewhere(state: State, rank: int) -> tuple[Ints, Ints]:
     return experts[ranks != rank], ranks[ranks != rank]
 
 
-def _employ(state: State, idle: int, rank: int) -> None:
-    """Put a replica that serves nobody to use, for its own expert or another, if any gains."""
+def _use_idle(state: State, idle: int, rank: int) -> None:
+    """Use a replica that serves no rows, for its own expert or another, if that helps."""
     load = state.load()
     quantum = state.quantum[:, None]
     quanta = _halfway(load - load[rank], quantum, np.maximum(state.parts - 1, 0))

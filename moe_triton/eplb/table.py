@@ -1,14 +1,16 @@
-"""Rows of ``eplb_table``: who uses which replica, read from a table and written into one.
+"""Read and write rows of ``eplb_table``, which assign replicas to ranks or tokens.
 
-A row is a number n and n physical experts. Of these, ``npu_moe_update_expert`` takes number
-``rank // ceil(W / n)`` with balance mode 0 and, for token i, number ``i % n`` with mode 1. So a
-replica's part of the load follows from where it stands in the row, and an id may stand there more
-than once: that is how replicas get unequal parts.
+A row is a number n and n physical experts. ``npu_moe_update_expert`` takes number
+``rank // ceil(W / n)`` of these with balance mode 0 and, for token i, number ``i % n`` with mode 1.
+So a replica's part of the load follows from its columns; an id in several columns gets a larger
+part.
 
 Letters: E logical experts, F columns of the table, S physical slots, W ranks.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -22,14 +24,14 @@ _UNUSED = -1
 
 
 def column_shares(count: Ints, columns: int, num_ranks: int, balance_mode: int) -> Floats:
-    """The part of an expert's rows that each column of its row of the table gets.
+    """The part of an expert's rows for each column of its row of the table.
 
-    By rank, every rank is taken to send equally many rows, and by token, the tokens of an expert
-    are taken to be spread evenly over the remainders of their indices.
+    By rank, assumes that every rank sends equally many rows; by token, that the tokens of an expert
+    are spread evenly over the remainders of their indices.
 
     Args:
         count: (E,), column 0.
-        columns: F - 1, the others.
+        columns: F - 1, the number of the others.
         num_ranks: W.
         balance_mode: 0 by rank, 1 by token.
 
@@ -51,14 +53,14 @@ def rank_load(
     num_slots: int,
     balance_mode: int = BY_RANK,
 ) -> torch.Tensor:
-    """The rows that each rank receives when ``npu_moe_update_expert`` applies a table.
+    """The rows that each rank receives if ``npu_moe_update_expert`` applies a table.
 
     Exact with balance mode 0 if all ranks send an expert equally many rows, and with mode 1 if the
     tokens of each expert are spread evenly over the remainders of their indices.
 
     Args:
         load: (E,), rows for each logical expert.
-        eplb_table: (E, F) int32, as ``npu_moe_update_expert`` takes it.
+        eplb_table: (E, F) int32, as for ``npu_moe_update_expert``.
         num_ranks: W.
         num_slots: S, the physical experts, S / W of them on each rank.
         balance_mode: 0 by rank, 1 by token.
@@ -67,10 +69,10 @@ def rank_load(
         (W,) float64.
 
     Raises:
-        ArgumentTypeError: a load that is no tensor of real numbers, a table that is not int32, a
-            size that is no integer.
+        ArgumentTypeError: a load that is not a real tensor, a table that is not int32, a size that
+            is not an integer.
         ArgumentValueError: a shape, a size that does not divide, a negative or infinite load, a
-            count or a slot in the table that cannot be.
+            count or slot of the table out of range.
     """
     check_table("eplb.rank_load", load, eplb_table, num_ranks, num_slots, balance_mode)
     rows = eplb_table.cpu().numpy()
@@ -82,56 +84,56 @@ def rank_load(
 
 
 def of_replicas(placement: Ints, num_experts: int) -> NDArray[np.int32]:
-    """The table in which each replica of an expert stands once, in order of their ids.
+    """The table with each replica of an expert once, in order of their ids.
 
     Args:
         placement: (S,), the logical expert in each slot.
         num_experts: E.
 
     Returns:
-        (E, F), F as small as it can be but at least 2.
+        (E, F) with the smallest F, at least 2.
     """
     return _fill([np.flatnonzero(placement == expert) for expert in range(num_experts)])
 
 
 def of_parts(parts: Ints, placement: Ints, balance_mode: int, num_nodes: int) -> NDArray[np.int32]:
-    """The table in which the replicas of an expert stand in proportion to their parts.
+    """The table with the replicas of an expert in proportion to their parts.
 
-    By rank, column 1 + r is what rank r uses, if there is more than one replica in use: its own
-    where it has one, or else one of its node, as far as the parts allow. By token, the columns of
-    a replica are spread over the row, so that few tokens are spread over the replicas too.
+    By rank, column 1 + r is for rank r if several replicas are in use: its own replica, or else one
+    of its node, as far as the parts allow. By token, the columns of a replica are spread over the
+    row, so that few tokens are spread over the replicas too.
 
     Args:
-        parts: (E, W), the parts of an expert's rows that each rank gets; with balance mode 0, of W.
+        parts: (E, W), the parts of an expert's rows for each rank; W in all with balance mode 0.
         placement: (S,), the logical expert in each slot; at most one on a rank.
         balance_mode: 0 by rank, 1 by token.
         num_nodes: nodes, with equally many consecutive ranks.
 
     Returns:
-        (E, F), F as small as it can be but at least 2.
+        (E, F) with the smallest F, at least 2.
     """
     num_ranks = parts.shape[1]
     slots = np.empty(parts.shape, np.int64)
     ranks = np.arange(len(placement)) // (len(placement) // num_ranks)
     slots[placement, ranks] = np.arange(len(placement))
     rows = []
-    for expert, mine in enumerate(parts):
-        if np.count_nonzero(mine) == 1:
-            users = np.flatnonzero(mine)
+    for expert, shares in enumerate(parts):
+        if np.count_nonzero(shares) == 1:
+            users = np.flatnonzero(shares)
         elif balance_mode == BY_RANK:
-            users = _nearest(mine, num_nodes)
+            users = _nearest(shares, num_nodes)
         else:
-            users = _spread(mine // np.gcd.reduce(mine))
+            users = _spread(shares // np.gcd.reduce(shares))
         rows.append(slots[expert, users])
     return _fill(rows)
 
 
-def stack(tables: list[NDArray[np.int32]]) -> NDArray[np.int32]:
-    """Tables of several layers as one array, with as many columns as the widest has."""
-    columns = max(one.shape[1] for one in tables)
+def stack(tables: Sequence[NDArray[np.int32]]) -> NDArray[np.int32]:
+    """Stack the tables of several layers, padded to the widest."""
+    columns = max(table.shape[1] for table in tables)
     stacked = np.full((len(tables), len(tables[0]), columns), _UNUSED, np.int32)
-    for layer, one in zip(stacked, tables, strict=True):
-        layer[:, : one.shape[1]] = one
+    for layer, table in zip(stacked, tables, strict=True):
+        layer[:, : table.shape[1]] = table
     return stacked
 
 
@@ -143,7 +145,7 @@ def _fill(rows: list[Ints]) -> NDArray[np.int32]:
 
 
 def _nearest(parts: Ints, num_nodes: int) -> Ints:
-    """For each of W ranks the rank that serves it, when rank r serves ``parts[r]`` of them."""
+    """(W,) the rank that serves each rank, if rank r serves ``parts[r]`` ranks."""
     num_ranks = len(parts)
     chosen = np.where(parts > 0, np.arange(num_ranks), -1)
     left = parts - (parts > 0)
@@ -157,12 +159,12 @@ def _nearest(parts: Ints, num_nodes: int) -> Ints:
 
 
 def _spread(parts: Ints) -> Ints:
-    """Each rank ``parts[r]`` times, the one that is furthest behind its part next."""
+    """Rank r ``parts[r]`` times; next is always the rank furthest behind its part."""
     total = int(parts.sum())
-    given = np.zeros(len(parts), np.int64)
+    count = np.zeros(len(parts), np.int64)
     chosen = np.empty(total, np.int64)
     for column in range(total):
-        behind = np.where(given < parts, (column + 1) * parts - total * given, -total * total)
+        behind = np.where(count < parts, (column + 1) * parts - total * count, -total * total)
         chosen[column] = behind.argmax()
-        given[chosen[column]] += 1
+        count[chosen[column]] += 1
     return chosen
