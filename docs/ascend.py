@@ -66,6 +66,8 @@ With every profile:
 - Outputs that a configuration does not have are None: `dynamic_scales` without quantisation,
   `tp_recv_counts` without tensor parallelism, `expand_scales` without `expert_scales` (a2
   returns it always).
+- Outputs that torch_npu allocates but does not write have values: `out` of gating_top_k and the
+  counts of init_routing_v2 are always computed, unused scales are zeros.
 - Rows of inactive tokens are zeros, where the documents leave them open.
 - Values in tensors are checked on the CPU, where that costs no synchronisation: ids out of range
   or repeated in a row, masks with gaps, and metadata of dispatch that combine gets back changed.

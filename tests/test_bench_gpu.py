@@ -46,5 +46,5 @@ def test_dry_run(tmp_path):
     assert done.returncode == 0, done.stdout
     for name in ("tests", "kernels", "graphs"):
         assert f"passed  {name} in " in done.stdout
-    found = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"summary.txt", "kernels.jsonl", "kernels.log", "tests.log", "graphs.log"} <= found
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"summary.txt", "kernels.jsonl", "kernels.log", "tests.log", "graphs.log"} <= names

@@ -65,10 +65,10 @@ def test_a_wrong_kernel_has_no_figures(module, monkeypatch, capsys):
 
     monkeypatch.setattr(cases.kernels, "gather_quant", short)
     status = bench.main(["--dry-run", "--only", "gather_quant bf16", "--tokens", "5"])
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert status == 1
-    assert "WRONG: gather_quant bf16, tiny, 5 tokens, moe_triton" in said
-    assert "0 checks passed" in said
+    assert "WRONG: gather_quant bf16, tiny, 5 tokens, moe_triton" in printed
+    assert "0 checks passed" in printed
 
 
 def test_formulas_are_those_of_the_docstrings(module):
@@ -117,7 +117,7 @@ def test_bytes_of_whole_layers(module):
 
 
 @pytest.mark.parametrize(
-    "facts, said",
+    "facts, printed",
     [
         ({"target_share": 0.85, "share_of_copy": 0.9}, "met: {}: 90% of the"),
         ({"target_share": 0.85, "share_of_copy": 0.8}, "MISSED: {}: 80% of"),
@@ -125,11 +125,11 @@ def test_bytes_of_whole_layers(module):
         ({"target_us": 9, "eager_us": 20}, "MISSED: {}: 20.0 us"),
     ],
 )
-def test_targets(module, facts, said):
+def test_targets(module, facts, printed):
     (line,) = module("bench_kernels").targets(
         {"kernel": "weighted_sum", "tokens": 8, "model": "M"} | facts
     )
-    assert line.startswith("target " + said.format("weighted_sum, 8 tokens of M"))
+    assert line.startswith("target " + printed.format("weighted_sum, 8 tokens of M"))
 
 
 class Event:
@@ -272,8 +272,8 @@ def test_a_run_with_times(module, cuda, monkeypatch, tmp_path, capsys):
     assert all(row["graph_us"] > 0 and row["share_of_copy"] > 0 for row in rows)
     of_peers = {(row["model"], row["tokens"]) for row in rows if row["implementation"] == "pytorch"}
     assert of_peers == {(bench.FIRST_MODEL, 3)}
-    said = capsys.readouterr().out
-    assert f"| kernel | ranks | tokens | {bench.FIRST_MODEL} | other |" in said
+    printed = capsys.readouterr().out
+    assert f"| kernel | ranks | tokens | {bench.FIRST_MODEL} | other |" in printed
     options.only = "combine bf16"
     whole = bench.Run(options)
     whole.layer("a layer", shapes[0], 2, 2, "int8")
@@ -329,8 +329,8 @@ def test_transformer_engine_is_loaded_from_two_files(module, tmp_path):
         "from transformer_engine.common.triton.permutation import kernel\n"
     )
     try:
-        found = peers.Peers(tmp_path, ("transformer_engine", "triton_kernels"))
-        assert found.missing.keys() == {"triton_kernels"}
+        names = peers.Peers(tmp_path, ("transformer_engine", "triton_kernels"))
+        assert names.missing.keys() == {"triton_kernels"}
         assert sys.modules["transformer_engine.pytorch.triton.permutation"].kernel == 5
     finally:
         sys.path.remove(str(tmp_path))

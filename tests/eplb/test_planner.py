@@ -39,21 +39,21 @@ def test_by_rank_by_hand():
 @pytest.mark.parametrize("balance_mode, greedy", [(0, 6), (1, 5)])
 def test_unequal_parts_by_hand(balance_mode, greedy):
     """4 + 0, 2 + 2 and 3 + 1, where halves of the 6 would leave one rank with 3 + 2 at least."""
-    given = {"num_ranks": 3, "num_slots": 6, "balance_mode": balance_mode}
+    arguments = {"num_ranks": 3, "num_slots": 6, "balance_mode": balance_mode}
     load = torch.tensor([6, 0, 2, 1, 3])
-    assert eplb.plan(load, **given).load_after.tolist() == [4, 4, 4]
-    assert eplb.plan_greedy(load, **given).load_after.max() == greedy
+    assert eplb.plan(load, **arguments).load_after.tolist() == [4, 4, 4]
+    assert eplb.plan_greedy(load, **arguments).load_after.max() == greedy
 
 
 def test_layers_are_planned_one_by_one():
     load = torch.stack([zipf(1.2, experts=12, seed=seed) for seed in range(3)])
-    given = {"num_ranks": 4, "num_slots": 16, "num_nodes": 2}
-    plan = eplb.plan(load, **given)
+    arguments = {"num_ranks": 4, "num_slots": 16, "num_nodes": 2}
+    plan = eplb.plan(load, **arguments)
     assert plan.eplb_table.shape[:2] == (3, 12)
     assert plan.placement.shape == (3, 16) and plan.replicas.shape == (3, 12)
     assert plan.load_before.shape == plan.load_after.shape == (3, 4)
-    for layer, one in enumerate(load):
-        alone = eplb.plan(one, **given)
+    for layer, layer_load in enumerate(load):
+        alone = eplb.plan(layer_load, **arguments)
         columns = alone.eplb_table.shape[1]
         assert torch.equal(plan.eplb_table[layer, :, :columns], alone.eplb_table)
         assert (plan.eplb_table[layer, :, columns:] == -1).all()
@@ -67,9 +67,9 @@ def test_layers_are_planned_one_by_one():
 def test_any_real_dtype_and_stride(dtype):
     load = torch.tensor([[7, 0], [1, 0], [4, 0], [2, 0]]).to(dtype)[:, 0]
     expected = eplb.plan(torch.tensor([7.0, 1, 4, 2]).double(), num_ranks=2, num_slots=6)
-    found = eplb.plan(load, num_ranks=2, num_slots=6)
-    assert torch.equal(found.eplb_table, expected.eplb_table)
-    assert torch.equal(found.load_after, expected.load_after)
+    result = eplb.plan(load, num_ranks=2, num_slots=6)
+    assert torch.equal(result.eplb_table, expected.eplb_table)
+    assert torch.equal(result.load_after, expected.load_after)
 
 
 def test_a_plan_cannot_be_changed():
@@ -136,9 +136,9 @@ def test_every_plan(case):
 def test_a_bad_packing_of_groups_is_mended():
     """Heaviest first packs 8 5 4 and 7 6 0; the 5 and the 0 change places..."""
     load = torch.tensor([8.0, 7, 6, 5, 4, 0])
-    given = {"num_ranks": 2, "num_slots": 6, "num_nodes": 2, "num_groups": 6}
-    assert eplb.plan_greedy(load, **given).load_after.max() == 17
-    assert eplb.plan(load, **given).load_after.tolist() == [15, 15]
+    arguments = {"num_ranks": 2, "num_slots": 6, "num_nodes": 2, "num_groups": 6}
+    assert eplb.plan_greedy(load, **arguments).load_after.max() == 17
+    assert eplb.plan(load, **arguments).load_after.tolist() == [15, 15]
 
 
 # (ranks, slots): 32 redundant where that divides, 64 where 288 slots would be 4.5 a rank.
@@ -150,10 +150,10 @@ SHAPES = [(8, 288), (16, 288), (32, 288), (64, 320)]
 @pytest.mark.parametrize("exponent", [0.5, 0.8, 1.0, 1.2, 1.4, 1.6])
 def test_deepseek_v3_is_balanced(exponent, num_ranks, num_slots, balance_mode):
     load = zipf(exponent)
-    given = {"num_ranks": num_ranks, "num_slots": num_slots, "balance_mode": balance_mode}
-    plan = eplb.plan(load, **given)
+    arguments = {"num_ranks": num_ranks, "num_slots": num_slots, "balance_mode": balance_mode}
+    plan = eplb.plan(load, **arguments)
     assert plan.balance_after < 1.1
-    assert plan.balance_after <= eplb.plan_greedy(load, **given).balance_after * (1 + 1e-9)
+    assert plan.balance_after <= eplb.plan_greedy(load, **arguments).balance_after * (1 + 1e-9)
 
 
 def test_what_cannot_be_balanced_by_rank():
@@ -202,9 +202,9 @@ REFUSED = {
 @pytest.mark.parametrize("op", [eplb.plan, eplb.plan_greedy], ids=["plan", "plan_greedy"])
 @pytest.mark.parametrize("changes, kind, message", REFUSED.values(), ids=REFUSED)
 def test_refusals(op, changes, kind, message):
-    given = GIVEN | changes
-    load = given.pop("load")
+    arguments = GIVEN | changes
+    load = arguments.pop("load")
     with pytest.raises(kind, match=f"eplb.{op.__name__}: .*{message}") as caught:
-        op(load, **given)
+        op(load, **arguments)
     assert isinstance(caught.value, MoeError)
     assert caught.value.argument in changes

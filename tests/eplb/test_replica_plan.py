@@ -15,18 +15,18 @@ LOAD = torch.tensor([[6.0, 1, 1], [1, 1, 6]])
 def test_logical_load_adds_up_replicas(load):
     plan = eplb.plan(load, num_ranks=2, num_slots=4)
     counted = torch.arange(1, plan.placement.numel() + 1).view(plan.placement.shape)
-    found = plan.logical_load(counted)
-    assert found.dtype == counted.dtype
+    result = plan.logical_load(counted)
+    assert result.dtype == counted.dtype
     experts = torch.arange(3)
     expected = ((plan.placement[..., None] == experts) * counted[..., None]).sum(-2)
-    assert torch.equal(found, expected)
+    assert torch.equal(result, expected)
 
 
 def test_logical_load_stays_on_its_device():
     """ExpertParallel.gather_load returns what it counted where it was counted."""
     plan = eplb.plan(LOAD[0], num_ranks=2, num_slots=4)
-    found = plan.logical_load(torch.empty(4, dtype=torch.int64, device="meta"))
-    assert (found.device.type, found.shape) == ("meta", (3,))
+    result = plan.logical_load(torch.empty(4, dtype=torch.int64, device="meta"))
+    assert (result.device.type, result.shape) == ("meta", (3,))
 
 
 @pytest.mark.parametrize(

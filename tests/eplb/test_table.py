@@ -23,16 +23,16 @@ TABLE = torch.tensor([[2, 0, 3], [1, 5, -1], [1, 1, -1], [1, 4, -1]], dtype=torc
     ],
 )
 def test_shares_of_columns(num_ranks, balance_mode, expected):
-    found = table.column_shares(np.array([1, 3, 5]), 5, num_ranks, balance_mode)
-    np.testing.assert_allclose(found, expected, rtol=1e-15)
+    result = table.column_shares(np.array([1, 3, 5]), 5, num_ranks, balance_mode)
+    np.testing.assert_allclose(result, expected, rtol=1e-15)
 
 
 @pytest.mark.parametrize("balance_mode", [0, 1])
 def test_load_of_ranks(balance_mode):
     load = torch.tensor([10, 1, 2, 4])
-    found = eplb.rank_load(load, TABLE, num_ranks=2, num_slots=6, balance_mode=balance_mode)
-    assert found.dtype == torch.float64
-    assert found.tolist() == [7, 10]
+    result = eplb.rank_load(load, TABLE, num_ranks=2, num_slots=6, balance_mode=balance_mode)
+    assert result.dtype == torch.float64
+    assert result.tolist() == [7, 10]
 
 
 REFUSED = {
@@ -57,9 +57,14 @@ REFUSED = {
 
 @pytest.mark.parametrize("changes, kind, message", REFUSED.values(), ids=REFUSED)
 def test_what_has_no_load_of_ranks(changes, kind, message):
-    given = {"load": torch.ones(4), "eplb_table": TABLE, "num_ranks": 2, "num_slots": 6} | changes
+    arguments = {
+        "load": torch.ones(4),
+        "eplb_table": TABLE,
+        "num_ranks": 2,
+        "num_slots": 6,
+    } | changes
     with pytest.raises(kind, match=f"eplb.rank_load: .*{message}") as caught:
-        eplb.rank_load(given.pop("load"), given.pop("eplb_table"), **given)
+        eplb.rank_load(arguments.pop("load"), arguments.pop("eplb_table"), **arguments)
     assert isinstance(caught.value, MoeError)
 
 
@@ -69,10 +74,10 @@ PARTS = np.array([[1, 0, 0, 3], [0, 4, 0, 0], [4, 0, 0, 0], [0, 0, 4, 0], [0, 0,
 
 
 def test_by_rank_a_rank_uses_its_own_replica():
-    found = table.of_parts(PARTS, PLACEMENT, 0, 1)
+    result = table.of_parts(PARTS, PLACEMENT, 0, 1)
     # Rank 0 and rank 3 themselves; the others what is left of rank 3.
-    assert found[0].tolist() == [4, 0, 6, 6, 6]
-    assert found[1:].tolist() == [[1, slot, -1, -1, -1] for slot in (3, 1, 5, 7)]
+    assert result[0].tolist() == [4, 0, 6, 6, 6]
+    assert result[1:].tolist() == [[1, slot, -1, -1, -1] for slot in (3, 1, 5, 7)]
 
 
 def test_by_rank_a_rank_uses_a_replica_of_its_node():
@@ -85,9 +90,9 @@ def test_by_rank_a_rank_uses_a_replica_of_its_node():
 
 def test_by_token_parts_are_reduced_and_spread():
     parts = np.array([[2, 0, 4, 2], *PARTS[1:]])
-    found = table.of_parts(parts, PLACEMENT, 1, 1)
+    result = table.of_parts(parts, PLACEMENT, 1, 1)
     # 1 : 2 : 1, and the one with two of four columns does not stand there twice in a row.
-    assert found[0].tolist() == [4, 4, 0, 6, 4]
+    assert result[0].tolist() == [4, 4, 0, 6, 4]
     equal = np.array([[2, 2, 2, 2], *PARTS[1:]])
     assert table.of_parts(equal, PLACEMENT, 1, 1)[0].tolist() == [4, 0, 2, 4, 6]
 
@@ -97,8 +102,8 @@ def test_the_first_columns_by_token_are_near_the_parts():
     placement = np.array([0, 0, 0, 0])
     (row,) = table.of_parts(parts[None], placement, 1, 1)
     for columns in range(1, 13):
-        given = np.bincount(row[1 : 1 + columns], minlength=4)
-        assert (abs(given - columns * parts / 12) < 1).all()
+        arguments = np.bincount(row[1 : 1 + columns], minlength=4)
+        assert (abs(arguments - columns * parts / 12) < 1).all()
 
 
 def test_tables_of_layers_are_as_wide_as_the_widest():

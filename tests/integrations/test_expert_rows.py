@@ -148,11 +148,11 @@ def test_gradients_reach_tokens_weights_and_experts_on_every_rank(world, weighte
         exchange.close()
         return x.grad, weights.grad, factors.grad
 
-    found = run_world(world, 3, work)
+    results = run_world(world, 3, work)
     of_tokens, of_factors = dense_gradients()
-    for (x, weights, _), expected in zip(found, of_tokens, strict=True):
+    for (x, weights, _), expected in zip(results, of_tokens, strict=True):
         torch.testing.assert_close((x, weights.double()), (expected[0], expected[1].double()))
-    torch.testing.assert_close(sum(factors for *_, factors in found), of_factors)
+    torch.testing.assert_close(sum(factors for *_, factors in results), of_factors)
 
 
 def test_int8_with_gradients_is_refused():
@@ -171,17 +171,17 @@ def test_more_than_max_tokens_is_refused_on_all_ranks():
         try:
             layer(exchange, *inputs(5 if ctx.rank else 1, ctx.rank))
         except Exception as error:
-            found = describe(error)
+            results = describe(error)
         again, later = layer(exchange, *inputs(4, ctx.rank))
         assert later.layer is rows.layer
         assert torch.equal(first, again)
         exchange.close()
-        return found
+        return results
 
-    told, refused = run_world("symmetric", 2, work)
-    assert refused["types"][0] == "ArgumentValueError"
-    assert "max_tokens = 4" in refused["text"]
-    assert told["types"][0] == "PeerAbortError"
+    peer, refusing = run_world("symmetric", 2, work)
+    assert refusing["types"][0] == "ArgumentValueError"
+    assert "max_tokens = 4" in refusing["text"]
+    assert peer["types"][0] == "PeerAbortError"
 
 
 def test_int8_rows_come_dequantised():
@@ -225,27 +225,27 @@ def test_alone_rows_are_grouped_by_expert():
 
 def test_exchange_is_shared_until_the_options_or_the_group_change():
     def work(ctx):
-        found = exchange_for(None, EXPERTS, Options())
-        assert found is exchange_for(group(), EXPERTS, Options())
-        assert found is not exchange_for(group(), EXPERTS, Options(quant="int8"))
-        assert found is not exchange_for(group(), 2 * EXPERTS, Options())
-        assert found is not exchange_for(dist.new_group(), EXPERTS, Options())
+        results = exchange_for(None, EXPERTS, Options())
+        assert results is exchange_for(group(), EXPERTS, Options())
+        assert results is not exchange_for(group(), EXPERTS, Options(quant="int8"))
+        assert results is not exchange_for(group(), 2 * EXPERTS, Options())
+        assert results is not exchange_for(dist.new_group(), EXPERTS, Options())
         close_exchanges()
-        assert found is not exchange_for(group(), EXPERTS, Options())
+        assert results is not exchange_for(group(), EXPERTS, Options())
         close_exchanges()
 
     run_world("symmetric", 2, work)
 
 
 def test_group_that_was_made_again_gets_another_exchange(tmp_path):
-    found = []
+    results = []
     for attempt in range(2):
         store = dist.FileStore(str(tmp_path / str(attempt)), 1)
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-        found.append((dist.group.WORLD.group_name, exchange_for(None, EXPERTS, Options())))
+        results.append((dist.group.WORLD.group_name, exchange_for(None, EXPERTS, Options())))
         dist.destroy_process_group()
     close_exchanges()
-    (first_name, first), (second_name, second) = found
+    (first_name, first), (second_name, second) = results
     assert first_name == second_name
     assert first is not second
 

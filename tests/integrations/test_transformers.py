@@ -242,11 +242,11 @@ def gradients(model, ids):
     """Loss, and gradients by name of the parameter, whole on every rank."""
     loss = model(ids, labels=ids).loss
     loss.backward()
-    found = {}
+    results = {}
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
-        found[name] = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-    return loss.item(), found
+        results[name] = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+    return loss.item(), results
 
 
 def check_gradients(got, expected, allowed):
@@ -277,11 +277,11 @@ def test_gradients_are_those_of_transformers_own_all_to_all(
     def work(ctx):
         integration.register()
         ranks, rank = (1, 0) if layout == "tp" else (ctx.world_size, ctx.rank)
-        found = {}
+        results = {}
         for name in ("moe_triton", "all_to_all"):
             model = load(path, dtype, "ep_implementation", name, layout=layout)
-            found[name] = gradients(model, prompts(ranks, rank))
-        check_gradients(found["moe_triton"], found["all_to_all"], allowed)
+            results[name] = gradients(model, prompts(ranks, rank))
+        check_gradients(results["moe_triton"], results["all_to_all"], allowed)
         integration.close_exchanges()
 
     harness.run_world(transport, 2, work)
@@ -295,14 +295,14 @@ def test_gradients_of_ranks_that_share_the_work_add_up(checkpoint, family):
     def work(ctx):
         integration.register()
         ids = prompts(ctx.world_size, ctx.rank)
-        found = {}
+        results = {}
         for name in ("moe_triton", "eager"):
             model = load(path, torch.float32, "experts_implementation", name)
-            loss, found[name] = gradients(model, ids)
-            for gradient in found[name].values():
+            loss, results[name] = gradients(model, ids)
+            for gradient in results[name].values():
                 dist.all_reduce(gradient)
-            found[name] = loss, found[name]
-        check_gradients(found["moe_triton"], found["eager"], 3e-6)
+            results[name] = loss, results[name]
+        check_gradients(results["moe_triton"], results["eager"], 3e-6)
         integration.close_exchanges()
 
     harness.run_world("symmetric", 2, work)
@@ -423,8 +423,8 @@ def test_registering_again_changes_nothing_and_names_have_options_of_their_own()
 
     def entries(name):
         for registry in (EPImplementationInterface(), ALL_EXPERTS_FUNCTIONS):
-            made = registry[name]
-            yield made.func, made.args, made.keywords
+            entry = registry[name]
+            yield entry.func, entry.args, entry.keywords
 
     integration.register()
     before = [*entries("moe_triton")]

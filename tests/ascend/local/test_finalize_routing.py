@@ -34,8 +34,8 @@ def define(rows, skips, bias, scales, index, experts, mode, top_k):
             if skip is not None:
                 out[i] += skip[i].to(wide)
         for k in range(top_k):
-            place = int(index[k * num_tokens + i if mode < 2 else i * top_k + k])
-            term = torch.zeros(hidden, dtype=wide) if place == -1 else flat[place].to(wide)
+            row = int(index[k * num_tokens + i if mode < 2 else i * top_k + k])
+            term = torch.zeros(hidden, dtype=wide) if row == -1 else flat[row].to(wide)
             if bias is not None:
                 term = term + bias[experts[i, k]].to(wide)
             out[i] += term if scales is None else scales[i, k].to(wide) * term
@@ -47,9 +47,9 @@ def test_by_hand(back_end):
     rows = torch.tensor([[1.0], [10], [100], [1000]])
     scales = torch.tensor([[1.0, 2], [3, 4]])
     index = torch.tensor([0, 1, 2, 3], dtype=int32)
-    given = (rows, None, None, None, scales, index, None)
-    assert finalize(*given).tolist() == [[201.0], [4030.0]]
-    assert finalize(*given, 2).tolist() == [[21.0], [4300.0]]
+    arguments = (rows, None, None, None, scales, index, None)
+    assert finalize(*arguments).tolist() == [[201.0], [4030.0]]
+    assert finalize(*arguments, 2).tolist() == [[21.0], [4300.0]]
     skip, bias = torch.tensor([[0.5], [0.25]]), torch.tensor([[7.0], [8.0]])
     experts = torch.tensor([[0, 1], [1, 0]], dtype=int32)
     out = finalize(rows, skip, skip, bias, scales, index, experts, 2)
@@ -108,7 +108,7 @@ def test_any(back_end, mode, data):
     def strided(tensor):
         return None if tensor is None else harness.strided(tensor, kind)
 
-    found = finalize(
+    out = finalize(
         given_rows,
         strided(skip1),
         strided(skip2),
@@ -120,8 +120,8 @@ def test_any(back_end, mode, data):
         k=top_k if scales is None else draw(st.sampled_from([1, None, top_k])),
     )
     wanted = define(rows, (skip1, skip2), bias, scales, index, ids, mode, top_k)
-    assert found.dtype == dtype
-    assert torch.equal(found, wanted)
+    assert out.dtype == dtype
+    assert torch.equal(out, wanted)
 
 
 def test_scales_of_more_bits_than_the_rows(back_end):
@@ -142,11 +142,11 @@ def test_init_routing_and_back(back_end):
     x = torch.randint(-8, 8, (7, 3), generator=random).float()
     ids = torch.stack([torch.randperm(5, generator=random)[:2] for _ in range(7)]).to(int32)
     scales = torch.tensor([[0.25, 0.75]]).repeat(7, 1)
-    given = {"expert_num": 5}
-    rows, index, _, _ = torch_npu.npu_moe_init_routing_v2(x, ids, **given)
+    arguments = {"expert_num": 5}
+    rows, index, _, _ = torch_npu.npu_moe_init_routing_v2(x, ids, **arguments)
     assert torch.equal(finalize(rows, None, None, None, scales, index, None, 2), x)
     rows, index, _, _ = torch_npu.npu_moe_init_routing_v2(
-        x, ids, drop_pad_mode=1, expert_capacity=7, **given
+        x, ids, drop_pad_mode=1, expert_capacity=7, **arguments
     )
     assert torch.equal(finalize(rows, None, None, None, scales, index, None, 3), x)
 
@@ -191,7 +191,7 @@ DIFFERENTIABLE = {
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_gradients(name, back_end):
     call, *inputs = DIFFERENTIABLE[name]
-    leaves = [one.clone().requires_grad_() for one in inputs]
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
     assert torch.autograd.gradcheck(call, leaves)
     if back_end == "cpu":  # the formulas are the same ones
         assert torch.autograd.gradgradcheck(call, leaves)
@@ -201,7 +201,7 @@ def test_gradients(name, back_end):
 @compilers.usual
 def test_compiled(name):
     call, *inputs = DIFFERENTIABLE[name]
-    compilers.check(call, *(one.clone().requires_grad_() for one in inputs))
+    compilers.check(call, *(tensor.clone().requires_grad_() for tensor in inputs))
 
 
 # Refusals.

@@ -98,11 +98,11 @@ def test_any_gating(back_end, bits, data):
     exact = torch.softmax(exact, dim=1) if norm == 0 else torch.sigmoid(exact)
     torch.testing.assert_close(out, exact.float(), **SCORES)
     for token, scores in enumerate(out.tolist()):
-        found = choices(
+        chosen = choices(
             scores, None if bias is None else bias.tolist(), k, k_group, group_count, mode
         )
-        assert ids[token].tolist() == found
-        weights = [scores[expert] for expert in found]
+        assert ids[token].tolist() == chosen
+        weights = [scores[expert] for expert in chosen]
         if norm == 1:
             total = 0.0
             for weight in weights:
@@ -144,12 +144,12 @@ def test_any_softmax_gating(back_end, version, data):
     assert y.shape == ids.shape == (*leading, k)
     rows = x.reshape(-1, num_experts).tolist()
     for token, logits in enumerate(rows):
-        found = best(logits, k)
+        chosen = best(logits, k)
         ended = done is not None and bool(done.reshape(-1)[token])
-        assert ids.reshape(-1, k)[token].tolist() == ([num_experts] * k if ended else found)
-        over = found if version == "renorm" else range(num_experts)
+        assert ids.reshape(-1, k)[token].tolist() == ([num_experts] * k if ended else chosen)
+        over = chosen if version == "renorm" else range(num_experts)
         total = sum(math.exp(logits[expert]) for expert in over)
-        expected = torch.tensor([math.exp(logits[expert]) / total for expert in found])
+        expected = torch.tensor([math.exp(logits[expert]) / total for expert in chosen])
         eps = torch.finfo(bits).eps
         torch.testing.assert_close(
             y.reshape(-1, k)[token].float(), expected, rtol=max(eps, 2e-6), atol=0

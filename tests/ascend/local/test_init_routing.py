@@ -50,7 +50,7 @@ def quantised(row: torch.Tensor, mode: int, scale, offset):
         return q[0], codes[0]
     t = row.float() if scale is None else row.float() * scale
     largest = t.abs().max() / torch.tensor(127.0)
-    q = [0.0 if largest == 0 else float((one / largest).round()) for one in t]
+    q = [0.0 if largest == 0 else float((value / largest).round()) for value in t]
     return torch.tensor(q).to(int8), largest
 
 
@@ -79,41 +79,45 @@ def define(x, ids, experts, bounds, mode, scale, offset, capacity=None) -> Defin
         factor = scale
         if mode == 1 and scale is not None:
             factor = scale[0] if len(scale) == 1 else scale[expert - start]
-        out.rows[row], made = quantised(token, mode, factor, offset)
-        if made is not None:
-            out.scales[row] = made
+        out.rows[row], row_scale = quantised(token, mode, factor, offset)
+        if row_scale is not None:
+            out.scales[row] = row_scale
     return out
 
 
-def same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+def same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return left.dtype == right.dtype and torch.equal(
+        left.view(torch.uint8), right.view(torch.uint8)
+    )
 
 
 def test_worked_example(back_end):
-    given = {"expert_num": 4, "expert_tokens_num_flag": True}
-    rows, index, numbers, scales = init_routing(X, IDS, expert_tokens_num_type=1, **given)
+    options = {"expert_num": 4, "expert_tokens_num_flag": True}
+    rows, index, token_counts, scales = init_routing(X, IDS, expert_tokens_num_type=1, **options)
     assert rows[:, 0].tolist() == [1, 2, 3, 1, 3, 2]
     assert index.tolist() == [3, 0, 1, 5, 4, 2]
-    assert numbers.tolist() == [3, 2, 1, 0]
-    assert (index.dtype, numbers.dtype) == (int32, torch.int64)
+    assert token_counts.tolist() == [3, 2, 1, 0]
+    assert (index.dtype, token_counts.dtype) == (int32, torch.int64)
     assert scales.dtype == torch.float32 and scales.tolist() == [0] * 6
-    _, index, numbers, _ = init_routing(X, IDS, row_idx_type=1, **given)
+    _, index, token_counts, _ = init_routing(X, IDS, row_idx_type=1, **options)
     assert index.tolist() == [1, 2, 5, 0, 4, 3]
-    assert numbers.tolist() == [3, 5, 6, 6]
+    assert token_counts.tolist() == [3, 5, 6, 6]
 
 
 def test_worked_example_of_drop_and_pad(back_end):
-    rows, index, numbers, _ = init_routing(X, IDS, expert_num=4, drop_pad_mode=1, expert_capacity=2)
+    rows, index, token_counts, _ = init_routing(
+        X, IDS, expert_num=4, drop_pad_mode=1, expert_capacity=2
+    )
     assert rows[..., 0].tolist() == [[1, 2], [1, 3], [2, 0], [0, 0]]
     assert index.tolist() == [2, 0, 1, 4, 3, -1]
-    assert numbers.tolist() == [3, 5, 6, 6]
+    assert token_counts.tolist() == [3, 5, 6, 6]
 
 
 def test_pairs_of_experts_and_counts(back_end):
-    given = {"expert_num": 6, "expert_tokens_num_flag": True, "expert_tokens_num_type": 2}
-    _, _, pairs, _ = init_routing(X, IDS + 2, **given)
+    options = {"expert_num": 6, "expert_tokens_num_flag": True, "expert_tokens_num_type": 2}
+    _, _, pairs, _ = init_routing(X, IDS + 2, **options)
     assert pairs.tolist() == [[2, 3], [3, 2], [4, 1], [0, 0], [0, 0], [0, 0]]
-    _, _, pairs, _ = init_routing(X, 2 * IDS, active_expert_range=[1, 5], **given)
+    _, _, pairs, _ = init_routing(X, 2 * IDS, active_expert_range=[1, 5], **options)
     assert pairs.tolist() == [[2, 2], [4, 1], [0, 0], [0, 0], [0, 0], [0, 0]]
 
 
@@ -145,7 +149,7 @@ def test_any(back_end, mode, padded, data):
     index_type, count_type = draw(st.integers(0, 1)), draw(st.integers(0, 2))
     whole = (start, end) == (0, experts) and draw(st.booleans())
     kind = draw(st.sampled_from(harness.STRIDES))
-    rows, index, numbers, scales = init_routing(
+    rows, index, token_counts, scales = init_routing(
         harness.strided(x, kind),
         harness.strided(ids, kind),
         scale=scale,
@@ -179,8 +183,10 @@ def test_any(back_end, mode, padded, data):
     assert scales.dtype == (torch.float8_e8m0fnu if mode > 1 else torch.float32)
     if scale is not None if mode == -1 else mode != 0:
         for row, value in wanted.scales.items():
-            made = scales.view(torch.uint8)[row : row + 1] if mode > 1 else scales[row : row + 1]
-            assert row >= kept or torch.equal(made.view(value.shape), value)
+            row_scale = (
+                scales.view(torch.uint8)[row : row + 1] if mode > 1 else scales[row : row + 1]
+            )
+            assert row >= kept or torch.equal(row_scale.view(value.shape), value)
     if index_type == 1 and not padded:
         assert index.tolist()[: len(wanted.scatter)] == wanted.scatter
         assert len(index) == copies
@@ -189,7 +195,7 @@ def test_any(back_end, mode, padded, data):
     pairs = [[start + e, n] for e, n in enumerate(wanted.counts) if n]
     pairs += [[0, 0]] * (experts - len(pairs))
     sums = np.cumsum(wanted.counts).tolist()
-    assert numbers.tolist() == [sums, wanted.counts, pairs][count_type]
+    assert token_counts.tolist() == [sums, wanted.counts, pairs][count_type]
 
 
 def test_rows_of_nan_and_of_zeros(back_end):
@@ -205,7 +211,7 @@ def test_rows_of_nan_and_of_zeros(back_end):
 
 def test_no_tokens(back_end):
     for mode in (0, 1):
-        rows, index, numbers, _ = init_routing(
+        rows, index, token_counts, _ = init_routing(
             X[:0],
             IDS[:0],
             expert_num=3,
@@ -215,7 +221,7 @@ def test_no_tokens(back_end):
         )
         assert rows.shape == ((3, 1, 1) if mode else (0, 1))
         assert not rows.any()
-        assert (len(index), numbers.tolist()) == (0, [0, 0, 0])
+        assert (len(index), token_counts.tolist()) == (0, [0, 0, 0])
 
 
 def test_many_copies(back_end):
@@ -245,10 +251,10 @@ def test_gradients(name, back_end):
     wide = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def call(x):
-        rows, _, numbers, _ = init_routing(
+        rows, _, token_counts, _ = init_routing(
             x, IDS, expert_num=4, expert_tokens_num_flag=True, **CALLS[name]
         )
-        return rows if "drop_pad_mode" in CALLS[name] else rows[: int(numbers[-1])]
+        return rows if "drop_pad_mode" in CALLS[name] else rows[: int(token_counts[-1])]
 
     assert torch.autograd.gradcheck(call, wide.requires_grad_())
     assert torch.autograd.gradgradcheck(call, wide)
@@ -302,7 +308,7 @@ def test_rows_after_the_last_copy_are_zeros_while_gradients_are_enabled(back_end
 
 
 @pytest.mark.parametrize(
-    "given",
+    "options",
     [
         {"expert_tokens_num_flag": True, "scale": torch.rand(3)},
         {"drop_pad_mode": 1, "expert_capacity": 2},
@@ -313,9 +319,9 @@ def test_rows_after_the_last_copy_are_zeros_while_gradients_are_enabled(back_end
     ids=" ".join,
 )
 @compilers.usual
-def test_compiled(given):
-    x = X.clone().requires_grad_("quant_mode" not in given)
-    compilers.check(lambda x: init_routing(x, IDS, expert_num=4, **given), x)
+def test_compiled(options):
+    x = X.clone().requires_grad_("quant_mode" not in options)
+    compilers.check(lambda x: init_routing(x, IDS, expert_num=4, **options), x)
 
 
 # Refusals.

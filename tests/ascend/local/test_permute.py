@@ -80,15 +80,15 @@ def test_any_permute(back_end, data):
     number = data.draw(st.sampled_from([None, 0, 1, 3, 99, -1, -copies]))
     hypothesis.assume(number is None or number >= -copies)
     order, position = in_order(experts.flatten().tolist())
-    kept = order[:number] if number else order
-    found, places = permute(
+    kept_slots = order[:number] if number else order
+    out, positions = permute(
         harness.strided(tokens, kind),
         experts[:, 0] if flat else harness.strided(experts, kind),
         number,
     )
-    assert torch.equal(found, tokens[[copy // experts.shape[1] for copy in kept]])
-    assert places.tolist() == position
-    assert found.is_contiguous()
+    assert torch.equal(out, tokens[[copy // experts.shape[1] for copy in kept_slots]])
+    assert positions.tolist() == position
+    assert out.is_contiguous()
 
 
 @hypothesis.given(data=st.data())
@@ -102,14 +102,14 @@ def test_any_unpermute(back_end, data):
     index = torch.randint(-2, rows + 2, (num_tokens * top_k,), generator=random).to(int32)
     probs = torch.rand(num_tokens, top_k, generator=random)
     probs = probs.to(data.draw(st.sampled_from([dtype, torch.float32])))
-    found = unpermute(harness.strided(permuted, kind), index, probs if weighted else None)
+    out = unpermute(harness.strided(permuted, kind), index, probs if weighted else None)
     if not weighted:
         probs = torch.ones(num_tokens, 1)
     terms = [
         [(int(index[t * top_k + k]), probs[t, k]) for k in range(top_k)] for t in range(num_tokens)
     ]
-    assert found.dtype == dtype
-    assert torch.equal(found, sums(permuted, terms, hidden))
+    assert out.dtype == dtype
+    assert torch.equal(out, sums(permuted, terms, hidden))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -142,23 +142,27 @@ def test_nan_stays_in_its_rows(back_end):
 
 def maps(num_tokens: int, num_experts: int, top_k: int, random, dtype) -> torch.Tensor:
     """Each token has just so many experts."""
-    found = torch.zeros(num_tokens, num_experts, dtype=torch.bool)
-    for row in found:
+    out = torch.zeros(num_tokens, num_experts, dtype=torch.bool)
+    for row in out:
         row[torch.randperm(num_experts, generator=random)[:top_k]] = True
-    return found.to(dtype)
+    return out.to(dtype)
 
 
 def test_the_documented_example_of_maps(back_end):
     tokens = torch.tensor([0.1, 0.2, 0.3]).half()[:, None].expand(-1, 4)
     routing_map = torch.ones(3, 2, dtype=torch.int8)
     probs = torch.tensor([[0.5, 0.3], [0.4, 0.6], [0.2, 0.8]]).half()
-    permuted, kept, position = permute_map(tokens, routing_map, probs=probs, num_out_tokens=6)
+    permuted, permuted_probs, position = permute_map(
+        tokens, routing_map, probs=probs, num_out_tokens=6
+    )
     assert torch.equal(permuted, tokens.repeat(2, 1))
-    assert torch.equal(kept, probs.T.flatten())
+    assert torch.equal(permuted_probs, probs.T.flatten())
     assert position.tolist() == [0, 3, 1, 4, 2, 5]
-    permuted, kept, position = permute_map(tokens, routing_map, num_out_tokens=4, drop_and_pad=True)
+    permuted, permuted_probs, position = permute_map(
+        tokens, routing_map, num_out_tokens=4, drop_and_pad=True
+    )
     assert torch.equal(permuted, tokens[[0, 1, 0, 1]])
-    assert kept is None
+    assert permuted_probs is None
     assert position.tolist() == [0, 1, 0, 1]
 
 
@@ -167,12 +171,12 @@ def test_the_documented_example_of_maps_back(back_end):
     position = torch.tensor([0, 1], dtype=int32)
     routing_map = torch.eye(2, dtype=torch.int8)
     probs = torch.eye(2).half()
-    found = unpermute_map(permuted, position, [2, 4], probs=probs, routing_map=routing_map)
-    assert torch.equal(found, permuted)
-    found = unpermute_map(
+    out = unpermute_map(permuted, position, [2, 4], probs=probs, routing_map=routing_map)
+    assert torch.equal(out, permuted)
+    out = unpermute_map(
         permuted, position, [2, 4], probs=probs / 2, routing_map=routing_map, drop_and_pad=True
     )
-    assert torch.equal(found, permuted / 2)
+    assert torch.equal(out, permuted / 2)
 
 
 @hypothesis.given(data=st.data())
@@ -185,14 +189,14 @@ def test_any_map(back_end, data):
     probs = torch.rand(num_tokens, num_experts, generator=random)
     probs = probs.to(torch.float32 if dtype == torch.bfloat16 else dtype)
     copies = [(e, t) for e in range(num_experts) for t in range(num_tokens) if routing_map[t, e]]
-    permuted, kept, position = permute_map(
+    permuted, permuted_probs, position = permute_map(
         harness.strided(tokens, kind),
         harness.strided(routing_map, kind),
         probs=harness.strided(probs, kind),
         num_out_tokens=num_tokens * top_k,
     )
     assert torch.equal(permuted, tokens[[t for _, t in copies]])
-    assert kept.tolist() == [probs[t, e].item() for e, t in copies]
+    assert permuted_probs.tolist() == [probs[t, e].item() for e, t in copies]
     by_token = sorted(copies, key=lambda copy: (copy[1], copy[0]))
     assert position.tolist() == [copies.index(copy) for copy in by_token]
 
@@ -204,10 +208,10 @@ def test_any_map(back_end, data):
         probs=probs if use_probs else None,
         routing_map=routing_map if use_probs else None,
     )
-    one = torch.ones(())
+    tensor = torch.ones(())
     terms = [[] for _ in range(num_tokens)]
     for e, t in by_token:
-        terms[t].append((copies.index((e, t)), probs[t, e] if use_probs else one))
+        terms[t].append((copies.index((e, t)), probs[t, e] if use_probs else tensor))
     assert torch.equal(back, sums(permuted, terms, hidden))
 
 
@@ -224,12 +228,12 @@ def test_any_padded_map(back_end, data):
         own = [t for t in range(num_tokens) if routing_map[t, e]]
         others = [t for t in range(num_tokens) if not routing_map[t, e]]
         copies += [(e, t) for t in (own + others)[:capacity]]
-    permuted, kept, position = permute_map(
+    permuted, permuted_probs, position = permute_map(
         tokens, routing_map, probs=probs, num_out_tokens=number, drop_and_pad=True
     )
     assert position.tolist() == [t for _, t in copies]
     assert torch.equal(permuted, tokens[[t for _, t in copies]])
-    assert kept.tolist() == [probs[t, e].item() for e, t in copies]
+    assert permuted_probs.tolist() == [probs[t, e].item() for e, t in copies]
 
     use_probs = data.draw(st.booleans())
     back = unpermute_map(
@@ -303,14 +307,14 @@ DIFFERENTIABLE = {
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_gradients(name, back_end):
     call, *inputs = DIFFERENTIABLE[name]
-    leaves = [one.clone().requires_grad_() for one in inputs]
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
     assert torch.autograd.gradcheck(call, leaves)
     if back_end != "cpu":
         return  # the formulas are the same ones
     assert torch.autograd.gradgradcheck(call, leaves)
     for chosen in leaves if len(leaves) > 1 else []:  # one input alone
-        given = [one if one is chosen else one.detach() for one in leaves]
-        assert torch.autograd.gradcheck(call, given)
+        partly_detached = [tensor if tensor is chosen else tensor.detach() for tensor in leaves]
+        assert torch.autograd.gradcheck(call, partly_detached)
 
 
 def finalized(x, p):
@@ -369,7 +373,7 @@ def test_gradients_of_few_bits_are_summed_in_more():
 @compilers.usual
 def test_compiled(name):
     call, *inputs = DIFFERENTIABLE[name]
-    compilers.check(call, *(one.clone().requires_grad_() for one in inputs))
+    compilers.check(call, *(tensor.clone().requires_grad_() for tensor in inputs))
 
 
 # Refusals.

@@ -39,7 +39,7 @@ def test_float8_rows(dtype, scale_dtype, back_end):
     rows, moved, index, _ = re_routing(TOKENS.to(dtype), COUNTS, per_token_scales=scales)
     assert (rows.dtype, rows[:, 0].float().tolist()) == (dtype, [1, 4, 5, 2, 3])
     assert moved.dtype == scale_dtype
-    moved, scales = (one.view(torch.uint8).view(5, -1) for one in (moved, scales))
+    moved, scales = (entry.view(torch.uint8).view(5, -1) for entry in (moved, scales))
     assert torch.equal(moved, scales[index])
 
 
@@ -55,24 +55,24 @@ def test_any_re_routing(back_end, data):
     tokens = torch.randint(-99, 99, (rows, draw(st.integers(1, 9))), generator=random).to(dtype)
     scales = torch.rand(rows, generator=random) if draw(st.booleans()) else None
     kind = draw(st.sampled_from(harness.STRIDES))
-    found = re_routing(
+    outputs = re_routing(
         harness.strided(tokens, kind),
         harness.strided(counts, kind),
         per_token_scales=scales,
         tokens_dtype=draw(st.sampled_from([None, dtype])),
     )
-    places, start = {}, 0
+    rows_of, start = {}, 0
     for rank in range(ranks):
         for expert in range(experts):
             end = start + int(counts[rank, expert])
-            places[expert, rank] = range(start, end)
+            rows_of[expert, rank] = range(start, end)
             start = end
-    index = [place for pair in sorted(places) for place in places[pair]]
-    assert found[2].tolist() == index
-    assert torch.equal(found[0], tokens[index])
-    assert found[0].dtype == dtype
-    assert scales is None or torch.equal(found[1], scales[index])
-    assert found[3].tolist() == [int(counts[:, expert].sum()) for expert in range(experts)]
+    index = [row for pair in sorted(rows_of) for row in rows_of[pair]]
+    assert outputs[2].tolist() == index
+    assert torch.equal(outputs[0], tokens[index])
+    assert outputs[0].dtype == dtype
+    assert scales is None or torch.equal(outputs[1], scales[index])
+    assert outputs[3].tolist() == [int(counts[:, expert].sum()) for expert in range(experts)]
 
 
 def test_the_documented_ends(back_end):
@@ -86,9 +86,9 @@ def test_the_documented_ends(back_end):
 )
 def test_any_ends(back_end, ids, experts):
     """Ids at the end may be those of no expert."""
-    given = harness.strided(torch.tensor(ids, dtype=torch.int32), "columns")
-    ends = expert_tokens(given, experts)
-    assert ends.tolist() == [sum(one <= expert for one in ids) for expert in range(experts)]
+    strided_ids = harness.strided(torch.tensor(ids, dtype=torch.int32), "columns")
+    ends = expert_tokens(strided_ids, experts)
+    assert ends.tolist() == [sum(entry <= expert for entry in ids) for expert in range(experts)]
 
 
 def test_many_rows(back_end):
@@ -156,8 +156,8 @@ def test_refused(name):
 @pytest.mark.parametrize("op", GOOD, ids=lambda op: op.__name__)
 @compilers.usual
 def test_compiled(op):
-    first, *rest = GOOD[op].items()
-    compilers.check(lambda x: op(**{first[0]: x}, **dict(rest)), first[1])
+    first, *others = GOOD[op].items()
+    compilers.check(lambda x: op(**{first[0]: x}, **dict(others)), first[1])
 
 
 @compilers.usual

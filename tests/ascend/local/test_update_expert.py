@@ -81,7 +81,7 @@ def test_any_table(data):
     table = rng.integers(0, 100, (experts, columns)).astype(np.int32)
     table[:, 0] = rng.integers(1, columns, experts)
     ids = rng.integers(0, experts, (tokens, top_k)).astype(np.int32)
-    found, _ = update(
+    balanced, _ = update(
         harness.strided(torch.from_numpy(ids), "columns"),
         harness.strided(torch.from_numpy(table), "transposed"),
         local_rank_id=rank,
@@ -92,7 +92,7 @@ def test_any_table(data):
         for slot in range(top_k):
             row = table[ids[token, slot]]
             number = rank // -(-world // row[0]) if mode == 0 else token % row[0]
-            assert found[token, slot] == row[1 + number]
+            assert balanced[token, slot] == row[1 + number]
 
 
 def without_replicas():
@@ -136,9 +136,14 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_refused(name):
     changes, code, argument = BAD[name]
-    given = {"expert_ids": IDS, "eplb_table": TABLE, "local_rank_id": 3, "world_size": 8} | changes
+    arguments = {
+        "expert_ids": IDS,
+        "eplb_table": TABLE,
+        "local_rank_id": 3,
+        "world_size": 8,
+    } | changes
     with pytest.raises(MoeError) as caught:
-        update(**given)
+        update(**arguments)
     assert (caught.value.code, caught.value.argument) == (code, argument)
 
 
@@ -153,13 +158,18 @@ def test_refused(name):
     ],
 )
 def test_refused_on_a3(changes, argument):
-    given = {"expert_ids": IDS, "eplb_table": TABLE, "local_rank_id": 0, "world_size": 8} | changes
+    arguments = {
+        "expert_ids": IDS,
+        "eplb_table": TABLE,
+        "local_rank_id": 0,
+        "world_size": 8,
+    } | changes
     if "world_size" not in changes or changes["world_size"] > 1:
-        update(**given)
+        update(**arguments)
     set_profile("a3")
     try:
         with pytest.raises(MoeError) as caught:
-            update(**given)
+            update(**arguments)
     finally:
         set_profile(None)
     assert (caught.value.code, caught.value.argument) == (561002, argument)
