@@ -1,4 +1,4 @@
-"""bench/gpu.sh without a GPU: it says so, and does not pass. What it does with one needs one."""
+"""bench/gpu.sh without a GPU fails with a message; with a GPU it is tested on one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bench_kernels runs where there is no GPU, counts bytes as the kernels say, and reports."""
+"""bench_kernels without a GPU: dry run, byte counts, tables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BENCH = Path(__file__).resolve().parents[1] / "bench"
 
 @pytest.fixture
 def module(monkeypatch):
-    """``module(name)``: a script of bench/, as another of them imports it."""
+    """``module(name)`` imports a script of bench/."""
     monkeypatch.syspath_prepend(str(BENCH))
     yield importlib.import_module
     moe_triton.set_backend(None)  # a dry run chose one
@@ -55,7 +55,7 @@ def test_dry_run(tmp_path):
     assert not any(name.endswith(("_us", "gb_s", "share_of_copy")) for row in rows for name in row)
 
 
-def test_a_wrong_kernel_has_no_figures(module, monkeypatch, capsys):
+def test_a_wrong_kernel_has_no_results(module, monkeypatch, capsys):
     bench = module("bench_kernels")
     cases = module("kernel_cases")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -133,7 +133,7 @@ def test_targets(module, facts, printed):
 
 
 class Event:
-    """A clock of 2 microseconds for each event that is recorded."""
+    """A clock that advances 2 microseconds per recorded event."""
 
     ticks = 0
 
@@ -149,7 +149,7 @@ class Event:
 
 
 class Graph:
-    """Counts replays, so that a test sees what is timed."""
+    """Counts replays."""
 
     replays = 0
 
@@ -158,7 +158,7 @@ class Graph:
 
 
 class Scope:
-    """A context that does nothing, and a stream that waits for nothing."""
+    """A context and a stream that do nothing."""
 
     def __init__(self, *arguments):
         pass
@@ -175,7 +175,7 @@ class Scope:
 
 @pytest.fixture
 def cuda():
-    """What a timer asks of torch.cuda."""
+    """The part of torch.cuda that a timer uses."""
     return SimpleNamespace(
         get_device_properties=lambda device: SimpleNamespace(L2_cache_size=1000),
         Event=Event,
@@ -242,7 +242,7 @@ def test_figures_become_tables_and_a_plot(module, cuda, monkeypatch, tmp_path):
 
 
 def test_a_run_with_times(module, cuda, monkeypatch, tmp_path, capsys):
-    """All but the device is as on a GPU: the order, what is timed, what is left out and printed."""
+    """With a fake device: order of cases, timing, cases left out, and printed tables."""
     bench, timing, cases = module("bench_kernels"), module("gpu_timing"), module("kernel_cases")
     moe_triton.set_backend("interpret")
     monkeypatch.setattr(timing, "OTHER_BYTES", 64)
@@ -284,7 +284,7 @@ def test_a_run_with_times(module, cuda, monkeypatch, tmp_path, capsys):
     assert whole.left_out == 2 * 3
 
 
-def test_a_call_that_no_graph_can_hold_has_its_eager_time(module, cuda, monkeypatch):
+def test_a_call_that_cannot_be_captured_has_its_eager_time(module, cuda, monkeypatch):
     timing, bench = module("gpu_timing"), module("bench_kernels")
     monkeypatch.setattr(timing, "OTHER_BYTES", 64)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -318,7 +318,7 @@ def test_results_need_neither_git_nor_an_installation(module, monkeypatch):
 
 
 def test_transformer_engine_is_loaded_from_two_files(module, tmp_path):
-    """Nothing else of the package is run."""
+    """No other file of the package runs."""
     peers = module("kernel_peers")
     for name in ("common", "pytorch"):
         folder = tmp_path / f"transformer_engine/{name}/triton"

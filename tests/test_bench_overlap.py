@@ -1,4 +1,4 @@
-"""bench_overlap runs, and finds what does not depend on how busy the machine is."""
+"""bench_overlap runs, with results that do not depend on the load of the machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 
 
-def test_setups_wait_for_nobody(tmp_path):
+def test_setups_do_not_wait_for_a_late_rank(tmp_path):
     out, late = tmp_path / "overlap.jsonl", 500
     command = [sys.executable, BENCH / "bench_overlap.py", "--out", out, "--world-size", "2"]
     done = subprocess.run(
@@ -25,6 +25,6 @@ def test_setups_wait_for_nobody(tmp_path):
     assert [row["operation"] for row in rows] == ["dispatch", "combine"]
     for row in rows:
         assert row["setup_ms"] < late / 2
-        # The teardowns do wait. The ranks leave the barrier before at about the same time.
+        # Teardowns wait; ranks leave the barrier at about the same time.
         assert min(row["sequence_ms"], row["overlap_ms"]) >= 0.9 * late
         assert f"| {row['operation']} | {late} ms |" in done.stdout

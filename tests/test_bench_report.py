@@ -1,4 +1,4 @@
-"""The tables of results are those of bench/results."""
+"""The tables in the pages match bench/results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every example runs as its docstring says, and prints what stands there."""
+"""Every example runs by the commands of its docstring and prints the output there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EXAMPLES = ROOT / "examples"
 
 
 def shown(script: str) -> tuple[list[str], list[str]]:
-    """The commands and the outputs in the docstring of an example, each with a margin of 4."""
+    """The commands and outputs in an example's docstring, indented by 4."""
     text = ast.get_docstring(ast.parse((EXAMPLES / script).read_text(encoding="utf-8")))
     blocks = [
         re.sub("^ {4}", "", block, flags=re.MULTILINE)
@@ -29,9 +29,8 @@ def shown(script: str) -> tuple[list[str], list[str]]:
 
 
 def output_of(script: str, arguments: list[str], folder: Path) -> str:
-    """What ``python arguments`` prints, where they name the script as its docstring does."""
-    # This copy of the package, and nothing else of the root: transformers would take the link
-    # `kernels` for a distribution.
+    """The output of ``python arguments``, which name the script as its docstring does."""
+    # Link the package alone: transformers would take the root's link `kernels` for a distribution.
     (folder / "moe_triton").symlink_to(ROOT / "moe_triton")
     arguments = [word.replace(f"examples/{script}", f"{EXAMPLES / script}") for word in arguments]
     run = subprocess.run(

@@ -1,4 +1,4 @@
-"""The published greedy scheme: by hand, and on the example that its authors print."""
+"""The published greedy scheme: by hand, and on its authors' example."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PUBLISHED = torch.tensor(
 
 
 def test_pack_by_hand():
-    # 9 and 7 begin; 6 joins the 7 and 4 the 9; the first bin is full at 13 = 13, then 2 and 1.
+    # 9 | 7, 6 joins 7, 4 joins 9, the tie 13 : 13 fills the first bin, then 2 and 1.
     weights = np.array([1.0, 9, 4, 7, 2, 6])
     assert greedy.pack(weights, 2).tolist() == [1, 0, 0, 1, 0, 1]
 
@@ -59,7 +59,7 @@ def test_the_published_example():
     )
     ranks = PUBLISHED.view(2, 8, 2).sort().values
     assert torch.equal(plan.placement[0], ranks[0].flatten())
-    # In the second layer an expert and half of another weigh 86, and either may come first.
+    # In the second layer an expert and half of another weigh 86 each, in any order.
     for layer, placement in enumerate(PUBLISHED):
         assert torch.equal(plan.placement[layer].sort().values, placement.sort().values)
         each = PUBLISHED_LOAD[layer] / placement.bincount()

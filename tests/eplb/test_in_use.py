@@ -1,4 +1,4 @@
-"""The load that a plan predicts is the load that ranks receive when they use its table."""
+"""The load that a plan predicts is the load of ranks that use its table."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from moe_triton import eplb, testing
 from moe_triton.compat import torch_npu
 
 EXPERTS, RANKS, SLOTS, TOP_K = 12, 4, 20, 3
-# Every remainder of an index by a number of columns up to RANKS comes equally often in 12 tokens.
+# In 12 tokens, all remainders of the index modulo 1 to RANKS columns are equally frequent.
 REPEATS = 12
 
 
 def routing(balance_mode):
-    """[T, K] of popular and other experts; by token, each choice in REPEATS tokens on end."""
+    """[T, K] ids; by token, each choice is repeated in REPEATS consecutive tokens."""
     ids = testing.routing_zipf(20, EXPERTS, TOP_K, seed=1, exponent=1.5)
     ids = torch.randperm(EXPERTS, generator=torch.Generator().manual_seed(3)).int()[ids.long()]
     return ids.repeat_interleave(REPEATS, 0) if balance_mode else ids
@@ -41,7 +41,7 @@ def test_mapped_ids_give_the_predicted_load(balance_mode, make):
     torch.testing.assert_close(received, plan.load_after, rtol=1e-12, atol=0)
 
 
-def test_by_token_any_choice_comes_near():
+def test_by_token_any_choice_is_close_to_the_prediction():
     """Within one row for each source rank, expert and column that a rank has in the table."""
     plan = eplb.plan(torch.arange(EXPERTS), num_ranks=RANKS, num_slots=SLOTS, balance_mode=1)
     tokens = torch.arange(37)

@@ -1,4 +1,4 @@
-"""Plans: literal ones, what holds for every plan, DeepSeek-V3's shape, and refusals."""
+"""Plans: by hand, properties of every plan, DeepSeek-V3's shape, and refusals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from moe_triton import MoeError, eplb
 
-# Hotter experts come in equal sizes, and experts without load exist.
+# Includes equally hot experts and experts without load.
 LOADS = st.one_of(st.integers(0, 3), st.integers(0, 1000), st.floats(0, 1e6))
 
 
@@ -23,7 +23,7 @@ def zipf(exponent, *, experts=256, seed=0):
 
 
 def test_by_rank_by_hand():
-    """Expert 0 weighs as much as the others together, and every rank has a replica of it."""
+    """Expert 0 is as heavy as all others together, and every rank has a replica of it."""
     plan = eplb.plan(torch.tensor([6, 2, 2, 2]), num_ranks=2, num_slots=6)
     assert plan.load_before.tolist() == [8, 4]
     assert plan.load_after.tolist() == [6, 6]
@@ -32,7 +32,7 @@ def test_by_rank_by_hand():
     assert plan.replicas.tolist() == [2, 2, 1, 1]
     assert plan.placement.tolist() == [0, 1, 2, 0, 1, 3]
     assert plan.ranks.tolist() == [0, 0, 0, 1, 1, 1]
-    # Each rank uses what it holds itself.
+    # Each rank uses its own replica.
     assert plan.eplb_table.tolist() == [[2, 0, 3], [2, 1, 4], [1, 2, -1], [1, 5, -1]]
 
 
@@ -86,7 +86,7 @@ def test_one_rank_and_no_load():
 
 @st.composite
 def planned(draw):
-    """A load and what it is planned for."""
+    """Draw a load and sizes."""
     nodes = draw(st.integers(1, 3))
     ranks = nodes * draw(st.integers(1, 4))
     groups = draw(st.none() | st.integers(1, 2).map(lambda each: each * nodes))
@@ -133,15 +133,15 @@ def test_every_plan(case):
     assert torch.equal(again.placement, plan.placement)
 
 
-def test_a_bad_packing_of_groups_is_mended():
-    """Heaviest first packs 8 5 4 and 7 6 0; the 5 and the 0 change places..."""
+def test_search_improves_the_packing_of_groups():
+    """Heaviest first packs 8 5 4 and 7 6 0; the search exchanges groups."""
     load = torch.tensor([8.0, 7, 6, 5, 4, 0])
     arguments = {"num_ranks": 2, "num_slots": 6, "num_nodes": 2, "num_groups": 6}
     assert eplb.plan_greedy(load, **arguments).load_after.max() == 17
     assert eplb.plan(load, **arguments).load_after.tolist() == [15, 15]
 
 
-# (ranks, slots): 32 redundant where that divides, 64 where 288 slots would be 4.5 a rank.
+# (ranks, slots): 32 redundant experts, or 64 if 288 slots do not divide by the ranks.
 SHAPES = [(8, 288), (16, 288), (32, 288), (64, 320)]
 
 
@@ -156,7 +156,7 @@ def test_deepseek_v3_is_balanced(exponent, num_ranks, num_slots, balance_mode):
     assert plan.balance_after <= eplb.plan_greedy(load, **arguments).balance_after * (1 + 1e-9)
 
 
-def test_what_cannot_be_balanced_by_rank():
+def test_lower_bound_of_a_hot_expert_by_rank():
     """The hottest expert weighs 19.5 times the mean of 32 ranks, in 32nds of 0.61.
 
     A rank with two of them has 1.22. Without such a rank, all 32 hold a replica; of the 32

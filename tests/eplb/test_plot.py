@@ -1,4 +1,4 @@
-"""The picture shows the numbers of the plan."""
+"""The figure shows the numbers of the plan."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_one_layer(tmp_path):
     assert "<svg" in (tmp_path / "load.svg").read_text(encoding="utf-8")
 
 
-def test_layers_without_load_too():
+def test_layers_with_and_without_load():
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     plan = eplb.plan(torch.tensor([[3, 1], [0, 0]]), num_ranks=2, num_slots=2)
     first, second = eplb.plot_load(plan).axes

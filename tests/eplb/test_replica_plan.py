@@ -1,4 +1,4 @@
-"""What can be asked of a plan."""
+"""Methods of ``Plan``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_logical_load_adds_up_replicas(load):
 
 
 def test_logical_load_stays_on_its_device():
-    """ExpertParallel.gather_load returns what it counted where it was counted."""
+    """ExpertParallel.gather_load returns counts on the device of the layer."""
     plan = eplb.plan(LOAD[0], num_ranks=2, num_slots=4)
     result = plan.logical_load(torch.empty(4, dtype=torch.int64, device="meta"))
     assert (result.device.type, result.shape) == ("meta", (3,))

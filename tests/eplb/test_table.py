@@ -1,4 +1,4 @@
-"""The meaning of a table's columns, and tables made of parts."""
+"""Columns of a table, and tables from parts."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("changes, kind, message", REFUSED.values(), ids=REFUSED)
-def test_what_has_no_load_of_ranks(changes, kind, message):
+def test_refusals_of_rank_load(changes, kind, message):
     arguments = {
         "load": torch.ones(4),
         "eplb_table": TABLE,
@@ -75,15 +75,15 @@ PARTS = np.array([[1, 0, 0, 3], [0, 4, 0, 0], [4, 0, 0, 0], [0, 0, 4, 0], [0, 0,
 
 def test_by_rank_a_rank_uses_its_own_replica():
     result = table.of_parts(PARTS, PLACEMENT, 0, 1)
-    # Rank 0 and rank 3 themselves; the others what is left of rank 3.
+    # Ranks 0 and 3 use their own replica; the others the remaining part of rank 3.
     assert result[0].tolist() == [4, 0, 6, 6, 6]
     assert result[1:].tolist() == [[1, slot, -1, -1, -1] for slot in (3, 1, 5, 7)]
 
 
 def test_by_rank_a_rank_uses_a_replica_of_its_node():
-    """One expert on six ranks of three nodes; ranks 1, 3 and 5 get nothing to serve."""
+    """One expert on six ranks of three nodes; ranks 1, 3 and 5 serve no rank."""
     parts, placement = np.array([[3, 0, 2, 0, 1, 0]]), np.zeros(6, np.int64)
-    # Rank 3 uses rank 2, though rank 0 could serve it; rank 5 what is left, which is rank 0.
+    # Rank 3 uses rank 2 of its node, not rank 0; rank 5 uses the remaining part of rank 0.
     assert table.of_parts(parts, placement, 0, 3).tolist() == [[6, 0, 0, 2, 2, 4, 0]]
     assert table.of_parts(parts, placement, 0, 1).tolist() == [[6, 0, 0, 2, 0, 4, 2]]
 
@@ -91,7 +91,7 @@ def test_by_rank_a_rank_uses_a_replica_of_its_node():
 def test_by_token_parts_are_reduced_and_spread():
     parts = np.array([[2, 0, 4, 2], *PARTS[1:]])
     result = table.of_parts(parts, PLACEMENT, 1, 1)
-    # 1 : 2 : 1, and the one with two of four columns does not stand there twice in a row.
+    # 1 : 2 : 1, without the same replica in adjacent columns.
     assert result[0].tolist() == [4, 4, 0, 6, 4]
     equal = np.array([[2, 2, 2, 2], *PARTS[1:]])
     assert table.of_parts(equal, PLACEMENT, 1, 1)[0].tolist() == [4, 0, 2, 4, 6]

@@ -1,4 +1,4 @@
-"""What engines get of an exchange: rows, experts, weights; idle ranks, growing windows, sharing."""
+"""ExpertExchange: rows, experts, weights; idle ranks, growing windows, sharing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXPERTS, TOP_K, HIDDEN = 6, 2, 16
 
 
 def factor(experts):
-    """What an expert multiplies its rows by."""
+    """The factor of an expert."""
     return 1 + experts / 4
 
 
@@ -32,7 +32,7 @@ def inputs(count, seed, dtype=torch.float32):
 
 
 def layer(exchange, x, ids, weights=None, *, weighted=False):
-    """A whole MoE layer; the rows beside its result."""
+    """Run an MoE layer; returns its output and the rows."""
     rows = exchange.dispatch(x, ids, weights)
     y = rows.x.float() * factor(rows.experts + rows.layer.local_experts.start)[:, None]
     if weighted:
@@ -56,7 +56,7 @@ def test_layer_is_the_dense_one(world, weighted):
     def work(ctx):
         exchange = ExpertExchange(group(), EXPERTS, Options())
         x, ids, weights = inputs(5 + ctx.rank, ctx.rank)
-        ids[0, 1] = -1  # goes nowhere
+        ids[0, 1] = -1  # slot without an expert
         out, rows = layer(exchange, x, ids, weights.to(torch.bfloat16), weighted=weighted)
         exchange.close()
         assert rows.weights.dtype == torch.bfloat16
@@ -68,7 +68,7 @@ def test_layer_is_the_dense_one(world, weighted):
 
 
 @worlds
-def test_rank_that_gets_nothing_has_a_row_of_zeros(world):
+def test_rank_without_rows_has_a_row_of_zeros(world):
     def work(ctx):
         exchange = ExpertExchange(group(), EXPERTS, Options())
         count = 0 if ctx.rank == 0 else 4  # rank 0 is idle, rank 1 has no expert that is asked for
@@ -192,7 +192,7 @@ def test_int8_rows_come_dequantised():
         out = exchange.combine(rows.x, rows)
         exchange.close()
         assert rows.x.dtype == torch.bfloat16
-        # Half a step of int8, and the rounding of each copy and of the sum.
+        # Half a step of int8, and the rounding of each row and of the sum.
         step = x.float().abs().amax(dim=1, keepdim=True) / 127
         error = (out.float() / TOP_K - x.float()).abs()
         assert (error <= 0.5 * step + x.float().abs() * 2**-7).all()
@@ -237,7 +237,7 @@ def test_exchange_is_shared_until_the_options_or_the_group_change():
     run_world("symmetric", 2, work)
 
 
-def test_group_that_was_made_again_gets_another_exchange(tmp_path):
+def test_new_group_of_the_same_name_gets_another_exchange(tmp_path):
     results = []
     for attempt in range(2):
         store = dist.FileStore(str(tmp_path / str(attempt)), 1)
@@ -251,13 +251,13 @@ def test_group_that_was_made_again_gets_another_exchange(tmp_path):
 
 
 @pytest.mark.parametrize("close", [close_exchanges, comm.close_all], ids=["ours", "everything"])
-def test_layers_go_on_after_windows_were_given_up(close):
+def test_layers_continue_after_windows_were_freed(close):
     def work(ctx):
         for _ in range(2):
             x, ids, weights = inputs(3, ctx.rank)
             out, _ = layer(exchange_for(None, EXPERTS, Options()), x, ids, weights)
             torch.testing.assert_close(out, dense(x, ids, weights))
-            dist.barrier()  # nobody may still be waiting for one that closes
+            dist.barrier()  # close only after every rank has finished
             close()
         close_exchanges()
 

@@ -1,7 +1,7 @@
-"""The real transformers: four model families over expert-parallel ranks, against unmodified ones.
+"""transformers: four model families over expert-parallel ranks, compared with unmodified models.
 
 The checkpoints are tiny and random, with a spread of weights that makes logits differ: with
-transformers' own initialisation they are flat, and which token is the largest is luck.
+transformers' own initialisation they are too flat to have a clear maximum.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ transports = pytest.mark.parametrize("transport", TRANSPORTS)
 
 @pytest.fixture(scope="module", autouse=True)
 def no_root_on_path():
-    """transformers looks for `kernels` of PyPI, which the link at the root would hide.
+    """Remove the root, whose link `kernels` hides the distribution that transformers looks for.
 
-    The root is there when somebody tests a checkout that is not installed. Ranks get the same path.
+    The root is on the path of a checkout that is not installed. Ranks inherit the path.
     """
     root = Path(__file__).resolve().parents[2]
     with pytest.MonkeyPatch.context() as patch:
@@ -173,7 +173,7 @@ def check_against_unmodified(world_size, transport, dtype, **options):
         return against_unmodified(ctx, dtype=dtype, **options)
 
     # A matrix product in fp32 depends on the number of its rows, by a few units in the last place.
-    # One in bf16 does not, here, and then everything must be equal to the bit.
+    # In bf16 it does not on this CPU, so everything must be bit-equal.
     allowed = 1e-5 if dtype == torch.float32 else 0.0
     for difference, spread, wrong_tokens in harness.run_world(transport, world_size, work):
         assert spread > 0.3, "the logits are too flat to tell right from wrong"
@@ -211,7 +211,7 @@ def test_back_ends(checkpoint, backend, monkeypatch):
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=full)])
-def test_ranks_that_share_a_batch_send_a_part_of_it_each(checkpoint, world_size):
+def test_tp_ranks_send_a_part_of_their_batch_each(checkpoint, world_size):
     # 4 ranks share 4 tokens in a step of generate, so that some rank may get none.
     options = {"hook": "ep_implementation", "layout": "tp"}
     path = checkpoint("qwen3_moe")
@@ -258,7 +258,7 @@ def check_gradients(got, expected, allowed):
         assert error <= allowed, name
 
 
-# In bf16 transformers' exchange rounds rows that ours does not, and the other way round.
+# In bf16 transformers' exchange and ours round different rows.
 GRADIENTS = [
     *((family, "fsdp", torch.float32, 1e-6) for family in FAMILIES),
     ("qwen3_moe", "tp", torch.float32, 1e-6),
@@ -289,7 +289,7 @@ def test_gradients_are_those_of_transformers_own_all_to_all(
 
 @families
 def test_gradients_of_ranks_that_share_the_work_add_up(checkpoint, family):
-    """Each rank has the gradients of its experts, of all tokens, and of the rest, of its own."""
+    """A rank has gradients of its experts from all tokens, and of other parameters from its own."""
     path = checkpoint(family)
 
     def work(ctx):
@@ -308,8 +308,8 @@ def test_gradients_of_ranks_that_share_the_work_add_up(checkpoint, family):
     harness.run_world("symmetric", 2, work)
 
 
-def test_experts_function_runs_what_an_ep_implementation_brought(checkpoint):
-    """Under another's expert parallelism ids are local, and nothing is left to exchange."""
+def test_experts_function_inside_another_ep_implementation(checkpoint):
+    """Another implementation has exchanged the tokens, so ids are local."""
     path = checkpoint("qwen3_moe")
 
     def work(ctx):
@@ -325,7 +325,7 @@ def test_experts_function_runs_what_an_ep_implementation_brought(checkpoint):
     harness.run_world("symmetric", 2, work)
 
 
-def test_experts_function_alone_is_eager(checkpoint):
+def test_experts_function_on_one_rank_is_eager(checkpoint):
     integration.register()
     model = load(checkpoint("glm4_moe"), torch.bfloat16, "experts_implementation")
     logits, tokens = run(model, prompts())
@@ -439,7 +439,7 @@ def test_registering_again_changes_nothing_and_names_have_options_of_their_own()
 
 
 @pytest.mark.parametrize("missing", ["distributed.expert_parallel", "integrations.moe"])
-def test_transformers_that_is_missing_or_too_old_is_named(missing, monkeypatch):
+def test_missing_or_old_transformers_is_an_error(missing, monkeypatch):
     monkeypatch.setitem(sys.modules, f"transformers.{missing}", None)
     with pytest.raises(UnavailableError, match=r"register: needs transformers 5\.23 or later"):
         integration.register()

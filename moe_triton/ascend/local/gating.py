@@ -131,7 +131,6 @@ def gating_top_k_softmax_v2(
     op = GATING_TOP_K_SOFTMAX_V2
     renorm = 0 if renorm is None else renorm
     output_softmax = False if output_softmax is None else output_softmax
-    checks.required(op, x=x)
     checks.integers(op, renorm=renorm)
     checks.flags(op, output_softmax=output_softmax)
     _check_softmax(op, x, finished, k)

@@ -1,4 +1,4 @@
-"""Back ends for the tests of ops of one device."""
+"""Back ends for tests of single-device ops."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moe_triton import backend
 
 @pytest.fixture(params=["cpu", "interpret"], scope="module")
 def back_end(request):
-    """The definition, then the kernels in Triton's interpreter."""
+    """The reference, then the kernels in Triton's interpreter."""
     cause = backend.unavailable_because(request.param)
     if cause is not None:
         pytest.skip(cause)

@@ -23,7 +23,7 @@ int32 = torch.int32
 
 
 def define(rows, skips, bias, scales, index, experts, mode, top_k):
-    """Token by token, expert by expert."""
+    """Compute the sums token by token and expert by expert."""
     hidden = rows.shape[-1]
     flat = rows.reshape(-1, hidden)
     num_tokens = len(index) // top_k
@@ -43,7 +43,7 @@ def define(rows, skips, bias, scales, index, experts, mode, top_k):
 
 
 def test_by_hand(back_end):
-    """Copies by column, then by row."""
+    """Slots by column, then by row."""
     rows = torch.tensor([[1.0], [10], [100], [1000]])
     scales = torch.tensor([[1.0, 2], [3, 4]])
     index = torch.tensor([0, 1, 2, 3], dtype=int32)
@@ -57,7 +57,7 @@ def test_by_hand(back_end):
 
 
 def test_rows_that_were_dropped(back_end):
-    """Nothing but the bias, which has its weight."""
+    """A dropped row contributes its weighted bias only."""
     rows = torch.tensor([[[1.0], [2]], [[3], [4]]])
     index = torch.tensor([-1, 3, 0, -1], dtype=int32)
     experts = torch.tensor([[0, 1], [1, 0]], dtype=int32)
@@ -125,7 +125,7 @@ def test_any(back_end, mode, data):
 
 
 def test_scales_of_more_bits_than_the_rows(back_end):
-    """1 + 2**-8 is no bfloat16; the sum of the products is."""
+    """1 + 2**-8 does not fit bfloat16; the sum of the products does."""
     rows = torch.tensor([[512.0], [256.0]]).bfloat16().requires_grad_()
     scales = torch.tensor([[1 + 2**-8, 1 - 2**-7]]).requires_grad_()
     index = torch.tensor([0, 1], dtype=int32)
@@ -137,7 +137,7 @@ def test_scales_of_more_bits_than_the_rows(back_end):
 
 
 def test_init_routing_and_back(back_end):
-    """Its index of copies is what finalize takes by row."""
+    """finalize_routing with index by row inverts init_routing_v2."""
     random = torch.Generator().manual_seed(0)
     x = torch.randint(-8, 8, (7, 3), generator=random).float()
     ids = torch.stack([torch.randperm(5, generator=random)[:2] for _ in range(7)]).to(int32)

@@ -30,7 +30,7 @@ softmax_v2 = torch_npu.npu_moe_gating_top_k_softmax_v2
 
 
 def best(values: list[float], k: int) -> list[int]:
-    """The places of the k largest; the lower one of equals first, NaN before all."""
+    """Indices of the k largest values; ties go to the lower index, NaN comes first."""
 
     def key(place: int) -> tuple:
         value = values[place]
@@ -115,7 +115,7 @@ def test_any_gating(back_end, bits, data):
 @hypothesis.given(data=st.data())
 @pytest.mark.parametrize("version", ["v1", "v2", "renorm"])
 def test_any_softmax_gating(back_end, version, data):
-    """Logits are eighths, whose softmax tells them apart."""
+    """Logits are multiples of 1/8, so that unequal logits have unequal softmax."""
     draw = data.draw
     bits = draw(st.sampled_from(FLOATS))
     leading = draw(st.sampled_from([(0,), (3,), (2, 3), (2, 0)]))
@@ -274,5 +274,5 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 @compilers.usual
 def test_compiled(name):
-    """One graph, the eager bits, and what opcheck looks at."""
+    """One graph, the eager bits, and opcheck passes."""
     compilers.check(CALLS[name], torch.randn(5, 8, generator=torch.Generator().manual_seed(0)))

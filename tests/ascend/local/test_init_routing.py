@@ -1,6 +1,6 @@
-"""Copies of tokens in the order of their experts: worked example, a definition in loops, errors.
+"""init_routing_v2: worked example, a definition in loops, gradients, errors.
 
-All results are exact. Rows that the op does not write are not looked at; they are poisoned.
+All results are exact. Rows that the op does not write are poisoned and not compared.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ IDS = torch.tensor([[1, 0], [0, 2], [1, 0]], dtype=int32)
 
 @dataclass
 class Defined:
-    """What the op is to return, rows by their numbers."""
+    """Expected outputs; rows and scales by row number."""
 
     rows: dict[int, torch.Tensor] = field(default_factory=dict)
     scales: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class Defined:
 
 
 def quantised(row: torch.Tensor, mode: int, scale, offset):
-    """One row and its scale."""
+    """Quantise one row; returns it and its scale."""
     if mode == 0:
         total = row.half() * scale.half() + offset.half()
         return total.float().round().clamp(-128, 127).to(int8), None
@@ -55,7 +55,7 @@ def quantised(row: torch.Tensor, mode: int, scale, offset):
 
 
 def define(x, ids, experts, bounds, mode, scale, offset, capacity=None) -> Defined:
-    """Copy by copy."""
+    """Compute the outputs slot by slot."""
     start, end = bounds
     top_k, flat = ids.shape[1], ids.flatten().tolist()
     out = Defined(gather=[-1] * len(flat), counts=[0] * (end - start))
@@ -225,7 +225,7 @@ def test_no_tokens(back_end):
 
 
 def test_many_copies(back_end):
-    """More than the plan compares with each other."""
+    """More slots than one tile of the plan compares."""
     x = torch.arange(700.0)[:, None]
     ids = torch.randint(0, 9, (700, 3), generator=torch.Generator().manual_seed(0)).to(int32)
     rows, index, _, _ = init_routing(x, ids, expert_num=9, active_expert_range=[2, 7])
@@ -247,7 +247,7 @@ CALLS = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_gradients(name, back_end):
-    """Of the rows that are written."""
+    """Gradients of the written rows."""
     wide = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def call(x):
@@ -261,7 +261,7 @@ def test_gradients(name, back_end):
 
 
 @pytest.mark.parametrize("row_idx_type", [0, 1])
-def test_gradients_of_rows_that_are_not_written_go_nowhere(row_idx_type):
+def test_gradients_of_unwritten_rows_are_ignored(row_idx_type):
     """Experts 0 and 1 alone: token 1 has one of them, the others two."""
     x = X.clone().requires_grad_()
     rows, *_ = init_routing(

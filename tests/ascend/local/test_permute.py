@@ -32,7 +32,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def sums(rows, terms: list[list[tuple]], hidden: int) -> torch.Tensor:
-    """The terms (row, weight) of each token, one after the other."""
+    """Sum the terms (row, weight) of each token in order."""
     out = torch.zeros(len(terms), hidden, dtype=accumulator(rows.dtype))
     for token, of_token in enumerate(terms):
         for row, weight in of_token:
@@ -42,7 +42,7 @@ def sums(rows, terms: list[list[tuple]], hidden: int) -> torch.Tensor:
 
 
 def in_order(experts: list[int]) -> tuple[list[int], list[int]]:
-    """The copies by (expert, copy), and the place of each."""
+    """Slots sorted by (expert, slot), and the sorted position of each."""
     order = sorted(range(len(experts)), key=lambda copy: (experts[copy], copy))
     position = [0] * len(experts)
     for place, copy in enumerate(order):
@@ -51,7 +51,7 @@ def in_order(experts: list[int]) -> tuple[list[int], list[int]]:
 
 
 def drawn(data):
-    """Sizes, a dtype, a generator and a way in which the rows lie."""
+    """Draw sizes, a dtype, a generator and a kind of strides."""
     draw = data.draw
     sizes = draw(st.integers(0, 6)), draw(st.integers(1, 5)), draw(st.sampled_from([1, 3, 17]))
     random = torch.Generator().manual_seed(draw(st.integers(0, 999)))
@@ -93,7 +93,7 @@ def test_any_permute(back_end, data):
 
 @hypothesis.given(data=st.data())
 def test_any_unpermute(back_end, data):
-    """Some copies are not there: their index is negative, or beyond the last row."""
+    """Indices that are negative or beyond the last row are left out."""
     num_tokens, top_k, hidden, dtype, random, kind = drawn(data)
     rows = data.draw(st.integers(0, 8))
     permuted = torch.randn(rows, hidden, generator=random).to(dtype)
@@ -114,7 +114,7 @@ def test_any_unpermute(back_end, data):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_unpermute_undoes_permute(back_end, dtype):
-    """Weights are powers of two that add up to one: no rounding."""
+    """Weights are powers of two that add up to 1, so nothing rounds."""
     random = torch.Generator().manual_seed(0)
     tokens = torch.randint(-64, 64, (9, 5), generator=random).to(dtype)
     indices = torch.stack([torch.randperm(6, generator=random)[:3] for _ in range(9)])
@@ -141,7 +141,7 @@ def test_nan_stays_in_its_rows(back_end):
 
 
 def maps(num_tokens: int, num_experts: int, top_k: int, random, dtype) -> torch.Tensor:
-    """Each token has just so many experts."""
+    """A map with ``top_k`` experts per token."""
     out = torch.zeros(num_tokens, num_experts, dtype=torch.bool)
     for row in out:
         row[torch.randperm(num_experts, generator=random)[:top_k]] = True
@@ -250,7 +250,7 @@ def test_any_padded_map(back_end, data):
 
 
 def test_slots_without_a_copy_are_left_out(back_end):
-    """Token 1 has one expert of the two slots there are."""
+    """Token 1 has one expert for its two slots."""
     routing_map = torch.tensor([[1, 0, 1], [0, 1, 0]], dtype=torch.int8)
     probs = torch.tensor([[2.0, 9, 3], [9, 5, 9]])
     rows = torch.tensor([[1.0], [10], [100]])

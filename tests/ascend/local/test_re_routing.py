@@ -85,14 +85,14 @@ def test_the_documented_ends(back_end):
     ids=st.lists(st.integers(0, 9), max_size=40).map(sorted), experts=st.integers(1, 9)
 )
 def test_any_ends(back_end, ids, experts):
-    """Ids at the end may be those of no expert."""
+    """Ids from num_expert on are not counted."""
     strided_ids = harness.strided(torch.tensor(ids, dtype=torch.int32), "columns")
     ends = expert_tokens(strided_ids, experts)
     assert ends.tolist() == [sum(entry <= expert for entry in ids) for expert in range(experts)]
 
 
 def test_many_rows(back_end):
-    """More than are compared with each other."""
+    """More rows than one tile of the plan compares."""
     ids = torch.randint(0, 50, (3000,), dtype=torch.int32).sort().values
     assert torch.equal(expert_tokens(ids, 50), ids.bincount(minlength=50).cumsum(0).int())
 

@@ -18,7 +18,7 @@ WEIGHTS = torch.tensor([[0.75, 0.25], [0.5, 0.5], [0.9, 0.1]])
 update = torch_npu.npu_moe_update_expert
 
 
-# 13 #33: the replica is that of the rank, not always the first; 13 #34: its id comes out.
+# 13 #33: the replica depends on the rank; 13 #34: the output is its physical id.
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize(
     "ranks, expected",
@@ -65,7 +65,7 @@ def test_worked_example_of_pruning(shape, dtype):
     assert mask.tolist() == [[True, False], [False, True], [True, False]]
 
 
-def test_a_mask_alone_goes_through():
+def test_active_mask_without_pruning():
     _, mask = update(IDS, TABLE, active_mask=torch.tensor([True, False, False]), balance_mode=1)
     assert mask.tolist() == [[True, True], [False, False], [False, False]]
 
@@ -176,7 +176,7 @@ def test_refused_on_a3(changes, argument):
 
 
 def test_the_chain():
-    """Replicas, dispatch_v2, combine with RMSNorm: as if each expert were only there once."""
+    """update_expert, dispatch_v2 and combine with RMSNorm give the result without replicas."""
     table = torch.tensor([[2, 0, 2], [2, 3, 1]], dtype=torch.int32)
     logical = [0, 1, 0, 1]  # what each of the 4 physical experts is a replica of
     x = torch.arange(1, 13).view(3, 4).bfloat16()
