@@ -68,9 +68,7 @@ NEW_WORDS = 10
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quant", choices=["int8"], help="format of sent tokens"
-    )
+    parser.add_argument("--quant", choices=["int8"], help="format of sent tokens")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
