@@ -1,7 +1,8 @@
 """Collectives of hccl that gloo lacks, by wrapping functions of ``torch.distributed``.
 
 HCCL moves float8, int16 and unsigned integers, takes lists of unequal shapes, and compares only the
-number of elements of gathered tensors. Functional collectives are not wrapped.
+number of elements of gathered tensors. Not wrapped: functional collectives, and isend and irecv,
+which ``P2POp`` recognises by identity.
 Source: torch_npu, csrc/distributed/ProcessGroupHCCL.cpp and HCCLUtils.cpp.
 """
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 _MOVE = (
     *("all_gather", "all_gather_into_tensor", "all_to_all", "all_to_all_single", "broadcast"),
-    *("gather", "irecv", "isend", "recv", "scatter", "send"),
+    *("gather", "recv", "scatter", "send"),
 )
 _REDUCE = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "barrier")
 _NOT_IN_GLOO = (
