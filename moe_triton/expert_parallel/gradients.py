@@ -116,9 +116,8 @@ class CombineFunction(torch.autograd.Function):
         rows = custom_ops.send_gradients(
             gradient=gradient, expert_ids=expert_ids, num_rows=ctx.num_rows, name=ctx.name
         ).to(row_weights.dtype)
-        size = min(
-            ctx.num_rows, len(row_weights)
-        )  # y may have more rows than arrived, or fewer than A
+        # y may have more rows than arrived, or fewer than A.
+        size = min(ctx.num_rows, len(row_weights))
         factors = torch.zeros_like(rows[:, 0])
         factors[:size] = row_weights[:size]
         products = None
