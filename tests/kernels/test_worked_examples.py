@@ -116,7 +116,7 @@ class Plane:
     def slot_ids(self, rank):
         """Per received row its source, its token * (K + NS) + slot there, and its weight."""
         headers, found = self.headers[rank], self.found[rank]
-        rows = zip(found.source.tolist(), found.copy.tolist(), strict=True)
+        rows = zip(found.source.tolist(), found.index_in_source.tolist(), strict=True)
         return [(s, int(headers[s].slot_ids[c]), float(headers[s].weights[c])) for s, c in rows]
 
     def gather_rows(self, rank):
