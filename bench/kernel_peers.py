@@ -122,8 +122,8 @@ def _plan(ids, ones, experts):
     counts = torch.zeros(experts, dtype=torch.int32, device=ids.device)
     counts = counts.scatter_add(0, flat, ones)
     start = counts.cumsum(0) - counts
-    place = torch.empty_like(flat).scatter(0, order, torch.arange(len(flat), device=ids.device))
-    return counts, place - start[flat], order
+    position = torch.empty_like(flat).scatter(0, order, torch.arange(len(flat), device=ids.device))
+    return counts, position - start[flat], order
 
 
 def _torch_plan(case, function, inputs, _):

@@ -26,7 +26,7 @@ from .launch_config import token_tiles
 @triton.jit(do_not_specialize=["num_tokens", "num_rows", "num_experts", "across"])
 def _finalize_kernel(
     rows_ptr,  # [N, H] fp16 | bf16 | fp32 | fp64, the dtype of all others
-    index_ptr,  # [T, SLOTS] int64, negative where there is no row
+    index_ptr,  # [T, SLOTS] int64, negative where the slot has no row
     weights_ptr,  # [T, SLOTS], or None
     bias_ptr,  # [E, H], or None
     expert_ids_ptr,  # [T, SLOTS] int32, or None
@@ -57,7 +57,7 @@ def _finalize_kernel(
     num_tiles = tl.cdiv(num_tokens, BLOCK_T) * across
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         first = tile // across * BLOCK_T
-        # One token is a scalar, so that the address of its row is one too: hardware that copies
+        # One token is a scalar, and so is the address of its row: hardware that copies
         # whole rows needs that.
         number = first if BLOCK_T == 1 else (first + tl.arange(0, BLOCK_T))[:, None]
         active = number < num_tokens
@@ -130,7 +130,7 @@ def finalize_routing(
         weights = weights.contiguous()
     if bias is not None:
         if expert_ids is None:
-            raise MissingArgumentError(op, "expert_ids", "be given with a bias", None)
+            raise MissingArgumentError(op, "expert_ids", "be a tensor with a bias", None)
         check("bias", bias, shape=(None, hidden))
         check("expert_ids", expert_ids, dtypes=(torch.int32,), shape=(num_tokens, num_slots))
         bias, expert_ids = with_adjacent_columns(bias), expert_ids.contiguous()

@@ -78,7 +78,7 @@ def _in_best_groups(order, ids, group, num_groups, top_groups, BY_TWO: tl.conste
 def _top_k_gating_kernel(
     logits_ptr,  # [T, E] fp16 | bf16 | fp32 | fp64
     bias_ptr,  # [E] fp16 | bf16 | fp32 | fp64, or None
-    given_ptr,  # [T, K] int32, or None
+    chosen_ids_ptr,  # [T, K] int32, or None
     weights_ptr,  # [T, K] fp32
     ids_ptr,  # [T, K] int32
     scores_ptr,  # [T, E] fp32
@@ -140,11 +140,11 @@ def _top_k_gating_kernel(
         chosen = tl.zeros((BLOCK_T, 1, BLOCK_K), tl.int32)
         total = tl.zeros((BLOCK_T, 1, 1), tl.float32)
         for k in range(top_k):
-            if given_ptr is None:
+            if chosen_ids_ptr is None:
                 best = _first_best(order, ids)
             else:
-                best = tl.load(given_ptr + token * top_k + k, mask=active, other=0)
-                tl.device_assert((best >= 0) & (best < num_experts), "given id out of range")
+                best = tl.load(chosen_ids_ptr + token * top_k + k, mask=active, other=0)
+                tl.device_assert((best >= 0) & (best < num_experts), "chosen id out of range")
             order = tl.where(ids == best, _TAKEN, order)
             weight = _sum(tl.where(ids == best, scores, 0.0))
             total = total + weight
@@ -168,7 +168,7 @@ def top_k_gating(
     top_k: int,
     *,
     bias: torch.Tensor | None = None,
-    given: torch.Tensor | None = None,
+    chosen_ids: torch.Tensor | None = None,
     groups: int = 1,
     top_groups: int = 1,
     group_by_two: bool = False,
@@ -184,7 +184,7 @@ def top_k_gating(
         logits: [T, E] fp16, bf16, fp32 or fp64.
         top_k: K, from 1 to E.
         bias: [E] of one of these dtypes, or None.
-        given: [T, K] int32 experts that are chosen already and only need weights, or None.
+        chosen_ids: [T, K] int32 experts that are chosen already and only need weights, or None.
         groups: equal groups of consecutive experts.
         top_groups: groups that a token may use, from 1 to ``groups``.
         group_by_two: rank groups by the sum of their two best experts, not by their best one.
@@ -208,9 +208,9 @@ def top_k_gating(
     if bias is not None:
         check("bias", bias, dtypes=FLOATS, shape=(num_experts,))
         bias = bias.contiguous()
-    if given is not None:
-        check("given", given, dtypes=(torch.int32,), shape=(num_tokens, top_k))
-        given = given.contiguous()
+    if chosen_ids is not None:
+        check("chosen_ids", chosen_ids, dtypes=(torch.int32,), shape=(num_tokens, top_k))
+        chosen_ids = chosen_ids.contiguous()
     if groups < 1 or num_experts % groups:
         raise ArgumentValueError(op, "groups", f"divide {num_experts} experts", groups)
     if not 1 <= top_groups <= groups:
@@ -234,7 +234,7 @@ def top_k_gating(
     _top_k_gating_kernel[(launch.num_programs,)](
         logits,
         bias,
-        given,
+        chosen_ids,
         weights,
         ids,
         scores,

@@ -170,7 +170,7 @@ def token_tiles(
     Args:
         device: where the kernel runs.
         num_tokens: rows of the result.
-        width: elements of such a row.
+        width: elements of a row.
         whole_rows: whether one program walks a row, in steps if it is longer than a tile.
     """
     limits = policy(device)

@@ -42,7 +42,7 @@ def _experts(expert_ids_ptr, slot_id, num_slots, num_experts):
 
 @triton.jit
 def _copy_routing(expert_ids_ptr, ids_copy_ptr, weights_ptr, weights_copy_ptr, slot_id, inside):
-    """Copy expert ids and weights of slots, where copies are asked for."""
+    """Copy expert ids and weights of slots to the outputs that are not None."""
     if ids_copy_ptr is not None:
         expert = tl.load(expert_ids_ptr + slot_id, mask=inside, other=_NOWHERE)
         tl.store(ids_copy_ptr + slot_id, expert.to(tl.int32), mask=inside)
@@ -189,7 +189,7 @@ def _rank_kernel(
     BLOCK: tl.constexpr,
     OTHERS: tl.constexpr,  # slots of the block that all of it are compared with at a time
 ):
-    """Rank the slots of each block: place them after the starts of their experts.
+    """Rank the slots of each block after the starts of their experts.
 
     Example: of ``_block_starts_kernel``: position_in_expert [0, 0, 1, 0, 1, 0],
         sorted_slot_ids [0, 4, 3, 1, 2, 5].
@@ -223,7 +223,7 @@ def routing_plan(
     Args:
         expert_ids: [T, K] int32 or int64.
         num_experts: E.
-        copies: copies of the routing to make, contiguous; or None.
+        copies: contiguous outputs for copies of the routing, or None.
 
     Raises:
         ArgumentTypeError: another dtype.

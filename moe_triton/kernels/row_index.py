@@ -152,7 +152,7 @@ def recv_row_index(
     if table is not None:
         _check_sources(op, "table", table, (torch.int64,), counts)
     elif origins is None:
-        raise MissingArgumentError(op, "origins", "be given without a table", None)
+        raise MissingArgumentError(op, "origins", "be a tensor without a table", None)
     else:
         int64 = (torch.int64,)
         check_tensor(op, "origins", origins, dtypes=int64, shape=(world,), device=device)

@@ -30,8 +30,8 @@ from ._checks import FLOATS, INDICES, check_tensor, with_adjacent_columns
 from ._common import from_float32, narrow, to_float32, widen
 from .launch_config import tiles, token_tiles
 
-# The optional parts of the sum are functions that the kernel calls under a constexpr condition.
-# Functions as constexpr arguments would say the same, but a launch in Triton 3.2 refuses them.
+# Optional parts of the sum are functions that the kernel calls under a constexpr condition, as a
+# launch of Triton 3.2 rejects functions as constexpr arguments.
 
 
 @triton.jit
@@ -49,8 +49,8 @@ def _tile_columns(SCHEME: tl.constexpr, GROUP: tl.constexpr, BLOCK_H: tl.constex
 def _tile_tokens(first, SCHEME: tl.constexpr, BLOCK_T: tl.constexpr):
     """Tokens of a tile, int32, shaped to meet its columns.
 
-    One token is a scalar, so that the address of its row is one too: hardware that copies whole
-    rows needs that.
+    One token is a scalar, and so is the address of its row: hardware that copies whole rows needs
+    that.
     """
     if BLOCK_T == 1:
         number = first
@@ -473,7 +473,7 @@ def _check_constants(op: str, experts: ZeroComputationExperts, out: torch.Tensor
         alpha = getattr(experts, name)
         if alpha is None:
             raise MissingArgumentError(
-                op, f"zero_computation.{name}", "be given beside zero_computation.value", None
+                op, f"zero_computation.{name}", "be a tensor beside zero_computation.value", None
             )
         if name == "alpha_1":
             shape = (number, hidden)[: alpha.dim()]

@@ -52,7 +52,7 @@ def zero_padding(x: torch.Tensor, index: torch.Tensor, count: torch.Tensor | Non
     """Zero the rows of [A, C] ``x`` whose index is negative.
 
     Args:
-        x: changed in place; rows after the n-th are untouched.
+        x: zeroed in place; rows after the n-th are untouched.
         index: [n], negative for a row to zero.
         count: [1] int32: only this many indices are used; None for all n.
     """

@@ -12,7 +12,7 @@ def top_k_gating(
     top_k: int,
     *,
     bias: torch.Tensor | None = None,
-    given: torch.Tensor | None = None,
+    chosen_ids: torch.Tensor | None = None,
     groups: int = 1,
     top_groups: int = 1,
     group_by_two: bool = False,
@@ -30,7 +30,7 @@ def top_k_gating(
         logits: [T, E] floating point.
         top_k: K.
         bias: [E], or None.
-        given: [T, K] int32 experts that are chosen already and only need weights, or None.
+        chosen_ids: [T, K] int32 experts that are chosen already and only need weights, or None.
         groups: equal groups of consecutive experts.
         top_groups: groups that a token may use.
         group_by_two: rank groups by the sum of their two best experts, not by their best one.
@@ -55,10 +55,10 @@ def top_k_gating(
         chosen = best.argsort(dim=1, descending=True, stable=True)[:, :top_groups]
         usable = torch.zeros_like(best, dtype=torch.bool).scatter_(1, chosen, True)
         choice = grouped.masked_fill(~usable[..., None], float("-inf")).flatten(1)
-    if given is None:
+    if chosen_ids is None:
         ids = choice.argsort(dim=1, descending=True, stable=True)[:, :top_k]
     else:
-        ids = given.long()
+        ids = chosen_ids.long()
     weights = scores.gather(1, ids)
     if scoring == "sigmoid":
         weights = weights / (row_sums(weights) + epsilon)

@@ -16,7 +16,7 @@ def routing_plan(
     Args:
         expert_ids: [T, K] int32 or int64.
         num_experts: E.
-        copies: copies of the routing to make, or None.
+        copies: outputs for copies of the routing, or None.
     """
     if copies is not None:
         copies.expert_ids.copy_(expert_ids)

@@ -278,7 +278,7 @@ def _experts() -> Iterator[tuple[str, Callable[[], object]]]:
         "gating chosen",
         lambda: kernels.top_k_gating(logits.bfloat16(), TOP_K, scoring="chosen"),
     )
-    yield "gating given", lambda: kernels.top_k_gating(logits, TOP_K, given=_ids())
+    yield "gating of chosen experts", lambda: kernels.top_k_gating(logits, TOP_K, chosen_ids=_ids())
     table = torch.ones((EXPERTS, 4), dtype=torch.int32)
     yield "eplb rank", lambda: kernels.eplb_map(_ids(), table, rank=1, world_size=8)
     yield "eplb token", lambda: kernels.eplb_map(_ids(), table, rank=None, world_size=8)

@@ -132,10 +132,12 @@ def test_is_a_send_and_a_gather(device):
     kernels.gather_quant(x, index, fmt, None, None, out, scales)
     rows = torch.zeros((7, 80), dtype=torch.uint8, device=device)
     ref.encode(x, fmt, rows)
-    packed, packed_scales = torch.empty_like(out), torch.empty_like(scales)
-    ref.gather_rows(rows, plan.sorted_slot_ids[:count].long() // TOP_K, fmt, packed, packed_scales)
-    assert torch.equal(out, packed)
-    assert torch.equal(scales, packed_scales)
+    gathered, gathered_scales = torch.empty_like(out), torch.empty_like(scales)
+    ref.gather_rows(
+        rows, plan.sorted_slot_ids[:count].long() // TOP_K, fmt, gathered, gathered_scales
+    )
+    assert torch.equal(out, gathered)
+    assert torch.equal(scales, gathered_scales)
 
 
 def test_tokens_of_a_wider_tensor_into_rows_of_a_wider_one(device):

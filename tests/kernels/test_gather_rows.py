@@ -98,15 +98,15 @@ def test_several_scales_a_row(quant, hidden, device):
 
 @hypothesis.given(
     num_rows=st.integers(1, 9),
-    taken=st.integers(0, 300),
+    num_gathered=st.integers(0, 300),
     hidden=st.integers(1, 100),
     which=st.integers(0, 6),
     seed=st.integers(0, 2**16),
 )
-def test_any_size(num_rows, taken, hidden, which, seed, device):
+def test_any_size(num_rows, num_gathered, hidden, which, seed, device):
     fmt = formats(hidden)[which]
     generator = torch.Generator().manual_seed(seed)
-    index = torch.randint(NOWHERE, num_rows, (taken,), generator=generator).to(device)
+    index = torch.randint(NOWHERE, num_rows, (num_gathered,), generator=generator).to(device)
     assert_same_gather(drawn_rows(num_rows, fmt.stride, device, seed), index, fmt)
 
 
@@ -119,17 +119,17 @@ def test_nothing_there(device):
     assert_same_gather(rows, nowhere[:0], fmt)
 
 
-@pytest.mark.parametrize("taken", [0, 2, 3, 9])
-def test_a_count_on_the_device(taken, device):
+@pytest.mark.parametrize("num_gathered", [0, 2, 3, 9])
+def test_a_count_on_the_device(num_gathered, device):
     fmt = formats(24)[3]
     rows = drawn_rows(4, fmt.stride, device)
     index = torch.tensor([3, NOWHERE, 1], device=device)
     x = torch.full((4, 24), 99, dtype=torch.int8, device=device)
     scales = torch.full((4,), 99.0, device=device)
-    count = torch.tensor([taken], dtype=torch.int32, device=device)
+    count = torch.tensor([num_gathered], dtype=torch.int32, device=device)
     kernels.gather_rows(rows, index, fmt, x, scales, count)
     expected, expected_scales = torch.full_like(x, 99), torch.full_like(scales, 99.0)
-    ref.gather_rows(rows, index[:taken], fmt, expected, expected_scales)
+    ref.gather_rows(rows, index[:num_gathered], fmt, expected, expected_scales)
     assert torch.equal(x, expected)
     assert torch.equal(scales.view(torch.int32), expected_scales.view(torch.int32))
 
@@ -138,14 +138,16 @@ def test_a_count_on_the_device(taken, device):
 def test_zero_padding(hidden, device):
     index = torch.tensor([0, NOWHERE, 5, NOWHERE, NOWHERE], device=device)
     for dtype in (torch.int8, torch.bfloat16, torch.float64):
-        for taken in (None, 0, 4):
+        for num_gathered in (None, 0, 4):
             x = torch.ones((7, hidden + 3), dtype=dtype, device=device)
             count = None
-            if taken is not None:
-                count = torch.tensor([taken], dtype=torch.int32, device=device)
+            if num_gathered is not None:
+                count = torch.tensor([num_gathered], dtype=torch.int32, device=device)
             kernels.zero_padding(x[:, 1 : hidden + 1], index, count)
             expected = torch.ones_like(x)
-            expected[[row for row in (1, 3, 4) if taken is None or row < taken], 1:-2] = 0
+            expected[
+                [row for row in (1, 3, 4) if num_gathered is None or row < num_gathered], 1:-2
+            ] = 0
             assert torch.equal(x, expected)
 
 

@@ -152,11 +152,11 @@ def test_large_logits(device):
     torch.testing.assert_close(weights, scores[:, :2], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("given", [5, -1])
-def test_given_ids_out_of_range_are_errors(given, asserting, device):
-    ids = torch.tensor([[0, given]], dtype=torch.int32, device=device)
-    with pytest.raises(Exception, match="given id out of range"):
-        kernels.top_k_gating(torch.zeros((1, 5), device=device), 2, given=ids)
+@pytest.mark.parametrize("chosen_id", [5, -1])
+def test_chosen_ids_out_of_range_are_errors(chosen_id, asserting, device):
+    ids = torch.tensor([[0, chosen_id]], dtype=torch.int32, device=device)
+    with pytest.raises(Exception, match="chosen id out of range"):
+        kernels.top_k_gating(torch.zeros((1, 5), device=device), 2, chosen_ids=ids)
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -168,13 +168,15 @@ def test_a_nan_bias_comes_first(sign, device):
 
 
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "chosen"])
-def test_weights_of_given_experts(scoring, device):
+def test_weights_of_chosen_experts(scoring, device):
     """With a duplicate, other than the best experts, in another order."""
     logits = torch.randn((4, 5), device=device)
-    given = torch.tensor([[0, 4, 2], [3, 3, 1], [4, 3, 2], [2, 0, 0]], dtype=torch.int32).to(device)
-    found = kernels.top_k_gating(logits, 3, given=given, scoring=scoring, scaling=2.0)
-    wanted = ref.top_k_gating(logits, 3, given=given, scoring=scoring, scaling=2.0)
-    assert torch.equal(found[1], given) and torch.equal(wanted[1], given)
+    chosen_ids = torch.tensor([[0, 4, 2], [3, 3, 1], [4, 3, 2], [2, 0, 0]], dtype=torch.int32).to(
+        device
+    )
+    found = kernels.top_k_gating(logits, 3, chosen_ids=chosen_ids, scoring=scoring, scaling=2.0)
+    wanted = ref.top_k_gating(logits, 3, chosen_ids=chosen_ids, scoring=scoring, scaling=2.0)
+    assert torch.equal(found[1], chosen_ids) and torch.equal(wanted[1], chosen_ids)
     torch.testing.assert_close(found[0], wanted[0], **SCORES)
 
 

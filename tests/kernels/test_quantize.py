@@ -206,14 +206,14 @@ def test_payload_and_scales_may_lie_apart(device):
     check(x, RowFormat(torch.int8, 520, 4096, "per_row", 2048), factors(520, device))
 
 
-@pytest.mark.parametrize("taken", [0, 2, 3, 9])
-def test_encode_a_count(taken, device):
+@pytest.mark.parametrize("num_rows", [0, 2, 3, 9])
+def test_encode_a_count(num_rows, device):
     fmt = RowFormat(torch.int8, 8, 32, "per_row", 16)
     x = tokens(3, 8, torch.float32, device)
     rows = torch.full((3, 32), 0xA5, dtype=torch.uint8, device=device)
     expected = rows.clone()
-    kernels.encode(x, fmt, rows, None, torch.tensor([taken], dtype=torch.int32, device=device))
-    ref.encode(x[:taken], fmt, expected[: min(taken, 3)])
+    kernels.encode(x, fmt, rows, None, torch.tensor([num_rows], dtype=torch.int32, device=device))
+    ref.encode(x[:num_rows], fmt, expected[: min(num_rows, 3)])
     assert torch.equal(rows, expected)
 
 

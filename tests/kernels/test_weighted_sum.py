@@ -18,17 +18,17 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.i
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 NAN, INF = float("nan"), float("inf")
-# Sums of squares come in another order: a few units in the last place, twice rounded.
+# Sums of squares are added in another order: a few last bits, rounded twice.
 NORM_TOLERANCE = {BF16: 1.6e-2, FP16: 2e-3, FP32: 1e-5, FP64: 1e-5}
 
-# The tiles of accelerators, one token each, and sizes at which a test reaches every edge of them.
+# Tiles of one token, as on accelerators, and tall ones, small enough to reach every edge.
 NARROW = Launch(num_programs=3, rows=1, block=16, num_warps=1)
 TALL = Launch(num_programs=2, rows=4, block=16, num_warps=1)
 
 
 @pytest.fixture(params=[None, NARROW, TALL], ids=["own tiles", "one token", "tall tiles"])
 def launch(request, monkeypatch):
-    """Every shape of tile that a device may get."""
+    """Each shape of tile of a device."""
     if request.param is not None:
         module = importlib.import_module("moe_triton.kernels.weighted_sum")
         monkeypatch.setattr(module, "token_tiles", lambda *args, **kwargs: request.param)
@@ -36,7 +36,7 @@ def launch(request, monkeypatch):
 
 
 def same_bits(actual, expected):
-    """Equal bits, so that zeros have signs; one NaN is like another."""
+    """Equal bits, so that zeros have signs; all NaNs are equal."""
     assert actual.dtype == expected.dtype
     assert (actual.isnan() == expected.isnan()).all()
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.itemsize]
@@ -55,14 +55,14 @@ def block8_format(dtype, hidden):
 
 
 def encoded(x, fmt):
-    """[N, stride] rows with the tokens in them and NaN behind them."""
+    """[N, stride] encoded rows, NaN in their padding."""
     rows = torch.full((len(x), fmt.stride), 0xFF, dtype=torch.uint8, device=x.device)
     ref.encode(x, fmt, rows)
     return rows
 
 
 class Drawn:
-    """A case with random numbers: what both launchers get, and outputs of their own."""
+    """A case of random numbers for both implementations."""
 
     def __init__(self, seed, T, K, NS, H, dtype, N=9, *, device="cpu"):
         self.generator = torch.Generator().manual_seed(seed)
@@ -101,7 +101,7 @@ class Drawn:
         return self
 
     def run(self, function):
-        """What ``function`` writes: out, and with a norm y and rstd."""
+        """The outputs of ``function``: out, and with a norm y and rstd."""
         T, H = self.shape
         out, y = torch.full((2, T, H + 3), NAN, dtype=self.dtype, device=self.device)[..., :H]
         rstd = torch.full((T,), NAN, device=self.device)
@@ -185,7 +185,7 @@ def test_subnormal_numbers(dtype, device):
 
 
 def plain(x, index, weights=None, out=None, **rest):
-    """Sums of plain rows, given as numbers."""
+    """Sums of plain rows."""
     fmt = RowFormat(x.dtype, x.shape[1], x.shape[1] * x.itemsize)
     index = torch.as_tensor(index, device=x.device)
     if weights is not None:
@@ -318,25 +318,25 @@ def test_addresses_of_sums_have_64_bits(device, reserve):
     assert far.tolist() == [[4.0] * 8, [6.0] * 8, [8.0] * 8]
 
 
-def test_sum_may_take_the_place_of_what_is_added(launch, device):
+def test_the_output_may_be_the_residual(launch, device):
     case = Drawn(5, 5, 2, 0, 40, BF16, device=device).with_norm()
     wanted, wanted_y, _ = case.run(ref.weighted_sum)
-    place, gamma, epsilon = case.norm
-    y, rstd = torch.empty_like(place), torch.empty(5, device=device)
-    norm = Norm(place, gamma, epsilon, y, rstd)
-    kernels.weighted_sum(case.rows, case.index, case.fmt, case.weights, None, None, place, norm)
-    same_bits(place, wanted)
+    residual, gamma, epsilon = case.norm
+    y, rstd = torch.empty_like(residual), torch.empty(5, device=device)
+    norm = Norm(residual, gamma, epsilon, y, rstd)
+    kernels.weighted_sum(case.rows, case.index, case.fmt, case.weights, None, None, residual, norm)
+    same_bits(residual, wanted)
     torch.testing.assert_close(y, wanted_y, rtol=NORM_TOLERANCE[BF16], atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    "dtype, arrived",
+    "dtype, decoded",
     [
         (BF16, [1.0078125, -2.015625, 0.50390625, 4, 2.984375, -0.1259765625, 0, 2.484375]),
         (FP16, [1.0078125, -2.015625, 0.50390625, 4, 2.9921875, -0.1259765625, 0, 2.48828125]),
     ],
 )
-def test_worked_example_of_block8_rows(dtype, arrived, launch, device):
+def test_worked_example_of_block8_rows(dtype, decoded, launch, device):
     fmt = block8_format(dtype, 16)
     rows = torch.zeros((1, fmt.stride), dtype=torch.uint8, device=device)
     q = torch.tensor([32, -64, 16, 127, 95, -4, 0, 79] + [0] * 8, dtype=torch.int8)
@@ -347,7 +347,7 @@ def test_worked_example_of_block8_rows(dtype, arrived, launch, device):
     kernels.weighted_sum(
         rows, torch.zeros((1, 1), dtype=torch.int64, device=device), fmt, weights, None, None, out
     )
-    assert out.tolist() == [arrived + [0] * 8]
+    assert out.tolist() == [decoded + [0] * 8]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
-"""The worked examples of the contract through the kernels alone, with their numbers as literals.
+"""The worked examples of the contract through the kernels, with their numbers as literals.
 
-One process plays all ranks: what one pushes the others pack, what they return it sums. So these are
-the steps of dispatch and combine as the transports string them together, each by its kernel, and
-nothing of transports, windows or flags. Ids are the numbers of the examples.
+One process plays all ranks: it stages the rows of each, gathers them for the others and sums what
+the experts return. These are the steps of dispatch and combine in the order of the transports,
+without transports, windows or flags. Test ids are the numbers of the examples.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Plane:
     Attributes:
         fmt: how tokens travel.
         ids: (BS, K), ``NOWHERE`` where a slot is not active.
-        rows: what each rank pushed.
+        rows: staged by each rank.
         headers: by destination, then source.
-        found: what each rank numbered of the rows that it receives.
+        permutations: the order of the rows that each rank receives.
     """
 
     def __init__(self, group, tokens, device):
@@ -52,7 +52,7 @@ class Plane:
         self.ids = [self.on_device(self.active_ids(mine)) for mine in tokens]
         self.headers = [[self.header() for _ in tokens] for _ in tokens]
         self.rows = [self.dispatch_send(source) for source in range(group.world_size)]
-        self.found = [
+        self.permutations = [
             kernels.recv_permutation(self.counts(rank)) for rank in range(group.world_size)
         ]
 
@@ -100,7 +100,7 @@ class Plane:
         return rows
 
     def counts(self, rank):
-        """[L, W] of the headers that a rank has got."""
+        """[L, W] counts of the headers of a rank."""
         group, headers = self.group, self.headers[rank]
         if rank >= group.shared_ranks:
             first = (rank - group.shared_ranks) * group.experts_per_rank
@@ -115,17 +115,17 @@ class Plane:
 
     def slot_ids(self, rank):
         """Per received row its source, its token * (K + NS) + slot there, and its weight."""
-        headers, found = self.headers[rank], self.found[rank]
-        rows = zip(found.source.tolist(), found.index_in_source.tolist(), strict=True)
+        headers, permutation = self.headers[rank], self.permutations[rank]
+        rows = zip(permutation.source.tolist(), permutation.index_in_source.tolist(), strict=True)
         return [(s, int(headers[s].slot_ids[c]), float(headers[s].weights[c])) for s, c in rows]
 
     def gather_rows(self, rank):
         """expand_x and dynamic_scales of a rank."""
         index, before = [], torch.tensor([0, *map(len, self.rows)]).cumsum(0)
-        for source, copy, _ in self.slot_ids(rank):
-            # A row for each slot, where each has factors of its own; else one for a token.
-            place = copy if self.tokens[source].scales is not None else copy // self.num_slots
-            index.append(int(before[source]) + place)
+        for source, slot_id, _ in self.slot_ids(rank):
+            # With factors for each expert every slot has a row, else every token.
+            row = slot_id if self.tokens[source].scales is not None else slot_id // self.num_slots
+            index.append(int(before[source]) + row)
         index = torch.tensor(index, dtype=torch.int64, device=self.device)
         x = self.empty(len(index), self.group.hidden, dtype=self.fmt.dtype)
         scales = None
@@ -146,20 +146,20 @@ class Plane:
         index = [torch.full((len(ids), self.num_slots), NOWHERE) for ids in self.ids]
         before = 0
         for rank, window in enumerate(windows):
-            for row, (source, copy, _) in enumerate(self.slot_ids(rank)):
-                index[source].view(-1)[copy] = before + row
+            for row, (source, slot_id, _) in enumerate(self.slot_ids(rank)):
+                index[source].view(-1)[slot_id] = before + row
             before += len(window)
         outs = []
         for rank, mine in enumerate(self.tokens):
             out = self.empty(len(mine.ids), group.hidden, dtype=self.dtype)
             weights, where = self.on_device(mine.weights), index[rank].to(self.device)
             kernels.weighted_sum(
-                torch.cat(windows), where, fmt, weights, self.special(rank), None, out
+                torch.cat(windows), where, fmt, weights, self.zero_computation(rank), None, out
             )
             outs.append(out)
         return outs
 
-    def special(self, rank):
+    def zero_computation(self, rank):
         group, mine = self.group, self.tokens[rank]
         first_copy = group.num_experts + group.zero_experts
         first_constant = first_copy + group.copy_experts
@@ -180,10 +180,10 @@ def check_dispatch(plane, example, ranks):
             assert scales.tolist() == dynamic_scales(example, world_rank).tolist()
         size = plane.group.world_size * plane.group.num_local(rank)
         assert (
-            plane.found[rank].recv_counts_cumsum.tolist()
+            plane.permutations[rank].recv_counts_cumsum.tolist()
             == example.ep_recv_counts[world_rank][:size]
         )
-        triples = [(s, *divmod(copy, plane.num_slots)) for s, copy, _ in plane.slot_ids(rank)]
+        triples = [(s, *divmod(slot_id, plane.num_slots)) for s, slot_id, _ in plane.slot_ids(rank)]
         assert triples == example.rows[world_rank]
         if example.expand_scales is not None:
             weights = [weight for *_, weight in plane.slot_ids(rank)]
@@ -270,7 +270,7 @@ def test_tensor_parallel(device):
     ],
 )
 def test_float8(quant, scales, codes, values, device):
-    """Written to a window and packed from there, and gathered at once on a rank alone."""
+    """Through a window, and in one pass on one rank."""
     row = [5, -7.5, 0.30078125, 0.010009765625, 2, 1] + [0] * 58
     x = torch.tensor([row], dtype=BF16, device=device)
     fmt = RowFormat.quantized(quant, BF16, 64)

@@ -9,9 +9,11 @@ from moe_triton import ref
 from moe_triton.layout import NOWHERE, Norm, RowFormat, ZeroComputationExperts
 
 
-def weighted_sum(rows, index, weights, addend, out, special=None, norm=None):
+def weighted_sum(rows, index, weights, addend, out, zero_computation=None, norm=None):
     fmt = RowFormat(rows.dtype, rows.shape[1], rows.shape[1] * rows.itemsize)
-    ref.weighted_sum(rows.view(torch.uint8), index, fmt, weights, special, addend, out, norm)
+    ref.weighted_sum(
+        rows.view(torch.uint8), index, fmt, weights, zero_computation, addend, out, norm
+    )
 
 
 def test_rows_longer_than_a_block():
@@ -69,7 +71,7 @@ def test_reduce_leaves_out_what_is_nowhere_whatever_its_weight():
 
 def test_reduce_special_experts_in_their_place():
     # Experts: 0 routed, 1 zero, 2 copy, 3 and 4 constant with alphas (2, 3) and (0.5, 1).
-    special = ZeroComputationExperts(
+    zero_computation = ZeroComputationExperts(
         torch.tensor([[0, 1, 2], [3, 4, NOWHERE]], dtype=torch.int32),
         2,
         3,
@@ -83,9 +85,9 @@ def test_reduce_special_experts_in_their_place():
     index = torch.tensor([[0, NOWHERE, NOWHERE], [NOWHERE, NOWHERE, NOWHERE]])
     weights = torch.tensor([[1.0, 5.0, 2.0], [0.5, 4.0, float("nan")]])
     out = torch.empty((2, 2))
-    weighted_sum(rows, index, weights, None, out, special)
+    weighted_sum(rows, index, weights, None, out, zero_computation)
     assert out.tolist() == [[24.0, 36.0], [0.5 * 5 + 4 * 4.5, 0.5 * 1 + 4 * 7.0]]
-    columns = special._replace(
+    columns = zero_computation._replace(
         alpha_1=torch.tensor([[2.0, 0.0], [0.5, 0.0]]),
         alpha_2=torch.tensor([[3.0, 1.0], [1.0, 2.0]]),
     )

@@ -82,7 +82,7 @@ def gating_top_k(
         _adjacent(x),
         int(k),
         bias=bias,
-        given=given,
+        chosen_ids=given,
         groups=int(group_count),
         top_groups=int(k_group),
         group_by_two=by_two,
