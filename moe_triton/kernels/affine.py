@@ -54,15 +54,9 @@ def _affine_kernel(
 
 
 def quantize_affine(x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """Quantise to int8 with one factor and one offset; see ``ref.quantize_affine``.
+    """Quantise to int8 with one factor and one offset, in fp16.
 
-    Args:
-        x: [R, H] fp16, bf16, fp32 or fp64.
-        scale: [1] fp32.
-        offset: [1] fp32.
-
-    Returns:
-        [R, H] int8.
+    Arguments as in ``ref.quantize_affine``.
 
     Raises:
         ArgumentTypeError: a dtype that is not listed above.

@@ -138,20 +138,7 @@ def dispatch_send(
 ) -> None:
     """Write this rank's tokens into its own window, and its header into every rank's window.
 
-    Args:
-        x: [T, H] fp16, bf16, fp32 or fp64 tokens.
-        expert_ids: [T, K] int32 or int64.
-        weights: [T, K] routing weights to send, or None.
-        smooth_scales: [1] or [H] fp32 factors of all slots, [NS + E, H] factors of each expert,
-            shared experts first; or None.
-        fmt: the format of the rows.
-        plan: the plan of ``expert_ids``.
-        rows: [R, stride] uint8 output; row t is token t, or with factors of each expert row
-            t * (K + NS) + k its slot k.
-        headers: this rank's header in every rank's window.
-        experts_per_rank: L of the MoE ranks.
-        shared_targets: the rank that gets all active tokens, for each shared expert.
-        num_shared_ranks: S; the MoE ranks come after them.
+    Arguments as in ``ref.dispatch_send``.
 
     Raises:
         ArgumentTypeError: a wrong dtype.

@@ -64,15 +64,7 @@ def eplb_map(
     Example: table [[1, 5, 0], [2, 0, 4]], world size 8: id 1 becomes 0 on ranks 0 to 3, 4 on ranks
     4 to 7; with rank None, 0 and 4 for tokens in turn.
 
-    Args:
-        expert_ids: [T, K] int32 or int64, in [0, E).
-        table: [E, F] int32: the number of replicas of an expert, then their physical ids.
-        rank: this rank, which uses replica rank // ceil(world_size / replicas); None for replica
-            token % replicas.
-        world_size: number of ranks.
-
-    Returns:
-        [T, K] of the dtype of ``expert_ids``.
+    Arguments as in ``ref.eplb_map``.
 
     Raises:
         ArgumentTypeError: a dtype that is not listed above.
@@ -142,13 +134,7 @@ def keep_experts(
 ) -> torch.Tensor:
     """Mark the slots to keep: weight >= threshold * sum of the token's weights.
 
-    Args:
-        weights: [T, K] fp32, summed in ascending order.
-        threshold: [K] fp32.
-        active: [T] bool, or None for all tokens.
-
-    Returns:
-        [T, K] bool.
+    Arguments as in ``ref.keep_experts``.
 
     Raises:
         ArgumentTypeError: a dtype that is not listed above.

@@ -102,16 +102,9 @@ def finalize_routing(
     skips: tuple[torch.Tensor | None, torch.Tensor | None],
     out: torch.Tensor,
 ) -> None:
-    """Sum the rows of each token and their experts' biases; see ``ref.finalize_routing``.
+    """Sum the rows of each token, the biases of their experts, and the skip connections.
 
-    Args:
-        rows: [N, H] fp16, bf16, fp32 or fp64; the other floating-point tensors have their dtype.
-        index: [T, K] int64, negative for none.
-        weights: [T, K], or None for all 1.
-        bias: [E, H], or None.
-        expert_ids: [T, K] int32, required with a bias.
-        skips: two [T, H] tensors, each may be None.
-        out: [T, H] output, contiguous.
+    Arguments as in ``ref.finalize_routing``; ``out`` is contiguous.
 
     Raises:
         ArgumentTypeError: a dtype that is not listed above.

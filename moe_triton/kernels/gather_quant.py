@@ -33,16 +33,7 @@ def gather_quant(
 ) -> None:
     """Quantise each token and write it to the row of each of its slots.
 
-    Args:
-        x: [T, H] fp16, bf16, fp32 or fp64 tokens.
-        index: [T, K + NS] int32 or int64 row of ``out`` for each slot, or ``NOWHERE``; rows are
-            distinct.
-        fmt: scheme, dtypes and block of the rows; its stride is not used.
-        smooth_scales: [1] or [H] fp32 factors of all slots, [NS + E, H] factors of each expert,
-            shared experts first; or None.
-        expert_ids: [T, K], required where ``smooth_scales`` has a row for each expert.
-        out: [A, H] output, of the payload's dtype; other rows are untouched.
-        scales: [A] or [A, C] output of the scales' dtype, or None for a scheme without scales.
+    Arguments as in ``ref.gather_quant``.
 
     Raises:
         ArgumentTypeError: a dtype that the scheme does not take.

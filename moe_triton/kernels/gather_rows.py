@@ -94,13 +94,7 @@ def gather_rows(
 ) -> None:
     """Gather payload and scales of rows into the outputs of dispatch.
 
-    Args:
-        rows: [N, stride] uint8; rows may overlap, as in windows that are indexed every 16 bytes.
-        index: [n] int32 or int64 rows to gather; ``NOWHERE`` makes a row of zeros.
-        fmt: format of the rows.
-        x: [A, H] output, of the payload's dtype; rows after the n-th are untouched.
-        scales: [A] output of the scales' dtype, [A, C] where a row has several, or None.
-        count: [1] int32 on the device: only this many rows are gathered; None for all n.
+    Arguments as in ``ref.gather_rows``; ``count`` stays on the device.
 
     Raises:
         ArgumentTypeError: a wrong dtype.
@@ -201,10 +195,7 @@ def _zero_padding_kernel(
 def zero_padding(x: torch.Tensor, index: torch.Tensor, count: torch.Tensor | None = None) -> None:
     """Zero the rows of [A, C] ``x`` whose index is negative.
 
-    Args:
-        x: zeroed in place; rows after the n-th are untouched.
-        index: [n] int32 or int64, negative for a row to zero.
-        count: [1] int32 on the device: only this many indices are used; None for all n.
+    Arguments as in ``ref.zero_padding``; ``count`` stays on the device.
 
     Raises:
         ArgumentTypeError: a wrong dtype.

@@ -176,26 +176,9 @@ def top_k_gating(
     scaling: float = 1.0,
     epsilon: float = 1e-20,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Choose the ``top_k`` experts with the largest score + bias; see ``ref.top_k_gating``.
+    """Choose the ``top_k`` experts with the largest score + bias; ties go to the lower id.
 
-    NaN counts as larger than any number.
-
-    Args:
-        logits: [T, E] fp16, bf16, fp32 or fp64.
-        top_k: K, from 1 to E.
-        bias: [E] of one of these dtypes, or None.
-        chosen_ids: [T, K] int32 experts that are chosen already and only need weights, or None.
-        groups: equal groups of consecutive experts.
-        top_groups: groups that a token may use, from 1 to ``groups``.
-        group_by_two: rank groups by the sum of their two best experts, not by their best one.
-        scoring: "softmax", "sigmoid" or "chosen".
-        scaling: factor of all weights.
-        epsilon: keeps the division of "sigmoid" finite.
-
-    Returns:
-        weights: [T, K] fp32, largest score + bias first.
-        ids: [T, K] int32.
-        scores: [T, E] fp32, which may differ from those of ``ref`` in their last bits.
+    Arguments and results as in ``ref.top_k_gating``; scores may differ in their last bits.
 
     Raises:
         ArgumentTypeError: a dtype that is not listed above.

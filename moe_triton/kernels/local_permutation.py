@@ -154,14 +154,7 @@ def local_permutation(
 ) -> LocalPermutation:
     """Permute the slots of a rank whose experts are its own.
 
-    Args:
-        plan: the plan of ``expert_ids``.
-        expert_ids: [T, K] int32 or int64.
-        weights: [T, K], or None.
-        alignment: as in ``recv_permutation``.
-        capacity: as in ``recv_permutation``.
-        load: as in ``recv_row_index``.
-        totals_dtype: as in ``recv_row_index``.
+    Arguments as in ``ref.local_permutation``; a capacity of None waits for the device.
 
     Raises:
         ArgumentTypeError: another dtype.

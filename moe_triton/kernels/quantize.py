@@ -337,13 +337,7 @@ def encode(
 ) -> None:
     """Write [R, H] tokens into [R, stride] uint8 ``rows`` in their format; padding is untouched.
 
-    Args:
-        x: [R, H] fp16, bf16, fp32 or fp64.
-        fmt: of the rows.
-        rows: [R, stride] uint8 output.
-        smooth_scales: [R, H] or [H] fp32 factors for the schemes that take them; for "static" also
-            [1]. None for no factor.
-        count: [1] int32 on the device: only this many rows are written; None for all R.
+    Arguments as in ``ref.encode``; ``count`` stays on the device.
 
     Raises:
         ArgumentTypeError: a dtype that the scheme does not take.

@@ -53,11 +53,7 @@ def recv_permutation(
 ) -> RecvPermutation:
     """Order the received rows by (local expert, source, slot id).
 
-    Args:
-        counts: [L, W] int32 rows for each local expert from each source.
-        alignment: the rows of each expert are padded to a multiple of this.
-        capacity: rows of the result, at which offsets are clamped; rows after the n-th have the
-            source ``NOWHERE`` and the index 0. None for n, which waits for the device.
+    Arguments as in ``ref.recv_permutation``; a capacity of None waits for the device.
 
     Raises:
         ArgumentTypeError: another dtype.

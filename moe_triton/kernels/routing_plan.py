@@ -220,10 +220,7 @@ def routing_plan(
 ) -> RoutingPlan:
     """Count the slots of each expert and sort them by expert; ids outside [0, E) are not sent.
 
-    Args:
-        expert_ids: [T, K] int32 or int64.
-        num_experts: E.
-        copies: contiguous outputs for copies of the routing, or None.
+    Arguments as in ``ref.routing_plan``; the outputs of ``copies`` are contiguous.
 
     Raises:
         ArgumentTypeError: another dtype.

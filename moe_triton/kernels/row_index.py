@@ -124,18 +124,7 @@ def recv_row_index(
 
     Row r of source s is at ``origins[s] + r * step``, or at ``table[s, r]``.
 
-    Args:
-        counts: [L, W] int32 rows for each local expert from each source.
-        slot_ids: [W, C] int32 ``DispatchHeader.slot_ids`` of each source.
-        weights: [W, C] their weights, or None.
-        slots_per_row: K + NS where the slots of a token share its row, or 1.
-        origins: [W] int64, or None with a table.
-        step: from one row of a source to the next.
-        table: [W, R] int64, or None.
-        alignment: as in ``recv_permutation``.
-        capacity: as in ``recv_permutation``.
-        load: [L] int64, the rows of each local expert without padding are added to it; or None.
-        totals_dtype: int32 or int64, of ``totals``.
+    Arguments as in ``ref.recv_row_index``; a capacity of None waits for the device.
 
     Raises:
         ArgumentTypeError: another dtype.
@@ -311,21 +300,7 @@ def combine_row_index(
 ) -> torch.Tensor:
     """Find the address of each slot's row: row r of rank h is at ``origins[h] + r * step``.
 
-    Args:
-        group_starts: [W, L, W + 1] int32 every rank's ``RecvPermutation.group_starts``; that of a
-            shared expert is the first of its rank.
-        plan: the plan of ``expert_ids``.
-        expert_ids: [T, K] int32 or int64 of this rank's tokens.
-        rank: this rank, the source of the tokens.
-        num_shared_ranks: S; the MoE ranks come after them.
-        shared_ranks: the rank that serves this rank's tokens, for each shared expert.
-        origins: [W] int64.
-        step: from one row of a rank to the next.
-        capacity: rows of a MoE rank: dispatch dropped the slots past them. None for no limit.
-        shared_capacity: as ``capacity``, of a rank with a shared expert.
-
-    Returns:
-        [T, K + NS] int64, ``NOWHERE`` for a slot without a row.
+    Arguments as in ``ref.combine_row_index``.
 
     Raises:
         ArgumentTypeError: another dtype.

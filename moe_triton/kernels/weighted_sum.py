@@ -299,17 +299,9 @@ def weighted_sum(
     out: torch.Tensor,
     norm: Norm | None = None,
 ) -> None:
-    """Sum the rows of each token in fp32, ascending, and round once; see ``ref.weighted_sum``.
+    """Sum the rows of each token in fp32, ascending, and round once.
 
-    Args:
-        rows: [N, stride] uint8; rows may overlap.
-        index: [T, K + NS] int64 rows of each token, the unweighted ones last; negative for none.
-        fmt: of the rows, scheme "none" or "block8".
-        weights: [T, K] fp32, for float64 also float64, or None for all 1.
-        zero_computation: the zero, copy and constant experts, or None; their ids are [T, K] too.
-        addend: [T, H] of the dtype of ``out``, or None.
-        out: [T, H] output, fp16, bf16, fp32 or fp64; sums of fp64 run in fp64.
-        norm: residual to add before rounding, and RMSNorm of the unrounded sum, or None.
+    Arguments as in ``ref.weighted_sum``; a row index below 0 is ``NOWHERE``.
 
     Raises:
         ArgumentTypeError: a dtype that is not listed above.
@@ -516,10 +508,7 @@ def _add_rows_kernel(
 def add_rows(own: torch.Tensor, peer: torch.Tensor, out: torch.Tensor) -> None:
     """Write the sums of [n, H] rows of two ranks into ``out``, in fp32 and rounded once.
 
-    Args:
-        own: [n, H] fp16, bf16 or fp32.
-        peer: as ``own``.
-        out: as ``own``, output; may be one of them.
+    Arguments as in ``ref.add_rows``; ``out`` may be one of the two.
 
     Raises:
         ArgumentTypeError: a dtype that is not listed above, or differs.

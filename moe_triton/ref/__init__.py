@@ -19,16 +19,7 @@ from .gather_quant import gather_quant
 from .gather_rows import gather_rows, zero_padding
 from .gating import top_k_gating
 from .local_permutation import local_permutation
-from .quantize import (
-    decode,
-    encode,
-    quantize_blocks,
-    quantize_by_division,
-    quantize_groups,
-    quantize_mx,
-    quantize_rows,
-    quantize_static,
-)
+from .quantize import encode, quantize_mx, quantize_rows
 from .recv_permutation import recv_permutation
 from .routing_plan import routing_plan
 from .row_index import combine_row_index, recv_row_index
@@ -38,7 +29,6 @@ __all__ = [
     "accumulator",
     "add_rows",
     "combine_row_index",
-    "decode",
     "dispatch_send",
     "encode",
     "eplb_map",
@@ -48,12 +38,8 @@ __all__ = [
     "keep_experts",
     "local_permutation",
     "quantize_affine",
-    "quantize_blocks",
-    "quantize_by_division",
-    "quantize_groups",
     "quantize_mx",
     "quantize_rows",
-    "quantize_static",
     "recv_permutation",
     "recv_row_index",
     "routing_plan",

@@ -30,8 +30,8 @@ def dispatch_send(
     its slots differ, so each slot is written.
 
     Args:
-        x: [T, H] tokens.
-        expert_ids: [T, K].
+        x: [T, H] fp16, bf16, fp32 or fp64 tokens.
+        expert_ids: [T, K] int32 or int64.
         weights: [T, K] routing weights to send, or None.
         smooth_scales: [1] or [H] fp32 factors of all slots, [NS + E, H] factors of each expert,
             shared experts first; or None.

@@ -28,7 +28,7 @@ def finalize_routing(
     its weight is NaN.
 
     Args:
-        rows: [N, H] floating point; the other floating-point tensors have their dtype.
+        rows: [N, H] fp16, bf16, fp32 or fp64; the other floating-point tensors have their dtype.
         index: [T, K] int64, or ``NOWHERE``.
         weights: [T, K], or None for all 1.
         bias: [E, H], or None.

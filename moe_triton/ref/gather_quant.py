@@ -22,8 +22,9 @@ def gather_quant(
     On one rank this replaces ``dispatch_send`` and ``gather_rows``.
 
     Args:
-        x: [T, H] tokens.
-        index: [T, K + NS] int64 row of ``out`` for each slot, or ``NOWHERE``; rows are distinct.
+        x: [T, H] fp16, bf16, fp32 or fp64 tokens.
+        index: [T, K + NS] int32 or int64 row of ``out`` for each slot, or ``NOWHERE``; rows are
+            distinct.
         fmt: scheme, dtypes and block of the rows; its stride is not used.
         smooth_scales: [1] or [H] fp32 factors of all slots, [NS + E, H] factors of each expert,
             shared experts first; or None.

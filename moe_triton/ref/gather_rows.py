@@ -19,7 +19,7 @@ def gather_rows(
 
     Args:
         rows: [N, stride] uint8; rows may overlap, as in windows that are indexed every 16 bytes.
-        index: [n] int64 rows to gather; ``NOWHERE`` makes a row of zeros.
+        index: [n] int32 or int64 rows to gather; ``NOWHERE`` makes a row of zeros.
         fmt: format of the rows.
         x: [A, H] output, of the payload's dtype; rows after the n-th are untouched.
         scales: [A] output of the scales' dtype, [A, C] where a row has several, or None.
@@ -53,7 +53,7 @@ def zero_padding(x: torch.Tensor, index: torch.Tensor, count: torch.Tensor | Non
 
     Args:
         x: zeroed in place; rows after the n-th are untouched.
-        index: [n], negative for a row to zero.
+        index: [n] int32 or int64, negative for a row to zero.
         count: [1] int32: only this many indices are used; None for all n.
     """
     if count is not None:

@@ -27,12 +27,12 @@ def top_k_gating(
     the logits, and the weights are a softmax over the chosen ones.
 
     Args:
-        logits: [T, E] floating point.
-        top_k: K.
-        bias: [E], or None.
+        logits: [T, E] fp16, bf16, fp32 or fp64; NaN is above all numbers.
+        top_k: K, from 1 to E.
+        bias: [E] of one of these dtypes, or None.
         chosen_ids: [T, K] int32 experts that are chosen already and only need weights, or None.
         groups: equal groups of consecutive experts.
-        top_groups: groups that a token may use.
+        top_groups: groups that a token may use, from 1 to ``groups``.
         group_by_two: rank groups by the sum of their two best experts, not by their best one.
         scoring: "softmax", "sigmoid" or "chosen".
         scaling: factor of all weights.

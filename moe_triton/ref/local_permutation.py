@@ -22,7 +22,7 @@ def local_permutation(
 
     Args:
         plan: the plan of ``expert_ids``.
-        expert_ids: [T, K].
+        expert_ids: [T, K] int32 or int64.
         weights: [T, K], or None.
         alignment: as in ``recv_permutation``.
         capacity: as in ``recv_permutation``.

@@ -195,7 +195,7 @@ def encode(
     """Write [R, H] tokens into [R, stride] uint8 ``rows`` in their format; padding is untouched.
 
     Args:
-        x: [R, H] floating point.
+        x: [R, H] fp16, bf16, fp32 or fp64.
         fmt: of the rows.
         rows: [R, stride] uint8 output.
         smooth_scales: [R, H] or [H] fp32 factors for the schemes that take them; for "static" also

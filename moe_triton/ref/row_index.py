@@ -89,7 +89,7 @@ def combine_row_index(
         group_starts: [W, L, W + 1] int32 every rank's ``RecvPermutation.group_starts``; that of a
             shared expert is the first of its rank.
         plan: the plan of ``expert_ids``.
-        expert_ids: [T, K] of this rank's tokens.
+        expert_ids: [T, K] int32 or int64 of this rank's tokens.
         rank: this rank, the source of the tokens.
         num_shared_ranks: S; the MoE ranks come after them.
         shared_ranks: the rank that serves this rank's tokens, for each shared expert.

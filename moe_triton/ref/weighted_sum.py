@@ -35,11 +35,11 @@ def weighted_sum(
     Args:
         rows: [N, stride] uint8; rows may overlap.
         index: [T, K + NS] int64 rows of each token, the unweighted ones last; ``NOWHERE`` for none.
-        fmt: of the rows; those with scales are first rounded to the dtype of ``out``.
-        weights: [T, K] fp32, or None for all 1.
-        zero_computation: the zero, copy and constant experts, or None.
+        fmt: of the rows, "none" or "block8"; block8 rows are rounded to the dtype of ``out``.
+        weights: [T, K] fp32, for float64 also float64, or None for all 1.
+        zero_computation: the zero, copy and constant experts, or None; their ids are [T, K] too.
         addend: [T, H] of the dtype of ``out``, or None.
-        out: [T, H] output. The sum of float64 runs in float64.
+        out: [T, H] output, fp16, bf16, fp32 or fp64; sums of fp64 run in fp64.
         norm: residual to add before rounding, and RMSNorm of the unrounded sum, or None.
     """
     hidden = fmt.hidden
@@ -121,6 +121,6 @@ def _zero_computation_terms(
 
 
 def add_rows(own: torch.Tensor, peer: torch.Tensor, out: torch.Tensor) -> None:
-    """Write the sums of [n, H] rows of two ranks into ``out``, in fp32 and rounded once."""
+    """Write the sums of [n, H] fp16, bf16 or fp32 rows of two ranks into ``out``, rounded once."""
     for part in blocks(*own.shape):
         out[part] = own[part].float() + peer[part].float()

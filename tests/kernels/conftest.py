@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 
 import pytest
@@ -17,6 +18,12 @@ def device():
     """Where the kernels under test run."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     return torch.device("cpu" if interpreted else "cuda", None if interpreted else 0)
+
+
+@pytest.fixture(params=["kernels", "ref"])
+def steps(request):
+    """The launchers, then their definitions: both must give numbers worked out by hand."""
+    return importlib.import_module(f"moe_triton.{request.param}")
 
 
 @pytest.fixture

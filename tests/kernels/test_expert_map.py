@@ -37,13 +37,13 @@ IDS = [[0, 1], [2, 3], [1, 2]]
         ((None,), [[5, 0], [3, 2], [0, 6]]),
     ],
 )
-def test_worked_example_of_replicas(ranks, expected, launch, device):
+def test_worked_example_of_replicas(ranks, expected, steps, launch, device):
     """The numbers of the kernel's docstring, and those of other ranks."""
     table = torch.tensor(TABLE, dtype=torch.int32, device=device)
     for rank in ranks:
         for dtype in (torch.int32, torch.int64):
             ids = torch.tensor(IDS, dtype=dtype, device=device)
-            found = kernels.eplb_map(ids, table, rank=rank, world_size=8)
+            found = steps.eplb_map(ids, table, rank=rank, world_size=8)
             assert found.dtype == dtype
             assert found.tolist() == expected
 
@@ -75,14 +75,23 @@ def test_ids_and_counts_out_of_range_are_errors(ids, count, message, asserting, 
         kernels.eplb_map(torch.tensor([[ids]]), table, rank=0, world_size=8)
 
 
-def test_worked_example_of_kept_slots(launch, device):
+def test_worked_example_of_kept_slots(steps, launch, device):
     """The numbers of the kernel's docstring."""
     weights = torch.tensor([[0.75, 0.25], [0.5, 0.5], [0.9, 0.1]], device=device)
     threshold = torch.tensor([0.0, 0.3], device=device)
     active = torch.tensor([True, True, False], device=device)
-    keep = kernels.keep_experts(weights, threshold, active)
+    keep = steps.keep_experts(weights, threshold, active)
     assert keep.tolist() == [[True, False], [True, True], [False, False]]
-    assert kernels.keep_experts(weights, threshold, None)[2].tolist() == [True, False]
+    assert steps.keep_experts(weights, threshold, None)[2].tolist() == [True, False]
+
+
+@pytest.mark.parametrize("columns", [5, 6, 16])
+def test_weights_are_summed_in_ascending_order(columns, steps, device):
+    # One by one 2**-24 is lost beside 1; the sum of two and more would not be.
+    weights = torch.full((1, columns), 2.0**-24, device=device)
+    weights[0, 0] = 1.0
+    kept = steps.keep_experts(weights, torch.ones(columns, device=device), None)
+    assert kept[0].tolist() == [True] + [False] * (columns - 1)
 
 
 @pytest.mark.parametrize("T, K", [(0, 8), (3, 0), (1, 1), (9000, 6), (70, 17)])

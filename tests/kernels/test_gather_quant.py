@@ -71,16 +71,27 @@ def assert_same(x, index, fmt, smooth_scales, ids):
             assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
-def test_example(device):
+def test_example(steps, device):
     """The numbers of the kernel's docstring."""
     x = torch.tensor([[127.0, 1.0], [254.0, -2.0]], device=device)
     index = torch.tensor([[3, NOWHERE], [0, 2]], device=device)
     out = torch.full((4, 2), 99, dtype=torch.int8, device=device)
     scales = torch.full((4,), 99.0, device=device)
     fmt = RowFormat(torch.int8, 2, 0, "per_row_div", 0)
-    kernels.gather_quant(x, index, fmt, None, None, out, scales)
+    steps.gather_quant(x, index, fmt, None, None, out, scales)
     assert out.tolist() == [[127, -1], [99, 99], [127, -1], [127, 1]]
     assert scales.tolist() == [2.0, 99.0, 2.0, 1.0]
+
+
+def test_factors_of_each_expert(steps, device):
+    """One shared expert with the factors of row 0; experts 0 and 1 with those of rows 1 and 2."""
+    fmt = RowFormat(torch.int8, 2, 0, "static")
+    smooth_scales = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], device=device)
+    out = torch.zeros((3, 2), dtype=torch.int8, device=device)
+    ids = torch.tensor([[1, 0]], dtype=torch.int32, device=device)
+    x, index = torch.ones((1, 2), device=device), torch.tensor([[0, 1, 2]], device=device)
+    steps.gather_quant(x, index, fmt, smooth_scales, ids, out)
+    assert out.tolist() == [[5, 6], [3, 4], [1, 2]]
 
 
 @pytest.mark.parametrize("scheme", formats(1))

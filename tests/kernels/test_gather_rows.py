@@ -62,8 +62,8 @@ def drawn_rows(count, stride, device, seed=0):
     return torch.randint(0, 256, (count, stride), generator=generator).byte().to(device)
 
 
-def test_examples(device):
-    """The numbers of the docstrings of the two kernels."""
+def test_examples(steps, device):
+    """The numbers of the docstrings of the two steps."""
     fmt = RowFormat(torch.float32, 2, 32, "per_row", 16)
     rows = torch.zeros((3, 32), dtype=torch.uint8, device=device)
     fmt.payload(rows).copy_(torch.arange(1.0, 7.0).view(3, 2))
@@ -71,12 +71,28 @@ def test_examples(device):
     x, scales = torch.full((4, 2), 99.0, device=device), torch.full((4,), 99.0, device=device)
     count = torch.tensor([3], dtype=torch.int32, device=device)
     index = torch.tensor([2, NOWHERE, 0, 1], device=device)
-    kernels.gather_rows(rows, index, fmt, x, scales, count)
+    steps.gather_rows(rows, index, fmt, x, scales, count)
     assert x.tolist() == [[5, 6], [0, 0], [1, 2], [99, 99]]
     assert scales.tolist() == [2.0, 0.0, 0.5, 99.0]
     x = torch.arange(1.0, 9.0, device=device).view(4, 2)
-    kernels.zero_padding(x, torch.tensor([0, NOWHERE, 5, NOWHERE], device=device), count)
+    steps.zero_padding(x, torch.tensor([0, NOWHERE, 5, NOWHERE], device=device), count)
     assert x.tolist() == [[1, 2], [0, 0], [5, 6], [7, 8]]
+
+
+def test_rows_of_nowhere_are_zeros(steps, device):
+    fmt = RowFormat(torch.bfloat16, 2, 16)
+    rows = torch.full((2, 16), 0xFF, dtype=torch.uint8, device=device)  # NaN
+    fmt.payload(rows)[1] = 3.0
+    x = torch.full((4, 2), 99.0, dtype=torch.bfloat16, device=device)
+    steps.gather_rows(rows, torch.tensor([NOWHERE, 1, NOWHERE], device=device), fmt, x)
+    assert x.tolist() == [[0, 0], [3, 3], [0, 0], [99, 99]]
+    steps.gather_rows(rows[:0], torch.tensor([NOWHERE], device=device), fmt, x)
+    assert x.tolist() == [[0, 0], [3, 3], [0, 0], [99, 99]]
+    fmt = RowFormat(E4M3, 2, 16)
+    rows.fill_(0x38)  # 1.0
+    x = torch.full((3, 2), 9.0, device=device).to(E4M3)
+    steps.gather_rows(rows, torch.tensor([1, NOWHERE], device=device), fmt, x)
+    assert x.float().tolist() == [[1, 1], [0, 0], [9, 9]]
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])

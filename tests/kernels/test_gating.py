@@ -102,29 +102,29 @@ def test_many_experts(device):
     check_choice(result, 64, None, **options, scaling=1.0)
 
 
-def test_example(device):
+def test_example(steps, device):
     """The numbers of the kernel's docstring."""
     logits = torch.tensor([[1.0, 2, 3, 4], [4, 4, 1, 1]], device=device).log()
-    weights, ids, scores = kernels.top_k_gating(logits, 2)
+    weights, ids, scores = steps.top_k_gating(logits, 2)
     torch.testing.assert_close(weights.cpu(), torch.tensor([[0.4, 0.3], [0.4, 0.4]]))
     assert ids.tolist() == [[3, 2], [0, 1]]
     torch.testing.assert_close(scores.sum(1).cpu(), torch.ones(2))
 
 
-def test_bias_chooses_but_does_not_weigh(device):
+def test_bias_chooses_but_does_not_weigh(steps, device):
     bias = torch.tensor([0.0, 0.0, 5.0, 1.0], device=device)
     logits = torch.zeros((1, 4), device=device)
-    weights, ids, _ = kernels.top_k_gating(logits, 2, bias=bias, scoring="sigmoid", scaling=3.0)
+    weights, ids, _ = steps.top_k_gating(logits, 2, bias=bias, scoring="sigmoid", scaling=3.0)
     assert ids.tolist() == [[2, 3]]
     assert weights.tolist() == [[1.5, 1.5]]
 
 
 @pytest.mark.parametrize("by_two, expected", [(False, [2, 3]), (True, [0, 1])])
-def test_groups_limit_the_choice(by_two, expected, device):
+def test_groups_limit_the_choice(by_two, expected, steps, device):
     # Group 0 has the better pair, group 1 the best expert.
     logits = torch.logit(torch.tensor([[0.6, 0.5, 0.9, 0.1]], device=device))
     options = {"groups": 2, "group_by_two": by_two, "scoring": "sigmoid"}
-    assert kernels.top_k_gating(logits, 2, **options)[1].tolist() == [expected]
+    assert steps.top_k_gating(logits, 2, **options)[1].tolist() == [expected]
 
 
 def test_experts_of_other_groups_follow_where_there_are_too_few(device):

@@ -140,17 +140,17 @@ def test_blocks(x_dtype, block, scale_dtype, device):
     check(x, block8(block * 83, scale_dtype, block))
 
 
-def test_block8_rows_are_divided(device):
+def test_block8_rows_are_divided(steps, device):
     # 94.5625 / scale is 67.46875, half way between two fp16; times 1 / scale it is below.
     x = torch.tensor([[178.0, 94.5625] + [0.0] * 6], device=device)
-    assert coded(x, block8(8, torch.float32))[0].tolist() == [[127, 68] + [0] * 6]
+    assert coded(x, block8(8, torch.float32), steps=steps)[0].tolist() == [[127, 68] + [0] * 6]
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_a_scale_that_has_lost_bits_gives_no_larger_code(sign, device):
+def test_a_scale_that_has_lost_bits_gives_no_larger_code(sign, steps, device):
     # 190 / 127 of the smallest numbers is one of them, and the quotient 190.
     x = torch.tensor([[sign * 190] + [0] * 7], dtype=torch.float32, device=device) * 2.0**-149
-    codes, scale = coded(x, block8(8, torch.float32))
+    codes, scale = coded(x, block8(8, torch.float32), steps=steps)
     assert codes[0, 0] == sign * 127
     assert scale.item() == 2.0**-149
 
@@ -238,23 +238,24 @@ def test_float64_quantises_as_float32(device):
         ),
     ],
 )
-def test_worked_example_of_smooth_rows(smooth_scales, codes, scales, device):
+def test_worked_example_of_smooth_rows(smooth_scales, codes, scales, steps, device):
     x = torch.tensor(
         [[1, -2, 0.5, 4], [0, 0, 0, 0], [3, -8, 1.5, 0.25], [0.125, 0.25, -0.5, 1]],
         dtype=torch.bfloat16,
         device=device,
     )
     smooth_scales = torch.tensor(smooth_scales, device=device)
-    found, found_scales = coded(x, tight(torch.int8, 4, "per_row"), smooth_scales)
+    found, found_scales = coded(x, tight(torch.int8, 4, "per_row"), smooth_scales, steps=steps)
     assert found.tolist() == codes
     assert found_scales.flatten().tolist() == [float.fromhex(scale) for scale in scales]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_worked_example_of_block8(dtype, device):
+def test_worked_example_of_block8(dtype, steps, device):
     """How these rows are decoded is in test_weighted_sum."""
     row = [1, -2, 0.5, 4, 3, -0.125, 0, 2.5] + [0] * 8
-    codes, scales = coded(torch.tensor([row], dtype=dtype, device=device), block8(16, dtype))
+    x = torch.tensor([row], dtype=dtype, device=device)
+    codes, scales = coded(x, block8(16, dtype), steps=steps)
     assert codes.tolist() == [[32, -64, 16, 127, 95, -4, 0, 79] + [0] * 8]
     assert scales.tolist() == [[0.031494140625, 0]]
 
@@ -269,12 +270,101 @@ def test_worked_example_of_block8(dtype, device):
     ],
     ids=["mx e4m3", "mx e5m2", "group e4m3", "group e5m2"],
 )
-def test_worked_example_of_float8(fmt, scales, codes, device):
+def test_worked_example_of_float8(fmt, scales, codes, steps, device):
     row = [5, -7.5, 0.30078125, 0.010009765625, 2, 1] + [0] * 58
-    found, found_scales = coded(torch.tensor([row], dtype=torch.bfloat16, device=device), fmt)
+    x = torch.tensor([row], dtype=torch.bfloat16, device=device)
+    found, found_scales = coded(x, fmt, steps=steps)
     assert found_scales.tolist() == [scales]
     assert bytes(found.view(torch.uint8)[0, :6].tolist()) == bytes.fromhex(codes)
     assert not found[0, 6:].float().any()
+
+
+NAN, INF = float("nan"), float("inf")
+MX, INT8, DIVISION = tight(E4M3, 96, "mx", torch.uint8, 32), "per_row", "per_row_div"
+
+
+@pytest.mark.parametrize(
+    "scheme, row, codes, scale",
+    [
+        pytest.param(INT8, [127, 0.5, 1.5, 2.5, -2.5], [127, 0, 2, 2, -2], 1.0, id="ties"),
+        pytest.param(INT8, [-254, 2, 3, 0, 0], [-127, 1, 2, 0, 0], 2.0, id="negative maximum"),
+        pytest.param(INT8, [0.0] * 5, [0] * 5, 0.0, id="zeros"),
+        pytest.param(INT8, [-0.0] * 5, [0] * 5, 0.0, id="negative zeros"),
+        # 127 / 1e-40 overflows: too small to tell from zeros.
+        pytest.param(INT8, [1e-40, 0, 0, 0, 0], [0] * 5, 0.0, id="factor overflows"),
+        # One division: 127 * (1 / 6) would be 21.166668, and its reciprocal another scale.
+        pytest.param(
+            INT8, [6, -4, 1.5, 1, 0], [127, -85, 32, 21, 0], float.fromhex("0x1.83060cp-5"),
+            id="one division",
+        ),
+        pytest.param(DIVISION, [127, -63.5, 1.5, 0, 0], [127, -64, 2, 0, 0], 1.0, id="divided"),
+        pytest.param(DIVISION, [0.0] * 5, [0] * 5, 0.0, id="zeros divided"),
+        pytest.param(DIVISION, [INF, 1, 0, 0, 0], [0] * 5, INF, id="infinity divided"),
+    ],
+)  # fmt: skip
+def test_rows_by_hand(scheme, row, codes, scale, steps, device):
+    x = torch.tensor([row], dtype=torch.float32, device=device)
+    found, scales = coded(x, tight(torch.int8, 5, scheme), steps=steps)
+    assert found.tolist() == [codes]
+    assert scales.tolist() == [[scale]]
+    assert not torch.signbit(scales).any()
+
+
+def test_static_by_hand(steps, device):
+    x = torch.tensor([[1.5, -100.0, 2.5, 63.6]], dtype=torch.float16, device=device)
+    fmt, factors = tight(torch.int8, 4, "static"), torch.tensor([2.0, 2.0, 1.0, 2.0], device=device)
+    for shape, codes in ((factors[2:3], [2, -100, 2, 64]), (factors, [3, -128, 2, 127])):
+        assert coded(x, fmt, shape, steps)[0].tolist() == [codes]
+    assert coded(x, fmt, factors[None], steps)[0].tolist() == [[3, -128, 2, 127]]
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_nan_and_infinity_stay_in_their_row_or_block(bad, steps, device):
+    x = torch.tensor([[1.0, 2.0], [bad, 1.0], [127.0, 1.0]], device=device)
+    codes, scales = coded(x, tight(torch.int8, 2, "per_row"), steps=steps)
+    assert codes[::2].tolist() == [[64, 127], [127, 1]]
+    assert scales[2] == 1.0
+    x = torch.tensor([[bad, 1.0, 2.0, 1.0]], dtype=torch.float16, device=device)
+    codes, scales = coded(x, block8(4, torch.float16, 2), steps=steps)
+    assert codes[0, 2:].tolist() == [127, 64]
+    assert scales[0, 1] == torch.tensor(2 / 127).half()
+
+
+def test_groups_have_scales_of_their_own_and_the_last_may_be_short(steps, device):
+    x = torch.tensor([[448.0, 1.0, 0.0, 0.0, 896.0]], device=device)
+    smooth_scales = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.5], device=device)
+    codes, scales = coded(x, tight(E4M3, 5, "group", block=2), smooth_scales, steps)
+    assert codes.float().tolist() == [[448, 1, 0, 0, 448]]
+    assert scales.tolist() == [[1.0, 0.0, 1.0]]
+
+
+def test_mx_by_hand(steps, device):
+    """1.99 * 2**3: 15.92 * 2**(8 - 3) = 509 saturates to 448. Inf makes its block NaN, code 255."""
+    x = torch.zeros((2, 96), device=device)
+    x[0, 0], x[0, 32], x[0, 64] = 15.92, INF, -1.0
+    x[1, 0], x[1, 1] = 2.0**-149, 2.0**-126
+    codes, scales = coded(x, MX, steps=steps)
+    assert codes[0, ::64].float().tolist() == [448, -256]
+    assert codes[0, 32:64].float().isnan().all()
+    assert codes[1, :2].float().tolist() == [0.0, 2.0]
+    assert scales.tolist() == [[127 + 3 - 8, 255, 127 - 8, 0], [0] * 4]
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+def test_float8_rows_by_hand(dtype, steps, device):
+    x = torch.tensor([[3.0, -6.0, 1.0], [0.0, 0.0, 0.0]], device=device)
+    codes, scales = coded(x, tight(dtype, 3, "per_row"), steps=steps)
+    largest = torch.finfo(dtype).max
+    assert codes.float()[:, :2].tolist() == [[largest / 2, -largest], [0, 0]]
+    assert scales.tolist() == [[float(1 / (torch.tensor(largest) / 6))], [0.0]]
+
+
+def test_rows_longer_than_a_block_of_ref(steps, device):
+    x = torch.ones((3, 2**17 + 3), device=device)
+    x[1] = 2.0
+    codes, scales = coded(x, tight(torch.int8, 2**17 + 3, "per_row"), steps=steps)
+    assert (codes == 127).all()
+    assert scales.flatten().tolist() == pytest.approx([1 / 127, 2 / 127, 1 / 127])
 
 
 def test_rows_past_2_to_the_31_elements(device, reserve):

@@ -28,14 +28,25 @@ def draw(num_experts, world, most, device, seed=0):
     return counts.int().to(device)
 
 
-def test_examples(device):
-    """The numbers of the docstrings of this kernel and of the one that sums the groups."""
+def test_example(steps, device):
+    """The numbers of the kernel's docstring, then padded to four rows."""
     counts = torch.tensor([[1, 0, 2], [2, 1, 0]], dtype=torch.int32, device=device)
-    found = kernels.recv_permutation(counts)
+    found = steps.recv_permutation(counts)
     assert found.recv_counts_cumsum.tolist() == [1, 1, 3, 5, 6, 6]
     assert found.offsets.tolist() == [3, 6]
     assert found.source.tolist() == [0, 2, 2, 0, 0, 1]
     assert found.index_in_source.tolist() == [0, 0, 1, 1, 2, 0]
+    found = steps.recv_permutation(counts, 4)
+    assert found.recv_counts_cumsum.tolist() == [1, 1, 3, 5, 6, 6]
+    assert found.offsets.tolist() == [4, 8]
+    assert found.source.tolist() == [0, 2, 2, NOWHERE, 0, 0, 1, NOWHERE]
+    real = found.source != NOWHERE
+    assert found.index_in_source[real].tolist() == [0, 0, 1, 1, 2, 0]
+
+
+def test_example_of_groups(device):
+    """The numbers of the docstring of the kernel that sums the groups."""
+    counts = torch.tensor([[1, 0, 2], [2, 1, 0]], dtype=torch.int32, device=device)
     groups = _groups.sum_groups("example", counts, alignment=4)
     assert groups.recv_counts_cumsum.tolist() == [1, 1, 3, 5, 6, 6]
     assert groups.offsets.tolist() == [4, 8]

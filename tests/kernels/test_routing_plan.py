@@ -34,20 +34,28 @@ def draw(num_tokens, top_k, num_experts, device, seed=0):
     return ids.int().to(device)
 
 
-def test_example(device):
+def test_example(steps, device):
     """The numbers of the kernel's docstring."""
     ids = torch.tensor([[0, 2], [2, 1], [0, 3]], dtype=torch.int32, device=device)
-    plan = kernels.routing_plan(ids, 4)
+    plan = steps.routing_plan(ids, 4)
     assert plan.counts.tolist() == [2, 1, 2, 1]
     assert plan.position_in_expert.tolist() == [0, 0, 1, 0, 1, 0]
     assert plan.sorted_slot_ids.tolist() == [0, 4, 3, 1, 2, 5]
+
+
+def test_ids_of_no_routed_expert_are_not_sent(steps, device):
+    ids = torch.tensor([[0, NOWHERE], [2, 0], [1, 3]], dtype=torch.int32, device=device)
+    plan = steps.routing_plan(ids, 2)
+    assert plan.counts.tolist() == [2, 1]
+    assert plan.position_in_expert.tolist() == [0, NOWHERE, NOWHERE, 1, 0, NOWHERE]
+    assert plan.sorted_slot_ids.tolist() == [0, 3, 4, 1, 2, 5]
 
 
 def test_example_in_blocks(device, monkeypatch):
     """The numbers of the docstrings of the three kernels of many slots."""
     few = dataclasses.replace(launch_config.policy(device), compared=0, ranked=4)
     monkeypatch.setattr(launch_config, "policy", lambda device: few)
-    test_example(device)
+    test_example(kernels, device)
     ids = torch.tensor([0, 2, 2, 1, 0, 3], dtype=torch.int32, device=device)
     module = importlib.import_module("moe_triton.kernels.routing_plan")
     histogram, starts = torch.full((2, 2, 5), -7, dtype=torch.int32, device=device)

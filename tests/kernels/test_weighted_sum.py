@@ -171,7 +171,7 @@ def test_every_shape_of_tile_with_block8_rows(H, dtype, launch, device):
     case.check()
 
 
-@pytest.mark.parametrize("hidden", [7168, 8193, 2**15 + 1])
+@pytest.mark.parametrize("hidden", [7168, 8193, 2**17 + 3])
 def test_long_rows(hidden, device):
     Drawn(2, 2, 2, 0, hidden, BF16, N=3, device=device).with_norm().check()
 
@@ -184,7 +184,7 @@ def test_subnormal_numbers(dtype, device):
     case.check()
 
 
-def plain(x, index, weights=None, out=None, **rest):
+def plain(x, index, weights=None, out=None, steps=kernels, **options):
     """Sums of plain rows."""
     fmt = RowFormat(x.dtype, x.shape[1], x.shape[1] * x.itemsize)
     index = torch.as_tensor(index, device=x.device)
@@ -192,51 +192,75 @@ def plain(x, index, weights=None, out=None, **rest):
         weights = torch.tensor(weights, device=x.device)
     if out is None:
         out = torch.full((len(index), x.shape[1]), NAN, dtype=x.dtype, device=x.device)
-    zero_computation, addend = rest.pop("zero_computation", None), rest.pop("addend", None)
-    kernels.weighted_sum(
-        x.view(torch.uint8), index, fmt, weights, zero_computation, addend, out, **rest
+    zero_computation, addend = options.pop("zero_computation", None), options.pop("addend", None)
+    steps.weighted_sum(
+        x.view(torch.uint8), index, fmt, weights, zero_computation, addend, out, **options
     )
     return out
 
 
-def test_example(launch, device):
-    """The numbers of the docstrings of the two kernels."""
+def test_example(steps, launch, device):
+    """The numbers of the docstrings of the two steps."""
     x = torch.tensor([[1.0, 2], [3, 4], [5, 6]], device=device)
-    out = plain(x, [[0, 2], [1, -1], [-1, -1]], [[1.0, 2], [0.5, 8], [1, 1]])
+    out = plain(x, [[0, 2], [1, -1], [-1, -1]], [[1.0, 2], [0.5, 8], [1, 1]], steps=steps)
     assert out.tolist() == [[11, 14], [1.5, 2], [0, 0]]
     own = torch.tensor([[1.0, 256], [2, 0.5]], dtype=BF16, device=device)
     peer = torch.tensor([[3.0, 1], [-2, 0.5]], dtype=BF16, device=device)
-    kernels.add_rows(own, peer, own)
+    steps.add_rows(own, peer, own)
     assert own.tolist() == [[4, 256], [0, 1]]
 
 
-def test_multiplies_then_adds(device):
+def test_multiplies_then_adds(steps, device):
     # (1 + 2**-12)**2 = 1 + 2**-11 + 2**-24 loses its last bit; a fused operation would keep it.
     x = torch.tensor([[-1.0], [1 + 2**-12]], device=device)
-    assert plain(x, [[0, 1]], [[1.0, 1 + 2**-12]]).item() == 2**-11
+    assert plain(x, [[0, 1]], [[1.0, 1 + 2**-12]], steps=steps).item() == 2**-11
 
 
-def test_adds_in_ascending_order(device):
+def test_adds_in_ascending_order(steps, device):
     x = torch.tensor([[2.0**24], [1.0]], device=device)
-    assert plain(x, [[0, 1, 1], [1, 1, 0]]).flatten().tolist() == [2.0**24, 2.0**24 + 2]
+    out = plain(x, [[0, 1, 1], [1, 1, 0]], steps=steps)
+    assert out.flatten().tolist() == [2.0**24, 2.0**24 + 2]
 
 
-def test_rounds_once_and_to_even(device):
+def test_rounds_once_and_to_even(steps, device):
     x = torch.tensor([[256.0], [1.0], [1.0]], dtype=BF16, device=device)
-    out = plain(x, [[0, 1, 2], [0, 1, 1]], [[1.0, 1.0, 1.0], [1.0, 0.5, 0.5]])
+    out = plain(x, [[0, 1, 2], [0, 1, 1]], [[1.0, 1.0, 1.0], [1.0, 0.5, 0.5]], steps=steps)
     assert out.flatten().tolist() == [258.0, 256.0]
 
 
-def test_no_negative_zero(device):
-    assert not torch.signbit(plain(torch.tensor([[-0.0]], dtype=BF16, device=device), [[0]])).any()
+def test_unweighted_rows_and_the_addend_come_last(steps, device):
+    x = torch.tensor([[1.0, 2.0], [10.0, 20.0]], dtype=FP16, device=device)
+    addend = torch.tensor([[0.5, 0.25]], dtype=FP16, device=device)
+    assert plain(x, [[0, 1]], [[3.0]], addend=addend, steps=steps).tolist() == [[13.5, 26.25]]
 
 
-def test_slots_without_a_row_are_left_out_whatever_their_weight(launch, device):
+def test_alphas_of_each_column(steps, launch, device):
+    """Expert 0 is constant with alphas (2, 0) and (3, 1), expert 1 with (0.5, 0) and (1, 2)."""
+
+    def fp32(*numbers):
+        return torch.tensor(numbers, device=device)
+
+    ids = torch.tensor([[0, 1, NOWHERE]], dtype=torch.int32, device=device)
+    alphas = fp32([2.0, 0.0], [0.5, 0.0]), fp32([3.0, 1.0], [1.0, 2.0])
+    experts = ZeroComputationExperts(
+        ids, 0, 0, 2, fp32([1.0, 2.0]), *alphas, fp32([1.0, -1.0], [4.0, 6.0])
+    )
+    index, weights = [[NOWHERE] * 3], [[0.5, 4.0, NAN]]
+    out = plain(fp32([0.0, 0.0]), index, weights, zero_computation=experts, steps=steps)
+    assert out.tolist() == [[0.5 * 5 + 4 * 4.5, 0.5 * -1 + 4 * 12.0]]
+
+
+def test_no_negative_zero(steps, device):
+    x = torch.tensor([[-0.0]], dtype=BF16, device=device)
+    assert not torch.signbit(plain(x, [[0]], steps=steps)).any()
+
+
+def test_slots_without_a_row_are_left_out_whatever_their_weight(steps, launch, device):
     x = torch.tensor([[NAN], [2.0]], device=device)
     weights = [[NAN, 3.0], [2.0, INF], [1.0, NAN]]
-    out = plain(x, [[NOWHERE, 1], [1, NOWHERE], [NOWHERE, NOWHERE]], weights)
+    out = plain(x, [[NOWHERE, 1], [1, NOWHERE], [NOWHERE, NOWHERE]], weights, steps=steps)
     assert out.flatten().tolist() == [6.0, 4.0, 0.0]
-    assert plain(x[:0], [[NOWHERE]], [[1.0]]).tolist() == [[0.0]]
+    assert plain(x[:0], [[NOWHERE]], [[1.0]], steps=steps).tolist() == [[0.0]]
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32, FP64])
@@ -336,7 +360,7 @@ def test_the_output_may_be_the_residual(launch, device):
         (FP16, [1.0078125, -2.015625, 0.50390625, 4, 2.9921875, -0.1259765625, 0, 2.48828125]),
     ],
 )
-def test_worked_example_of_block8_rows(dtype, decoded, launch, device):
+def test_worked_example_of_block8_rows(dtype, decoded, steps, launch, device):
     fmt = block8_format(dtype, 16)
     rows = torch.zeros((1, fmt.stride), dtype=torch.uint8, device=device)
     q = torch.tensor([32, -64, 16, 127, 95, -4, 0, 79] + [0] * 8, dtype=torch.int8)
@@ -344,7 +368,7 @@ def test_worked_example_of_block8_rows(dtype, decoded, launch, device):
     fmt.scales(rows)[0] = torch.tensor([0.031494140625, 0], dtype=dtype, device=device)
     out = torch.full((1, 16), NAN, dtype=dtype, device=device)
     weights = torch.ones((1, 1), device=device)
-    kernels.weighted_sum(
+    steps.weighted_sum(
         rows, torch.zeros((1, 1), dtype=torch.int64, device=device), fmt, weights, None, None, out
     )
     assert out.tolist() == [decoded + [0] * 8]
@@ -373,7 +397,7 @@ def test_worked_example_of_block8_rows(dtype, decoded, launch, device):
     ids=["rank 0", "rank 1"],
 )
 def test_worked_example_of_zero_computation_experts(
-    x, ids, weights, rows, index, wanted, launch, device
+    x, ids, weights, rows, index, wanted, steps, launch, device
 ):
     # Expert 2 is zero, 3 copies, 4 is 2 * token + 3 * [1, -1]; masked slots have no expert.
     def bf16(*numbers):
@@ -383,7 +407,8 @@ def test_worked_example_of_zero_computation_experts(
     zero_computation = ZeroComputationExperts(
         expert_ids, 3, 4, 5, bf16(*x), bf16(2), bf16(3), bf16([1, -1])
     )
-    assert plain(bf16(*rows), index, weights, zero_computation=zero_computation).tolist() == wanted
+    out = plain(bf16(*rows), index, weights, zero_computation=zero_computation, steps=steps)
+    assert out.tolist() == wanted
 
 
 def test_zero_experts_alone_need_no_tokens(device):
@@ -393,12 +418,12 @@ def test_zero_experts_alone_need_no_tokens(device):
     assert plain(x, [[0, NOWHERE]], [[2.0, NAN]], zero_computation=zero_computation).item() == 6.0
 
 
-def test_worked_example_of_residual_and_norm(launch, device):
+def test_worked_example_of_residual_and_norm(steps, launch, device):
     x = torch.tensor([[1.0, 2.0, 3.0, 4.0]], dtype=BF16, device=device)
     residual = torch.tensor([[1.0, 1.0, -1.0, 0.0]], dtype=BF16, device=device)
     gamma = torch.tensor([1.0, 0.5, 2.0, 1.0], dtype=BF16, device=device)
     norm = Norm(residual, gamma, 1e-6, torch.empty_like(x), torch.empty(1, device=device))
-    assert plain(x, [[0]], [[1.0]], norm=norm).tolist() == [[2, 3, 2, 4]]
+    assert plain(x, [[0]], [[1.0]], norm=norm, steps=steps).tolist() == [[2, 3, 2, 4]]
     assert norm.rstd.item() == pytest.approx(0.34815528988838196, rel=1e-6)
     assert norm.y.tolist() == [[0.6953125, 0.5234375, 1.390625, 1.390625]]
 

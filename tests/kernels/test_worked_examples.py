@@ -24,7 +24,7 @@ from worked_examples import (
 )
 
 from moe_triton import kernels
-from moe_triton.layout import NOWHERE, DispatchHeader, Norm, RowFormat, ZeroComputationExperts
+from moe_triton.layout import NOWHERE, DispatchHeader, RowFormat, ZeroComputationExperts
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -234,77 +234,3 @@ def test_tensor_parallel(device):
             kernels.add_rows(mine[:num_mine], peers[num_peers : num_peers + num_mine], sums[-1])
         for ep, found in enumerate(plane.combine(sums)):
             assert found.tolist() == example.combined[2 * ep + tp]
-
-
-@pytest.mark.parametrize(
-    "quant, scales, codes, values",
-    [
-        pytest.param(
-            "mx_e4m3",
-            [121, 0],
-            "7a fe 5a 32 70 68",
-            [320, -448, 20, 0.625, 128, 64],
-            id="12.7, MX e4m3",
-        ),
-        pytest.param(
-            "mx_e5m2",
-            [114, 0],
-            "79 fb 69 55 74 70",
-            [40960, -57344, 2560, 80, 16384, 8192],
-            id="12.7, MX e5m2",
-        ),
-        pytest.param(
-            "group_e4m3",
-            [0.0167410708963871],
-            "79 fe 59 32 6f 67",
-            [288, -448, 18, 0.625, 120, 60],
-            id="12.7, group e4m3",
-        ),
-        pytest.param(
-            "group_e5m2",
-            [0.00013078961637802422],
-            "79 fb 68 55 73 6f",
-            [40960, -57344, 2048, 80, 14336, 7168],
-            id="12.7, group e5m2",
-        ),
-    ],
-)
-def test_float8(quant, scales, codes, values, device):
-    """Through a window, and in one pass on one rank."""
-    row = [5, -7.5, 0.30078125, 0.010009765625, 2, 1] + [0] * 58
-    x = torch.tensor([row], dtype=BF16, device=device)
-    fmt = RowFormat.quantized(quant, BF16, 64)
-    window = torch.full((1, fmt.stride), POISON, dtype=torch.uint8, device=device)
-    kernels.encode(x, fmt, window)
-    here = torch.zeros((1, 1), dtype=torch.int64, device=device)
-    for step in ("gather_rows", "gather_quant"):
-        bytes_ = torch.full((1, 64), POISON, dtype=torch.uint8, device=device)
-        out = bytes_.view(fmt.dtype)
-        found = torch.empty((1, fmt.num_scales), dtype=fmt.scale_dtype, device=device)
-        if step == "gather_rows":
-            kernels.gather_rows(window, here[0], fmt, out, found)
-        else:
-            kernels.gather_quant(x, here, fmt, None, None, out, found)
-        assert found.tolist() == [scales]
-        assert bytes(bytes_[0, :6].tolist()) == bytes.fromhex(codes)
-        assert out[0].float().tolist() == values + [0.0] * 58
-
-
-def test_residual_and_norm(device):
-    """12.9: one rank, one expert that changes nothing."""
-
-    def bf16(*numbers):
-        return torch.tensor(numbers, dtype=BF16, device=device)
-
-    x, fmt = bf16([1, 2, 3, 4]), RowFormat.tight(BF16, 4)
-    returned, total, y = (torch.full_like(x, float("nan")) for _ in range(3))
-    here = torch.zeros((1, 1), dtype=torch.int64, device=device)
-    kernels.gather_quant(x, here, fmt, None, None, returned)
-    window = torch.full((1, fmt.stride), POISON, dtype=torch.uint8, device=device)
-    kernels.encode(returned, fmt, window)
-    weights, rstd = torch.ones((1, 1), device=device), torch.zeros(1, device=device)
-    norm = Norm(bf16([1, 1, -1, 0]), bf16(1, 0.5, 2, 1), 1e-6, y, rstd)
-    kernels.weighted_sum(window, here, fmt, weights, None, None, total, norm)
-    assert total.tolist() == [[2, 3, 2, 4]]
-    assert rstd.tolist() == [pytest.approx(0.34815528988838196, rel=1e-6)]
-    assert y.tolist() == [[0.6953125, 0.5234375, 1.390625, 1.390625]]
