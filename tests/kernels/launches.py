@@ -28,31 +28,18 @@ BF16, INT8, E4M3, E5M2 = torch.bfloat16, torch.int8, torch.float8_e4m3fn, torch.
 
 def formats(hidden: int) -> dict[str, RowFormat]:
     """Each format of dispatched rows."""
-    codes = -(-hidden // 16) * 16
-
-    def quantised(dtype, scheme, count, scale=torch.float32, block=0):
-        stride = -(-(codes + count * scale.itemsize) // 16) * 16
-        return RowFormat(dtype, hidden, stride, scheme, codes, scale, block)
-
+    tight = RowFormat.tight
     formats = {
-        "bf16": RowFormat(BF16, hidden, -(-2 * hidden // 16) * 16),
-        "int8": quantised(INT8, "per_row", 1),
-        "per_row_div": quantised(INT8, "per_row_div", 1),
-        "static": RowFormat(INT8, hidden, codes, "static"),
+        "bf16": tight(BF16, hidden),
+        "int8": tight(INT8, hidden, "per_row"),
+        "per_row_div": tight(INT8, hidden, "per_row_div"),
+        "static": tight(INT8, hidden, "static"),
     }
     for name, dtype in (("e4m3", E4M3), ("e5m2", E5M2)):
-        formats[name] = quantised(dtype, "per_row", 1)
-        formats[f"group {name}"] = quantised(dtype, "group", -(-hidden // 128), block=128)
-        mx = -(-hidden // 64) * 2
-        formats[f"mx {name}"] = quantised(dtype, "mx", mx, torch.uint8, 32)
+        formats[name] = tight(dtype, hidden, "per_row")
+        formats[f"group {name}"] = tight(dtype, hidden, "group", block=128)
+        formats[f"mx {name}"] = tight(dtype, hidden, "mx", torch.uint8, 32)
     return formats
-
-
-def block8_format(hidden: int, dtype: torch.dtype) -> RowFormat:
-    """Rows for combine, quantised in blocks of 8."""
-    codes = -(-hidden // 16) * 16
-    stride = -(-(codes + hidden // 8 * 2) // 16) * 16
-    return RowFormat(INT8, hidden, stride, "block8", codes, dtype, 8)
 
 
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -237,7 +224,7 @@ def _sums(kind: str, hidden: int) -> Iterator[tuple[str, Callable[[], object]]]:
     )  # fmt: skip
     if hidden % 8 == 0:
         for dtype in (BF16, torch.float16):
-            fmt = block8_format(hidden, dtype)
+            fmt = RowFormat.tight(INT8, hidden, "block8", dtype, 8)
             coded = torch.zeros((TOKENS * TOP_K, fmt.stride), dtype=torch.uint8)
             yield (
                 f"encode block8 {dtype}, {kind}",

@@ -44,14 +44,8 @@ def same_bits(actual, expected):
     assert (one == other).all(), f"{int((one != other).sum())} differ"
 
 
-def plain_format(dtype, hidden, extra=0):
-    return RowFormat(dtype, hidden, -(-hidden * dtype.itemsize // 16) * 16 + extra)
-
-
 def block8_format(dtype, hidden):
-    offset = -(-hidden // 16) * 16
-    stride = offset + -(-(hidden // 8 * 2) // 16) * 16
-    return RowFormat(torch.int8, hidden, stride, "block8", offset, dtype, 8)
+    return RowFormat.tight(torch.int8, hidden, "block8", dtype, 8)
 
 
 def encoded(x, fmt):
@@ -67,7 +61,7 @@ class Drawn:
     def __init__(self, seed, T, K, NS, H, dtype, N=9, *, device="cpu"):
         self.generator = torch.Generator().manual_seed(seed)
         self.device, self.dtype, self.shape = device, dtype, (T, H)
-        self.fmt = plain_format(dtype, H)
+        self.fmt = RowFormat.tight(dtype, H)
         spread = torch.exp2(torch.randint(-12, 12, (N, 1), generator=self.generator).double())
         self.x = self.numbers(N, H) * spread.to(dtype).to(device)
         self.rows = encoded(self.x, self.fmt)
