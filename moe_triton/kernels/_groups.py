@@ -49,7 +49,7 @@ def _groups_kernel(
 
     Example: counts [[1, 0, 2], [2, 1, 0]], alignment 4:
         recv_counts_cumsum [1, 1, 3, 5, 6, 6], offsets [4, 8],
-        group_starts [[0, 1, 1, 3], [4, 6, 7, 7]], first_index [[0, 0, 0, 0], [1, 0, 2, 0]].
+        group_starts [[0, 1, 1, 3], [4, 6, 7, 7]].
     """
     source = tl.arange(0, WORLD)
     num_from_source = tl.zeros([WORLD], tl.int32)

@@ -9,7 +9,6 @@ import torch
 
 from moe_triton import kernels, ref
 from moe_triton.errors import ArgumentTypeError, ArgumentValueError
-from moe_triton.kernels import _groups
 from moe_triton.layout import NOWHERE
 
 
@@ -29,7 +28,7 @@ def draw(num_experts, world, most, device, seed=0):
 
 
 def test_example(steps, device):
-    """The numbers of the kernel's docstring, then padded to four rows."""
+    """The numbers of the kernel's docstring, and of the kernel that sums the groups."""
     counts = torch.tensor([[1, 0, 2], [2, 1, 0]], dtype=torch.int32, device=device)
     found = steps.recv_permutation(counts)
     assert found.recv_counts_cumsum.tolist() == [1, 1, 3, 5, 6, 6]
@@ -39,19 +38,10 @@ def test_example(steps, device):
     found = steps.recv_permutation(counts, 4)
     assert found.recv_counts_cumsum.tolist() == [1, 1, 3, 5, 6, 6]
     assert found.offsets.tolist() == [4, 8]
+    assert found.group_starts.tolist() == [[0, 1, 1, 3], [4, 6, 7, 7]]
     assert found.source.tolist() == [0, 2, 2, NOWHERE, 0, 0, 1, NOWHERE]
     real = found.source != NOWHERE
     assert found.index_in_source[real].tolist() == [0, 0, 1, 1, 2, 0]
-
-
-def test_example_of_groups(device):
-    """The numbers of the docstring of the kernel that sums the groups."""
-    counts = torch.tensor([[1, 0, 2], [2, 1, 0]], dtype=torch.int32, device=device)
-    groups = _groups.sum_groups("example", counts, alignment=4)
-    assert groups.recv_counts_cumsum.tolist() == [1, 1, 3, 5, 6, 6]
-    assert groups.offsets.tolist() == [4, 8]
-    assert groups.group_starts.tolist() == [[0, 1, 1, 3], [4, 6, 7, 7]]
-    assert groups.first_index.tolist() == [[0, 0, 0, 0], [1, 0, 2, 0]]
 
 
 @pytest.mark.parametrize("alignment", [1, 4, 128])

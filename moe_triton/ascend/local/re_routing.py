@@ -70,7 +70,7 @@ def _by_expert(counts: Tensor, num_rows: int) -> Tensor:
     numbered = steps_on(counts.device).recv_permutation(counts.T.contiguous(), capacity=num_rows)
     per_rank = counts.sum(1)
     starts = per_rank.cumsum(0) - per_rank
-    index = starts[numbered.source.clamp(min=0)] + numbered.copy
+    index = starts[numbered.source.clamp(min=0)] + numbered.index_in_source
     # Counts on a device are not checked: fewer rows than there are leave zeros.
     return index.where(numbered.source != NOWHERE, NOWHERE)
 
