@@ -21,7 +21,7 @@ INTERPRETED_FULL := $(INTERPRETED) \
 	tests/ascend/local/test_update_expert.py
 
 # Definitions, kernels, profiles and the layer: no compilers, no faults, no long draws.
-QUICK := tests/ref tests/profile tests/eplb tests/kernels $(addprefix tests/test_,layers.py \
+QUICK := tests/profile tests/eplb tests/kernels $(addprefix tests/test_,layers.py \
 	topology.py errors.py load.py fixed_shapes.py expert_parallel.py expert_parallel_rows.py \
 	docs.py readme.py report.py) --ignore=tests/kernels/test_compiled.py
 

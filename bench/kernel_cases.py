@@ -1,8 +1,7 @@
-"""What bench_kernels runs: the shapes of models, and for each kernel its inputs, bytes and check.
+"""Cases of bench_kernels: shapes of models, and inputs, bytes and check of each kernel.
 
-One rank: rows of experts stand in (expert, token) order, and every slot is sent. Bytes are counted
-by the formula of the kernel's docstring, which ``FORMULAS`` repeats so that a test can see whether
-they still agree.
+One rank: rows of experts are in (expert, token) order, and every slot is sent. Bytes follow from
+the formula of the kernel's docstring, which ``FORMULAS`` repeats; a test compares the two.
 
 Letters: T tokens, H hidden size, E experts, K experts per token, S slots of a token, n rows,
 b bytes of an element, W ranks, N = T * K.
@@ -21,9 +20,9 @@ from moe_triton.layout import DispatchHeader, Norm, RoutingPlan, RowFormat
 
 BF16, FP32 = torch.bfloat16, torch.float32
 EPSILON = 1e-6
-RANKS = 8  # whose headers a push writes; here all of them lie in memory of this device
+RANKS = 8  # that dispatch_send writes headers for, all in memory of this device
 # RMSNorm sums squares in another order, and bf16 has 8 bits. Libraries differ in the last bits of
-# exp, and so do the scores of gating.
+# exp, so scores of gating differ too.
 CLOSE = {"y": 1.6e-2, "rstd": 1e-5, "scores": 2e-6}
 
 
@@ -58,7 +57,7 @@ FORMULAS = {
     "gather_rows": "2 * n * (H * b + scale bytes), b bytes an element",
     "dispatch_send": (
         "reads T * H * x.itemsize, writes T * stride, or T * (K + NS) * stride with smooth "
-        "factors for each expert; headers of 4 * (1 + E) for each rank, and 4 or 8 for each copy"
+        "factors for each expert; headers of 4 * (1 + E) for each rank, and 4 or 8 for each slot"
     ),
     "top_k_gating": "gating reads and writes T * E numbers",
 }
@@ -76,9 +75,9 @@ class Case:
         shape: of the model.
         tokens: T.
         inputs: tensors by name.
-        outputs: makes the tensors that the kernel writes into, poisoned; none for a kernel that
-            returns new ones.
-        bind: ``bind(steps, inputs, outputs)`` gives a function that makes one launch and returns
+        outputs: makes the output tensors of the kernel, poisoned; none for a kernel that returns
+            new ones.
+        bind: ``bind(steps, inputs, outputs)`` returns a function that makes one launch and returns
             the results by name; ``steps`` is ``kernels`` or ``ref``.
         num_bytes: that the kernel reads and writes.
     """
@@ -99,21 +98,21 @@ class Case:
         return f"{self.kernel} {self.variant}".strip()
 
     def sets(self, count: int) -> list[tuple[Tensors, Tensors]]:
-        """Inputs and outputs ``count`` times, each in memory of its own."""
-        found = [(self.inputs, self.outputs())]
-        while len(found) < count:
-            found.append(({name: x.clone() for name, x in self.inputs.items()}, self.outputs()))
-        return found
+        """``count`` sets of inputs and outputs, each in memory of its own."""
+        sets = [(self.inputs, self.outputs())]
+        while len(sets) < count:
+            sets.append(({name: x.clone() for name, x in self.inputs.items()}, self.outputs()))
+        return sets
 
 
 def check(case: Case) -> None:
-    """Raise unless the kernel makes what ``ref`` does, bit for bit where that is promised."""
+    """Raise unless the kernel equals ``ref``, bit for bit where that is promised."""
     actual = case.bind(kernels, case.inputs, case.outputs())()
     expected = case.bind(ref, case.inputs, case.outputs())()
     where = f"{case.name}, {case.shape.model}, {case.tokens} tokens"
     if case.kernel == "top_k_gating":
-        # Which of two experts is better may hang on a last bit of their scores. The choice has to
-        # be the one that follows from the scores it was made of.
+        # The last bit of a score may decide between two experts: compare with the choice that
+        # follows from the kernel's own scores.
         order = actual["scores"].argsort(dim=1, descending=True, stable=True)
         ids = order[:, : case.shape.top_k]
         expected = {
@@ -122,10 +121,9 @@ def check(case: Case) -> None:
             "weights": actual["scores"].gather(1, ids),
         }
     for name, wanted in expected.items():
-        found = actual[name]
         if name in CLOSE:
-            torch.testing.assert_close(found, wanted, rtol=CLOSE[name], atol=1e-6)
-        elif not torch.equal(_bytes(found), _bytes(wanted)):
+            torch.testing.assert_close(actual[name], wanted, rtol=CLOSE[name], atol=1e-6)
+        elif not torch.equal(_bytes(actual[name]), _bytes(wanted)):
             raise AssertionError(f"{where}: {name} differs from the definition")
 
 
@@ -141,17 +139,17 @@ def _poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
 
 @functools.lru_cache(maxsize=2)
 def routed(shape: Shape, tokens: int, device: torch.device) -> tuple[torch.Tensor, RoutingPlan]:
-    """[T, K] int32 ids of experts that are all equally popular, and their plan."""
+    """[T, K] int32 ids of equally popular experts, and their plan."""
     ids = testing.routing_uniform(tokens, shape.experts, shape.top_k).to(device)
     return ids, ref.routing_plan(ids, shape.experts)
 
 
-def places(routing: RoutingPlan, shape: Shape) -> torch.Tensor:
-    """[T, K] int64, the row of each slot where rows are in (expert, token) order."""
+def row_index(plan: RoutingPlan, shape: Shape) -> torch.Tensor:
+    """[T, K] int64 row of each slot, for rows in (expert, token) order."""
     row = torch.empty(
-        len(routing.sorted_slot_ids), dtype=torch.int64, device=routing.sorted_slot_ids.device
+        len(plan.sorted_slot_ids), dtype=torch.int64, device=plan.sorted_slot_ids.device
     )
-    row[routing.sorted_slot_ids.long()] = torch.arange(len(row), device=row.device)
+    row[plan.sorted_slot_ids.long()] = torch.arange(len(row), device=row.device)
     return row.view(-1, shape.top_k)
 
 
@@ -161,17 +159,17 @@ def row_bytes(fmt: RowFormat) -> int:
 
 
 def numbers(shape: tuple[int, ...], device: torch.device, dtype=BF16) -> torch.Tensor:
-    """Standard normal, made on the device: a CPU takes seconds for those of the largest cases."""
+    """Standard normal, made on the device: a CPU takes seconds for the largest cases."""
     generator = torch.Generator(device).manual_seed(0)
     return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
 
 def _rows(fmt: RowFormat, count: int, device: torch.device) -> Tensors:
-    """Poisoned rows apart from their scales."""
-    found = {"rows": _poisoned((count, fmt.hidden), fmt.dtype, device)}
+    """Poisoned rows and scales, separate tensors."""
+    tensors = {"rows": _poisoned((count, fmt.hidden), fmt.dtype, device)}
     if fmt.scale_offset is not None:
-        found["scales"] = _poisoned(fmt.scale_shape(count), fmt.scale_dtype, device)
-    return found
+        tensors["scales"] = _poisoned(fmt.scale_shape(count), fmt.scale_dtype, device)
+    return tensors
 
 
 def routing_plan(shape: Shape, tokens: int, device: torch.device) -> Case:
@@ -194,9 +192,9 @@ def routing_plan_bytes(shape: Shape, tokens: int, how: launch_config.PlanLaunch)
 
 def gather_quant(shape: Shape, tokens: int, device: torch.device, *, quant: str | None) -> Case:
     fmt = RowFormat.quantized(quant, BF16, shape.hidden)
-    ids, routing = routed(shape, tokens, device)
+    ids, plan = routed(shape, tokens, device)
     x = numbers((tokens, shape.hidden), device)
-    inputs = {"x": x, "index": places(routing, shape)}
+    inputs = {"x": x, "index": row_index(plan, shape)}
 
     def bind(steps, inputs, outputs):
         x, index, rows, scales = (
@@ -223,10 +221,10 @@ def gather_quant_bytes(shape: Shape, tokens: int, fmt: RowFormat) -> int:
 
 def weighted_sum(shape: Shape, tokens: int, device: torch.device, *, normalised: bool) -> Case:
     fmt = RowFormat.tight(BF16, shape.hidden)
-    ids, routing = routed(shape, tokens, device)
+    ids, plan = routed(shape, tokens, device)
     inputs = {
         "rows": numbers((ids.numel(), shape.hidden), device),
-        "index": places(routing, shape),
+        "index": row_index(plan, shape),
         "weights": testing.weights(tokens, shape.top_k).to(device),
     }
     if normalised:
@@ -235,20 +233,19 @@ def weighted_sum(shape: Shape, tokens: int, device: torch.device, *, normalised:
 
     def outputs():
         size = (tokens, shape.hidden)
-        found = {"out": _poisoned(size, BF16, device)}
+        tensors = {"out": _poisoned(size, BF16, device)}
         if normalised:
-            found["y"], found["rstd"] = (
+            tensors["y"], tensors["rstd"] = (
                 _poisoned(size, BF16, device),
                 _poisoned((tokens,), FP32, device),
             )
-        return found
+        return tensors
 
     def bind(steps, inputs, outputs):
         rows, index, weights = inputs["rows"].view(torch.uint8), inputs["index"], inputs["weights"]
         norm = None
         if normalised:
-            given = inputs["residual"], inputs["gamma"]
-            norm = Norm(*given, EPSILON, outputs["y"], outputs["rstd"])
+            norm = Norm(inputs["residual"], inputs["gamma"], EPSILON, outputs["y"], outputs["rstd"])
 
         def call():
             steps.weighted_sum(rows, index, fmt, weights, None, None, outputs["out"], norm)
@@ -267,10 +264,10 @@ def weighted_sum_bytes(shape: Shape, tokens: int, *, normalised: bool) -> int:
 
 def gather_rows(shape: Shape, tokens: int, device: torch.device, *, quant: str | None) -> Case:
     fmt = RowFormat.quantized(quant, BF16, shape.hidden)
-    ids, routing = routed(shape, tokens, device)
+    ids, plan = routed(shape, tokens, device)
     window = torch.zeros((tokens, fmt.stride), dtype=torch.uint8, device=device)
     ref.encode(numbers((tokens, shape.hidden), device), fmt, window)
-    inputs = {"window": window, "index": routing.sorted_slot_ids.long() // shape.top_k}
+    inputs = {"window": window, "index": plan.sorted_slot_ids.long() // shape.top_k}
 
     def bind(steps, inputs, outputs):
         window, index, rows = inputs["window"], inputs["index"], outputs["rows"]
@@ -288,12 +285,12 @@ def gather_rows(shape: Shape, tokens: int, device: torch.device, *, quant: str |
 
 def dispatch_send(shape: Shape, tokens: int, device: torch.device, *, quant: str | None) -> Case:
     fmt = RowFormat.quantized(quant, BF16, shape.hidden)
-    ids, routing = routed(shape, tokens, device)
+    ids, plan = routed(shape, tokens, device)
     inputs = {
         "x": numbers((tokens, shape.hidden), device),
         "ids": ids,
         "weights": testing.weights(tokens, shape.top_k).to(device),
-        **routing._asdict(),
+        **plan._asdict(),
     }
     sizes = {
         "num_tokens": 1,
@@ -303,33 +300,33 @@ def dispatch_send(shape: Shape, tokens: int, device: torch.device, *, quant: str
     }
 
     def outputs():
-        # Zeros, not poison: what lies between rows and after the copies stays as it was.
-        found = {"window": torch.zeros((tokens, fmt.stride), dtype=torch.uint8, device=device)}
+        # Zeros, not poison: memory between rows and after the slot ids stays untouched.
+        tensors = {"window": torch.zeros((tokens, fmt.stride), dtype=torch.uint8, device=device)}
         for name, size in sizes.items():
             dtype = FP32 if name == "weights" else torch.int32
-            found[name] = torch.zeros((RANKS, size), dtype=dtype, device=device)
-        return found
+            tensors[name] = torch.zeros((RANKS, size), dtype=dtype, device=device)
+        return tensors
 
     def bind(steps, inputs, outputs):
         parts = [outputs[name].unbind(0) for name in DispatchHeader._fields]
         headers = [DispatchHeader(*of_rank) for of_rank in zip(*parts, strict=True)]
-        routing = RoutingPlan(*(inputs[name] for name in RoutingPlan._fields))
+        plan = RoutingPlan(*(inputs[name] for name in RoutingPlan._fields))
         x, ids, weights, window = inputs["x"], inputs["ids"], inputs["weights"], outputs["window"]
         layer = {"experts_per_rank": shape.experts // RANKS, "num_shared_ranks": 0}
 
         def call():
             steps.dispatch_send(
-                x, ids, weights, None, fmt, routing, window, headers, shared_targets=(), **layer
+                x, ids, weights, None, fmt, plan, window, headers, shared_targets=(), **layer
             )
             return outputs
 
         return call
 
-    num_bytes = push_bytes(shape, tokens, fmt)
+    num_bytes = dispatch_send_bytes(shape, tokens, fmt)
     return Case("dispatch_send", quant or "bf16", shape, tokens, inputs, outputs, bind, num_bytes)
 
 
-def push_bytes(shape: Shape, tokens: int, fmt: RowFormat, ranks: int = RANKS) -> int:
+def dispatch_send_bytes(shape: Shape, tokens: int, fmt: RowFormat, ranks: int = RANKS) -> int:
     headers = ranks * 4 * (1 + shape.experts) + tokens * shape.top_k * 8
     return tokens * (shape.hidden * 2 + fmt.stride) + headers
 
@@ -350,7 +347,7 @@ def top_k_gating(shape: Shape, tokens: int, device: torch.device) -> Case:
     return Case("top_k_gating", "", shape, tokens, {"logits": logits}, dict, bind, num_bytes)
 
 
-# Those with a target first.
+# Cases with a target first.
 KINDS: dict[str, Callable[[Shape, int, torch.device], Case]] = {
     "gather_quant int8": functools.partial(gather_quant, quant="int8"),
     "weighted_sum": functools.partial(weighted_sum, normalised=False),

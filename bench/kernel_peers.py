@@ -1,4 +1,4 @@
-"""Other implementations of the same steps, timed beside ours in the same run.
+"""Other implementations of the same steps, timed beside ours in one run.
 
     pytorch             argsort, index_select, index_add and element by element
     torch.compile       the same by inductor; sums as gather, multiply and add, which it fuses
@@ -6,13 +6,12 @@
     triton_kernels      its top-k, of the package of this name in Triton's repository (a
                         distribution called so on package indices is another one)
 
-Two files of TransformerEngine are enough, ``pytorch/triton/permutation.py`` and
+Of TransformerEngine two files are needed, ``pytorch/triton/permutation.py`` and
 ``common/triton/permutation.py`` in ``transformer_engine``; ``--peers-from FOLDER`` finds them in a
-folder that holds these paths. They are in its pure Python wheel, unpacked, and in its repository.
-Importing the whole package would load libraries that need not be there. ``triton_kernels`` is found
-in such a folder too.
+folder with these paths: its unpacked pure Python wheel, or its repository. Importing the whole
+package would load libraries that may be missing. ``triton_kernels`` may be in that folder too.
 
-A peer prepares what it likes before it is timed: masks, maps, weights in another order.
+A peer may prepare masks, maps and sorted weights before it is timed.
 """
 
 import functools
@@ -24,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from kernel_cases import EPSILON, Case, Tensors, places, routed
+from kernel_cases import EPSILON, Case, Tensors, routed, row_index
 
 NAMES = ("pytorch", "torch.compile", "transformer_engine", "triton_kernels")
 PAYLOADS = {
@@ -38,10 +37,10 @@ Bind = Callable[[Tensors, Tensors], Callable[[], Tensors]]
 
 
 class Peers:
-    """The peers that can be imported here.
+    """Peers that can be imported.
 
     Attributes:
-        missing: why each of the others cannot, by name.
+        missing: why each other peer cannot be imported, by name.
     """
 
     def __init__(self, folder: Path | None = None, names: tuple[str, ...] = NAMES) -> None:
@@ -62,26 +61,23 @@ class Peers:
         for name in names:
             try:
                 self._found[name] = make[name]()
-            except Exception as error:  # noqa: BLE001 - a peer that cannot be had is left out, openly
+            except Exception as error:  # noqa: BLE001 - a peer that cannot be imported is reported
                 self.missing[name] = f"{type(error).__name__}: {error}"
 
     def of(self, case: Case) -> dict[str, Bind]:
-        """The peers that do what ``case`` does."""
+        """Peers that implement ``case``."""
         bound = {name: make(case) for name, make in self._found.items()}
         return {name: bind for name, bind in bound.items() if bind is not None}
 
 
 def check(case: Case, actual: Tensors, ours: Tensors) -> None:
-    """Raise unless a peer did the same work as our kernel, which the definition agreed with.
-
-    Roundings may fall otherwise.
-    """
+    """Raise unless a peer's results equal those of our kernel, up to rounding."""
     for name, theirs in actual.items():
         if name == "row_id_map":
             # The rows of each token, by expert.
             found = theirs[:, : case.shape.top_k].long().sort(dim=1).values
             _, routing = routed(case.shape, case.tokens, theirs.device)
-            wanted = places(routing, case.shape).sort(dim=1).values
+            wanted = row_index(routing, case.shape).sort(dim=1).values
         elif name == "chosen":
             found, wanted = (x.long().sort(dim=1).values for x in (theirs, ours["ids"]))
         else:
@@ -96,7 +92,7 @@ def check(case: Case, actual: Tensors, ours: Tensors) -> None:
 
 
 def _compiled(function):
-    # Numbers of tokens vary as they do in serving. Formats and models are code of their own.
+    # The number of tokens varies as in serving; each format and model compiles its own code.
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(function, dynamic=True)
 
@@ -116,7 +112,7 @@ def _pytorch(case: Case, *, prepare: Callable) -> Bind | None:
 
 
 def _short_group(case):
-    """Whether rows end with a group that is shorter, which a reshape cannot express."""
+    """Whether rows end with a shorter group, which a reshape cannot express."""
     return case.variant.startswith("group") and case.shape.hidden % GROUP > 0
 
 
@@ -126,8 +122,8 @@ def _plan(ids, ones, experts):
     counts = torch.zeros(experts, dtype=torch.int32, device=ids.device)
     counts = counts.scatter_add(0, flat, ones)
     start = counts.cumsum(0) - counts
-    place = torch.empty_like(flat).scatter(0, order, torch.arange(len(flat), device=ids.device))
-    return counts, place - start[flat], order
+    position = torch.empty_like(flat).scatter(0, order, torch.arange(len(flat), device=ids.device))
+    return counts, position - start[flat], order
 
 
 def _torch_plan(case, function, inputs, _):
@@ -157,7 +153,7 @@ def _torch_gather(case, function, inputs, _):
 
 
 def _select_quantised(x, token, group, dtype, largest):
-    """Quantised once, then copied, as codes and scales."""
+    """Quantise each token once, then gather codes and scales."""
     grouped = x.float().unflatten(1, (-1, group))
     scale = grouped.abs().amax(dim=2, keepdim=True) / largest
     codes = grouped / scale
@@ -227,11 +223,11 @@ def _torch_gating(case, function, inputs, _):
 
 
 def _permutation_of(folder: Path | None) -> types.ModuleType:
-    """TransformerEngine's module, from its package or, without that, from its two files."""
+    """TransformerEngine's module: from its package, else from its two files."""
     name = "transformer_engine.pytorch.triton.permutation"
     if folder is None or not (folder / "transformer_engine").is_dir():
         return importlib.import_module(name)
-    # In place of the packages, whose __init__ would load everything: only where files lie.
+    # Stand-ins for the packages, whose __init__ would load everything.
     for package in ("", ".common", ".common.triton", ".pytorch", ".pytorch.triton"):
         module = types.ModuleType(f"transformer_engine{package}")
         module.__path__ = [str(folder.joinpath("transformer_engine", *package.split(".")[1:]))]
@@ -256,13 +252,13 @@ def _permutation(module, case, inputs, _):
     sizes = {"num_tokens": tokens, "num_experts": experts, "hidden_size": hidden}
     if case.kernel == "gather_quant":
         extra = {"num_out_tokens": ids.numel(), "scale_hidden_dim": 0}
-        permute = _with_nothing_else(
+        permute = _of_one_argument(
             module.permute_with_mask_map, row_id_map=row_id_map, **sizes, **extra
         )
         return lambda: {"rows": permute(inputs["x"])[0]}
     probabilities = torch.zeros((tokens, experts), device=device)
     probabilities.scatter_(1, ids, inputs["weights"])
-    unpermute = _with_nothing_else(
+    unpermute = _of_one_argument(
         module.unpermute_with_mask_map,
         row_id_map=row_id_map,
         merging_probs=probabilities,
@@ -271,8 +267,8 @@ def _permutation(module, case, inputs, _):
     return lambda: {"out": unpermute(inputs["rows"])[0]}
 
 
-def _with_nothing_else(function, **given):
-    """``function`` of one argument; versions differ in which others there are to be None."""
+def _of_one_argument(function, **given):
+    """``function`` of one argument, all others None unless given; versions differ in them."""
     names = list(inspect.signature(function).parameters)[1:]
     return functools.partial(function, **{name: given.get(name) for name in names})
 

@@ -13,9 +13,9 @@ import torch
 from kernel_cases import (
     BF16,
     Shape,
+    dispatch_send_bytes,
     gather_quant_bytes,
     numbers,
-    push_bytes,
     row_bytes,
     weighted_sum_bytes,
 )
@@ -116,7 +116,7 @@ def layer_bytes(shape: Shape, tokens: int, world_size: int, quant: str | None) -
     if world_size == 1:
         return gather_quant_bytes(shape, tokens, fmt), returned
     packed = 2 * tokens * shape.top_k * row_bytes(fmt)
-    return world_size * (push_bytes(shape, tokens, fmt, world_size) + packed), returned
+    return world_size * (dispatch_send_bytes(shape, tokens, fmt, world_size) + packed), returned
 
 
 def drawn(shape: Shape, tokens: int, device: torch.device, rank: int) -> tuple[torch.Tensor, ...]:

@@ -1,8 +1,9 @@
-"""What the device steps hand to each other: the routing plan, row formats, windows, row numbers.
+"""Data of the device steps: routing plan, row formats, dispatch headers, permutations.
 
-Letters: T tokens of this rank, K experts per token, H hidden size, E routed experts, W ranks,
-L experts of one rank, C copies one source may send to one rank, n rows received. Index tensors are
-int32 unless said otherwise.
+Letters: T tokens of this rank, K experts per token, NS shared experts, H hidden size, E routed
+experts, W ranks, L experts of one rank, C slots one source may send to one rank, n rows received.
+A slot id is token * (K + NS) + slot, where slot K + j stands for shared expert j. Index tensors are
+int32 unless an attribute says otherwise.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ from typing import NamedTuple
 import torch
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-NOWHERE = -1  # as an expert id: the token's slot takes no part; as an index: there is no such row
+NOWHERE = -1  # as an expert id: the slot is not sent; as an index: the slot has no row
 
 
 class Quant(NamedTuple):
-    """How tokens are quantised on their way to the experts.
+    """Quantisation of dispatched tokens.
 
     Attributes:
         scheme: as in ``RowFormat``.
         dtype: of the payload.
-        scale_dtype: of the scales, for the schemes that have such.
+        scale_dtype: of the scales, for the schemes that have scales.
         block: elements that share a scale, or 0 where the whole row has one.
     """
 
@@ -50,18 +51,18 @@ def align(num_bytes: int, to: int = 16) -> int:
 
 
 class RoutingPlan(NamedTuple):
-    """Where the copies of one rank's tokens go; everything follows from counting.
+    """Slots of one rank's tokens, counted and sorted by expert. Here a slot id is token * K + slot.
 
-    Ids outside [0, E) are not sent: ``NOWHERE``, and experts that have no network.
+    Ids outside [0, E) are not sent: ``NOWHERE``, and zero-computation experts.
 
     Example: expert_ids [[0, 2], [2, 1], [0, 3]], E = 4:
-        counts [2, 1, 2, 1], expand_idx [0, 0, 1, 0, 1, 0], sorted_slot_ids [0, 4, 3, 1, 2, 5]
+        counts [2, 1, 2, 1], position_in_expert [0, 0, 1, 0, 1, 0],
+        sorted_slot_ids [0, 4, 3, 1, 2, 5]
 
     Attributes:
-        counts: [E] copies for each expert.
-        position_in_expert: [T*K] earlier flat positions that chose the same expert, or ``NOWHERE``.
-        sorted_slot_ids: [T*K] flat positions sorted by (expert, flat position), those not sent at
-            the end.
+        counts: [E] slots of each expert.
+        position_in_expert: [T*K] earlier slots that chose the same expert, or ``NOWHERE``.
+        sorted_slot_ids: [T*K] slot ids sorted by (expert, slot id), those not sent at the end.
     """
 
     counts: torch.Tensor
@@ -70,12 +71,12 @@ class RoutingPlan(NamedTuple):
 
 
 class RoutingCopies(NamedTuple):
-    """Copies of a call's routing that are made as it is planned, in no launch of their own.
+    """Copies of a call's routing, made by the launches of its plan.
 
     Attributes:
         expert_ids: [T, K] int32 output.
         weights: [T, K] to copy, or None.
-        weights_copy: [T, K] output of the dtype of ``weights``; not looked at without these.
+        weights_copy: [T, K] output of the dtype of ``weights``; unused without ``weights``.
     """
 
     expert_ids: torch.Tensor
@@ -84,15 +85,14 @@ class RoutingCopies(NamedTuple):
 
 
 class DispatchHeader(NamedTuple):
-    """What a source tells one rank about the rows for it; [W] in front when stacked over sources.
+    """Metadata of the rows that a source sends to one rank; [W] in front when stacked over sources.
 
     Attributes:
-        num_tokens: [1] tokens of the source that take part, each of which a shared expert gets.
-        counts: [E] the source's copies for every expert, so that all ranks know all loads.
-        slot_ids: [C] which copies are for this rank, as token * (K + NS) + slot, where slot K + j
-            stands for shared expert j; in (expert, flat position) order, or in token order for a
-            shared expert.
-        weights: [C] routing weights of these copies, 1 for a shared expert, or None.
+        num_tokens: [1] active tokens of the source; a shared expert gets each of them.
+        counts: [E] slots of the source for every expert, so that all ranks know all loads.
+        slot_ids: [C] slot ids of the rows for this rank: in (expert, slot id) order, or in token
+            order for a shared expert.
+        weights: [C] routing weights of these slots, 1 for a shared expert, or None.
     """
 
     num_tokens: torch.Tensor
@@ -102,16 +102,15 @@ class DispatchHeader(NamedTuple):
 
 
 class RowFormat(NamedTuple):
-    """How one token row lies in a window: H elements, then scales where its scheme has such.
+    """Layout of one token row in a window: H elements, then the scales that its scheme has.
 
     Attributes:
         dtype: of the payload.
         hidden: H.
         stride: bytes from row to row, a multiple of 16.
-        scheme: how the payload came about: "none" as it was; "static" with factors that the caller
-            gave; "per_row", "group" and "mx" with scales made from the row; "per_row_div" as
-            "per_row", but the row is divided by its scale; "block8" likewise, on the way back from
-            an expert.
+        scheme: quantisation of the payload: "none"; "static" with the caller's factors; "per_row",
+            "group" and "mx" with scales made from the row; "per_row_div" as "per_row", but divides
+            the row by its scale; "block8" divides too, for combine.
         scale_offset: byte offset of the first scale, a multiple of 16, or None.
         scale_dtype: of the scales.
         block: elements that share a scale, or 0 where the whole row has one.
@@ -134,7 +133,7 @@ class RowFormat(NamedTuple):
         scale_dtype: torch.dtype = torch.float32,
         block: int = 0,
     ) -> RowFormat:
-        """The format of these whose rows and scales begin at the next multiple of 16 bytes."""
+        """The format whose scales and next row begin at the next multiple of 16 bytes."""
         size = align(hidden * dtype.itemsize)
         if scheme in ("none", "static"):
             return cls(dtype, hidden, size, scheme)
@@ -143,11 +142,11 @@ class RowFormat(NamedTuple):
 
     @classmethod
     def quantized(cls, quant: str | None, dtype: torch.dtype, hidden: int) -> RowFormat:
-        """The format of tokens of ``dtype`` after a quantisation of ``QUANTS``, or after none."""
+        """The format of tokens of ``dtype`` after a quantisation of ``QUANTS``, or without one."""
         if quant is None:
             return cls.tight(dtype, hidden)
-        made = QUANTS[quant]
-        return cls.tight(made.dtype, hidden, made.scheme, made.scale_dtype, made.block)
+        scheme, payload, scale_dtype, block = QUANTS[quant]
+        return cls.tight(payload, hidden, scheme, scale_dtype, block)
 
     @property
     def num_scales(self) -> int:
@@ -158,7 +157,7 @@ class RowFormat(NamedTuple):
         return scales + scales % 2 if self.scheme == "mx" else scales
 
     def scale_shape(self, num_rows: int) -> tuple[int, ...]:
-        """Of the scales of some rows apart from these: one dimension where a row has one scale."""
+        """Shape of scales in a tensor of their own: one dimension where a row has one scale."""
         return (num_rows, self.num_scales) if self.block else (num_rows,)
 
     def payload(self, rows: torch.Tensor) -> torch.Tensor:
@@ -173,36 +172,36 @@ class RowFormat(NamedTuple):
 
 
 class RecvPermutation(NamedTuple):
-    """Which copy of which source each received row is; rows in (local expert, source, flat) order.
+    """Order of the received rows: by (local expert, source, slot id).
 
-    Where rows are aligned, each expert's end with padding rows, whose source is ``NOWHERE``.
+    With an alignment, the rows of each expert end with padding, whose source is ``NOWHERE``.
 
     Attributes:
         source: [n] int64 rank that sent the row.
-        copy: [n] int64 its place in that source's list of copies.
-        recv_counts_cumsum: [L*W] inclusive prefix sums of the counts, without padding:
+        index_in_source: [n] int64 its index in that source's ``DispatchHeader.slot_ids``; 0 for
+            rows past the last expert, unused for padding.
+        recv_counts_cumsum: [L*W] inclusive prefix sums of the counts, without padding: Ascend's
             ep_recv_counts.
-        offsets: [L] the rows up to the end of each local expert's, padding included.
-        group_starts: [L, W + 1] the first row of each (local expert, source), then of its padding.
+        offsets: [L] end of each local expert's rows, padding included.
+        group_starts: [L, W + 1] first row of each (local expert, source), then of its padding.
     """
 
     source: torch.Tensor
-    copy: torch.Tensor
+    index_in_source: torch.Tensor
     recv_counts_cumsum: torch.Tensor
     offsets: torch.Tensor
     group_starts: torch.Tensor
 
 
 class RecvRowIndex(NamedTuple):
-    """What a rank knows of each row that it receives, in the order of ``RecvPermutation``.
+    """Slot id, address and weight of each received row, in the order of ``RecvPermutation``.
 
     Attributes:
-        recv_permutation: the numbering of the rows.
-        slot_ids: [n] which copy of its source each row is, token * (K + NS) + slot, or ``NOWHERE``
-            for padding.
-        row_index: [n] int64 where each row lies, or ``NOWHERE``.
-        weights: [n] the routing weight that came with it, 0 for padding; or None.
-        totals: [L] rows of each local expert, padding left out.
+        recv_permutation: the order of the rows.
+        slot_ids: [n] slot id of each row at its source, or ``NOWHERE`` for padding.
+        row_index: [n] int64 address of each row in the windows, or ``NOWHERE``.
+        weights: [n] routing weight of each row, 0 for padding; or None.
+        totals: [L] rows of each local expert, without padding.
     """
 
     recv_permutation: RecvPermutation
@@ -213,14 +212,14 @@ class RecvRowIndex(NamedTuple):
 
 
 class LocalPermutation(NamedTuple):
-    """Where a rank's tokens go when their experts are its own.
+    """Permutation of a rank's tokens by its own experts.
 
     Attributes:
-        recv_permutation: the numbering of the rows, all from rank 0.
-        slot_ids: [n] which copy each row is, token * K + slot, or ``NOWHERE`` for padding.
+        recv_permutation: the order of the rows, all from rank 0.
+        slot_ids: [n] slot id token * K + slot of each row, or ``NOWHERE`` for padding.
         row_index: [T, K] int64 row of each slot, or ``NOWHERE`` where it is not sent.
-        weights: [n] the routing weight of each row, 0 for padding; or None.
-        totals: [E] rows of each expert, padding left out.
+        weights: [n] routing weight of each row, 0 for padding; or None.
+        totals: [E] rows of each expert, without padding.
     """
 
     recv_permutation: RecvPermutation
@@ -231,14 +230,14 @@ class LocalPermutation(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """What follows a combine where residual and RMSNorm are fused into it.
+    """Residual and RMSNorm that are fused into a combine.
 
     Attributes:
         residual: [T, H] of the dtype of the sum.
         gamma: [H] of that dtype.
         epsilon: added to the mean square.
         y: [T, H] output, the normalised sum.
-        rstd: [T] fp32 output, its reciprocal root mean square.
+        rstd: [T] fp32 output, the reciprocal root mean square of the sum.
     """
 
     residual: torch.Tensor
@@ -249,17 +248,17 @@ class Norm(NamedTuple):
 
 
 class ZeroComputationExperts(NamedTuple):
-    """Experts without a network; their ids follow the E routed ones in this order.
+    """Zero, copy and constant experts; their ids follow the E routed ones in this order.
 
     A zero expert adds nothing, a copy expert the token itself, and a constant expert c
     alpha_1[c] * token + alpha_2[c] * value[c].
 
     Attributes:
         expert_ids: [T, K] of the tokens.
-        first_copy: id of the first copy expert, after the zero experts.
+        first_copy: id of the first copy expert.
         first_constant: id of the first constant expert.
-        end: the id after the last one.
-        tokens: [T, H] the tokens, of the dtype of the rows; None without copy or constant experts.
+        end: id after the last constant expert.
+        tokens: [T, H] of the dtype of the rows; None without copy or constant experts.
         alpha_1: [n] or [n, H] of that dtype, or None.
         alpha_2: as alpha_1.
         value: [n, H] of that dtype, or None.

@@ -73,7 +73,7 @@ def test_a_wrong_kernel_has_no_results(module, monkeypatch, capsys):
 
 def test_formulas_are_those_of_the_docstrings(module):
     for kernel, formula in module("kernel_cases").FORMULAS.items():
-        name = "experts" if kernel == "top_k_gating" else kernel
+        name = "gating" if kernel == "top_k_gating" else kernel
         source = importlib.import_module(f"moe_triton.kernels.{name}").__doc__
         assert formula in " ".join(source.split()), kernel
 
@@ -97,7 +97,8 @@ def test_bytes_of_deepseek(module):
     assert cases.weighted_sum_bytes(shape, tokens, normalised=False) == 9 * token_bytes
     assert cases.weighted_sum_bytes(shape, tokens, normalised=True) == 11 * token_bytes
     headers = 8 * 4 * 257 + rows * 8
-    assert cases.push_bytes(shape, tokens, fmt("int8")) == token_bytes + tokens * 7184 + headers
+    sent = cases.dispatch_send_bytes(shape, tokens, fmt("int8"))
+    assert sent == token_bytes + tokens * 7184 + headers
     how = launch_config.PlanLaunch(False, 256, 16, 16, 1056, 4)
     assert cases.routing_plan_bytes(shape, tokens, how) == rows * 16 + 128 * 256 * 12
     few = launch_config.PlanLaunch(True, 16, 128, 16, 1056, 4)

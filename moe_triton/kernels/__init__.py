@@ -1,40 +1,33 @@
 """Triton kernels, one step per file: tensors in, tensors out.
 
-A kernel file knows nothing of ranks, processes, back ends or the environment, and defines nothing:
-what a step means stands in ``moe_triton.ref``. Each file names its launcher after the step
-(``plan``, ``gather_quant``, ...); the launchers are the names of this package.
+Kernel files take no ranks, process groups, back ends or environment variables. Each launcher has
+the name of its step in ``moe_triton.ref``, in a file of the same name: ``ref`` defines the result,
+the kernel computes the same bits. Launchers check what keeps memory safe: dtypes, shapes, strides
+and devices.
 """
 
 from __future__ import annotations
 
-# The repository root holds a link of this name for readers. Importing through it would make a
-# second copy of every module, and hide the unrelated distribution called `kernels`.
+# The link of this name in the repository root is for readers. Importing through it would load each
+# module twice and hide the distribution called `kernels`.
 if __name__ != "moe_triton.kernels":
     raise ImportError(
-        f"these are moe_triton.kernels, found as {__name__!r} through the link at the root of the "
-        "repository: import moe_triton.kernels, or take that directory off sys.path if another "
-        "package of this name was meant",
+        f"moe_triton.kernels must be imported by that name, got {__name__!r} through the link in "
+        "the root of the repository: import moe_triton.kernels, or take that folder off sys.path "
+        "to import another package of this name",
         name=__name__,
     )
 
 from .affine import quantize_affine
 from .dispatch_send import dispatch_send
-from .experts import eplb_map, keep_experts, top_k_gating
+from .expert_map import eplb_map, keep_experts
 from .finalize_routing import finalize_routing
 from .flags import wait_flags, write_flags
 from .gather_quant import gather_quant
 from .gather_rows import gather_rows, zero_padding
+from .gating import top_k_gating
 from .local_permutation import local_permutation
-from .quantize import (
-    decode,
-    encode,
-    quantize_blocks,
-    quantize_by_division,
-    quantize_groups,
-    quantize_mx,
-    quantize_rows,
-    quantize_static,
-)
+from .quantize import encode
 from .recv_permutation import recv_permutation
 from .routing_plan import routing_plan
 from .row_index import combine_row_index, recv_row_index
@@ -43,7 +36,6 @@ from .weighted_sum import add_rows, weighted_sum
 __all__ = [
     "add_rows",
     "combine_row_index",
-    "decode",
     "dispatch_send",
     "encode",
     "eplb_map",
@@ -53,12 +45,6 @@ __all__ = [
     "keep_experts",
     "local_permutation",
     "quantize_affine",
-    "quantize_blocks",
-    "quantize_by_division",
-    "quantize_groups",
-    "quantize_mx",
-    "quantize_rows",
-    "quantize_static",
     "recv_permutation",
     "recv_row_index",
     "routing_plan",

@@ -1,4 +1,4 @@
-"""What launchers check before a kernel runs: dtypes, ranks, strides and devices of tensors."""
+"""Checks of launchers: dtypes, shapes, strides and devices of tensors, for memory safety."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def check_tensor(
     device: torch.device,
     strided_columns: bool = True,
 ) -> None:
-    """Raise unless a tensor is of one of ``dtypes``, of ``shape``, and on ``device``.
+    """Raise unless a tensor has one of ``dtypes`` and ``shape`` and is on ``device``.
 
     Args:
         op: for the message.
-        name: of the argument.
-        tensor: its value.
-        dtypes: those that are allowed.
+        name: of the argument, for the message.
+        tensor: value of the argument.
+        dtypes: allowed dtypes.
         shape: None stands for any size.
         device: of the op's first argument.
-        strided_columns: whether the elements of a row may lie apart.
+        strided_columns: whether the last dimension may have a stride other than 1.
     """
     if tensor.dtype not in dtypes:
         raise ArgumentTypeError(op, name, f"be one of {[*dtypes]}", tensor.dtype)
@@ -50,5 +50,5 @@ def check_tensor(
 
 
 def with_adjacent_columns(rows: torch.Tensor) -> torch.Tensor:
-    """[.., H] rows as they are, or a copy where the elements of a row lie apart."""
+    """[.., H] rows, copied if the stride of their columns is not 1."""
     return rows if rows.shape[-1] <= 1 or rows.stride(-1) == 1 else rows.contiguous()

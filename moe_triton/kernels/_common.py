@@ -1,8 +1,8 @@
-"""Device helpers of several kernels: conversions that come out equal on every target.
+"""Device helpers of several kernels: conversions with the same bits on every target.
 
-Triton's interpreter cuts bf16 where hardware rounds, and garbles float8; chips differ in the
-formats they convert. Here conversions are written as integer arithmetic on the bits, and what is
-stored are codes: float8 as bytes, which even a chip without float8 can make.
+Triton's interpreter truncates bf16 where hardware rounds, and garbles float8; chips differ in the
+formats they convert. Here conversions are integer arithmetic on the bits, and float8 is stored as
+bytes, which a chip without float8 can make too.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-# Integers that are moved in place of elements of as many bytes, so that no conversion touches them.
+# Integers to move in place of elements of as many bytes, so that no conversion changes them.
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# A NaN compares with nothing, as bits it is above infinity.
+# The bits of a NaN are above those of infinity.
 INFINITY_BITS = tl.constexpr(0x7F800000)
 
 
@@ -21,7 +21,7 @@ INFINITY_BITS = tl.constexpr(0x7F800000)
 def to_float32(x):
     """Widen fp16, bf16, fp32 or int8; narrow fp64."""
     if x.dtype == tl.bfloat16:
-        # The upper half of an fp32.
+        # bf16 is the upper half of an fp32.
         y = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
         y = x.to(tl.float32)
@@ -30,10 +30,10 @@ def to_float32(x):
 
 @triton.jit
 def from_float32(y, DTYPE: tl.constexpr):
-    """Round fp32 half to even to bf16 or fp16; fp32 and fp64 stay exact."""
+    """Round fp32 half to even to bf16 or fp16; fp32 and fp64 are exact."""
     if DTYPE == tl.bfloat16:  # noqa: SIM300 - DTYPE is the parameter
         bits = y.to(tl.int32, bitcast=True)
-        # Rounding would carry a NaN into the sign.
+        # Rounding up a NaN would carry into its sign.
         is_nan = (bits & 0x7FFFFFFF) > INFINITY_BITS
         upper = tl.where(is_nan, bits | 0x400000, bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         rounded = upper.to(tl.int16).to(tl.bfloat16, bitcast=True)
@@ -64,13 +64,13 @@ def narrow(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def magnitude_bits(x):
-    """|x| of fp32 as int32, which order as the numbers do, with NaN above all of them."""
+    """|x| of fp32 as int32 in the order of the numbers, with NaN above all."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
 def int8_code(y, LOWEST: tl.constexpr):
-    """Clamp fp32 to [LOWEST, 127] and round it half to even, as int8; NaN is 0."""
+    """Clamp fp32 to [LOWEST, 127] and round half to even, as int8; NaN becomes 0."""
     y = tl.where(y == y, y, 0.0)
     y = tl.minimum(tl.maximum(y, LOWEST), 127.0)
     # Adding 1.5 * 2**23 leaves the rounded integer in the lowest bits of the sum.
@@ -81,16 +81,16 @@ def int8_code(y, LOWEST: tl.constexpr):
 def float8_code(y, MANTISSA: tl.constexpr):
     """Round fp32 half to even to e4m3fn (MANTISSA 3) or e5m2 (2), as uint8.
 
-    |y| must not be above the largest value by more than a rounding error, or be NaN.
+    |y| must be NaN, or above the largest value by a rounding error at most.
     """
     SHIFT: tl.constexpr = 23 - MANTISSA
     MIN_EXPONENT: tl.constexpr = -6 if MANTISSA == 3 else -14  # of normal numbers
     bits = y.to(tl.int32, bitcast=True)
     most = bits & 0x7FFFFFFF
-    # Exponent biases differ: that many steps are taken off.
+    # Subtract the difference of the exponent biases.
     offset: tl.constexpr = (127 + MIN_EXPONENT - 1) << MANTISSA
     normal = ((most + ((1 << (SHIFT - 1)) - 1) + ((most >> SHIFT) & 1)) >> SHIFT) - offset
-    # Below the normal numbers steps stay equal: the lowest bits of a sum count them.
+    # Subnormal numbers have equal steps: the lowest bits of a sum count them.
     magic: tl.constexpr = 2.0 ** (MIN_EXPONENT - MANTISSA + 23)
     magic_bits: tl.constexpr = (127 + MIN_EXPONENT - MANTISSA + 23) << 23
     small = (tl.abs(y) + magic).to(tl.int32, bitcast=True) - magic_bits
@@ -101,9 +101,9 @@ def float8_code(y, MANTISSA: tl.constexpr):
 
 @triton.jit
 def load_rows(ptr, first, stride, end, other, ROWS: tl.constexpr):
-    """[ROWS] int64 from ptr[row * stride] for the rows from ``first``, those below ``end``.
+    """[ROWS] int64 from ptr[row * stride] for rows from ``first``, ``other`` from ``end`` on.
 
-    One row is loaded as a number: where it is used as an index, NPUs then see consecutive columns.
+    One row is loaded as a scalar: used as an index, it shows NPUs consecutive columns.
     """
     if ROWS == 1:
         values = tl.load(ptr + first.to(tl.int64) * stride).to(tl.int64)

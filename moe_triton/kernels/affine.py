@@ -1,4 +1,4 @@
-"""Quantise to int8 with one factor and one offset for all, in fp16.
+"""Quantise to int8 with one factor and one offset for all elements, in fp16.
 
     q = int8(clamp(round(fp16(fp16(x) * fp16(scale)) + fp16(offset)), -128, 127))
 
@@ -20,7 +20,7 @@ from .launch_config import tiles
 
 @triton.jit
 def _through_half(x):
-    """fp32 rounded to fp16. Of two such, fp32 holds the product, and enough of the sum."""
+    """fp32 rounded to fp16; fp32 holds the product of two exactly, and enough of their sum."""
     return x.to(tl.float16).to(tl.float32)
 
 
@@ -37,6 +37,10 @@ def _affine_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
+    """Quantise with one factor and one offset.
+
+    Example: scale 1, offset 0: x [[0.5, 1.5, -2.5, 200, -200]] becomes [[0, 2, -2, 127, -128]].
+    """
     scale = _through_half(tl.load(scale_ptr))
     offset = _through_half(tl.load(offset_ptr))
     num_tiles = tl.cdiv(num_rows, BLOCK_R) * across
@@ -50,15 +54,9 @@ def _affine_kernel(
 
 
 def quantize_affine(x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """Quantise to int8 with one factor and one offset; see ``ref.quantize_affine``.
+    """Quantise to int8 with one factor and one offset, in fp16.
 
-    Args:
-        x: [R, H] fp16, bf16, fp32 or fp64.
-        scale: [1] fp32.
-        offset: [1] fp32.
-
-    Returns:
-        [R, H] int8.
+    Arguments as in ``ref.quantize_affine``.
 
     Raises:
         ArgumentTypeError: a dtype that is not listed above.
@@ -66,8 +64,8 @@ def quantize_affine(x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) 
     """
     op, device = "quantize_affine", x.device
     check_tensor(op, "x", x, dtypes=FLOATS, shape=(None, None), device=device)
-    for name, one in (("scale", scale), ("offset", offset)):
-        check_tensor(op, name, one, dtypes=(torch.float32,), shape=(1,), device=device)
+    for name, number in (("scale", scale), ("offset", offset)):
+        check_tensor(op, name, number, dtypes=(torch.float32,), shape=(1,), device=device)
     num_rows, hidden = x.shape
     q = torch.empty((num_rows, hidden), dtype=torch.int8, device=device)
     if q.numel() == 0:

@@ -1,17 +1,17 @@
-"""Write a rank's tokens where all ranks can read them, and tell each rank which are for it.
+"""Write a rank's tokens into its own window, and its header into every rank's window.
 
-The rows are written by the kernel of ``quantize``, each token once. A second kernel writes this
-rank's header into every rank's window, through a table of addresses:
+The kernel of ``quantize`` writes the rows, each token once. A second kernel writes the headers,
+through a table of addresses:
 
-    [num_tokens, counts, copies, weights, role] of each rank, int64
+    [num_tokens, counts, slot_ids, weights, role] of each rank, int64
 
-where role is the number m of a MoE rank, or -1 - j for the rank of shared expert j. The copies for
-MoE rank m are a stretch of the plan's order; those for a shared expert are all tokens that take
-part. Every program counts for itself what lies before its own, so nothing waits and nothing races.
+where role is the number m of a MoE rank, or -1 - j for the rank of shared expert j. The slots for
+MoE rank m are a range of the plan's sorted slot ids; those for a shared expert are all active
+tokens. Every program counts what comes before its part, so no program waits for another.
 
 Shapes: T tokens, K experts and NS shared experts of a token, H hidden size, E experts, W ranks.
 Bytes:  reads T * H * x.itemsize, writes T * stride, or T * (K + NS) * stride with smooth factors
-        for each expert; headers of 4 * (1 + E) for each rank, and 4 or 8 for each copy.
+        for each expert; headers of 4 * (1 + E) for each rank, and 4 or 8 for each slot.
 Source: ``moe_triton.ref.dispatch_send``.
 """
 
@@ -28,9 +28,9 @@ from ..errors import ArgumentValueError, UnavailableError
 from ..layout import NOWHERE, DispatchHeader, RoutingPlan, RowFormat
 from . import launch_config
 from ._checks import FLOATS, INDICES, check_tensor
-from .quantize import split_rows, write_rows
+from .quantize import encode_slots, split_rows
 
-_NO_ROLE = tl.constexpr(-(2**31))  # a rank with a shared expert that serves other ranks
+_NO_ROLE = tl.constexpr(-(2**31))  # of a rank whose shared expert serves other ranks
 _TABLE_COLUMNS = tl.constexpr(5)
 _NOWHERE = tl.constexpr(NOWHERE)
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
@@ -63,6 +63,13 @@ def _write_headers_kernel(
     TOKENS: tl.constexpr,
     SLOTS: tl.constexpr,  # K rounded up to a power of two
 ):
+    """Write this rank's header for each rank.
+
+    Example: expert_ids [[0, 2], [2, 1], [-1, -1]], E = 4, weights [[0.5, 0.25], [0.75, 1], [0, 0]],
+        three ranks: a shared expert, experts 0 and 1, experts 2 and 3. All get num_tokens 2 and
+        counts [1, 1, 2, 0]. slot_ids and weights: [2, 5] and [1, 1]; [0, 4] and [0.5, 1];
+        [1, 3] and [0.25, 0.75].
+    """
     rank, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     record = table_ptr + rank * _TABLE_COLUMNS
     num_tokens_out = tl.load(record).to(tl.pointer_type(tl.int32))
@@ -73,7 +80,7 @@ def _write_headers_kernel(
     role = tl.load(record + 4).to(tl.int32)
     first_part = part == 0
 
-    # The copies before those of this rank's experts, and their own number.
+    # Count the slots before those of the rank's experts, and the slots of its experts.
     first_expert = role * experts_per_rank
     start, count = 0, 0
     for begin in range(0, num_experts, BLOCK):
@@ -83,19 +90,19 @@ def _write_headers_kernel(
         mine = (expert >= first_expert) & (expert < first_expert + experts_per_rank)
         start += tl.sum(tl.where(expert < first_expert, counts, 0))
         count += tl.sum(tl.where(mine, counts, 0))
-    # Nor does a token that names an expert twice lead beyond the room for copies.
+    # Clamp: duplicate expert ids must not overflow the slot list.
     count = tl.where(role >= 0, tl.minimum(count, num_slot_ids), 0)
     for begin in range(part * BLOCK, count, parts * BLOCK):
-        place = begin + tl.arange(0, BLOCK)
-        mask = place < count
-        flat = tl.load(sorted_slot_ids_ptr + start + place, mask=mask, other=0)
+        position = begin + tl.arange(0, BLOCK)
+        mask = position < count
+        slot_id = tl.load(sorted_slot_ids_ptr + start + position, mask=mask, other=0)
         # t * K + k becomes t * (K + NS) + k.
-        tl.store(slot_ids_out + place, flat + flat // top_k * num_shared, mask=mask)
+        tl.store(slot_ids_out + position, slot_id + slot_id // top_k * num_shared, mask=mask)
         if WEIGHT is not None and weights_ptr is not None:
-            weight = tl.load(weights_ptr + flat, mask=mask, other=0.0)
-            tl.store(weights_out + place, weight.to(WEIGHT), mask=mask)
+            weight = tl.load(weights_ptr + slot_id, mask=mask, other=0.0)
+            tl.store(weights_out + position, weight.to(WEIGHT), mask=mask)
 
-    # A token takes part if any of its slots does.
+    # A token is active if any of its slots is.
     is_shared = (role < 0) & (role != _NO_ROLE)
     slot = tl.arange(0, SLOTS)
     num_active = 0
@@ -105,12 +112,12 @@ def _write_headers_kernel(
         at = (token * top_k)[:, None] + slot[None, :]
         ids = tl.load(expert_ids_ptr + at, mask=mask, other=_NOWHERE)
         active = tl.max((ids != _NOWHERE).to(tl.int32), axis=1)
-        place = num_active + tl.cumsum(active, axis=0) - active
-        copy = token * (top_k + num_shared) + top_k - 1 - role
-        tl.store(slot_ids_out + place, copy, mask=(active > 0) & is_shared)
+        position = num_active + tl.cumsum(active, axis=0) - active
+        shared_id = token * (top_k + num_shared) + top_k - 1 - role
+        tl.store(slot_ids_out + position, shared_id, mask=(active > 0) & is_shared)
         if WEIGHT is not None:
             ones = tl.full([TOKENS], 1.0, WEIGHT)
-            tl.store(weights_out + place, ones, mask=(active > 0) & is_shared)
+            tl.store(weights_out + position, ones, mask=(active > 0) & is_shared)
         num_active += tl.sum(active)
     tl.store(num_tokens_out, num_active, mask=first_part)
 
@@ -121,7 +128,7 @@ def dispatch_send(
     weights: torch.Tensor | None,
     smooth_scales: torch.Tensor | None,
     fmt: RowFormat,
-    routing: RoutingPlan,
+    plan: RoutingPlan,
     rows: torch.Tensor,
     headers: Sequence[DispatchHeader],
     *,
@@ -129,22 +136,9 @@ def dispatch_send(
     shared_targets: Sequence[int],
     num_shared_ranks: int,
 ) -> None:
-    """Write this rank's tokens where all ranks can read them, and tell each rank which are for it.
+    """Write this rank's tokens into its own window, and its header into every rank's window.
 
-    Args:
-        x: [T, H] tokens.
-        expert_ids: [T, K] int32 or int64.
-        weights: [T, K] to send along, or None.
-        smooth_scales: [1] or [H] fp32 factors of all copies, [NS + E, H] factors of each expert,
-            those of shared experts first; or None.
-        fmt: the format of the rows.
-        routing: the plan of ``expert_ids``.
-        rows: [R, stride] uint8 output; row t is token t, or with factors of each expert row
-            t * (K + NS) + k slot k of it.
-        headers: this rank's header in every rank's window.
-        experts_per_rank: L of the MoE ranks.
-        shared_targets: the rank that gets all tokens, for each shared expert.
-        num_shared_ranks: S; the MoE ranks come after them.
+    Arguments as in ``ref.dispatch_send``.
 
     Raises:
         ArgumentTypeError: a wrong dtype.
@@ -161,21 +155,23 @@ def dispatch_send(
     num_rows = num_tokens * num_slots
     check_tensor(op, "rows", rows, dtypes=(torch.uint8,), shape=(None, None), device=device)
     if len(rows) < num_rows:
-        raise ArgumentValueError(op, "rows", f"have {num_rows} rows at least", len(rows))
+        raise ArgumentValueError(op, "rows", f"have at least {num_rows} rows", len(rows))
     payload, scales = split_rows(fmt, rows[:num_rows])
     per_slot = expert_ids if per_expert else None
-    write_rows(op, x, fmt, payload, scales, smooth_scales, expert_ids=per_slot, num_slots=num_slots)
+    encode_slots(
+        op, x, fmt, payload, scales, smooth_scales, expert_ids=per_slot, num_slots=num_slots
+    )
 
     weight_dtype = None if headers[0].weights is None else headers[0].weights.dtype
-    num_experts = len(routing.counts)
+    num_experts = len(plan.counts)
     work = max(num_tokens * top_k, num_experts)
     line = launch_config.line(device, work, others=len(headers))
     slots = triton.next_power_of_2(top_k)
     _write_headers_kernel[(len(headers), line.num_programs)](
         _header_table(headers, tuple(shared_targets), num_shared_ranks, device),
         expert_ids.contiguous(),
-        routing.counts,
-        routing.sorted_slot_ids,
+        plan.counts,
+        plan.sorted_slot_ids,
         None if weights is None else weights.contiguous(),
         num_tokens,
         top_k,
@@ -209,9 +205,8 @@ def _header_table(
     return _table_of(addresses, shared_targets, num_shared_ranks, device)
 
 
-# Windows stay where they are: a table is copied to the device once. It says no more than what it is
-# found by, so that it holds for other windows in that place too. It is never forgotten: graphs that
-# replay what reads it do not keep it alive.
+# Cached by the addresses of windows, which do not move: a table is copied to the device once.
+# Cached forever: a graph that replays a launch does not keep the tensor alive.
 @functools.cache
 def _table_of(
     addresses: tuple[tuple[int, int, int, int], ...],
@@ -226,7 +221,7 @@ def _table_of(
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise UnavailableError(
             "dispatch_send",
-            "these windows are new to this device, which a graph cannot learn of: before it is "
-            "captured, the same calls must have been made once for every slot of the ring",
+            "a graph capture cannot copy addresses of new windows to the device: before it, make "
+            "the same calls once for every slot of the ring",
         )
     return torch.tensor(records, dtype=torch.int64, device=device)

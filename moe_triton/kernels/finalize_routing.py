@@ -1,4 +1,4 @@
-"""The end of a MoE layer on one device: sums of experts' rows with their biases, and skips.
+"""End of a MoE layer on one device: weighted sum of expert rows, biases and skip connections.
 
     out[t] = skip_1[t] + skip_2[t] + sum_k weights[t, k] * (rows[index[t, k]] + bias[expert[t, k]])
 
@@ -10,6 +10,8 @@ Source:  ``npu_moe_finalize_routing``; ``moe_triton.ref.finalize_routing``.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
@@ -24,7 +26,7 @@ from .launch_config import token_tiles
 @triton.jit(do_not_specialize=["num_tokens", "num_rows", "num_experts", "across"])
 def _finalize_kernel(
     rows_ptr,  # [N, H] fp16 | bf16 | fp32 | fp64, the dtype of all others
-    index_ptr,  # [T, SLOTS] int64, negative where there is no row
+    index_ptr,  # [T, SLOTS] int64, negative where the slot has no row
     weights_ptr,  # [T, SLOTS], or None
     bias_ptr,  # [E, H], or None
     expert_ids_ptr,  # [T, SLOTS] int32, or None
@@ -45,12 +47,18 @@ def _finalize_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
+    """Sum skip connections and the rows and biases of each token.
+
+    Example: rows [[1], [10], [100]], index [[0, 2], [1, -1]], weights [[2, 3], [5, 2]],
+        bias [[0.5], [0.25]], expert_ids [[0, 1], [1, 0]], skip_1 [[1000], [2000]]:
+        [[1303.75], [2052.25]].
+    """
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     num_tiles = tl.cdiv(num_tokens, BLOCK_T) * across
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         first = tile // across * BLOCK_T
-        # One token is a scalar, and so is the address of its row, as hardware that copies whole
-        # rows needs it.
+        # One token is a scalar, and so is the address of its row: hardware that copies
+        # whole rows needs that.
         number = first if BLOCK_T == 1 else (first + tl.arange(0, BLOCK_T))[:, None]
         active = number < num_tokens
         token = number.to(tl.int64)
@@ -63,12 +71,12 @@ def _finalize_kernel(
         if skip_2_ptr is not None:
             skip = tl.load(skip_2_ptr + token * skip_2_stride + here, mask=inside, other=0.0)
             total = total + widen(skip, ACC)
-        # Unrolled, so that several rows of a token are on their way at a time.
+        # Unrolled, so that several rows of a token are in flight at a time.
         for k in tl.static_range(SLOTS):
             row = tl.load(index_ptr + token * SLOTS + k, mask=active, other=-1)
             tl.device_assert(row < num_rows, "index out of range")
-            counts = row >= 0
-            mask = counts & (here < hidden)
+            has_term = row >= 0
+            mask = has_term & (here < hidden)
             term = tl.load(rows_ptr + row * rows_stride + here, mask=mask, other=0.0)
             term = widen(term, ACC)
             if bias_ptr is not None:
@@ -77,9 +85,9 @@ def _finalize_kernel(
                 at = expert.to(tl.int64) * bias_stride + here
                 bias = tl.load(bias_ptr + at, mask=inside, other=0.0)
                 term = term + widen(bias, ACC)
-                counts = active
+                has_term = active
             if weights_ptr is not None:
-                weight = tl.load(weights_ptr + token * SLOTS + k, mask=counts, other=0.0)
+                weight = tl.load(weights_ptr + token * SLOTS + k, mask=has_term, other=0.0)
                 term = term * widen(weight, ACC)
             total = total + term
         tl.store(out_ptr + token * hidden + here, narrow(total, DTYPE), mask=inside)
@@ -94,49 +102,39 @@ def finalize_routing(
     skips: tuple[torch.Tensor | None, torch.Tensor | None],
     out: torch.Tensor,
 ) -> None:
-    """Sum the rows of each token and their experts' biases; see ``ref.finalize_routing``.
+    """Sum the rows of each token, the biases of their experts, and the skip connections.
 
-    Args:
-        rows: [N, H] fp16, bf16, fp32 or fp64; bias, skips and out are of their dtype.
-        index: [T, K] int64, negative for none.
-        weights: [T, K] fp16, bf16, fp32 or fp64, or None for all 1.
-        bias: [E, H], or None.
-        expert_ids: [T, K] int32, where there is a bias.
-        skips: two of [T, H], or None.
-        out: [T, H] output, contiguous.
+    Arguments as in ``ref.finalize_routing``; ``out`` is contiguous.
 
     Raises:
         ArgumentTypeError: a dtype that is not listed above.
         ArgumentValueError: a shape, stride or device that does not fit.
         MissingArgumentError: no ``expert_ids`` for a bias.
     """
-    op, device, dtypes = "finalize", rows.device, (rows.dtype,)
-    check_tensor(op, "rows", rows, dtypes=FLOATS, shape=(None, None), device=device)
-    shape = tuple(out.shape)
-    num_slots = index.shape[1]
-    check_tensor(op, "out", out, dtypes=dtypes, shape=(None, rows.shape[1]), device=device)
+    op, num_tokens, num_slots, hidden = "finalize_routing", len(out), index.shape[1], rows.shape[1]
+    check = functools.partial(check_tensor, op, dtypes=(rows.dtype,), device=rows.device)
+    check("rows", rows, dtypes=FLOATS, shape=(None, None))
+    check("index", index, dtypes=(torch.int64,), shape=(num_tokens, num_slots))
+    check("out", out, shape=(num_tokens, hidden))
     if not out.is_contiguous():
         raise ArgumentValueError(op, "out", "be contiguous", f"strides {out.stride()}")
-    slots = (shape[0], num_slots)
-    check_tensor(op, "index", index, dtypes=(torch.int64,), shape=slots, device=device)
     if weights is not None:
-        check_tensor(op, "weights", weights, dtypes=FLOATS, shape=slots, device=device)
+        check("weights", weights, dtypes=FLOATS, shape=(num_tokens, num_slots))
         weights = weights.contiguous()
     if bias is not None:
         if expert_ids is None:
-            raise MissingArgumentError(op, "expert_ids", "be given where there is a bias", None)
-        check_tensor(op, "bias", bias, dtypes=dtypes, shape=(None, shape[1]), device=device)
-        check_tensor(
-            op, "expert_ids", expert_ids, dtypes=(torch.int32,), shape=slots, device=device
-        )
+            raise MissingArgumentError(op, "expert_ids", "be a tensor with a bias", None)
+        check("bias", bias, shape=(None, hidden))
+        check("expert_ids", expert_ids, dtypes=(torch.int32,), shape=(num_tokens, num_slots))
         bias, expert_ids = with_adjacent_columns(bias), expert_ids.contiguous()
-    first, second = (
-        None if skip is None else _checked_skip(op, skip, rows, shape) for skip in skips
-    )
+    for skip in skips:
+        if skip is not None:
+            check("skips", skip, shape=(num_tokens, hidden))
+    first, second = (None if skip is None else with_adjacent_columns(skip) for skip in skips)
     if out.numel() == 0:
         return
     rows = with_adjacent_columns(rows)
-    launch = token_tiles(device, *shape)
+    launch = token_tiles(rows.device, num_tokens, hidden)
     _finalize_kernel[(launch.num_programs,)](
         rows,
         index.contiguous(),
@@ -146,15 +144,15 @@ def finalize_routing(
         first,
         second,
         out,
-        shape[0],
+        num_tokens,
         len(rows),
         0 if bias is None else len(bias),
-        shape[1],
+        hidden,
         rows.stride(0),
         0 if bias is None else bias.stride(0),
         0 if first is None else first.stride(0),
         0 if second is None else second.stride(0),
-        triton.cdiv(shape[1], launch.block),
+        triton.cdiv(hidden, launch.block),
         SLOTS=num_slots,
         ACC=tl.float64 if out.dtype == torch.float64 else tl.float32,
         BLOCK_T=launch.rows,
@@ -162,10 +160,3 @@ def finalize_routing(
         num_warps=launch.num_warps,
         enable_fp_fusion=False,
     )
-
-
-def _checked_skip(
-    op: str, skip: torch.Tensor, rows: torch.Tensor, shape: tuple[int, ...]
-) -> torch.Tensor:
-    check_tensor(op, "skips", skip, dtypes=(rows.dtype,), shape=shape, device=rows.device)
-    return with_adjacent_columns(skip)

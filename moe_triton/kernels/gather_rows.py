@@ -3,16 +3,17 @@
     x[i] = payload of rows[index[i]];  scales[i] = its scale;  zeros where index[i] is NOWHERE
 
 Rows are moved in words of 4 bytes where sizes allow it, in accesses of 16 bytes. The tensor of rows
-may be a view over many windows whose rows overlap, so that an index counts 16 bytes: addresses are
-64-bit, and nothing is read that no index names.
+may span many windows, with overlapping rows every 16 bytes: addresses are 64-bit, and only indexed
+rows are read.
 
-Shapes: N rows in reach, n rows taken, H hidden size, A rows of the output.
+Shapes: N rows that can be indexed, n rows gathered, H hidden size, A rows of the output.
 Bytes:  2 * n * (H * b + scale bytes), b bytes an element.
 Source: ``moe_triton.ref.gather_rows``.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -36,10 +37,10 @@ from ._common import WORDS, load_rows
         "source_scale_stride",
     ]
 )
-def _pack_kernel(
+def _gather_rows_kernel(
     source_ptr,  # [N, width] words of payload
     index_ptr,  # [n] int32 | int64, negative for none
-    count_ptr,  # [1] int32 rows that there are, or None for n
+    count_ptr,  # [1] int32 rows to gather, or None for n
     source_scale_ptr,  # [N, C] integers as wide as a scale, or None
     x_ptr,  # [A, width] words
     scale_ptr,  # [A] integers as wide as a scale, or None
@@ -54,6 +55,11 @@ def _pack_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Gather words of rows, and one scale a row.
+
+    Example: source [[1, 2], [3, 4], [5, 6]], scales [0.5, 0.25, 2], index [2, -1, 0, 1], count 3:
+        x [[5, 6], [0, 0], [1, 2], untouched], scale [2, 0, 0.5, untouched].
+    """
     width = width_units * UNIT
     across = tl.cdiv(width, BLOCK)
     if count_ptr is not None:
@@ -86,60 +92,33 @@ def gather_rows(
     scales: torch.Tensor | None = None,
     count: torch.Tensor | None = None,
 ) -> None:
-    """Gather rows from wherever they are into the outputs of dispatch.
+    """Gather payload and scales of rows into the outputs of dispatch.
 
-    Args:
-        rows: [N, stride] uint8; rows may overlap, as they do when N counts every 16 bytes.
-        index: [n] int32 or int64 rows to take; ``NOWHERE`` makes a row of zeros.
-        fmt: their format.
-        x: [A, H] output, of the payload's dtype; rows after the n-th stay untouched.
-        scales: [A] output of the scales' dtype, [A, C] where a row has several, or None.
-        count: [1] int32 on the device: only so many rows are taken; None for all n.
+    Arguments as in ``ref.gather_rows``; ``count`` stays on the device.
 
     Raises:
         ArgumentTypeError: a wrong dtype.
         ArgumentValueError: a wrong shape, stride or device.
     """
-    op, device, num_rows = "gather_rows", rows.device, index.numel()
-    check_tensor(
-        op,
-        "rows",
-        rows,
-        dtypes=(torch.uint8,),
-        shape=(None, None),
-        device=device,
-        strided_columns=False,
-    )
-    check_tensor(op, "index", index, dtypes=INDICES, shape=(None,), device=device)
+    num_rows = index.numel()
+    check = functools.partial(check_tensor, "gather_rows", device=rows.device)
+    check("rows", rows, dtypes=(torch.uint8,), shape=(None, None), strided_columns=False)
+    check("index", index, dtypes=INDICES, shape=(None,))
     if count is not None:
-        check_tensor(op, "count", count, dtypes=(torch.int32,), shape=(1,), device=device)
-    check_tensor(
-        op,
-        "x",
-        x[:num_rows],
-        dtypes=(fmt.dtype,),
-        shape=(num_rows, fmt.hidden),
-        device=device,
-        strided_columns=False,
-    )
+        check("count", count, dtypes=(torch.int32,), shape=(1,))
+    shape: tuple[int, ...] = (num_rows, fmt.hidden)
+    check("x", x[:num_rows], dtypes=(fmt.dtype,), shape=shape, strided_columns=False)
     if scales is not None:
-        check_tensor(
-            op,
-            "scales",
-            scales[:num_rows],
-            dtypes=(fmt.scale_dtype,),
-            shape=fmt.scale_shape(num_rows),
-            device=device,
-            strided_columns=False,
-        )
+        shape, dtypes = fmt.scale_shape(num_rows), (fmt.scale_dtype,)
+        check("scales", scales[:num_rows], dtypes=dtypes, shape=shape, strided_columns=False)
     if num_rows == 0:
         return
-    found = None if scales is None else fmt.scales(rows)
-    if scales is not None and found is not None and scales.dim() == 2:
-        # As many as that are rows themselves.
-        _gather(found, index, count, scales)
-        found = scales = None
-    _gather(fmt.payload(rows), index, count, x, found, scales)
+    source_scales = None if scales is None else fmt.scales(rows)
+    if scales is not None and source_scales is not None and scales.dim() == 2:
+        # Several scales of a row are gathered as a row of their own.
+        _gather(source_scales, index, count, scales)
+        source_scales = scales = None
+    _gather(fmt.payload(rows), index, count, x, source_scales, scales)
 
 
 def _gather(
@@ -150,7 +129,7 @@ def _gather(
     source_scales: torch.Tensor | None = None,
     scales: torch.Tensor | None = None,
 ) -> None:
-    """Launch for [N, C] ``source`` and [A, C] ``x``, with one scale a row or without."""
+    """Gather rows of [N, C] ``source`` into [A, C] ``x``, with one scale a row or none."""
     num_rows, num_sources, device = index.numel(), len(source), source.device
     word = math.gcd(4, *(_alignment(tensor) for tensor in (source, x)))
     source, x = source.view(WORDS[word]), x.view(WORDS[word])
@@ -162,7 +141,7 @@ def _gather(
     width = source.shape[1]
     tiles = launch_config.tiles(device, num_rows, width, indexed=True)
     unit = math.gcd(16, width, source.stride(0), x.stride(0))
-    _pack_kernel[(tiles.num_programs,)](
+    _gather_rows_kernel[(tiles.num_programs,)](
         source,
         index.contiguous(),
         count,
@@ -183,7 +162,7 @@ def _gather(
 
 
 @triton.jit(do_not_specialize=["num_rows", "width_units", "x_units"])
-def _clear_kernel(
+def _zero_padding_kernel(
     x_ptr,  # [A, width] words
     index_ptr,  # [n] int32 | int64
     count_ptr,  # [1] int32, or None
@@ -194,6 +173,11 @@ def _clear_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Zero the words of rows with a negative index.
+
+    Example: x [[1, 2], [3, 4], [5, 6], [7, 8]], index [0, -1, 5, -1], count 3:
+        [[1, 2], [0, 0], [5, 6], [7, 8]].
+    """
     width = width_units * UNIT
     across = tl.cdiv(width, BLOCK)
     if count_ptr is not None:
@@ -209,32 +193,28 @@ def _clear_kernel(
 
 
 def zero_padding(x: torch.Tensor, index: torch.Tensor, count: torch.Tensor | None = None) -> None:
-    """Zero the rows of [A, C] ``x`` that ``index`` leaves empty.
+    """Zero the rows of [A, C] ``x`` whose index is negative.
 
-    Args:
-        x: changed in place; rows after the n-th stay untouched.
-        index: [n] int32 or int64, negative for a row to zero.
-        count: [1] int32 on the device: only so many rows are looked at; None for all n.
+    Arguments as in ``ref.zero_padding``; ``count`` stays on the device.
 
     Raises:
         ArgumentTypeError: a wrong dtype.
         ArgumentValueError: a wrong shape, stride or device, or fewer rows than indices.
     """
-    op, device, num_rows = "clear", x.device, index.numel()
-    check_tensor(op, "index", index, dtypes=INDICES, shape=(None,), device=device)
-    check_tensor(
-        op, "x", x, dtypes=(x.dtype,), shape=(None, None), device=device, strided_columns=False
-    )
+    op, num_rows = "zero_padding", index.numel()
+    check = functools.partial(check_tensor, op, device=x.device)
+    check("index", index, dtypes=INDICES, shape=(None,))
+    check("x", x, dtypes=(x.dtype,), shape=(None, None), strided_columns=False)
     if len(x) < num_rows:
         raise ArgumentValueError(op, "x", f"have a row for each of {num_rows} indices", len(x))
     if count is not None:
-        check_tensor(op, "count", count, dtypes=(torch.int32,), shape=(1,), device=device)
+        check("count", count, dtypes=(torch.int32,), shape=(1,))
     if num_rows == 0 or x.numel() == 0:
         return
     words = x.view(WORDS[math.gcd(4, _alignment(x))])
-    tiles = launch_config.tiles(device, num_rows, words.shape[1], indexed=True)
+    tiles = launch_config.tiles(x.device, num_rows, words.shape[1], indexed=True)
     unit = math.gcd(16, words.shape[1], words.stride(0))
-    _clear_kernel[(tiles.num_programs,)](
+    _zero_padding_kernel[(tiles.num_programs,)](
         words,
         index.contiguous(),
         count,
@@ -249,6 +229,6 @@ def zero_padding(x: torch.Tensor, index: torch.Tensor, count: torch.Tensor | Non
 
 
 def _alignment(rows: torch.Tensor) -> int:
-    """Bytes that divide where each row begins, and its size."""
+    """Common divisor of the first bytes and the sizes of rows."""
     elements = math.gcd(rows.shape[1], rows.stride(0), rows.storage_offset())
     return elements * rows.element_size()

@@ -1,13 +1,13 @@
-"""How many programs a kernel gets and how large their tiles are: the one place that decides it.
+"""Launch configuration of every kernel: number of programs, tile sizes and warps.
 
 A policy is a few numbers for a kind of device; the launch follows from them and from the shape of
-the work. Nothing is tuned at run time, so that the first call costs what the others do. Kernels
-walk their tiles in strides of the number of programs, so any of these choices is right.
+the work. Nothing is tuned at run time, so that the first call costs as much as the others. Kernels
+walk their tiles in strides of the number of programs, so any of these choices is correct.
 
-    GPU          a tile is what 8 warps hold in registers with 4 loads of 16 bytes a lane in flight;
-                 tall tiles of short rows only when there are enough of them for all processors
+    GPU          a tile fits the registers of 8 warps with 4 loads of 16 bytes a lane in flight;
+                 tall tiles of short rows only where they still keep all processors busy
     NPU          the same tiles, one program for each vector core
-    interpreter  a tile costs about a millisecond whatever its size, so: as large as caches like
+    interpreter  a tile costs about a millisecond of any size: as large as fits the caches
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import triton
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """How to launch a kernel.
+    """Grid and tiles of a launch.
 
     Attributes:
         num_programs: size of the grid, at least 1.
@@ -38,21 +38,21 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """What the tiles of a device look like.
+    """Limits of the tiles and grids of a device.
 
     Attributes:
-        tile: most elements of a tile.
-        block: most elements of a tile's row.
-        num_programs: most programs of a grid.
-        busy: tiles that keep the device busy; rows share a tile when that leaves as many.
+        tile: maximum elements of a tile.
+        block: maximum elements of a tile's row.
+        num_programs: maximum programs of a grid.
+        busy: tiles that keep the device busy; rows share a tile if at least this many remain.
         lanes: of a warp.
-        token_block: most elements of a tile that sums several rows for one token; 0 where such
-            tiles are like others.
-        line: most numbers of a block that is not made of rows.
-        compared: most positions of a plan that are compared all with all.
-        own: positions of a program that are compared with others.
-        ranked: positions that are ranked among each other, where there are more.
-        gathers: whether the rows of a tile can lie anywhere; else such rows have one each.
+        token_block: maximum elements of a tile that sums several rows of a token; 0 for tiles as
+            those of other kernels.
+        line: maximum numbers of a block of a flat array.
+        compared: maximum slots of a plan that are compared all with all.
+        own: slots of a program that are compared with others.
+        ranked: slots of a block in a plan of more slots.
+        gathers: whether a tile can gather rows from anywhere; else an indexed row is a tile.
     """
 
     tile: int
@@ -68,7 +68,7 @@ class Policy:
     gathers: bool = True
 
 
-# Two programs, because a grid of one would never take the stride from tile to tile.
+# Two programs: with one, tests would never stride from tile to tile.
 INTERPRETER = Policy(
     2**17,
     2**13,
@@ -84,7 +84,7 @@ INTERPRETER = Policy(
 
 
 def gpu_policy(processors: int, lanes: int) -> Policy:
-    """For a GPU of so many multiprocessors, compute units or subslices, with warps of ``lanes``."""
+    """For a GPU by its number of processors (multiprocessors, units, subslices) and warp size."""
     return Policy(
         2**13,
         2**13,
@@ -100,14 +100,14 @@ def gpu_policy(processors: int, lanes: int) -> Policy:
 
 
 def npu_policy(cores: int) -> Policy:
-    """For an NPU of so many vector cores."""
+    """For an NPU by its number of vector cores."""
     gpu = gpu_policy(cores, 32)
     return dataclasses.replace(gpu, num_programs=cores, busy=cores, gathers=False)
 
 
 @functools.lru_cache(maxsize=64)
 def policy(device: torch.device) -> Policy:
-    """That of a device."""
+    """Policy of a device."""
     if device.type == "cpu":
         return INTERPRETER
     if device.type == "npu":
@@ -125,7 +125,7 @@ def _num_warps(limits: Policy, num_elements: int) -> int:
 
 
 def widest(device: torch.device) -> int:
-    """Most elements of a tile's row: a kernel walks longer rows in steps of this."""
+    """Maximum elements of a tile's row: a kernel walks longer rows in steps of this."""
     return policy(device).block
 
 
@@ -135,9 +135,9 @@ def tiles(device: torch.device, num_rows: int, width: int, *, indexed: bool = Fa
     Args:
         device: where the kernel runs.
         num_rows: rows of the work.
-        width: elements of a row that different tiles may take; where one program walks a row, the
-            elements of a step.
-        indexed: whether an index says where rows are.
+        width: elements of a row that several tiles may share, or of a step where one program walks
+            a row.
+        indexed: whether rows are addressed by an index.
     """
     limits = policy(device)
     block = min(triton.next_power_of_2(max(width, 1)), limits.block)
@@ -164,19 +164,19 @@ def token_tiles(
 ) -> Launch:
     """Tiles over [num_tokens, width] sums of several rows each.
 
-    On accelerators a tile belongs to one token: what a lane has in flight are 16 bytes of each of
-    the token's rows. All programs fit the processors at once, so that none waits for another.
+    On accelerators a tile belongs to one token: a lane has 16 bytes of each of the token's rows in
+    flight. All programs fit the processors at once.
 
     Args:
         device: where the kernel runs.
         num_tokens: rows of the result.
-        width: elements of such a row.
-        whole_rows: one program walks a row, in steps if it is longer than a tile.
+        width: elements of a row.
+        whole_rows: whether one program walks a row, in steps if it is longer than a tile.
     """
     limits = policy(device)
     if not limits.token_block:
         return tiles(device, num_tokens, min(width, limits.block) if whole_rows else width)
-    # A row that fits stays in registers. Steps through a longer one are small: it is read twice.
+    # A row that fits stays in registers; a longer one is read twice, in small steps.
     fits = whole_rows and width <= limits.block
     most = limits.block if fits else limits.token_block
     block = min(triton.next_power_of_2(max(width, 1)), most)
@@ -190,21 +190,21 @@ def token_tiles(
 
 
 def one_program(device: torch.device, num_rows: int, width: int) -> Launch:
-    """Tiles over [num_rows, width] numbers for a single program that walks down the rows."""
+    """Tiles over [num_rows, width] numbers for one program that walks down the rows."""
     limits = policy(device)
     block = triton.next_power_of_2(max(width, 1))
-    # A few numbers a lane: sums along both axes need registers of their own.
+    # A few numbers a lane: sums along both axes take registers too.
     rows = max(min(triton.next_power_of_2(max(num_rows, 1)), limits.tile // (4 * block)), 1)
     return Launch(1, rows, block, _num_warps(limits, 4 * rows * block))
 
 
 def line(device: torch.device, num_elements: int, *, others: int = 1) -> Launch:
-    """Blocks of numbers, such as indices, that do not lie in rows.
+    """Blocks of a flat array of numbers, such as indices.
 
     Args:
         device: where the kernel runs.
-        num_elements: numbers of one line.
-        others: lines that the grid has in its other dimension.
+        num_elements: numbers of the array.
+        others: size of the grid's other dimension.
     """
     limits = policy(device)
     block = min(triton.next_power_of_2(max(num_elements, 1)), limits.line)
@@ -215,14 +215,14 @@ def line(device: torch.device, num_elements: int, *, others: int = 1) -> Launch:
 
 @dataclasses.dataclass(frozen=True)
 class PlanLaunch:
-    """How to count and rank positions.
+    """Launch of a routing plan.
 
     Attributes:
-        compare: compare all positions with each other, in one launch.
-        own: positions of a program that are compared with others; else those of a block.
-        others: positions that they are compared with at a time.
+        compare: whether to compare all slots with each other, in one launch.
+        own: slots of a program that are compared with others; else slots of a block.
+        others: slots that they are compared with at a time.
         experts: experts whose counts a program sums over the blocks.
-        num_programs: most programs of a grid.
+        num_programs: maximum programs of a grid.
         num_warps: of a program.
     """
 
@@ -234,16 +234,16 @@ class PlanLaunch:
     num_warps: int
 
 
-def plan_launch(device: torch.device, num_positions: int) -> PlanLaunch:
-    """How to plan ``num_positions`` positions.
+def plan_launch(device: torch.device, num_slots: int) -> PlanLaunch:
+    """Launch of a plan of ``num_slots`` slots.
 
     Comparing all with all costs the square of their number, a histogram two launches more.
     """
     limits = policy(device)
-    compare = num_positions <= limits.compared
-    # Larger blocks compare more, smaller ones make more histograms to sum.
-    own = limits.own if compare else limits.ranked * (1 if num_positions <= 2**16 else 2)
+    compare = num_slots <= limits.compared
+    # Larger blocks compare more slots, smaller ones sum more histograms.
+    own = limits.own if compare else limits.ranked * (1 if num_slots <= 2**16 else 2)
     others = 128 if compare else limits.tile // (2 * own)
-    # A few comparisons a lane: each has a bit in registers that are scarce.
+    # A few comparisons a lane: each takes a predicate register.
     warps = _num_warps(limits, 4 * own * others)
     return PlanLaunch(compare, own, others, limits.tile // 512, limits.num_programs, warps)

@@ -1,25 +1,28 @@
-"""Rows to fewer bits and back: every quantisation that travels with tokens.
+"""Rows to fewer bits: every quantisation that travels with tokens.
 
-    static   code = int8(clamp(x * factor, -128, 127))
-    token    factor = MAX / max |x|;  code = round(x * factor);  scale = 1 / factor
-    divide   scale = max |x| / 127;  code = round(x / scale)
-    group    token for every G elements of a row
-    mx       scale = 2 ** (largest exponent - EMAX);  code = saturate(x / scale); 32 elements
-    return   s = max |x| * (1 / 127);  code = int8(fp16(x / s));  scale = s in 16 bits
+    none         codes = x
+    static       code = int8(clamp(x * factor, -128, 127))
+    per_row      factor = MAX / max |x|;  code = round(x * factor);  scale = 1 / factor
+    per_row_div  scale = max |x| / 127;  code = round(x / scale)
+    group        per_row for every G elements of a row
+    mx           scale = 2 ** (largest exponent - EMAX);  code = saturate(x / scale); 32 elements
+    block8       s = max |x| * (1 / 127);  code = int8(fp16(x / s));  scale = s in 16 bits
 
-One kernel writes rows in any of these schemes, or as they are, to one place or to several. In its
-eyes "per_row" and "per_row_div" have one group for a row. A token row is read once and quantised
-once, unless each of its copies has smooth factors of its own, or it is longer than a tile: then it
+One kernel writes rows in any of these schemes, to one row of the output or to several. For it
+"per_row" and "per_row_div" have one group a row. A token is read once and quantised once, unless
+each of its slots has smooth factors of its own, or it is longer than a tile: then the second read
 comes from the cache.
 
-Shapes: T tokens, H hidden size, S places of a token, A rows of the output, C scales of a row, G
+Shapes: T tokens, H hidden size, S slots of a token, A rows of the output, C scales of a row, G
         elements of a group.
 Bytes:  reads T * H * x.itemsize, writes S * T * (H * b + C * scale bytes), b bytes a code.
-Source: ``moe_triton.ref``, bit for bit: every operation is rounded by itself, halves to even.
+Source: ``moe_triton.ref.quantize``, bit for bit: every operation is rounded by itself, halves to
+        even.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -46,24 +49,22 @@ _PAYLOADS = {
     torch.float8_e4m3fn: (448.0, 3),
     torch.float8_e5m2: (57344.0, 2),
 }
-_MX_BLOCK = 32
-_SMOOTH_SCHEMES = ("static", "per_row", "per_row_div", "group")
-_INT8_SCHEMES = ("static", "per_row_div", "block8")
+# scheme -> the payloads that it makes, and whether it has scales and takes smooth factors.
+_SCHEMES: dict[str, tuple[tuple[torch.dtype, ...], bool, bool]] = {
+    "none": ((), False, False),
+    "static": ((torch.int8,), False, True),
+    "per_row": (tuple(_PAYLOADS), True, True),
+    "per_row_div": ((torch.int8,), True, True),
+    "group": (tuple(_PAYLOADS), True, True),
+    "mx": (FLOAT8, True, False),
+    "block8": ((torch.int8,), True, False),
+}
 
 
 @triton.jit
-def _quantize(t, factor, SCHEME: tl.constexpr, MAX: tl.constexpr, MANTISSA: tl.constexpr):
-    """[R, G, L] fp32 to codes, with the [R, G, 1] factor that ``_factor_and_scale`` made."""
-    if SCHEME == "block8":
-        # Here the factor is a divisor. Where it has lost bits the quotient can pass 127.
-        y = tl.div_rn(t, tl.broadcast_to(factor, t.shape))
-        codes = int8_code(y.to(tl.float16).to(tl.float32), -127.0)
-    elif SCHEME == "per_row_div":
-        codes = int8_code(tl.div_rn(t, tl.broadcast_to(factor, t.shape)), -127.0)
-    elif SCHEME == "mx":
-        y = tl.minimum(tl.maximum(t * factor, -MAX), MAX)
-        codes = tl.where(factor != factor, 0x7F, float8_code(y, MANTISSA).to(tl.int32)).to(tl.uint8)
-    elif MANTISSA == 0:
+def _scaled_codes(t, factor, MANTISSA: tl.constexpr):
+    """Codes of t * factor, as int8 or float8."""
+    if MANTISSA == 0:  # noqa: SIM108 - only one of them is compiled
         codes = int8_code(t * factor, -127.0)
     else:
         codes = float8_code(t * factor, MANTISSA)
@@ -71,40 +72,87 @@ def _quantize(t, factor, SCHEME: tl.constexpr, MAX: tl.constexpr, MANTISSA: tl.c
 
 
 @triton.jit
-def _factor_and_scale(largest, SCHEME: tl.constexpr, MAX: tl.constexpr, MANTISSA: tl.constexpr):
-    """From the bits of each group's max |x|: what ``_quantize`` needs, and the scale to store."""
-    amax = largest.to(tl.float32, bitcast=True)
-    if SCHEME == "mx":
-        EMAX: tl.constexpr = 8 if MANTISSA == 3 else 15
-        exponent = largest >> 23
-        code = tl.maximum(exponent - EMAX, 0)
-        # 2 ** (127 - code), and NaN where inf or NaN is in the block.
-        bits = tl.where(exponent == 255, 0x7FC00000, (254 - code) << 23)
-        factor = bits.to(tl.float32, bitcast=True)
-        scale = tl.where(exponent == 255, 255, code).to(tl.uint8)
-    elif SCHEME == "block8":
-        factor = amax * (1.0 / 127.0)
-        scale = factor
+def _mx_codes(t, factor, MAX: tl.constexpr, MANTISSA: tl.constexpr):
+    """Saturated float8 codes of t * factor; NaN where the factor is NaN."""
+    y = tl.minimum(tl.maximum(t * factor, -MAX), MAX)
+    return tl.where(factor != factor, 0x7F, float8_code(y, MANTISSA).to(tl.int32)).to(tl.uint8)
+
+
+@triton.jit
+def _block8_codes(t, divisor):
+    """int8 codes of t / divisor, rounded to fp16 first; a divisor that lost bits passes 127."""
+    y = tl.div_rn(t, tl.broadcast_to(divisor, t.shape))
+    return int8_code(y.to(tl.float16).to(tl.float32), -127.0)
+
+
+@triton.jit
+def _quantize(t, factor, SCHEME: tl.constexpr, MAX: tl.constexpr, MANTISSA: tl.constexpr):
+    """[R, G, L] fp32 to codes, with the [R, G, 1] factor of ``_factor_and_scale``."""
+    if SCHEME == "per_row" or SCHEME == "group":
+        codes = _scaled_codes(t, factor, MANTISSA)
     elif SCHEME == "per_row_div":
-        factor = tl.div_rn(amax, tl.full(amax.shape, MAX, tl.float32))
-        scale = factor
+        codes = int8_code(tl.div_rn(t, tl.broadcast_to(factor, t.shape)), -127.0)
+    elif SCHEME == "mx":
+        codes = _mx_codes(t, factor, MAX, MANTISSA)
     else:
-        inverse = tl.div_rn(tl.full(amax.shape, MAX, tl.float32), amax)
-        # A row of zeros, or nearly, overflows: zeros, scale 0. NaN compares with nothing.
-        factor = tl.where(inverse < float("inf"), inverse, 0.0)
-        scale = tl.div_rn(tl.full(amax.shape, 1.0, tl.float32), inverse)
+        tl.static_assert(SCHEME == "block8", "unknown scheme of scaled rows")
+        codes = _block8_codes(t, factor)
+    return codes
+
+
+@triton.jit
+def _inverse_scale(amax, MAX: tl.constexpr):
+    """MAX / amax to multiply by, and its reciprocal as scale."""
+    inverse = tl.div_rn(tl.full(amax.shape, MAX, tl.float32), amax)
+    # A row of zeros, or nearly, overflows: zeros, scale 0. The comparison drops NaN too.
+    factor = tl.where(inverse < float("inf"), inverse, 0.0)
+    scale = tl.div_rn(tl.full(amax.shape, 1.0, tl.float32), inverse)
     return factor, scale
 
 
 @triton.jit
-def _smoothed(x, smooth_scales_ptr, smooth_at, mask, ONE_FACTOR: tl.constexpr):
-    """Tokens times their factors, as fp32."""
+def _mx_scale(largest, MANTISSA: tl.constexpr):
+    """2 ** (127 - code) to multiply by, and the e8m0 code; NaN for a block with inf or NaN."""
+    EMAX: tl.constexpr = 8 if MANTISSA == 3 else 15
+    exponent = largest >> 23
+    code = tl.maximum(exponent - EMAX, 0)
+    bits = tl.where(exponent == 255, 0x7FC00000, (254 - code) << 23)
+    factor = bits.to(tl.float32, bitcast=True)
+    scale = tl.where(exponent == 255, 255, code).to(tl.uint8)
+    return factor, scale
+
+
+@triton.jit
+def _factor_and_scale(largest, SCHEME: tl.constexpr, MAX: tl.constexpr, MANTISSA: tl.constexpr):
+    """From the bits of each group's max |x|: the factor for ``_quantize``, and the scale to store.
+
+    The factor of "per_row_div" and "block8" is a divisor.
+    """
+    amax = largest.to(tl.float32, bitcast=True)
+    if SCHEME == "per_row" or SCHEME == "group":
+        factor, scale = _inverse_scale(amax, MAX)
+    elif SCHEME == "per_row_div":
+        factor = tl.div_rn(amax, tl.full(amax.shape, MAX, tl.float32))
+        scale = factor
+    elif SCHEME == "mx":
+        factor, scale = _mx_scale(largest, MANTISSA)
+    else:
+        tl.static_assert(SCHEME == "block8", "unknown scheme of scaled rows")
+        factor = amax * (1.0 / 127.0)
+        scale = factor
+    return factor, scale
+
+
+@triton.jit
+def _smoothed(x, smooth_scales_ptr, smooth_at, mask, FACTORS: tl.constexpr):
+    """Tokens times their smooth factors, as fp32."""
     t = to_float32(x)
-    if smooth_scales_ptr is not None:
-        if ONE_FACTOR:
-            t = t * tl.load(smooth_scales_ptr)
-        else:
-            t = t * tl.load(smooth_scales_ptr + smooth_at, mask=mask, other=0.0)
+    if FACTORS == "one":
+        t = t * tl.load(smooth_scales_ptr)
+    elif FACTORS == "row" or FACTORS == "rows":
+        t = t * tl.load(smooth_scales_ptr + smooth_at, mask=mask, other=0.0)
+    else:
+        tl.static_assert(FACTORS == "none", "unknown shape of smooth factors")
     return t
 
 
@@ -112,6 +160,25 @@ def _smoothed(x, smooth_scales_ptr, smooth_at, mask, ONE_FACTOR: tl.constexpr):
 def _largest(t, ROWS: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr):
     """[ROWS, GROUPS] the bits of max |t| of each group."""
     return tl.max(tl.reshape(magnitude_bits(t), [ROWS, GROUPS, LANES]), axis=2)
+
+
+@triton.jit
+def _step_mask(active, start, lanes, cols, group, hidden):
+    """Mask of the step from ``start`` through groups longer than a tile."""
+    in_group = (start + lanes < group) & (start + cols < hidden)
+    return active[:, None] & in_group[None, :]
+
+
+@triton.jit
+def _smooth_row(
+    expert_ids_ptr, first_token, slot, num_slots, top_k, num_experts, num_tokens, ROWS: tl.constexpr
+):
+    """[ROWS] row of the smooth factors of a slot: shared experts first, then routed ones."""
+    # Clamp: a slot that is not sent gets the factors of some expert.
+    routed = tl.minimum(slot, top_k - 1)
+    expert = load_rows(expert_ids_ptr + routed, first_token, top_k, num_tokens, 0, ROWS)
+    expert = tl.minimum(tl.maximum(expert, 0), num_experts - 1)
+    return tl.where(slot < top_k, expert + (num_slots - top_k), slot - top_k)
 
 
 @triton.jit
@@ -141,12 +208,12 @@ def _destination(index_ptr, first_token, slot, num_slots, num_rows, num_tokens, 
         "scale_stride",
     ]
 )
-def _write_rows_kernel(
+def _encode_kernel(
     x_ptr,  # [T, H] fp16 | bf16 | fp32 | fp64, for the scheme "none" integers as wide
     smooth_scales_ptr,  # [1], [H], [T, H] or [NS + E, H] fp32, or None
     expert_ids_ptr,  # [T, K] int32 | int64 where each slot has smooth factors of its own, or None
     index_ptr,  # [T, S] int32 | int64 rows of out, negative for none; None for row t * S + slot
-    count_ptr,  # [1] int32 tokens that there are, or None for T
+    count_ptr,  # [1] int32 tokens to write, or None for T
     out_ptr,  # [A, H] int8 | uint8 codes, or integers as wide as x
     scale_ptr,  # [A, C] fp32 | bf16 | fp16 | uint8, or None
     num_tokens,
@@ -164,7 +231,7 @@ def _write_rows_kernel(
     SCHEME: tl.constexpr,
     MAX: tl.constexpr,
     MANTISSA: tl.constexpr,
-    FACTORS: tl.constexpr,  # "one", a "row" for all tokens, "rows"
+    FACTORS: tl.constexpr,  # "none" | "one" | "row" for all tokens | "rows"
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,  # of a tile
@@ -172,6 +239,11 @@ def _write_rows_kernel(
     ADJACENT: tl.constexpr,  # the columns of a tile are consecutive
     WHOLE: tl.constexpr,  # a tile holds whole groups
 ):
+    """Write the codes and scales of each token to the rows of its slots.
+
+    Example: "per_row_div" to int8, x [[127, 1], [254, -2]], index [[3, -1], [0, 2]], num_rows 4:
+        out [[127, -1], untouched, [127, -1], [127, 1]], scale [2, untouched, 2, 1].
+    """
     BLOCK: tl.constexpr = GROUPS * LANES
     SCALED: tl.constexpr = scale_ptr is not None
     PER_SLOT: tl.constexpr = expert_ids_ptr is not None
@@ -197,32 +269,29 @@ def _write_rows_kernel(
         if WHOLE:
             x = tl.load(x_ptr + x_at, mask=mask, other=0)
 
-        # Copies with factors of their own are quantised one by one, others all at once.
+        # Slots with factors of their own are quantised one by one, others all at once.
         for own in range(num_slots if PER_SLOT else 1):
             smooth_row = token
             if PER_SLOT:
-                # Slots that are not sent get some expert's factors. The last slots are those of
-                # the shared experts, whose factors come first.
-                routed = tl.minimum(own, top_k - 1)
-                expert = load_rows(expert_ids_ptr + routed, first_token, top_k, num_tokens, 0, ROWS)
-                expert = tl.minimum(tl.maximum(expert, 0), num_experts - 1)
-                smooth_row = tl.where(own < top_k, expert + (num_slots - top_k), own - top_k)
+                smooth_row = _smooth_row(
+                    expert_ids_ptr, first_token, own, num_slots, top_k, num_experts, num_tokens,
+                    ROWS,
+                )  # fmt: skip
             if FACTORS != "rows":
                 smooth_row = tl.zeros_like(smooth_row)
             smooth_at = (smooth_row * hidden_units * UNIT)[:, None] + cols[None, :]
 
             if SCALED:
                 if WHOLE:
-                    t = _smoothed(x, smooth_scales_ptr, smooth_at, mask, FACTORS == "one")
+                    t = _smoothed(x, smooth_scales_ptr, smooth_at, mask, FACTORS)
                     largest = _largest(t, ROWS, GROUPS, LANES)
                 else:
                     largest = tl.zeros([ROWS, GROUPS], tl.int32)
                     for start in range(0, group, LANES):
-                        in_group = (start + lanes < group) & (start + cols < hidden)
-                        part_mask = active[:, None] & in_group[None, :]
+                        part_mask = _step_mask(active, start, lanes, cols, group, hidden)
                         part = tl.load(x_ptr + x_at + start, mask=part_mask, other=0)
                         at = smooth_at + start
-                        part = _smoothed(part, smooth_scales_ptr, at, part_mask, FACTORS == "one")
+                        part = _smoothed(part, smooth_scales_ptr, at, part_mask, FACTORS)
                         largest = tl.maximum(largest, _largest(part, ROWS, GROUPS, LANES))
                 factor, scale = _factor_and_scale(largest, SCHEME, MAX, MANTISSA)
                 if SCHEME != "mx":
@@ -233,14 +302,13 @@ def _write_rows_kernel(
                     part_mask = mask
                     part = x
                 else:
-                    in_group = (start + lanes < group) & (start + cols < hidden)
-                    part_mask = active[:, None] & in_group[None, :]
+                    part_mask = _step_mask(active, start, lanes, cols, group, hidden)
                     part = tl.load(x_ptr + x_at + start, mask=part_mask, other=0)
                 if SCHEME == "none":
                     codes = part
                 else:
                     at = smooth_at + start
-                    part = _smoothed(part, smooth_scales_ptr, at, part_mask, FACTORS == "one")
+                    part = _smoothed(part, smooth_scales_ptr, at, part_mask, FACTORS)
                     if SCHEME == "static":
                         codes = int8_code(part, -128.0)
                     else:
@@ -260,119 +328,6 @@ def _write_rows_kernel(
                         tl.store(scale_ptr + scale_at, scale, mask=is_row & is_scale)
 
 
-def quantize_static(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """Quantise to int8 with given factors, as ``ref.quantize_static``.
-
-    Args:
-        x: [R, H] floating point.
-        factors: [1], [H] or [R, H] fp32.
-
-    Returns:
-        [R, H] int8.
-    """
-    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    fmt = RowFormat(torch.int8, x.shape[1], 0, "static")
-    write_rows("quantize_static", x, fmt, q, None, factors)
-    return q
-
-
-def quantize_rows(
-    x: torch.Tensor, smooth_scales: torch.Tensor | None = None, dtype: torch.dtype = torch.int8
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise each row with a scale of its own, as ``ref.quantize_rows``.
-
-    Args:
-        x: [R, H] floating point.
-        smooth_scales: [R, H] or [H] fp32, or None for no factor.
-        dtype: int8, float8_e4m3fn or float8_e5m2.
-
-    Returns:
-        q: [R, H] of ``dtype``.
-        scale: [R] fp32.
-    """
-    fmt = RowFormat(dtype, x.shape[1], 0, "per_row")
-    q, scale = _quantized("quantize_rows", x, fmt, smooth_scales)
-    return q, scale[:, 0]
-
-
-def quantize_by_division(
-    x: torch.Tensor, smooth_scales: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise each row to int8, as ``ref.quantize_by_division``.
-
-    Args:
-        x: [R, H] floating point.
-        smooth_scales: [R, H] or [H] fp32, or None for no factor.
-
-    Returns:
-        q: [R, H] int8.
-        scale: [R] fp32.
-    """
-    fmt = RowFormat(torch.int8, x.shape[1], 0, "per_row_div")
-    q, scale = _quantized("quantize_by_division", x, fmt, smooth_scales)
-    return q, scale[:, 0]
-
-
-def quantize_groups(
-    x: torch.Tensor,
-    group: int,
-    smooth_scales: torch.Tensor | None = None,
-    dtype: torch.dtype = torch.float8_e4m3fn,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise each ``group`` consecutive elements of a row, as ``ref.quantize_groups``.
-
-    Returns:
-        q: [R, H] of ``dtype``.
-        scale: [R, ceil(H / group)] fp32.
-    """
-    fmt = RowFormat(dtype, x.shape[1], 0, "group", block=group)
-    return _quantized("quantize_groups", x, fmt, smooth_scales)
-
-
-def quantize_mx(
-    x: torch.Tensor, dtype: torch.dtype = torch.float8_e4m3fn
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise each 32 consecutive elements with a power of two, as ``ref.quantize_mx``.
-
-    Args:
-        x: [R, H] floating point.
-        dtype: float8_e4m3fn or float8_e5m2.
-
-    Returns:
-        q: [R, H] of ``dtype``.
-        codes: [R, C] uint8; C is ceil(H / 32) rounded up to an even number.
-    """
-    fmt = RowFormat(dtype, x.shape[1], 0, "mx", scale_dtype=torch.uint8, block=_MX_BLOCK)
-    return _quantized("quantize_mx", x, fmt)
-
-
-def quantize_blocks(
-    x: torch.Tensor, block: int, scale_dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise each ``block`` consecutive elements to int8, as ``ref.quantize_blocks``.
-
-    Args:
-        x: [R, H] floating point, H a multiple of ``block``.
-        block: elements that share a scale.
-        scale_dtype: fp16, bf16 or fp32.
-
-    Returns:
-        q: [R, H] int8.
-        scale: [R, H / block] of ``scale_dtype``.
-    """
-    fmt = RowFormat(torch.int8, x.shape[1], 0, "block8", scale_dtype=scale_dtype, block=block)
-    return _quantized("quantize_blocks", x, fmt)
-
-
-def _quantized(
-    op: str, x: torch.Tensor, fmt: RowFormat, smooth_scales: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    q = torch.empty(x.shape, dtype=fmt.dtype, device=x.device)
-    scales = torch.empty((len(x), fmt.num_scales), dtype=fmt.scale_dtype, device=x.device)
-    write_rows(op, x, fmt, q, scales, smooth_scales)
-    return q, scales
-
-
 def encode(
     x: torch.Tensor,
     fmt: RowFormat,
@@ -380,29 +335,27 @@ def encode(
     smooth_scales: torch.Tensor | None = None,
     count: torch.Tensor | None = None,
 ) -> None:
-    """Write [R, H] tokens into [R, stride] uint8 ``rows`` as they travel; padding is left.
+    """Write [R, H] tokens into [R, stride] uint8 ``rows`` in their format; padding is untouched.
 
-    Args:
-        x: the tokens.
-        fmt: of the rows.
-        rows: output.
-        smooth_scales: [R, H] or [H] fp32 factors of the schemes that take such; of "static" also
-            [1].
-        count: [1] int32 on the device: only so many rows are written; None for all R.
+    Arguments as in ``ref.encode``; ``count`` stays on the device.
+
+    Raises:
+        ArgumentTypeError: a dtype that the scheme does not take.
+        ArgumentValueError: a wrong scheme, shape, stride or device.
+        MissingArgumentError: no factors for "static".
     """
-    check_tensor(
-        "encode", "rows", rows, dtypes=(torch.uint8,), shape=(len(x), None), device=x.device
-    )
+    shape = (len(x), None)
+    check_tensor("encode", "rows", rows, dtypes=(torch.uint8,), shape=shape, device=x.device)
     payload, scales = split_rows(fmt, rows)
-    write_rows("encode", x, fmt, payload, scales, smooth_scales, count=count)
+    encode_slots("encode", x, fmt, payload, scales, smooth_scales, count=count)
 
 
 def split_rows(fmt: RowFormat, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """[.., stride] uint8 rows as their payload and their scales, views."""
+    """Payload and scales of [.., stride] uint8 rows, views."""
     return fmt.payload(rows), None if fmt.scale_offset is None else fmt.scales(rows)
 
 
-def write_rows(
+def encode_slots(
     op: str,
     x: torch.Tensor,
     fmt: RowFormat,
@@ -415,12 +368,12 @@ def write_rows(
     num_slots: int = 1,
     count: torch.Tensor | None = None,
 ) -> None:
-    """Write the codes and scales of each token to one row or to several.
+    """Write the codes and scales of each token to the row of each of its slots.
 
     Args:
         op: for messages.
         x: [T, H] fp16, bf16, fp32 or fp64.
-        fmt: the scheme, its dtypes and its block; not its stride.
+        fmt: the scheme, its dtypes and its block; its stride is not used.
         out: [A, H] of ``fmt.dtype``, written.
         scales: [A, C] of ``fmt.scale_dtype``, written; None for a scheme without scales.
         smooth_scales: [1], [H] or [T, H] fp32 factors, or with ``expert_ids`` [NS + E, H], or None.
@@ -428,7 +381,7 @@ def write_rows(
         expert_ids: [T, K] where slot k has the factors NS + expert_ids[t, k], and slot K + j
             those of shared expert j; or None.
         num_slots: S.
-        count: [1] int32 on the device: only so many tokens are written; None for all T.
+        count: [1] int32 on the device: only this many tokens are written; None for all T.
     """
     num_tokens, hidden = x.shape
     _check_rows(op, x, fmt, out, scales, smooth_scales, expert_ids is not None)
@@ -438,13 +391,13 @@ def write_rows(
         return
     # The rows of a tensor may lie apart, its columns may not.
     x = x if x.stride(1) == 1 else x.contiguous()
-    if smooth_scales is None or fmt.scheme not in _SMOOTH_SCHEMES:
+    _, _, takes_factors = _SCHEMES[fmt.scheme]
+    factors = "none"
+    if smooth_scales is None or not takes_factors:
         smooth_scales = expert_ids = None
-        factors = "none"
     else:
-        factors = (
-            "rows" if smooth_scales.dim() == 2 else "row" if smooth_scales.numel() > 1 else "one"
-        )
+        one_row = "row" if smooth_scales.numel() > 1 else "one"
+        factors = "rows" if smooth_scales.dim() == 2 else one_row
         smooth_scales = smooth_scales.contiguous()
     top_k = 0 if expert_ids is None else expert_ids.shape[1]
     num_experts = 0 if smooth_scales is None else len(smooth_scales) - (num_slots - top_k)
@@ -460,13 +413,12 @@ def write_rows(
     lanes = min(triton.next_power_of_2(group), launch_config.widest(x.device))
     indexed = index is not None or expert_ids is not None
     tiles = launch_config.tiles(x.device, num_tokens, num_groups * lanes, indexed=indexed)
-    groups = tiles.block // lanes
     whole = lanes >= group
     adjacent = num_groups == 1 or lanes <= group
     # Where groups fill their lanes the kernel needs no other size of them.
     step = 0 if whole and adjacent else group
     unit = math.gcd(16, hidden, step, x.stride(0), out.stride(0))
-    _write_rows_kernel[(tiles.num_programs,)](
+    _encode_kernel[(tiles.num_programs,)](
         x,
         smooth_scales,
         None if expert_ids is None else expert_ids.contiguous(),
@@ -491,7 +443,7 @@ def write_rows(
         FACTORS=factors,
         UNIT=unit,
         ROWS=tiles.rows,
-        GROUPS=groups,
+        GROUPS=tiles.block // lanes,
         LANES=lanes,
         ADJACENT=adjacent,
         WHOLE=whole,
@@ -510,152 +462,31 @@ def _check_rows(
     smooth_scales: torch.Tensor | None,
     per_slot: bool,
 ) -> None:
-    device, columns = x.device, x.shape[1]
+    if fmt.scheme not in _SCHEMES:
+        raise ArgumentValueError(op, "fmt", f"have a scheme of {[*_SCHEMES]}", repr(fmt.scheme))
+    payloads, scaled, _ = _SCHEMES[fmt.scheme]
+    columns = x.shape[1]
+    check = functools.partial(check_tensor, op, device=x.device)
     allowed = FLOATS if fmt.scheme != "none" else (fmt.dtype,)
-    check_tensor(op, "x", x, dtypes=allowed, shape=(None, columns), device=device)
-    if fmt.scheme == "mx" and fmt.dtype not in FLOAT8:
-        raise ArgumentTypeError(op, "dtype", f"be one of {[*FLOAT8]} for MX", fmt.dtype)
-    if fmt.scheme != "none" and fmt.dtype not in _PAYLOADS:
-        raise ArgumentTypeError(op, "dtype", f"be one of {[*_PAYLOADS]}", fmt.dtype)
-    if fmt.scheme in _INT8_SCHEMES and fmt.dtype != torch.int8:
-        raise ArgumentTypeError(op, "dtype", f"be torch.int8 for {fmt.scheme}", fmt.dtype)
+    check("x", x, dtypes=allowed, shape=(None, columns))
+    if fmt.scheme != "none" and fmt.dtype not in payloads:
+        contract = f"be one of {[*payloads]} for the scheme {fmt.scheme!r}"
+        raise ArgumentTypeError(op, "fmt.dtype", contract, fmt.dtype)
     if fmt.scheme == "static" and smooth_scales is None:
-        raise MissingArgumentError(
-            op, "smooth_scales", "hold the factors of the scheme static", None
-        )
-    if (scales is None) != (fmt.scheme in ("none", "static")):
-        contract = f"be None just for the schemes without scales, this is {fmt.scheme!r}"
+        contract = "hold the factors of the scheme 'static'"
+        raise MissingArgumentError(op, "smooth_scales", contract, None)
+    if (scales is not None) != scaled:
+        contract = f"be {'a tensor' if scaled else 'None'} for the scheme {fmt.scheme!r}"
         raise ArgumentValueError(op, "scales", contract, scales if scales is None else "a tensor")
     if scales is not None and columns == 0:
         raise ArgumentValueError(op, "x", "have columns to make scales from", tuple(x.shape))
-    shape = (None, columns)
-    check_tensor(
-        op, "out", out, dtypes=(fmt.dtype,), shape=shape, device=device, strided_columns=False
-    )
+    check("out", out, dtypes=(fmt.dtype,), shape=(None, columns), strided_columns=False)
     if scales is not None:
-        check_tensor(
-            op,
-            "scales",
-            scales,
-            dtypes=(fmt.scale_dtype,),
-            shape=(len(out), fmt.num_scales),
-            device=device,
-            strided_columns=False,
-        )
+        shape: tuple[int | None, ...] = (len(out), fmt.num_scales)
+        check("scales", scales, dtypes=(fmt.scale_dtype,), shape=shape, strided_columns=False)
     if smooth_scales is not None:
-        _check_factors(op, smooth_scales, x, per_slot)
-
-
-def _check_factors(op: str, smooth_scales: torch.Tensor, x: torch.Tensor, per_slot: bool) -> None:
-    hidden = x.shape[1]
-    if smooth_scales.dim() == 1 and smooth_scales.numel() == 1 and not per_slot:
-        shape: tuple[int | None, ...] = (1,)
-    elif smooth_scales.dim() == 1 and not per_slot:
-        shape = (hidden,)
-    else:
-        shape = (None if per_slot else len(x), hidden)
-    check_tensor(
-        op, "smooth_scales", smooth_scales, dtypes=(torch.float32,), shape=shape, device=x.device
-    )
-
-
-@triton.jit(
-    do_not_specialize=[
-        "num_rows",
-        "hidden_units",
-        "block_units",
-        "num_blocks",
-        "q_units",
-        "scale_stride",
-        "out_units",
-    ]
-)
-def _decode_kernel(
-    q_ptr,  # [R, H] int8
-    scale_ptr,  # [R, H / block] fp32 | bf16 | fp16
-    out_ptr,  # [R, H] fp16 | bf16 | fp32 | fp64
-    num_rows,
-    hidden_units,
-    block_units,
-    num_blocks,
-    q_units,
-    scale_stride,
-    out_units,
-    UNIT: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    LANES: tl.constexpr,
-    ADJACENT: tl.constexpr,
-):
-    hidden = hidden_units * UNIT
-    block = block_units * UNIT
-    across = tl.cdiv(num_blocks, GROUPS)
-    lanes = tl.arange(0, GROUPS * LANES)
-    for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS) * across, tl.num_programs(0)):
-        row = ((tile // across) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        active = (row < num_rows)[:, None]
-        first = (tile % across) * GROUPS
-        if ADJACENT:
-            cols = first * LANES + lanes
-            mask = active & (cols < hidden)[None, :]
+        if smooth_scales.dim() != 1 or per_slot:
+            shape = (None if per_slot else len(x), columns)
         else:
-            cols = (first + lanes // LANES) * block + lanes % LANES
-            mask = active & ((cols < hidden) & (lanes % LANES < block))[None, :]
-        groups = first + tl.arange(0, GROUPS)
-        at = (row * scale_stride)[:, None] + groups[None, :]
-        scale = tl.load(scale_ptr + at, mask=active & (groups < num_blocks)[None, :], other=0.0)
-        scale = to_float32(scale)[:, :, None]
-        q = tl.load(q_ptr + (row * q_units * UNIT)[:, None] + cols[None, :], mask=mask, other=0)
-        y = tl.reshape(to_float32(q), [ROWS, GROUPS, LANES]) * scale
-        y = from_float32(tl.reshape(y, [ROWS, GROUPS * LANES]), out_ptr.dtype.element_ty)
-        tl.store(out_ptr + (row * out_units * UNIT)[:, None] + cols[None, :], y, mask=mask)
-
-
-def decode(rows: torch.Tensor, fmt: RowFormat, out: torch.Tensor) -> None:
-    """Write into [R, H] ``out`` what [R, stride] uint8 rows of the scheme "block8" stand for.
-
-    That is q * scale in fp32, rounded to the dtype of ``out``.
-    """
-    op, device, (num_rows, hidden) = "decode", rows.device, out.shape
-    check_tensor(op, "rows", rows, dtypes=(torch.uint8,), shape=(num_rows, None), device=device)
-    check_tensor(
-        op,
-        "out",
-        out,
-        dtypes=FLOATS,
-        shape=(num_rows, fmt.hidden),
-        device=device,
-        strided_columns=False,
-    )
-    if fmt.scheme != "block8":
-        raise ArgumentValueError(op, "fmt", "have the scheme 'return'", repr(fmt.scheme))
-    if out.numel() == 0:
-        return
-    q, scales = split_rows(fmt, rows)
-    assert scales is not None
-    num_blocks = hidden // fmt.block
-    lanes = triton.next_power_of_2(fmt.block)
-    tiles = launch_config.tiles(device, num_rows, num_blocks * lanes)
-    groups = tiles.block // lanes
-    adjacent = fmt.block == lanes
-    step = 0 if adjacent else fmt.block
-    unit = math.gcd(16, hidden, step, q.stride(0), out.stride(0))
-    _decode_kernel[(tiles.num_programs,)](
-        q,
-        scales,
-        out,
-        num_rows,
-        hidden // unit,
-        step // unit,
-        num_blocks,
-        q.stride(0) // unit,
-        scales.stride(0),
-        out.stride(0) // unit,
-        UNIT=unit,
-        ROWS=tiles.rows,
-        GROUPS=groups,
-        LANES=lanes,
-        ADJACENT=adjacent,
-        num_warps=tiles.num_warps,
-        enable_fp_fusion=False,
-    )
+            shape = (1,) if smooth_scales.numel() == 1 else (columns,)
+        check("smooth_scales", smooth_scales, dtypes=(torch.float32,), shape=shape)

@@ -1,24 +1,22 @@
-"""Count and rank the copies of a rank's tokens: where each goes.
+"""Count the slots of each expert and sort them by expert.
 
-    counts[e]     copies for expert e
-    expand_idx[i] earlier positions with the same expert as position i
-    order         positions sorted by (expert, position): i comes to start[e] + expand_idx[i]
+    counts[e]              slots of expert e
+    position_in_expert[i]  earlier slots with the same expert as slot i
+    sorted_slot_ids        slots by (expert, slot id): i is at start[e] + position_in_expert[i]
 
-Example: expert_ids [[0, 2], [2, 1], [0, 3]], E = 4:
-    counts [2, 1, 2, 1], expand_idx [0, 0, 1, 0, 1, 0], sorted_slot_ids [0, 4, 3, 1, 2, 5]
+A slot id is t * K + k. Everything is counted, so every run gives the same plan. Ids outside [0, E)
+count as expert E, which is sorted last and not sent. Few slots are compared with each other, all
+with all, in one launch. Many are cut into blocks: a histogram of each, sums over the blocks before
+it, ranks within it.
 
-Everything is counted, so every run gives the same plan. Ids beyond [0, E) count as expert E, which
-is sorted last and not sent. Few positions are compared with each other, all with all, in a single
-launch. Many are cut into blocks: a histogram of each, sums over the blocks before it, ranks within
-it.
-
-Shapes: N = T * K positions, E experts, B blocks.
+Shapes: N = T * K slots, E experts, B blocks.
 Bytes:  few: reads N * 4 for each program; many: about N * 16 + B * E * 12.
 Source: ``moe_triton.ref.routing_plan``.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import TypeAlias
 
 import torch
@@ -35,80 +33,91 @@ _Copies: TypeAlias = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tenso
 
 
 @triton.jit
-def _experts(expert_ids_ptr, position, num_positions, num_experts):
-    """Experts at positions, E for what is not sent; past the end too, where nothing follows."""
-    expert = tl.load(expert_ids_ptr + position, mask=position < num_positions, other=-1)
+def _experts(expert_ids_ptr, slot_id, num_slots, num_experts):
+    """Experts of slots; E for slots that are not sent and past the end."""
+    expert = tl.load(expert_ids_ptr + slot_id, mask=slot_id < num_slots, other=-1)
     sent = (expert >= 0) & (expert < num_experts)
     return tl.where(sent, expert, num_experts).to(tl.int32)
 
 
 @triton.jit
-def _keep(expert_ids_ptr, ids_copy_ptr, weights_ptr, weights_copy_ptr, position, inside):
-    """Copy the ids and the weights at positions."""
+def _copy_routing(expert_ids_ptr, ids_copy_ptr, weights_ptr, weights_copy_ptr, slot_id, inside):
+    """Copy expert ids and weights of slots to the outputs that are not None."""
     if ids_copy_ptr is not None:
-        expert = tl.load(expert_ids_ptr + position, mask=inside, other=_NOWHERE)
-        tl.store(ids_copy_ptr + position, expert.to(tl.int32), mask=inside)
+        expert = tl.load(expert_ids_ptr + slot_id, mask=inside, other=_NOWHERE)
+        tl.store(ids_copy_ptr + slot_id, expert.to(tl.int32), mask=inside)
     if weights_ptr is not None:
-        weight = tl.load(weights_ptr + position, mask=inside, other=0.0)
-        tl.store(weights_copy_ptr + position, weight, mask=inside)
+        weight = tl.load(weights_ptr + slot_id, mask=inside, other=0.0)
+        tl.store(weights_copy_ptr + slot_id, weight, mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_positions", "num_experts"])
-def _plan_few_kernel(
+@triton.jit(do_not_specialize=["num_slots", "num_experts"])
+def _compare_kernel(
     expert_ids_ptr,  # [N] int32 | int64
     counts_ptr,  # [E] int32
-    expand_idx_ptr,  # [N] int32
+    position_in_expert_ptr,  # [N] int32
     sorted_slot_ids_ptr,  # [N] int32
     ids_copy_ptr,  # [N] int32, or None
     weights_ptr,  # [N] fp16 | bf16 | fp32 | fp64, or None
     weights_copy_ptr,  # [N] of the weights' dtype, or None
-    num_positions,
+    num_slots,
     num_experts,
-    OWN: tl.constexpr,  # positions, or experts, that a program works on at a time
-    OTHERS: tl.constexpr,  # positions that they are compared with at a time
+    OWN: tl.constexpr,  # slots, or experts, that a program works on at a time
+    OTHERS: tl.constexpr,  # slots that they are compared with at a time
 ):
-    for own in range(tl.program_id(0) * OWN, num_positions, tl.num_programs(0) * OWN):
-        position = own + tl.arange(0, OWN)
-        expert = _experts(expert_ids_ptr, position, num_positions, num_experts)
+    """Plan few slots: compare all with all.
+
+    Example: expert_ids [[0, 2], [2, 1], [0, 3]], E = 4:
+        counts [2, 1, 2, 1], position_in_expert [0, 0, 1, 0, 1, 0],
+        sorted_slot_ids [0, 4, 3, 1, 2, 5].
+    """
+    for own in range(tl.program_id(0) * OWN, num_slots, tl.num_programs(0) * OWN):
+        slot_id = own + tl.arange(0, OWN)
+        expert = _experts(expert_ids_ptr, slot_id, num_slots, num_experts)
         earlier = tl.zeros([OWN], tl.int32)
         lower = tl.zeros([OWN], tl.int32)
-        for begin in range(0, num_positions, OTHERS):
-            other_position = begin + tl.arange(0, OTHERS)
-            other = _experts(expert_ids_ptr, other_position, num_positions, num_experts)
-            is_earlier = other_position[None, :] < position[:, None]
+        for begin in range(0, num_slots, OTHERS):
+            other_id = begin + tl.arange(0, OTHERS)
+            other = _experts(expert_ids_ptr, other_id, num_slots, num_experts)
+            is_earlier = other_id[None, :] < slot_id[:, None]
             same = (other[None, :] == expert[:, None]) & is_earlier
             earlier += tl.sum(same.to(tl.int32), axis=1)
             lower += tl.sum((other[None, :] < expert[:, None]).to(tl.int32), axis=1)
-        inside = position < num_positions
-        _keep(expert_ids_ptr, ids_copy_ptr, weights_ptr, weights_copy_ptr, position, inside)
+        inside = slot_id < num_slots
+        _copy_routing(expert_ids_ptr, ids_copy_ptr, weights_ptr, weights_copy_ptr, slot_id, inside)
         rank = tl.where(expert < num_experts, earlier, _NOWHERE)
-        tl.store(expand_idx_ptr + position, rank, mask=inside)
-        tl.store(sorted_slot_ids_ptr + lower + earlier, position, mask=inside)
+        tl.store(position_in_expert_ptr + slot_id, rank, mask=inside)
+        tl.store(sorted_slot_ids_ptr + lower + earlier, slot_id, mask=inside)
     for own in range(tl.program_id(0) * OWN, num_experts, tl.num_programs(0) * OWN):
         expert = own + tl.arange(0, OWN)
         count = tl.zeros([OWN], tl.int32)
-        for begin in range(0, num_positions, OTHERS):
-            position = begin + tl.arange(0, OTHERS)
-            other = _experts(expert_ids_ptr, position, num_positions, num_experts)
+        for begin in range(0, num_slots, OTHERS):
+            slot_id = begin + tl.arange(0, OTHERS)
+            other = _experts(expert_ids_ptr, slot_id, num_slots, num_experts)
             count += tl.sum((other[None, :] == expert[:, None]).to(tl.int32), axis=1)
         tl.store(counts_ptr + expert, count, mask=expert < num_experts)
 
 
-@triton.jit(do_not_specialize=["num_positions", "num_experts", "num_blocks"])
+@triton.jit(do_not_specialize=["num_slots", "num_experts", "num_blocks"])
 def _histogram_kernel(
     expert_ids_ptr,  # [N] int32 | int64
     histogram_ptr,  # [B, E + 1] int32
-    num_positions,
+    num_slots,
     num_experts,
     num_blocks,
     BLOCK: tl.constexpr,
     BINS: tl.constexpr,  # a power of two above E
 ):
+    """Count the slots of each expert in each block; bin E counts slots that are not sent.
+
+    Example: as ``_compare_kernel``, blocks of 4: [[1, 1, 2, 0, 0], [1, 0, 0, 1, 2]]. The 2 are the
+        slots past the end.
+    """
     row_size = (num_experts + 1).to(tl.int64)
     for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
-        position = block * BLOCK + tl.arange(0, BLOCK)
-        # Triton 3.2 has no mask here: what is past the end comes last in the last bin.
-        expert = _experts(expert_ids_ptr, position, num_positions, num_experts)
+        slot_id = block * BLOCK + tl.arange(0, BLOCK)
+        # The histogram of Triton 3.2 has no mask: slots past the end count in the last bin.
+        expert = _experts(expert_ids_ptr, slot_id, num_slots, num_experts)
         bins = tl.arange(0, BINS)
         tl.store(
             histogram_ptr + block * row_size + bins,
@@ -118,19 +127,24 @@ def _histogram_kernel(
 
 
 @triton.jit(do_not_specialize=["num_experts", "num_blocks"])
-def _starts_kernel(
+def _block_starts_kernel(
     histogram_ptr,  # [B, E + 1] int32
-    starts_ptr,  # [B, E + 1] int32 place of each block's first copy for each expert in order
+    starts_ptr,  # [B, E + 1] int32 sorted position of the first slot of each expert in a block
     counts_ptr,  # [E] int32
-    first_ptr,  # [E + 1] int32 place of each expert's first copy in order
+    first_ptr,  # [E + 1] int32 sorted position of each expert's first slot
     num_experts,
     num_blocks,
     BLOCKS: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
+    """Sum histograms over experts and blocks.
+
+    Example: of ``_histogram_kernel``: counts [2, 1, 2, 1], first [0, 2, 3, 5, 6],
+        starts [[0, 2, 3, 5, 6], [1, 3, 5, 5, 6]].
+    """
     bins = num_experts + 1
     for begin in range(tl.program_id(0) * EXPERTS, bins, tl.num_programs(0) * EXPERTS):
-        # All copies for the experts before these.
+        # Sum all slots of the experts before these.
         lower = tl.zeros([EXPERTS], tl.int32)
         for below in range(0, begin, EXPERTS):
             expert = below + tl.arange(0, EXPERTS)
@@ -159,106 +173,102 @@ def _starts_kernel(
             start += tl.sum(counts, axis=0)
 
 
-@triton.jit(do_not_specialize=["num_positions", "num_experts", "num_blocks"])
+@triton.jit(do_not_specialize=["num_slots", "num_experts", "num_blocks"])
 def _rank_kernel(
     expert_ids_ptr,  # [N] int32 | int64
     starts_ptr,  # [B, E + 1] int32
     first_ptr,  # [E + 1] int32
-    expand_idx_ptr,  # [N] int32
+    position_in_expert_ptr,  # [N] int32
     sorted_slot_ids_ptr,  # [N] int32
     ids_copy_ptr,  # [N] int32, or None
     weights_ptr,  # [N] fp16 | bf16 | fp32 | fp64, or None
     weights_copy_ptr,  # [N] of the weights' dtype, or None
-    num_positions,
+    num_slots,
     num_experts,
     num_blocks,
     BLOCK: tl.constexpr,
-    OTHERS: tl.constexpr,  # positions of the block that all of it are compared with at a time
+    OTHERS: tl.constexpr,  # slots of the block that all of it are compared with at a time
 ):
+    """Rank the slots of each block after the starts of their experts.
+
+    Example: of ``_block_starts_kernel``: position_in_expert [0, 0, 1, 0, 1, 0],
+        sorted_slot_ids [0, 4, 3, 1, 2, 5].
+    """
     row_size = (num_experts + 1).to(tl.int64)
     for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
-        position = block * BLOCK + tl.arange(0, BLOCK)
-        inside = position < num_positions
-        _keep(expert_ids_ptr, ids_copy_ptr, weights_ptr, weights_copy_ptr, position, inside)
-        expert = _experts(expert_ids_ptr, position, num_positions, num_experts)
+        slot_id = block * BLOCK + tl.arange(0, BLOCK)
+        inside = slot_id < num_slots
+        _copy_routing(expert_ids_ptr, ids_copy_ptr, weights_ptr, weights_copy_ptr, slot_id, inside)
+        expert = _experts(expert_ids_ptr, slot_id, num_slots, num_experts)
         earlier = tl.zeros([BLOCK], tl.int32)
         for begin in range(0, BLOCK, OTHERS):
-            other_position = block * BLOCK + begin + tl.arange(0, OTHERS)
-            other = _experts(expert_ids_ptr, other_position, num_positions, num_experts)
-            is_earlier = other_position[None, :] < position[:, None]
+            other_id = block * BLOCK + begin + tl.arange(0, OTHERS)
+            other = _experts(expert_ids_ptr, other_id, num_slots, num_experts)
+            is_earlier = other_id[None, :] < slot_id[:, None]
             same = (other[None, :] == expert[:, None]) & is_earlier
             earlier += tl.sum(same.to(tl.int32), axis=1)
         start = starts_ptr + block * row_size
-        place = tl.load(start + expert, mask=inside, other=0) + earlier
-        rank = place - tl.load(first_ptr + expert, mask=inside, other=0)
+        sorted_position = tl.load(start + expert, mask=inside, other=0) + earlier
+        rank = sorted_position - tl.load(first_ptr + expert, mask=inside, other=0)
         rank = tl.where(expert < num_experts, rank, _NOWHERE)
-        tl.store(expand_idx_ptr + position, rank, mask=inside)
-        tl.store(sorted_slot_ids_ptr + place, position, mask=inside)
+        tl.store(position_in_expert_ptr + slot_id, rank, mask=inside)
+        tl.store(sorted_slot_ids_ptr + sorted_position, slot_id, mask=inside)
 
 
 def routing_plan(
-    expert_ids: torch.Tensor, num_experts: int, kept: RoutingCopies | None = None
+    expert_ids: torch.Tensor, num_experts: int, copies: RoutingCopies | None = None
 ) -> RoutingPlan:
-    """Count and rank the copies of [T, K] ``expert_ids``; ids beyond [0, E) are not sent.
+    """Count the slots of each expert and sort them by expert; ids outside [0, E) are not sent.
 
-    Args:
-        expert_ids: [T, K] int32 or int64.
-        num_experts: E.
-        kept: what to copy on the way, or None; the copies are contiguous.
+    Arguments as in ``ref.routing_plan``; the outputs of ``copies`` are contiguous.
 
     Raises:
         ArgumentTypeError: another dtype.
         ArgumentValueError: a wrong shape.
     """
-    device = expert_ids.device
-    check_tensor(
-        "plan", "expert_ids", expert_ids, dtypes=INDICES, shape=(None, None), device=device
-    )
-    slot_ids = _copies(expert_ids, kept)
+    op, device = "routing_plan", expert_ids.device
+    check_tensor(op, "expert_ids", expert_ids, dtypes=INDICES, shape=(None, None), device=device)
+    copy_tensors = _copy_tensors(op, expert_ids, copies)
     ids = expert_ids.contiguous().view(-1)
-    num_positions = ids.numel()
+    num_slots = ids.numel()
     counts = torch.empty(num_experts, dtype=torch.int32, device=device)
-    position_in_expert = torch.empty(num_positions, dtype=torch.int32, device=device)
-    order = torch.empty(num_positions, dtype=torch.int32, device=device)
-    routing = RoutingPlan(counts, position_in_expert, order)
-    shape = launch_config.plan_launch(device, num_positions)
+    position_in_expert = torch.empty(num_slots, dtype=torch.int32, device=device)
+    sorted_slot_ids = torch.empty(num_slots, dtype=torch.int32, device=device)
+    plan = RoutingPlan(counts, position_in_expert, sorted_slot_ids)
+    shape = launch_config.plan_launch(device, num_slots)
     if shape.compare:
-        _plan_few(ids, num_experts, routing, slot_ids, shape)
+        _plan_by_comparison(ids, num_experts, plan, copy_tensors, shape)
     else:
-        _plan_many(ids, num_experts, routing, slot_ids, shape)
-    return routing
+        _plan_by_histogram(ids, num_experts, plan, copy_tensors, shape)
+    return plan
 
 
-def _copies(expert_ids: torch.Tensor, kept: RoutingCopies | None) -> _Copies:
-    """The ids' copy, the weights and their copy, for the kernels; each may be None."""
-    if kept is None:
+def _copy_tensors(op: str, expert_ids: torch.Tensor, copies: RoutingCopies | None) -> _Copies:
+    """Copy of the ids, weights and copy of the weights, for the kernels; each may be None."""
+    if copies is None:
         return None, None, None
-    shape, device = tuple(expert_ids.shape), expert_ids.device
-    given: dict[str, tuple[torch.Tensor, tuple[torch.dtype, ...]]] = {
-        "kept.expert_ids": (kept.expert_ids, (torch.int32,))
-    }
-    weights = weights_copy = None
-    if kept.weights is not None and kept.weights_copy is not None:
-        given["kept.weights"] = kept.weights, FLOATS
-        given["kept.weights_copy"] = kept.weights_copy, (kept.weights.dtype,)
-        weights, weights_copy = kept.weights.contiguous(), kept.weights_copy
-    for name, (tensor, dtypes) in given.items():
-        check_tensor("plan", name, tensor, dtypes=dtypes, shape=shape, device=device)
-    return kept.expert_ids, weights, weights_copy
+    shape = tuple(expert_ids.shape)
+    check = functools.partial(check_tensor, op, shape=shape, device=expert_ids.device)
+    check("copies.expert_ids", copies.expert_ids, dtypes=(torch.int32,))
+    if copies.weights is None or copies.weights_copy is None:
+        return copies.expert_ids, None, None
+    check("copies.weights", copies.weights, dtypes=FLOATS)
+    check("copies.weights_copy", copies.weights_copy, dtypes=(copies.weights.dtype,))
+    return copies.expert_ids, copies.weights.contiguous(), copies.weights_copy
 
 
-def _plan_few(
+def _plan_by_comparison(
     ids: torch.Tensor,
     num_experts: int,
-    routing: RoutingPlan,
-    slot_ids: _Copies,
+    plan: RoutingPlan,
+    copies: _Copies,
     shape: launch_config.PlanLaunch,
 ) -> None:
     work = triton.cdiv(max(ids.numel(), num_experts, 1), shape.own)
-    _plan_few_kernel[(min(work, shape.num_programs),)](
+    _compare_kernel[(min(work, shape.num_programs),)](
         ids,
-        *routing,
-        *slot_ids,
+        *plan,
+        *copies,
         ids.numel(),
         num_experts,
         OWN=shape.own,
@@ -267,11 +277,11 @@ def _plan_few(
     )
 
 
-def _plan_many(
+def _plan_by_histogram(
     ids: torch.Tensor,
     num_experts: int,
-    routing: RoutingPlan,
-    slot_ids: _Copies,
+    plan: RoutingPlan,
+    copies: _Copies,
     shape: launch_config.PlanLaunch,
 ) -> None:
     device, bins, block = ids.device, num_experts + 1, shape.own
@@ -284,10 +294,10 @@ def _plan_many(
         ids, histogram, *sizes, BLOCK=block, BINS=triton.next_power_of_2(bins)
     )
     tile = launch_config.one_program(device, num_blocks, shape.experts)
-    _starts_kernel[(min(triton.cdiv(bins, tile.block), shape.num_programs),)](
+    _block_starts_kernel[(min(triton.cdiv(bins, tile.block), shape.num_programs),)](
         histogram,
         starts,
-        routing.counts,
+        plan.counts,
         first,
         num_experts,
         num_blocks,
@@ -299,9 +309,9 @@ def _plan_many(
         ids,
         starts,
         first,
-        routing.position_in_expert,
-        routing.sorted_slot_ids,
-        *slot_ids,
+        plan.position_in_expert,
+        plan.sorted_slot_ids,
+        *copies,
         *sizes,
         BLOCK=block,
         OTHERS=shape.others,

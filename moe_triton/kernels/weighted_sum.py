@@ -1,9 +1,9 @@
-"""Sums of rows: those of a token's experts, those of ranks that share an expert.
+"""Sums of rows: those of a token's experts, and those of ranks that share an expert.
 
     out[t] = sum_k weights[t, k] * term(t, k) + sum_j row(t, K + j) + addend[t]
 
-in fp32, multiply then add in ascending order, rounded once; term(t, k) is a row, or what a special
-expert makes of the token. With a norm, a residual is added before rounding, and
+in fp32, multiply then add in ascending order, rounded once; term(t, k) is row(t, k), or what a
+zero-computation expert makes of the token. With a norm, a residual is added before rounding, and
 
     rstd[t] = 1 / sqrt(sum_h total[t, h]**2 * (1 / H) + epsilon)
     y[t]    = round(round(total[t] * rstd[t]) * gamma)
@@ -11,12 +11,13 @@ expert makes of the token. With a norm, a residual is added before rounding, and
 Letters: T tokens, K experts per token, NS shared experts, S = K + NS slots, H hidden size, N rows,
          b bytes of an element.
 Bytes:   reads T * S * H * b, and T * H * b for each of tokens, addend and residual; writes
-         T * H * b, with a norm twice that. Quantised rows have 1 byte an element and 2 a group.
+         T * H * b, with a norm twice that. Block8 rows have 1 byte an element and 2 a block.
 Source:  the combine step of Ascend's ``npu_moe_distribute_combine`` family.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -29,35 +30,47 @@ from ._checks import FLOATS, INDICES, check_tensor, with_adjacent_columns
 from ._common import from_float32, narrow, to_float32, widen
 from .launch_config import tiles, token_tiles
 
+# Optional parts of the sum are functions that the kernel calls under a constexpr condition, as a
+# launch of Triton 3.2 rejects functions as constexpr arguments.
+
 
 @triton.jit
-def _sum_columns(x, BLOCK_T: tl.constexpr):
-    """Each token's sum over a tile, shaped as the tokens' numbers are."""
-    if BLOCK_T == 1:
-        total = tl.sum(x)
-    elif len(x.shape) == 2:
-        total = tl.sum(x, axis=1, keep_dims=True)
+def _tile_columns(SCHEME: tl.constexpr, GROUP: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Columns of a tile: [BLOCK_H], or [BLOCK_H / GROUP, GROUP] so that a scale meets its group."""
+    if SCHEME == "block8":
+        cols = tl.arange(0, BLOCK_H // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     else:
-        total = tl.sum(tl.sum(x, axis=2, keep_dims=True), axis=1, keep_dims=True)
-    return total
+        tl.static_assert(SCHEME == "none", "unknown scheme of rows")
+        cols = tl.arange(0, BLOCK_H)
+    return cols
 
 
 @triton.jit
-def _rstd(squares, one_by_hidden, epsilon, BLOCK_T: tl.constexpr):
-    """The reciprocal root mean square of each token's row, fp32."""
-    mean = _sum_columns(squares, BLOCK_T).to(tl.float32) * one_by_hidden
-    return 1.0 / tl.sqrt(mean + epsilon)
+def _tile_tokens(first, SCHEME: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Tokens of a tile, int32, shaped to meet its columns.
+
+    One token is a scalar, and so is the address of its row: hardware that copies whole rows needs
+    that.
+    """
+    if BLOCK_T == 1:
+        number = first
+    elif SCHEME == "block8":
+        number = (first + tl.arange(0, BLOCK_T))[:, None, None]
+    else:
+        number = (first + tl.arange(0, BLOCK_T))[:, None]
+    return number
 
 
 @triton.jit
-def _row(
+def _load_row(
     rows_ptr,
     scales_ptr,
     distance,  # of the row from the first one, in units
-    present,  # whether there is such a row
+    present,  # whether the slot has a row
     start,
-    here,  # the columns, start and what follows
+    here,  # the columns from start
     hidden,
+    SCHEME: tl.constexpr,
     GROUP: tl.constexpr,
     UNIT: tl.constexpr,
     SCALES_UNIT: tl.constexpr,
@@ -65,11 +78,11 @@ def _row(
     DTYPE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """A part of a row, decoded; zeros without one."""
+    """Part of a row, decoded, in ACC; zeros where the slot has no row."""
     # Products with a constant show the compiler how rows are aligned.
     x = tl.load(rows_ptr + distance * UNIT + here, mask=present & (here < hidden), other=0)
     x = widen(x, ACC)
-    if GROUP:
+    if SCHEME == "block8":
         group = start // GROUP + tl.arange(0, BLOCK_H // GROUP)[:, None]
         mask = present & (group * GROUP < hidden)
         scale = tl.load(scales_ptr + distance * SCALES_UNIT + group, mask=mask, other=0.0)
@@ -78,11 +91,11 @@ def _row(
 
 
 @triton.jit
-def _special(
+def _zero_computation_term(
     term,
     present,
     expert,
-    own,  # a part of the token itself
+    own,  # part of the token itself
     here,
     alpha_1_ptr,
     alpha_2_ptr,
@@ -94,7 +107,7 @@ def _special(
     WIDE_ALPHA: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The term of a slot and whether it has one, after a look at its expert."""
+    """Term of a slot after copy and constant experts, and whether the slot has a term."""
     copied = (expert >= first_copy) & (expert < first_constant)
     term = tl.where(copied, own, term)
     present = present | copied
@@ -109,10 +122,46 @@ def _special(
         else:
             alpha_1 = tl.load(alpha_1_ptr + number, mask=constant, other=0.0)
             alpha_2 = tl.load(alpha_2_ptr + number, mask=constant, other=0.0)
-        made = widen(alpha_1, ACC) * own + widen(alpha_2, ACC) * widen(value, ACC)
-        term = tl.where(constant, made, term)
+        sum_of_two = widen(alpha_1, ACC) * own + widen(alpha_2, ACC) * widen(value, ACC)
+        term = tl.where(constant, sum_of_two, term)
         present = present | constant
     return term, present
+
+
+@triton.jit
+def _plus_row(total, ptr, offset, inside, ACC: tl.constexpr):
+    """``total`` plus part of the row at ``ptr``; ``total`` where that is None."""
+    if ptr is not None:
+        total = total + widen(tl.load(ptr + offset, mask=inside, other=0.0), ACC)
+    return total
+
+
+@triton.jit
+def _squares(total, inside):
+    """Squares of the sums; a NaN weight also makes the masked columns NaN, so drop them."""
+    return tl.where(inside, total * total, 0.0)
+
+
+@triton.jit
+def _store_rstd(rstd_ptr, squares, active, one_by_hidden, epsilon, BLOCK_T: tl.constexpr):
+    """Store the reciprocal root mean square of each token's row, fp32, and return it."""
+    if BLOCK_T == 1:
+        total = tl.sum(squares)
+    elif len(squares.shape) == 2:
+        total = tl.sum(squares, axis=1, keep_dims=True)
+    else:
+        total = tl.sum(tl.sum(squares, axis=2, keep_dims=True), axis=1, keep_dims=True)
+    rstd = 1.0 / tl.sqrt(total.to(tl.float32) * one_by_hidden + epsilon)
+    tl.store(rstd_ptr, rstd, mask=active)
+    return rstd
+
+
+@triton.jit
+def _store_normed(y_ptr, gamma_ptr, total, rstd, here, hidden, inside, DTYPE: tl.constexpr):
+    """Store part of the normed row: rounded before gamma, and after."""
+    gamma = tl.load(gamma_ptr + here, mask=here < hidden, other=0.0)
+    scaled = to_float32(narrow(total * rstd, DTYPE))
+    tl.store(y_ptr, narrow(scaled * to_float32(gamma), DTYPE), mask=inside)
 
 
 @triton.jit(
@@ -126,22 +175,24 @@ def _special(
         "across",
     ]
 )
-def _reduce_kernel(
-    rows_ptr,  # [N, >= H] of out's dtype, or int8 if GROUP; row_step * UNIT apart
+def _weighted_sum_kernel(
+    rows_ptr,  # [N, >= H] of out's dtype, or int8 for block8; row_step * UNIT apart
     scales_ptr,  # [N, H / GROUP] fp16 | bf16, row_step * SCALES_UNIT apart, or None
-    index_ptr,  # [T, SLOTS] int64, negative where there is no row
-    weights_ptr,  # [T, WEIGHTS] fp32 | fp64, or None
-    ids_ptr,  # [T, IDS] int32 | int64 expert ids, or None
-    tokens_ptr,  # [T, H] of out's dtype, or None; rows tokens_stride apart
+    index_ptr,  # [T, SLOTS] int64, negative where the slot has no row
+    weights_ptr,  # [T, TOP_K] fp32 | fp64, or None
+    # Zero-computation experts: all None without copy and constant experts.
+    ids_ptr,  # [T, TOP_K] int32 | int64 expert ids
+    tokens_ptr,  # [T, H] of out's dtype; rows tokens_stride apart
     alpha_1_ptr,  # [n] or [n, H] of out's dtype, or None
     alpha_2_ptr,  # as alpha_1
     value_ptr,  # [n, H] of out's dtype, or None
     addend_ptr,  # [T, H] of out's dtype, or None
     out_ptr,  # [T, H] fp16 | bf16 | fp32 | fp64
-    residual_ptr,  # [T, H] of out's dtype, or None without a norm
-    gamma_ptr,  # [H] of out's dtype, or None
-    y_ptr,  # [T, H] of out's dtype, or None
-    rstd_ptr,  # [T] fp32, or None
+    # Norm: all None without one.
+    residual_ptr,  # [T, H] of out's dtype
+    gamma_ptr,  # [H] of out's dtype
+    y_ptr,  # [T, H] of out's dtype
+    rstd_ptr,  # [T] fp32
     num_tokens,
     num_rows,
     hidden,
@@ -158,35 +209,28 @@ def _reduce_kernel(
     epsilon,
     across,  # tiles beside each other, which take the blocks of columns in turn
     SLOTS: tl.constexpr,
-    WEIGHTS: tl.constexpr,  # K, or 0 without weights
-    IDS: tl.constexpr,  # K, or 0 without copy and constant experts
+    TOP_K: tl.constexpr,  # slots with a weight or an expert id
     WIDE_ALPHA: tl.constexpr,  # the alphas are [n, H]
-    GROUP: tl.constexpr,  # elements that share a scale, or 0
+    SCHEME: tl.constexpr,  # "none" | "block8"
+    GROUP: tl.constexpr,  # elements that share a scale
     UNIT: tl.constexpr,  # elements between rows, of which their distance is a multiple
     SCALES_UNIT: tl.constexpr,  # as many bytes in scales
     ACC: tl.constexpr,  # dtype of the sums
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    PASSES: tl.constexpr,  # 2 if there is a norm and a row is longer than a tile, else 1
+    PASSES: tl.constexpr,  # 2 for a norm of rows longer than a tile, else 1
 ):
-    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    if GROUP:
-        # Beside each other lie the columns that share a scale.
-        cols = tl.arange(0, BLOCK_H // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    else:
-        cols = tl.arange(0, BLOCK_H)
+    """Sum the rows of each token.
 
+    Example: rows [[1, 2], [3, 4], [5, 6]], index [[0, 2], [1, -1], [-1, -1]],
+        weights [[1, 2], [0.5, 8], [1, 1]]: out [[11, 14], [1.5, 2], [0, 0]].
+    """
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    NORM: tl.constexpr = gamma_ptr is not None
+    cols = _tile_columns(SCHEME, GROUP, BLOCK_H)
     num_tiles = tl.cdiv(num_tokens, BLOCK_T) * across
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        first = tile // across * BLOCK_T
-        # One token is a scalar, and so is the address of its row, as hardware that copies whole
-        # rows needs it. More are [BLOCK_T, 1] or [BLOCK_T, 1, 1], to meet the columns.
-        if BLOCK_T == 1:
-            number = first
-        elif GROUP:
-            number = (first + tl.arange(0, BLOCK_T))[:, None, None]
-        else:
-            number = (first + tl.arange(0, BLOCK_T))[:, None]
+        number = _tile_tokens(tile // across * BLOCK_T, SCHEME, BLOCK_T)
         active = number < num_tokens
         token = number.to(tl.int64)
         if PASSES == 2:
@@ -195,80 +239,54 @@ def _reduce_kernel(
         # The second pass makes the sums again rather than keep a row of any length.
         for phase in tl.static_range(PASSES):
             if phase == 1:
-                rstd = _rstd(squares, one_by_hidden, epsilon, BLOCK_T)
-                tl.store(rstd_ptr + token, rstd, mask=active)
+                rstd = _store_rstd(
+                    rstd_ptr + token, squares, active, one_by_hidden, epsilon, BLOCK_T
+                )
             for start in range(tile % across * BLOCK_H, hidden, across * BLOCK_H):
                 here = start + cols
                 inside = active & (here < hidden)
                 total = tl.zeros(inside.shape, ACC)
-                if IDS:
+                if ids_ptr is not None:
                     own = tl.load(tokens_ptr + token * tokens_stride + here, mask=inside, other=0.0)
                     own = widen(own, ACC)
-                # Unrolled, so that several rows of a token are on their way at a time.
+                # Unrolled, so that several rows of a token are in flight at a time.
                 for k in tl.static_range(SLOTS):
                     row = tl.load(index_ptr + token * SLOTS + k, mask=active, other=-1)
                     tl.device_assert(row < num_rows, "index out of range")
                     present = row >= 0
-                    term = _row(
-                        rows_ptr,
-                        scales_ptr,
-                        row * row_step,
-                        present,
-                        start,
-                        here,
-                        hidden,
-                        GROUP,
-                        UNIT,
-                        SCALES_UNIT,
-                        BLOCK_H,
-                        DTYPE,
-                        ACC,
-                    )
-                    if k < IDS:
-                        term, present = _special(
-                            term,
-                            present,
-                            tl.load(ids_ptr + token * IDS + k, mask=active, other=-1),
-                            own,
-                            here,
-                            alpha_1_ptr,
-                            alpha_2_ptr,
-                            value_ptr,
-                            hidden,
-                            first_copy,
-                            first_constant,
-                            end,
-                            WIDE_ALPHA,
-                            ACC,
-                        )
-                    if k < WEIGHTS:
-                        # 0 where there is no term, whose weight may be no number.
-                        weight_ptr = weights_ptr + token * WEIGHTS + k
-                        term = term * tl.load(weight_ptr, mask=present, other=0.0).to(ACC)
+                    term = _load_row(
+                        rows_ptr, scales_ptr, row * row_step, present, start, here, hidden,
+                        SCHEME, GROUP, UNIT, SCALES_UNIT, BLOCK_H, DTYPE, ACC,
+                    )  # fmt: skip
+                    if k < TOP_K:
+                        if ids_ptr is not None:
+                            expert = tl.load(ids_ptr + token * TOP_K + k, mask=active, other=-1)
+                            term, present = _zero_computation_term(
+                                term, present, expert, own, here, alpha_1_ptr, alpha_2_ptr,
+                                value_ptr, hidden, first_copy, first_constant, end, WIDE_ALPHA, ACC,
+                            )  # fmt: skip
+                        if weights_ptr is not None:
+                            # Load 0 for a slot without a term: its weight may be NaN.
+                            weight_ptr = weights_ptr + token * TOP_K + k
+                            term = term * tl.load(weight_ptr, mask=present, other=0.0).to(ACC)
                     total = total + term
-                if addend_ptr is not None:
-                    addend = addend_ptr + token * addend_stride + here
-                    total = total + widen(tl.load(addend, mask=inside, other=0.0), ACC)
-                if gamma_ptr is not None:
-                    residual = residual_ptr + token * residual_stride + here
-                    total = total + widen(tl.load(residual, mask=inside, other=0.0), ACC)
-                    if phase == 0:
-                        # A weight that is no number makes columns after the end such, too.
-                        part = tl.where(inside, total * total, 0.0)
-                        if PASSES == 2:
-                            squares = squares + part
-                        else:
-                            rstd = _rstd(part, one_by_hidden, epsilon, BLOCK_T)
-                            tl.store(rstd_ptr + token, rstd, mask=active)
+                total = _plus_row(total, addend_ptr, token * addend_stride + here, inside, ACC)
+                total = _plus_row(total, residual_ptr, token * residual_stride + here, inside, ACC)
+                if NORM and phase == 0:
+                    if PASSES == 2:
+                        squares = squares + _squares(total, inside)
+                    else:
+                        part = _squares(total, inside)
+                        rstd = _store_rstd(
+                            rstd_ptr + token, part, active, one_by_hidden, epsilon, BLOCK_T
+                        )
                 if phase == PASSES - 1:
-                    # Only now: out may be the residual or the addend.
+                    # In the last pass only: out may be the residual or the addend.
                     out = out_ptr + token * out_stride + here
                     tl.store(out, narrow(total, DTYPE), mask=inside)
-                    if gamma_ptr is not None:
-                        gamma = tl.load(gamma_ptr + here, mask=here < hidden, other=0.0)
-                        scaled = to_float32(narrow(total * rstd, DTYPE))
-                        y = narrow(scaled * to_float32(gamma), DTYPE)
-                        tl.store(y_ptr + token * y_stride + here, y, mask=inside)
+                    if NORM:
+                        y = y_ptr + token * y_stride + here
+                        _store_normed(y, gamma_ptr, total, rstd, here, hidden, inside, DTYPE)
 
 
 def weighted_sum(
@@ -276,51 +294,41 @@ def weighted_sum(
     index: torch.Tensor,
     fmt: RowFormat,
     weights: torch.Tensor | None,
-    special: ZeroComputationExperts | None,
+    zero_computation: ZeroComputationExperts | None,
     addend: torch.Tensor | None,
     out: torch.Tensor,
     norm: Norm | None = None,
 ) -> None:
-    """Sum the rows of each token in fp32, ascending, and round once; see ``ref.weighted_sum``.
+    """Sum the rows of each token in fp32, ascending, and round once.
 
-    Args:
-        rows: [N, stride] uint8; rows may overlap.
-        index: [T, K + NS] int64 rows of each token, the unweighted ones last; negative for none.
-        fmt: of the rows, scheme "none" or "block8".
-        weights: [T, K] fp32, for float64 also float64, or None for all 1.
-        special: the experts without a network, or None.
-        addend: [T, H] of the dtype of ``out``, or None.
-        out: [T, H] output, fp16, bf16, fp32 or fp64; sums of fp64 run in fp64.
-        norm: a residual to add before rounding, and what to make of the unrounded sum, or None.
+    Arguments as in ``ref.weighted_sum``; a row index below 0 is ``NOWHERE``.
 
     Raises:
         ArgumentTypeError: a dtype that is not listed above.
         ArgumentValueError: a shape, stride, device or scheme that does not fit.
+        MissingArgumentError: a value of constant experts without their alphas.
     """
-    _check_rows("reduce", rows, index, fmt, out)
-    _check_terms("reduce", index, weights, special, addend, out, norm)
+    op = "weighted_sum"
+    _check_rows(op, rows, index, fmt, out)
+    _check_terms(op, index, weights, zero_computation, addend, out, norm)
     num_tokens, hidden = out.shape
     if out.numel() == 0:
         return
 
-    slots = index.shape[1]
     payload = fmt.payload(rows)
     scales = fmt.scales(rows) if fmt.scheme == "block8" else None
     align = math.gcd(rows.stride(0), 16)
     ids = tokens = alpha_1 = alpha_2 = value = None
     first_copy = first_constant = end = 0
-    if special is not None and special.tokens is not None:
-        ids, first_copy, first_constant, end, tokens, alpha_1, alpha_2, value = special
+    if zero_computation is not None and zero_computation.tokens is not None:
+        ids, first_copy, first_constant, end, tokens, alpha_1, alpha_2, value = zero_computation
         ids = ids.contiguous()
         alpha_1, alpha_2, value = map(_contiguous, (alpha_1, alpha_2, value))
-        tokens = None if tokens is None else with_adjacent_columns(tokens)
     residual, gamma, epsilon, y, rstd = norm or (None, None, 0.0, None, None)
-    if residual is not None:
-        residual = with_adjacent_columns(residual)
-    if addend is not None:
-        addend = with_adjacent_columns(addend)
+    tokens, addend, residual = map(_with_adjacent_columns, (tokens, addend, residual))
+    columns = weights if weights is not None else ids
     launch = token_tiles(out.device, num_tokens, hidden, whole_rows=norm is not None)
-    _reduce_kernel[(launch.num_programs,)](
+    _weighted_sum_kernel[(launch.num_programs,)](
         payload,
         scales,
         index.contiguous(),
@@ -351,10 +359,10 @@ def weighted_sum(
         1.0 / hidden,
         epsilon,
         1 if norm is not None else triton.cdiv(hidden, launch.block),
-        SLOTS=slots,
-        WEIGHTS=0 if weights is None else weights.shape[1],
-        IDS=0 if ids is None else ids.shape[1],
+        SLOTS=index.shape[1],
+        TOP_K=0 if columns is None else columns.shape[1],
         WIDE_ALPHA=alpha_1 is not None and alpha_1.dim() == 2,
+        SCHEME=fmt.scheme,
         GROUP=0 if scales is None else fmt.block,
         UNIT=align // payload.itemsize,
         SCALES_UNIT=0 if scales is None else align // scales.itemsize,
@@ -371,6 +379,10 @@ def _contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.contiguous()
 
 
+def _with_adjacent_columns(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else with_adjacent_columns(x)
+
+
 def _row_stride(x: torch.Tensor | None) -> int:
     return 0 if x is None else x.stride(0)
 
@@ -378,20 +390,11 @@ def _row_stride(x: torch.Tensor | None) -> int:
 def _check_rows(
     op: str, rows: torch.Tensor, index: torch.Tensor, fmt: RowFormat, out: torch.Tensor
 ) -> None:
-    device = rows.device
-    check_tensor(
-        op, "out", out, dtypes=FLOATS, shape=(None, None), device=device, strided_columns=False
-    )
-    check_tensor(
-        op,
-        "rows",
-        rows,
-        dtypes=(torch.uint8,),
-        shape=(None, fmt.stride),
-        device=device,
-        strided_columns=False,
-    )
-    check_tensor(op, "index", index, dtypes=(torch.int64,), shape=(len(out), None), device=device)
+    check = functools.partial(check_tensor, op, device=rows.device)
+    check("out", out, dtypes=FLOATS, shape=(None, None), strided_columns=False)
+    shape = (None, fmt.stride)
+    check("rows", rows, dtypes=(torch.uint8,), shape=shape, strided_columns=False)
+    check("index", index, dtypes=(torch.int64,), shape=(len(out), None))
     if fmt.hidden != out.shape[1]:
         raise ArgumentValueError(op, "out", f"have {fmt.hidden} columns", tuple(out.shape))
     if fmt.scheme == "none":
@@ -408,70 +411,68 @@ def _check_terms(
     op: str,
     index: torch.Tensor,
     weights: torch.Tensor | None,
-    special: ZeroComputationExperts | None,
+    zero_computation: ZeroComputationExperts | None,
     addend: torch.Tensor | None,
     out: torch.Tensor,
     norm: Norm | None,
 ) -> None:
-    shape, dtype, device = tuple(out.shape), out.dtype, out.device
-    slots = index.shape[1]
+    dtype, (num_tokens, hidden) = out.dtype, out.shape
+    check = functools.partial(check_tensor, op, device=out.device)
+    top_k = None
     if weights is not None:
         dtypes = (torch.float32, torch.promote_types(dtype, torch.float32))
-        check_tensor(op, "weights", weights, dtypes=dtypes, shape=(len(out), None), device=device)
-        if weights.shape[1] > slots:
-            contract = f"have at most {slots} columns, as index has"
-            raise ArgumentValueError(op, "weights", contract, tuple(weights.shape))
-    wide: dict[str, torch.Tensor | None] = {"addend": addend}
-    if special is not None:
-        ids = special.expert_ids
-        check_tensor(
-            op, "special.expert_ids", ids, dtypes=INDICES, shape=(len(out), None), device=device
-        )
-        if ids.shape[1] > slots:
-            contract = f"have at most {slots} columns, as index has"
-            raise ArgumentValueError(op, "special.expert_ids", contract, tuple(ids.shape))
-        wide["special.tokens"] = special.tokens
-        if special.value is not None:
-            _check_constants(op, special, out)
+        check("weights", weights, dtypes=dtypes, shape=(num_tokens, None))
+        top_k = weights.shape[1]
+        _check_columns(op, "weights", weights, index)
+    full_rows: dict[str, torch.Tensor | None] = {"addend": addend}
+    if zero_computation is not None:
+        ids, name = zero_computation.expert_ids, "zero_computation.expert_ids"
+        check(name, ids, dtypes=INDICES, shape=(num_tokens, top_k))
+        _check_columns(op, name, ids, index)
+        full_rows["zero_computation.tokens"] = zero_computation.tokens
+        if zero_computation.value is not None:
+            _check_constants(op, zero_computation, out)
     if norm is not None:
-        wide |= {"norm.residual": norm.residual, "norm.y": norm.y}
-        for name, tensor, wanted, size in (
-            ("norm.gamma", norm.gamma, dtype, shape[1]),
-            ("norm.rstd", norm.rstd, torch.float32, shape[0]),
+        full_rows |= {"norm.residual": norm.residual, "norm.y": norm.y}
+        for name, vector, wanted, size in (
+            ("norm.gamma", norm.gamma, dtype, hidden),
+            ("norm.rstd", norm.rstd, torch.float32, num_tokens),
         ):
-            check_tensor(
-                op,
-                name,
-                tensor,
-                dtypes=(wanted,),
-                shape=(size,),
-                device=device,
-                strided_columns=False,
-            )
-    for name, rows in wide.items():
+            check(name, vector, dtypes=(wanted,), shape=(size,), strided_columns=False)
+    for name, rows in full_rows.items():
         if rows is not None:
-            apart = name != "norm.y"  # the one output among them
-            check_tensor(
-                op, name, rows, dtypes=(dtype,), shape=shape, device=device, strided_columns=apart
-            )
+            # norm.y is the one output among them: it cannot be copied to adjacent columns.
+            strided = name != "norm.y"
+            shape = (num_tokens, hidden)
+            check(name, rows, dtypes=(dtype,), shape=shape, strided_columns=strided)
 
 
-def _check_constants(op: str, special: ZeroComputationExperts, out: torch.Tensor) -> None:
-    """The tensors of constant experts."""
-    number = special.end - special.first_constant
-    shapes: dict[str, tuple[int, ...]] = {"value": (number, out.shape[1])}
+def _check_columns(op: str, name: str, tensor: torch.Tensor, index: torch.Tensor) -> None:
+    slots = index.shape[1]
+    if tensor.shape[1] > slots:
+        contract = f"have at most {slots} columns, as index has"
+        raise ArgumentValueError(op, name, contract, tuple(tensor.shape))
+
+
+def _check_constants(op: str, experts: ZeroComputationExperts, out: torch.Tensor) -> None:
+    """Check the tensors of constant experts."""
+    number, hidden = experts.end - experts.first_constant, out.shape[1]
+    check = functools.partial(check_tensor, op, dtypes=(out.dtype,), device=out.device)
+    assert experts.value is not None
+    shape: tuple[int, ...] = (number, hidden)
+    check("zero_computation.value", experts.value, shape=shape)
     for name in ("alpha_1", "alpha_2"):
-        tensor = getattr(special, name)
-        shapes[name] = (number, out.shape[1])[: 1 if tensor is None else tensor.dim()]
-    if shapes["alpha_2"] != shapes["alpha_1"]:
-        raise ArgumentValueError(op, "special.alpha_2", "have the rank of alpha_1", "another")
-    for name, shape in shapes.items():
-        tensor = getattr(special, name)
-        if tensor is None:
-            raise MissingArgumentError(op, f"special.{name}", "be given beside value", None)
-        check_tensor(
-            op, f"special.{name}", tensor, dtypes=(out.dtype,), shape=shape, device=out.device
-        )
+        alpha = getattr(experts, name)
+        if alpha is None:
+            raise MissingArgumentError(
+                op, f"zero_computation.{name}", "be a tensor beside zero_computation.value", None
+            )
+        if name == "alpha_1":
+            shape = (number, hidden)[: alpha.dim()]
+        elif alpha.dim() != len(shape):
+            contract = f"have as many dimensions as alpha_1 ({len(shape)})"
+            raise ArgumentValueError(op, "zero_computation.alpha_2", contract, alpha.dim())
+        check(f"zero_computation.{name}", alpha, shape=shape)
 
 
 @triton.jit(do_not_specialize=["num_rows", "across"])
@@ -488,6 +489,10 @@ def _add_rows_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
+    """Add the rows of two ranks.
+
+    Example: in bf16, own [[1, 256], [2, 0.5]] and peer [[3, 1], [-2, 0.5]]: out [[4, 256], [0, 1]].
+    """
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     num_tiles = tl.cdiv(num_rows, BLOCK_R) * across
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
@@ -501,40 +506,22 @@ def _add_rows_kernel(
 
 
 def add_rows(own: torch.Tensor, peer: torch.Tensor, out: torch.Tensor) -> None:
-    """Write into ``out`` the sums of [n, H] rows, in fp32 and rounded once, as TP ranks do.
+    """Write the sums of [n, H] rows of two ranks into ``out``, in fp32 and rounded once.
 
-    Args:
-        own: [n, H] fp16, bf16 or fp32.
-        peer: as ``own``.
-        out: as ``own``, output; may be one of them.
+    Arguments as in ``ref.add_rows``; ``out`` may be one of the two.
 
     Raises:
         ArgumentTypeError: a dtype that is not listed above, or differs.
         ArgumentValueError: a shape, stride or device that does not fit.
     """
-    op, shape = "add_rows", tuple(own.shape)
-    check_tensor(
-        op,
-        "own",
-        own,
-        dtypes=FLOATS[:3],
-        shape=(None, None),
-        device=own.device,
-    )
-    for name, rows in (("peer", peer), ("out", out)):
-        check_tensor(
-            op,
-            name,
-            rows,
-            dtypes=(own.dtype,),
-            shape=shape,
-            device=own.device,
-            strided_columns=name == "peer",
-        )
+    num_rows, hidden = shape = tuple(own.shape)
+    check = functools.partial(check_tensor, "add_rows", device=own.device)
+    check("own", own, dtypes=FLOATS[:3], shape=(None, None))
+    check("peer", peer, dtypes=(own.dtype,), shape=shape)
+    check("out", out, dtypes=(own.dtype,), shape=shape, strided_columns=False)
     if own.numel() == 0:
         return
     own, peer = with_adjacent_columns(own), with_adjacent_columns(peer)
-    num_rows, hidden = shape
     launch = tiles(own.device, num_rows, hidden)
     _add_rows_kernel[(launch.num_programs,)](
         own,

@@ -34,7 +34,7 @@ class Steps(DeviceSteps, Protocol):
         /,
         *,
         bias: Tensor | None = None,
-        given: Tensor | None = None,
+        chosen_ids: Tensor | None = None,
         groups: int = 1,
         top_groups: int = 1,
         group_by_two: bool = False,

@@ -1,43 +1,34 @@
 """The definition of every step in plain PyTorch: CPU back end, test oracle, bench baseline.
 
-Tensors in, tensors out. A kernel computes the same bits; ``comm`` calls either set of steps through
-one table, so the names here are the names of that table.
+Tensors in, tensors out. ``moe_triton.kernels`` has a launcher of the same name and result, bit for
+bit, in a file of the same name; a table of device steps holds the functions of one of the two.
 
-Letters: T tokens of this rank, K experts per token, H hidden size, E routed experts, W ranks,
-L experts of one rank, n rows this rank receives. All index tensors are int32 unless said otherwise.
+Letters: T tokens of this rank, K experts per token, NS shared experts, H hidden size, E routed
+experts, W ranks, L experts of one rank, n rows this rank receives. Index tensors are int32 unless
+an argument says otherwise.
 Source: the semantics of Ascend's ``npu_moe_distribute_*`` family.
 """
 
 from __future__ import annotations
 
-from .experts import eplb_map, keep_experts, top_k_gating
+from .affine import quantize_affine
+from .dispatch_send import dispatch_send
+from .expert_map import eplb_map, keep_experts
 from .finalize_routing import finalize_routing
-from .move import dispatch_send, gather_quant, gather_rows, zero_padding
-from .quantize import (
-    decode,
-    encode,
-    quantize_affine,
-    quantize_blocks,
-    quantize_by_division,
-    quantize_groups,
-    quantize_mx,
-    quantize_rows,
-    quantize_static,
-)
-from .routing import (
-    combine_row_index,
-    local_permutation,
-    recv_permutation,
-    recv_row_index,
-    routing_plan,
-)
+from .gather_quant import gather_quant
+from .gather_rows import gather_rows, zero_padding
+from .gating import top_k_gating
+from .local_permutation import local_permutation
+from .quantize import encode, quantize_mx, quantize_rows
+from .recv_permutation import recv_permutation
+from .routing_plan import routing_plan
+from .row_index import combine_row_index, recv_row_index
 from .weighted_sum import accumulator, add_rows, weighted_sum
 
 __all__ = [
     "accumulator",
     "add_rows",
     "combine_row_index",
-    "decode",
     "dispatch_send",
     "encode",
     "eplb_map",
@@ -47,12 +38,8 @@ __all__ = [
     "keep_experts",
     "local_permutation",
     "quantize_affine",
-    "quantize_blocks",
-    "quantize_by_division",
-    "quantize_groups",
     "quantize_mx",
     "quantize_rows",
-    "quantize_static",
     "recv_permutation",
     "recv_row_index",
     "routing_plan",

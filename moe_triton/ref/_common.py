@@ -1,4 +1,4 @@
-"""What several files of this package use."""
+"""Helpers of several files of this package."""
 
 from __future__ import annotations
 
@@ -6,20 +6,28 @@ from collections.abc import Iterator
 
 import torch
 
-BLOCK = 2**17  # elements worked on together, so that fp32 intermediates stay in a core's L2 cache
+BLOCK = 2**17  # elements of a block, so that fp32 intermediates stay in a core's L2 cache
 
 
 def exclusive_cumsum(counts: torch.Tensor, dim: int = 0) -> torch.Tensor:
-    """Sum of the entries before each one, in the dtype of ``counts``."""
+    """Exclusive prefix sums, in the dtype of ``counts``."""
     return counts.cumsum(dim, dtype=counts.dtype) - counts
 
 
 def fitted(values: torch.Tensor, size: int, fill: int) -> torch.Tensor:
-    """[n] cut or filled up to [size]."""
+    """Cut or pad [n] to [size]."""
     return torch.nn.functional.pad(values[:size], (0, max(size - len(values), 0)), value=fill)
 
 
 def blocks(num_rows: int, row_elements: int) -> Iterator[slice]:
-    """Slices of as many rows as make one block."""
+    """Slices of the rows of one block each."""
     rows = max(BLOCK // max(row_elements, 1), 1)
     return (slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows))
+
+
+def row_sums(weights: torch.Tensor) -> torch.Tensor:
+    """Sum [T, K] to [T, 1] in ascending order; the order of torch depends on K."""
+    total = torch.zeros_like(weights[:, :1])
+    for column in weights.split(1, dim=1):
+        total = total + column
+    return total

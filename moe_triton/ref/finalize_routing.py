@@ -1,4 +1,4 @@
-"""The end of a MoE layer on one device: sums of experts' rows with their biases, and skips."""
+"""End of a MoE layer on one device: weighted sum of expert rows, biases and skip connections."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ def finalize_routing(
     skips: tuple[torch.Tensor | None, torch.Tensor | None],
     out: torch.Tensor,
 ) -> None:
-    """Sum the rows of each token and their experts' biases on top of what skipped the layer.
+    """Sum the rows of each token, the biases of their experts, and the skip connections.
 
         out[t] = skips[0][t] + skips[1][t]
                  + sum_k weights[t, k] * (rows[index[t, k]] + bias[expert_ids[t, k]])
 
     in fp32 (fp64 for fp64), from left to right, every product and sum rounded, and once to the
-    dtype of ``out``. A row that is not there is zeros; without a bias its slot is left out,
-    whatever the weight.
+    dtype of ``out``. The row of ``NOWHERE`` is zeros; without a bias its slot is left out, even if
+    its weight is NaN.
 
     Args:
-        rows: [N, H] floating point; bias, skips and out are of their dtype.
+        rows: [N, H] fp16, bf16, fp32 or fp64; bias, skips and out have their dtype.
         index: [T, K] int64, or ``NOWHERE``.
         weights: [T, K] of any floating dtype, or None for all 1.
         bias: [E, H], or None.
-        expert_ids: [T, K] int32, where there is a bias.
-        skips: two of [T, H], or None.
+        expert_ids: [T, K] int32, required with a bias.
+        skips: two [T, H] tensors, each may be None.
         out: [T, H] output.
     """
     accumulated = accumulator(out.dtype)
@@ -42,16 +42,16 @@ def finalize_routing(
         for skip in skips:
             if skip is not None:
                 total += skip[tokens].to(accumulated)
-        for k, where in enumerate(index[tokens].unbind(1)):
-            there = where != NOWHERE
+        for k, row in enumerate(index[tokens].unbind(1)):
+            present = row != NOWHERE
             term = torch.zeros_like(total)
-            term[there] = rows[where[there]].to(accumulated)
+            term[present] = rows[row[present]].to(accumulated)
             if bias is not None:
                 assert expert_ids is not None
                 term += bias[expert_ids[tokens, k].long()].to(accumulated)
             if weights is not None:
                 term *= weights[tokens, k, None].to(accumulated)
             if bias is None:
-                term.masked_fill_(~there[:, None], 0.0)
+                term.masked_fill_(~present[:, None], 0.0)
             total += term
         out[tokens] = total

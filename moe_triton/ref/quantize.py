@@ -1,7 +1,7 @@
-"""Rows to fewer bits and back: every quantisation that travels with tokens.
+"""Every quantisation that travels with tokens, and decoding of block8 rows.
 
-All arithmetic in fp32, rounding half to even, and nothing that divides twice: of a number over a
-tensor torch makes the number times a reciprocal, so divisions are of a tensor by a tensor.
+All arithmetic is in fp32, rounded half to even. Divisions are of a tensor by a tensor: torch turns
+a number over a tensor into the number times a reciprocal, which rounds twice.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _NOT_A_NUMBER = 255  # the biased exponent of inf and NaN, and the e8m0 code of 
 
 
 def quantize_static(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """Quantise to int8 with given factors: q = saturate(round(x * factor)).
+    """Quantise to int8 with the caller's factors: q = saturate(round(x * factor)).
 
     Args:
         x: [R, H] floating point.
@@ -30,7 +30,8 @@ def quantize_static(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     """
     q = torch.empty_like(x, dtype=torch.int8)
     for rows in blocks(*x.shape):
-        part = factors[rows] if factors.dim() == 2 else factors
+        part = _factors_of(factors, rows)
+        assert part is not None
         q[rows] = (x[rows].float() * part).round_().clamp_(-128, 127)
     return q
 
@@ -49,7 +50,7 @@ def quantize_rows(
 
     Returns:
         q: [R, H] of ``dtype``, such that q * scale / smooth approximates x.
-        scale: [R] fp32. A row whose factor s overflows (all zeros, or nearly) gives zeros, scale 0.
+        scale: [R] fp32. A row whose factor s overflows (zeros, or nearly) becomes zeros, scale 0.
     """
     q, scale = quantize_groups(x, max(x.shape[1], 1), smooth_scales, dtype)
     return q, scale[:, 0]
@@ -75,8 +76,8 @@ def quantize_groups(
     scale = x.new_empty((num_rows, num_groups), dtype=torch.float32)
     for rows in blocks(num_rows, hidden):
         t = x[rows].float()
-        if smooth_scales is not None:
-            t = t * (smooth_scales if smooth_scales.dim() == 1 else smooth_scales[rows])
+        if (factors := _factors_of(smooth_scales, rows)) is not None:
+            t = t * factors
         grouped = _in_groups(t, group)
         amax = torch.maximum(grouped.amax(dim=2), -grouped.amin(dim=2)).abs()  # not -0.0
         factor = torch.full_like(amax, LARGEST[dtype]) / amax
@@ -98,7 +99,7 @@ def _in_groups(x: torch.Tensor, group: int) -> torch.Tensor:
 def quantize_by_division(
     x: torch.Tensor, smooth_scales: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise each row to int8 as ``npu_moe_init_routing_v2`` does, and not dispatch.
+    """Quantise each row to int8 by division, as ``npu_moe_init_routing_v2`` does.
 
         t = x * smooth;  scale = max |t| / 127;  q = round(t / scale)
 
@@ -107,42 +108,20 @@ def quantize_by_division(
         smooth_scales: [R, H] or [H] fp32, or None for no factor.
 
     Returns:
-        q: [R, H] int8; 0 where the quotient is no number, as in a row of zeros.
+        q: [R, H] int8; 0 where the quotient is NaN, as in a row of zeros.
         scale: [R] fp32.
     """
     q = torch.empty_like(x, dtype=torch.int8)
     scale = x.new_zeros(len(x), dtype=torch.float32)
     for rows in blocks(*x.shape):
         t = x[rows].float()
-        if smooth_scales is not None:
-            t = t * (smooth_scales[rows] if smooth_scales.dim() == 2 else smooth_scales)
+        if (factors := _factors_of(smooth_scales, rows)) is not None:
+            t = t * factors
         largest = t.abs().amax(dim=1)
         scale[rows] = largest / torch.full_like(largest, LARGEST[torch.int8])
         quotient = (t / scale[rows, None]).round_().nan_to_num_(0.0)
         q[rows] = quotient.clamp_(-127, 127)
     return q, scale
-
-
-def quantize_affine(x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """Quantise to int8 with one factor and one offset, in fp16.
-
-        q = saturate(round(fp16(fp16(x) * fp16(scale)) + fp16(offset)))
-
-    Args:
-        x: [R, H] floating point.
-        scale: [1] fp32.
-        offset: [1] fp32.
-
-    Returns:
-        [R, H] int8; 0 where the sum is no number.
-    """
-    q = torch.empty_like(x, dtype=torch.int8)
-    factor, addend = scale.half().float(), offset.half().float()
-    for rows in blocks(*x.shape):
-        product = (x[rows].half().float() * factor).half().float()
-        total = (product + addend).half().float()
-        q[rows] = total.round_().nan_to_num_(0.0).clamp_(-128, 127)
-    return q
 
 
 def quantize_mx(
@@ -159,7 +138,7 @@ def quantize_mx(
     Returns:
         q: [R, H] of ``dtype``; NaN in a block with inf or NaN.
         codes: [R, C] uint8, the e8m0 scales 2 ** (code - 127); C is ceil(H / 32) rounded up to an
-            even number, and the code added for that is 0. 255 in a block with inf or NaN.
+            even number, whose added code is 0. 255 in a block with inf or NaN.
     """
     num_rows, hidden = x.shape
     num_blocks = -(-hidden // 32)
@@ -171,7 +150,7 @@ def quantize_mx(
         exponent = ((grouped.view(torch.int32) >> 23) & 0xFF).amax(dim=2)
         code = (exponent - _LARGEST_EXPONENT[dtype]).clamp_(min=0)
         bad = exponent == _NOT_A_NUMBER
-        # 2 ** (127 - code) by its bits: torch.ldexp takes it from pow, which may be off on a GPU.
+        # 2 ** (127 - code) by its bits: torch.ldexp calls pow, which may be inexact on a GPU.
         factor = ((254 - code) << 23).view(torch.float32)
         values = (grouped * factor[..., None]).clamp_(-most, most)
         values.masked_fill_(bad[..., None], float("nan"))
@@ -183,11 +162,11 @@ def quantize_mx(
 def quantize_blocks(
     x: torch.Tensor, block: int, scale_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise each ``block`` consecutive elements of a row to int8, for the way back.
+    """Quantise each ``block`` consecutive elements of a row to int8, for combine.
 
         s = max |x| * (1 / 127);  q = round(fp16(x / s));  scale = s in ``scale_dtype``
 
-    The quotient has s itself, not the rounded scale.
+    The divisor is s itself, not the rounded scale.
 
     Args:
         x: [R, H] fp16 or bf16, H a multiple of ``block``.
@@ -195,13 +174,13 @@ def quantize_blocks(
         scale_dtype: of the scales.
 
     Returns:
-        q: [R, H] int8. Zeros in a block of zeros, or where the quotient is no number.
+        q: [R, H] int8; 0 in a block of zeros, and where the quotient is NaN.
         scale: [R, H / block] of ``scale_dtype``.
     """
     grouped = x.float().unflatten(1, (-1, block))
     s = grouped.abs().amax(dim=2) * (1.0 / LARGEST[torch.int8])
     quotient = (grouped / s[..., None]).half().float().round_()
-    # A scale so small that it has lost bits of its own can make a quotient of 128 and more.
+    # A subnormal scale has lost bits: the quotient can pass 127.
     q = quotient.nan_to_num_(0.0).clamp_(-127, 127)
     return q.to(torch.int8).flatten(1), s.to(scale_dtype)
 
@@ -213,23 +192,19 @@ def encode(
     smooth_scales: torch.Tensor | None = None,
     count: torch.Tensor | None = None,
 ) -> None:
-    """Write [R, H] tokens into [R, stride] uint8 ``rows`` as they travel; padding is left.
+    """Write [R, H] tokens into [R, stride] uint8 ``rows`` in their format; padding is untouched.
 
     Args:
-        x: the tokens.
+        x: [R, H] fp16, bf16, fp32 or fp64.
         fmt: of the rows.
-        rows: output.
-        smooth_scales: [R, H] or [H] fp32 factors of the schemes that take such; of "static" also
-            [1].
-        count: [1] int32: only so many rows are written; None for all R.
+        rows: [R, stride] uint8 output.
+        smooth_scales: [R, H] or [H] fp32 factors for the schemes that take them; for "static" also
+            [1]. None for no factor.
+        count: [1] int32: only this many rows are written; None for all R.
     """
     if count is not None:
         x, rows = x[: int(count)], rows[: int(count)]
-        smooth_scales = (
-            smooth_scales
-            if smooth_scales is None or smooth_scales.dim() == 1
-            else smooth_scales[: len(x)]
-        )
+        smooth_scales = _factors_of(smooth_scales, slice(len(x)))
     scales = None if fmt.scale_offset is None else fmt.scales(rows)
     encode_apart(x, fmt, fmt.payload(rows), scales, smooth_scales)
 
@@ -241,21 +216,23 @@ def encode_apart(
     scales: torch.Tensor | None,
     smooth_scales: torch.Tensor | None = None,
 ) -> None:
-    """Encode [R, H] tokens into [R, H] payload and [R, num_scales] scales, wherever these are."""
+    """Encode [R, H] tokens into [R, H] payload and [R, num_scales] scales, separate tensors."""
     if fmt.scheme == "none":
         payload.copy_(x)
         return
     for part in blocks(*x.shape):
-        factors = (
-            smooth_scales
-            if smooth_scales is None or smooth_scales.dim() == 1
-            else smooth_scales[part]
-        )
-        q, made = _quantize(x[part], fmt, factors)
-        # torch has no copy between strided float8 tensors of every kind; bytes it has.
+        q, q_scales = _quantize(x[part], fmt, _factors_of(smooth_scales, part))
+        # torch cannot copy every float8 between strided tensors: use its bytes.
         payload[part].view(torch.uint8).copy_(q.view(torch.uint8))
-        if scales is not None and made is not None:
-            scales[part].copy_(made)
+        if scales is not None and q_scales is not None:
+            scales[part].copy_(q_scales)
+
+
+def _factors_of(smooth_scales: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+    """The smooth factors of some rows: all of them, unless each row has its own."""
+    if smooth_scales is None or smooth_scales.dim() == 1:
+        return smooth_scales
+    return smooth_scales[rows]
 
 
 def _quantize(
@@ -280,9 +257,9 @@ def _quantize(
 
 
 def decode(rows: torch.Tensor, fmt: RowFormat, out: torch.Tensor) -> None:
-    """Write into [R, H] ``out`` what [R, stride] uint8 rows of the scheme "block8" stand for.
+    """Decode [R, stride] uint8 rows of the scheme "block8" into [R, H] ``out``.
 
-    That is q * scale in fp32, rounded to the dtype of ``out``.
+    A value is q * scale in fp32, rounded to the dtype of ``out``.
     """
     q = fmt.payload(rows).float().unflatten(1, (-1, fmt.block))
     out.copy_((q * fmt.scales(rows).float()[..., None]).flatten(1))

@@ -1,4 +1,4 @@
-"""Sums of rows: those of a token's experts, those of ranks that share an expert."""
+"""Sums of rows: those of a token's experts, and those of ranks that share an expert."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .quantize import decode
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """What rows of ``dtype`` are summed and weighted in: float32, for float64 float64."""
+    """Dtype of the sums of rows of ``dtype``: float32, for float64 float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -19,7 +19,7 @@ def weighted_sum(
     index: torch.Tensor,
     fmt: RowFormat,
     weights: torch.Tensor | None,
-    special: ZeroComputationExperts | None,
+    zero_computation: ZeroComputationExperts | None,
     addend: torch.Tensor | None,
     out: torch.Tensor,
     norm: Norm | None = None,
@@ -28,23 +28,23 @@ def weighted_sum(
 
         out[t] = sum_k weights[t, k] * term(t, k) + sum_j rows[index[t, K + j]] + addend[t]
 
-    where term(t, k) is rows[index[t, k]], or what a special expert makes of the token. Multiply,
+    where term(t, k) is rows[index[t, k]], or the output of a zero-computation expert. Multiply,
     then add, in ascending order from 0: never contracted to a fused multiply-add. Slots without a
-    term are left out, whatever their weights.
+    term are left out, even if their weight is NaN.
 
     Args:
         rows: [N, stride] uint8; rows may overlap.
         index: [T, K + NS] int64 rows of each token, the unweighted ones last; ``NOWHERE`` for none.
-        fmt: of the rows; those with scales are first rounded to the dtype of ``out``.
-        weights: [T, K] fp32, or None for all 1.
-        special: the experts without a network, or None.
+        fmt: of the rows, "none" or "block8"; block8 rows are rounded to the dtype of ``out``.
+        weights: [T, K] fp32, for float64 also float64, or None for all 1.
+        zero_computation: the zero, copy and constant experts, or None; their ids are [T, K] too.
         addend: [T, H] of the dtype of ``out``, or None.
-        out: [T, H] output. The sum of float64 runs in float64.
-        norm: a residual to add before rounding, and what to make of the unrounded sum, or None.
+        out: [T, H] output, fp16, bf16, fp32 or fp64; sums of fp64 run in fp64.
+        norm: residual to add before rounding, and RMSNorm of the unrounded sum, or None.
     """
     hidden = fmt.hidden
     most = min(len(index), max(BLOCK // max(hidden, 1), 1))
-    # One set of intermediates for all blocks: fresh memory costs page faults.
+    # Reuse intermediates for all blocks: fresh memory costs page faults.
     gathered = out.new_empty((most, hidden))
     encoded = None if fmt.scale_offset is None else rows.new_empty((most, fmt.stride))
     sums, terms = out.new_empty((2, most, hidden), dtype=accumulator(out.dtype))
@@ -57,18 +57,22 @@ def weighted_sum(
         row, total, term = gathered[:n], sums[:n], terms[:n]
         total.zero_()
         for k, column in enumerate(columns):
-            where = column[tokens]
-            present = where != NOWHERE if missing else None
+            source = column[tokens]
+            present = source != NOWHERE if missing else None
             if present is None or bool(present.any()):
-                where = where if present is None else where.clamp(min=0)
+                source = source if present is None else source.clamp(min=0)
                 if encoded is None:
-                    torch.index_select(payload, 0, where, out=row)
+                    torch.index_select(payload, 0, source, out=row)
                 else:
-                    torch.index_select(payload, 0, where, out=encoded[:n])
+                    torch.index_select(payload, 0, source, out=encoded[:n])
                     decode(encoded[:n], fmt, row)
                 term.copy_(row)
-            if special is not None and present is not None and k < special.expert_ids.shape[1]:
-                present = present | _special_terms(special, k, tokens, term)
+            if (
+                zero_computation is not None
+                and present is not None
+                and k < zero_computation.expert_ids.shape[1]
+            ):
+                present = present | _zero_computation_terms(zero_computation, k, tokens, term)
             if k < len(factors):
                 term.mul_(factors[k][tokens])
             if present is not None:
@@ -90,33 +94,33 @@ def _normalize(total: torch.Tensor, norm: Norm, tokens: slice) -> None:
     norm.y[tokens] = scaled.float() * norm.gamma.float()
 
 
-def _special_terms(
-    special: ZeroComputationExperts, k: int, tokens: slice, term: torch.Tensor
+def _zero_computation_terms(
+    experts: ZeroComputationExperts, k: int, tokens: slice, term: torch.Tensor
 ) -> torch.Tensor:
-    """Write the terms of copy and constant experts in slot k; return which tokens have one."""
-    ids = special.expert_ids[tokens, k].long()
-    copied = (ids >= special.first_copy) & (ids < special.first_constant)
-    constant = (ids >= special.first_constant) & (ids < special.end)
+    """Write the terms of copy and constant experts in slot k; return a mask of their tokens."""
+    ids = experts.expert_ids[tokens, k].long()
+    copied = (ids >= experts.first_copy) & (ids < experts.first_constant)
+    constant = (ids >= experts.first_constant) & (ids < experts.end)
     present = copied | constant
-    if special.tokens is None or not present.any():
+    if experts.tokens is None or not present.any():
         return present
-    own = special.tokens[tokens]
+    own = experts.tokens[tokens]
     term[copied] = own[copied].to(term.dtype)
     if constant.any():
-        expert = ids[constant] - special.first_constant
-        assert special.alpha_1 is not None
-        assert special.alpha_2 is not None
-        assert special.value is not None
+        expert = ids[constant] - experts.first_constant
+        assert experts.alpha_1 is not None
+        assert experts.alpha_2 is not None
+        assert experts.value is not None
         first, second = (
             (alpha[:, None] if alpha.dim() == 1 else alpha)[expert].to(term.dtype)
-            for alpha in (special.alpha_1, special.alpha_2)
+            for alpha in (experts.alpha_1, experts.alpha_2)
         )
-        value = special.value[expert].to(term.dtype)
+        value = experts.value[expert].to(term.dtype)
         term[constant] = first * own[constant].to(term.dtype) + second * value
     return present
 
 
 def add_rows(own: torch.Tensor, peer: torch.Tensor, out: torch.Tensor) -> None:
-    """Write into ``out`` the sums of [n, H] rows, in fp32 and rounded once, as TP ranks do."""
+    """Write the sums of [n, H] fp16, bf16 or fp32 rows of two ranks into ``out``, rounded once."""
     for part in blocks(*own.shape):
         out[part] = own[part].float() + peer[part].float()

@@ -1,14 +1,15 @@
-"""Kernels run on the GPU where there is one, and otherwise in Triton's interpreter."""
+"""Kernels run on a GPU if there is one, else in Triton's interpreter."""
 
 from __future__ import annotations
 
+import importlib
 import os
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Triton decides when a kernel is defined: before this, nothing may import one.
+    # Triton reads this when a kernel is defined, so set it before the first import of one.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
@@ -19,9 +20,15 @@ def device():
     return torch.device("cpu" if interpreted else "cuda", None if interpreted else 0)
 
 
+@pytest.fixture(params=["kernels", "ref"])
+def steps(request):
+    """The launchers, then their definitions: both must give numbers worked out by hand."""
+    return importlib.import_module(f"moe_triton.{request.param}")
+
+
 @pytest.fixture
 def asserting(monkeypatch, device):
-    """Device assertions fail, as they do on a GPU when debugging."""
+    """Enable device assertions, as on a GPU in debug mode."""
     if device.type != "cpu":
         pytest.skip("a failed assertion ends the process that uses the device")
     from triton.runtime import interpreter
@@ -32,9 +39,9 @@ def asserting(monkeypatch, device):
 
 @pytest.fixture
 def reserve(device):
-    """``reserve(size)`` skips the test where so many bytes cannot be had.
+    """``reserve(num_bytes)`` skips the test if a GPU has less free memory.
 
-    A CPU only reserves what nobody touches; a GPU has it or not.
+    A CPU only reserves untouched memory; a GPU must have it.
     """
 
     def check(num_bytes: int) -> None:
@@ -48,17 +55,17 @@ def reserve(device):
 
 @pytest.fixture
 def captured(device):
-    """``captured(call)`` repeats the launches of ``call``, in the memory that they had.
+    """``captured(call)`` returns a function that replays the launches of ``call``.
 
-    On a GPU it replays a graph. The interpreter has no graphs: there the call itself is made again.
+    On a GPU it replays a graph. The interpreter has no graphs: it repeats the call.
     """
 
     def capture(call):
         if device.type == "cpu":
             return call
-        torch.cuda.synchronize()  # inputs may still be on their way, on another stream
+        torch.cuda.synchronize()  # copies of inputs on another stream may be in flight
         with torch.cuda.stream(torch.cuda.Stream()):
-            call()  # what is compiled and copied to the device once comes before the graph
+            call()  # compiles, and copies to the device what is copied once
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

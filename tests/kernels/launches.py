@@ -1,8 +1,8 @@
-"""Launches that stand for what engines ask of the kernels: every kernel, each format, real sizes.
+"""Launches of every kernel: each format, sizes of real layers.
 
-Nothing runs here. ``compiling.py`` compiles what is launched, and ``lowering.py`` hands it to the
-compiler of another vendor. A launch that a case name calls "wide" has rows that begin at multiples
-of 16 bytes, so that its accesses must be 128 bits wide.
+Nothing runs here: ``compiling.py`` compiles the launches, and ``lowering.py`` lowers them with the
+compiler of triton-ascend. In a "wide" case rows begin at multiples of 16 bytes, so that accesses
+must be 128 bits wide.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from moe_triton import kernels, ref
+from moe_triton.kernels import flags
 from moe_triton.layout import (
     NOWHERE,
     DispatchHeader,
@@ -26,32 +27,19 @@ BF16, INT8, E4M3, E5M2 = torch.bfloat16, torch.int8, torch.float8_e4m3fn, torch.
 
 
 def formats(hidden: int) -> dict[str, RowFormat]:
-    """Each way in which a row travels."""
-    codes = -(-hidden // 16) * 16
-
-    def quantised(dtype, scheme, count, scale=torch.float32, block=0):
-        stride = -(-(codes + count * scale.itemsize) // 16) * 16
-        return RowFormat(dtype, hidden, stride, scheme, codes, scale, block)
-
-    found = {
-        "bf16": RowFormat(BF16, hidden, -(-2 * hidden // 16) * 16),
-        "int8": quantised(INT8, "per_row", 1),
-        "per_row_div": quantised(INT8, "per_row_div", 1),
-        "static": RowFormat(INT8, hidden, codes, "static"),
+    """Each format of dispatched rows."""
+    tight = RowFormat.tight
+    formats = {
+        "bf16": tight(BF16, hidden),
+        "int8": tight(INT8, hidden, "per_row"),
+        "per_row_div": tight(INT8, hidden, "per_row_div"),
+        "static": tight(INT8, hidden, "static"),
     }
     for name, dtype in (("e4m3", E4M3), ("e5m2", E5M2)):
-        found[name] = quantised(dtype, "per_row", 1)
-        found[f"group {name}"] = quantised(dtype, "group", -(-hidden // 128), block=128)
-        mx = -(-hidden // 64) * 2
-        found[f"mx {name}"] = quantised(dtype, "mx", mx, torch.uint8, 32)
-    return found
-
-
-def return_format(hidden: int, dtype: torch.dtype) -> RowFormat:
-    """Rows on their way back, quantised in blocks of 8."""
-    codes = -(-hidden // 16) * 16
-    stride = -(-(codes + hidden // 8 * 2) // 16) * 16
-    return RowFormat(INT8, hidden, stride, "block8", codes, dtype, 8)
+        formats[name] = tight(dtype, hidden, "per_row")
+        formats[f"group {name}"] = tight(dtype, hidden, "group", block=128)
+        formats[f"mx {name}"] = tight(dtype, hidden, "mx", torch.uint8, 32)
+    return formats
 
 
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -70,57 +58,59 @@ def _ids(tokens: int = TOKENS) -> torch.Tensor:
     return (step % EXPERTS).int()
 
 
-def _kept(tokens: int) -> RoutingCopies:
+def _copies(tokens: int) -> RoutingCopies:
     weights = torch.zeros((2, tokens, TOP_K))
     return RoutingCopies(torch.zeros((tokens, TOP_K), dtype=torch.int32), weights[0], weights[1])
 
 
 def _routing() -> Iterator[tuple[str, Callable[[], object]]]:
-    yield "plan tile", lambda: kernels.routing_plan(_ids(), EXPERTS)
-    yield "plan blocks", lambda: kernels.routing_plan(_ids(4096), EXPERTS)
+    yield "routing_plan tile", lambda: kernels.routing_plan(_ids(), EXPERTS)
+    yield "routing_plan blocks", lambda: kernels.routing_plan(_ids(4096), EXPERTS)
     for name, tokens in (("tile", TOKENS), ("blocks", 4096)):
         yield (
-            f"plan {name} kept",
-            lambda tokens=tokens: kernels.routing_plan(_ids(tokens).long(), EXPERTS, _kept(tokens)),
+            f"routing_plan {name} with copies",
+            lambda tokens=tokens: kernels.routing_plan(
+                _ids(tokens).long(), EXPERTS, _copies(tokens)
+            ),
         )
     counts = torch.full((EXPERTS // 8, 8), 2, dtype=torch.int32)
     yield "recv_permutation", lambda: kernels.recv_permutation(counts, capacity=4096)
-    yield "sources aligned", lambda: kernels.recv_permutation(counts, 128, capacity=4096)
+    yield "recv_permutation aligned", lambda: kernels.recv_permutation(counts, 128, capacity=4096)
     slot_ids, weights = torch.zeros((8, 4096), dtype=torch.int32), torch.zeros((8, 4096))
     origins, table = torch.zeros(8, dtype=torch.int64), torch.zeros((8, 512), dtype=torch.int64)
     for name, where in (("", {"origins": origins, "step": 449}), (" by table", {"table": table})):
         yield (
-            f"arrivals{name}",
+            f"recv_row_index{name}",
             lambda where=where: kernels.recv_row_index(
                 counts, slot_ids, weights, slots_per_row=TOP_K, capacity=4096, **where
             ),
         )
     load = torch.zeros(len(counts), dtype=torch.int64)
     yield (
-        "arrivals counted",
+        "recv_row_index with load",
         lambda load=load: kernels.recv_row_index(
             counts, slot_ids, None, slots_per_row=TOP_K, capacity=4096, table=table, load=load
         ),
     )
     ids, ones = _ids(), torch.ones((TOKENS, TOP_K))
-    routing = ref.routing_plan(ids, EXPERTS)
+    plan = ref.routing_plan(ids, EXPERTS)
     rows = TOKENS * TOP_K
-    yield "local_permutation", lambda: kernels.local_permutation(routing, ids, ones, capacity=rows)
+    yield "local_permutation", lambda: kernels.local_permutation(plan, ids, ones, capacity=rows)
     load = torch.zeros(EXPERTS, dtype=torch.int64)
     yield (
-        "permutation counted",
-        lambda load=load: kernels.local_permutation(routing, ids, None, capacity=rows, load=load),
+        "local_permutation with load",
+        lambda load=load: kernels.local_permutation(plan, ids, None, capacity=rows, load=load),
     )
     yield (
-        "permutation aligned",
-        lambda: kernels.local_permutation(routing, ids, ones, alignment=16, capacity=rows),
+        "local_permutation aligned",
+        lambda: kernels.local_permutation(plan, ids, ones, alignment=16, capacity=rows),
     )
     group_starts = torch.zeros((8, EXPERTS // 8, 9), dtype=torch.int32)
     for name, shared in (("", ()), (" with shared experts", (0, 1))):
         yield (
-            f"returns{name}",
+            f"combine_row_index{name}",
             lambda shared=shared: kernels.combine_row_index(
-                group_starts, routing, ids, rank=1, num_shared_ranks=0, shared_ranks=shared,
+                group_starts, plan, ids, rank=1, num_shared_ranks=0, shared_ranks=shared,
                 origins=origins, step=896,
             ),
         )  # fmt: skip
@@ -160,10 +150,13 @@ def _moves(kind: str, hidden: int) -> Iterator[tuple[str, Callable[[], object]]]
                 ),
             )
         if name == "int8":
-            yield f"clear {name}, {kind}", lambda out=out: kernels.zero_padding(out, row_index)
+            yield (
+                f"zero_padding {name}, {kind}",
+                lambda out=out: kernels.zero_padding(out, row_index),
+            )
         if not fmt.block:
             yield (
-                f"pack {name}, {kind}",
+                f"gather_rows {name}, {kind}",
                 lambda fmt=fmt, rows=rows, out=out, scales=scales: kernels.gather_rows(
                     rows, row_index, fmt, out, scales
                 ),
@@ -181,12 +174,12 @@ def _moves(kind: str, hidden: int) -> Iterator[tuple[str, Callable[[], object]]]
         )
         for _ in range(8)
     ]
-    routing = ref.routing_plan(ids, EXPERTS)
+    plan = ref.routing_plan(ids, EXPERTS)
     for name, factors in (("int8", None), ("int8 with factors", smooth_scales)):
         yield (
-            f"push {name}, {kind}",
+            f"dispatch_send {name}, {kind}",
             lambda factors=factors: kernels.dispatch_send(
-                x, ids, torch.ones(ids.shape), factors, fmt, routing, rows, headers,
+                x, ids, torch.ones(ids.shape), factors, fmt, plan, rows, headers,
                 experts_per_rank=EXPERTS // 8, shared_targets=[], num_shared_ranks=0,
             ),
         )  # fmt: skip
@@ -201,7 +194,7 @@ def _sums(kind: str, hidden: int) -> Iterator[tuple[str, Callable[[], object]]]:
     tokens = torch.zeros_like(out)
     alphas = (torch.zeros(2, dtype=BF16), torch.zeros(2, dtype=BF16))
     value = torch.zeros((2, hidden), dtype=BF16)
-    special = ZeroComputationExperts(
+    zero_computation = ZeroComputationExperts(
         _ids(), EXPERTS, EXPERTS + 1, EXPERTS + 3, tokens, *alphas, value
     )
     norm = Norm(tokens, value[0], 1e-6, torch.zeros_like(out), torch.zeros(TOKENS))
@@ -211,19 +204,19 @@ def _sums(kind: str, hidden: int) -> Iterator[tuple[str, Callable[[], object]]]:
         ("", (weights, None, None)),
         (" without weights", (None, None, None)),
         (" and addend", (weights, None, tokens)),
-        (" and special experts", (weights, special, None)),
+        (" and zero-computation experts", (weights, zero_computation, None)),
     ):
         yield (
-            f"reduce{name}, {kind}",
+            f"weighted_sum{name}, {kind}",
             lambda extra=extra: kernels.weighted_sum(rows, missing, plain, *extra, out),
         )
     yield (
-        f"reduce and norm, {kind}",
+        f"weighted_sum and norm, {kind}",
         lambda: kernels.weighted_sum(rows, index, plain, weights, None, None, out, norm),
     )
     double = RowFormat.tight(torch.float64, hidden)
     yield (
-        f"reduce fp64, {kind}",
+        f"weighted_sum fp64, {kind}",
         lambda: kernels.weighted_sum(
             torch.zeros((TOKENS * TOP_K, double.stride), dtype=torch.uint8), index, double,
             weights, None, None, out.double(),
@@ -231,29 +224,29 @@ def _sums(kind: str, hidden: int) -> Iterator[tuple[str, Callable[[], object]]]:
     )  # fmt: skip
     if hidden % 8 == 0:
         for dtype in (BF16, torch.float16):
-            fmt = return_format(hidden, dtype)
+            fmt = RowFormat.tight(INT8, hidden, "block8", dtype, 8)
             coded = torch.zeros((TOKENS * TOP_K, fmt.stride), dtype=torch.uint8)
             yield (
-                f"encode return {dtype}, {kind}",
+                f"encode block8 {dtype}, {kind}",
                 lambda fmt=fmt, coded=coded, dtype=dtype: kernels.encode(
                     tokens.to(dtype), fmt, coded[:TOKENS]
                 ),
             )
             yield (
-                f"reduce return {dtype}, {kind}",
+                f"weighted_sum block8 {dtype}, {kind}",
                 lambda fmt=fmt, coded=coded, dtype=dtype: kernels.weighted_sum(
                     coded, index, fmt, weights, None, None, out.to(dtype)
                 ),
             )
     experts = torch.zeros(index.shape, dtype=torch.int32)
-    packed = torch.zeros((TOKENS * TOP_K, hidden), dtype=BF16)
+    gathered = torch.zeros((TOKENS * TOP_K, hidden), dtype=BF16)
     for name, extra in (
         ("", (None, None, None, (None, None))),
         (" with all", (weights.to(BF16), value, experts, (tokens, tokens))),
     ):
         yield (
-            f"finalize{name}, {kind}",
-            lambda extra=extra: kernels.finalize_routing(packed, missing, *extra, out),
+            f"finalize_routing{name}, {kind}",
+            lambda extra=extra: kernels.finalize_routing(gathered, missing, *extra, out),
         )
     yield f"add_rows, {kind}", lambda: kernels.add_rows(tokens, tokens, out)
 
@@ -272,7 +265,7 @@ def _experts() -> Iterator[tuple[str, Callable[[], object]]]:
         "gating chosen",
         lambda: kernels.top_k_gating(logits.bfloat16(), TOP_K, scoring="chosen"),
     )
-    yield "gating given", lambda: kernels.top_k_gating(logits, TOP_K, given=_ids())
+    yield "gating of chosen experts", lambda: kernels.top_k_gating(logits, TOP_K, chosen_ids=_ids())
     table = torch.ones((EXPERTS, 4), dtype=torch.int32)
     yield "eplb rank", lambda: kernels.eplb_map(_ids(), table, rank=1, world_size=8)
     yield "eplb token", lambda: kernels.eplb_map(_ids(), table, rank=None, world_size=8)
@@ -286,6 +279,14 @@ def _flags() -> Iterator[tuple[str, Callable[[], object]]]:
     ring = {"slots": 2, "slot_bytes": 4096, "digest": 1}
     yield "flags write", lambda: kernels.write_flags(addresses, epoch, problem, status=0, **ring)
     records = torch.zeros((8, 4), dtype=torch.int32)
+    # Launched directly: wait_flags reads the clock of CUDA tensors only.
+    yield (
+        "clock",
+        lambda: flags._wait_flags_kernel[(1,)](
+            addresses, epoch, problem, records, addresses.clone(), 8, 2, 4096, 1, 0, 10**9,
+            CLOCK=True, num_warps=1,
+        ),
+    )  # fmt: skip
     yield (
         "flags wait",
         lambda: kernels.wait_flags(

@@ -1,8 +1,8 @@
-"""Lower every launch with the compiler of triton-ascend, as far as it goes without an NPU.
+"""Lower every launch with the compiler of triton-ascend, in the stages that need no NPU.
 
-Two programs in one file, since two versions of Triton cannot be imported together: "record" runs in
-the environment of the tests and prints a JSON line for each distinct launch, "lower" reads them in
-an environment where triton is triton-ascend, and prints a line for each result.
+Two programs in one file, as two versions of Triton cannot be imported together: "record" prints a
+JSON line for each distinct launch in the environment of the tests, "lower" reads these lines in an
+environment where triton is triton-ascend, and prints a line for each result.
 
     python lowering.py record CASE | ascend/bin/python lowering.py lower
 """
@@ -16,12 +16,12 @@ import sys
 import traceback
 
 VECTOR_CORES = 48  # of an Ascend 910B
-# triton-ascend has no memory order between devices: there, HCCL does the exchange. Nor has it fp64.
-NOT_THERE = ("flags", "fp64")
+# triton-ascend has no memory order between devices (HCCL exchanges there), no such clock, no fp64.
+UNSUPPORTED = ("flags", "clock", "fp64")
 
 
 def record() -> None:
-    """Print what launchers launch: module, kernel, types of the arguments, constants."""
+    """Print each launch: module, kernel, types of the arguments, constants."""
     from unittest import mock
 
     from compiling import TARGETS, Device
@@ -60,7 +60,7 @@ def record() -> None:
         mock.patch.object(launch_config, "policy", return_value=policy),
     ):
         for case, call in launches():
-            if sys.argv[2] in case and not any(word in case for word in NOT_THERE):
+            if sys.argv[2] in case and not any(word in case for word in UNSUPPORTED):
                 call()
 
 
@@ -72,13 +72,13 @@ def _plain(value):
 
 
 def lower() -> None:
-    """Print case, kernel and length of the result, or the error, for each launch."""
+    """Print case, kernel and length of the result, or the error, of each launch."""
     import triton.language as tl
 
     lowering = functools.cache(_lowering)()
     for line in sys.stdin:
         case, launch = map(json.loads, line.split("\t"))
-        said = {**case, "kernel": launch["kernel"], "length": 0, "error": ""}
+        result = {**case, "kernel": launch["kernel"], "length": 0, "error": ""}
         try:
             kernel = getattr(importlib.import_module(launch["module"]), launch["kernel"])
             constants = {
@@ -87,10 +87,10 @@ def lower() -> None:
                 else value
                 for name, value in launch["constants"].items()
             }
-            said["length"] = len(lowering(kernel, launch["signature"], constants))
+            result["length"] = len(lowering(kernel, launch["signature"], constants))
         except BaseException:
-            said["error"] = traceback.format_exc()[-3000:]
-        sys.stdout.write(json.dumps(said) + "\n")
+            result["error"] = traceback.format_exc()[-3000:]
+        sys.stdout.write(json.dumps(result) + "\n")
 
 
 def _lowering():

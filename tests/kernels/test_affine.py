@@ -23,7 +23,7 @@ def one(value, device):
 
 @pytest.mark.parametrize("function", [kernels.quantize_affine, ref.quantize_affine])
 def test_by_hand(function, device):
-    """Halves to even, the ends of int8; 2049 is 2048 in fp16, and 65520 is infinite."""
+    """The numbers of the kernel's docstring; NaN; 2049 is 2048 in fp16, and 65520 is infinite."""
     x = torch.tensor([[0.5, 1.5, -2.5, 200, -200, NAN, INF, 2049, 65520]], device=device)
     q = function(x, one(1, device), one(0, device))
     assert q.tolist() == [[0, 2, -2, 127, -128, 0, 127, 127, 127]]

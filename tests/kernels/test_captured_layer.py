@@ -1,7 +1,7 @@
-"""A whole layer where the kernels run: all ranks of one device in one thread, and as a graph.
+"""A whole layer on the device of the kernels: all ranks in one thread, and as a graph.
 
-What comes out is computed here from the tokens, without routing. On a CPU the same calls go through
-the interpreter, and a replay is another call.
+The expected sums are computed from the tokens, without routing. On a CPU the calls run in the
+interpreter, and a replay is another call.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BF16 = torch.bfloat16
 
 @pytest.fixture(autouse=True)
 def on_the_device(device, monkeypatch):
-    """No size follows from data, which a CPU could otherwise look at."""
+    """Fixed shapes on the CPU too, so that no size depends on data."""
     set_backend("interpret" if device.type == "cpu" else None)
     for module in (comm, transport):
         monkeypatch.setattr(module, "fixed_shapes", lambda _: True)
@@ -28,7 +28,7 @@ def on_the_device(device, monkeypatch):
 
 
 def drawn(rank: int, seed: int, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens, ids and weights of a rank; the last tokens of a smaller batch go nowhere."""
+    """Tokens, ids and weights of a rank; the last tokens of a smaller batch have no expert."""
     seed = 10 * seed + rank
     ids = testing.routing_zipf(MAX_TOKENS, E, K, seed=seed)
     ids[MAX_TOKENS - seed % 4 :] = NOWHERE
@@ -38,7 +38,7 @@ def drawn(rank: int, seed: int, device) -> tuple[torch.Tensor, torch.Tensor, tor
 
 
 def experts(received) -> torch.Tensor:
-    """Each row times the number of its expert on its rank, from 1; NaN where there is no row."""
+    """Each row times the number of its expert on its rank, from 1; NaN past the last row."""
     rows = torch.arange(len(received.x), device=received.x.device)
     number = torch.searchsorted(received.offsets, rows, right=True)
     y = received.x.to(BF16) * (number[:, None] + 1)
@@ -46,7 +46,7 @@ def experts(received) -> torch.Tensor:
 
 
 def expected(x, ids, weights, *, world: int, quant: str | None) -> torch.Tensor:
-    """The sum that a token comes back as: multiplied, then added, rounded once."""
+    """The sum of each token: multiplied, then added, rounded once."""
     rows = x if quant is None else ref.quantize_rows(x.cpu())[0].to(x.device).to(BF16)
     total = torch.zeros(x.shape, device=x.device)
     for k in range(K):
@@ -83,10 +83,10 @@ def test_layer(world, quant, recorded, captured, device):
 
     with testing.lockstep(world, make, device=device) as ranks:
         given = [drawn(rank, 0, device) for rank in range(world)]
-        kept = {}
+        results = {}
 
         def work() -> None:
-            kept["sums"] = layer(ranks, given)
+            results["sums"] = layer(ranks, given)
 
         replay = captured(work) if recorded else work
         for seed in range(1, 4):
@@ -94,6 +94,6 @@ def test_layer(world, quant, recorded, captured, device):
                 for tensor, new in zip(values, drawn(rank, seed, device), strict=True):
                     tensor.copy_(new)
             replay()
-            for values, found in zip(given, kept["sums"], strict=True):
+            for values, found in zip(given, results["sums"], strict=True):
                 wanted = expected(*values, world=world, quant=quant)
                 assert torch.equal(found, wanted)

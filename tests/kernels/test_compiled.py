@@ -1,6 +1,6 @@
-"""What the launchers launch compiles for devices that are not here, and the assembly is as meant.
+"""Every launch compiles for GPUs without having one, and its assembly keeps its promises.
 
-Of the targets that ordinary runs leave out only the wide rows are compiled.
+The quick run compiles every case for two targets, and only the wide rows for the others.
 """
 
 from __future__ import annotations
@@ -19,25 +19,26 @@ ROOT = FOLDER.parents[1]
 WIDE_ACCESSES = ("v4.b32", "v2.b64", "v8.b32", "v4.b64", "dwordx4")  # 16 bytes, or 32
 # Sums of squares and exponentials: no bits are promised.
 MAY_CONTRACT = ("norm", "gating")
-# Bytes. Constant experts, which are rare, need more registers than there are on NVIDIA; and so does
-# one program that sums counts, on sm_100.
-MAY_SPILL = {"reduce and special experts, wide": 16, "plan blocks": 16}
-MAY_SPILL |= {"plan blocks kept": 16}
-# Rows go through these: 16 bytes at a time.
+# Bytes. Constant experts, which are rare, need more registers than NVIDIA has; so does the program
+# that sums counts, on sm_100.
+MAY_SPILL = {
+    "weighted_sum and zero-computation experts, wide": 16,
+    "routing_plan blocks": 16,
+    "routing_plan blocks with copies": 16,
+}
+# Kernels that move rows, in accesses of 16 bytes.
 ROW_KERNELS = {
     "_add_rows_kernel",
     "_affine_kernel",
-    "_decode_kernel",
+    "_encode_kernel",
     "_finalize_kernel",
-    "_pack_kernel",
-    "_reduce_kernel",
-    "_write_rows_kernel",
+    "_gather_rows_kernel",
+    "_weighted_sum_kernel",
 }
-WRITING_KERNELS = {"_clear_kernel"}  # reads an index alone
 
 
 def run(program: str, *arguments: str, interpreter=sys.executable, stdin: str = "") -> str:
-    """What a program of this folder prints, in an environment without an interpreter of kernels."""
+    """Output of a program of this folder, without the interpreter of kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [interpreter, FOLDER / program, *arguments],
@@ -78,23 +79,25 @@ def width(access: str) -> bool:
 )
 def test_every_launch_compiles(target, cases):
     """No spills; each operation rounded where bits are promised; rows in accesses of 16 bytes."""
-    for one in lines(run("compiling.py", target, cases)):
-        case = one["case"]
-        assert one["spills"] <= MAY_SPILL.get(case, 0), one
+    for launch in lines(run("compiling.py", target, cases)):
+        case = launch["case"]
+        assert launch["spills"] <= MAY_SPILL.get(case, 0), launch
         if not any(word in case for word in MAY_CONTRACT):
-            assert one["fma"] == 0, one
-            assert not one["approximate"], one
-        # A lane takes the 8 codes that share a scale of a row on its way back.
-        if "wide" in case and one["kernel"] in ROW_KERNELS and "reduce return" not in case:
+            assert launch["fma"] == 0, launch
+            assert not launch["approximate"], launch
+        # A lane of block8 loads the 8 codes that share a scale.
+        if "wide" in case and launch["kernel"] in ROW_KERNELS and "weighted_sum block8" not in case:
             kinds = {"load": ("ld.", "load"), "store": ("st.", "store")}
             for kind, words in kinds.items():
-                of_kind = [access for access in one["accesses"] if any(w in access for w in words)]
-                assert any(map(width, of_kind)), f"no wide {kind}: {one}"
+                of_kind = [
+                    access for access in launch["accesses"] if any(w in access for w in words)
+                ]
+                assert any(map(width, of_kind)), f"no wide {kind}: {launch}"
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_flags_order_memory_between_devices(target):
-    """All threads have written before the flag is; what is read after it is not older."""
+    """All threads write before the flag is released; reads after it is acquired are not older."""
     write, wait = lines(run("compiling.py", target, "flags"))
     if target == "sm_90":
         *words, barrier, flag = write["order"]
@@ -103,8 +106,8 @@ def test_flags_order_memory_between_devices(target):
         assert barrier == "bar.sync"
         assert "release" in flag and "sys" in flag
         polls = [word for word in wait["order"] if not word.startswith(("bar.", "st."))]
-        # One thread looks, at one number: more would write to what others poll.
-        assert len(polls) == 2, "one look, then others in a loop"
+        # One thread polls one number: a block would write to flags that others poll.
+        assert len(polls) == 2, "one poll, then a loop of polls"
         assert all(word.startswith("ld.global.sys.acquire") for word in polls), polls
     else:
         # The program is one wave there, which needs no barrier.
@@ -117,12 +120,12 @@ def test_flags_order_memory_between_devices(target):
     reason="triton-ascend is not installed; `make test` tries to",
 )
 def test_every_launch_is_lowered_for_ascend():
-    """As far as triton-ascend's own compiler goes without CANN: to Linalg, not to a binary."""
+    """The stages of triton-ascend that need no CANN: to Linalg, not to a binary."""
     launches = run("lowering.py", "record", "")
     lowered = lines(
         run("lowering.py", "lower", interpreter=triton_ascend_env.python(), stdin=launches)
     )
     assert len(lowered) == len(launches.splitlines())
-    for one in lowered:
-        assert not one["error"], f"{one['case']}, {one['kernel']}:\n{one['error']}"
-        assert one["length"] > 500
+    for launch in lowered:
+        assert not launch["error"], f"{launch['case']}, {launch['kernel']}:\n{launch['error']}"
+        assert launch["length"] > 500

@@ -24,7 +24,7 @@ def header(num_experts, capacity, weight_dtype, device):
     return DispatchHeader(words[:1], words[1 : 1 + num_experts], words[1 + num_experts :], weights)
 
 
-def assert_same_push(
+def assert_same_send(
     device,
     *,
     num_tokens=6,
@@ -104,17 +104,17 @@ def assert_same_push(
         pytest.param({"moe_ranks": 5, "experts_per_rank": 1}, id="an expert a rank"),
         pytest.param({"num_tokens": 300, "top_k": 8}, id="several blocks"),
         pytest.param({"experts_per_rank": 3000}, id="more experts than a block"),
-        pytest.param({"per_expert": True}, id="copies that differ"),
+        pytest.param({"per_expert": True}, id="slots that differ"),
         pytest.param({"static": (1,)}, id="one factor"),
         pytest.param({"static": (40,)}, id="a factor for each column"),
-        pytest.param({"per_expert": True, "scheme": "none"}, id="copies that could differ"),
+        pytest.param({"per_expert": True, "scheme": "none"}, id="slots that could differ"),
         pytest.param({"weight_dtype": None}, id="no room for weights"),
         pytest.param({"send_weights": False}, id="no weights"),
         pytest.param({"weight_dtype": torch.float64}, id="wide weights"),
     ],
 )
 def test_matches_ref(sizes, device):
-    assert_same_push(device, **sizes)
+    assert_same_send(device, **sizes)
 
 
 @pytest.mark.parametrize("send_weights", [False, True])
@@ -129,7 +129,7 @@ def test_matches_ref(sizes, device):
 )
 def test_shared_experts(num_shared_ranks, shared_targets, per_expert, send_weights, device):
     for num_tokens in (5, 2000):
-        assert_same_push(
+        assert_same_send(
             device,
             num_tokens=num_tokens,
             hidden=16,
@@ -140,12 +140,12 @@ def test_shared_experts(num_shared_ranks, shared_targets, per_expert, send_weigh
         )
 
 
-def test_copies_without_room_are_not_written(device):
-    """A token that names an expert twice: nothing but its own header is written to."""
+def test_slots_past_the_room_of_a_header_are_dropped(device):
+    """Duplicate expert ids of a token: the memory behind its header is untouched."""
     ids = torch.tensor([[0, 0], [0, 1]], dtype=torch.int32, device=device)
     fmt = RowFormat.tight(torch.bfloat16, 8)
     sent = header(2, 3, torch.float32, device)
-    kept = [part[:2] for part in (sent.slot_ids, sent.weights)]
+    room = [part[:2] for part in (sent.slot_ids, sent.weights)]
     kernels.dispatch_send(
         torch.zeros((2, 8), dtype=torch.bfloat16, device=device),
         ids,
@@ -154,7 +154,7 @@ def test_copies_without_room_are_not_written(device):
         fmt,
         ref.routing_plan(ids, 2),
         torch.zeros((2, fmt.stride), dtype=torch.uint8, device=device),
-        [sent._replace(slot_ids=kept[0], weights=kept[1])],
+        [sent._replace(slot_ids=room[0], weights=room[1])],
         experts_per_rank=2,
         shared_targets=(),
         num_shared_ranks=0,
@@ -164,11 +164,41 @@ def test_copies_without_room_are_not_written(device):
     assert sent.weights.tolist() == [1.0, 1.0, float(poisoned.weights[2])]
 
 
+def test_example(device):
+    """The numbers of the kernel's docstring."""
+    ids = torch.tensor([[0, 2], [2, 1], [NOWHERE, NOWHERE]], dtype=torch.int32, device=device)
+    weights = torch.tensor([[0.5, 0.25], [0.75, 1.0], [0.0, 0.0]], device=device)
+    fmt = RowFormat.tight(torch.float32, 4)
+    rows = torch.zeros((3, fmt.stride), dtype=torch.uint8, device=device)
+    headers = [header(4, 2, torch.float32, device) for _ in range(3)]
+    kernels.dispatch_send(
+        torch.arange(12.0, device=device).view(3, 4),
+        ids,
+        weights,
+        None,
+        fmt,
+        kernels.routing_plan(ids, 4),
+        rows,
+        headers,
+        experts_per_rank=2,
+        shared_targets=(0,),
+        num_shared_ranks=1,
+    )
+    assert fmt.payload(rows).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    for one, slot_ids, sent in zip(
+        headers, ([2, 5], [0, 4], [1, 3]), ([1, 1], [0.5, 1], [0.25, 0.75]), strict=True
+    ):
+        assert one.num_tokens.tolist() == [2]
+        assert one.counts.tolist() == [1, 1, 2, 0]
+        assert one.slot_ids.tolist() == slot_ids
+        assert one.weights.tolist() == sent
+
+
 @pytest.mark.parametrize("shared_targets", [(), (0,)])
 def test_several_programs_write_a_header(shared_targets, device, monkeypatch):
     few = dataclasses.replace(launch_config.policy(device), line=32, num_programs=16)
     monkeypatch.setattr(launch_config, "policy", lambda device: few)
-    assert_same_push(
+    assert_same_send(
         device,
         num_tokens=100,
         top_k=8,
@@ -193,7 +223,7 @@ def test_several_programs_write_a_header(shared_targets, device, monkeypatch):
 def test_any_size(num_shared_ranks, data, device, **sizes):
     targets = data.draw(st.lists(st.integers(0, 2), max_size=num_shared_ranks, unique=True))
     targets = tuple(rank for rank in targets if rank < num_shared_ranks)
-    assert_same_push(device, num_shared_ranks=num_shared_ranks, shared_targets=targets, **sizes)
+    assert_same_send(device, num_shared_ranks=num_shared_ranks, shared_targets=targets, **sizes)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +234,7 @@ def test_any_size(num_shared_ranks, data, device, **sizes):
         ({"weights": torch.zeros((2, 2))}, r"weights must have the shape \(2, 1\)"),
         ({"weights": torch.zeros((2, 1), dtype=torch.int32)}, "weights must be one of"),
         ({"rows": torch.zeros((2, 16))}, "rows must be one of"),
-        ({"rows": torch.zeros((1, 16), dtype=torch.uint8)}, "rows must have 2 rows at least"),
+        ({"rows": torch.zeros((1, 16), dtype=torch.uint8)}, "rows must have at least 2 rows"),
         ({"x": torch.zeros((2, 4)).half()}, "x must be one of"),
         ({"smooth_scales": torch.zeros((3, 5))}, r"smooth_scales must have the shape \(\*, 4\)"),
     ],
@@ -221,12 +251,12 @@ def test_rejects(change, message, device):
         name: value.to(device) if isinstance(value, torch.Tensor) else value
         for name, value in arguments.items()
     }
-    routing = RoutingPlan(*(torch.zeros(2, dtype=torch.int32, device=device) for _ in range(3)))
+    plan = RoutingPlan(*(torch.zeros(2, dtype=torch.int32, device=device) for _ in range(3)))
     with pytest.raises(MoeError, match=message):
         kernels.dispatch_send(
             **moved,
             fmt=RowFormat(torch.float32, 4, 16),
-            routing=routing,
+            plan=plan,
             headers=[header(2, 2, None, device)],
             experts_per_rank=2,
             shared_targets=(),

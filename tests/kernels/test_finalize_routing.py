@@ -1,4 +1,4 @@
-"""Sums of experts' rows with biases and skips: against the definition, and by hand."""
+"""Sums of expert rows, biases and skip connections: against the definition, and by hand."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def assert_same(*arguments, **named):
 
 @pytest.mark.parametrize("function", [kernels.finalize_routing, ref.finalize_routing])
 def test_by_hand(function, device):
+    """The numbers of the kernel's docstring, and those of fewer arguments."""
     rows = torch.tensor([[1.0], [10.0], [100.0]], device=device)
     index = torch.tensor([[0, 2], [1, -1]], device=device)
     weights = torch.tensor([[2.0, 3.0], [5.0, NAN]], device=device)
@@ -42,8 +43,8 @@ def test_by_hand(function, device):
     assert run(function, rows, index, weights).tolist() == [[302.0], [50.0]]
     assert run(function, rows, index, skips=skips).tolist() == [[1101.0], [2010.0]]
     found = run(function, rows, index, weights.nan_to_num(2), bias, experts, skips)
-    assert found.tolist() == [[1000 + 2 * 1.5 + 3 * 100.25], [2000 + 5 * 10.25 + 2 * 0.5]]
-    # A row that is not there has no weight, but its bias has.
+    assert found.tolist() == [[1303.75], [2052.25]]
+    # Without a bias the weight of NOWHERE is unused; with one it is.
     assert run(function, rows, index, weights, bias, experts)[1].isnan().all()
 
 

@@ -1,4 +1,4 @@
-"""Flags: words and slots, every way a wait can end, epochs that wrap, and two processes at once."""
+"""Flags: words and slots, every end of a wait, epochs that wrap around, two processes at once."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def write(addresses, epoch, device, *, status=0, problem=None):
     )
 
 
-def wait(addresses, epoch, device, *, problem=None, timeout=0.05, looks=3):
+def wait(addresses, epoch, device, *, problem=None, timeout=0.05, polls=3):
     """Problem, records and waiting times, poisoned before."""
     problem = no_problem(device) if problem is None else problem
     ranks = len(addresses)
@@ -73,13 +73,33 @@ def wait(addresses, epoch, device, *, problem=None, timeout=0.05, looks=3):
         digest=DIGEST,
         operation=7,
         timeout=timeout,
-        looks=looks,
+        polls=polls,
     )
     return problem.tolist(), records.tolist(), waited.tolist()
 
 
 def test_records_are_those_of_the_windows():
     assert flags.RECORD_WORDS == FLAG_WORDS
+
+
+def test_examples(device):
+    """The numbers of the docstrings of the two kernels."""
+    window = Window(1, device)
+    arguments = {"slots": SLOTS, "slot_bytes": SLOT_BYTES, "digest": 7}
+    addresses = torch.tensor(window.addresses, device=device)
+    write_flags(addresses, int32(6, device=device), no_problem(device), status=1, **arguments)
+    assert window.records[2, 0].tolist() == [6, 1, 7, POISON]
+    window, problem = Window(3, device), no_problem(device)
+    for rank, seen in enumerate((5, 1, 5)):
+        window.put(5, rank, seen, digest=7)
+    records = torch.zeros((3, FLAG_WORDS), dtype=torch.int32, device=device)
+    waited = torch.zeros(3, dtype=torch.int64, device=device)
+    addresses = torch.tensor(window.addresses, device=device)
+    wait_flags(
+        addresses, int32(5, device=device), problem, records, waited, operation=9, timeout=0.05,
+        polls=3, **arguments,
+    )  # fmt: skip
+    assert problem.tolist() == [flags.LATE, 9, 5, 1, 1, 5]
 
 
 @pytest.mark.parametrize("epoch", [1, 6, -1, LAST, FIRST])
@@ -109,13 +129,13 @@ def test_slots_may_be_gigabytes_apart(device, reserve):
     records = torch.full((1, FLAG_WORDS), POISON, dtype=torch.int32, device=device)
     waited = torch.zeros(1, dtype=torch.int64, device=device)
     wait_flags(
-        addresses, epoch, problem, records, waited, **arguments, operation=7, timeout=0.05, looks=3
+        addresses, epoch, problem, records, waited, **arguments, operation=7, timeout=0.05, polls=3
     )
     assert problem.tolist() == [0] * flags.PROBLEM_WORDS
 
 
 @pytest.mark.parametrize("epoch", [1, 6, -1, LAST, FIRST])
-def test_waits_for_what_has_come(epoch, device):
+def test_waits_for_arrived_epochs(epoch, device):
     window = Window(3, device)
     for rank in range(3):
         window.put(epoch, rank, epoch)
@@ -128,7 +148,7 @@ def test_waits_for_what_has_come(epoch, device):
 @pytest.mark.parametrize(
     "wanted, seen", [(5, 1), (5, POISON), (1, -3), (FIRST, LAST), (FIRST + 1, LAST - 2)]
 )
-def test_names_the_first_that_does_not_come_in_time(wanted, seen, device):
+def test_names_the_first_late_rank(wanted, seen, device):
     window = Window(4, device)
     for rank, word in enumerate([wanted, seen, wanted, seen]):
         window.put(wanted, rank, word)
@@ -224,7 +244,7 @@ def test_a_wait_may_be_tried_again(device):
     assert wait(window.addresses, 1, device)[0][0] == 0
 
 
-def test_the_host_sees_what_a_kernel_writes_and_the_other_way_round(device):
+def test_host_and_kernel_read_each_others_flags(device):
     if device.type != "cpu":
         pytest.skip("the host's flags are in its own memory")
     window = Window(1, device)
@@ -253,7 +273,7 @@ def _ping_pong(ctx, path):
             torch.arange(PAYLOAD, dtype=torch.int32) * (me + 2) + number % 999
         )
         write([windows[0].addresses[me], windows[1].addresses[me]], epoch, "cpu")
-        problem, records, _ = wait(windows[me].addresses, epoch, ctx.device, looks=2**18)
+        problem, records, _ = wait(windows[me].addresses, epoch, ctx.device, polls=2**18)
         assert problem == [0] * flags.PROBLEM_WORDS
         assert [record[0] for record in records] == [epoch, epoch]
         expected = torch.arange(PAYLOAD, dtype=torch.int32) * (peer + 2) + number % 999
@@ -320,7 +340,7 @@ WAIT = {
     "changed, error, message",
     [
         ({"addresses": torch.zeros(2)}, TypeError, "addresses must be one of"),
-        ({"addresses": torch.zeros(0).long()}, ValueError, "addresses must name at least one rank"),
+        ({"addresses": torch.zeros(0).long()}, ValueError, "addresses must have at least one rank"),
         ({"addresses": torch.zeros(4).long()[::2]}, ValueError, "addresses must be contiguous"),
         ({"epoch": torch.zeros(1).long()}, TypeError, "epoch must be one of"),
         ({"epoch": torch.zeros(2).int()}, ValueError, "epoch must have the shape"),
@@ -333,7 +353,7 @@ WAIT = {
         ({"waited": torch.zeros(2).int()}, TypeError, "waited must be one of"),
     ],
 )
-def test_refuses(changed, error, message):
+def test_rejects(changed, error, message):
     with pytest.raises(error, match=f"wait_flags: {message}") as caught:
         wait_flags(**WAIT | changed)
     assert isinstance(caught.value, MoeError)

@@ -1,4 +1,4 @@
-"""Tokens permuted and quantised in one pass, against the definition and against its two steps."""
+"""Tokens permuted and quantised in one pass: against the definition, and against two steps."""
 
 from __future__ import annotations
 
@@ -71,6 +71,29 @@ def assert_same(x, index, fmt, smooth_scales, ids):
             assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
+def test_example(steps, device):
+    """The numbers of the kernel's docstring."""
+    x = torch.tensor([[127.0, 1.0], [254.0, -2.0]], device=device)
+    index = torch.tensor([[3, NOWHERE], [0, 2]], device=device)
+    out = torch.full((4, 2), 99, dtype=torch.int8, device=device)
+    scales = torch.full((4,), 99.0, device=device)
+    fmt = RowFormat(torch.int8, 2, 0, "per_row_div", 0)
+    steps.gather_quant(x, index, fmt, None, None, out, scales)
+    assert out.tolist() == [[127, -1], [99, 99], [127, -1], [127, 1]]
+    assert scales.tolist() == [2.0, 99.0, 2.0, 1.0]
+
+
+def test_factors_of_each_expert(steps, device):
+    """One shared expert with the factors of row 0; experts 0 and 1 with those of rows 1 and 2."""
+    fmt = RowFormat(torch.int8, 2, 0, "static")
+    smooth_scales = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], device=device)
+    out = torch.zeros((3, 2), dtype=torch.int8, device=device)
+    ids = torch.tensor([[1, 0]], dtype=torch.int32, device=device)
+    x, index = torch.ones((1, 2), device=device), torch.tensor([[0, 1, 2]], device=device)
+    steps.gather_quant(x, index, fmt, smooth_scales, ids, out)
+    assert out.tolist() == [[5, 6], [3, 4], [1, 2]]
+
+
 @pytest.mark.parametrize("scheme", formats(1))
 @pytest.mark.parametrize("hidden", [1, 130, 2048, 9000])
 def test_matches_ref(hidden, scheme, device):
@@ -106,7 +129,7 @@ def test_a_tile_for_each_token(scheme, device, monkeypatch):
         assert_same(x, index.int(), fmt, smooth_for(kind, 130, device), ids)
 
 
-def test_is_a_push_and_a_pack(device):
+def test_is_a_send_and_a_gather(device):
     x, ids, _ = draw(7, 64, device)
     plan = kernels.routing_plan(ids, NUM_EXPERTS)
     start = plan.counts.cumsum(0) - plan.counts
@@ -120,10 +143,12 @@ def test_is_a_push_and_a_pack(device):
     kernels.gather_quant(x, index, fmt, None, None, out, scales)
     rows = torch.zeros((7, 80), dtype=torch.uint8, device=device)
     ref.encode(x, fmt, rows)
-    packed, packed_scales = torch.empty_like(out), torch.empty_like(scales)
-    ref.gather_rows(rows, plan.sorted_slot_ids[:count].long() // TOP_K, fmt, packed, packed_scales)
-    assert torch.equal(out, packed)
-    assert torch.equal(scales, packed_scales)
+    gathered, gathered_scales = torch.empty_like(out), torch.empty_like(scales)
+    ref.gather_rows(
+        rows, plan.sorted_slot_ids[:count].long() // TOP_K, fmt, gathered, gathered_scales
+    )
+    assert torch.equal(out, gathered)
+    assert torch.equal(scales, gathered_scales)
 
 
 def test_tokens_of_a_wider_tensor_into_rows_of_a_wider_one(device):
@@ -171,7 +196,7 @@ def test_an_index_out_of_range_fails_where_the_device_asserts(asserting, device)
         ({"index": torch.zeros((2, 1))}, "index must be one of"),
         ({"index": torch.zeros((3, 1), dtype=torch.int64)}, r"index must have the shape \(2, \*\)"),
         ({"x": torch.zeros((2, 4), dtype=torch.int32)}, "x must be one of"),
-        ({"smooth_scales": torch.zeros((3, 4))}, "expert_ids must choose the factors of each copy"),
+        ({"smooth_scales": torch.zeros((3, 4))}, "expert_ids must choose the factors of each slot"),
         (
             {"smooth_scales": torch.zeros((3, 4)), "expert_ids": torch.zeros(2)},
             "expert_ids must be one of",
@@ -182,7 +207,7 @@ def test_an_index_out_of_range_fails_where_the_device_asserts(asserting, device)
         ({"out": torch.zeros((4, 2), dtype=torch.int8).T}, "out must be contiguous in its"),
         ({"scales": torch.zeros(2, dtype=torch.half)}, "scales must be one of"),
         ({"scales": torch.zeros(3)}, r"scales must have the shape \(2, 1\)"),
-        ({"scales": None}, "scales must be None just for"),
+        ({"scales": None}, "scales must be a tensor for the scheme 'per_row'"),
         ({"fmt": RowFormat(torch.int8, 4, 0, "static")}, "smooth_scales must hold the factors"),
     ],
 )

@@ -37,8 +37,8 @@ def formats(hidden):
     return found
 
 
-def assert_same_pack(rows, index, fmt, capacity=None):
-    """Pack with both, into outputs with a few rows more than are taken."""
+def assert_same_gather(rows, index, fmt, capacity=None):
+    """Gather with both, into outputs with a few rows more than are gathered."""
     results = []
     for gather_rows in (kernels.gather_rows, ref.gather_rows):
         capacity = index.numel() + 2 if capacity is None else capacity
@@ -62,12 +62,45 @@ def drawn_rows(count, stride, device, seed=0):
     return torch.randint(0, 256, (count, stride), generator=generator).byte().to(device)
 
 
+def test_examples(steps, device):
+    """The numbers of the docstrings of the two steps."""
+    fmt = RowFormat(torch.float32, 2, 32, "per_row", 16)
+    rows = torch.zeros((3, 32), dtype=torch.uint8, device=device)
+    fmt.payload(rows).copy_(torch.arange(1.0, 7.0).view(3, 2))
+    fmt.scales(rows).copy_(torch.tensor([[0.5], [0.25], [2.0]]))
+    x, scales = torch.full((4, 2), 99.0, device=device), torch.full((4,), 99.0, device=device)
+    count = torch.tensor([3], dtype=torch.int32, device=device)
+    index = torch.tensor([2, NOWHERE, 0, 1], device=device)
+    steps.gather_rows(rows, index, fmt, x, scales, count)
+    assert x.tolist() == [[5, 6], [0, 0], [1, 2], [99, 99]]
+    assert scales.tolist() == [2.0, 0.0, 0.5, 99.0]
+    x = torch.arange(1.0, 9.0, device=device).view(4, 2)
+    steps.zero_padding(x, torch.tensor([0, NOWHERE, 5, NOWHERE], device=device), count)
+    assert x.tolist() == [[1, 2], [0, 0], [5, 6], [7, 8]]
+
+
+def test_rows_of_nowhere_are_zeros(steps, device):
+    fmt = RowFormat(torch.bfloat16, 2, 16)
+    rows = torch.full((2, 16), 0xFF, dtype=torch.uint8, device=device)  # NaN
+    fmt.payload(rows)[1] = 3.0
+    x = torch.full((4, 2), 99.0, dtype=torch.bfloat16, device=device)
+    steps.gather_rows(rows, torch.tensor([NOWHERE, 1, NOWHERE], device=device), fmt, x)
+    assert x.tolist() == [[0, 0], [3, 3], [0, 0], [99, 99]]
+    steps.gather_rows(rows[:0], torch.tensor([NOWHERE], device=device), fmt, x)
+    assert x.tolist() == [[0, 0], [3, 3], [0, 0], [99, 99]]
+    fmt = RowFormat(E4M3, 2, 16)
+    rows.fill_(0x38)  # 1.0
+    x = torch.full((3, 2), 9.0, device=device).to(E4M3)
+    steps.gather_rows(rows, torch.tensor([1, NOWHERE], device=device), fmt, x)
+    assert x.float().tolist() == [[1, 1], [0, 0], [9, 9]]
+
+
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("hidden", [1, 3, 8, 130, 7168, 40_000])
 def test_matches_ref(hidden, index_dtype, device):
     index = torch.tensor([2, NOWHERE, 0, 2, 1, NOWHERE], dtype=index_dtype, device=device)
     for fmt in formats(hidden):
-        assert_same_pack(drawn_rows(3, fmt.stride, device), index, fmt)
+        assert_same_gather(drawn_rows(3, fmt.stride, device), index, fmt)
 
 
 @pytest.mark.parametrize("quant", ["group_e4m3", "mx_e5m2"])
@@ -75,64 +108,66 @@ def test_matches_ref(hidden, index_dtype, device):
 def test_several_scales_a_row(quant, hidden, device):
     index = torch.tensor([2, NOWHERE, 0, 2, 1, NOWHERE], device=device)
     fmt = RowFormat.quantized(quant, torch.bfloat16, hidden)
-    assert_same_pack(drawn_rows(3, fmt.stride, device), index, fmt)
-    assert_same_pack(drawn_rows(3, fmt.stride, device), index[[1]], fmt)
+    assert_same_gather(drawn_rows(3, fmt.stride, device), index, fmt)
+    assert_same_gather(drawn_rows(3, fmt.stride, device), index[[1]], fmt)
 
 
 @hypothesis.given(
     num_rows=st.integers(1, 9),
-    taken=st.integers(0, 300),
+    num_gathered=st.integers(0, 300),
     hidden=st.integers(1, 100),
     which=st.integers(0, 6),
     seed=st.integers(0, 2**16),
 )
-def test_any_size(num_rows, taken, hidden, which, seed, device):
+def test_any_size(num_rows, num_gathered, hidden, which, seed, device):
     fmt = formats(hidden)[which]
     generator = torch.Generator().manual_seed(seed)
-    index = torch.randint(NOWHERE, num_rows, (taken,), generator=generator).to(device)
-    assert_same_pack(drawn_rows(num_rows, fmt.stride, device, seed), index, fmt)
+    index = torch.randint(NOWHERE, num_rows, (num_gathered,), generator=generator).to(device)
+    assert_same_gather(drawn_rows(num_rows, fmt.stride, device, seed), index, fmt)
 
 
 def test_nothing_there(device):
     fmt = formats(5)[3]
     rows = drawn_rows(3, fmt.stride, device)
     nowhere = torch.full((3,), NOWHERE, device=device)
-    assert_same_pack(rows, nowhere, fmt)
-    assert_same_pack(rows[:0], nowhere, fmt)
-    assert_same_pack(rows, nowhere[:0], fmt)
+    assert_same_gather(rows, nowhere, fmt)
+    assert_same_gather(rows[:0], nowhere, fmt)
+    assert_same_gather(rows, nowhere[:0], fmt)
 
 
-@pytest.mark.parametrize("taken", [0, 2, 3, 9])
-def test_a_count_on_the_device(taken, device):
+@pytest.mark.parametrize("num_gathered", [0, 2, 3, 9])
+def test_a_count_on_the_device(num_gathered, device):
     fmt = formats(24)[3]
     rows = drawn_rows(4, fmt.stride, device)
     index = torch.tensor([3, NOWHERE, 1], device=device)
     x = torch.full((4, 24), 99, dtype=torch.int8, device=device)
     scales = torch.full((4,), 99.0, device=device)
-    count = torch.tensor([taken], dtype=torch.int32, device=device)
+    count = torch.tensor([num_gathered], dtype=torch.int32, device=device)
     kernels.gather_rows(rows, index, fmt, x, scales, count)
     expected, expected_scales = torch.full_like(x, 99), torch.full_like(scales, 99.0)
-    ref.gather_rows(rows, index[:taken], fmt, expected, expected_scales)
+    ref.gather_rows(rows, index[:num_gathered], fmt, expected, expected_scales)
     assert torch.equal(x, expected)
     assert torch.equal(scales.view(torch.int32), expected_scales.view(torch.int32))
 
 
 @pytest.mark.parametrize("hidden", [1, 40, 9000, 40_000])
-def test_clear(hidden, device):
+def test_zero_padding(hidden, device):
     index = torch.tensor([0, NOWHERE, 5, NOWHERE, NOWHERE], device=device)
     for dtype in (torch.int8, torch.bfloat16, torch.float64):
-        for taken in (None, 0, 4):
+        for num_gathered in (None, 0, 4):
             x = torch.ones((7, hidden + 3), dtype=dtype, device=device)
             count = None
-            if taken is not None:
-                count = torch.tensor([taken], dtype=torch.int32, device=device)
+            if num_gathered is not None:
+                count = torch.tensor([num_gathered], dtype=torch.int32, device=device)
             kernels.zero_padding(x[:, 1 : hidden + 1], index, count)
             expected = torch.ones_like(x)
-            expected[[row for row in (1, 3, 4) if taken is None or row < taken], 1:-2] = 0
+            expected[
+                [row for row in (1, 3, 4) if num_gathered is None or row < num_gathered], 1:-2
+            ] = 0
             assert torch.equal(x, expected)
 
 
-def test_clear_refuses(device):
+def test_zero_padding_rejects(device):
     index = torch.zeros(3, dtype=torch.int64, device=device)
     with pytest.raises(MoeError, match="x must have a row for each of 3 indices, got 2"):
         kernels.zero_padding(torch.ones((2, 4), device=device), index)
@@ -145,13 +180,13 @@ def test_overlapping_rows_are_counted_in_16_bytes(device):
     memory = drawn_rows(1, 4096, device)[0]
     rows = memory.as_strided(((4096 - 64) // 16 + 1, 64), (16, 1))
     index = torch.tensor([0, 3, 252, NOWHERE, 3], device=device)
-    assert_same_pack(rows, index, fmt)
+    assert_same_gather(rows, index, fmt)
 
 
 def test_a_strided_index(device):
     fmt = formats(8)[3]
     index = torch.tensor([2, 0, NOWHERE, 0, 1, 0], device=device)[::2]
-    assert_same_pack(drawn_rows(3, fmt.stride, device), index, fmt)
+    assert_same_gather(drawn_rows(3, fmt.stride, device), index, fmt)
 
 
 def test_rows_that_are_not_aligned(device):
@@ -161,7 +196,7 @@ def test_rows_that_are_not_aligned(device):
         rows = memory[offset : offset + 20 * 2 * hidden].view(20, 2 * hidden)
         fmt = RowFormat(torch.bfloat16, hidden, 2 * hidden)
         index = torch.tensor([19, NOWHERE, 4, 0], device=device)
-        assert_same_pack(rows, index, fmt)
+        assert_same_gather(rows, index, fmt)
 
 
 def test_a_column_alone_may_have_any_stride(device):

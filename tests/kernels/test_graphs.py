@@ -1,7 +1,7 @@
-"""Launches that are recorded once and repeated with other inputs, as serving engines do.
+"""Launches that are captured once and replayed with other inputs, as serving engines do.
 
-On a GPU each case is a CUDA graph. Nothing of a launcher runs in a replay: whatever it takes from
-its inputs on the host, or copies to the device, is what it was at the recording.
+On a GPU each case is a CUDA graph. Launchers do not run in a replay: values that they read on the
+host, or copy to the device, are those of the capture.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from moe_triton.layout import NOWHERE, DispatchHeader, Norm, RowFormat
 
 BF16 = torch.bfloat16
 T, K, E, H, W = 37, 4, 24, 128, 3
-DRAWS = range(1, 4)  # of inputs that the recording did not see
+DRAWS = range(1, 4)  # of inputs after the recording
 EPSILON = 1e-6
 
 
@@ -44,27 +44,27 @@ def expert_ids(draw, device, tokens=T):
 
 @pytest.mark.parametrize("tokens", [T, 5000], ids=["few", "many"])
 def test_plan(tokens, captured, device):
-    ids, kept = expert_ids(0, device, tokens), {}
-    replay = captured(lambda: kept.update(plan=kernels.routing_plan(ids, E)))
+    ids, results = expert_ids(0, device, tokens), {}
+    replay = captured(lambda: results.update(plan=kernels.routing_plan(ids, E)))
     for draw in DRAWS:
         ids.copy_(expert_ids(draw, device, tokens))
         replay()
-        for one, other in zip(kept["plan"], ref.routing_plan(ids, E), strict=True):
+        for one, other in zip(results["plan"], ref.routing_plan(ids, E), strict=True):
             assert torch.equal(one, other)
 
 
-def test_sources(captured, device):
+def test_recv_permutation(captured, device):
     counts = torch.zeros((E // W, W), dtype=torch.int32, device=device)
-    capacity, kept = 1000, {}
-    replay = captured(lambda: kept.update(found=kernels.recv_permutation(counts, 8, capacity)))
+    capacity, results = 1000, {}
+    replay = captured(lambda: results.update(found=kernels.recv_permutation(counts, 8, capacity)))
     for draw in DRAWS:
         counts.copy_(tensor(draw, 0, 9, counts.shape, 0, device))
         replay()
         expected = ref.recv_permutation(counts, 8)
         n = len(expected.source)
-        assert torch.equal(kept["found"].source[:n], expected.source)
-        assert (kept["found"].source[n:] == NOWHERE).all()
-        assert torch.equal(kept["found"].offsets, expected.offsets)
+        assert torch.equal(results["found"].source[:n], expected.source)
+        assert (results["found"].source[n:] == NOWHERE).all()
+        assert torch.equal(results["found"].offsets, expected.offsets)
 
 
 @pytest.mark.parametrize("quant", [None, "int8", "group_e4m3", "mx_e4m3"])
@@ -91,7 +91,7 @@ def test_gather_quant(quant, captured, device):
             assert torch.equal(bits(one), bits(other))
 
 
-def test_push_and_pack(captured, device):
+def test_dispatch_send_and_gather_rows(captured, device):
     fmt = RowFormat.quantized("int8", BF16, H)
     x, ids = numbers(0, (T, H), 0, device, BF16), expert_ids(0, device)
     weights, index = torch.rand((T, K), device=device), torch.arange(T, device=device)
@@ -107,14 +107,14 @@ def test_push_and_pack(captured, device):
             )
             for _ in range(W)
         ]
-        packed = torch.zeros((T, H), dtype=torch.int8, device=device)
-        return rows, headers, packed, torch.zeros(T, device=device)
+        gathered = torch.zeros((T, H), dtype=torch.int8, device=device)
+        return rows, headers, gathered, torch.zeros(T, device=device)
 
-    def work(steps, rows, headers, packed, scales):
-        routing = steps.routing_plan(ids, E)
+    def work(steps, rows, headers, gathered, scales):
+        plan = steps.routing_plan(ids, E)
         sizes = {"experts_per_rank": E // W, "shared_targets": (), "num_shared_ranks": 0}
-        steps.dispatch_send(x, ids, weights, None, fmt, routing, rows, headers, **sizes)
-        steps.gather_rows(rows, index, fmt, packed, scales)
+        steps.dispatch_send(x, ids, weights, None, fmt, plan, rows, headers, **sizes)
+        steps.gather_rows(rows, index, fmt, gathered, scales)
 
     ours = outputs()
     replay = captured(lambda: work(kernels, *ours))
@@ -122,7 +122,7 @@ def test_push_and_pack(captured, device):
         x.copy_(numbers(draw, (T, H), 0, device))
         ids.copy_(expert_ids(draw, device))
         index.copy_(torch.randperm(T, device=device))
-        # What no copy comes to, or lies between rows, stays as it is.
+        # Memory after the slot ids and between rows stays untouched.
         for one in (ours[0], *(part for header in ours[1] for part in header), *ours[2:]):
             one.zero_()
         replay()
@@ -135,7 +135,7 @@ def test_push_and_pack(captured, device):
 
 
 @pytest.mark.parametrize("normalised", [False, True], ids=["sum", "norm"])
-def test_reduce(normalised, captured, device):
+def test_weighted_sum(normalised, captured, device):
     fmt = RowFormat.tight(BF16, H)
     y, index = numbers(0, (T * K, H), 0, device, BF16), torch.zeros((T, K), dtype=torch.int64)
     index, weights = index.to(device), torch.rand((T, K), device=device)
@@ -166,7 +166,7 @@ def test_reduce(normalised, captured, device):
 
 
 def test_gating_replicas_and_kept_slots(captured, device):
-    logits, kept = torch.zeros((T, E), device=device), {}
+    logits, results = torch.zeros((T, E), device=device), {}
     table = torch.tensor([[2, e, E + e] for e in range(E)], dtype=torch.int32, device=device)
     threshold = torch.zeros(K, device=device)
 
@@ -179,16 +179,16 @@ def test_gating_replicas_and_kept_slots(captured, device):
             "keep": steps.keep_experts(weights, threshold, None),
         }
 
-    replay = captured(lambda: kept.update(work(kernels)))
+    replay = captured(lambda: results.update(work(kernels)))
     for draw in DRAWS:
-        # Steps that no exponential function rounds away, and thresholds that lie between them.
+        # Logits in steps that survive exp, and thresholds between them.
         logits.copy_(torch.argsort(numbers(draw, (T, E), 0, device), dim=1) / 4.0 - 3)
         threshold.fill_(0.24 + 0.005 * draw)
         replay()
         expected = work(ref)
-        torch.testing.assert_close(kept["weights"], expected["weights"], rtol=2e-6, atol=1e-30)
+        torch.testing.assert_close(results["weights"], expected["weights"], rtol=2e-6, atol=1e-30)
         for name in ("ids", "replicas", "keep"):
-            assert torch.equal(kept[name], expected[name]), name
+            assert torch.equal(results[name], expected[name]), name
 
 
 def test_flags_move_through_the_ring(captured, device):
@@ -205,7 +205,7 @@ def test_flags_move_through_the_ring(captured, device):
 
     def exchange():
         epoch.add_(1)
-        # What one rank writes to two is here what two write to one.
+        # Here one window receives the records of both ranks.
         kernels.write_flags(addresses, epoch, problem, status=0, **ring)
         kernels.wait_flags(
             addresses, epoch, problem, records, waited, operation=0, timeout=5.0, **ring

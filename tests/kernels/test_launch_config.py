@@ -83,7 +83,7 @@ def test_the_tile_of_one_program_fits_registers(small_gpu):
     assert tile.rows * tile.block == 2**13 // 4
 
 
-def test_what_cannot_gather_takes_rows_of_an_index_one_by_one(monkeypatch):
+def test_an_indexed_row_is_a_tile_without_gather(monkeypatch):
     monkeypatch.setattr(launch_config, "policy", lambda device: launch_config.npu_policy(48))
     device = torch.device("cpu")
     assert launch_config.tiles(device, 10**6, 64, indexed=True).rows == 1

@@ -1,4 +1,4 @@
-"""The numbers of received rows against their definition."""
+"""The order of received rows against its definition."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moe_triton.errors import ArgumentTypeError, ArgumentValueError
 from moe_triton.layout import NOWHERE
 
 
-def assert_same_sources(counts, alignment):
+def assert_same_permutation(counts, alignment):
     expected = ref.recv_permutation(counts, alignment)
     actual = kernels.recv_permutation(counts, alignment)
     for name, one, other in zip(expected._fields, actual, expected, strict=True):
@@ -27,13 +27,21 @@ def draw(num_experts, world, most, device, seed=0):
     return counts.int().to(device)
 
 
-def test_example(device):
+def test_example(steps, device):
+    """The numbers of the kernel's docstring, and of the kernel that sums the groups."""
     counts = torch.tensor([[1, 0, 2], [2, 1, 0]], dtype=torch.int32, device=device)
-    recv_permutation = kernels.recv_permutation(counts)
-    assert recv_permutation.recv_counts_cumsum.tolist() == [1, 1, 3, 5, 6, 6]
-    assert recv_permutation.offsets.tolist() == [3, 6]
-    assert recv_permutation.source.tolist() == [0, 2, 2, 0, 0, 1]
-    assert recv_permutation.copy.tolist() == [0, 0, 1, 1, 2, 0]
+    found = steps.recv_permutation(counts)
+    assert found.recv_counts_cumsum.tolist() == [1, 1, 3, 5, 6, 6]
+    assert found.offsets.tolist() == [3, 6]
+    assert found.source.tolist() == [0, 2, 2, 0, 0, 1]
+    assert found.index_in_source.tolist() == [0, 0, 1, 1, 2, 0]
+    found = steps.recv_permutation(counts, 4)
+    assert found.recv_counts_cumsum.tolist() == [1, 1, 3, 5, 6, 6]
+    assert found.offsets.tolist() == [4, 8]
+    assert found.group_starts.tolist() == [[0, 1, 1, 3], [4, 6, 7, 7]]
+    assert found.source.tolist() == [0, 2, 2, NOWHERE, 0, 0, 1, NOWHERE]
+    real = found.source != NOWHERE
+    assert found.index_in_source[real].tolist() == [0, 0, 1, 1, 2, 0]
 
 
 @pytest.mark.parametrize("alignment", [1, 4, 128])
@@ -50,7 +58,7 @@ def test_example(device):
     ],
 )
 def test_matches_ref(L, W, most, alignment, device):
-    assert_same_sources(draw(L, W, most, device), alignment)
+    assert_same_permutation(draw(L, W, most, device), alignment)
 
 
 @hypothesis.given(
@@ -60,8 +68,8 @@ def test_matches_ref(L, W, most, alignment, device):
     alignment=st.integers(1, 20),
     seed=st.integers(0, 2**16),
 )
-def test_sources_of_any_size(num_experts, world, most, alignment, seed, device):
-    assert_same_sources(draw(num_experts, world, most, device, seed), alignment)
+def test_any_size(num_experts, world, most, alignment, seed, device):
+    assert_same_permutation(draw(num_experts, world, most, device, seed), alignment)
 
 
 @pytest.mark.parametrize("extra", [0, 5, 10_000])
@@ -69,23 +77,23 @@ def test_capacity(extra, device):
     counts = draw(6, 4, 9, device)
     expected = ref.recv_permutation(counts, 8)
     n = len(expected.source)
-    recv_permutation = kernels.recv_permutation(counts, 8, n + extra)
-    assert recv_permutation.source.tolist() == expected.source.tolist() + [NOWHERE] * extra
-    assert recv_permutation.copy.tolist() == expected.copy.tolist() + [0] * extra
-    assert recv_permutation.recv_counts_cumsum.tolist() == expected.recv_counts_cumsum.tolist()
-    assert recv_permutation.offsets.tolist() == expected.offsets.tolist()
+    found = kernels.recv_permutation(counts, 8, n + extra)
+    assert found.source.tolist() == expected.source.tolist() + [NOWHERE] * extra
+    assert found.index_in_source.tolist() == expected.index_in_source.tolist() + [0] * extra
+    assert found.recv_counts_cumsum.tolist() == expected.recv_counts_cumsum.tolist()
+    assert found.offsets.tolist() == expected.offsets.tolist()
 
 
 def test_a_capacity_that_is_too_small_cuts_the_end_off(device):
     counts = torch.tensor([[3, 2]], dtype=torch.int32, device=device)
-    recv_permutation = kernels.recv_permutation(counts, capacity=4)
-    assert recv_permutation.source.tolist() == [0, 0, 0, 1]
-    assert recv_permutation.offsets.tolist() == [4]
+    found = kernels.recv_permutation(counts, capacity=4)
+    assert found.source.tolist() == [0, 0, 0, 1]
+    assert found.offsets.tolist() == [4]
 
 
 def test_strided_counts(device):
     counts = draw(8, 6, 4, device)
-    assert_same_sources(counts.T, 3)
+    assert_same_permutation(counts.T, 3)
 
 
 def test_rejects(device):

@@ -1,4 +1,4 @@
-"""Where rows are, against the definition: their numbers, places, and what travelled with them."""
+"""Addresses of rows against their definition, with the slot ids and weights of received rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moe_triton.layout import NOWHERE
 
 
 def drawn_headers(L, W, per_token, seed, device):
-    """Counts [L, W], lists of copies [W, C] and their weights; what no count covers is poison."""
+    """Counts [L, W], slot ids [W, C] and their weights, poison past the counts."""
     generator = torch.Generator().manual_seed(seed)
     counts = torch.randint(0, 4, (L, W), generator=generator, dtype=torch.int32)
     counts[:, torch.rand(W, generator=generator) < 0.3] = 0
@@ -32,7 +32,7 @@ def drawn_headers(L, W, per_token, seed, device):
 @ALIGNMENTS
 @CAPACITIES
 @pytest.mark.parametrize("L, W", [(1, 1), (3, 4), (32, 8)])
-def test_arrivals(L, W, alignment, spare, device):
+def test_recv_row_index(L, W, alignment, spare, device):
     counts, slot_ids, weights = drawn_headers(L, W, 3, L + W, device)
     capacity = capacity_of(counts, alignment, spare)
     origins = torch.arange(W, device=device) * 1000 + 2**33
@@ -47,7 +47,7 @@ def test_arrivals(L, W, alignment, spare, device):
 @ALIGNMENTS
 @pytest.mark.parametrize("L, W", [(1, 1), (3, 4), (300, 8)])
 def test_load_is_added_up(L, W, alignment, device):
-    """Rows that there are, whatever the padding, and even where there is no room for them."""
+    """Rows without padding are added, those past the capacity too."""
     counts, slot_ids, _ = drawn_headers(L, W, 1, L + W, device)
     origins = torch.zeros(W, dtype=torch.int64, device=device)
     before = torch.arange(L, device=device) + 2**33
@@ -60,7 +60,7 @@ def test_load_is_added_up(L, W, alignment, device):
 
 
 @ALIGNMENTS
-def test_arrivals_by_a_table(alignment, device):
+def test_recv_row_index_by_a_table(alignment, device):
     counts, slot_ids, weights = drawn_headers(4, 3, 2, 0, device)
     table = torch.randperm(3 * 50, device=device).view(3, 50)
     options = {"slots_per_row": 1, "table": table, "alignment": alignment}
@@ -70,8 +70,8 @@ def test_arrivals_by_a_table(alignment, device):
     )
 
 
-def test_copies_that_had_no_room(device):
-    """More than a source can send, by a token that names an expert twice: zeros, nothing else."""
+def test_slots_past_the_room_of_their_source(device):
+    """Duplicate expert ids of a token: rows past the slot ids of the source are zeros."""
     counts = torch.tensor([[3]], dtype=torch.int32, device=device)
     slot_ids = torch.tensor([[7, 8, 9]], dtype=torch.int32, device=device)[:, :2]
     weights = torch.ones((1, 3), device=device)[:, :2]
@@ -82,8 +82,8 @@ def test_copies_that_had_no_room(device):
     assert found.weights.tolist() == [1.0, 1.0, 0.0]
 
 
-def test_arrivals_by_hand(device):
-    """Two experts, two sources: source 0 sends copies 4 and 1, source 1 copies 0 and 5."""
+def test_recv_row_index_example(device):
+    """The numbers of the kernel's docstring."""
     counts = torch.tensor([[1, 0], [1, 2]], dtype=torch.int32, device=device)
     slot_ids = torch.tensor([[4, 1, -7], [0, 5, -7]], dtype=torch.int32, device=device)
     weights = torch.tensor([[0.5, 0.25, 9.0], [0.125, 1.0, 9.0]], device=device)
@@ -99,13 +99,13 @@ def test_arrivals_by_hand(device):
 
 @pytest.mark.parametrize("num_shared", [0, 2])
 @pytest.mark.parametrize("T, K", [(0, 2), (1, 1), (37, 3), (1500, 8)])
-def test_returns(T, K, num_shared, device):
-    """For every rank of a group in which shared experts have a rank each."""
+def test_combine_row_index(T, K, num_shared, device):
+    """For the first and last rank of a group in which each shared expert has a rank."""
     moe_ranks, L = 4, 10
     E, W = moe_ranks * L, moe_ranks + num_shared
     ids = drawn_ids(T, K, E, device, seed=K)
-    ids[1::5] = NOWHERE  # tokens that take no part
-    routing = ref.routing_plan(ids, E)
+    ids[1::5] = NOWHERE  # inactive tokens
+    plan = ref.routing_plan(ids, E)
     generator = torch.Generator().manual_seed(T)
     group_starts = torch.randint(0, 2**20, (W, L, W + 1), generator=generator, dtype=torch.int32)
     origins = torch.randint(0, 2**40, (W,), generator=generator).to(device)
@@ -117,16 +117,16 @@ def test_returns(T, K, num_shared, device):
             "origins": origins,
             "step": 449,
         }
-        found = kernels.combine_row_index(group_starts.to(device), routing, ids, **options)
-        expected = ref.combine_row_index(group_starts.to(device), routing, ids, **options)
+        found = kernels.combine_row_index(group_starts.to(device), plan, ids, **options)
+        expected = ref.combine_row_index(group_starts.to(device), plan, ids, **options)
         assert found.dtype == expected.dtype == torch.int64
         assert found.tolist() == expected.tolist()
 
 
-def test_rows_without_room_do_not_return(device):
-    """A holder of three routed rows and one of two shared ones."""
+def test_rows_past_the_capacity_have_no_address(device):
+    """The numbers of the kernel's docstring, then room for 3 routed rows and 2 shared ones."""
     ids = torch.tensor([[0, 1], [NOWHERE, 0], [1, 0]], dtype=torch.int32, device=device)
-    # Of expert 0 come three rows, then two of expert 1; of the shared expert three.
+    # Rank 1 has three rows of expert 0 and two of expert 1, rank 0 three of the shared expert.
     group_starts = torch.tensor([[[0, 3, 3], [0, 0, 0]], [[0, 3, 3], [3, 5, 5]]], dtype=torch.int32)
     options = {
         "rank": 0,
@@ -142,10 +142,10 @@ def test_rows_without_room_do_not_return(device):
         assert some.tolist() == [[200, NOWHERE, 100], [NOWHERE, 201, 101], [NOWHERE, 202, NOWHERE]]
 
 
-def test_returns_in_several_tiles(device, monkeypatch):
+def test_combine_row_index_in_several_tiles(device, monkeypatch):
     few = dataclasses.replace(launch_config.policy(device), line=32)
     monkeypatch.setattr(launch_config, "policy", lambda device: few)
-    test_returns(37, 3, 2, device)
+    test_combine_row_index(37, 3, 2, device)
 
 
 def test_refusals(device):

@@ -18,17 +18,17 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.i
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 NAN, INF = float("nan"), float("inf")
-# Sums of squares come in another order: a few units in the last place, twice rounded.
+# Sums of squares are added in another order: a few last bits, rounded twice.
 NORM_TOLERANCE = {BF16: 1.6e-2, FP16: 2e-3, FP32: 1e-5, FP64: 1e-5}
 
-# The tiles of accelerators, one token each, and sizes at which a test reaches every edge of them.
+# Tiles of one token, as on accelerators, and tall ones, small enough to reach every edge.
 NARROW = Launch(num_programs=3, rows=1, block=16, num_warps=1)
 TALL = Launch(num_programs=2, rows=4, block=16, num_warps=1)
 
 
 @pytest.fixture(params=[None, NARROW, TALL], ids=["own tiles", "one token", "tall tiles"])
 def launch(request, monkeypatch):
-    """Every shape of tile that a device may get."""
+    """Each shape of tile of a device."""
     if request.param is not None:
         module = importlib.import_module("moe_triton.kernels.weighted_sum")
         monkeypatch.setattr(module, "token_tiles", lambda *args, **kwargs: request.param)
@@ -36,7 +36,7 @@ def launch(request, monkeypatch):
 
 
 def same_bits(actual, expected):
-    """Equal bits, so that zeros have signs; one NaN is like another."""
+    """Equal bits, so that zeros have signs; all NaNs are equal."""
     assert actual.dtype == expected.dtype
     assert (actual.isnan() == expected.isnan()).all()
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.itemsize]
@@ -44,36 +44,30 @@ def same_bits(actual, expected):
     assert (one == other).all(), f"{int((one != other).sum())} differ"
 
 
-def plain_format(dtype, hidden, extra=0):
-    return RowFormat(dtype, hidden, -(-hidden * dtype.itemsize // 16) * 16 + extra)
-
-
-def return_format(dtype, hidden):
-    offset = -(-hidden // 16) * 16
-    stride = offset + -(-(hidden // 8 * 2) // 16) * 16
-    return RowFormat(torch.int8, hidden, stride, "block8", offset, dtype, 8)
+def block8_format(dtype, hidden):
+    return RowFormat.tight(torch.int8, hidden, "block8", dtype, 8)
 
 
 def encoded(x, fmt):
-    """[N, stride] rows with the tokens in them and NaN behind them."""
+    """[N, stride] encoded rows, NaN in their padding."""
     rows = torch.full((len(x), fmt.stride), 0xFF, dtype=torch.uint8, device=x.device)
     ref.encode(x, fmt, rows)
     return rows
 
 
 class Drawn:
-    """A case with random numbers: what both launchers get, and outputs of their own."""
+    """A case of random numbers for both implementations."""
 
     def __init__(self, seed, T, K, NS, H, dtype, N=9, *, device="cpu"):
         self.generator = torch.Generator().manual_seed(seed)
         self.device, self.dtype, self.shape = device, dtype, (T, H)
-        self.fmt = plain_format(dtype, H)
+        self.fmt = RowFormat.tight(dtype, H)
         spread = torch.exp2(torch.randint(-12, 12, (N, 1), generator=self.generator).double())
         self.x = self.numbers(N, H) * spread.to(dtype).to(device)
         self.rows = encoded(self.x, self.fmt)
         self.index = self.integers(NOWHERE, N, (T, K + NS))
         self.weights = self.numbers(T, K, dtype=torch.promote_types(dtype, FP32))
-        self.special = self.addend = None
+        self.zero_computation = self.addend = None
         self.norm = ()
 
     def numbers(self, *shape, dtype=None):
@@ -83,17 +77,14 @@ class Drawn:
     def integers(self, low, high, shape):
         return torch.randint(low, high, shape, generator=self.generator).to(self.device)
 
-    def with_special(self, wide_alpha=False):
-        """Experts 0 to 3 have networks, 4 and 5 are zero, 6 and 7 copy, 8 to 10 are constant.
-
-        There is none of number 11.
-        """
+    def with_zero_computation(self, wide_alpha=False):
+        """Routed experts 0 to 3, zero 4 and 5, copy 6 and 7, constant 8 to 10; 11 is no expert."""
         T, H = self.shape
         K = self.weights.shape[1]
         ids = self.integers(0, 12, (T, K)).int()
         self.index[:, :K].masked_fill_(ids >= 4, NOWHERE)
         alphas = [self.numbers(*((3, H) if wide_alpha else (3,))) for _ in range(2)]
-        self.special = ZeroComputationExperts(
+        self.zero_computation = ZeroComputationExperts(
             ids, 6, 8, 11, self.numbers(T, H), *alphas, self.numbers(3, H)
         )
         return self
@@ -104,12 +95,19 @@ class Drawn:
         return self
 
     def run(self, function):
-        """What ``function`` writes: out, and with a norm y and rstd."""
+        """The outputs of ``function``: out, and with a norm y and rstd."""
         T, H = self.shape
         out, y = torch.full((2, T, H + 3), NAN, dtype=self.dtype, device=self.device)[..., :H]
         rstd = torch.full((T,), NAN, device=self.device)
         norm = Norm(*self.norm, y, rstd) if self.norm else None
-        arguments = (self.rows, self.index, self.fmt, self.weights, self.special, self.addend)
+        arguments = (
+            self.rows,
+            self.index,
+            self.fmt,
+            self.weights,
+            self.zero_computation,
+            self.addend,
+        )
         function(*arguments, out, norm)
         return (out, y, rstd) if norm else (out,)
 
@@ -133,10 +131,10 @@ def test_any_sizes(data, device):
     T, K, NS = (draw(st.sampled_from(sizes)) for sizes in ([0, 1, 5, 33], [0, 1, 2, 8, 17], [0, 1]))
     case = Drawn(draw(st.integers(0, 99), "seed"), T, K, NS, H, dtype, device=device)
     if dtype in (BF16, FP16) and H % 8 == 0 and draw(st.booleans(), "quantised"):
-        case.fmt = return_format(dtype, H)
+        case.fmt = block8_format(dtype, H)
         case.rows = encoded(case.x, case.fmt)
-    if draw(st.booleans(), "special"):
-        case.with_special(draw(st.booleans(), "wide alpha"))
+    if draw(st.booleans(), "zero_computation"):
+        case.with_zero_computation(draw(st.booleans(), "wide alpha"))
     if draw(st.booleans(), "norm"):
         case.with_norm()
     if draw(st.booleans(), "addend"):
@@ -149,7 +147,7 @@ def test_any_sizes(data, device):
 @pytest.mark.parametrize("H", [1, 15, 16, 17, 40])
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_every_shape_of_tile(H, dtype, launch, device):
-    case = Drawn(0, 9, 3, 1, H, dtype, device=device).with_special().with_norm()
+    case = Drawn(0, 9, 3, 1, H, dtype, device=device).with_zero_computation().with_norm()
     case.addend = case.numbers(9, H)
     case.check()
     case.norm = ()  # tiles of a row beside each other
@@ -158,72 +156,109 @@ def test_every_shape_of_tile(H, dtype, launch, device):
 
 @pytest.mark.parametrize("H", [8, 16, 24])
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-def test_every_shape_of_tile_with_quantised_rows(H, dtype, launch, device):
+def test_every_shape_of_tile_with_block8_rows(H, dtype, launch, device):
     case = Drawn(1, 9, 3, 1, H, dtype, device=device).with_norm()
-    case.fmt = return_format(dtype, H)
+    case.fmt = block8_format(dtype, H)
     case.rows = encoded(case.x, case.fmt)
     case.check()
     case.norm = ()
     case.check()
 
 
-@pytest.mark.parametrize("hidden", [7168, 8193, 2**15 + 1])
+@pytest.mark.parametrize("hidden", [7168, 8193, 2**17 + 3])
 def test_long_rows(hidden, device):
     Drawn(2, 2, 2, 0, hidden, BF16, N=3, device=device).with_norm().check()
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
-def test_numbers_below_the_normal_ones(dtype, device):
+def test_subnormal_numbers(dtype, device):
     case = Drawn(3, 7, 4, 0, 24, dtype, device=device)
     case.x = case.numbers(9, 24) * torch.finfo(dtype).tiny
     case.rows = encoded(case.x, case.fmt)
     case.check()
 
 
-def plain(x, index, weights=None, out=None, **rest):
-    """Sums of plain rows, given as numbers."""
+def plain(x, index, weights=None, out=None, steps=kernels, **options):
+    """Sums of plain rows."""
     fmt = RowFormat(x.dtype, x.shape[1], x.shape[1] * x.itemsize)
     index = torch.as_tensor(index, device=x.device)
     if weights is not None:
         weights = torch.tensor(weights, device=x.device)
     if out is None:
         out = torch.full((len(index), x.shape[1]), NAN, dtype=x.dtype, device=x.device)
-    special, addend = rest.pop("special", None), rest.pop("addend", None)
-    kernels.weighted_sum(x.view(torch.uint8), index, fmt, weights, special, addend, out, **rest)
+    zero_computation, addend = options.pop("zero_computation", None), options.pop("addend", None)
+    steps.weighted_sum(
+        x.view(torch.uint8), index, fmt, weights, zero_computation, addend, out, **options
+    )
     return out
 
 
-def test_multiplies_then_adds(device):
+def test_example(steps, launch, device):
+    """The numbers of the docstrings of the two steps."""
+    x = torch.tensor([[1.0, 2], [3, 4], [5, 6]], device=device)
+    out = plain(x, [[0, 2], [1, -1], [-1, -1]], [[1.0, 2], [0.5, 8], [1, 1]], steps=steps)
+    assert out.tolist() == [[11, 14], [1.5, 2], [0, 0]]
+    own = torch.tensor([[1.0, 256], [2, 0.5]], dtype=BF16, device=device)
+    peer = torch.tensor([[3.0, 1], [-2, 0.5]], dtype=BF16, device=device)
+    steps.add_rows(own, peer, own)
+    assert own.tolist() == [[4, 256], [0, 1]]
+
+
+def test_multiplies_then_adds(steps, device):
     # (1 + 2**-12)**2 = 1 + 2**-11 + 2**-24 loses its last bit; a fused operation would keep it.
     x = torch.tensor([[-1.0], [1 + 2**-12]], device=device)
-    assert plain(x, [[0, 1]], [[1.0, 1 + 2**-12]]).item() == 2**-11
+    assert plain(x, [[0, 1]], [[1.0, 1 + 2**-12]], steps=steps).item() == 2**-11
 
 
-def test_adds_in_ascending_order(device):
+def test_adds_in_ascending_order(steps, device):
     x = torch.tensor([[2.0**24], [1.0]], device=device)
-    assert plain(x, [[0, 1, 1], [1, 1, 0]]).flatten().tolist() == [2.0**24, 2.0**24 + 2]
+    out = plain(x, [[0, 1, 1], [1, 1, 0]], steps=steps)
+    assert out.flatten().tolist() == [2.0**24, 2.0**24 + 2]
 
 
-def test_rounds_once_and_to_even(device):
+def test_rounds_once_and_to_even(steps, device):
     x = torch.tensor([[256.0], [1.0], [1.0]], dtype=BF16, device=device)
-    out = plain(x, [[0, 1, 2], [0, 1, 1]], [[1.0, 1.0, 1.0], [1.0, 0.5, 0.5]])
+    out = plain(x, [[0, 1, 2], [0, 1, 1]], [[1.0, 1.0, 1.0], [1.0, 0.5, 0.5]], steps=steps)
     assert out.flatten().tolist() == [258.0, 256.0]
 
 
-def test_no_negative_zero(device):
-    assert not torch.signbit(plain(torch.tensor([[-0.0]], dtype=BF16, device=device), [[0]])).any()
+def test_unweighted_rows_and_the_addend_come_last(steps, device):
+    x = torch.tensor([[1.0, 2.0], [10.0, 20.0]], dtype=FP16, device=device)
+    addend = torch.tensor([[0.5, 0.25]], dtype=FP16, device=device)
+    assert plain(x, [[0, 1]], [[3.0]], addend=addend, steps=steps).tolist() == [[13.5, 26.25]]
 
 
-def test_leaves_out_what_is_nowhere_whatever_its_weight(launch, device):
+def test_alphas_of_each_column(steps, launch, device):
+    """Expert 0 is constant with alphas (2, 0) and (3, 1), expert 1 with (0.5, 0) and (1, 2)."""
+
+    def fp32(*numbers):
+        return torch.tensor(numbers, device=device)
+
+    ids = torch.tensor([[0, 1, NOWHERE]], dtype=torch.int32, device=device)
+    alphas = fp32([2.0, 0.0], [0.5, 0.0]), fp32([3.0, 1.0], [1.0, 2.0])
+    experts = ZeroComputationExperts(
+        ids, 0, 0, 2, fp32([1.0, 2.0]), *alphas, fp32([1.0, -1.0], [4.0, 6.0])
+    )
+    index, weights = [[NOWHERE] * 3], [[0.5, 4.0, NAN]]
+    out = plain(fp32([0.0, 0.0]), index, weights, zero_computation=experts, steps=steps)
+    assert out.tolist() == [[0.5 * 5 + 4 * 4.5, 0.5 * -1 + 4 * 12.0]]
+
+
+def test_no_negative_zero(steps, device):
+    x = torch.tensor([[-0.0]], dtype=BF16, device=device)
+    assert not torch.signbit(plain(x, [[0]], steps=steps)).any()
+
+
+def test_slots_without_a_row_are_left_out_whatever_their_weight(steps, launch, device):
     x = torch.tensor([[NAN], [2.0]], device=device)
     weights = [[NAN, 3.0], [2.0, INF], [1.0, NAN]]
-    out = plain(x, [[NOWHERE, 1], [1, NOWHERE], [NOWHERE, NOWHERE]], weights)
+    out = plain(x, [[NOWHERE, 1], [1, NOWHERE], [NOWHERE, NOWHERE]], weights, steps=steps)
     assert out.flatten().tolist() == [6.0, 4.0, 0.0]
-    assert plain(x[:0], [[NOWHERE]], [[1.0]]).tolist() == [[0.0]]
+    assert plain(x[:0], [[NOWHERE]], [[1.0]], steps=steps).tolist() == [[0.0]]
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32, FP64])
-def test_what_is_no_number_stays_with_its_token(dtype, launch, device):
+def test_nan_stays_with_its_token(dtype, launch, device):
     x = torch.ones((4, 17), dtype=dtype, device=device)
     x[1, 3], x[2, 16] = NAN, -INF
     residual, gamma = torch.zeros((3, 17), dtype=dtype, device=device), x[0].clone()
@@ -256,20 +291,20 @@ def test_rows_that_overlap_every_16_bytes(device):
 
 
 def test_columns_of_small_tensors_may_lie_apart(device):
-    case = Drawn(4, 6, 3, 0, 8, BF16, device=device).with_special(wide_alpha=True)
+    case = Drawn(4, 6, 3, 0, 8, BF16, device=device).with_zero_computation(wide_alpha=True)
     case.index, case.weights = (x.T.contiguous().T for x in (case.index, case.weights))
-    special = case.special
-    case.special = special._replace(
-        expert_ids=special.expert_ids.long().T.contiguous().T,
-        value=special.value.T.contiguous().T,
+    zero_computation = case.zero_computation
+    case.zero_computation = zero_computation._replace(
+        expert_ids=zero_computation.expert_ids.long().T.contiguous().T,
+        value=zero_computation.value.T.contiguous().T,
     )
     case.check()
 
 
 def test_columns_of_large_tensors_may_lie_apart(device):
-    case = Drawn(6, 6, 3, 0, 8, BF16, device=device).with_special().with_norm()
+    case = Drawn(6, 6, 3, 0, 8, BF16, device=device).with_zero_computation().with_norm()
     tokens, residual, case.addend = (case.numbers(6, 16)[:, ::2] for _ in range(3))
-    case.special = case.special._replace(tokens=tokens)
+    case.zero_computation = case.zero_computation._replace(tokens=tokens)
     case.norm = (residual, *case.norm[1:])
     case.check()
     own, peer = case.numbers(2, 5, 14)[..., ::2]
@@ -301,36 +336,36 @@ def test_addresses_of_sums_have_64_bits(device, reserve):
     assert far.tolist() == [[4.0] * 8, [6.0] * 8, [8.0] * 8]
 
 
-def test_sum_may_take_the_place_of_what_is_added(launch, device):
+def test_the_output_may_be_the_residual(launch, device):
     case = Drawn(5, 5, 2, 0, 40, BF16, device=device).with_norm()
     wanted, wanted_y, _ = case.run(ref.weighted_sum)
-    place, gamma, epsilon = case.norm
-    y, rstd = torch.empty_like(place), torch.empty(5, device=device)
-    norm = Norm(place, gamma, epsilon, y, rstd)
-    kernels.weighted_sum(case.rows, case.index, case.fmt, case.weights, None, None, place, norm)
-    same_bits(place, wanted)
+    residual, gamma, epsilon = case.norm
+    y, rstd = torch.empty_like(residual), torch.empty(5, device=device)
+    norm = Norm(residual, gamma, epsilon, y, rstd)
+    kernels.weighted_sum(case.rows, case.index, case.fmt, case.weights, None, None, residual, norm)
+    same_bits(residual, wanted)
     torch.testing.assert_close(y, wanted_y, rtol=NORM_TOLERANCE[BF16], atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    "dtype, arrived",
+    "dtype, decoded",
     [
         (BF16, [1.0078125, -2.015625, 0.50390625, 4, 2.984375, -0.1259765625, 0, 2.484375]),
         (FP16, [1.0078125, -2.015625, 0.50390625, 4, 2.9921875, -0.1259765625, 0, 2.48828125]),
     ],
 )
-def test_worked_example_of_quantised_returns(dtype, arrived, launch, device):
-    fmt = return_format(dtype, 16)
+def test_worked_example_of_block8_rows(dtype, decoded, steps, launch, device):
+    fmt = block8_format(dtype, 16)
     rows = torch.zeros((1, fmt.stride), dtype=torch.uint8, device=device)
     q = torch.tensor([32, -64, 16, 127, 95, -4, 0, 79] + [0] * 8, dtype=torch.int8)
     fmt.payload(rows)[0] = q.to(device)
     fmt.scales(rows)[0] = torch.tensor([0.031494140625, 0], dtype=dtype, device=device)
     out = torch.full((1, 16), NAN, dtype=dtype, device=device)
     weights = torch.ones((1, 1), device=device)
-    kernels.weighted_sum(
+    steps.weighted_sum(
         rows, torch.zeros((1, 1), dtype=torch.int64, device=device), fmt, weights, None, None, out
     )
-    assert out.tolist() == [arrived + [0] * 8]
+    assert out.tolist() == [decoded + [0] * 8]
 
 
 @pytest.mark.parametrize(
@@ -355,29 +390,34 @@ def test_worked_example_of_quantised_returns(dtype, arrived, launch, device):
     ],
     ids=["rank 0", "rank 1"],
 )
-def test_worked_example_of_special_experts(x, ids, weights, rows, index, wanted, launch, device):
+def test_worked_example_of_zero_computation_experts(
+    x, ids, weights, rows, index, wanted, steps, launch, device
+):
     # Expert 2 is zero, 3 copies, 4 is 2 * token + 3 * [1, -1]; masked slots have no expert.
     def bf16(*numbers):
         return torch.tensor(numbers, dtype=BF16, device=device)
 
     expert_ids = torch.tensor(ids, dtype=torch.int32, device=device)
-    special = ZeroComputationExperts(expert_ids, 3, 4, 5, bf16(*x), bf16(2), bf16(3), bf16([1, -1]))
-    assert plain(bf16(*rows), index, weights, special=special).tolist() == wanted
+    zero_computation = ZeroComputationExperts(
+        expert_ids, 3, 4, 5, bf16(*x), bf16(2), bf16(3), bf16([1, -1])
+    )
+    out = plain(bf16(*rows), index, weights, zero_computation=zero_computation, steps=steps)
+    assert out.tolist() == wanted
 
 
 def test_zero_experts_alone_need_no_tokens(device):
     ids = torch.tensor([[0, 1]], dtype=torch.int32, device=device)
-    special = ZeroComputationExperts(ids, 2, 2, 2, None, None, None, None)
+    zero_computation = ZeroComputationExperts(ids, 2, 2, 2, None, None, None, None)
     x = torch.tensor([[3.0]], device=device)
-    assert plain(x, [[0, NOWHERE]], [[2.0, NAN]], special=special).item() == 6.0
+    assert plain(x, [[0, NOWHERE]], [[2.0, NAN]], zero_computation=zero_computation).item() == 6.0
 
 
-def test_worked_example_of_residual_and_norm(launch, device):
+def test_worked_example_of_residual_and_norm(steps, launch, device):
     x = torch.tensor([[1.0, 2.0, 3.0, 4.0]], dtype=BF16, device=device)
     residual = torch.tensor([[1.0, 1.0, -1.0, 0.0]], dtype=BF16, device=device)
     gamma = torch.tensor([1.0, 0.5, 2.0, 1.0], dtype=BF16, device=device)
     norm = Norm(residual, gamma, 1e-6, torch.empty_like(x), torch.empty(1, device=device))
-    assert plain(x, [[0]], [[1.0]], norm=norm).tolist() == [[2, 3, 2, 4]]
+    assert plain(x, [[0]], [[1.0]], norm=norm, steps=steps).tolist() == [[2, 3, 2, 4]]
     assert norm.rstd.item() == pytest.approx(0.34815528988838196, rel=1e-6)
     assert norm.y.tolist() == [[0.6953125, 0.5234375, 1.390625, 1.390625]]
 
@@ -424,18 +464,18 @@ def test_an_index_past_the_rows_is_an_error(asserting, device):
 
 
 ROWS = torch.ones((2, 4))
-REDUCE = {
+ARGUMENTS = {
     "rows": ROWS.view(torch.uint8),
     "index": torch.zeros((1, 2), dtype=torch.int64),
     "fmt": RowFormat(FP32, 4, 16),
     "weights": torch.ones((1, 2)),
-    "special": None,
+    "zero_computation": None,
     "addend": None,
     "out": torch.empty((1, 4)),
     "norm": None,
 }
 NORM = Norm(torch.ones((1, 4)), torch.ones(4), 1e-6, torch.ones((1, 4)), torch.ones(1))
-SPECIAL = ZeroComputationExperts(
+CONSTANT = ZeroComputationExperts(
     torch.zeros((1, 2), dtype=torch.int32),
     2,
     3,
@@ -473,24 +513,44 @@ SPECIAL = ZeroComputationExperts(
         ({"norm": NORM._replace(gamma=torch.ones(3))}, ValueError, "norm.gamma must have"),
         ({"norm": NORM._replace(y=torch.ones((1, 4)).half())}, TypeError, "norm.y must be"),
         ({"norm": NORM._replace(rstd=torch.ones(2)[::2].double())}, TypeError, "norm.rstd must"),
-        ({"special": SPECIAL._replace(tokens=torch.ones((1, 3)))}, ValueError, "special.tokens"),
         (
-            {"special": SPECIAL._replace(expert_ids=torch.zeros((1, 3)).int())},
+            {"zero_computation": CONSTANT._replace(tokens=torch.ones((1, 3)))},
             ValueError,
-            "special.expert_ids must have at most 2 columns",
+            "zero_computation.tokens",
         ),
-        ({"special": SPECIAL._replace(value=torch.ones((2, 4)))}, ValueError, "special.value"),
-        ({"special": SPECIAL._replace(alpha_1=None)}, TypeError, "special.alpha_1 must be given"),
         (
-            {"special": SPECIAL._replace(alpha_2=torch.ones((1, 4)))},
+            {
+                "zero_computation": CONSTANT._replace(expert_ids=torch.zeros((1, 3)).int()),
+                "weights": None,
+            },
             ValueError,
-            "special.alpha_2 must have the rank of alpha_1",
+            "zero_computation.expert_ids must have at most 2 columns",
+        ),
+        (
+            {"zero_computation": CONSTANT._replace(expert_ids=torch.zeros((1, 1)).int())},
+            ValueError,
+            r"zero_computation.expert_ids must have the shape \(1, 2\)",
+        ),
+        (
+            {"zero_computation": CONSTANT._replace(value=torch.ones((2, 4)))},
+            ValueError,
+            "zero_computation.value",
+        ),
+        (
+            {"zero_computation": CONSTANT._replace(alpha_1=None)},
+            TypeError,
+            "zero_computation.alpha_1",
+        ),
+        (
+            {"zero_computation": CONSTANT._replace(alpha_2=torch.ones((1, 4)))},
+            ValueError,
+            r"zero_computation.alpha_2 must have as many dimensions as alpha_1 \(1\), got 2",
         ),
     ],
 )
-def test_reduce_refuses(changed, error, message):
-    with pytest.raises(error, match=f"reduce: {message}") as caught:
-        kernels.weighted_sum(**REDUCE | changed)
+def test_weighted_sum_rejects(changed, error, message):
+    with pytest.raises(error, match=f"weighted_sum: {message}") as caught:
+        kernels.weighted_sum(**ARGUMENTS | changed)
     assert isinstance(caught.value, MoeError)
 
 
@@ -503,7 +563,7 @@ def test_reduce_refuses(changed, error, message):
         (ROWS.T, ROWS.T, ValueError, "out must be contiguous"),
     ],
 )
-def test_add_rows_refuses(own, peer, error, message):
+def test_add_rows_rejects(own, peer, error, message):
     with pytest.raises(error, match=f"add_rows: {message}") as caught:
         kernels.add_rows(own, peer, torch.empty_like(own))
     assert isinstance(caught.value, MoeError)

@@ -1,8 +1,8 @@
-"""The worked examples of the contract through the kernels alone, with their numbers as literals.
+"""The worked examples of the contract through the kernels, with their numbers as literals.
 
-One process plays all ranks: what one pushes the others pack, what they return it sums. So these are
-the steps of dispatch and combine as the transports string them together, each by its kernel, and
-nothing of transports, windows or flags. Ids are the numbers of the examples.
+One process plays all ranks: it stages the rows of each, gathers them for the others and sums what
+the experts return. These are the steps of dispatch and combine in the order of the transports,
+without transports, windows or flags. Test ids are the numbers of the examples.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from worked_examples import (
 )
 
 from moe_triton import kernels
-from moe_triton.layout import NOWHERE, DispatchHeader, Norm, RowFormat, ZeroComputationExperts
+from moe_triton.layout import NOWHERE, DispatchHeader, RowFormat, ZeroComputationExperts
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -38,9 +38,9 @@ class Plane:
     Attributes:
         fmt: how tokens travel.
         ids: (BS, K), ``NOWHERE`` where a slot is not active.
-        rows: what each rank pushed.
+        rows: staged by each rank.
         headers: by destination, then source.
-        found: what each rank numbered of the rows that it receives.
+        permutations: the order of the rows that each rank receives.
     """
 
     def __init__(self, group, tokens, device):
@@ -52,7 +52,7 @@ class Plane:
         self.ids = [self.on_device(self.active_ids(mine)) for mine in tokens]
         self.headers = [[self.header() for _ in tokens] for _ in tokens]
         self.rows = [self.dispatch_send(source) for source in range(group.world_size)]
-        self.found = [
+        self.permutations = [
             kernels.recv_permutation(self.counts(rank)) for rank in range(group.world_size)
         ]
 
@@ -100,7 +100,7 @@ class Plane:
         return rows
 
     def counts(self, rank):
-        """[L, W] of the headers that a rank has got."""
+        """[L, W] counts of the headers of a rank."""
         group, headers = self.group, self.headers[rank]
         if rank >= group.shared_ranks:
             first = (rank - group.shared_ranks) * group.experts_per_rank
@@ -115,17 +115,17 @@ class Plane:
 
     def slot_ids(self, rank):
         """Per received row its source, its token * (K + NS) + slot there, and its weight."""
-        headers, found = self.headers[rank], self.found[rank]
-        rows = zip(found.source.tolist(), found.copy.tolist(), strict=True)
+        headers, permutation = self.headers[rank], self.permutations[rank]
+        rows = zip(permutation.source.tolist(), permutation.index_in_source.tolist(), strict=True)
         return [(s, int(headers[s].slot_ids[c]), float(headers[s].weights[c])) for s, c in rows]
 
     def gather_rows(self, rank):
         """expand_x and dynamic_scales of a rank."""
         index, before = [], torch.tensor([0, *map(len, self.rows)]).cumsum(0)
-        for source, copy, _ in self.slot_ids(rank):
-            # A row for each slot, where each has factors of its own; else one for a token.
-            place = copy if self.tokens[source].scales is not None else copy // self.num_slots
-            index.append(int(before[source]) + place)
+        for source, slot_id, _ in self.slot_ids(rank):
+            # With factors for each expert every slot has a row, else every token.
+            row = slot_id if self.tokens[source].scales is not None else slot_id // self.num_slots
+            index.append(int(before[source]) + row)
         index = torch.tensor(index, dtype=torch.int64, device=self.device)
         x = self.empty(len(index), self.group.hidden, dtype=self.fmt.dtype)
         scales = None
@@ -146,20 +146,20 @@ class Plane:
         index = [torch.full((len(ids), self.num_slots), NOWHERE) for ids in self.ids]
         before = 0
         for rank, window in enumerate(windows):
-            for row, (source, copy, _) in enumerate(self.slot_ids(rank)):
-                index[source].view(-1)[copy] = before + row
+            for row, (source, slot_id, _) in enumerate(self.slot_ids(rank)):
+                index[source].view(-1)[slot_id] = before + row
             before += len(window)
         outs = []
         for rank, mine in enumerate(self.tokens):
             out = self.empty(len(mine.ids), group.hidden, dtype=self.dtype)
             weights, where = self.on_device(mine.weights), index[rank].to(self.device)
             kernels.weighted_sum(
-                torch.cat(windows), where, fmt, weights, self.special(rank), None, out
+                torch.cat(windows), where, fmt, weights, self.zero_computation(rank), None, out
             )
             outs.append(out)
         return outs
 
-    def special(self, rank):
+    def zero_computation(self, rank):
         group, mine = self.group, self.tokens[rank]
         first_copy = group.num_experts + group.zero_experts
         first_constant = first_copy + group.copy_experts
@@ -180,10 +180,10 @@ def check_dispatch(plane, example, ranks):
             assert scales.tolist() == dynamic_scales(example, world_rank).tolist()
         size = plane.group.world_size * plane.group.num_local(rank)
         assert (
-            plane.found[rank].recv_counts_cumsum.tolist()
+            plane.permutations[rank].recv_counts_cumsum.tolist()
             == example.ep_recv_counts[world_rank][:size]
         )
-        triples = [(s, *divmod(copy, plane.num_slots)) for s, copy, _ in plane.slot_ids(rank)]
+        triples = [(s, *divmod(slot_id, plane.num_slots)) for s, slot_id, _ in plane.slot_ids(rank)]
         assert triples == example.rows[world_rank]
         if example.expand_scales is not None:
             weights = [weight for *_, weight in plane.slot_ids(rank)]
@@ -234,77 +234,3 @@ def test_tensor_parallel(device):
             kernels.add_rows(mine[:num_mine], peers[num_peers : num_peers + num_mine], sums[-1])
         for ep, found in enumerate(plane.combine(sums)):
             assert found.tolist() == example.combined[2 * ep + tp]
-
-
-@pytest.mark.parametrize(
-    "quant, scales, codes, values",
-    [
-        pytest.param(
-            "mx_e4m3",
-            [121, 0],
-            "7a fe 5a 32 70 68",
-            [320, -448, 20, 0.625, 128, 64],
-            id="12.7, MX e4m3",
-        ),
-        pytest.param(
-            "mx_e5m2",
-            [114, 0],
-            "79 fb 69 55 74 70",
-            [40960, -57344, 2560, 80, 16384, 8192],
-            id="12.7, MX e5m2",
-        ),
-        pytest.param(
-            "group_e4m3",
-            [0.0167410708963871],
-            "79 fe 59 32 6f 67",
-            [288, -448, 18, 0.625, 120, 60],
-            id="12.7, group e4m3",
-        ),
-        pytest.param(
-            "group_e5m2",
-            [0.00013078961637802422],
-            "79 fb 68 55 73 6f",
-            [40960, -57344, 2048, 80, 14336, 7168],
-            id="12.7, group e5m2",
-        ),
-    ],
-)
-def test_float8(quant, scales, codes, values, device):
-    """Written to a window and packed from there, and gathered at once on a rank alone."""
-    row = [5, -7.5, 0.30078125, 0.010009765625, 2, 1] + [0] * 58
-    x = torch.tensor([row], dtype=BF16, device=device)
-    fmt = RowFormat.quantized(quant, BF16, 64)
-    window = torch.full((1, fmt.stride), POISON, dtype=torch.uint8, device=device)
-    kernels.encode(x, fmt, window)
-    here = torch.zeros((1, 1), dtype=torch.int64, device=device)
-    for step in ("gather_rows", "gather_quant"):
-        bytes_ = torch.full((1, 64), POISON, dtype=torch.uint8, device=device)
-        out = bytes_.view(fmt.dtype)
-        found = torch.empty((1, fmt.num_scales), dtype=fmt.scale_dtype, device=device)
-        if step == "gather_rows":
-            kernels.gather_rows(window, here[0], fmt, out, found)
-        else:
-            kernels.gather_quant(x, here, fmt, None, None, out, found)
-        assert found.tolist() == [scales]
-        assert bytes(bytes_[0, :6].tolist()) == bytes.fromhex(codes)
-        assert out[0].float().tolist() == values + [0.0] * 58
-
-
-def test_residual_and_norm(device):
-    """12.9: one rank, one expert that changes nothing."""
-
-    def bf16(*numbers):
-        return torch.tensor(numbers, dtype=BF16, device=device)
-
-    x, fmt = bf16([1, 2, 3, 4]), RowFormat.tight(BF16, 4)
-    returned, total, y = (torch.full_like(x, float("nan")) for _ in range(3))
-    here = torch.zeros((1, 1), dtype=torch.int64, device=device)
-    kernels.gather_quant(x, here, fmt, None, None, returned)
-    window = torch.full((1, fmt.stride), POISON, dtype=torch.uint8, device=device)
-    kernels.encode(returned, fmt, window)
-    weights, rstd = torch.ones((1, 1), device=device), torch.zeros(1, device=device)
-    norm = Norm(bf16([1, 1, -1, 0]), bf16(1, 0.5, 2, 1), 1e-6, y, rstd)
-    kernels.weighted_sum(window, here, fmt, weights, None, None, total, norm)
-    assert total.tolist() == [[2, 3, 2, 4]]
-    assert rstd.tolist() == [pytest.approx(0.34815528988838196, rel=1e-6)]
-    assert y.tolist() == [[0.6953125, 0.5234375, 1.390625, 1.390625]]

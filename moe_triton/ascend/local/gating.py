@@ -83,7 +83,7 @@ def gating_top_k(
         _dense_rows(x),
         int(k),
         bias=bias,
-        given=table_ids,
+        chosen_ids=table_ids,
         groups=int(group_count),
         top_groups=int(k_group),
         group_by_two=by_two,

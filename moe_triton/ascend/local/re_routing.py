@@ -81,7 +81,7 @@ def _permutation(counts: Tensor, num_rows: int) -> Tensor:
     permutation = steps_on(counts.device).recv_permutation(counts.T.contiguous(), capacity=num_rows)
     per_rank = counts.sum(1)
     starts = per_rank.cumsum(0) - per_rank
-    index = starts[permutation.source.clamp(min=0)] + permutation.copy
+    index = starts[permutation.source.clamp(min=0)] + permutation.index_in_source
     # Counts on a device are not checked: a sum below A leaves zero rows at the end.
     return index.where(permutation.source != NOWHERE, NOWHERE)
 
