@@ -40,7 +40,7 @@ class Communicator:
     Args:
         group: the group and this rank's place in it.
         tag: sets apart the users of one group; equal on all ranks.
-        transport: "auto", "symmetric" or "collective".
+        transport: a name of ``TRANSPORTS``.
         in_flight: setups that may run ahead of teardowns.
         timeout: seconds that any wait for peers may take.
     """
@@ -63,7 +63,7 @@ class Communicator:
 
     @property
     def transport_name(self) -> str | None:
-        """One of "single", "symmetric" and "collective"; None before the ranks have met."""
+        """One of "single", "local", "shm" and "collective"; None before the rendezvous."""
         return None if self._connected is None else self._connected.name
 
     @outside_autograd
@@ -189,7 +189,7 @@ class Communicator:
                     if self._fits(op, memory, symmetric, causes):
                         unless_used.pop_all()
                         return symmetric
-        if self.choice == "symmetric" or self.group.process_group is None:
+        if self.choice not in ("auto", "collective") or self.group.process_group is None:
             cause = "; ".join(causes) or "the group has no torch process group"
             raise UnavailableError(op, f"transport {self.choice!r} cannot work here: {cause}")
         transport = self._connect_process_group(op)
@@ -261,6 +261,10 @@ class Communicator:
 
     def _memories(self, peer_info: list[dict[str, Any]], causes: list[str]) -> Iterable[Memory]:
         """The providers that may work between these ranks, best first."""
+        if self.choice == ("shm" if self.group.in_process else "local"):
+            kind = "threads of one process" if self.group.in_process else "processes"
+            causes.append(f"the ranks of group {self.group.name!r} are {kind}")
+            return []
         if self.group.in_process:
             return [LocalMemory()]
         if not all(info["atomics"] for info in peer_info):

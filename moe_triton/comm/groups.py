@@ -16,7 +16,10 @@ import torch.distributed as dist
 
 from ..errors import ArgumentNameError, ArgumentTypeError, ArgumentValueError
 
-TRANSPORTS = ("auto", "symmetric", "collective")
+#: What ``transport=`` accepts: "local" (windows between threads of one process), "shm" (windows
+#: between processes of one host), "symmetric" (whichever of the two fits the group), "collective"
+#: (torch.distributed), or "auto" for the first of these that works.
+TRANSPORTS = ("auto", "symmetric", "local", "shm", "collective")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,7 +87,7 @@ def register(
         in_process: the ranks are threads of this process; each call then names its rank, or its
             thread is bound by ``bind_rank``.
         rank: this process, when it is one rank.
-        transport: "auto", "symmetric" or "collective".
+        transport: a name of ``TRANSPORTS``.
 
     Raises:
         ArgumentNameError: the name is taken.
@@ -119,7 +122,7 @@ def set_transport(group: dist.ProcessGroup | str, transport: str) -> None:
 
     Args:
         group: a process group, or torch's name for it.
-        transport: "auto", "symmetric" or "collective".
+        transport: a name of ``TRANSPORTS``.
 
     Raises:
         ArgumentValueError: there is no such transport.

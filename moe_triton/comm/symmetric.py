@@ -50,9 +50,8 @@ class _Dispatched(NamedTuple):
 class SymmetricTransport:
     """The transport over memory that all ranks of the group can read and write."""
 
-    name = "symmetric"
-
     def __init__(self, protocol: RingProtocol) -> None:
+        self.name = "local" if protocol.group.in_process else "shm"
         self.group_name = protocol.group.name
         self._protocol = protocol
         self._rank = protocol.rank

@@ -29,7 +29,7 @@ class Options:
         quant: None, or "int8" to send rows quantised with a scale each.
         max_tokens: most tokens that a rank brings to one call. None: the ranks tell each other
             before every call, by a small all-reduce, and windows grow when needed.
-        transport: "auto", "symmetric" or "collective".
+        transport: a name of ``comm.TRANSPORTS``, as for ``ExpertParallel``.
         timeout: seconds any wait for peers may take.
     """
 

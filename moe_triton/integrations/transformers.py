@@ -62,7 +62,7 @@ def register(
         max_tokens: most tokens a rank brings to one layer, copies for several experts counted
             apart in an ``experts_implementation``. None: ranks tell each other in every layer, by a
             small all-reduce.
-        transport: "auto", "symmetric" or "collective".
+        transport: a name of ``comm.TRANSPORTS``, as for ``ExpertParallel``.
         timeout: seconds any wait for peers may take.
         group: of the ranks that share the work in an ``experts_implementation``; None for the
             default process group. An ``ep_implementation`` has its group from transformers.

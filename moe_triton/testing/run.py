@@ -191,7 +191,7 @@ def run_processes(
         world_size: ranks in all, EP x TP.
         fn: called with the :class:`RankContext` of each rank.
         tp_world_size: ranks of a tensor-parallel group; 0 and 1 mean none.
-        transport: what "auto" means to ops on these groups: "auto", "symmetric" or "collective".
+        transport: what "auto" means to ops on these groups, a name of ``comm.TRANSPORTS``.
 
     Returns:
         The results in the order of the ranks.

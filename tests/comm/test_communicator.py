@@ -67,8 +67,8 @@ SCARCITY = {
     "none": ((), "auto", "memfd", ()),
     "memfd": (("memfd",), "auto", "posix", ()),
     "both": (("memfd", "posix"), "auto", "collective", ()),
-    "memfd, symmetric": (("memfd",), "symmetric", "posix", ()),
-    "both, symmetric": (("memfd", "posix"), "symmetric", None, ("memfd: ", "; posix: ")),
+    "memfd, shm": (("memfd",), "shm", "posix", ()),
+    "both, shm": (("memfd", "posix"), "shm", None, ("memfd: ", "; posix: ")),
 }
 
 
@@ -95,6 +95,58 @@ def scarce(memory: type, patch: pytest.MonkeyPatch, broken: str) -> None:
     patch.setattr(memory, broken, refuse)
 
 
+# What each choice comes to: the transport's name, or why it cannot work.
+CHOICES = {
+    "threads": {
+        "auto": "local",
+        "symmetric": "local",
+        "local": "local",
+        "shm": "are threads of one process",
+        "collective": "has no torch process group",
+    },
+    "processes": {
+        "auto": "shm",
+        "symmetric": "shm",
+        "local": "are processes",
+        "shm": "shm",
+        "collective": "collective",
+    },
+}
+
+
+@pytest.mark.parametrize("transport", comm.TRANSPORTS)
+@pytest.mark.parametrize("world", CHOICES)
+def test_names_of_transports(world, transport):
+    """A choice that cannot work fails on every rank, with its reason; the group stays usable."""
+    expected = CHOICES[world][transport]
+
+    def fn(ctx):
+        if " " not in expected:
+            with make(ctx, transport=transport) as ep:
+                round_trip(ep)
+                assert ep.transport == expected
+            return
+        with pytest.raises(UnavailableError, match=expected) as caught:
+            make(ctx, transport=transport)
+        assert f"transport {transport!r} cannot work here: " in str(caught.value)
+        with make(ctx) as ep:
+            round_trip(ep)
+
+    harness.run_world("local" if world == "threads" else "auto", 2, fn)
+
+
+@pytest.mark.parametrize("transport", comm.TRANSPORTS)
+def test_one_rank_needs_no_transport(transport):
+    def fn(ctx):
+        with make(ctx, transport=transport) as ep:
+            x = torch.full((3, 16), 1.5, dtype=torch.bfloat16)
+            received = ep.dispatch(x, torch.arange(3, dtype=torch.int32)[:, None])
+            assert torch.equal(ep.combine(received.x, received.handle), x)
+            assert ep.transport == "single"
+
+    harness.run_world("local", 1, fn)
+
+
 @pytest.mark.parametrize("broken", ["allocate", "open"])
 @pytest.mark.parametrize("lacking, choice, provider, texts", SCARCITY.values(), ids=SCARCITY)
 def test_windows_for_which_one_rank_has_no_room(lacking, choice, provider, texts, broken):
@@ -111,18 +163,18 @@ def test_windows_for_which_one_rank_has_no_room(lacking, choice, provider, texts
             if provider is None:
                 with pytest.raises(UnavailableError) as caught:
                     make(ctx, **options)
-                for text in ("transport 'symmetric' cannot work here", "No space left", *texts):
+                for text in ("transport 'shm' cannot work here", "No space left", *texts):
                     assert text in str(caught.value)
                 assert "rank 1" in str(caught.value)
             else:
                 with make(ctx, **options) as ep:
                     found = ep.transport
-                    if found == "symmetric":
+                    if found == "shm":
                         found = ep._exchange.communicator._connected._protocol._memory.name
                     assert found == provider
         assert time.monotonic() - began < 10
         with make(ctx) as ep:
-            assert ep.transport == "symmetric"
+            assert ep.transport == "shm"
             round_trip(ep)
         barrier(ctx, "over")
         assert set(Path("/dev/shm").glob("moe_triton-*")) <= files
@@ -135,7 +187,7 @@ def test_no_room_for_windows_after_recover():
 
     def fn(ctx):
         with make(ctx, hidden=4096) as ep, pytest.MonkeyPatch.context() as patch:
-            assert ep.transport == "symmetric"
+            assert ep.transport == "shm"
             if ctx.rank == 2:
                 for memory in (MemfdMemory, PosixMemory):
                     scarce(memory, patch, "allocate")
@@ -144,7 +196,7 @@ def test_no_room_for_windows_after_recover():
             round_trip(ep)
             patch.undo()
             ep.recover()
-            assert ep.transport == "symmetric"
+            assert ep.transport == "shm"
             round_trip(ep)
 
     harness.run_world("auto", 3, fn)

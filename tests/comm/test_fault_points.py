@@ -352,7 +352,7 @@ def test_named_memory_where_descriptors_cannot_be_opened(everywhere):
         with ep:
             for seed in range(3):
                 layer(ep, seed)
-            assert ep.transport == "symmetric"
+            assert ep.transport == "shm"
             mapped = Path("/proc/self/maps").read_text(encoding="utf-8")
             assert "/dev/shm/moe_triton-" in mapped
             assert "memfd:moe_triton-" not in mapped
