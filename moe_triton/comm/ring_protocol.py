@@ -38,7 +38,7 @@ from ..errors import (
     SequenceError,
     UnavailableError,
 )
-from . import atomics
+from . import atomics, futex
 from .groups import Group
 from .memory import HOST, Block, Memory
 from .polling import Backoff, ranks_text
@@ -51,7 +51,7 @@ _OPENED = 2  # only in announcements, where it stays whatever comes after it
 # An announcement: epoch, status, bytes of text, bytes of reason; then the text; then the reason.
 _ENTRY_BYTES, _TEXT, _REASON = 4096, 16, 3072
 _HEAD_BYTES = 16  # before the first announcement
-_LIVENESS_POLLS = 64  # look for dead peers every so many polls
+_LIVENESS_INTERVAL = 10e-3  # seconds between looks for dead peers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +121,8 @@ class RingProtocol:
         self.in_flight = in_flight
         self.timeout = timeout
         self.slots = num_slots(in_flight)
+        # Threads of one process hold each other's interpreter lock while they spin.
+        self._spin = not group.in_process and len(os.sched_getaffinity(0)) >= self.size
         self.broken: str | None = None
         self._retry: tuple[str, int] | None = None  # the wait that would heal the group
         self._memory = memory
@@ -188,13 +190,13 @@ class RingProtocol:
         ring = self._rings[kind]
         if device.type != "cpu":
             arguments = {**arguments, "device": device.type}
-        record: dict[str, Any] = {"arguments": arguments}
+        known = (kind, json.dumps(arguments))
+        text = f'{{"arguments": {known[1]}}}'
         own: Block | None = None
         if ring.windows is None or not ring.windows.serves(slot_bytes, device):
             own = self._allocate(kind, epoch, op, slot_bytes, device)
-            record["window"] = own.handle
-        self._post_handshake(kind, epoch, _DATA, json.dumps(record), "")
-        known = (kind, json.dumps(arguments))
+            text = json.dumps({"arguments": arguments, "window": own.handle})
+        self._post_handshake(kind, epoch, _DATA, text, "")
         if own is not None:
             blocks = self._share(kind, epoch, op, arguments, own)
             ring.windows = PeerWindows(blocks, self.slots)
@@ -224,6 +226,8 @@ class RingProtocol:
             words = _words(address)
             words[1], words[2], words[3] = status, operation.digest, windows.stream()
             atomics.store_release(address, epoch)
+            if owner != self.rank:
+                futex.wake(address)
 
     def wait(self, kind: str, epoch: int, op: str) -> list[float]:
         """Wait for all ranks' flags of ``epoch``, the oldest operation in flight.
@@ -397,7 +401,7 @@ class RingProtocol:
         self,
         op: str,
         what: str,
-        missing: Mapping[int, Any],
+        missing: Mapping[int, int],
         retry: tuple[str, int] | None = None,
     ) -> Iterator[None]:
         """One step per look at what is ``missing``, until the caller has emptied it.
@@ -405,17 +409,23 @@ class RingProtocol:
         Args:
             op: for error messages.
             what: is missing, for error messages.
-            missing: keys are the ranks.
+            missing: addresses of the words that will change, by rank.
             retry: what may be tried again after a timeout, kind and epoch, if anything.
 
         Raises:
             PeerTimeoutError: the time is up, or a missing peer is gone.
         """
-        backoff = Backoff(self.timeout)
+        backoff = Backoff(self.timeout, spin=self._spin)
         gone: list[int] = []
         late = False
+        look_for_dead = time.monotonic() + _LIVENESS_INTERVAL
         while missing:
+            # Read before the look: a word that changes after it ends the pause at once.
+            rank, address = next(iter(missing.items()))
+            seen = atomics.load_relaxed(address)
             yield
+            if not missing:
+                return
             # Judged before this look: what came in the meantime has come.
             if lost := tuple(rank for rank in gone if rank in missing):
                 problem = f"{ranks_text(lost)} left the group or died ({what})"
@@ -424,10 +434,13 @@ class RingProtocol:
                 absent = tuple(sorted(missing))
                 problem = f"{ranks_text(absent)} did not come within {self.timeout:g} s ({what})"
                 self._break(op, absent, problem, retry)
-            if backoff.polls % _LIVENESS_POLLS == _LIVENESS_POLLS - 1:
+            now = time.monotonic()
+            if now >= look_for_dead:
                 gone = [rank for rank in missing if self._is_gone(rank)]
-            late = backoff.expired
-            backoff.pause()
+                look_for_dead = now + _LIVENESS_INTERVAL
+            late = now >= backoff.deadline
+            if rank in missing:
+                backoff.pause_on(address, seen)
 
     def _is_gone(self, rank: int) -> bool:
         """Whether a peer has left, or its process has ended."""
@@ -480,8 +493,9 @@ class RingProtocol:
         else:
             words[2] = _write(address + _TEXT, text, _REASON - _TEXT)
         words[3] = _write(address + _REASON, reason, _ENTRY_BYTES - _REASON)
-        atomics.store_release(address + 4, status)
-        atomics.store_release(address, epoch)
+        for word, value in ((address + 4, status), (address, epoch)):
+            atomics.store_release(word, value)
+            futex.wake(word)
 
     def _heard(self, rank: int, kind: str, epoch: int) -> Handshake | None:
         """What ``rank`` announced about ``epoch``, or None if it has not yet."""
@@ -499,7 +513,7 @@ class RingProtocol:
     ) -> dict[int, str]:
         """Wait for all announcements of ``epoch`` and compare; returns their texts by rank."""
         mine = json.dumps({"arguments": arguments})
-        missing = dict.fromkeys(range(self.size))
+        missing = {rank: self._entry(rank, kind, epoch) for rank in range(self.size)}
         texts: dict[int, str] = {}
         for _ in self._looks(op, f"{kind} {epoch}", missing):
             for rank in list(missing):
@@ -564,7 +578,7 @@ class RingProtocol:
             PeerAbortError: another one could not.
         """
         failed: dict[int, str] = {}
-        missing = dict.fromkeys(range(self.size))
+        missing = {rank: self._entry(rank, kind, epoch) + 4 for rank in range(self.size)}
         for _ in self._looks(op, f"{kind} {epoch}", missing):
             for rank in list(missing):
                 said = self._heard(rank, kind, epoch)

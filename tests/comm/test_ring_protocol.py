@@ -213,7 +213,7 @@ def test_a_rank_that_gave_up_has_taken_back_its_new_window():
 def test_what_came_at_the_last_moment_has_come(new, monkeypatch):
     """A peer that sends its last flag and dies, or a rank that is stopped while it waits."""
     first, second = agreed(2)
-    monkeypatch.setattr("moe_triton.comm.ring_protocol._LIVENESS_POLLS", 1)
+    monkeypatch.setattr("moe_triton.comm.ring_protocol._LIVENESS_INTERVAL", 0.0)
 
     options = {"word": "new"} if new else {}
     epoch = 2
