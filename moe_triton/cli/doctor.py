@@ -161,7 +161,7 @@ def _answers(causes: dict[str, str | None]) -> dict[str, dict[str, Any]]:
 def _transports() -> dict[str, str | None]:
     between_processes = None
     if not atomics.BETWEEN_PROCESSES:
-        between_processes = "libstdc++ is missing, which orders memory between processes"
+        between_processes = "libstdc++, which orders memory between processes, is missing"
     return {
         "local": _memory_problem(LocalMemory()),
         "shm (memfd)": between_processes or _memory_problem(MemfdMemory()),

@@ -55,7 +55,7 @@ class SingleTransport:
     @phase("dispatch send")
     def dispatch_send(self, call: Call, tokens: DispatchInput) -> Pending[DispatchInput]:
         """Permute the tokens into expert order, each read once; they go no further."""
-        epoch = self._begin("dispatch", call.op)
+        epoch = self._acquire("dispatch", call.op)
         try:
             received, tokens = self._permute(call, tokens)
         except BaseException:
@@ -104,19 +104,19 @@ class SingleTransport:
     @phase("dispatch recv")
     def dispatch_recv(self, pending: Pending[DispatchInput]) -> Received:
         """What the setup made."""
-        self._finish("dispatch", pending)
+        self._release("dispatch", pending)
         assert isinstance(pending.state, Received)
         return pending.state
 
     @phase("combine send")
     def combine_send(self, call: Call, outputs: CombineInput) -> Pending[CombineInput]:
         """Remember the rows: they have nowhere to go."""
-        return Pending(self, call, outputs, self._begin("combine", call.op))
+        return Pending(self, call, outputs, self._acquire("combine", call.op))
 
     @phase("combine recv")
     def combine_recv(self, pending: Pending[CombineInput], finish: CombineEpilogue) -> torch.Tensor:
         """Sum the rows where they are."""
-        self._finish("combine", pending)
+        self._release("combine", pending)
         call, outputs = pending.call, pending.data
         recv_permutation = outputs.recv_permutation
         count = row_count(call, recv_permutation)
@@ -138,25 +138,25 @@ class SingleTransport:
         """Keep the parts."""
         data = torch.empty(num_bytes, dtype=torch.uint8, device=call.device)
         write_packed(data, parts)
-        return Pending(self, call, None, self._begin("gather", call.op), data)
+        return Pending(self, call, None, self._acquire("gather", call.op), data)
 
     @phase("gather recv")
     def all_gather_recv(
         self, pending: Pending[None], consume: Callable[[list[torch.Tensor]], _T]
     ) -> _T:
         """Read them."""
-        self._finish("gather", pending)
+        self._release("gather", pending)
         assert isinstance(pending.state, torch.Tensor)
         return consume([pending.state])
 
-    def _begin(self, kind: str, op: str) -> int:
+    def _acquire(self, kind: str, op: str) -> int:
         if len(self._epochs[kind]) >= self._limit:
             raise SequenceError.too_many(op, kind, self._limit)
         self._next += 1
         self._epochs[kind].append(self._next)
         return self._next
 
-    def _finish(self, kind: str, pending: Pending[_Input]) -> None:
+    def _release(self, kind: str, pending: Pending[_Input]) -> None:
         oldest = next(iter(self._epochs[kind]), None)
         if oldest != pending.epoch:
             raise SequenceError.out_of_order(pending.call.op, kind, pending.epoch, oldest)

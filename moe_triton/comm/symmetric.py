@@ -59,24 +59,24 @@ class SymmetricTransport:
     @outside_autograd
     def prepare(self, call: Call, kind: str, slot_bytes: int) -> None:
         """Allocate the windows of ``kind`` before the first call, by an operation without data."""
-        epoch = self._protocol.begin(kind, call.op)
+        epoch = self._protocol.acquire(kind, call.op)
         try:
-            self._protocol.agree(kind, epoch, call.op, call.arguments, slot_bytes, call.device)
+            self._protocol.handshake(kind, epoch, call.op, call.arguments, slot_bytes, call.device)
         except BaseException as error:
             self._protocol.abort(kind, epoch, error)
             raise
         self._protocol.signal(kind, epoch)
         self._protocol.wait(kind, epoch, call.op)
-        self._protocol.finish(kind, epoch)
+        self._protocol.release(kind, epoch)
 
     @phase("dispatch send")
     def dispatch_send(self, call: Call, tokens: DispatchInput) -> Pending[DispatchInput]:
         """Write the tokens and say for whom they are; waits only while arguments are new."""
         protocol, layout = self._protocol, call.config.dispatch
-        epoch = protocol.begin("dispatch", call.op)
+        epoch = protocol.acquire("dispatch", call.op)
         slot = protocol.slot(epoch)
         try:
-            windows = protocol.agree(
+            windows = protocol.handshake(
                 "dispatch", epoch, call.op, call.arguments, layout.num_bytes, call.device
             )
             headers = [
@@ -104,16 +104,16 @@ class SymmetricTransport:
             global_rows = windows.global_rows(slot, layout.rows_start, stride)
             return receive(call, self._rank, pending.data, plan, headers, **global_rows._asdict())
         finally:
-            protocol.finish("dispatch", pending.epoch)
+            protocol.release("dispatch", pending.epoch)
 
     @phase("combine send")
     def combine_send(self, call: Call, outputs: CombineInput) -> Pending[CombineInput]:
         """Write the experts' rows, unless they are in place already, and where groups begin."""
         protocol, layout = self._protocol, call.config.combine
-        epoch = protocol.begin("combine", call.op)
+        epoch = protocol.acquire("combine", call.op)
         slot = protocol.slot(epoch)
         try:
-            windows = protocol.agree(
+            windows = protocol.handshake(
                 "combine", epoch, call.op, call.arguments, layout.num_bytes, call.device
             )
             rows = windows.view(self._rank, slot, layout, layout.rows)
@@ -166,7 +166,7 @@ class SymmetricTransport:
             index = returned_rows(call, self._rank, outputs, group_starts, origins, step)
             return finish_rows(call, outputs, rows, index, finish)
         finally:
-            protocol.finish("combine", pending.epoch)
+            protocol.release("combine", pending.epoch)
 
     @phase("gather send")
     def all_gather_send(
@@ -174,10 +174,10 @@ class SymmetricTransport:
     ) -> Pending[None]:
         """Write the parts into this rank's window."""
         protocol = self._protocol
-        epoch = protocol.begin("gather", call.op)
+        epoch = protocol.acquire("gather", call.op)
         slot = protocol.slot(epoch)
         try:
-            windows = protocol.agree(
+            windows = protocol.handshake(
                 "gather", epoch, call.op, call.arguments, num_bytes, call.device
             )
             write_packed(windows.data(self._rank, slot), parts)
@@ -199,7 +199,7 @@ class SymmetricTransport:
         try:
             return consume([windows.data(owner, slot) for owner in range(protocol.size)])
         finally:
-            protocol.finish("gather", pending.epoch)
+            protocol.release("gather", pending.epoch)
 
     def _wait(self, kind: str, pending: Pending[_Input]) -> None:
         with profiled(pending.call.op, f"{kind} wait", self.group_name):
@@ -245,10 +245,10 @@ class SymmetricTransport:
     ) -> list[torch.Tensor]:
         """Send ``parts[r]`` to rank r; return what came, ``sizes[r]`` bytes from rank r."""
         protocol = self._protocol
-        epoch = protocol.begin("exchange", op)
+        epoch = protocol.acquire("exchange", op)
         try:
             num_bytes, device = protocol.size * capacity, parts[0].device
-            windows = protocol.agree("exchange", epoch, op, arguments, num_bytes, device)
+            windows = protocol.handshake("exchange", epoch, op, arguments, num_bytes, device)
             slot = protocol.slot(epoch)
             for rank, part in enumerate(parts):
                 start = self._rank * capacity
@@ -265,7 +265,7 @@ class SymmetricTransport:
                 for rank, size in enumerate(sizes)
             ]
         finally:
-            protocol.finish("exchange", epoch)
+            protocol.release("exchange", epoch)
 
     def window_bytes(self, kind: str) -> int:
         """Bytes of this rank's windows, all slots and flags included."""

@@ -73,9 +73,9 @@ def setup(
 ):
     """Send ``payload(.., number)`` to all ranks, as the transports do; returns the epoch."""
     needed = protocol.size * PAYLOAD
-    epoch = protocol.begin(kind, OP)
+    epoch = protocol.acquire(kind, OP)
     try:
-        windows = protocol.agree(kind, epoch, OP, arguments, slot_bytes or needed)
+        windows = protocol.handshake(kind, epoch, OP, arguments, slot_bytes or needed)
         for target in range(protocol.size):
             start = protocol.rank * PAYLOAD
             data = windows.data(target, protocol.slot(epoch))
@@ -93,7 +93,7 @@ def teardown(protocol: RingProtocol, epoch: int, number: int = 0, *, kind="excha
     windows = ring.in_flight[epoch].windows if epoch in ring.in_flight else None
     protocol.wait(kind, epoch, OP)
     data = windows.data(protocol.rank, protocol.slot(epoch))[: protocol.size * PAYLOAD].clone()
-    protocol.finish(kind, epoch)
+    protocol.release(kind, epoch)
     expected = [payload(source, protocol.rank, number) for source in range(protocol.size)]
     assert torch.equal(data, torch.cat(expected))
 
@@ -225,7 +225,7 @@ def test_what_came_at_the_last_moment_has_come(new, monkeypatch):
             return False
         asked.append(rank)
         sent.start()
-        while new and second._heard(1, "exchange", epoch) is None:
+        while new and second._read_handshake(1, "exchange", epoch) is None:
             time.sleep(1e-3)  # it goes on when the first rank has announced, too
         if not new:
             sent.join(10)
@@ -452,8 +452,8 @@ def test_a_rank_that_fails_after_all_have_opened_the_windows():
     def run(protocol):
         if protocol.rank != 0:
             return exchange(protocol)
-        epoch = protocol.begin("exchange", OP)
-        protocol.agree("exchange", epoch, OP, {}, 3 * PAYLOAD)
+        epoch = protocol.acquire("exchange", OP)
+        protocol.handshake("exchange", epoch, OP, {}, 3 * PAYLOAD)
         protocol.abort("exchange", epoch, ZeroDivisionError("in the middle"))
         failed.set()
         return None
@@ -529,7 +529,7 @@ def test_a_release_that_fails_keeps_no_other_from_theirs():
 
     blocks[0].hide, blocks[1].hide = lambda: released.append(0), refuse
     with pytest.raises(PermissionError):
-        channel_module._release(blocks)
+        channel_module._release_blocks(blocks)
     assert released == [0]
     first._pidfds.update({0: os.open(os.devnull, os.O_RDONLY), 1: -1})
     with pytest.raises(OSError, match="Bad file descriptor"):
@@ -709,9 +709,9 @@ def run_step(protocol: RingProtocol, number: int, step: Step) -> None:
     if protocol.rank not in step.failing:
         exchange(protocol, number, kind=step.kind, slot_bytes=slot_bytes, word=word)
         return
-    epoch = protocol.begin(step.kind, OP)
+    epoch = protocol.acquire(step.kind, OP)
     try:
-        protocol.agree(step.kind, epoch, OP, {"word": word}, slot_bytes)
+        protocol.handshake(step.kind, epoch, OP, {"word": word}, slot_bytes)
         _ = 1 / 0
     except BaseException as error:
         protocol.abort(step.kind, epoch, error)
