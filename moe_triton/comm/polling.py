@@ -1,4 +1,4 @@
-"""Waiting on the host: bounded in time, polite to the other ranks that share the cores."""
+"""Waiting on the host: bounded in time, and cheap for ranks that share the cores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SPIN = 50e-6  # seconds
 
 
 def ranks_text(ranks: Sequence[int]) -> str:
-    """Some ranks in words: rank 1, or ranks [1, 2]."""
+    """Ranks in an error text: rank 1, or ranks [1, 2]."""
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {list(ranks)}"
 
 
@@ -47,7 +47,7 @@ class Backoff:
         return time.monotonic() >= self.deadline
 
     def pause(self, longest: float = _LONGEST_SLEEP) -> None:
-        """Let others run: first by a yield, then for longer and longer."""
+        """Yield at first, then sleep, 1.5 times longer each time."""
         self.polls += 1
         if self.polls <= _YIELDS:
             time.sleep(0)
