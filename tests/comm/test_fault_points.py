@@ -128,13 +128,13 @@ def arm(owner, name: str, applies, number: int) -> None:
     setattr(owner, name, wrapper)
 
 
-# Where a rank is lost: the method of the channel that is not called any more.
+# Where a rank is lost: the method of RingProtocol that it no longer calls.
 POINTS = {
-    "before its announcement": ("_post_handshake", lambda kind, *_: kind == "dispatch"),
+    "before its handshake": ("_post_handshake", lambda kind, *_: kind == "dispatch"),
     "before its flags of dispatch": ("signal", lambda kind, *_: kind == "dispatch"),
     "after its flags of dispatch": ("wait", lambda kind, *_: kind == "dispatch"),
-    "before its slot is free": ("finish", lambda kind, *_: kind == "dispatch"),
-    "before combine": ("begin", lambda kind, *_: kind == "combine"),
+    "before its slot is free": ("release", lambda kind, *_: kind == "dispatch"),
+    "before combine": ("acquire", lambda kind, *_: kind == "combine"),
     "before its flags of combine": ("signal", lambda kind, *_: kind == "combine"),
     "after its flags of combine": ("wait", lambda kind, *_: kind == "combine"),
 }
