@@ -186,14 +186,6 @@ def test_one_rank_alone():
     assert counts == [0]
 
 
-@worlds
-def test_two_ranks(world):
-    def fn(ctx):
-        return exchange(ctx, [[0, 3], [1, 0]])
-
-    assert run_world(world, 2, fn) == [True, True]
-
-
 @st.composite
 def calls(draw):
     """A world size, and a matrix of counts and a row size for each of some calls."""
