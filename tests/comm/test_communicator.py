@@ -1,4 +1,4 @@
-"""Endpoints: what the choice of a transport comes to, and how one ends."""
+"""Communicators: the choice of a transport, and the end of one."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def barrier(ctx, name: str) -> None:
 
 
 @worlds
-def test_a_rank_that_cannot_tell_its_peers_keeps_its_own_error(world):
-    """It refuses more calls than it may be ahead, and its peer never comes."""
+def test_an_abort_on_a_broken_group_raises_nothing(world):
+    """A rank aborts more calls than may be in flight, and its peer never comes."""
 
     def fn(ctx):
         communicator = open_communicator(ctx, timeout=0.3)
@@ -62,7 +62,7 @@ def test_a_rank_that_cannot_tell_its_peers_keeps_its_own_error(world):
 
 SIZES = {"num_experts": 6, "top_k": 1, "hidden": 16, "max_tokens": 4}
 
-# Which providers lack room for windows on rank 1, what is chosen, and what the errors say.
+# Providers without room for windows on rank 1, the choice, and parts of the error text.
 SCARCITY = {
     "none": ((), "auto", "memfd", ()),
     "memfd": (("memfd",), "auto", "posix", ()),
@@ -83,7 +83,7 @@ def round_trip(ep: ExpertParallel) -> None:
 
 
 def scarce(memory: type, patch: pytest.MonkeyPatch, broken: str) -> None:
-    """Let a provider refuse to allocate, or to open, what is larger than a control block."""
+    """Let a provider fail to allocate, or to open, blocks larger than a control block."""
     refused = getattr(memory, broken)
 
     def refuse(self, what, *rest):
@@ -117,7 +117,7 @@ CHOICES = {
 @pytest.mark.parametrize("transport", comm.TRANSPORTS)
 @pytest.mark.parametrize("world", CHOICES)
 def test_names_of_transports(world, transport):
-    """A choice that cannot work fails on every rank, with its reason; the group stays usable."""
+    """A choice that cannot work fails on every rank with its reason; the group stays usable."""
     expected = CHOICES[world][transport]
 
     def fn(ctx):
@@ -149,8 +149,8 @@ def test_one_rank_needs_no_transport(transport):
 
 @pytest.mark.parametrize("broken", ["allocate", "open"])
 @pytest.mark.parametrize("lacking, choice, provider, texts", SCARCITY.values(), ids=SCARCITY)
-def test_windows_for_which_one_rank_has_no_room(lacking, choice, provider, texts, broken):
-    """All ranks go on to the next provider, without waiting for a timeout, and leave nothing."""
+def test_one_rank_has_no_room_for_windows(lacking, choice, provider, texts, broken):
+    """All ranks try the next provider without waiting for a time-out, and leave no files."""
 
     def fn(ctx):
         files = set(Path("/dev/shm").glob("moe_triton-*"))
@@ -183,7 +183,7 @@ def test_windows_for_which_one_rank_has_no_room(lacking, choice, provider, texts
 
 
 def test_no_room_for_windows_after_recover():
-    """What there is room for is found out anew; the group then goes on over the next provider."""
+    """recover() chooses the provider anew."""
 
     def fn(ctx):
         with make(ctx, hidden=4096) as ep, pytest.MonkeyPatch.context() as patch:
@@ -203,8 +203,6 @@ def test_no_room_for_windows_after_recover():
 
 
 def test_ranks_that_disagree_where_one_has_no_room():
-    """The next provider would not help them."""
-
     def fn(ctx):
         with pytest.MonkeyPatch.context() as patch:
             if ctx.rank == 1:
@@ -223,7 +221,7 @@ def test_ranks_that_disagree_where_one_has_no_room():
 
 
 @pytest.mark.parametrize("world", ["symmetric", "collective"])
-def test_objects_that_are_dropped_leave_nothing(world):
+def test_dropped_objects_free_descriptors_and_mappings(world):
     def left() -> tuple[int, int, int]:
         gc.collect()
         maps = Path("/proc/self/maps").read_text(encoding="utf-8").count("moe_triton-")
@@ -244,7 +242,7 @@ def test_objects_that_are_dropped_leave_nothing(world):
 
 
 def test_a_rank_that_drops_its_object_has_left():
-    """Its peers learn it as soon as they wait for it."""
+    """Its peers notice as soon as they wait for it."""
 
     def fn(ctx):
         ep = make(ctx)

@@ -50,7 +50,7 @@ class World:
 
 
 def connect(rendezvous: Rendezvous, info: object, rounds: int) -> list:
-    """What all ranks said in every round; as a communicator does it."""
+    """The records of all ranks in every round, as a communicator gathers them."""
     records: list = []
     while len(records) < rounds:
         with rendezvous.catching_up():
@@ -78,13 +78,13 @@ def test_calls_go_on_in_the_same_generation():
     assert generations(world) == {1}
 
 
-def test_a_rejection_needs_nobody_and_reaches_everybody():
+def test_an_abort_does_not_wait_and_reaches_all_ranks():
     world = World(3)
     for call in range(3):
         world.members[1].abort_peers(f"reason {call}")
     for call in range(3):
         began = time.monotonic()
-        # One rank alone: a rejection decides the call, whoever else comes.
+        # An abort decides the call for each rank alone.
         for error in [*world.connect(0), *world.connect(2)]:
             assert isinstance(error, PeerAbortError)
             assert (error.rank, error.reason) == (1, f"reason {call}")
@@ -110,7 +110,7 @@ def test_a_missing_rank_is_named():
 
 
 def test_ranks_that_come_a_different_number_of_times_meet_in_the_end():
-    """A late rank must not take what a peer said in a call that it has given up for its word."""
+    """A late rank must not use a peer's record of a call that has timed out."""
     world = World(2, timeout=0.3)
     for _ in range(3):
         world.members[0].new_generation()
@@ -124,7 +124,7 @@ def test_ranks_that_come_a_different_number_of_times_meet_in_the_end():
 
 
 def test_a_late_rank_follows_peers_that_recover():
-    """It has read what a peer said in a call that was given up, and waits for that peer's next."""
+    """It has read a peer's record of a timed-out call, and waits for the peer's next record."""
     world = World(2, timeout=0.3)
     assert isinstance(world.connect(0)[0], PeerTimeoutError)
     world.timeout = 5.0
@@ -201,7 +201,7 @@ def test_a_store_that_stops_is_not_waited_for(accesses, failure):
     assert isinstance(error, PeerTimeoutError)
     assert error.ranks == (1,)
     assert ("connection reset" if failure else "the store does not answer") in str(error)
-    world.members[0].abort_peers("nobody hears it")
+    world.members[0].abort_peers("unread")
     assert time.monotonic() - began < 0.3 + 1 + 0.5
     # When the store answers again, a new generation begins as if nothing had been.
     store.accesses = 10**6
