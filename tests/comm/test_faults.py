@@ -73,9 +73,9 @@ def wait_until(condition, timeout=30.0):
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind():
-    before = {path.name for path in Path("/dev/shm").iterdir()}
+    before = {path.name for path in Path("/dev/shm").glob("moe_triton-*")}
     yield
-    assert {path.name for path in Path("/dev/shm").iterdir()} <= before
+    assert {path.name for path in Path("/dev/shm").glob("moe_triton-*")} <= before
 
 
 def late(ctx):
