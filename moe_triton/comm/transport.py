@@ -377,7 +377,7 @@ def phase(name: str) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
     return decorate
 
 
-def profiled(op: str, name: str, group: str) -> contextlib.AbstractContextManager[Any]:
+def profiled(op: str, name: str, group: str) -> contextlib.AbstractContextManager[object]:
     """A range named like ``op/name [group]`` in the traces of torch.profiler, where one runs."""
     if not torch.autograd._profiler_enabled():
         return contextlib.nullcontext()  # a range costs 10 us also without a profiler
