@@ -35,10 +35,10 @@ def lines(capsys) -> list[str]:
 @pytest.mark.parametrize(
     "arguments, transport",
     [
-        pytest.param(SMALL, "symmetric", id="shared-expert-on-every-rank"),
+        pytest.param(SMALL, "shm", id="shared-expert-on-every-rank"),
         pytest.param(
             ["demo", "--world-size", "4", "--tokens", "3", "--seed", "7"],
-            "symmetric",
+            "shm",
             id="shared-expert-on-a-rank-of-its-own",
         ),
         pytest.param([*SMALL, "--transport", "collective"], "collective", id="gloo"),
@@ -54,7 +54,7 @@ def test_demo(capsys, arguments, transport):
         assert label in labels
     (window,) = (line for line in out if line.startswith("window"))
     assert window.endswith(f"{transport} transport")
-    assert ("0 B" in window) == (transport != "symmetric")
+    assert ("0 B" in window) == (transport != "shm")
 
 
 def test_demo_draws_what_ranks_and_experts_receive(capsys):
@@ -259,7 +259,7 @@ def test_doctor(capsys):
         assert any(line.startswith(heading) for line in out)
     assert f"torch {torch.__version__}" in text
     assert any(line.startswith("  cpu        yes") for line in out)
-    assert any(line.startswith("  local      yes") for line in out)
+    assert any(line.startswith("  local              yes") for line in out)
     # A2: 2 * (128 * 8 * 8 * 7168 * 2 + 2 MB); A3: 2 * 128 * 2 * 7296 * (8 * 32 + 9), and 2 MB.
     (row,) = (line.split() for line in out if line.startswith("  deepseek-v3"))
     assert row[1:3] == ["256/8/7168", "bf16"]
@@ -273,7 +273,8 @@ def test_doctor_json(capsys):
     assert facts["versions"]["moe_triton"] == moe_triton.__version__
     assert facts["devices"][0]["kind"] == "cpu"
     assert facts["backends"]["cpu"] == {"works": True, "cause": None}
-    assert set(facts["transports"]) == {"local", "shm memfd", "shm posix", "gloo", "nccl", "hccl"}
+    collectives = {f"collective ({backend})" for backend in ("gloo", "nccl", "hccl")}
+    assert set(facts["transports"]) == {"local", "shm (memfd)", "shm (posix)"} | collectives
     for answer in (*facts["backends"].values(), *facts["transports"].values()):
         assert answer["works"] == (answer["cause"] is None)
     (window,) = facts["windows"]
@@ -307,7 +308,7 @@ def test_doctor_gives_the_cause_of_a_broken_transport(capsys, monkeypatch):
 
     monkeypatch.setattr(MemfdMemory, "allocate", refuse)
     assert main(["doctor"]) == 0
-    assert "  shm memfd  no   memfd_create is not permitted here" in lines(capsys)
+    assert "  shm (memfd)        no   memfd_create is not permitted here" in lines(capsys)
 
 
 def test_doctor_warns(capsys, monkeypatch, tmp_path):

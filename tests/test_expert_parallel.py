@@ -25,7 +25,7 @@ def test_a_layer_in_threads(name):
 
     def fn(ctx):
         with make(ctx, **layer.options()) as ep:
-            assert ep.transport == "symmetric"
+            assert ep.transport == "local"
             assert ep.local_experts == (range(0) if ep.is_shared_rank else layer.numbers(ep.rank))
             assert ep.num_local_experts == len(layer.numbers(ep.rank))
             for seed in range(3):
@@ -34,7 +34,7 @@ def test_a_layer_in_threads(name):
     run_world("local", layer.world, fn)
 
 
-@pytest.mark.parametrize("world", ["symmetric", "collective"])
+@pytest.mark.parametrize("world", ["shm", "collective"])
 def test_layers_in_processes(world):
     """All in one world, each with an object of its own."""
 

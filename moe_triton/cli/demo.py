@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of weights and tokens (default: 0)")
     add(
         "--transport",
-        choices=("auto", "symmetric", "collective"),
-        default="symmetric",
-        help="symmetric: shared memory (default); collective: torch.distributed over gloo",
+        choices=("auto", "shm", "collective"),
+        default="shm",
+        help="shm: shared memory (default); collective: torch.distributed over gloo",
     )
 
 

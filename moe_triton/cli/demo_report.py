@@ -17,7 +17,7 @@ from .terminal import WIDTH, Terminal, milliseconds, plural, size
 PHASES = ("dispatch", "experts", "combine")
 _MAX_COLUMNS = 32  # of a picture of experts; several share a column when there are more
 _OVER = {
-    "symmetric": "shared memory",
+    "shm": "shared memory",
     "collective": "torch.distributed",
     "auto": "the best available transport",
 }

@@ -164,11 +164,11 @@ def _transports() -> dict[str, str | None]:
         between_processes = "libstdc++ is missing, whose atomics order memory between processes"
     return {
         "local": _memory_problem(LocalMemory()),
-        "shm memfd": between_processes or _memory_problem(MemfdMemory()),
-        "shm posix": between_processes or _memory_problem(PosixMemory()),
-        "gloo": _gloo_problem(),
-        "nccl": _nccl_problem(),
-        "hccl": backend.unavailable_because("npu"),
+        "shm (memfd)": between_processes or _memory_problem(MemfdMemory()),
+        "shm (posix)": between_processes or _memory_problem(PosixMemory()),
+        "collective (gloo)": _gloo_problem(),
+        "collective (nccl)": _nccl_problem(),
+        "collective (hccl)": backend.unavailable_because("npu"),
     }
 
 
@@ -272,11 +272,12 @@ def _heading(terminal: Terminal, text: str, note: str = "") -> None:
 def _show_answers(
     terminal: Terminal, answers: dict[str, dict[str, Any]], notes: dict[str, str]
 ) -> None:
+    width = max(map(len, answers)) + 2
     for name, answer in answers.items():
         works = answer["works"]
         text = terminal.styled("yes", "good") if works else "no "
         note = notes.get(name, "") if works else answer["cause"]
-        terminal.wrapped(f"  {name:<11}{text}  ", note, indent=18)
+        terminal.wrapped(f"  {name:<{width}}{text}  ", note, indent=width + 7)
 
 
 def _transport_notes(limits: dict[str, int | None]) -> dict[str, str]:
@@ -289,9 +290,9 @@ def _transport_notes(limits: dict[str, int | None]) -> dict[str, str]:
         posix += f"; /dev/shm has {size(free)} free"
     return {
         "local": "threads of one process",
-        "shm memfd": memfd,
-        "shm posix": posix,
-        "gloo": "any processes, through torch.distributed",
-        "nccl": "any processes, through torch.distributed; not yet tested",
-        "hccl": "any processes, through torch.distributed; not yet tested",
+        "shm (memfd)": memfd,
+        "shm (posix)": posix,
+        "collective (gloo)": "any processes, through torch.distributed",
+        "collective (nccl)": "any processes, through torch.distributed; not yet tested",
+        "collective (hccl)": "any processes, through torch.distributed; not yet tested",
     }

@@ -23,26 +23,26 @@ def all_to_all_v(
     group: dist.ProcessGroup | str | None = None,
     rank: int | None = None,
 ) -> tuple[torch.Tensor, list[int]]:
-    """Send consecutive rows of ``x`` to the ranks of a group, any number to each.
+    """All-to-all-v: send consecutive rows of ``x`` to each rank of a group.
 
     Args:
         x: [N, ...] of any dtype, on the CPU; trailing shape and dtype equal on all ranks.
-        send_counts: [W] rows for rank 0, rank 1, ...; they add up to N.
+        send_counts: [W] rows for each rank, in the order of ``x``; they add up to N.
         group: a process group, a group's name, or None for the default process group.
         rank: this rank, for an in-process group whose thread is not bound.
 
     Returns:
-        The received rows, ordered by source rank, and how many came from each rank.
+        The received rows, ordered by source rank, and their number from each rank.
 
     Raises:
-        ArgumentTypeError, ArgumentValueError: x or the counts are of the wrong form.
+        ArgumentTypeError, ArgumentValueError: ``x`` or the counts break their contract.
         ArgumentMismatchError: the ranks' rows differ in size.
-        PeerAbortError, PeerTimeoutError, BrokenGroupError: as for every op.
+        PeerAbortError, PeerTimeoutError, BrokenGroupError: a peer failed.
     """
-    found = resolve(_OP, group, rank)
-    communicator = default_communicator(found)
+    own = resolve(_OP, group, rank)
+    communicator = default_communicator(own)
     try:
-        counts = _check(x, send_counts, found.size)
+        counts = _check(x, send_counts, own.size)
     except MoeError as error:
         communicator.abort_peers("exchange", _OP, error)
         raise
@@ -60,12 +60,12 @@ def _check(x: torch.Tensor, send_counts: Sequence[int] | torch.Tensor, world: in
         got = f"shape {tuple(x.shape)} on {x.device}"
         raise ArgumentValueError(_OP, "x", "have rows of at least one element, on the CPU", got)
     if isinstance(send_counts, torch.Tensor):
-        whole = send_counts.dim() == 1 and not send_counts.is_floating_point()
-        counts = send_counts.tolist() if whole else None
+        integers = send_counts.dim() == 1 and not send_counts.is_floating_point()
+        counts = send_counts.tolist() if integers else None
     else:
-        whole = isinstance(send_counts, Sequence)
-        whole = whole and all(isinstance(count, numbers.Integral) for count in send_counts)
-        counts = [int(count) for count in send_counts] if whole else None
+        integers = isinstance(send_counts, Sequence)
+        integers = integers and all(isinstance(c, numbers.Integral) for c in send_counts)
+        counts = [int(count) for count in send_counts] if integers else None
     if counts is None:
         contract = "be a sequence or 1-d tensor of integers"
         raise ArgumentTypeError(_OP, "send_counts", contract, repr(send_counts))

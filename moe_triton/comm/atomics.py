@@ -1,13 +1,13 @@
-"""Acquire and release on 32-bit words that other threads or processes see.
+"""Acquire and release on 32-bit words shared between threads or processes.
 
-Python and PyTorch have no such operation, and plain stores keep their order only by luck of the
-processor: x86 keeps it, 64-bit Arm does not. Here every flag is written and confirmed by a
+Python and PyTorch have no acquire and release, and the processor decides whether plain stores keep
+their order: x86 keeps it, 64-bit Arm does not. Every flag is therefore written and confirmed by a
 fetch-add with acquire-release order (C++ memory model), for which libstdc++ exports
 ``__exchange_and_add``; PyTorch links that library on Linux. It compiles to ``lock xadd`` on x86-64
 and to ``ldaddal`` or an ``ldaxr``/``stlxr`` pair on Arm:
 
     writer:  plain stores of the data;  fetch_add(flag, new - old)     releases the data
-    reader:  plain loads of the flag until it looks right;  fetch_add(flag, 0)     acquires the data
+    reader:  plain loads of the flag until it has the value;  fetch_add(flag, 0)   acquires the data
 
 Where the library is missing, a lock orders the threads of one process, and memory shared between
 processes is refused.
@@ -29,7 +29,7 @@ def wrap(value: int) -> int:
 
 def _load_fetch_add() -> Callable[[int, int], int] | None:
     try:
-        # PyDLL keeps the interpreter lock: the call is shorter than giving the lock away.
+        # PyDLL keeps the interpreter lock: the call is shorter than handing the lock over.
         function = ctypes.PyDLL("libstdc++.so.6")._ZN9__gnu_cxx18__exchange_and_addEPVii
     except (OSError, AttributeError):
         return None
@@ -39,7 +39,7 @@ def _load_fetch_add() -> Callable[[int, int], int] | None:
 
 
 _native = _load_fetch_add()
-_lock = threading.RLock()  # a finaliser that runs while it is held may write a word, too
+_lock = threading.RLock()  # reentrant: a finaliser may write a word while it is held
 
 
 def _locked_fetch_add(address: int, value: int) -> int:
@@ -50,8 +50,8 @@ def _locked_fetch_add(address: int, value: int) -> int:
         return old
 
 
-#: fetch_add(address, value) -> old value; acquire-release and no more: what came before a flag is
-#: seen by who reads the flag, but flags of different writers need not be seen in one order.
+#: fetch_add(address, value) -> old value; acquire-release, not sequentially consistent: readers may
+#: see the flags of different writers in different orders.
 fetch_add = _native or _locked_fetch_add
 
 #: Whether ``fetch_add`` orders memory between processes too.
@@ -59,15 +59,15 @@ BETWEEN_PROCESSES = _native is not None
 
 
 def load_relaxed(address: int) -> int:
-    """The word at ``address``, without any order: good for a first look while polling."""
+    """The word at ``address``, unordered: for polling."""
     return ctypes.c_int32.from_address(address).value
 
 
 def load_acquire(address: int) -> int:
-    """The word at ``address``; what its writer stored before it is visible afterwards."""
+    """The word at ``address``; what its writer stored before is visible afterwards."""
     return fetch_add(address, 0)
 
 
 def store_release(address: int, value: int) -> None:
-    """Write the word at ``address``, of which the caller is the only writer."""
+    """Write the word at ``address``; the caller must be its only writer."""
     fetch_add(address, wrap(value - load_relaxed(address)))

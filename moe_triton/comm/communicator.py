@@ -1,9 +1,9 @@
-"""From a group to a connected transport, chosen when the ranks first meet.
+"""From a group to a connected transport, chosen at the first rendezvous.
 
-"auto" means: one rank needs nothing; ranks that can read and write each other's memory use windows;
-all others use torch.distributed. All ranks decide from the same facts and so come to the same
-choice. Whether there is memory enough is one of the facts, as far as the calls are known before.
-An explicit choice that cannot work is an error that says why.
+"auto" takes the first of these that works: no transport for one rank; windows for ranks that can
+read and write each other's memory; torch.distributed. All ranks decide from the same facts and so
+choose alike. For calls known beforehand, enough memory for their windows is one of the facts. An
+explicit choice that cannot work raises ``UnavailableError`` with the reason.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from .transport import Call, Transport, outside_autograd
 
 
 class Communicator:
-    """One rank of a group, connected when first used.
+    """One rank of a group, connected on its first use.
 
     Args:
-        group: the group and this rank's place in it.
-        tag: sets apart the users of one group; equal on all ranks.
-        transport: "auto", "symmetric" or "collective".
+        group: the group and this rank's number in it.
+        tag: distinguishes the communicators of one group; equal on all ranks.
+        transport: a name of ``TRANSPORTS``.
         in_flight: setups that may run ahead of teardowns.
-        timeout: seconds that any wait for peers may take.
+        timeout: of any wait for peers, in seconds.
     """
 
     def __init__(
@@ -57,18 +57,18 @@ class Communicator:
         if group.size == 1:
             self._connected = SingleTransport(group.name, in_flight)
         self._process_group_used = False
-        self._lost: str | None = None  # why the ranks did not meet
+        self._rendezvous_failure: str | None = None  # why the last rendezvous failed
         self._closed = False
         self._prepared: Sequence[tuple[Call, str, int]] = ()
 
     @property
     def transport_name(self) -> str | None:
-        """One of "single", "symmetric" and "collective"; None before the ranks have met."""
+        """One of "single", "local", "shm" and "collective"; None before the rendezvous."""
         return None if self._connected is None else self._connected.name
 
     @outside_autograd
     def transport(self, op: str) -> Transport:
-        """The transport; the first call meets all ranks.
+        """The transport; the first call connects all ranks.
 
         Raises:
             PeerTimeoutError: ranks did not come.
@@ -82,17 +82,17 @@ class Communicator:
             try:
                 self._connected = self._connect(op)
             except PeerTimeoutError as error:
-                self._lost = error.problem
+                self._rendezvous_failure = error.problem
                 raise
         return self._connected
 
     def prepare(self, calls: Sequence[tuple[Call, str, int]]) -> None:
-        """Meet all ranks, compare arguments and allocate windows, over what has room for them.
+        """Connect all ranks, compare arguments and allocate windows.
 
-        Comes before any other call; ``recover()`` repeats it.
+        Must be the first call; ``recover()`` repeats it.
 
         Args:
-            calls: calls to come, each with its kind and the bytes that a slot must hold.
+            calls: future calls, each with its kind and the bytes of its slot.
 
         Raises:
             ArgumentMismatchError: the ranks' arguments differ.
@@ -102,7 +102,7 @@ class Communicator:
         self.transport(calls[0][0].op)
 
     def raise_if_broken(self, op: str) -> None:
-        """Raise ``BrokenGroupError`` when a wait timed out, without waiting for anybody."""
+        """Raise ``BrokenGroupError`` after a time-out; does not wait."""
         self._raise_if_lost(op)
         if self._connected is not None:
             self._connected.raise_if_broken(op)
@@ -110,32 +110,32 @@ class Communicator:
     def _raise_if_lost(self, op: str) -> None:
         if self._closed:
             raise MoeError(op, f"this communicator of group {self.group.name!r} is closed")
-        if self._lost is not None:
+        if self._rendezvous_failure is not None:
             raise BrokenGroupError(
                 op,
-                f"group {self.group.name!r} is broken since its ranks did not meet ({self._lost}); "
-                "call recover() on all ranks",
+                f"group {self.group.name!r} is broken since its rendezvous failed "
+                f"({self._rendezvous_failure}); call recover() on all ranks",
             )
 
     @outside_autograd
     def abort_peers(self, kind: str, op: str, error: MoeError) -> None:
-        """Tell the peers, who may be making the call right now, why this rank rejects it.
+        """Abort the peers' call because this rank rejects its own, with the reason.
 
-        Where they cannot be told, this returns all the same: its caller raises ``error``, which
-        says more, and the next call finds the group broken.
+        On a broken group this returns without an error: its caller raises ``error``, which says
+        more, and the next call finds the group broken.
         """
         if self._connected is not None:
             with contextlib.suppress(PeerTimeoutError, BrokenGroupError):
                 self._connected.abort_peers(kind, op, error)
-        elif self._rendezvous is not None and self._lost is None and not self._closed:
+        elif self._rendezvous is not None and self._rendezvous_failure is None and not self._closed:
             self._rendezvous.abort_peers(error.problem)
 
     @outside_autograd
     def recover(self, op: str) -> None:
-        """Start over with the ranks that come, after a timeout; collective.
+        """Connect all ranks anew after a time-out; collective.
 
-        What was in flight is lost. A rank that was restarted takes part by its first call. When
-        it fails, all ranks must call it again.
+        Operations in flight are lost. A restarted rank takes part by its first call. When it
+        fails, all ranks must call it again.
         """
         if self._rendezvous is None or self._closed:
             self._raise_if_lost(op)
@@ -143,18 +143,18 @@ class Communicator:
         if self._connected is not None:
             self._connected.close()
             self._connected = None
-        # Also after a recover() that failed: the ranks may have come to it a different number of
-        # times, and only in a new generation do they agree on which call is the first.
-        self._rendezvous.leave()
-        self._lost = None
+        # Also after a failed recover(): the ranks may have called it a different number of times,
+        # and only in a new generation do their numbers of calls match.
+        self._rendezvous.new_generation()
+        self._rendezvous_failure = None
         try:
             self.transport(op)
         except MoeError as error:
-            self._lost = error.problem
+            self._rendezvous_failure = error.problem
             raise
 
     def close(self) -> None:
-        """Give up the memory; the group itself is its maker's."""
+        """Release the memory; the group itself belongs to the caller."""
         self._closed = True
         if self._connected is not None:
             self._connected.close()
@@ -164,32 +164,32 @@ class Communicator:
         assert self._rendezvous is not None
         connected: Transport | None = None
         while connected is None:
-            with self._rendezvous.following():
-                connected = self._meet(op)
+            with self._rendezvous.catching_up():
+                connected = self._connect_once(op)
         return connected
 
-    def _meet(self, op: str) -> Transport:
+    def _connect_once(self, op: str) -> Transport:
         assert self._rendezvous is not None
-        peer_info = self._rendezvous.meet(op, self._own_info())
+        peer_info = self._rendezvous.gather_peer_info(op, self._own_info())
         for name in ("transport", "in_flight"):
             own = peer_info[self.group.rank][name]
             for rank, theirs in enumerate(peer_info):
                 if theirs[name] != own:
                     raise ArgumentMismatchError(op, name, own, theirs[name], rank=rank)
-        self._rendezvous.confirm(op)
+        self._rendezvous.check_generation(op)
         causes: list[str] = []
         if self.choice != "collective":
-            for memory in self._memories(peer_info, causes):
+            for memory in self._memory_providers(peer_info, causes):
                 protocol = self._open(op, memory, peer_info, causes)
                 if protocol is None:
                     continue
                 symmetric = SymmetricTransport(protocol)
                 with contextlib.ExitStack() as unless_used:
                     unless_used.callback(symmetric.close)
-                    if self._fits(op, memory, symmetric, causes):
+                    if self._prepare_windows(op, memory, symmetric, causes):
                         unless_used.pop_all()
                         return symmetric
-        if self.choice == "symmetric" or self.group.process_group is None:
+        if self.choice not in ("auto", "collective") or self.group.process_group is None:
             cause = "; ".join(causes) or "the group has no torch process group"
             raise UnavailableError(op, f"transport {self.choice!r} cannot work here: {cause}")
         transport = self._connect_process_group(op)
@@ -223,10 +223,10 @@ class Communicator:
         for call, kind, slot_bytes in self._prepared:
             transport.prepare(call, kind, slot_bytes)
 
-    def _fits(
+    def _prepare_windows(
         self, op: str, memory: Memory, transport: SymmetricTransport, causes: list[str]
     ) -> bool:
-        """Allocate windows, or add to ``causes`` why some rank could not."""
+        """Allocate windows, or add to ``causes`` why a rank could not."""
         if not self._prepared:
             return True
         assert self._rendezvous is not None
@@ -234,7 +234,7 @@ class Communicator:
         try:
             self._prepare_on(transport)
         except (UnavailableError, PeerAbortError, ArgumentMismatchError) as error:
-            # Told to all, not concluded from how a peer's error reads here.
+            # Exchange the failures: a peer's error arrives here as another class.
             record = {"failure": type(error).__name__, "cause": error.problem}
             records = self._rendezvous.exchange(op, step, record)
             failures = {record["failure"] for record in records}
@@ -242,10 +242,10 @@ class Communicator:
                 raise
         else:
             records = self._rendezvous.exchange(op, step, {"failure": "", "cause": ""})
-        lacking = [one["cause"] for one in records if one["failure"] == "UnavailableError"]
-        if lacking:
-            causes.append(f"{memory.name}: {lacking[0]}")
-        return not lacking
+        reasons = [r["cause"] for r in records if r["failure"] == "UnavailableError"]
+        if reasons:
+            causes.append(f"{memory.name}: {reasons[0]}")
+        return not reasons
 
     def _own_info(self) -> dict[str, Any]:
         peer_info: dict[str, Any] = {"transport": self.choice, "in_flight": self._in_flight}
@@ -259,12 +259,18 @@ class Communicator:
             }
         return peer_info
 
-    def _memories(self, peer_info: list[dict[str, Any]], causes: list[str]) -> Iterable[Memory]:
-        """The providers that may work between these ranks, best first."""
+    def _memory_providers(
+        self, peer_info: list[dict[str, Any]], causes: list[str]
+    ) -> Iterable[Memory]:
+        """The memory providers that may work between these ranks, best first."""
+        if self.choice == ("shm" if self.group.in_process else "local"):
+            kind = "threads of one process" if self.group.in_process else "processes"
+            causes.append(f"the ranks of group {self.group.name!r} are {kind}")
+            return []
         if self.group.in_process:
             return [LocalMemory()]
         if not all(info["atomics"] for info in peer_info):
-            causes.append("libstdc++ is missing, which orders memory between processes")
+            causes.append("libstdc++, which orders memory between processes, is missing")
             return []
         if not peer_info[0]["host"] or not _same(peer_info, "host"):
             causes.append("the ranks are on different hosts")
@@ -283,14 +289,14 @@ class Communicator:
     def _open(
         self, op: str, memory: Memory, peer_info: list[dict[str, Any]], causes: list[str]
     ) -> RingProtocol | None:
-        """Connect through ``memory``, or add to ``causes`` why some rank could not."""
-        blocks, results = self._share(op, memory)
+        """Connect through ``memory``, or add to ``causes`` why a rank could not."""
+        blocks, results = self._share_control_blocks(op, memory)
         failed = [(rank, record["cause"]) for rank, record in enumerate(results) if record["cause"]]
         if failed:
             rank, cause = failed[0]
             causes.append(f"{memory.name}: {cause} on rank {rank}")
             return None
-        # In another PID namespace the number of a peer means nothing, or another process.
+        # In another PID namespace a peer's number may be that of another process.
         pids = None
         if not self.group.in_process and _same(peer_info, "pid_namespace"):
             pids = [info["pid"] for info in peer_info]
@@ -303,8 +309,10 @@ class Communicator:
             timeout=self._timeout,
         )
 
-    def _share(self, op: str, memory: Memory) -> tuple[list[Block], list[dict[str, Any]]]:
-        """Allocate a control block, open those of the peers, and tell each other how it went."""
+    def _share_control_blocks(
+        self, op: str, memory: Memory
+    ) -> tuple[list[Block], list[dict[str, Any]]]:
+        """Allocate a control block, open those of the peers, and exchange the outcomes."""
         assert self._rendezvous is not None
         own: Block | None = None
         blocks: list[Block] = []
@@ -326,7 +334,7 @@ class Communicator:
                 cause = str(error)
             results = self._rendezvous.exchange(op, f"{memory.name} opened", {"cause": cause})
         finally:
-            # Also when a peer was lost on the way: what it allocated must not stay behind either.
+            # Also when a peer was lost on the way: its block must not stay behind.
             for block in (own, *blocks):
                 if block is not None:
                     block.release()

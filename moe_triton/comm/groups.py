@@ -1,4 +1,4 @@
-"""From a group's name to its ranks: torch's process groups, in-process worlds, and bare stores.
+"""Groups by name: torch's process groups, in-process worlds, and groups over a bare store.
 
 Ops take a group as a ``ProcessGroup``, as the name under which torch knows one, or as a name
 registered here. A registered group needs only a ``torch.distributed.Store`` in which its ranks find
@@ -16,7 +16,10 @@ import torch.distributed as dist
 
 from ..errors import ArgumentNameError, ArgumentTypeError, ArgumentValueError
 
-TRANSPORTS = ("auto", "symmetric", "collective")
+#: What ``transport=`` accepts: "local" (windows between threads of one process), "shm" (windows
+#: between processes of one host), "symmetric" (whichever of the two fits the group), "collective"
+#: (torch.distributed), or "auto" for the first of these that works.
+TRANSPORTS = ("auto", "symmetric", "local", "shm", "collective")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,11 +30,11 @@ class Group:
         name: unique in this process.
         rank: this rank, 0 <= rank < size.
         size: number of ranks.
-        store: where the ranks meet, its keys private to the group; None for a group of one.
+        store: for the rendezvous, its keys private to the group; None for a group of one.
         in_process: all ranks are threads of this process.
         process_group: torch's group, or None.
-        transport: what "auto" stands for on this group.
-        members: the ranks of the named group that this one consists of, in the order of their ranks
+        transport: replaces "auto" on this group.
+        members: ranks of the named group that form this subgroup, in the order of their ranks
             here; None for all.
     """
 
@@ -75,21 +78,21 @@ def register(
     rank: int | None = None,
     transport: str = "auto",
 ) -> None:
-    """Make ``name`` a group of ``size`` ranks that meet in ``store``.
+    """Register ``name`` as a group of ``size`` ranks with a rendezvous in ``store``.
 
     Args:
         name: must not be registered already.
         store: shared by the ranks; a ``HashStore`` for threads, a file or TCP store for processes.
         size: number of ranks.
-        in_process: the ranks are threads of this process; each call then names its rank, or its
-            thread is bound by ``bind_rank``.
-        rank: this process, when it is one rank.
-        transport: "auto", "symmetric" or "collective".
+        in_process: the ranks are threads of this process; each call names its rank, or
+            ``bind_rank`` has bound its thread.
+        rank: of this process; required unless ``in_process``.
+        transport: a name of ``TRANSPORTS``.
 
     Raises:
         ArgumentNameError: the name is taken.
         ArgumentTypeError: the rank is not an integer.
-        ArgumentValueError: the rank is missing or out of range, or there is no such transport.
+        ArgumentValueError: the rank is missing or out of range, or the transport is unknown.
     """
     op = "register_group"
     if name in _registered:
@@ -108,28 +111,28 @@ def unregister(name: str) -> None:
 
 
 def bind_rank(name: str, rank: int) -> None:
-    """Let the calling thread be ``rank`` of the in-process group ``name``."""
+    """Bind the calling thread to ``rank`` of the in-process group ``name``."""
     if not hasattr(_bound, "ranks"):
         _bound.ranks = {}
     _bound.ranks[name] = rank
 
 
 def set_transport(group: dist.ProcessGroup | str, transport: str) -> None:
-    """Choose what "auto" means on one of torch's process groups.
+    """Set the transport that "auto" stands for on one of torch's process groups.
 
     Args:
         group: a process group, or torch's name for it.
-        transport: "auto", "symmetric" or "collective".
+        transport: a name of ``TRANSPORTS``.
 
     Raises:
-        ArgumentValueError: there is no such transport.
+        ArgumentValueError: the transport is unknown.
     """
     name = group if isinstance(group, str) else group.group_name
     _transports[name] = check_transport("set_transport", transport)
 
 
 def _check_rank(op: str, argument: str, rank: object, size: int, name: str) -> int:
-    """``rank`` itself, if it is one of the group's."""
+    """``rank`` as an int, checked to be in [0, size)."""
     contract = f"be in [0, {size}) for {name!r}"
     if rank is None:
         raise ArgumentValueError(op, argument, contract, None)
@@ -154,9 +157,9 @@ def _from_process_group(group: dist.ProcessGroup) -> Group:
 
 
 def subgroup(group: Group, members: tuple[int, ...]) -> Group:
-    """Some ranks of a group, this one among them, as a group that needs none of the others.
+    """Some ranks of a group, this one among them, as a group of their own.
 
-    Only the store stays that of the group, so whoever serves it must go on.
+    It shares the group's store, so the rank that serves the store must keep running.
     """
     if members == tuple(range(group.size)):
         return group
@@ -176,20 +179,21 @@ def resolve(
     argument: str = "group",
     rank_argument: str = "rank",
 ) -> Group:
-    """Find a group and this rank's place in it.
+    """Find a group and this rank's number in it.
 
     Args:
         op: for error messages.
-        group: a process group, a name, or None for the default process group, or one rank alone
+        group: a process group, a name, or None: the default process group, or a group of one rank
             where torch.distributed is not initialised.
         rank: this rank, needed for an in-process group whose thread is not bound.
         argument: the caller's name of ``group``, for error messages.
         rank_argument: the caller's name of ``rank``.
 
     Raises:
-        ArgumentNameError: nobody registered the name.
-        ArgumentTypeError: the group is neither a group nor a name, or the rank not an integer.
-        ArgumentValueError: the rank is not known or out of range.
+        ArgumentNameError: the name is not registered.
+        ArgumentTypeError: the group is neither a process group nor a name, or the rank is not an
+            integer.
+        ArgumentValueError: the rank is missing or out of range.
     """
     if group is None:
         if not dist.is_initialized():
@@ -201,12 +205,12 @@ def resolve(
         contract = "be a group's name or a process group"
         raise ArgumentTypeError(op, argument, contract, type(group).__name__)
     if group in _registered:
-        found = _registered[group]
-        own = found.rank
+        entry = _registered[group]
+        own = entry.rank
         if own is None:
             bound = getattr(_bound, "ranks", {}).get(group, rank)
-            own = _check_rank(op, rank_argument, bound, found.size, group)
-        return Group(group, own, found.size, found.store, found.in_process, None, found.transport)
+            own = _check_rank(op, rank_argument, bound, entry.size, group)
+        return Group(group, own, entry.size, entry.store, entry.in_process, None, entry.transport)
     try:
         process_group = dist.distributed_c10d._resolve_process_group(cast("Any", group))
     except (RuntimeError, LookupError, ValueError):

@@ -1,4 +1,4 @@
-"""Memory of an in-process world: all ranks are threads, so a peer's buffer is simply the tensor."""
+"""Memory of an in-process world: ranks are threads, so a peer's block is the same tensor."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class LocalMemory:
     name = "local"
 
     def allocate(self, num_bytes: int, device: torch.device = HOST, flag_bytes: int = 0) -> Block:
-        """A zeroed block; it lives as long as some rank holds it."""
+        """A zeroed block; it lives as long as a rank references it."""
         data = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         if device.type != "cpu":
-            # The zeros come before whatever is written on another stream.
+            # The zeros must come before writes on another stream.
             torch.get_device_module(device).current_stream(device).synchronize()
         flags = torch.zeros(flag_bytes, dtype=torch.uint8) if flag_bytes else None
         number = next(_next)
@@ -33,5 +33,5 @@ class LocalMemory:
         """The block behind a peer's handle."""
         block = _blocks.get(int(handle["number"]))
         if block is None:
-            raise FileNotFoundError(f"block {handle['number']} is no longer held by anybody")
+            raise FileNotFoundError(f"block {handle['number']} has been freed")
         return block

@@ -1,7 +1,7 @@
-"""What a memory provider gives: blocks that all ranks of a group read and write.
+"""The interface of memory providers: blocks that all ranks of a group read and write.
 
 A provider allocates a block here and opens the blocks of peers by their handles, which are small
-dictionaries that travel through the group's store or announcements.
+dictionaries that travel through the group's store or in handshakes.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ HOST = torch.device("cpu")
 
 @dataclasses.dataclass
 class Block:
-    """One rank's memory as this process sees it.
+    """One rank's memory as this process has mapped it.
 
     Attributes:
-        data: [num_bytes] uint8, zero at first.
-        handle: what peers need to open it.
-        flags: [flag_bytes] uint8 in host memory for flags, or None where they stand in the data.
-        hide: takes away what lets peers find the block; None when there is nothing, or no more.
+        data: [num_bytes] uint8, initially zero.
+        handle: for peers to open it.
+        flags: [flag_bytes] uint8 in host memory for flags, or None where the data hold them.
+        hide: removes the name or descriptor by which peers open the block; None once removed.
     """
 
     data: torch.Tensor
@@ -32,7 +32,7 @@ class Block:
     hide: Callable[[], None] | None = None
 
     def release(self) -> None:
-        """No further peer will open this block; views of it stay valid. May be called again."""
+        """Let no further peer open this block; views of it stay valid. Idempotent."""
         if self.hide is not None:
             self.hide()
             self.hide = None
@@ -41,15 +41,15 @@ class Block:
 class Memory(Protocol):
     """A provider of blocks.
 
-    Both methods raise ``OSError`` when the system refuses.
+    Both methods raise ``OSError`` where the system refuses.
     """
 
     name: str
 
     def allocate(self, num_bytes: int, device: torch.device = HOST, flag_bytes: int = 0) -> Block:
-        """A zeroed block of this rank; ``OSError`` too without memory of ``device``.
+        """A zeroed block of this rank; ``OSError`` for a device that the provider cannot serve.
 
-        A provider of host memory may leave the flags to the data.
+        A provider of host memory may place the flags in the data.
         """
         ...
 

@@ -1,16 +1,23 @@
-"""Waiting on the host: bounded in time, polite to the other ranks that share the cores."""
+"""Waiting on the host: bounded in time, and cheap for ranks that share the cores."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import time
 from collections.abc import Sequence
 
+from . import futex
+
 _YIELDS = 20  # polls that only give up the core
+_YIELDS_ON_WORD = 5  # the same before sleeping on a word, where ranks share cores
 _FIRST_SLEEP, _LONGEST_SLEEP = 20e-6, 200e-6  # seconds
+_SLICE = 5e-3  # longest sleep on one word: the waiter also looks for aborts and dead peers
+_SPIN = 50e-6  # seconds
 
 
 def ranks_text(ranks: Sequence[int]) -> str:
-    """Some ranks in words: rank 1, or ranks [1, 2]."""
+    """Ranks in an error text: rank 1, or ranks [1, 2]."""
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {list(ranks)}"
 
 
@@ -19,12 +26,15 @@ class Backoff:
 
     Args:
         timeout: seconds until ``expired``.
+        spin: poll for 50 us before the first sleep on a word; pays where every rank has a core of
+            its own.
     """
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, *, spin: bool = False) -> None:
         self.deadline = time.monotonic() + timeout
         self.polls = 0
         self._sleep = _FIRST_SLEEP
+        self._spin_until = time.monotonic() + _SPIN if spin else 0.0
 
     @property
     def remaining(self) -> float:
@@ -37,10 +47,27 @@ class Backoff:
         return time.monotonic() >= self.deadline
 
     def pause(self, longest: float = _LONGEST_SLEEP) -> None:
-        """Let others run: first by a yield, then for longer and longer."""
+        """Yield at first, then sleep, 1.5 times longer each time."""
         self.polls += 1
         if self.polls <= _YIELDS:
             time.sleep(0)
             return
         time.sleep(self._sleep)
         self._sleep = min(self._sleep * 1.5, longest)
+
+    def pause_on(self, address: int, seen: int) -> None:
+        """Wait for a change of the 32-bit word at ``address``, for some milliseconds at most.
+
+        Args:
+            address: of the word; its writer calls ``futex.wake`` after the change.
+            seen: its value before the caller looked.
+        """
+        word = ctypes.c_int32.from_address(address)
+        while time.monotonic() < self._spin_until:
+            if word.value != seen:
+                return
+        if not self._spin_until and self.polls < _YIELDS_ON_WORD:
+            self.polls += 1
+            os.sched_yield()
+        elif not futex.wait(address, seen, min(self.remaining, _SLICE)):
+            self.pause()

@@ -1,4 +1,4 @@
-"""Which row is where: what every transport does with tokens before they travel and after that."""
+"""Steps common to the transports: plan and write tokens, place received rows, sum combine rows."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def write_tokens(
 
 
 def traffic(config: MoeConfig, tokens: DispatchInput) -> Traffic:
-    """Count what a dispatch of ``tokens`` moves."""
+    """Rows and bytes that a dispatch of ``tokens`` moves."""
     topology, ids = config.topology, tokens.expert_ids
     routed = (ids >= 0) & (ids < topology.num_experts)
     active = int((ids != NOWHERE).any(1).sum())
@@ -77,30 +77,30 @@ def received_counts(config: MoeConfig, rank: int, headers: DispatchHeader) -> to
     return headers.num_tokens.T * _serves(topology, rank, headers.counts.device)
 
 
-# Made once on a device and never forgotten: graphs that replay what uses it do not keep it alive.
+# Cached for good: graphs that replay kernels which read it do not keep it alive.
 @functools.cache
 def _serves(topology: Topology, rank: int, device: torch.device) -> torch.Tensor:
-    """[1, W] int32 whether a shared rank has the tokens of each source."""
+    """[1, W] int32, 1 for each source whose tokens a shared rank serves."""
     serves = [[topology.serves(rank, source) for source in range(topology.world_size)]]
     return torch.tensor(serves, dtype=torch.int32, device=device)
 
 
 def capacity_of(call: Call, rank: int, tokens: DispatchInput) -> int | None:
-    """How many rows to number: None for just those that there are, which waits for the device."""
+    """Rows to number; None for the exact number, which the host reads from the device."""
     if tokens.num_rows is None or not call.fixed_shapes:
         return None
     return min(tokens.num_rows, call.config.capacity(rank))
 
 
 def row_count(call: Call, recv_permutation: RecvPermutation) -> torch.Tensor | None:
-    """[1] int32 the rows that there are, where that many are not what the tensors hold."""
+    """[1] int32 number of valid rows, or None where tensors hold exactly the valid rows."""
     return recv_permutation.offsets[-1:] if call.fixed_shapes else None
 
 
 def new_rows(
     call: Call, tokens: DispatchInput, num_rows: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Memory for rows as dispatch delivers them, and for their scales."""
+    """Allocate dispatch's output rows and their scales."""
     fmt = call.config.row_format
     x = tokens.x.new_empty((num_rows, call.config.hidden), dtype=fmt.dtype)
     if fmt.scale_offset is None:
@@ -117,7 +117,7 @@ def receive(
     rows: torch.Tensor,
     **where: Any,
 ) -> Received:
-    """Pack what all ranks sent into the outputs of dispatch.
+    """Gather the rows that all ranks sent into the outputs of dispatch.
 
     Args:
         call: the call.
@@ -125,8 +125,8 @@ def receive(
         tokens: its input.
         plan: of its tokens.
         headers: of all sources.
-        rows: that hold all that came.
-        where: ``origins`` and ``step``, or a ``table``: which of them each source's row is.
+        rows: the sources' rows.
+        where: ``origins`` and ``step``, or a ``table``: the index in ``rows`` of each source's row.
     """
     config, steps = call.config, call.steps
     check_overflow(call, lambda rank: received_counts(config, rank, headers))
@@ -154,19 +154,18 @@ def receive(
 
 
 def padded(weights: torch.Tensor | None, num_rows: int) -> torch.Tensor | None:
-    """[n] as [num_rows], with anything after the n-th."""
+    """[n] as [num_rows], garbage after the n-th."""
     if weights is None or len(weights) == num_rows:
         return weights
-    grown = weights.new_empty(num_rows)
-    grown[: len(weights)] = weights
-    return grown
+    longer = weights.new_empty(num_rows)
+    longer[: len(weights)] = weights
+    return longer
 
 
 def check_overflow(call: Call, counts_of: Callable[[int], torch.Tensor]) -> None:
     """Raise on every rank alike when any rank receives more rows than the call allows.
 
-    While a graph is captured nothing can be asked of the device. Rows that have no room are then
-    left out.
+    A captured graph cannot be asked: it leaves out rows without room.
     """
     limit = call.config.max_rows
     if limit is None or (call.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
@@ -184,7 +183,7 @@ def finish_rows(
     index: torch.Tensor,
     finish: CombineEpilogue,
 ) -> torch.Tensor:
-    """The weighted sum of the rows that [T, K + NS] ``index`` names, or all of them."""
+    """The weighted sum of the rows that [T, K + NS] ``index`` names, or the rows apart."""
     config, fmt = call.config, call.config.return_format
     if finish.apart:
         apart = outputs.y.new_empty((*index.shape, config.hidden))
@@ -197,7 +196,7 @@ def finish_rows(
 
 
 def as_rows(call: Call, y: torch.Tensor, count: torch.Tensor | None) -> torch.Tensor:
-    """[n, stride] uint8 rows in the way they return, without a copy where y already is that."""
+    """[n, stride] uint8 combine rows; a view of y where y has their format already."""
     fmt = call.config.return_format
     if fmt.scheme == "none" and y.stride(1) == 1 and y.shape[1] * y.itemsize == fmt.stride:
         return y.view(torch.uint8)
@@ -265,15 +264,15 @@ def returned_rows(
     origins: torch.Tensor,
     step: int,
 ) -> torch.Tensor:
-    """[T, K + NS] int64 where each token's rows are after the experts.
+    """[T, K + NS] int64 index of each token's combine rows.
 
     Args:
         call: the call.
         rank: this rank, the source of the tokens.
         outputs: its input to combine.
         group_starts: [W, L, W + 1] of every rank, as in ``RecvPermutation``.
-        origins: [W] int64 where each rank's rows begin.
-        step: from one row to the next.
+        origins: [W] int64 index of each rank's first row.
+        step: indices from one row to the next.
     """
     config, topology = call.config, call.config.topology
     return call.steps.combine_row_index(
@@ -285,7 +284,7 @@ def returned_rows(
         shared_ranks=topology.shared_ranks_of(rank),
         origins=origins,
         step=step,
-        # Those of the first and of the last rank stand for all.
+        # The first rank has the capacity of all shared ranks, the last that of all others.
         capacity=config.capacity(topology.world_size - 1),
         shared_capacity=config.capacity(0),
     )

@@ -1,9 +1,9 @@
 """Memory shared between the processes of one host.
 
-``MemfdMemory`` uses anonymous files: nothing has a name, so nothing can be left behind, and the
-size of /dev/shm does not matter. Peers open them through /proc, which needs the same user and PID
-namespace. ``PosixMemory`` is for hosts that forbid this: named files in /dev/shm, unlinked once all
-peers hold them.
+``MemfdMemory`` uses anonymous files: they leave no names behind, and the size of /dev/shm does not
+limit them. Peers open them through /proc, which needs the same user and PID namespace.
+``PosixMemory`` serves hosts that forbid this: named files in /dev/shm, unlinked once all peers have
+opened them.
 """
 
 from __future__ import annotations
@@ -24,16 +24,15 @@ _SHM = Path("/dev/shm")
 def _map(fd: int, num_bytes: int) -> torch.Tensor:
     mapping = mmap.mmap(fd, num_bytes)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        # A hint, no more: kernels without huge pages, and some sandboxes, refuse it.
+        # Only a hint: kernels without huge pages, and some sandboxes, refuse it.
         with contextlib.suppress(OSError):
             mapping.madvise(mmap.MADV_HUGEPAGE)
-    # The tensor keeps the mapping alive.
     return torch.frombuffer(mapping, dtype=torch.uint8)
 
 
 def _check_host(device: torch.device) -> None:
     if device.type != "cpu":
-        raise OSError(f"processes share host memory, the tensors are on {device}")
+        raise OSError(f"windows between processes must be in host memory, got {device}")
 
 
 class MemfdMemory:
@@ -56,7 +55,7 @@ class MemfdMemory:
         return Block(data, handle | {"bytes": num_bytes}, hide=lambda: os.close(fd))
 
     def open(self, handle: dict[str, int | str]) -> Block:
-        """Map a peer's block; its label tells that the numbers still mean the same file."""
+        """Map a peer's block; its label proves that the descriptor is still the same file."""
         path = f"/proc/{handle['pid']}/fd/{handle['fd']}"
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
@@ -73,12 +72,12 @@ class PosixMemory:
     name = "posix"
 
     def allocate(self, num_bytes: int, device: torch.device = HOST, flag_bytes: int = 0) -> Block:  # noqa: ARG002
-        """A zeroed block with a name of its own, which ``release`` removes."""
+        """A zeroed block with a unique name, which ``release`` removes."""
         _check_host(device)
         path = _SHM / f"moe_triton-{secrets.token_hex(8)}"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            # fallocate, not truncate: a full /dev/shm is an error now, not a SIGBUS later.
+            # fallocate reports a full /dev/shm here; truncate would cause a SIGBUS later.
             os.posix_fallocate(fd, 0, num_bytes)
             data = _map(fd, num_bytes)
         except BaseException:
@@ -90,7 +89,7 @@ class PosixMemory:
         return Block(data, handle, hide=lambda: path.unlink(missing_ok=True))
 
     def open(self, handle: dict[str, int | str]) -> Block:
-        """Map a peer's block; its release, too, removes the name, in case the peer has died."""
+        """Map a peer's block; its release removes the name too, in case the peer has died."""
         path = Path(str(handle["path"]))
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:

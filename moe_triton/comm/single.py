@@ -1,4 +1,4 @@
-"""A group of one rank: no window, no waiting; the tokens are permuted in place of being sent."""
+"""A group of one rank: dispatch permutes the tokens locally, without windows or waits."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ class SingleTransport:
 
     @outside_autograd
     def prepare(self, call: Call, kind: str, slot_bytes: int) -> None:
-        """There is nothing to allocate and nobody to disagree with."""
+        """Nothing to allocate or to compare."""
 
     @phase("dispatch send")
     def dispatch_send(self, call: Call, tokens: DispatchInput) -> Pending[DispatchInput]:
-        """Permute the tokens into expert order, each read once; they go no further."""
-        epoch = self._begin("dispatch", call.op)
+        """Permute the tokens into expert order, reading each once."""
+        epoch = self._acquire("dispatch", call.op)
         try:
             received, tokens = self._permute(call, tokens)
         except BaseException:
@@ -70,7 +70,7 @@ class SingleTransport:
         check_overflow(call, lambda _: plan.counts)
         weights = None if tokens.weights is None else tokens.weights.to(config.weight_dtype)
         capacity = capacity_of(call, 0, tokens)
-        found = steps.local_permutation(
+        permutation = steps.local_permutation(
             plan,
             ids,
             weights,
@@ -79,44 +79,46 @@ class SingleTransport:
             load=tokens.load,
             totals_dtype=tokens.totals_dtype,
         )
-        n = len(found.slot_ids)
+        n = len(permutation.slot_ids)
         num_rows = n if tokens.num_rows is None else tokens.num_rows
         x, scales = new_rows(call, tokens, num_rows)
         fmt = config.row_format
-        steps.gather_quant(tokens.x, found.row_index, fmt, tokens.smooth_scales, ids, x, scales)
+        steps.gather_quant(
+            tokens.x, permutation.row_index, fmt, tokens.smooth_scales, ids, x, scales
+        )
         if config.alignment > 1:
-            count = row_count(call, found.recv_permutation)
+            count = row_count(call, permutation.recv_permutation)
             for rows in (x, scales):
                 if rows is not None:
-                    steps.zero_padding(rows.view(num_rows, -1), found.slot_ids, count)
+                    steps.zero_padding(rows.view(num_rows, -1), permutation.slot_ids, count)
         received = Received(
             x,
             scales,
-            padded(found.weights, num_rows),
+            padded(permutation.weights, num_rows),
             plan.counts[:, None],
-            found.recv_permutation,
-            found.slot_ids,
-            found.totals,
+            permutation.recv_permutation,
+            permutation.slot_ids,
+            permutation.totals,
             plan,
         )
         return received, tokens
 
     @phase("dispatch recv")
     def dispatch_recv(self, pending: Pending[DispatchInput]) -> Received:
-        """What the setup made."""
-        self._finish("dispatch", pending)
+        """Return the rows of ``dispatch_send``."""
+        self._release("dispatch", pending)
         assert isinstance(pending.state, Received)
         return pending.state
 
     @phase("combine send")
     def combine_send(self, call: Call, outputs: CombineInput) -> Pending[CombineInput]:
-        """Remember the rows: they have nowhere to go."""
-        return Pending(self, call, outputs, self._begin("combine", call.op))
+        """Keep the experts' rows for ``combine_recv``."""
+        return Pending(self, call, outputs, self._acquire("combine", call.op))
 
     @phase("combine recv")
     def combine_recv(self, pending: Pending[CombineInput], finish: CombineEpilogue) -> torch.Tensor:
-        """Sum the rows where they are."""
-        self._finish("combine", pending)
+        """Compute the weighted sum of the experts' rows in place."""
+        self._release("combine", pending)
         call, outputs = pending.call, pending.data
         recv_permutation = outputs.recv_permutation
         count = row_count(call, recv_permutation)
@@ -126,7 +128,7 @@ class SingleTransport:
         return finish_rows(call, outputs, rows, index, finish)
 
     def _origin(self, device: torch.device) -> torch.Tensor:
-        """[1] int64 zero, made once so that graphs can replay what reads it."""
+        """[1] int64 zero, allocated once because graphs replay kernels that read it."""
         if device not in self._origins:
             self._origins[device] = torch.zeros(1, dtype=torch.int64, device=device)
         return self._origins[device]
@@ -135,28 +137,28 @@ class SingleTransport:
     def all_gather_send(
         self, call: Call, parts: Sequence[torch.Tensor], num_bytes: int
     ) -> Pending[None]:
-        """Keep the parts."""
+        """Pack the parts."""
         data = torch.empty(num_bytes, dtype=torch.uint8, device=call.device)
         write_packed(data, parts)
-        return Pending(self, call, None, self._begin("gather", call.op), data)
+        return Pending(self, call, None, self._acquire("gather", call.op), data)
 
     @phase("gather recv")
     def all_gather_recv(
         self, pending: Pending[None], consume: Callable[[list[torch.Tensor]], _T]
     ) -> _T:
-        """Read them."""
-        self._finish("gather", pending)
+        """Hand over the packed parts."""
+        self._release("gather", pending)
         assert isinstance(pending.state, torch.Tensor)
         return consume([pending.state])
 
-    def _begin(self, kind: str, op: str) -> int:
+    def _acquire(self, kind: str, op: str) -> int:
         if len(self._epochs[kind]) >= self._limit:
             raise SequenceError.too_many(op, kind, self._limit)
         self._next += 1
         self._epochs[kind].append(self._next)
         return self._next
 
-    def _finish(self, kind: str, pending: Pending[_Input]) -> None:
+    def _release(self, kind: str, pending: Pending[_Input]) -> None:
         oldest = next(iter(self._epochs[kind]), None)
         if oldest != pending.epoch:
             raise SequenceError.out_of_order(pending.call.op, kind, pending.epoch, oldest)
@@ -165,7 +167,7 @@ class SingleTransport:
 
     @outside_autograd
     def output_rows(self, config: MoeConfig, num_rows: int) -> None:
-        """No memory is better than any other: nothing is sent."""
+        """None: combine reads the experts' rows from any memory."""
 
     @outside_autograd
     def all_to_all_v(
@@ -174,18 +176,18 @@ class SingleTransport:
         x: torch.Tensor,
         counts: list[int],  # noqa: ARG002
     ) -> list[torch.Tensor]:
-        """What one rank sends itself."""
+        """A copy of the rows that the rank sends itself."""
         return [x.clone()]
 
     def window_bytes(self, kind: str) -> int:  # noqa: ARG002
-        """Nothing: there is no window."""
+        """0: one rank has no windows."""
         return 0
 
     def abort_peers(self, kind: str, op: str, error: MoeError) -> None:
-        """There is nobody to tell."""
+        """No peers to abort."""
 
     def raise_if_broken(self, op: str) -> None:
         """A group of one cannot break."""
 
     def close(self) -> None:
-        """There is nothing to give up."""
+        """No memory to release."""

@@ -1,7 +1,7 @@
-"""Dispatch and combine over memory that ranks share: each writes its rows, flags tell, all read.
+"""Dispatch and combine over shared memory: ranks write rows, signal with flags, and peers read.
 
-The memory may be that of a device on which all ranks of a process work, in one stream: there the
-flags say that the work has been issued, and what reads is issued after it.
+The memory may be that of a device on which all ranks of a process work in one stream. There a flag
+says that the writes have been issued; the reads are issued after them.
 """
 
 from __future__ import annotations
@@ -48,36 +48,35 @@ class _Dispatched(NamedTuple):
 
 
 class SymmetricTransport:
-    """The transport over memory that all ranks of the group can read and write."""
-
-    name = "symmetric"
+    """The transport "local" or "shm": windows that all ranks of the group read and write."""
 
     def __init__(self, protocol: RingProtocol) -> None:
+        self.name = "local" if protocol.group.in_process else "shm"
         self.group_name = protocol.group.name
         self._protocol = protocol
         self._rank = protocol.rank
 
     @outside_autograd
     def prepare(self, call: Call, kind: str, slot_bytes: int) -> None:
-        """Allocate the windows of ``kind`` before the first call, by an operation without data."""
-        epoch = self._protocol.begin(kind, call.op)
+        """Allocate the windows of ``kind`` by an operation without data."""
+        epoch = self._protocol.acquire(kind, call.op)
         try:
-            self._protocol.agree(kind, epoch, call.op, call.arguments, slot_bytes, call.device)
+            self._protocol.handshake(kind, epoch, call.op, call.arguments, slot_bytes, call.device)
         except BaseException as error:
             self._protocol.abort(kind, epoch, error)
             raise
         self._protocol.signal(kind, epoch)
         self._protocol.wait(kind, epoch, call.op)
-        self._protocol.finish(kind, epoch)
+        self._protocol.release(kind, epoch)
 
     @phase("dispatch send")
     def dispatch_send(self, call: Call, tokens: DispatchInput) -> Pending[DispatchInput]:
-        """Write the tokens and say for whom they are; waits only while arguments are new."""
+        """Write the tokens and their headers; waits for peers only while arguments are new."""
         protocol, layout = self._protocol, call.config.dispatch
-        epoch = protocol.begin("dispatch", call.op)
+        epoch = protocol.acquire("dispatch", call.op)
         slot = protocol.slot(epoch)
         try:
-            windows = protocol.agree(
+            windows = protocol.handshake(
                 "dispatch", epoch, call.op, call.arguments, layout.num_bytes, call.device
             )
             headers = [
@@ -105,16 +104,16 @@ class SymmetricTransport:
             global_rows = windows.global_rows(slot, layout.rows_start, stride)
             return receive(call, self._rank, pending.data, plan, headers, **global_rows._asdict())
         finally:
-            protocol.finish("dispatch", pending.epoch)
+            protocol.release("dispatch", pending.epoch)
 
     @phase("combine send")
     def combine_send(self, call: Call, outputs: CombineInput) -> Pending[CombineInput]:
-        """Write the experts' rows, unless they are in place already, and where groups begin."""
+        """Write the experts' rows, unless they are in the window already, and the group starts."""
         protocol, layout = self._protocol, call.config.combine
-        epoch = protocol.begin("combine", call.op)
+        epoch = protocol.acquire("combine", call.op)
         slot = protocol.slot(epoch)
         try:
-            windows = protocol.agree(
+            windows = protocol.handshake(
                 "combine", epoch, call.op, call.arguments, layout.num_bytes, call.device
             )
             rows = windows.view(self._rank, slot, layout, layout.rows)
@@ -137,18 +136,18 @@ class SymmetricTransport:
         in_window = windows.holds(self._rank, y)
         if in_window and not outputs.borrowed:
             contract = "not be output_rows() from before another combine, which voids them"
-            raise ArgumentValueError(call.op, "y", contract, "such rows")
+            raise ArgumentValueError(call.op, "y", contract, "other rows of the window")
         fmt = call.config.return_format
         place = fmt.payload(rows)
         if in_window and (y.data_ptr(), y.stride()) == (place.data_ptr(), place.stride()):
             return
-        # From elsewhere in the window, the copy might overlap what it reads.
+        # Elsewhere in the window, source and target might overlap.
         count = row_count(call, outputs.recv_permutation)
         call.steps.encode(y.clone() if in_window else y, fmt, rows[: len(y)], count=count)
 
     @phase("combine recv")
     def combine_recv(self, pending: Pending[CombineInput], finish: CombineEpilogue) -> torch.Tensor:
-        """Wait for all ranks' rows and sum those of each token, from where they are."""
+        """Wait for all ranks' rows and compute each token's weighted sum from their windows."""
         protocol, call, layout = self._protocol, pending.call, pending.call.config.combine
         windows = pending.state
         assert isinstance(windows, PeerWindows)
@@ -167,7 +166,7 @@ class SymmetricTransport:
             index = returned_rows(call, self._rank, outputs, group_starts, origins, step)
             return finish_rows(call, outputs, rows, index, finish)
         finally:
-            protocol.finish("combine", pending.epoch)
+            protocol.release("combine", pending.epoch)
 
     @phase("gather send")
     def all_gather_send(
@@ -175,10 +174,10 @@ class SymmetricTransport:
     ) -> Pending[None]:
         """Write the parts into this rank's window."""
         protocol = self._protocol
-        epoch = protocol.begin("gather", call.op)
+        epoch = protocol.acquire("gather", call.op)
         slot = protocol.slot(epoch)
         try:
-            windows = protocol.agree(
+            windows = protocol.handshake(
                 "gather", epoch, call.op, call.arguments, num_bytes, call.device
             )
             write_packed(windows.data(self._rank, slot), parts)
@@ -200,7 +199,7 @@ class SymmetricTransport:
         try:
             return consume([windows.data(owner, slot) for owner in range(protocol.size)])
         finally:
-            protocol.finish("gather", pending.epoch)
+            protocol.release("gather", pending.epoch)
 
     def _wait(self, kind: str, pending: Pending[_Input]) -> None:
         with profiled(pending.call.op, f"{kind} wait", self.group_name):
@@ -208,7 +207,7 @@ class SymmetricTransport:
 
     @outside_autograd
     def output_rows(self, config: MoeConfig, num_rows: int) -> torch.Tensor | None:
-        """The place from which the next combine sends, so that experts can write there."""
+        """The next combine's slot, so that experts can write their rows in place."""
         layout, fmt = config.combine, config.return_format
         free = self._protocol.next_slot("combine")
         if free is None or fmt.scale_offset is not None:
@@ -229,7 +228,7 @@ class SymmetricTransport:
         )
         matrix = all_counts.view(torch.int64)
         largest = int(matrix.max()) * row_bytes
-        # In powers of two, so that a window that grows does so a few times only.
+        # A power of two, so that windows grow only a few times.
         capacity = 1 << max(largest - 1, 4095).bit_length()
         parts = [part.reshape(-1) for part in x.split(counts)]
         received = [int(rows) * row_bytes for rows in matrix[:, self._rank]]
@@ -244,12 +243,12 @@ class SymmetricTransport:
         sizes: list[int],
         capacity: int,
     ) -> list[torch.Tensor]:
-        """Send ``parts[r]`` to rank r; return what came, ``sizes[r]`` bytes from rank r."""
+        """Send ``parts[r]`` to rank r; return the ``sizes[r]`` bytes received from each rank r."""
         protocol = self._protocol
-        epoch = protocol.begin("exchange", op)
+        epoch = protocol.acquire("exchange", op)
         try:
             num_bytes, device = protocol.size * capacity, parts[0].device
-            windows = protocol.agree("exchange", epoch, op, arguments, num_bytes, device)
+            windows = protocol.handshake("exchange", epoch, op, arguments, num_bytes, device)
             slot = protocol.slot(epoch)
             for rank, part in enumerate(parts):
                 start = self._rank * capacity
@@ -266,14 +265,14 @@ class SymmetricTransport:
                 for rank, size in enumerate(sizes)
             ]
         finally:
-            protocol.finish("exchange", epoch)
+            protocol.release("exchange", epoch)
 
     def window_bytes(self, kind: str) -> int:
         """Bytes of this rank's windows, all slots and flags included."""
         return self._protocol.window_bytes(kind)
 
     def abort_peers(self, kind: str, op: str, error: MoeError) -> None:
-        """Announce the error in place of data."""
+        """Send an abort with the reason in place of data."""
         self._protocol.abort_peers(kind, op, error)
 
     def raise_if_broken(self, op: str) -> None:
@@ -281,5 +280,5 @@ class SymmetricTransport:
         self._protocol.raise_if_broken(op)
 
     def close(self) -> None:
-        """Give up the windows."""
+        """Release the windows."""
         self._protocol.close()

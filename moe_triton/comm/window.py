@@ -1,20 +1,20 @@
-"""Memory that all ranks of a group can reach: layout, size and the ring of slots.
+"""Windows, memory that all ranks of a group can access: layout, size and the ring of slots.
 
 Each rank has a window for each kind of operation, split into ``slots`` equal parts that operations
 use in turn. A slot begins with one flag record per source, four int32 words (epoch, status, digest
-of the arguments, stream of the device), and goes on with what the kind needs. Where the flags are
-apart in host memory, as with windows in that of a device, their place in the slot stays empty.
+of the arguments, stream of the device), followed by the data of the kind. Windows in device memory
+have their flags in host memory; the flag area of the slot is then unused.
 
     dispatch   [W] headers (token count, counts[E], copies[C], weights[C]); [R] rows
     combine    [L, W + 1] the first row of each (local expert, source); [A] rows
-    gather     bytes of any kind, one piece for all ranks
-    exchange   [W] bytes of any kind, a piece for each rank
+    gather     bytes, one part for all ranks
+    exchange   [W] bytes, one part for each rank
 
-What has one part for each source is written by the sources, flags included; rows and their numbers
-are the owner's, and the others read them. In host memory a load from a peer's window costs what a
-load from one's own costs (on one memory node; others were not measured), so a row is written once,
-where it is, and every rank that wants it gathers it from there into its place. That makes a combine
-window as large as the most rows a rank can receive; of that, pages are taken as rows are written.
+The sources write flags and everything with one part per source; the owner writes rows and group
+starts, and the peers read them. In host memory a load from a peer's window costs as much as one
+from the own window (measured on one memory node), so a row is written once, in its owner's window,
+and every rank that needs it gathers it from there. A combine window is therefore as large as the
+most rows a rank can receive; the system commits its pages as rows are written.
 """
 
 from __future__ import annotations
@@ -35,17 +35,16 @@ from .memory import Block
 
 FLAG_WORDS = 4
 FLAG_BYTES = 4 * FLAG_WORDS
-RETURN_BLOCK = 8  # elements that share a scale when rows return quantised
-_MAX_VIEWS = 1024  # views an arena remembers
+RETURN_BLOCK = 8  # elements that share a scale in quantised combine rows
+_MAX_VIEWS = 1024  # views cached by PeerWindows
 
 
 def num_slots(in_flight: int) -> int:
-    """Slots of a ring that lets ``in_flight`` setups run ahead of teardowns.
+    """Slots of a ring with f = ``in_flight`` setups ahead of teardowns: 2f or more.
 
-    At least twice as many: a slot is written again by the setup of i + 2f, which follows its
-    writer's teardown of i + f, which saw every peer's flag of i + f, which followed that peer's
-    teardown of i. A power of two, so that slot = epoch % slots goes on correctly when the 32-bit
-    epoch wraps.
+    The setup of i + 2f, which writes the slot of i again, follows its writer's teardown of i + f.
+    That teardown saw every peer's flag of i + f, which followed the peer's teardown of i. A power
+    of two, so that slot = epoch % slots stays correct when the 32-bit epoch wraps.
     """
     return 2 << (in_flight - 1).bit_length()
 
@@ -62,11 +61,11 @@ class MoeConfig:
         dtype: of the tokens and of the experts' outputs.
         quant: how rows are quantised on the way to the experts, a name of ``layout.QUANTS``, or
             None.
-        per_expert: each expert has a smooth row of its own, so that copies of a token differ.
+        per_expert: each expert has its own smooth scales, so that copies of a token differ.
         with_weights: the routing weights travel with the tokens.
-        max_rows: most rows a rank receives, where that is less than the worst case; or None.
+        max_rows: most rows a rank receives; None for the worst case.
         alignment: the rows of each local expert are padded to a multiple of this.
-        quant_return: None, or "int8" for rows quantised in blocks on the way back.
+        quant_return: None, or "int8" for combine rows quantised in blocks.
     """
 
     topology: Topology
@@ -83,22 +82,22 @@ class MoeConfig:
 
     @property
     def num_slots(self) -> int:
-        """K + NS: the places a token can go to."""
+        """K + NS: slots of a token, routed and shared."""
         return self.top_k + self.topology.num_shared_experts
 
     @functools.cached_property
     def max_slot_ids(self) -> int:
-        """C: the most copies one rank can send to another."""
+        """C: the most routed slots that one rank can send to another."""
         return self.max_tokens * min(self.top_k, self.topology.experts_per_rank)
 
     @functools.cached_property
     def row_format(self) -> RowFormat:
-        """How a dispatched row travels."""
+        """Format of a dispatched row."""
         return RowFormat.quantized(self.quant, self.dtype, self.hidden)
 
     @functools.cached_property
     def return_format(self) -> RowFormat:
-        """How a row returns from its expert."""
+        """Format of a combine row."""
         if self.quant_return is None:
             return RowFormat.tight(self.dtype, self.hidden)
         return RowFormat.tight(torch.int8, self.hidden, "block8", self.dtype, RETURN_BLOCK)
@@ -109,11 +108,11 @@ class MoeConfig:
         return torch.promote_types(self.dtype, torch.float32)
 
     def row_of(self, slot_ids: torch.Tensor) -> torch.Tensor:
-        """Which of its source's rows each copy, token * (K + NS) + slot, is; int64."""
+        """The row of its source that each slot id, token * (K + NS) + slot, names; int64."""
         return (slot_ids if self.per_expert else slot_ids // self.num_slots).long()
 
     def capacity(self, rank: int) -> int:
-        """A: the rows that ``rank`` sets aside for what it receives, and their padding."""
+        """A: the most rows that ``rank`` receives, padding included."""
         most = self.topology.capacity(rank, self.max_tokens, self.top_k)
         if self.max_rows is not None:
             most = min(most, self.max_rows)
@@ -132,7 +131,7 @@ class MoeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DispatchLayout:
-    """Where things lie in a dispatch slot, behind the flags."""
+    """Byte layout of a dispatch slot behind the flags."""
 
     config: MoeConfig
 
@@ -197,13 +196,13 @@ def header_of(headers: DispatchHeader, source: int) -> DispatchHeader:
 
 @dataclasses.dataclass(frozen=True)
 class CombineLayout:
-    """Where things lie in a combine slot, behind the flags."""
+    """Byte layout of a combine slot behind the flags."""
 
     config: MoeConfig
 
     @functools.cached_property
     def groups(self) -> tuple[int, int]:
-        """(L, W + 1): rows by (local expert, source), and the padding of each expert."""
+        """(L, W + 1): row groups by (local expert, source), and the padding of each expert."""
         topology = self.config.topology
         return topology.experts_per_rank, topology.world_size + 1
 
@@ -252,16 +251,16 @@ def flag_bytes(world_size: int) -> int:
 
 
 def ring_bytes(world_size: int, slot_bytes: int, in_flight: int) -> int:
-    """Bytes of a ring whose slots hold ``slot_bytes`` beside their flags."""
+    """Bytes of a ring whose slots hold ``slot_bytes`` behind their flags."""
     return num_slots(in_flight) * (flag_bytes(world_size) + align(slot_bytes))
 
 
 def window_bytes(config: MoeConfig, *, in_flight: int = 1) -> WindowBytes:
-    """Memory that each rank of a group sets aside for dispatch and combine.
+    """Window memory of each rank for dispatch and combine.
 
     Args:
         config: the sizes.
-        in_flight: operations that may be set up before the first is torn down.
+        in_flight: setups that may run ahead of teardowns.
     """
     world = config.topology.world_size
     return WindowBytes(
@@ -271,7 +270,7 @@ def window_bytes(config: MoeConfig, *, in_flight: int = 1) -> WindowBytes:
 
 
 def clear_flags(block: Block, world_size: int, slots: int, epoch: int) -> None:
-    """Set all flags of new windows to an epoch that is over."""
+    """Set all flags of new windows to a past epoch."""
     flags = block.data if block.flags is None else block.flags
     words = flags.view(torch.int32).view(slots, -1)[:, : world_size * FLAG_WORDS]
     words[:, ::FLAG_WORDS] = epoch
@@ -282,10 +281,10 @@ class GlobalRows(NamedTuple):
 
     Attributes:
         rows: [N, stride] uint8, a row beginning every 16 bytes from the lowest window to the
-            highest, in host memory or in that of one device. In between lies memory of others,
-            which no index names.
+            highest, in the memory of the host or of one device. It spans foreign memory between
+            the windows, which no index names.
         origins: [W] int64 index of each rank's first row.
-        step: from one row of a rank to its next.
+        step: indices from one row of a rank to its next.
     """
 
     rows: torch.Tensor
@@ -294,10 +293,10 @@ class GlobalRows(NamedTuple):
 
 
 def _memory_at(address: int, num_bytes: int, device: torch.device) -> torch.Tensor:
-    """[num_bytes] uint8 of an address space, which the caller knows to be readable where it reads.
+    """[num_bytes] uint8 at an address; the caller may read only mapped parts of it.
 
     Raises:
-        NotImplementedError: PyTorch makes no tensors of addresses of such a device.
+        NotImplementedError: PyTorch cannot wrap addresses of this device.
     """
     if device.type == "cpu":
         memory = (ctypes.c_uint8 * num_bytes).from_address(address)
@@ -308,7 +307,7 @@ def _memory_at(address: int, num_bytes: int, device: torch.device) -> torch.Tens
 
 
 class _CudaArray:
-    """Memory as CUDA and ROCm programs in Python hand it to each other."""
+    """Device memory under the CUDA array interface, which ROCm shares."""
 
     def __init__(self, address: int, num_bytes: int) -> None:
         self.__cuda_array_interface__ = {
@@ -322,7 +321,7 @@ class _CudaArray:
 class PeerWindows:
     """The windows of all ranks for one kind of operation, as this rank has mapped them.
 
-    Layouts are laid over its slots, so that calls of different sizes share the memory.
+    Calls of different sizes share the memory: each lays its own layout over the slots.
     """
 
     def __init__(self, blocks: list[Block], slots: int) -> None:
@@ -331,7 +330,7 @@ class PeerWindows:
         self.stride = blocks[0].data.numel() // slots
         self._flags = flag_bytes(len(blocks))
         self._base = [block.data.data_ptr() for block in blocks]
-        # Where the flags of each rank begin, and how far apart those of its slots are.
+        # Address of each rank's first flag record, and bytes between those of its slots.
         self._flag_records = [
             (block.data.data_ptr(), self.stride)
             if block.flags is None
@@ -339,7 +338,7 @@ class PeerWindows:
             for block in blocks
         ]
         self._views: dict[tuple[object, ...], Any] = {}
-        # In 16 bytes from the lowest window; the same for every slot.
+        # In units of 16 bytes from the lowest window; equal for every slot.
         lowest = min(self._base)
         self._origins = torch.tensor(
             [(base - lowest) // 16 for base in self._base], device=blocks[0].data.device
@@ -351,17 +350,16 @@ class PeerWindows:
         return self.stride - self._flags
 
     def serves(self, slot_bytes: int, device: torch.device) -> bool:
-        """Whether slots hold that much, in the memory of that device."""
+        """Whether slots hold ``slot_bytes`` in the memory of ``device``."""
         own = self.blocks[0].data.device
-        # Without a number "cuda" is whichever was current.
+        # "cuda" without an index is the device that was current.
         same = own.type == device.type and device.index in (None, own.index)
         return same and slot_bytes <= self.capacity
 
     def stream(self) -> int:
-        """32 bits that stand for the stream on which this thread works with the windows.
+        """32 bits of the stream on which this thread uses the windows; 0 for host memory.
 
-        On one stream what is issued later runs later, so that a flag may stand for work that has
-        only been issued.
+        A stream runs work in the order of issue, so a flag may stand for issued work.
         """
         device = self.blocks[0].data.device
         if device.type != "cuda":
@@ -369,7 +367,7 @@ class PeerWindows:
         return atomics.wrap(torch.cuda.current_stream(device).cuda_stream)
 
     def flag_address(self, owner: int, slot: int, source: int) -> int:
-        """Where ``source`` writes its flag record in the window of ``owner``."""
+        """Address of the flag record of ``source`` in the window of ``owner``."""
         base, stride = self._flag_records[owner]
         return base + slot * stride + source * FLAG_BYTES
 
@@ -386,9 +384,9 @@ class PeerWindows:
     def view(
         self, owner: int, slot: int, layout: object, make: Callable[[torch.Tensor], Any]
     ) -> Any:
-        """What ``make`` makes of a slot's bytes; remembered, as views cost microseconds each."""
+        """``make`` applied to a slot's bytes; cached, as each view costs microseconds."""
         key = (owner, slot, layout, make.__name__)
-        return self._remember(key, lambda: make(self.data(owner, slot)))
+        return self._cached(key, lambda: make(self.data(owner, slot)))
 
     def global_rows(self, slot: int, start: int, stride: int) -> GlobalRows:
         """All ranks' rows of a slot.
@@ -398,19 +396,21 @@ class PeerWindows:
             start: bytes before the first row, behind the flags.
             stride: bytes from row to row, a multiple of 16.
         """
-        return self._remember((slot, start, stride), lambda: self._make_reach(slot, start, stride))
+        return self._cached(
+            (slot, start, stride), lambda: self._make_global_rows(slot, start, stride)
+        )
 
-    def _make_reach(self, slot: int, start: int, stride: int) -> GlobalRows:
+    def _make_global_rows(self, slot: int, start: int, stride: int) -> GlobalRows:
         first = slot * self.stride + self._flags + start
-        recv_counts_cumsum = [
+        ends = [
             base + block.data.numel() for base, block in zip(self._base, self.blocks, strict=True)
         ]
-        lowest, highest = min(self._base) + first, max(recv_counts_cumsum)
+        lowest, highest = min(self._base) + first, max(ends)
         memory = _memory_at(lowest, highest - lowest, self.blocks[0].data.device)
         count = max((highest - lowest - stride) // 16 + 1, 0)
         return GlobalRows(memory.as_strided((count, stride), (16, 1)), self._origins, stride // 16)
 
-    def _remember(self, key: tuple[object, ...], make: Callable[[], Any]) -> Any:
+    def _cached(self, key: tuple[object, ...], make: Callable[[], Any]) -> Any:
         if key not in self._views:
             if len(self._views) >= _MAX_VIEWS:
                 self._views.clear()

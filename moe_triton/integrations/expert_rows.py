@@ -29,7 +29,7 @@ class Options:
         quant: None, or "int8" to send rows quantised per row.
         max_tokens: most tokens that a rank passes to one call. None: the ranks agree on it before
             every call by a small all-reduce, and windows grow when needed.
-        transport: "auto", "symmetric" or "collective".
+        transport: a name of ``comm.TRANSPORTS``, as for ``ExpertParallel``.
         timeout: limit in seconds of each wait for peers.
     """
 

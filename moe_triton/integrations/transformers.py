@@ -65,7 +65,7 @@ def register(
         max_tokens: most tokens a rank passes to one layer; an ``experts_implementation`` counts a
             token once for each of its experts. None: the ranks agree on it in every layer by a
             small all-reduce.
-        transport: "auto", "symmetric" or "collective".
+        transport: a name of ``comm.TRANSPORTS``, as for ``ExpertParallel``.
         timeout: limit in seconds of each wait for peers.
         group: of the ranks that share the work in an ``experts_implementation``; None for the
             default process group. An ``ep_implementation`` gets its group from transformers.

@@ -1,7 +1,7 @@
 """Seeded inputs for tests and benchmarks: routing tables, tokens and weights.
 
-Shapes: T tokens, E experts, K experts per token, H hidden size. Everything is made on the CPU, so
-that a seed means the same data on every device.
+Shapes: T tokens, E experts, K experts per token, H hidden size. The CPU draws all tensors, so a
+seed gives the same data on every device.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 def routing_uniform(
     num_tokens: int, num_experts: int, top_k: int, *, seed: int = 0
 ) -> torch.Tensor:
-    """Choose experts that are all equally popular.
+    """Draw experts uniformly.
 
     Args:
         num_tokens: T, may be 0.
@@ -32,7 +32,7 @@ def routing_uniform(
 def routing_zipf(
     num_tokens: int, num_experts: int, top_k: int, *, seed: int = 0, exponent: float = 1.2
 ) -> torch.Tensor:
-    """Choose experts whose popularity falls with their id as ``(id + 1) ** -exponent``.
+    """Draw experts with a probability that falls as ``(id + 1) ** -exponent``.
 
     The order of popularity does not depend on the seed: ranks that draw with different seeds agree
     on the popular experts, as the ranks of a real model do, and the first ranks receive the most.
@@ -42,10 +42,10 @@ def routing_zipf(
         num_experts: E.
         top_k: K, at most E.
         seed: seed of the generator.
-        exponent: how steep; 0 is uniform.
+        exponent: of the distribution; 0 is uniform.
 
     Returns:
-        Expert ids, [T, K] int32, distinct within a row, most of them small.
+        Expert ids, [T, K] int32, distinct within a row.
 
     Raises:
         ValueError: if ``top_k`` is not in [1, E].
@@ -64,7 +64,7 @@ def routing_hot(
         num_experts: E.
         top_k: K, at most E.
         seed: seed of the generator.
-        expert: the expert that everybody chooses.
+        expert: the expert of every token.
 
     Returns:
         Expert ids, [T, K] int32, distinct within a row; column 0 is ``expert``.

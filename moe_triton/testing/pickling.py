@@ -1,20 +1,19 @@
 """Functions, results and exceptions on their way between processes.
 
-With cloudpickle anything goes that a test writes: lambdas, closures, functions of ``__main__`` and
-of modules that a worker could not import, such as the test modules of pytest's importlib mode.
-Without it, functions have to be importable by name.
+With cloudpickle, lambdas, closures and functions of ``__main__`` travel, and functions of a module
+that a worker cannot import, such as the test modules of pytest's importlib mode. Without it,
+functions have to be importable by name.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import os
 import pickle
-import site
 import sys
-import sysconfig
-from collections.abc import Callable, Iterator
-from importlib.machinery import ModuleSpec
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -23,31 +22,30 @@ try:
 except ImportError:
     cloudpickle = None
 
-# Modules below these are importable in every process of this interpreter.
-_INSTALLED = tuple(
-    str(path) + os.sep
-    for path in {
-        *(sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")),
-        *site.getsitepackages(),
-    }
-)
-
 
 def dump_call(fn: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
     """Pickle a call for a worker.
 
     Raises:
-        TypeError: if the function, or something it refers to, cannot travel.
+        TypeError: the function, or something it refers to, cannot be pickled.
     """
+    target = fn
+    while isinstance(target, functools.partial):
+        target = target.func
+    module = sys.modules.get(getattr(target, "__module__", None) or "__main__")
+    by_name = module is not None and _importable(module)
     if cloudpickle is None:
-        module = sys.modules.get(getattr(fn, "__module__", None) or "")
-        if module is None or module.__name__ == "__main__" or module in _unimportable_modules():
+        if not by_name:
             raise TypeError(
                 "fn must be a function of a module that can be imported by name as long as "
                 f"cloudpickle is not installed, got {fn!r}"
             )
         return _explain(pickle.dumps, (fn, args))
-    with _by_value(_unimportable_modules()):
+    with contextlib.ExitStack() as stack:
+        known = cloudpickle.list_registry_pickle_by_value()
+        if module is not None and not by_name and module.__name__ not in {"__main__", *known}:
+            cloudpickle.register_pickle_by_value(module)
+            stack.callback(cloudpickle.unregister_pickle_by_value, module)
         return _explain(cloudpickle.dumps, (fn, args))
 
 
@@ -55,7 +53,7 @@ def dump_result(value: Any) -> bytes:
     """Pickle what a function returned.
 
     Raises:
-        TypeError: if it cannot travel.
+        TypeError: it cannot be pickled.
     """
     return _explain(pickle.dumps if cloudpickle is None else cloudpickle.dumps, value)
 
@@ -68,9 +66,9 @@ def load(data: bytes) -> Any:
 def dump_error(error: BaseException) -> bytes:
     """Pickle an exception so that ``load_error`` gives one of the same class and message.
 
-    The usual way calls the class with ``args`` again, which fails, or gives another message, where
-    ``__init__`` takes something else than it hands on. Then the exception travels without its
-    ``__init__``. One that cannot travel at all becomes a ``RuntimeError`` with its name and text.
+    Unpickling calls the class with ``args`` again, which fails, or gives another message, where
+    ``__init__`` takes other arguments than it passes on. Then the exception travels without its
+    ``__init__``. One that cannot be pickled becomes a ``RuntimeError`` with its name and text.
     """
     without_init = (type(error), error.args, dict(vars(error)))
     for candidate in (error, without_init, (type(error), (str(error),), {})):
@@ -83,11 +81,11 @@ def dump_error(error: BaseException) -> bytes:
 
 def load_error(data: bytes) -> BaseException:
     """Undo ``dump_error``."""
-    found = load(data)
-    if isinstance(found, BaseException):
-        return found
-    kind, args, state = found
-    error: BaseException = kind.__new__(kind, *args)
+    loaded = load(data)
+    if isinstance(loaded, BaseException):
+        return loaded
+    cls, args, state = loaded
+    error: BaseException = cls.__new__(cls, *args)
     error.args = args
     vars(error).update(state)
     return error
@@ -105,56 +103,17 @@ def _explain(dumps: Callable[[Any], bytes], value: Any) -> bytes:
         ) from error
 
 
-@contextlib.contextmanager
-def _by_value(modules: list[ModuleType]) -> Iterator[None]:
-    known = cloudpickle.list_registry_pickle_by_value()
-    added = [module for module in modules if module.__name__ not in known]
-    for module in added:
-        cloudpickle.register_pickle_by_value(module)
-    try:
-        yield
-    finally:
-        for module in added:
-            cloudpickle.unregister_pickle_by_value(module)
-
-
-def _unimportable_modules() -> list[ModuleType]:
-    """Loaded modules that ``import`` would not find again in a fresh process."""
-    own = __name__.partition(".")[0]
-    found = []
-    for name, module in list(sys.modules.items()):
-        origin = getattr(module, "__file__", None)
-        if (
-            isinstance(origin, str)
-            and name not in ("__main__", own)
-            and module.__name__ == name
-            and not name.startswith(own + ".")
-            and not origin.startswith(_INSTALLED)
-            and not _importable(name, origin)
-        ):
-            found.append(module)
-    return found
-
-
-def _importable(name: str, origin: str) -> bool:
-    """Whether the import system finds this very file under this name."""
-    parts = name.split(".")
-    path: Any = None
-    spec: ModuleSpec | None = None
-    for count in range(1, len(parts) + 1):
-        spec = _find_spec(".".join(parts[:count]), path)
+def _importable(module: ModuleType) -> bool:
+    """Whether the import system of a fresh process finds this very file under this name."""
+    spec, path = None, None
+    for name in itertools.accumulate(module.__name__.split("."), "{}.{}".format):
+        # importlib.util.find_spec would answer from sys.modules, which a fresh process lacks.
+        specs = (finder.find_spec(name, path) for finder in sys.meta_path)
+        spec = next(filter(None, specs), None)
         if spec is None:
             return False
-        path = spec.submodule_search_locations
-        if path is None and count < len(parts):
-            return False
-    return spec is not None and os.path.realpath(spec.origin or "") == os.path.realpath(origin)
-
-
-def _find_spec(name: str, path: Any) -> ModuleSpec | None:
-    # importlib.util.find_spec would answer from sys.modules, which a fresh process does not have.
-    for finder in sys.meta_path:
-        spec = finder.find_spec(name, path)
-        if spec is not None:
-            return spec
-    return None
+        path = spec.submodule_search_locations or ()
+    origin = getattr(module, "__file__", None)
+    if spec is None or origin is None or spec.origin is None:
+        return False
+    return os.path.realpath(spec.origin) == os.path.realpath(origin)

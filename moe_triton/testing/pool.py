@@ -1,4 +1,4 @@
-"""Workers that stay between calls, and the world that they stay in."""
+"""A pool of workers that stay between calls, and their world."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from .worker import Result, Task, Worker, World, new_world, reap
 from .world import Failure, Layout, raise_first
 
-# Seconds that the other ranks may take after a failure, before they are killed: little where they
-# can only add to the report, more where one of them may have caused it.
+# Seconds until the other ranks are killed after a failure: short where they can only add to the
+# report, longer where one of them may be the cause.
 _GRACE = 1.0
 _GRACE_FOR_CAUSE = 5.0
 
@@ -21,7 +21,7 @@ _idle: list[Pool] = []
 
 @contextlib.contextmanager
 def borrowed_pool() -> Iterator[Pool]:
-    """A pool that nobody else uses now: calls may come from several threads at once."""
+    """A pool for this call alone: calls may come from several threads at once."""
     try:
         pool = _idle.pop()
     except IndexError:
@@ -33,15 +33,14 @@ def borrowed_pool() -> Iterator[Pool]:
 
 
 def pool_pids() -> list[int]:
-    """Process ids of the workers that wait for the next call of ``run_processes``."""
+    """Process ids of the idle workers."""
     return [worker.pid for pool in _idle for worker in pool.workers]
 
 
 def close_pool() -> None:
-    """End the workers that wait for the next call of ``run_processes``.
+    """End the idle workers, for a program that needs their memory.
 
-    They end with the calling process anyway; this is for a program that has other plans for the
-    memory.
+    They end with the calling process in any case.
     """
     while _idle:
         _idle.pop().dismiss()
@@ -49,7 +48,7 @@ def close_pool() -> None:
 
 
 class Pool:
-    """Workers for one call at a time, as many as the largest world had ranks.
+    """Workers for one call at a time, as many as the largest world so far.
 
     Attributes:
         workers: the first of them are the ranks of the current world.
@@ -83,26 +82,26 @@ class Pool:
                 self.workers[rank].send(Task(world, rank, self._calls, call, transport))
             self._collect(layout.world_size, outcomes)
         except BaseException:
-            # Ctrl-C, for one. Nobody waits any more for whatever the workers are doing.
+            # For example Ctrl-C: the caller no longer waits for the workers.
             self.dismiss(outcomes)
             raise
-        failures = [found for found in outcomes.values() if isinstance(found, Failure)]
+        failures = [o for o in outcomes.values() if isinstance(o, Failure)]
         if failures:
-            # A failed call may leave anything behind: broken groups, unfinished collectives,
-            # threads. New workers cost little and know nothing of it.
+            # A failed call may leave broken groups, unfinished collectives or threads behind. New
+            # workers are cheap.
             self.dismiss(outcomes)
             raise_first(failures, sorted(set(range(layout.world_size)) - outcomes.keys()))
-        results = [found for _, found in sorted(outcomes.items()) if isinstance(found, Result)]
+        results = [o for _, o in sorted(outcomes.items()) if isinstance(o, Result)]
         if not all(result.world_intact for result in results):
             self._world = None
         return [result.value for result in results]
 
     def dismiss(self, answered: Collection[int] | None = None) -> None:
-        """Part with all workers.
+        """End all workers.
 
         Args:
-            answered: ranks of the current world that are idle; None if all are. The others are
-                killed, these may close what they have open.
+            answered: idle ranks of the current world, which close their groups; the others are
+                killed. None if all are idle.
         """
         size = self._world.layout.world_size if self._world is not None else 0
         for rank, worker in enumerate(self.workers):
@@ -114,7 +113,7 @@ class Pool:
         self._world = None
 
     def _enter(self, layout: Layout) -> World:
-        """Have enough workers, and a world of this layout for them to be in."""
+        """Start missing workers, and return a world of this layout for them."""
         alive = [worker for worker in self.workers if worker.is_idle()]
         if len(alive) < len(self.workers):
             for worker in self.workers:
@@ -129,7 +128,7 @@ class Pool:
         return self._world
 
     def _collect(self, world_size: int, outcomes: dict[int, Result | Failure]) -> None:
-        """Fill in ``outcomes`` until all ranks answered, or one failed and the rest had time."""
+        """Fill in ``outcomes`` until all ranks answered, or until some time after a failure."""
         deadline = float("inf")
         while len(outcomes) < world_size and (now := time.monotonic()) < deadline:
             waiting = [rank for rank in range(world_size) if rank not in outcomes]
@@ -139,7 +138,7 @@ class Pool:
             )
             for rank in waiting:
                 if any(event in ready for event in self.workers[rank].events):
-                    outcomes[rank] = found = self.workers[rank].receive(rank)
-                    if isinstance(found, Failure):
-                        grace = _GRACE_FOR_CAUSE if found.is_consequence() else _GRACE
+                    outcomes[rank] = outcome = self.workers[rank].receive(rank)
+                    if isinstance(outcome, Failure):
+                        grace = _GRACE_FOR_CAUSE if outcome.is_consequence() else _GRACE
                         deadline = min(deadline, time.monotonic() + grace)

@@ -1,4 +1,4 @@
-"""Ranks as single processes that a test can stop, kill and start again."""
+"""Ranks as processes that a test can stop, kill and restart."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ def start_processes(
 ) -> Processes:
     """Start ``fn(ctx, *args)`` on every rank of a world, and return while it runs.
 
-    Unlike in ``run_processes`` the processes are new, and the ranks find each other through a store
-    alone, without a torch process group: ``ctx.ep_group`` names a group registered with ``comm``,
-    and a rank that was killed can be started into the same group again.
+    Unlike in ``run_processes`` the processes are new, and they share a store but no torch process
+    group: ``ctx.ep_group`` names a group registered with ``comm``, which a killed rank can join
+    again.
 
     Args:
         world_size: ranks; there is no tensor parallelism.
         fn: called with the ``RankContext`` of each rank and ``args``.
         args: further arguments.
-        transport: what "auto" means to ops on the group.
+        transport: replaces "auto" for ops on the group, a name of ``comm.TRANSPORTS``.
 
     Returns:
         A handle, to be closed or used in a ``with`` statement.
 
     Raises:
-        ValueError: if the size is not positive, or the transport is none.
-        TypeError: if the call cannot be pickled.
+        ValueError: the size is not positive, or the transport is unknown.
+        TypeError: the call cannot be pickled.
     """
     check_transport(transport)
     return Processes(Layout(world_size), fn, args, transport)
@@ -53,7 +53,7 @@ class Processes:
 
     Attributes:
         world_size: number of ranks.
-        store: the ``RankContext.store`` of the ranks, to agree with them on the moment of a fault.
+        store: the ``RankContext.store`` of the ranks, for example to time a fault.
     """
 
     def __init__(
@@ -92,19 +92,19 @@ class Processes:
             timeout: in seconds.
 
         Raises:
-            TimeoutError: if there is none in time.
-            WorkerDiedError: if the process ended.
-            BaseException: what the function raised there, as in ``run_processes``.
+            TimeoutError: the time is up.
+            WorkerDiedError: the process ended.
+            BaseException: the exception of the function, as in ``run_processes``.
         """
         if rank not in self._outcomes:
             worker = self._workers[rank]
             if not multiprocessing.connection.wait(worker.events, timeout):
                 raise TimeoutError(f"rank {rank} (pid {worker.pid}): no result after {timeout} s")
             self._outcomes[rank] = worker.receive(rank)
-        found = self._outcomes[rank]
-        if isinstance(found, Failure):
-            raise_first([found])
-        return found.value
+        outcome = self._outcomes[rank]
+        if isinstance(outcome, Failure):
+            raise_first([outcome])
+        return outcome.value
 
     def results(self, timeout: float = 60.0) -> list[Any]:
         """The results of all ranks in their order, each as in :meth:`result`, in ``timeout`` s."""
@@ -120,11 +120,11 @@ class Processes:
         *,
         args: tuple[Any, ...] | None = None,
     ) -> None:
-        """Start a rank in a new process, after killing the old one if it still lives.
+        """Start a rank in a new process, after killing the old one if it still runs.
 
         Args:
             rank: the rank.
-            fn: what to run there; by default the same function.
+            fn: function to run; by default the same.
             args: its further arguments; by default the same.
         """
         call = dump_call(fn or self._fn, self._args if args is None else args)
@@ -133,7 +133,7 @@ class Processes:
         self._start(rank, call)
 
     def close(self) -> None:
-        """End all processes: those with a result in an orderly way, the others at once."""
+        """End all processes: idle ones close their groups, the others are killed."""
         for rank, worker in self._workers.items():
             if isinstance(self._outcomes.get(rank), Result):
                 worker.retire()

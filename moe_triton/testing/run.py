@@ -21,7 +21,7 @@ from .world import Failure, Layout, RankContext, check_transport, raise_first
 R = TypeVar("R")
 
 # Seconds that the other ranks may take after the first failure. Threads cannot be ended; the
-# library's own time-outs, 30 s by default, free those that wait for the rank that failed.
+# library's own time-outs, 30 s by default, end the waits for the failed rank.
 _GRACE = 120.0
 
 _numbers = itertools.count()
@@ -36,20 +36,21 @@ def run_local(
 ) -> list[R]:
     """Run ``fn(ctx)`` once per rank, each rank a thread of this process.
 
-    The groups live in this process only. A rank that waits in the library times out by itself; this
-    function waits without limit for ranks that do not fail, and 120 s for the others once one has.
+    The groups exist in this process only. Waits in the library time out by themselves; this
+    function waits without limit for ranks that do not fail, and 120 s for the others after a
+    failure.
 
     Args:
         world_size: ranks in all, EP x TP.
         fn: called with the :class:`RankContext` of each rank.
         tp_world_size: ranks of a tensor-parallel group; 0 and 1 mean none.
-        device: where all ranks compute.
+        device: of all ranks.
 
     Returns:
         The results in the order of the ranks.
 
     Raises:
-        ValueError: if the sizes do not fit each other.
+        ValueError: ``tp_world_size`` does not divide ``world_size``.
         BaseException: the exception of the rank that failed first, with the attribute
             ``failed_rank`` and, from Python 3.11 on, a note that names the rank. An exception that
             explains the others goes before ``PeerAbortError``, ``PeerTimeoutError`` and
@@ -69,27 +70,27 @@ def lockstep(
 ) -> Iterator[list[R]]:
     """Let one thread drive all ranks, for a world on one device or in one CUDA graph.
 
-    The thread issues an operation's setups of all ranks, and then their teardowns: a teardown waits
-    for all setups. Calls that ranks make together for the first time, as constructing an
-    ``ExpertParallel`` is, wait for each other within one call, and belong into ``make``.
+    The thread issues the setups of all ranks and then their teardowns: a teardown waits for all
+    setups. Calls in which ranks wait for each other, like the constructor of ``ExpertParallel``,
+    belong into ``make``.
 
     Args:
         world_size: ranks in all, EP x TP.
         make: called with the :class:`RankContext` of each rank, each in a thread, as by
             :func:`run_local`.
         tp_world_size: ranks of a tensor-parallel group; 0 and 1 mean none.
-        device: where all ranks compute.
+        device: of all ranks.
 
     Yields:
-        What ``make`` returned, in the order of the ranks.
+        The results of ``make``, in the order of the ranks.
 
     Raises:
         As for :func:`run_local`.
     """
     contexts = _local_contexts(Layout(world_size, tp_world_size), torch.device(device))
-    made = _in_threads(contexts, make, keep_groups=True)
+    ranks = _in_threads(contexts, make, keep_groups=True)
     try:
-        yield made
+        yield ranks
     finally:
         _forget_groups(contexts)
 
@@ -97,7 +98,7 @@ def lockstep(
 def _in_threads(
     contexts: list[RankContext], fn: Callable[[RankContext], R], *, keep_groups: bool
 ) -> list[R]:
-    """Run ``fn`` on every rank; keep the groups if all goes well and that is wanted."""
+    """Run ``fn`` on every rank; ``keep_groups`` keeps their groups after a success."""
     results: dict[int, R] = {}
     failures: list[Failure] = []
     changed = threading.Condition()
@@ -133,7 +134,7 @@ def _in_threads(
         changed.wait_for(lambda: answers() == world_size, timeout=_GRACE)
         unfinished = set(range(world_size)) - results.keys() - {f.rank for f in failures}
         failures = list(failures)
-    # Threads that have not come back still use the groups.
+    # Threads that are still running use the groups.
     if not unfinished and (failures or not keep_groups):
         _forget_groups(contexts)
     if failures:
@@ -147,7 +148,7 @@ def _forget_groups(contexts: list[RankContext]) -> None:
 
 
 def _local_contexts(layout: Layout, device: torch.device) -> list[RankContext]:
-    """Register the groups of an in-process world, and describe it to each rank."""
+    """Register the groups of an in-process world, and return each rank's context."""
     store = dist.HashStore()
     world = f"local-{os.getpid()}-{next(_numbers)}"
     ep_groups = [f"{world}-ep{plane}" for plane in range(layout.tp_world_size)]
@@ -181,25 +182,25 @@ def run_processes(
     """Run ``fn(ctx)`` once per rank, each rank a process of its own on this host.
 
     The processes and their process groups (gloo) stay for the next call with the same sizes; after
-    a failure they are replaced. Each call finds the caller's environment variables and
-    ``sys.path``, and torch's generator seeded with the rank; variables that are read when torch or
-    triton is imported keep the values of the first call. ``fn`` and its result are pickled: by
-    cloudpickle if it is installed, and then ``fn`` may be a lambda, a closure or a function of the
-    main script. There is no time limit on a rank that does not fail; gloo's own is 10 minutes.
+    a failure they are replaced. Each call gets the caller's environment variables and ``sys.path``,
+    and torch's generator seeded with the rank; variables that are read when torch or triton is
+    imported keep the values of the first call. ``fn`` and its result are pickled, by cloudpickle
+    where it is installed: then ``fn`` may be a lambda, a closure or a function of the main script.
+    A rank that does not fail has no time limit; gloo's own is 10 minutes.
 
     Args:
         world_size: ranks in all, EP x TP.
         fn: called with the :class:`RankContext` of each rank.
         tp_world_size: ranks of a tensor-parallel group; 0 and 1 mean none.
-        transport: what "auto" means to ops on these groups: "auto", "symmetric" or "collective".
+        transport: replaces "auto" for ops on these groups, a name of ``comm.TRANSPORTS``.
 
     Returns:
         The results in the order of the ranks.
 
     Raises:
-        ValueError: if the sizes do not fit each other, or the transport is none.
-        TypeError: if ``fn`` or a result cannot be pickled.
-        WorkerDiedError: if the process of a rank ended; names the rank and the exit code.
+        ValueError: ``tp_world_size`` does not divide ``world_size``, or the transport is unknown.
+        TypeError: ``fn`` or a result cannot be pickled.
+        WorkerDiedError: the process of a rank ended; names the rank and the exit code.
         BaseException: as for :func:`run_local`; its cause shows the traceback on that rank.
     """
     layout = Layout(world_size, tp_world_size)

@@ -1,8 +1,8 @@
-"""One process of the launchers: it joins a world, calls a function, answers, and waits for more.
+"""A worker process: it joins a world, calls a function, answers, and waits for the next call.
 
-Workers are forked from a server that has torch and this package loaded already, which takes
-milliseconds instead of seconds. Nothing in that server computes, so there are no threads to lose in
-the fork, and a worker uses one thread for its own computations.
+Workers are forked from a server that has torch and this package loaded, which takes milliseconds
+instead of seconds. The server computes nothing, so a fork loses no threads; a worker computes in
+one thread.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from .. import comm
 from . import pickling
 from .world import Failure, Layout, RankContext, WorkerDiedError
 
-# A rank may compute this long while its peers wait for it, in torch.distributed's collectives too.
-_PATIENCE = timedelta(minutes=10)
-_FAREWELL = 5.0  # seconds that a worker has to leave its world before it is killed
+# Longest wait for a peer that computes, in torch.distributed's collectives too.
+_GROUP_TIMEOUT = timedelta(minutes=10)
+_LEAVE_SECONDS = 5.0  # seconds that a worker has to leave its world before it is killed
 _HOST = "127.0.0.1"
 _PRELOADED = ["torch", "torch.distributed", "moe_triton", __name__]
 
@@ -47,14 +47,14 @@ _start_lock = threading.Lock()
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """What the ranks of a world have to know to find each other.
+    """Facts by which the ranks of a world find each other.
 
     Attributes:
-        name: differs from that of every other world of the calling process.
+        name: unique among the worlds of the calling process.
         layout: its size and groups.
-        store_port: where the calling process serves the world's store.
-        bare: make only a group registered with ``comm``, which a restarted rank can join, instead
-            of torch process groups, which it could not.
+        store_port: of the world's store, which the calling process serves.
+        bare: register a group with ``comm`` instead of torch process groups, which a restarted
+            rank cannot join.
     """
 
     name: str
@@ -68,9 +68,9 @@ class Task:
     """A call for one rank.
 
     Attributes:
-        world: the world to be in; a worker that is in another one leaves it first.
-        rank: the rank to be there.
-        number: of the call among those in this world.
+        world: the world to join; the worker leaves its previous one.
+        rank: in the world.
+        number: of the call in this world.
         call: function and arguments after the context, from ``pickling.dump_call``.
         transport: default transport of the world's groups.
         environment: environment variables of the calling process.
@@ -97,10 +97,10 @@ class _Reply:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a function returned on one rank.
+    """The result of a function on one rank.
 
     Attributes:
-        value: its result.
+        value: the returned value.
         world_intact: the rank can serve another call in the same world.
     """
 
@@ -109,7 +109,7 @@ class Result:
 
 
 class Worker:
-    """A worker process, seen from the process that started it."""
+    """Handle on a worker process in the process that started it."""
 
     def __init__(self) -> None:
         with _start_lock:
@@ -133,11 +133,11 @@ class Worker:
         return [self.conn, self.process.sentinel]
 
     def is_idle(self) -> bool:
-        """Whether a worker that has answered still lives; a dead one's pipe has an end to read."""
+        """Whether the process runs; the pipe of a dead worker is readable."""
         return self.process.exitcode is None and not self.conn.poll()
 
     def send(self, task: Task) -> None:
-        """Hand over a task; the worker must be idle. One that has died says so in ``receive``."""
+        """Send a task to the idle worker; ``receive`` reports one that has died."""
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.conn.send(task)
 
@@ -145,8 +145,7 @@ class Worker:
         """Wait for the answer to the task, or for the end of the process."""
         reply: _Reply | None = None
         multiprocessing.connection.wait(self.events)
-        # A process that the worker forked may hold its end of the pipe open when it is gone: there
-        # is no end of file then.
+        # A child of the worker may hold its end of the pipe open: then the pipe has no end of file.
         if self.conn.poll():
             with contextlib.suppress(EOFError, ConnectionResetError):
                 reply = self.conn.recv()
@@ -164,13 +163,13 @@ class Worker:
             return Failure(rank, reply.when, error)
 
     def retire(self) -> None:
-        """Ask an idle worker to leave its world and end; ``reap`` sees that it does."""
+        """Ask an idle worker to leave its world and end; ``reap`` makes sure of it."""
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.conn.send(None)
         _retired[self] = time.monotonic()
 
     def kill(self) -> None:
-        """End the process at once, also one that is stopped, and wait until it is gone."""
+        """Kill the process, also a stopped one, and wait for its end."""
         if self.process.exitcode is None:
             self.process.kill()
             self.process.join()
@@ -184,13 +183,13 @@ _retired: dict[Worker, float] = {}  # since when
 
 
 def reap(*, wait: bool = False) -> None:
-    """Forget retired workers that have ended, and kill those that have had their time.
+    """Forget retired workers that have ended, and kill those that take too long.
 
     Args:
-        wait: until none is left; else only look.
+        wait: for all of them; else only check.
     """
     for worker, since in list(_retired.items()):
-        left = max(0.0, since + _FAREWELL - time.monotonic())
+        left = max(0.0, since + _LEAVE_SECONDS - time.monotonic())
         worker.process.join(left if wait else 0)
         if worker.process.exitcode is not None or left == 0:
             worker.kill()
@@ -207,62 +206,46 @@ def _forget_all() -> None:
     _retired.clear()
 
 
-# Before multiprocessing's own handler, which would wait for ever for a stopped worker to end.
+# Before multiprocessing's own handler, which would wait for a stopped worker without end.
 atexit.register(kill_all)
-# The workers of a process are not those of its forks.
+# A fork does not own the workers of its parent.
 os.register_at_fork(after_in_child=_forget_all)
 
 
-class _Rendezvous:
-    """Serves the stores of this process's worlds, on a port that the system chooses.
-
-    A server rather than a file: a rank that is stopped in the middle of an access to a file store
-    holds the lock of the file, and with it all other ranks.
-    """
-
-    def __init__(self) -> None:
-        with socket.socket() as listener:
-            listener.bind((_HOST, 0))  # the default of TCPStore would be reachable from outside
-            listener.listen(256)
-            self.port: int = listener.getsockname()[1]
-            self._store = dist.TCPStore(
-                _HOST,
-                self.port,
-                is_master=True,
-                wait_for_workers=False,
-                timeout=_PATIENCE,
-                master_listen_fd=listener.detach(),
-            )
-
-    def store(self, world: World, call_number: int) -> dist.Store:
-        """What ``RankContext.store`` is to the ranks of a call."""
-        return _user_store(dist.PrefixStore(world.name, self._store), call_number)
-
-
-def _user_store(store: dist.Store, call_number: int) -> dist.Store:
-    # Two calls in one world must not see each other's keys.
-    return dist.PrefixStore(f"user{call_number}", store)
-
-
-_rendezvous_lock = threading.Lock()
+_server_lock = threading.Lock()
 _world_numbers = itertools.count()
 
 
 @functools.cache
-def _rendezvous() -> _Rendezvous:
-    return _Rendezvous()
+def _store_server() -> dist.TCPStore:
+    """The store of this process's worlds, on a port that the system chooses.
+
+    A file store would not do: a rank that is stopped during an access holds the lock of the file.
+    """
+    with socket.socket() as listener:
+        listener.bind((_HOST, 0))  # the default of TCPStore would be reachable from outside
+        listener.listen(256)
+        return dist.TCPStore(
+            _HOST,
+            listener.getsockname()[1],
+            is_master=True,
+            wait_for_workers=False,
+            timeout=_GROUP_TIMEOUT,
+            master_listen_fd=listener.detach(),
+        )
 
 
 def new_world(layout: Layout, *, bare: bool = False) -> World:
-    """Describe a world that no worker is in yet."""
-    with _rendezvous_lock:
-        port = _rendezvous().port
+    """Describe a world that no worker has joined yet."""
+    with _server_lock:
+        port = _store_server().port
     return World(f"world-{os.getpid()}-{next(_world_numbers)}", layout, port, bare)
 
 
-def user_store(world: World, call_number: int) -> dist.Store:
-    """What ``RankContext.store`` is to the ranks of a call, for the process that made the world."""
-    return _rendezvous().store(world, call_number)
+def user_store(world: World, number: int, server: dist.Store | None = None) -> dist.Store:
+    """``RankContext.store`` of call ``number``; by default in the process that made the world."""
+    # The prefix keeps the keys of two calls in one world apart.
+    return dist.PrefixStore(f"{world.name}/user{number}", server or _store_server())
 
 
 def _start_server() -> None:
@@ -298,10 +281,10 @@ def _hidden_main() -> Iterator[None]:
 
 def _serve(conn: multiprocessing.connection.Connection) -> None:
     """Body of a worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the parent, which ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its workers
     threading.Thread(target=_die_with_parent, daemon=True, name="die-with-parent").start()
     torch.set_num_threads(1)
-    # Without it gloo looks up the address of the host name, which may be slow or wrong.
+    # Otherwise gloo looks up the address of the host name, which may be slow or wrong.
     defaults = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     member: _Member | None = None
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
@@ -328,7 +311,7 @@ def _serve(conn: multiprocessing.connection.Connection) -> None:
 
 
 def _run(member: _Member, task: Task) -> _Reply:
-    # A call must not depend on how many calls the worker has served before.
+    # A call must not depend on the worker's earlier calls.
     torch.manual_seed(task.rank)
     member.set_transport(task.transport)
     fn, args = pickling.load(task.call)
@@ -351,11 +334,11 @@ class _Member:
     def __init__(self, world: World, rank: int, transport: str) -> None:
         self.world = world
         layout = world.layout
-        # RoutingCopies for the life of the member: each store has a connection of its own.
-        tcp = dist.TCPStore(
-            _HOST, world.store_port, is_master=False, wait_for_workers=False, timeout=_PATIENCE
+        # One store object for the life of the member: each has a connection of its own.
+        self._server = dist.TCPStore(
+            _HOST, world.store_port, is_master=False, wait_for_workers=False, timeout=_GROUP_TIMEOUT
         )
-        self._store = dist.PrefixStore(world.name, tcp)
+        self._store = dist.PrefixStore(world.name, self._server)
         self._group: dist.ProcessGroup | None = None
         if world.bare:
             ep_group, tp_group = world.name, ""
@@ -368,7 +351,7 @@ class _Member:
                 store=dist.PrefixStore("world", self._store),
                 rank=rank,
                 world_size=layout.world_size,
-                timeout=_PATIENCE,
+                timeout=_GROUP_TIMEOUT,
             )
             self._group = dist.group.WORLD
             assert self._group is not None
@@ -380,31 +363,31 @@ class _Member:
         self._transport = ""
 
     def context(self, call_number: int) -> RankContext:
-        """What the function is told."""
+        """The context of a call."""
         return RankContext.of(
             self.world.layout,
             self._rank,
             ep_group=self._ep_group,
             tp_group=self._tp_group,
             device=torch.device("cpu"),
-            store=_user_store(self._store, call_number),
+            store=user_store(self.world, call_number, self._server),
         )
 
     def set_transport(self, transport: str) -> None:
         """Set the default transport of the world's process groups."""
         if self._group is None or transport == self._transport:
             return
-        comm.close_all()  # what the last call has opened keeps the transport of that time
+        comm.close_all()  # communicators of the last call keep its transport
         for name in filter(None, (self._ep_group, self._tp_group)):
             comm.set_transport(name, transport)
         self._transport = transport
 
     def intact(self) -> bool:
-        """Whether the function left the process groups alone."""
+        """Whether the process groups are still those of the world."""
         return dist.group.WORLD is self._group
 
     def leave(self) -> None:
-        """Close the library's channels, then the process groups below them."""
+        """Close the library's communicators, then the process groups below them."""
         comm.close_all()
         if self.world.bare:
             comm.unregister_group(self.world.name)
@@ -413,7 +396,7 @@ class _Member:
 
 
 def _new_group(ranks: list[int]) -> str:
-    # Only the members take part, so each rank makes its own two groups and no others.
+    # Only the members take part, so each rank creates just its own two groups.
     return dist.new_group(ranks, use_local_synchronization=True).group_name
 
 

@@ -1,4 +1,4 @@
-"""What the launchers share: the layout of ranks, what a rank is told, and whose failure counts."""
+"""Common parts of the launchers: layout of the ranks, rank contexts, and choice of the failure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ..comm import TRANSPORTS
 from ..errors import BrokenGroupError, PeerAbortError, PeerTimeoutError
 
-# Errors that a rank raises because of another one. They are reported if nothing explains them.
+# Errors that a rank raises because of a peer. They are reported where no other error explains them.
 _CONSEQUENCES = (PeerAbortError, PeerTimeoutError, BrokenGroupError)
 
 
@@ -27,7 +27,7 @@ class Layout:
         tp_world_size: ranks of a tensor-parallel group; 0 and 1 both mean none.
 
     Raises:
-        ValueError: if the world is empty or not a multiple of the tensor-parallel size.
+        ValueError: the world is empty or not a multiple of the tensor-parallel size.
     """
 
     world_size: int
@@ -66,7 +66,7 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class RankContext:
-    """What a launcher tells the function that it runs on every rank.
+    """A rank's numbers and groups, the argument of the function that a launcher runs.
 
     Attributes:
         rank: world rank.
@@ -77,7 +77,7 @@ class RankContext:
         tp_world_size: ranks of the tensor-parallel group; 1 means none.
         ep_group: name that the ops accept as ``group_ep``.
         tp_group: name that the ops accept as ``group_tp``; empty without tensor parallelism.
-        device: where this rank computes.
+        device: of this rank.
         store: key-value store of this world, for the function's own use.
     """
 
@@ -94,9 +94,9 @@ class RankContext:
 
     @classmethod
     def of(
-        cls, layout: Layout, rank: int, *, ep_group: str, tp_group: str, **rest: Any
+        cls, layout: Layout, rank: int, *, ep_group: str, tp_group: str, **fields: Any
     ) -> RankContext:
-        """Fill in what follows from the layout."""
+        """A context whose numbers follow from the layout."""
         return cls(
             rank=rank,
             ep_rank=layout.ep_rank(rank),
@@ -106,12 +106,12 @@ class RankContext:
             tp_world_size=layout.tp_world_size,
             ep_group=ep_group,
             tp_group=tp_group,
-            **rest,
+            **fields,
         )
 
 
 def check_transport(transport: str) -> None:
-    """Raise ValueError unless ``transport`` is one that the library knows."""
+    """Raise ValueError unless ``transport`` is a name of ``comm.TRANSPORTS``."""
     if transport not in TRANSPORTS:
         raise ValueError(f"transport must be one of {list(TRANSPORTS)}, got {transport!r}")
 
@@ -137,7 +137,7 @@ class WorkerDiedError(RuntimeError):
 
 
 class RemoteTraceback(Exception):
-    """The traceback of an exception that came from another process."""
+    """The traceback of an exception of another process."""
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
@@ -149,9 +149,9 @@ class Failure:
 
     Attributes:
         rank: world rank.
-        when: time of the exception by the monotonic clock, which all processes share, in seconds.
+        when: time of the exception in seconds of the monotonic clock, common to all processes.
         error: the exception.
-        details: the traceback on that rank, where ``error`` does not carry it.
+        details: the traceback on that rank, where ``error`` has none.
     """
 
     rank: int
@@ -160,21 +160,21 @@ class Failure:
     details: str = ""
 
     def is_consequence(self) -> bool:
-        """Whether the error says that another rank did something wrong."""
+        """Whether the error reports the failure of another rank."""
         return isinstance(self.error, _CONSEQUENCES)
 
 
 def raise_first(failures: Sequence[Failure], unfinished: Sequence[int] = ()) -> NoReturn:
     """Raise the exception that explains the others.
 
-    That is a dead process before anything else, because its peers can see its closed connections
-    before it is missed; then the earliest error that is no echo of a peer's; then the earliest.
-    The exception gets the attribute ``failed_rank`` and, from Python 3.11 on, notes; the traceback
-    on another process becomes its cause.
+    A dead process comes first, because its peers notice closed connections before the launcher
+    notices its end; then the earliest error that is no consequence; then the earliest of all. The
+    exception gets the attribute ``failed_rank`` and, from Python 3.11 on, notes; the traceback of
+    another process becomes its cause.
 
     Args:
         failures: at least one.
-        unfinished: ranks that had not answered when the launcher gave up on them.
+        unfinished: ranks that had not answered when the launcher stopped waiting.
     """
     first = min(failures, key=_order)
     error = first.error

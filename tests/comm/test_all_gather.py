@@ -23,7 +23,7 @@ def call_with(**arguments) -> Call:
 
 
 def gather(communicator, call, parts, num_bytes):
-    """What each rank showed, as a list of (head, rows)."""
+    """The parts of each rank, as a list of (head, rows)."""
 
     def consume(received):
         found = []
@@ -45,7 +45,7 @@ def parts_of(rank: int, seed: int) -> list[torch.Tensor]:
 
 @worlds
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_everybody_sees_what_each_shows(world, size):
+def test_every_rank_reads_the_parts_of_all(world, size):
     def fn(ctx):
         communicator = comm.default_communicator(comm.resolve("test", ctx.ep_group, ctx.ep_rank))
         num_bytes = packed_bytes([4, 4 * 3 * 2])
@@ -89,7 +89,7 @@ def test_arguments_must_agree(world):
     run_world(world, 2, fn)
 
 
-def test_parts_begin_at_multiples_of_16_and_leave_the_rest():
+def test_parts_begin_at_multiples_of_16():
     data = torch.full((64,), 7, dtype=torch.uint8)
     parts = [torch.tensor([1, 2], dtype=torch.int32), torch.empty((0, 5)), torch.tensor([[3.5]])]
     write_packed(data, parts)
@@ -101,7 +101,7 @@ def test_parts_begin_at_multiples_of_16_and_leave_the_rest():
     assert (data[20:] == 7).all()
 
 
-def test_a_subgroup_needs_none_of_the_others():
+def test_a_subgroup_works_without_the_other_ranks():
     """The members only, by new numbers; the whole group in its own order is the group itself."""
 
     def fn(ctx):

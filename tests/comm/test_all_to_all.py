@@ -1,4 +1,4 @@
-"""all_to_all_v against its definition: what rank r gets is what each rank had for it, in order."""
+"""all_to_all_v against its definition: rank r gets each rank's rows for it, in source order."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from moe_triton import (
 
 worlds = pytest.mark.parametrize("world", harness.WORLDS)
 WORLD = 3
-AT_ONCE = 5.0  # seconds, far below the 30 s that a silent peer is waited for
+AT_ONCE = 5.0  # seconds, far below the time-out of 30 s
 
 DTYPES = [
     torch.uint8,
@@ -58,7 +58,7 @@ def expected(matrix: list[list[int]], rank: int, columns: int, seed: int = 0) ->
 
 
 def exchange(ctx, matrix: list[list[int]], columns: int = 4, seed: int = 0) -> bool:
-    """One call with bytes; whether it returned what it must."""
+    """One call with bytes; whether rows and counts are right."""
     mine = torch.from_numpy(rows_of(ctx.ep_rank, matrix[ctx.ep_rank], columns, seed))
     out, counts = comm.all_to_all_v(mine, matrix[ctx.ep_rank], group=ctx.ep_group, rank=ctx.ep_rank)
     return (
@@ -90,7 +90,7 @@ def test_counts(world):
 
 @worlds
 def test_dtypes(world):
-    """gloo itself moves some of these only."""
+    """gloo moves only some of these dtypes."""
     matrix = MATRICES["unequal"]
 
     def fn(ctx):
@@ -114,7 +114,7 @@ def test_dtypes(world):
 
 @worlds
 def test_shapes_strides_and_kinds_of_counts(world):
-    """Rows of any shape, one element or a matrix; no copy of the caller's has to be made first."""
+    """Rows of any shape, from one element to a matrix, contiguous or strided."""
     counts = [1, 2, 1]
 
     def fn(ctx):
@@ -142,8 +142,7 @@ def test_shapes_strides_and_kinds_of_counts(world):
 
 
 @worlds
-def test_what_is_sent_and_received_is_the_callers(world):
-    """Neither the input nor an earlier result changes with the calls that follow."""
+def test_later_calls_change_no_input_and_no_result(world):
     matrix = MATRICES["unequal"]
 
     def fn(ctx):
@@ -165,7 +164,7 @@ def test_what_is_sent_and_received_is_the_callers(world):
 
 @worlds
 def test_sizes_that_grow_and_shrink(world):
-    """Past the smallest window, in steps and in one leap, and back to little."""
+    """Windows grow in steps and in one leap; small rows follow large ones."""
     columns = [1, 64, 1024, 5000, 1, 200_000, 7]
 
     def fn(ctx):
@@ -184,14 +183,6 @@ def test_one_rank_alone():
     out, counts = comm.all_to_all_v(x[:0], [0])
     assert out.shape == (0, 2)
     assert counts == [0]
-
-
-@worlds
-def test_two_ranks(world):
-    def fn(ctx):
-        return exchange(ctx, [[0, 3], [1, 0]])
-
-    assert run_world(world, 2, fn) == [True, True]
 
 
 @st.composite
@@ -245,8 +236,8 @@ def error_of(ctx, x, counts) -> tuple[MoeError, float]:
 
 @worlds
 @pytest.mark.parametrize("rounds", [0, 9], ids=["first call", "tenth call"])
-def test_calls_are_refused(world, rounds):
-    """On one rank, whose peers hear why; then on all. The next correct call is right."""
+def test_bad_arguments(world, rounds):
+    """On one rank, whose peers get the reason; then on all. The next correct call works."""
 
     def fn(ctx):
         assert all(exchange(ctx, MATRICES["unequal"]) for _ in range(rounds))

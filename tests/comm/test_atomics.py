@@ -1,4 +1,4 @@
-"""Words that several threads and processes write, and the order that goes with them."""
+"""Words shared by threads and processes, and the memory order of their writes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_wrap(value, wrapped):
 
 @given(INT32, st.integers(-(2**31), 2**31 - 1))
 def test_a_difference_survives_the_wrap(epoch, steps):
-    """How flags are compared: later, equal and earlier are told apart up to 2**31 steps."""
+    """Flags compare by their signed difference: later, equal or earlier, up to 2**31 steps."""
     assert atomics.wrap(atomics.wrap(epoch + steps) - epoch) == steps
 
 
@@ -113,8 +113,8 @@ def test_no_addition_is_lost_between_processes():
     block.release()
 
 
-def test_what_was_written_before_a_flag_is_seen_after_it():
-    """A message box between two processes; with the flag before the data it fails in no time."""
+def test_data_written_before_a_flag_are_seen_after_it():
+    """A mailbox between two processes; it fails at once with the flag before the data."""
     block = MemfdMemory().allocate(4096)
     handle, rounds = block.handle, 3000
 

@@ -1,4 +1,4 @@
-"""Endpoints: what the choice of a transport comes to, and how one ends."""
+"""Communicators: the choice of a transport, and the end of one."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def barrier(ctx, name: str) -> None:
 
 
 @worlds
-def test_a_rank_that_cannot_tell_its_peers_keeps_its_own_error(world):
-    """It refuses more calls than it may be ahead, and its peer never comes."""
+def test_an_abort_on_a_broken_group_raises_nothing(world):
+    """A rank aborts more calls than may be in flight, and its peer never comes."""
 
     def fn(ctx):
         communicator = open_communicator(ctx, timeout=0.3)
@@ -62,13 +62,13 @@ def test_a_rank_that_cannot_tell_its_peers_keeps_its_own_error(world):
 
 SIZES = {"num_experts": 6, "top_k": 1, "hidden": 16, "max_tokens": 4}
 
-# Which providers lack room for windows on rank 1, what is chosen, and what the errors say.
+# Providers without room for windows on rank 1, the choice, and parts of the error text.
 SCARCITY = {
     "none": ((), "auto", "memfd", ()),
     "memfd": (("memfd",), "auto", "posix", ()),
     "both": (("memfd", "posix"), "auto", "collective", ()),
-    "memfd, symmetric": (("memfd",), "symmetric", "posix", ()),
-    "both, symmetric": (("memfd", "posix"), "symmetric", None, ("memfd: ", "; posix: ")),
+    "memfd, shm": (("memfd",), "shm", "posix", ()),
+    "both, shm": (("memfd", "posix"), "shm", None, ("memfd: ", "; posix: ")),
 }
 
 
@@ -83,7 +83,7 @@ def round_trip(ep: ExpertParallel) -> None:
 
 
 def scarce(memory: type, patch: pytest.MonkeyPatch, broken: str) -> None:
-    """Let a provider refuse to allocate, or to open, what is larger than a control block."""
+    """Let a provider fail to allocate, or to open, blocks larger than a control block."""
     refused = getattr(memory, broken)
 
     def refuse(self, what, *rest):
@@ -95,10 +95,62 @@ def scarce(memory: type, patch: pytest.MonkeyPatch, broken: str) -> None:
     patch.setattr(memory, broken, refuse)
 
 
+# What each choice comes to: the transport's name, or why it cannot work.
+CHOICES = {
+    "threads": {
+        "auto": "local",
+        "symmetric": "local",
+        "local": "local",
+        "shm": "are threads of one process",
+        "collective": "has no torch process group",
+    },
+    "processes": {
+        "auto": "shm",
+        "symmetric": "shm",
+        "local": "are processes",
+        "shm": "shm",
+        "collective": "collective",
+    },
+}
+
+
+@pytest.mark.parametrize("transport", comm.TRANSPORTS)
+@pytest.mark.parametrize("world", CHOICES)
+def test_names_of_transports(world, transport):
+    """A choice that cannot work fails on every rank with its reason; the group stays usable."""
+    expected = CHOICES[world][transport]
+
+    def fn(ctx):
+        if " " not in expected:
+            with make(ctx, transport=transport) as ep:
+                round_trip(ep)
+                assert ep.transport == expected
+            return
+        with pytest.raises(UnavailableError, match=expected) as caught:
+            make(ctx, transport=transport)
+        assert f"transport {transport!r} cannot work here: " in str(caught.value)
+        with make(ctx) as ep:
+            round_trip(ep)
+
+    harness.run_world("local" if world == "threads" else "auto", 2, fn)
+
+
+@pytest.mark.parametrize("transport", comm.TRANSPORTS)
+def test_one_rank_needs_no_transport(transport):
+    def fn(ctx):
+        with make(ctx, transport=transport) as ep:
+            x = torch.full((3, 16), 1.5, dtype=torch.bfloat16)
+            received = ep.dispatch(x, torch.arange(3, dtype=torch.int32)[:, None])
+            assert torch.equal(ep.combine(received.x, received.handle), x)
+            assert ep.transport == "single"
+
+    harness.run_world("local", 1, fn)
+
+
 @pytest.mark.parametrize("broken", ["allocate", "open"])
 @pytest.mark.parametrize("lacking, choice, provider, texts", SCARCITY.values(), ids=SCARCITY)
-def test_windows_for_which_one_rank_has_no_room(lacking, choice, provider, texts, broken):
-    """All ranks go on to the next provider, without waiting for a timeout, and leave nothing."""
+def test_one_rank_has_no_room_for_windows(lacking, choice, provider, texts, broken):
+    """All ranks try the next provider without waiting for a time-out, and leave no files."""
 
     def fn(ctx):
         files = set(Path("/dev/shm").glob("moe_triton-*"))
@@ -111,18 +163,18 @@ def test_windows_for_which_one_rank_has_no_room(lacking, choice, provider, texts
             if provider is None:
                 with pytest.raises(UnavailableError) as caught:
                     make(ctx, **options)
-                for text in ("transport 'symmetric' cannot work here", "No space left", *texts):
+                for text in ("transport 'shm' cannot work here", "No space left", *texts):
                     assert text in str(caught.value)
                 assert "rank 1" in str(caught.value)
             else:
                 with make(ctx, **options) as ep:
                     found = ep.transport
-                    if found == "symmetric":
+                    if found == "shm":
                         found = ep._exchange.communicator._connected._protocol._memory.name
                     assert found == provider
         assert time.monotonic() - began < 10
         with make(ctx) as ep:
-            assert ep.transport == "symmetric"
+            assert ep.transport == "shm"
             round_trip(ep)
         barrier(ctx, "over")
         assert set(Path("/dev/shm").glob("moe_triton-*")) <= files
@@ -131,11 +183,11 @@ def test_windows_for_which_one_rank_has_no_room(lacking, choice, provider, texts
 
 
 def test_no_room_for_windows_after_recover():
-    """What there is room for is found out anew; the group then goes on over the next provider."""
+    """recover() chooses the provider anew."""
 
     def fn(ctx):
         with make(ctx, hidden=4096) as ep, pytest.MonkeyPatch.context() as patch:
-            assert ep.transport == "symmetric"
+            assert ep.transport == "shm"
             if ctx.rank == 2:
                 for memory in (MemfdMemory, PosixMemory):
                     scarce(memory, patch, "allocate")
@@ -144,15 +196,13 @@ def test_no_room_for_windows_after_recover():
             round_trip(ep)
             patch.undo()
             ep.recover()
-            assert ep.transport == "symmetric"
+            assert ep.transport == "shm"
             round_trip(ep)
 
     harness.run_world("auto", 3, fn)
 
 
 def test_ranks_that_disagree_where_one_has_no_room():
-    """The next provider would not help them."""
-
     def fn(ctx):
         with pytest.MonkeyPatch.context() as patch:
             if ctx.rank == 1:
@@ -171,7 +221,7 @@ def test_ranks_that_disagree_where_one_has_no_room():
 
 
 @pytest.mark.parametrize("world", ["symmetric", "collective"])
-def test_objects_that_are_dropped_leave_nothing(world):
+def test_dropped_objects_free_descriptors_and_mappings(world):
     def left() -> tuple[int, int, int]:
         gc.collect()
         maps = Path("/proc/self/maps").read_text(encoding="utf-8").count("moe_triton-")
@@ -192,7 +242,7 @@ def test_objects_that_are_dropped_leave_nothing(world):
 
 
 def test_a_rank_that_drops_its_object_has_left():
-    """Its peers learn it as soon as they wait for it."""
+    """Its peers notice as soon as they wait for it."""
 
     def fn(ctx):
         ep = make(ctx)

@@ -128,20 +128,20 @@ def arm(owner, name: str, applies, number: int) -> None:
     setattr(owner, name, wrapper)
 
 
-# Where a rank is lost: the method of the channel that is not called any more.
+# Where a rank is lost: the method of RingProtocol that it no longer calls.
 POINTS = {
-    "before its announcement": ("_post_handshake", lambda kind, *_: kind == "dispatch"),
+    "before its handshake": ("_post_handshake", lambda kind, *_: kind == "dispatch"),
     "before its flags of dispatch": ("signal", lambda kind, *_: kind == "dispatch"),
     "after its flags of dispatch": ("wait", lambda kind, *_: kind == "dispatch"),
-    "before its slot is free": ("finish", lambda kind, *_: kind == "dispatch"),
-    "before combine": ("begin", lambda kind, *_: kind == "combine"),
+    "before its slot is free": ("release", lambda kind, *_: kind == "dispatch"),
+    "before combine": ("acquire", lambda kind, *_: kind == "combine"),
     "before its flags of combine": ("signal", lambda kind, *_: kind == "combine"),
     "after its flags of combine": ("wait", lambda kind, *_: kind == "combine"),
 }
 
 
 def refusals(ep, received) -> list[tuple[type, float]]:
-    """What calls on a broken group raise, and after how many seconds."""
+    """Exceptions of calls on a broken group, and their seconds."""
     calls = [ep.check, lambda: ep.dispatch(*inputs_of(ep.rank, 0))]
     if received is not None:
         calls.append(lambda: ep.combine(received.x, received.handle))
@@ -155,22 +155,22 @@ def refusals(ep, received) -> list[tuple[type, float]]:
 
 
 def recover(ep) -> None:
-    """As often as it takes: ranks may come to it at different times."""
+    """Repeat recover() until all ranks come at the same time."""
     for _ in range(20):
         with contextlib.suppress(PeerTimeoutError):
             return ep.recover()
     raise AssertionError("the ranks do not find each other")
 
 
-def abort_peers_on_error(ctx, error: MoeError, began: float) -> dict:
-    """What is reported of an error; without its traceback, which would keep memory alive."""
-    ctx.store.add("abort_peers_on_error", 1)
+def report_of(ctx, error: MoeError, began: float) -> dict:
+    """Report an error without its traceback, which would keep memory alive."""
+    ctx.store.add("report_of", 1)
     seconds = time.monotonic() - began
     return {"error": error.with_traceback(None), "seconds": seconds, "refusals": [], "files": 0}
 
 
 def rounds_until_a_loss(ctx, ep) -> dict:
-    """Rounds until a peer is missing; what was raised then, and is raised afterwards."""
+    """Rounds until a peer is missing; the error, and those of the calls after it."""
     received = None
     for seed in range(100):
         began = time.monotonic()
@@ -179,9 +179,9 @@ def rounds_until_a_loss(ctx, ep) -> dict:
             began = time.monotonic()
             ep.combine(received.x, received.handle)
         except PeerTimeoutError as error:
-            found = abort_peers_on_error(ctx, error, began)
+            found = report_of(ctx, error, began)
             return found | {"refusals": refusals(ep, received)}
-    raise AssertionError("nobody was lost")
+    raise AssertionError("no rank was lost")
 
 
 def serve(ctx, point, number):
@@ -212,7 +212,7 @@ def join(ctx):
 
 
 def wait_for(ranks, key: str, count: int) -> None:
-    """Until ``count`` ranks have been there; raises what one raises before."""
+    """Wait until ``count`` ranks have added to ``key``; raise the exception of a rank."""
     end = time.monotonic() + LIMIT
     while ranks.store.add(key, 0) < count:
         assert time.monotonic() < end, f"{key}: {ranks.store.add(key, 0)} of {count}"
@@ -223,11 +223,11 @@ def wait_for(ranks, key: str, count: int) -> None:
 
 
 def results_after(fn, args, number, joining=join) -> list:
-    """The results of all ranks: a lost one is restarted, or goes on, when its peers are told."""
+    """The results of all ranks: a lost one is restarted, or continued, once its peers raised."""
 
     def call():
         with testing.start_processes(WORLD, fn, args=args) as ranks:
-            wait_for(ranks, "abort_peers_on_error", len(SURVIVORS))
+            wait_for(ranks, "report_of", len(SURVIVORS))
             if number == KILL:
                 ranks.restart(VICTIM, joining, args=())
             else:
@@ -241,7 +241,7 @@ def check_loss(found: dict, number: int) -> None:
     assert type(found["error"]) is PeerTimeoutError
     assert found["error"].ranks == (VICTIM,)
     assert f"rank {VICTIM}" in str(found["error"])
-    # Nobody waits for a process that is gone.
+    # A dead process is noticed before the time-out.
     assert found["seconds"] < (1.0 if number == KILL else TIMEOUT + 1)
     for kind, seconds in found["refusals"]:
         assert kind is BrokenGroupError
@@ -257,7 +257,7 @@ def test_a_rank_is_lost(point, number):
 
 
 def serve_growing(ctx, number, memory):
-    """The fault comes when the victim has announced its new windows and opens those of others."""
+    """The fault comes after the victim's handshake, when it opens its peers' new windows."""
     if memory == "posix":
         MemfdMemory.open = refuse
     files = open_files()
@@ -269,10 +269,10 @@ def serve_growing(ctx, number, memory):
         began = time.monotonic()
         try:
             ep.dispatch(*inputs_of(ep.rank, 0), scales=smooth_scales)
-            raise AssertionError("nobody was lost")
+            raise AssertionError("no rank was lost")
         except (PeerTimeoutError, UnavailableError) as error:
             # A rank that comes back finds the windows of its peers gone.
-            found = abort_peers_on_error(ctx, error, began)
+            found = report_of(ctx, error, began)
         recover(ep)
         ep.dispatch(*inputs_of(ep.rank, 1), scales=smooth_scales)
     del ep
@@ -310,7 +310,7 @@ def serve_connecting(ctx, number, step):
             with make(ctx.ep_group) as ep:
                 layer(ep, 0)
         except PeerTimeoutError as error:
-            found = found or abort_peers_on_error(ctx, error, began)
+            found = found or report_of(ctx, error, began)
         else:
             break
     del ep
@@ -319,10 +319,10 @@ def serve_connecting(ctx, number, step):
 
 @losses(["handle", "opened"], {("handle", KILL), ("opened", STOP)})
 def test_a_rank_is_lost_while_the_ranks_connect(point, number):
-    """Control blocks are given up too; another try meets the rank that is back."""
+    """Control blocks are released too; another try finds the restarted rank."""
     found = results_after(serve_connecting, (number, point), number, join_once)
     for rank in SURVIVORS:
-        # Whether it still lives, nobody knows yet.
+        # The ranks do not know yet whether it lives.
         check_loss(found[rank], STOP)
 
 
@@ -352,7 +352,7 @@ def test_named_memory_where_descriptors_cannot_be_opened(everywhere):
         with ep:
             for seed in range(3):
                 layer(ep, seed)
-            assert ep.transport == "symmetric"
+            assert ep.transport == "shm"
             mapped = Path("/proc/self/maps").read_text(encoding="utf-8")
             assert "/dev/shm/moe_triton-" in mapped
             assert "memfd:moe_triton-" not in mapped

@@ -1,13 +1,11 @@
-"""A rank that dies or stalls: named by all others in time, and nothing left behind after it.
+"""Late, absent and stalled ranks: time-outs that name them, and retries.
 
-Ranks are processes of their own, started over a store without torch process groups, so that a
-killed one can be started into the same group again.
+test_fault_points.py loses ranks at every step of an operation. Ranks are processes started over a
+store without torch process groups.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import signal
 import time
 from pathlib import Path
@@ -39,7 +37,7 @@ def batch(rank, seed):
 
 
 def rounds(ep, count=3):
-    """Experts that leave their rows alone, with weights that add up to 1: out is x."""
+    """Rounds with identity experts and weights of sum 1: the output is x."""
     for seed in range(count):
         x, ids, weights = batch(ep.rank, seed)
         received = ep.dispatch(x, ids, weights)
@@ -54,8 +52,8 @@ def failure(call, *inputs):
     return caught.value, time.monotonic() - start
 
 
-def meet(ctx, key):
-    """A barrier of the test's own, through its own store."""
+def barrier(ctx, key):
+    """A barrier over the test's store."""
     ctx.store.add(key, 1)
     while ctx.store.add(key, 0) < WORLD:
         time.sleep(0.002)
@@ -64,58 +62,6 @@ def meet(ctx, key):
 def wait_for(store, key):
     while not store.check([key]):
         time.sleep(0.005)
-
-
-def until_the_fault(ctx, phase, ep):
-    """Two good rounds, then everything up to the call in which the victim is lost.
-
-    Returns:
-        That call.
-    """
-    rounds(ep, 2)
-    x, ids, weights = batch(ctx.rank, 7)
-    call = functools.partial(ep.dispatch, x, ids, weights)
-    if phase == "combine":
-        received = call()
-        call = functools.partial(ep.combine, received.x, received.handle)
-    meet(ctx, "ready")
-    if ctx.rank == VICTIM:
-        ctx.store.set("here", "")
-    wait_for(ctx.store, "go on" if ctx.rank == VICTIM else "struck")
-    return call
-
-
-def check_loss(ctx, found, ep):
-    """The victim is named in time, and the group refuses at once from then on."""
-    error, seconds = found
-    assert isinstance(error, PeerTimeoutError), repr(error)
-    assert error.ranks == (VICTIM,)
-    assert f"rank {VICTIM}" in str(error)
-    assert seconds < TIMEOUT + SLACK
-    x, ids, weights = batch(ctx.rank, 8)
-    for call in (lambda: ep.dispatch(x, ids, weights), ep.check):
-        error, seconds = failure(call)
-        assert isinstance(error, BrokenGroupError)
-        assert "recover()" in str(error)
-        assert seconds < 0.1
-
-
-def killed(ctx, phase):
-    ep = make(ctx)
-    check_loss(ctx, failure(until_the_fault(ctx, phase, ep)), ep)
-    ctx.store.add("named", 1)
-    wait_for(ctx.store, "restarted")
-    ep.recover()
-    rounds(ep)
-    ep.close()
-    return "recovered"
-
-
-def restarted(ctx):
-    ep = make(ctx)
-    rounds(ep)
-    ep.close()
-    return "joined"
 
 
 def wait_until(condition, timeout=30.0):
@@ -127,58 +73,16 @@ def wait_until(condition, timeout=30.0):
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind():
-    before = {path.name for path in Path("/dev/shm").iterdir()}
+    before = {path.name for path in Path("/dev/shm").glob("moe_triton-*")}
     yield
-    assert {path.name for path in Path("/dev/shm").iterdir()} <= before
-
-
-@pytest.mark.parametrize("phase", ["dispatch", "combine"])
-def test_a_killed_rank_is_named_and_replaced(phase):
-    with testing.start_processes(WORLD, killed, args=(phase,)) as ranks:
-        wait_until(lambda: ranks.store.check(["here"]))
-        ranks.kill(VICTIM)
-        ranks.store.set("struck", "")
-        wait_until(lambda: ranks.store.add("named", 0) == WORLD - 1)
-        ranks.restart(VICTIM, restarted, args=())
-        ranks.store.set("restarted", "")
-        expected = ["joined" if rank == VICTIM else "recovered" for rank in range(WORLD)]
-        assert ranks.results() == expected
-
-
-def stalled(ctx, phase):
-    ep = make(ctx)
-    call = until_the_fault(ctx, phase, ep)
-    if ctx.rank != VICTIM:
-        check_loss(ctx, failure(call), ep)
-        ctx.store.add("named", 1)
-    else:
-        # The others' rows are there, so that a call of one that slept may even succeed.
-        with contextlib.suppress(PeerTimeoutError):
-            call()
-    meet(ctx, "awake")
-    ep.recover()
-    rounds(ep)
-    ep.close()
-    return "recovered"
-
-
-@pytest.mark.parametrize("phase", ["dispatch", "combine"])
-def test_a_stalled_rank_is_named_and_comes_back(phase):
-    with testing.start_processes(WORLD, stalled, args=(phase,)) as ranks:
-        wait_until(lambda: ranks.store.check(["here"]))
-        ranks.kill(VICTIM, signal.SIGSTOP)
-        ranks.store.set("struck", "")
-        wait_until(lambda: ranks.store.add("named", 0) == WORLD - 1)
-        ranks.store.set("go on", "")
-        ranks.kill(VICTIM, signal.SIGCONT)
-        assert ranks.results() == ["recovered"] * WORLD
+    assert {path.name for path in Path("/dev/shm").glob("moe_triton-*")} <= before
 
 
 def late(ctx):
     ep = make(ctx)
     x, ids, weights = batch(ctx.rank, 3)
     pending = ep.dispatch_setup(x, ids, weights) if ctx.rank != VICTIM else None
-    meet(ctx, "ready")
+    barrier(ctx, "ready")
     if ctx.rank == VICTIM:
         wait_for(ctx.store, "go on")
         received = ep.dispatch(x, ids, weights)
@@ -231,7 +135,7 @@ def collective_stall(ctx):
     ) as ep:
         rounds(ep, 2)
         x, ids, weights = batch(ctx.rank, 7)
-        meet(ctx, "ready")
+        barrier(ctx, "ready")
         if ctx.rank == VICTIM:
             wait_for(ctx.store, "named 2")
         else:
@@ -242,7 +146,7 @@ def collective_stall(ctx):
             assert isinstance(error, BrokenGroupError)
             assert seconds < 0.1
             ctx.store.set(f"named {ctx.store.add('named', 1)}", "")
-        meet(ctx, "awake")
+        barrier(ctx, "awake")
         ep.recover()
         rounds(ep)
         return ep.transport

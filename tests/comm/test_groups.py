@@ -1,4 +1,4 @@
-"""Groups by name: who is found, and what is said about a name or a rank that is wrong."""
+"""Groups by name, and the errors for a wrong name or rank."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def name():
 
 
 @pytest.mark.parametrize("rank", [0, 2, np.int64(1)])
-def test_a_rank_is_given_or_bound(name, rank):
+def test_a_rank_is_an_argument_or_bound(name, rank):
     found = comm.resolve(OP, name, rank)
     assert (found.name, found.rank, found.size, found.in_process) == (name, rank, 3, True)
     comm.bind_rank(name, 2)
@@ -67,7 +67,7 @@ def test_a_group_of_the_wrong_type(group, got):
     assert str(caught.value) == text
 
 
-def test_a_name_that_nobody_knows():
+def test_an_unknown_name():
     with pytest.raises(ArgumentNameError, match="name a registered or torch process group"):
         comm.resolve(OP, "nobody")
 
@@ -82,7 +82,7 @@ REGISTRATIONS = {
 
 
 @pytest.mark.parametrize("options, kind, text", REGISTRATIONS.values(), ids=REGISTRATIONS)
-def test_a_registration_is_refused(name, options, kind, text):
+def test_wrong_arguments_of_register_group(name, options, kind, text):
     options = {"name": "new", "store": dist.HashStore(), "size": 2, **options}
     with pytest.raises(kind) as caught:
         comm.register_group(**options)
@@ -91,6 +91,6 @@ def test_a_registration_is_refused(name, options, kind, text):
     assert "new" not in groups._registered
 
 
-def test_a_transport_that_does_not_exist():
+def test_an_unknown_transport():
     with pytest.raises(ArgumentValueError, match="set_transport: transport must be one of"):
         comm.set_transport("any", "mail")

@@ -1,4 +1,4 @@
-"""Waits that yield first, then sleep, and know when their time is up."""
+"""Waits that yield, then sleep, until their deadline."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_time_is_up_at_the_deadline(monkeypatch):
 
 @pytest.mark.parametrize("longest", [None, 10e-3])
 def test_pauses_grow_from_a_yield(monkeypatch, longest):
-    """A peer that is nearly there is not kept waiting, one that is far does not cost a core."""
+    """A short wait ends soon, a long one costs little."""
     clock = Clock(monkeypatch)
     backoff = Backoff(30.0)
     options = {} if longest is None else {"longest": longest}

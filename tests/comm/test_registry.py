@@ -1,4 +1,4 @@
-"""Endpoints by group, rank and number: who meets whom after refusals, delays and restarts."""
+"""Communicators by group, rank and number, after aborts, delays and restarts."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_rank_whose_constructor_failed_meets_peers_that_recover(group):
 
 
 def test_a_slow_rank_hears_every_refusal(group):
-    """Its peer has refused twice and waits for the third object when it makes its first."""
+    """Its peer has failed twice and waits for its third object when this rank opens its first."""
 
     def refuses_twice():
         errors = [make(group, 0, hidden=0) for _ in range(2)]

@@ -1,7 +1,7 @@
-"""Channels between ranks of one process: what is agreed, aborted, owed and refused.
+"""The ring protocol between ranks of one process: handshakes, aborts, drains and limits.
 
-Most tests step through an interleaving by hand, all ranks in one thread: only waits for what has
-not come need a thread of their own.
+Most tests step through an interleaving by hand, all ranks in one thread; only waits that block need
+a thread of their own.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from moe_triton import (
     SequenceError,
     UnavailableError,
 )
-from moe_triton.comm import ring_protocol as channel_module
+from moe_triton.comm import ring_protocol
 from moe_triton.comm.groups import Group
 from moe_triton.comm.local import LocalMemory
 from moe_triton.comm.memory import Memory
@@ -47,7 +47,7 @@ def connect(
     pids: list[int] | None = None,
     memory: Memory | None = None,
 ) -> list[RingProtocol]:
-    """Channels of all ranks, as a communicator would make them."""
+    """The protocol objects of all ranks, as a communicator makes them."""
     memory = memory or LocalMemory()
     own = [memory.allocate(control_bytes(in_flight)) for _ in range(world_size)]
     return [
@@ -64,7 +64,7 @@ def connect(
 
 
 def payload(source: int, target: int, number: int) -> torch.Tensor:
-    """What ``source`` sends to ``target`` in an operation; differs from all others."""
+    """The bytes from ``source`` to ``target`` in an operation, unique."""
     return torch.tensor([source, target, number, ~number], dtype=torch.int32).view(torch.uint8)
 
 
@@ -73,9 +73,9 @@ def setup(
 ):
     """Send ``payload(.., number)`` to all ranks, as the transports do; returns the epoch."""
     needed = protocol.size * PAYLOAD
-    epoch = protocol.begin(kind, OP)
+    epoch = protocol.acquire(kind, OP)
     try:
-        windows = protocol.agree(kind, epoch, OP, arguments, slot_bytes or needed)
+        windows = protocol.handshake(kind, epoch, OP, arguments, slot_bytes or needed)
         for target in range(protocol.size):
             start = protocol.rank * PAYLOAD
             data = windows.data(target, protocol.slot(epoch))
@@ -93,7 +93,7 @@ def teardown(protocol: RingProtocol, epoch: int, number: int = 0, *, kind="excha
     windows = ring.in_flight[epoch].windows if epoch in ring.in_flight else None
     protocol.wait(kind, epoch, OP)
     data = windows.data(protocol.rank, protocol.slot(epoch))[: protocol.size * PAYLOAD].clone()
-    protocol.finish(kind, epoch)
+    protocol.release(kind, epoch)
     expected = [payload(source, protocol.rank, number) for source in range(protocol.size)]
     assert torch.equal(data, torch.cat(expected))
 
@@ -104,17 +104,17 @@ def exchange(protocol: RingProtocol, number: int = 0, **options) -> None:
     teardown(protocol, setup(protocol, number, **options), number, kind=kind)
 
 
-def together(channels: list[RingProtocol], fn) -> list:
+def together(protocols: list[RingProtocol], fn) -> list:
     """``fn(protocol)`` on all ranks at once: results in their order, exceptions as results."""
-    results: list = [None] * len(channels)
+    results: list = [None] * len(protocols)
 
     def run(index):
         try:
-            results[index] = fn(channels[index])
+            results[index] = fn(protocols[index])
         except Exception as error:
             results[index] = error
 
-    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(channels))]
+    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(protocols))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -125,13 +125,13 @@ def together(channels: list[RingProtocol], fn) -> list:
 
 def agreed(world_size: int, **options) -> list[RingProtocol]:
     """Connected ranks that have done one operation, so that no setup waits any more."""
-    channels = connect(world_size, **options)
-    assert together(channels, exchange) == [None] * world_size
-    return channels
+    protocols = connect(world_size, **options)
+    assert together(protocols, exchange) == [None] * world_size
+    return protocols
 
 
 def error_of(call, *args, **options) -> Exception:
-    """What a call raises; without its traceback, which would keep the call's memory alive."""
+    """The exception of a call, without its traceback, which would keep the call's memory alive."""
     try:
         call(*args, **options)
     except Exception as error:
@@ -141,21 +141,21 @@ def error_of(call, *args, **options) -> Exception:
 
 @pytest.mark.parametrize("in_flight", [1, 2, 3])
 def test_no_more_setups_than_may_be_in_flight(in_flight):
-    channels = agreed(2, in_flight=in_flight)
-    epochs = [[setup(protocol, i) for protocol in channels] for i in range(in_flight)]
-    for protocol in channels:
+    protocols = agreed(2, in_flight=in_flight)
+    epochs = [[setup(protocol, i) for protocol in protocols] for i in range(in_flight)]
+    for protocol in protocols:
         error = error_of(setup, protocol)
         assert type(error) is SequenceError
         assert f"at most {in_flight} exchange operations may be in flight" in str(error)
-    # Refusing costs nothing: the operations in flight are complete, and the next one too.
+    # The error changes nothing: the operations in flight and the next one complete.
     for i in range(in_flight):
-        for protocol, epoch in zip(channels, epochs[i], strict=True):
+        for protocol, epoch in zip(protocols, epochs[i], strict=True):
             teardown(protocol, epoch, i)
-    assert together(channels, lambda c: exchange(c, 9)) == [None, None]
+    assert together(protocols, lambda c: exchange(c, 9)) == [None, None]
 
 
-def test_calls_that_ended_early_do_not_let_setups_run_ahead():
-    """The ring holds f operations that are not torn down: the oldest counts, not their number.
+def test_aborted_calls_count_as_in_flight():
+    """The oldest epoch in flight limits the setups, not the number of epochs.
 
     A rank that rejects a call beside one in flight is not a step ahead of its peers by that: its
     next setup would write into a slot that they may still have to read.
@@ -174,46 +174,46 @@ def test_calls_that_ended_early_do_not_let_setups_run_ahead():
 
 @pytest.mark.parametrize("in_flight", [1, 2])
 @pytest.mark.parametrize("with_window", [False, True])
-def test_a_rank_refuses_many_calls_before_its_peers_make_the_first(in_flight, with_window):
-    """Each peer still hears the reason of each call: a rank waits before it reuses its words."""
+def test_a_rank_aborts_many_calls_before_its_peers_make_the_first(in_flight, with_window):
+    """Each peer reads the reason of each abort: a rank waits before it reuses a message."""
     make = agreed if with_window else connect
-    channels = make(3, in_flight=in_flight)
+    protocols = make(3, in_flight=in_flight)
     reasons = [f"reason {i}" for i in range(9)]
     started = threading.Event()
 
-    def refuse(protocol):
+    def abort(protocol):
         for i, reason in enumerate(reasons):
             if i > in_flight:
                 started.set()
             protocol.abort_peers("exchange", OP, MoeError(OP, reason))
 
     def call(protocol):
-        # The refusing rank must not come this far alone; give it time to do it all the same.
+        # The aborting rank must not get this far alone; the wait gives it time to try.
         assert not started.wait(0.2)
         return [str(error_of(exchange, protocol, i)) for i in range(len(reasons))]
 
-    results = together(channels, lambda c: refuse(c) if c.rank == 1 else call(c))
+    results = together(protocols, lambda c: abort(c) if c.rank == 1 else call(c))
     for rank in (0, 2):
         assert results[rank] == [f"{OP}: rank 1 rejected this call: {why}" for why in reasons]
-    assert together(channels, exchange) == [None] * 3
+    assert together(protocols, exchange) == [None] * 3
 
 
-def test_a_rank_that_gave_up_has_taken_back_its_new_window():
-    """Peers that come later hear why, and do not look for memory that is gone."""
+def test_a_rank_whose_peer_aborted_releases_its_new_window():
+    """Later peers read the reason and do not open released memory."""
     first, second, third = agreed(3)
     third.abort_peers("exchange", OP, MoeError(OP, "wrong"))
     for protocol in (first, second):
         error = error_of(exchange, protocol, slot_bytes=4096)
         assert str(error) == f"{OP}: rank 2 rejected this call: wrong"
-    channels = [first, second, third]
-    assert together(channels, lambda c: exchange(c, 1, slot_bytes=4096)) == [None] * 3
+    protocols = [first, second, third]
+    assert together(protocols, lambda c: exchange(c, 1, slot_bytes=4096)) == [None] * 3
 
 
-@pytest.mark.parametrize("new", [False, True], ids=["flag", "announcement"])
-def test_what_came_at_the_last_moment_has_come(new, monkeypatch):
-    """A peer that sends its last flag and dies, or a rank that is stopped while it waits."""
+@pytest.mark.parametrize("new", [False, True], ids=["flag", "handshake"])
+def test_a_flag_set_at_the_last_moment_counts(new, monkeypatch):
+    """A peer sends its last flag and dies, or this rank is stopped while it waits."""
     first, second = agreed(2)
-    monkeypatch.setattr("moe_triton.comm.ring_protocol._LIVENESS_POLLS", 1)
+    monkeypatch.setattr("moe_triton.comm.ring_protocol._LIVENESS_INTERVAL", 0.0)
 
     options = {"word": "new"} if new else {}
     epoch = 2
@@ -225,8 +225,8 @@ def test_what_came_at_the_last_moment_has_come(new, monkeypatch):
             return False
         asked.append(rank)
         sent.start()
-        while new and second._heard(1, "exchange", epoch) is None:
-            time.sleep(1e-3)  # it goes on when the first rank has announced, too
+        while new and second._read_handshake(1, "exchange", epoch) is None:
+            time.sleep(1e-3)  # until the peer has posted its handshake
         if not new:
             sent.join(10)
         return True
@@ -254,7 +254,7 @@ def test_a_wait_that_timed_out_can_be_tried_again():
     assert together([first, second], exchange) == [None, None]
 
 
-def test_another_wait_does_not_heal_the_group():
+def test_another_wait_does_not_repair_the_group():
     first, second = agreed(2, timeout=0.1)
     assert together([first, second], lambda c: exchange(c, kind="combine")) == [None, None]
     late, other = setup(first, 1), setup(first, 2, kind="combine")
@@ -264,8 +264,8 @@ def test_another_wait_does_not_heal_the_group():
     assert isinstance(error_of(setup, first, kind="combine"), BrokenGroupError)
 
 
-def test_a_setup_that_timed_out_cannot_be_healed():
-    """Its caller has nothing to tear down, so the epochs can never match again."""
+def test_a_setup_that_timed_out_cannot_be_repeated():
+    """Its caller has no operation to tear down, so the epochs differ for good."""
     first, second = agreed(2, in_flight=2, timeout=0.1)
     epoch = setup(first, 1)
     assert isinstance(error_of(setup, first, 2, word="new"), PeerTimeoutError)
@@ -274,9 +274,9 @@ def test_a_setup_that_timed_out_cannot_be_healed():
     assert isinstance(error_of(setup, first, 3), BrokenGroupError)
 
 
-def begin_at(channels: list[RingProtocol], epoch: int) -> None:
+def begin_at(protocols: list[RingProtocol], epoch: int) -> None:
     """Let the rings of all ranks continue as if ``epoch`` had been the last operation."""
-    for protocol in channels:
+    for protocol in protocols:
         for ring in protocol._rings.values():
             ring.last = epoch
 
@@ -287,8 +287,8 @@ WRAPS = pytest.mark.parametrize("start", [2**31 - 4, -4], ids=["to negative", "t
 @WRAPS
 @pytest.mark.parametrize("in_flight", [1, 2, 3])
 def test_epochs_wrap(start, in_flight):
-    channels = connect(3, in_flight=in_flight)
-    begin_at(channels, start)
+    protocols = connect(3, in_flight=in_flight)
+    begin_at(protocols, start)
 
     def run(protocol):
         pending = []
@@ -301,26 +301,26 @@ def test_epochs_wrap(start, in_flight):
         return pending[-1][0]
 
     last = (start + 20 + 2**31) % 2**32 - 2**31
-    assert together(channels, run) == [last] * 3
+    assert together(protocols, run) == [last] * 3
 
 
 @WRAPS
 def test_windows_grow_while_epochs_wrap(start):
     """The flags of a new window must look old, also to a negative epoch."""
-    channels = connect(2)
-    begin_at(channels, start)
+    protocols = connect(2)
+    begin_at(protocols, start)
 
     def run(protocol):
         for number in range(10):
             exchange(protocol, number, slot_bytes=1000 * (number + 1))
 
-    assert together(channels, run) == [None, None]
+    assert together(protocols, run) == [None, None]
 
 
 @WRAPS
-def test_refusals_while_epochs_wrap(start):
-    channels = connect(2)
-    begin_at(channels, start)
+def test_aborts_while_epochs_wrap(start):
+    protocols = connect(2)
+    begin_at(protocols, start)
 
     def run(protocol):
         for number in range(10):
@@ -331,22 +331,22 @@ def test_refusals_while_epochs_wrap(start):
             else:
                 exchange(protocol, number)
 
-    assert together(channels, run) == [None, None]
+    assert together(protocols, run) == [None, None]
 
 
-def test_memory_that_cannot_be_had(monkeypatch):
-    """The rank that cannot grow says so to its peers, and all go on in the old windows."""
-    channels = agreed(3)
+def test_memory_that_cannot_be_allocated(monkeypatch):
+    """All ranks learn the reason and keep using the old windows."""
+    protocols = agreed(3)
     allocate = LocalMemory.allocate
 
     def refuse(memory, *sizes):
-        if memory is channels[1]._memory:
+        if memory is protocols[1]._memory:
             raise OSError(28, "No space left on device")
         return allocate(memory, *sizes)
 
-    channels[1]._memory = LocalMemory()
+    protocols[1]._memory = LocalMemory()
     monkeypatch.setattr(LocalMemory, "allocate", refuse)
-    results = together(channels, lambda c: exchange(c, slot_bytes=4096))
+    results = together(protocols, lambda c: exchange(c, slot_bytes=4096))
     assert isinstance(results[1], UnavailableError)
     slot = 3 * 16 + 4096
     for part in ("exchange windows", "2 slots of 4096", f"{2 * slot} bytes", "No space left"):
@@ -355,21 +355,21 @@ def test_memory_that_cannot_be_had(monkeypatch):
         assert isinstance(results[rank], PeerAbortError)
         assert results[rank].rank == 1
         assert "No space left" in results[rank].reason
-    assert together(channels, exchange) == [None] * 3
+    assert together(protocols, exchange) == [None] * 3
     monkeypatch.undo()
-    assert together(channels, lambda c: exchange(c, slot_bytes=4096)) == [None] * 3
+    assert together(protocols, lambda c: exchange(c, slot_bytes=4096)) == [None] * 3
 
 
 def test_operations_torn_down_in_the_wrong_order():
-    channels = agreed(2, in_flight=2)
-    epochs = [[setup(protocol, i) for protocol in channels] for i in range(2)]
+    protocols = agreed(2, in_flight=2)
+    epochs = [[setup(protocol, i) for protocol in protocols] for i in range(2)]
     wrong = f"{OP}: exchange operations must be torn down in the order of their setup, and once, "
-    error = error_of(teardown, channels[0], epochs[1][0])
+    error = error_of(teardown, protocols[0], epochs[1][0])
     assert str(error) == wrong + "got number 3 while number 2 is the oldest in flight"
     for i in range(2):
-        for protocol, epoch in zip(channels, epochs[i], strict=True):
+        for protocol, epoch in zip(protocols, epochs[i], strict=True):
             teardown(protocol, epoch, i)
-    error = error_of(channels[0].wait, "exchange", epochs[0][0], OP)
+    error = error_of(protocols[0].wait, "exchange", epochs[0][0], OP)
     assert str(error) == wrong + "got number 2 while none is in flight"
 
 
@@ -395,14 +395,14 @@ def named_files() -> set[str]:
 @pytest.mark.parametrize("in_flight", [1, 2])
 @pytest.mark.parametrize("with_window", [False, True])
 def test_windows_that_one_rank_cannot_open(with_window, in_flight):
-    """No rank uses them, all know why at once, and they can be had later."""
-    channels = (agreed if with_window else connect)(3, in_flight=in_flight, timeout=20)
-    memory = channels[1]._memory
-    channels[1]._memory = Hooked(memory, refuse_to_open)
+    """No rank uses them, all learn the reason at once, and a later call can open them."""
+    protocols = (agreed if with_window else connect)(3, in_flight=in_flight, timeout=20)
+    memory = protocols[1]._memory
+    protocols[1]._memory = Hooked(memory, refuse_to_open)
     for _ in range(3):
-        before = [protocol._rings["exchange"].windows for protocol in channels]
+        before = [protocol._rings["exchange"].windows for protocol in protocols]
         began = time.monotonic()
-        results = together(channels, lambda c: exchange(c, slot_bytes=4096))
+        results = together(protocols, lambda c: exchange(c, slot_bytes=4096))
         assert time.monotonic() - began < 5
         assert isinstance(results[1], UnavailableError)
         for part in ("exchange windows of rank 0", "opened by rank 1", "Too many open files"):
@@ -411,77 +411,77 @@ def test_windows_that_one_rank_cannot_open(with_window, in_flight):
             assert isinstance(results[rank], PeerAbortError)
             assert results[rank].rank == 1
             assert "Too many open files" in results[rank].reason
-        assert [protocol._rings["exchange"].windows for protocol in channels] == before
+        assert [protocol._rings["exchange"].windows for protocol in protocols] == before
         if with_window:
-            assert together(channels, exchange) == [None] * 3
-    channels[1]._memory = memory
-    assert together(channels, lambda c: exchange(c, slot_bytes=4096)) == [None] * 3
-    assert together(channels, lambda c: exchange(c, 1)) == [None] * 3
+            assert together(protocols, exchange) == [None] * 3
+    protocols[1]._memory = memory
+    assert together(protocols, lambda c: exchange(c, slot_bytes=4096)) == [None] * 3
+    assert together(protocols, lambda c: exchange(c, 1)) == [None] * 3
 
 
-def test_windows_whose_owner_has_let_go_of_them():
-    """Its number is unknown by then: an error like that of a file which is gone."""
-    channels = connect(2)
+def test_windows_whose_owner_has_freed_them():
+    """The error is like that of a missing file."""
+    protocols = connect(2)
     allocate = LocalMemory.allocate
 
     def allocate_and_forget(*sizes):
-        block = allocate(channels[1]._memory, *sizes)
+        block = allocate(protocols[1]._memory, *sizes)
         block.handle["number"] = -1
         return block
 
-    channels[1]._memory = Hooked(channels[1]._memory, lambda: None)
-    channels[1]._memory.allocate = allocate_and_forget
-    results = together(channels, exchange)
+    protocols[1]._memory = Hooked(protocols[1]._memory, lambda: None)
+    protocols[1]._memory.allocate = allocate_and_forget
+    results = together(protocols, exchange)
     assert isinstance(results[0], UnavailableError)
     assert isinstance(results[0].__cause__, FileNotFoundError)
     assert isinstance(results[1], PeerAbortError)
 
 
 def test_a_rank_that_fails_after_all_have_opened_the_windows():
-    """Ranks that look later must count it among those that opened them, or be left without."""
-    channels = connect(3)
+    """Ranks that poll later must count it as one that has opened them."""
+    protocols = connect(3)
     failed = threading.Event()
-    look = channels[2]._await_opened
+    look = protocols[2]._await_opened
 
     def look_late(*args):
         assert failed.wait(10)
         return look(*args)
 
-    channels[2]._await_opened = look_late
+    protocols[2]._await_opened = look_late
 
     def run(protocol):
         if protocol.rank != 0:
             return exchange(protocol)
-        epoch = protocol.begin("exchange", OP)
-        protocol.agree("exchange", epoch, OP, {}, 3 * PAYLOAD)
+        epoch = protocol.acquire("exchange", OP)
+        protocol.handshake("exchange", epoch, OP, {}, 3 * PAYLOAD)
         protocol.abort("exchange", epoch, ZeroDivisionError("in the middle"))
         failed.set()
         return None
 
-    results = together(channels, run)
+    results = together(protocols, run)
     assert results[0] is None
     for rank in (1, 2):
         assert isinstance(results[rank], PeerAbortError)
         assert "in the middle" in results[rank].reason
-    assert together(channels, lambda c: exchange(c, 1)) == [None] * 3
+    assert together(protocols, lambda c: exchange(c, 1)) == [None] * 3
 
 
-def test_names_of_windows_are_gone_after_the_call_that_made_them():
+def test_new_windows_lose_their_names_within_the_call():
     before = named_files()
-    channels = connect(3, memory=PosixMemory())
-    for protocol in channels:
+    protocols = connect(3, memory=PosixMemory())
+    for protocol in protocols:
         for block in protocol._control:
             block.release()
-    epochs = together(channels, setup)
+    epochs = together(protocols, setup)
     assert named_files() == before
-    for protocol, epoch in zip(channels, epochs, strict=True):
+    for protocol, epoch in zip(protocols, epochs, strict=True):
         teardown(protocol, epoch)
 
 
 def test_a_rank_that_fails_leaves_the_names_of_its_peers():
-    """A third rank may be about to open them: its answer must not depend on who is faster."""
-    channels = connect(3, memory=PosixMemory())
-    for protocol in channels:
+    """A third rank may be about to open them; its error must not depend on timing."""
+    protocols = connect(3, memory=PosixMemory())
+    for protocol in protocols:
         for block in protocol._control:
             block.release()
     before, refused = named_files(), threading.Event()
@@ -494,9 +494,9 @@ def test_a_rank_that_fails_leaves_the_names_of_its_peers():
         assert refused.wait(10)
         time.sleep(0.1)
 
-    channels[1]._memory = Hooked(channels[1]._memory, refuse_and_tell)
-    channels[2]._memory = Hooked(channels[2]._memory, open_late)
-    results = together(channels, exchange)
+    protocols[1]._memory = Hooked(protocols[1]._memory, refuse_and_tell)
+    protocols[2]._memory = Hooked(protocols[2]._memory, open_late)
+    results = together(protocols, exchange)
     assert isinstance(results[1], UnavailableError)
     for rank in (0, 2):
         assert isinstance(results[rank], PeerAbortError)
@@ -504,23 +504,23 @@ def test_a_rank_that_fails_leaves_the_names_of_its_peers():
     assert named_files() == before
 
 
-def test_the_names_of_a_rank_that_is_lost_are_taken_away():
-    channels = connect(2, memory=PosixMemory(), timeout=0.3)
-    for protocol in channels:
+def test_peers_remove_the_names_of_a_lost_rank():
+    protocols = connect(2, memory=PosixMemory(), timeout=0.3)
+    for protocol in protocols:
         for block in protocol._control:
             block.release()
     before, over = named_files(), threading.Event()
-    stalled = Hooked(channels[1]._memory, lambda: over.wait(10))
-    channels[1]._memory = stalled
-    thread = threading.Thread(target=lambda: error_of(exchange, channels[1]), daemon=True)
+    stalled = Hooked(protocols[1]._memory, lambda: over.wait(10))
+    protocols[1]._memory = stalled
+    thread = threading.Thread(target=lambda: error_of(exchange, protocols[1]), daemon=True)
     thread.start()
-    assert error_of(exchange, channels[0]).ranks == (1,)
+    assert error_of(exchange, protocols[0]).ranks == (1,)
     assert named_files() == before
     over.set()
     thread.join(10)
 
 
-def test_a_release_that_fails_keeps_no_other_from_theirs():
+def test_a_failed_release_does_not_stop_the_others():
     first, second = connect(2)
     blocks, released = first._control, []
 
@@ -529,7 +529,7 @@ def test_a_release_that_fails_keeps_no_other_from_theirs():
 
     blocks[0].hide, blocks[1].hide = lambda: released.append(0), refuse
     with pytest.raises(PermissionError):
-        channel_module._release(blocks)
+        ring_protocol._release_blocks(blocks)
     assert released == [0]
     first._pidfds.update({0: os.open(os.devnull, os.O_RDONLY), 1: -1})
     with pytest.raises(OSError, match="Bad file descriptor"):
@@ -540,11 +540,11 @@ def test_a_release_that_fails_keeps_no_other_from_theirs():
 
 @pytest.mark.parametrize("word", ["old", "new"])
 def test_a_rank_that_has_left_is_not_waited_for(word):
-    channels = connect(3, timeout=60)
-    assert together(channels, lambda c: exchange(c, word="old")) == [None] * 3
-    channels[1].close()
+    protocols = connect(3, timeout=60)
+    assert together(protocols, lambda c: exchange(c, word="old")) == [None] * 3
+    protocols[1].close()
     began = time.monotonic()
-    errors = together([channels[0], channels[2]], lambda c: exchange(c, word=word))
+    errors = together([protocols[0], protocols[2]], lambda c: exchange(c, word=word))
     assert time.monotonic() - began < 5
     for error in errors:
         assert isinstance(error, PeerTimeoutError)
@@ -552,30 +552,30 @@ def test_a_rank_that_has_left_is_not_waited_for(word):
 
 
 def test_a_rank_may_leave_after_its_last_operation():
-    channels = agreed(3)
-    epochs = [setup(protocol, 1) for protocol in channels]
-    teardown(channels[1], epochs[1], 1)
-    channels[1].close()
+    protocols = agreed(3)
+    epochs = [setup(protocol, 1) for protocol in protocols]
+    teardown(protocols[1], epochs[1], 1)
+    protocols[1].close()
     for rank in (0, 2):
-        teardown(channels[rank], epochs[rank], 1)
+        teardown(protocols[rank], epochs[rank], 1)
 
 
 def test_the_process_of_a_peer_that_is_already_gone():
-    """No descriptor for it: it is missed when the time is up, like one that never had a process."""
+    """It has no descriptor, so the time-out finds it."""
     child = subprocess.Popen(["true"])
     child.wait()
-    channels = connect(2, timeout=0.1, pids=[child.pid, child.pid])
-    assert error_of(exchange, channels[0]).ranks == (1,)
+    protocols = connect(2, timeout=0.1, pids=[child.pid, child.pid])
+    assert error_of(exchange, protocols[0]).ranks == (1,)
 
 
 def test_the_next_slot():
-    """It is known before the setup only if the setup would wait for nothing."""
-    first, second = channels = agreed(2, in_flight=2)
+    """None where the setup would have to wait."""
+    first, second = protocols = agreed(2, in_flight=2)
     assert first.next_slot("combine") is None  # no windows yet
     for number in range(5):
         pending = []
         for _ in range(2):
-            for protocol in channels:
+            for protocol in protocols:
                 windows, slot = protocol.next_slot("exchange")
                 epoch = setup(protocol, number)
                 assert slot == protocol.slot(epoch)
@@ -587,14 +587,14 @@ def test_the_next_slot():
     first.abort_peers("exchange", OP, MoeError(OP, "wrong"))
     assert first.next_slot("exchange") is not None
     first.abort_peers("exchange", OP, MoeError(OP, "wrong"))
-    assert first.next_slot("exchange") is None  # it owes the first of the two
+    assert first.next_slot("exchange") is None  # the first of the two is undrained
     for _ in range(2):
         error_of(exchange, second)
-    assert together(channels, exchange) == [None, None]
+    assert together(protocols, exchange) == [None, None]
 
 
-def test_an_overrun_is_an_error_and_not_data():
-    """A flag from the future says that a slot was written again before it was read."""
+def test_an_overrun_is_an_error():
+    """A flag ahead of the epoch: the slot was written again before it was read."""
     first, second = agreed(2)
     epoch = setup(first, 1)
     setup(second, 1)
@@ -610,72 +610,72 @@ def test_an_overrun_is_an_error_and_not_data():
 
 
 def test_ranks_that_disagree_on_known_arguments():
-    """Nobody compares texts any more: the digest in the flags tells, and the texts say what."""
-    channels = connect(3)
+    """The digest in the flags shows the mismatch, and the texts show the argument."""
+    protocols = connect(3)
     for width in (1, 2):
-        assert together(channels, lambda c, w=width: exchange(c, width=w)) == [None] * 3
+        assert together(protocols, lambda c, w=width: exchange(c, width=w)) == [None] * 3
     for _ in range(3):
-        errors = together(channels, lambda c: exchange(c, width=2 if c.rank == 1 else 1))
+        errors = together(protocols, lambda c: exchange(c, width=2 if c.rank == 1 else 1))
         for rank, error in enumerate(errors):
             assert isinstance(error, ArgumentMismatchError)
             assert error.argument == "width"
-            mine, theirs = (2, 1) if rank == 1 else (1, 2)
-            assert f"got {mine} on this rank and {theirs} on rank" in str(error)
-        assert together(channels, lambda c: exchange(c, width=2)) == [None] * 3
+            own, other = (2, 1) if rank == 1 else (1, 2)
+            assert f"got {own} on this rank and {other} on rank" in str(error)
+        assert together(protocols, lambda c: exchange(c, width=2)) == [None] * 3
 
 
 @pytest.mark.parametrize("known", ["on no rank", "on the culprit", "on its peers"])
 def test_ranks_that_disagree_on_new_arguments(known):
-    channels = connect(3)
+    protocols = connect(3)
     if known != "on no rank":
         width = 2 if known == "on the culprit" else 1
-        assert together(channels, lambda c: exchange(c, width=width)) == [None] * 3
-    errors = together(channels, lambda c: exchange(c, width=2 if c.rank == 1 else 1))
+        assert together(protocols, lambda c: exchange(c, width=width)) == [None] * 3
+    errors = together(protocols, lambda c: exchange(c, width=2 if c.rank == 1 else 1))
     for error in errors:
         assert isinstance(error, ArgumentMismatchError)
         assert error.argument == "width"
     for width in (1, 2):
-        assert together(channels, lambda c, w=width: exchange(c, width=w)) == [None] * 3
+        assert together(protocols, lambda c, w=width: exchange(c, width=w)) == [None] * 3
 
 
 def test_an_argument_that_only_one_rank_gives():
-    channels = connect(2)
-    errors = together(channels, lambda c: exchange(c, **({"extra": 1} if c.rank else {})))
+    protocols = connect(2)
+    errors = together(protocols, lambda c: exchange(c, **({"extra": 1} if c.rank else {})))
     assert [error.argument for error in errors] == ["extra", "extra"]
     assert "got None on this rank and 1 on rank 1" in str(errors[0])
     assert "got 1 on this rank and None on rank 0" in str(errors[1])
 
 
 def test_a_long_reason_is_cut_and_long_arguments_fit():
-    channels = connect(2)
-    channels[0].abort_peers("exchange", OP, MoeError(OP, "é" * 5000))
-    error = error_of(exchange, channels[1])
+    protocols = connect(2)
+    protocols[0].abort_peers("exchange", OP, MoeError(OP, "é" * 5000))
+    error = error_of(exchange, protocols[1])
     assert 400 < len(error.reason) < 5000
     assert set(error.reason[:400]) == {"é"}
-    assert together(channels, lambda c: exchange(c, text="x" * 2000)) == [None, None]
+    assert together(protocols, lambda c: exchange(c, text="x" * 2000)) == [None, None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What all ranks do in one operation: some grow the windows, disagree, refuse or are late."""
+    """One operation of all ranks: some grow the windows, disagree, abort or are late."""
 
     kind: str = "exchange"
     slot_bytes: int = 0
     word: str = "a"
-    refusing: frozenset[int] = frozenset()
+    aborting: frozenset[int] = frozenset()
     dissenting: frozenset[int] = frozenset()
     failing: frozenset[int] = frozenset()
     late: tuple[float, float, float] = (0, 0, 0)
 
     def wrong(self, rank: int) -> set[type]:
         """What a rank may raise; empty if the operation must succeed."""
-        if rank in self.refusing:
+        if rank in self.aborting:
             return {NoneType}
-        culprits = self.refusing | self.failing | self.dissenting
-        if rank in self.failing and not self.refusing and not self.dissenting:
+        culprits = self.aborting | self.failing | self.dissenting
+        if rank in self.failing and not self.aborting and not self.dissenting:
             return {ZeroDivisionError}
         kinds: set[type] = set()
-        if self.refusing or self.failing:
+        if self.aborting or self.failing:
             kinds.add(PeerAbortError)
         if rank in self.failing:
             kinds.add(ZeroDivisionError)
@@ -692,7 +692,7 @@ steps = st.builds(
     kind=st.sampled_from(["exchange", "combine"]),
     slot_bytes=st.sampled_from([0, 0, 0, 100, 1000, 5000]),
     word=st.sampled_from(["a", "a", "b", "c"]),
-    refusing=some_ranks,
+    aborting=some_ranks,
     dissenting=some_ranks,
     failing=some_ranks,
     late=st.tuples(delays, delays, delays),
@@ -701,17 +701,17 @@ steps = st.builds(
 
 def run_step(protocol: RingProtocol, number: int, step: Step) -> None:
     time.sleep(step.late[protocol.rank])
-    if protocol.rank in step.refusing:
-        protocol.abort_peers(step.kind, OP, MoeError(OP, f"refused in {number}"))
+    if protocol.rank in step.aborting:
+        protocol.abort_peers(step.kind, OP, MoeError(OP, f"aborted in {number}"))
         return
     word = step.word + "!" * (protocol.rank in step.dissenting)
     slot_bytes = max(step.slot_bytes, protocol.size * PAYLOAD)
     if protocol.rank not in step.failing:
         exchange(protocol, number, kind=step.kind, slot_bytes=slot_bytes, word=word)
         return
-    epoch = protocol.begin(step.kind, OP)
+    epoch = protocol.acquire(step.kind, OP)
     try:
-        protocol.agree(step.kind, epoch, OP, {"word": word}, slot_bytes)
+        protocol.handshake(step.kind, epoch, OP, {"word": word}, slot_bytes)
         _ = 1 / 0
     except BaseException as error:
         protocol.abort(step.kind, epoch, error)
@@ -721,12 +721,11 @@ def run_step(protocol: RingProtocol, number: int, step: Step) -> None:
 @settings(suppress_health_check=list(HealthCheck))
 @given(st.lists(steps, min_size=1, max_size=25), st.sampled_from([1, 1, 2, 3]))
 def test_any_sequence_of_operations(sequence, in_flight):
-    """Refusals, disagreements, failures, growth and delays in any order: each step ends alike.
+    """Aborts, disagreements, failures, growth and delays in any order.
 
-    A step in which nothing is wrong delivers exactly; in one where something is, every rank hears
-    of it, and never later than in that step.
+    A correct step delivers exactly; a faulty step raises on every rank, within the step.
     """
-    channels = connect(3, in_flight=in_flight, timeout=20)
+    protocols = connect(3, in_flight=in_flight, timeout=20)
 
     def run(protocol):
         outcomes = []
@@ -738,12 +737,12 @@ def test_any_sequence_of_operations(sequence, in_flight):
                 outcomes.append(error.with_traceback(None))
         return outcomes
 
-    for rank, outcomes in enumerate(together(channels, run)):
+    for rank, outcomes in enumerate(together(protocols, run)):
         assert not isinstance(outcomes, Exception)
         for number, (step, error) in enumerate(zip(sequence, outcomes, strict=True)):
             allowed = step.wrong(rank) or {NoneType}
             assert type(error) in allowed, f"rank {rank}, step {number}: {error!r}, {step}"
-            if isinstance(error, PeerAbortError) and error.rank in step.refusing:
-                assert error.reason == f"refused in {number}"
+            if isinstance(error, PeerAbortError) and error.rank in step.aborting:
+                assert error.reason == f"aborted in {number}"
             elif isinstance(error, PeerAbortError) and error.rank in step.failing:
                 assert "division" in error.reason

@@ -1,4 +1,4 @@
-"""Blocks shared between processes: what opens them, what is refused, and that nothing is left."""
+"""Blocks shared between processes: opening, errors, and no files left behind."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_block_is_zero_and_shared(memory, num_bytes):
 
 
 @memories
-def test_nobody_opens_a_block_after_its_release(memory):
+def test_a_released_block_cannot_be_opened(memory):
     block = memory.allocate(4096)
     block.release()
     block.release()  # may be called again
@@ -107,7 +107,7 @@ def test_a_posix_block_has_a_name_for_its_user_only():
     assert named_files() == before
 
 
-def test_peers_take_away_the_name_of_a_rank_that_died():
+def test_peers_remove_the_name_of_a_dead_rank():
     before = named_files()
     block = PosixMemory().allocate(4096)
     peers = [PosixMemory().open(block.handle) for _ in range(2)]
@@ -117,11 +117,11 @@ def test_peers_take_away_the_name_of_a_rank_that_died():
 
 
 def test_a_descriptor_number_that_was_used_again_is_refused():
-    """A peer's handle must not open whatever has taken its number since."""
+    """A peer's handle must not open another file with the same descriptor number."""
     block = MemfdMemory().allocate(4096)
     stale = dict(block.handle)
     block.release()
-    fd = os.memfd_create("somebody_else")
+    fd = os.memfd_create("another")
     try:
         assert fd == stale["fd"]
         os.ftruncate(fd, 4096)
@@ -132,7 +132,7 @@ def test_a_descriptor_number_that_was_used_again_is_refused():
 
 
 def test_a_full_dev_shm_is_an_error_at_once():
-    """And not a SIGBUS when somebody writes to the block later."""
+    """Instead of a SIGBUS when the block is written."""
     status = os.statvfs("/dev/shm")
     # More than it could ever hold, so that the system need not try.
     size = status.f_blocks * status.f_frsize
@@ -175,7 +175,7 @@ def test_a_system_without_huge_pages(memory, code, monkeypatch):
 
 @memories
 def test_names_differ(memory, monkeypatch):
-    """Also when two ranks draw the same number: nobody is given the block of another."""
+    """Two ranks that draw the same number still get different blocks."""
     drawn = secrets.token_hex(8)
     monkeypatch.setattr(secrets, "token_hex", lambda count: drawn)
     first = memory.allocate(4096)
@@ -192,7 +192,7 @@ def test_names_differ(memory, monkeypatch):
 
 @pytest.mark.parametrize("name", MEMORIES)
 def test_processes_share_a_block(name):
-    """Each rank writes into the block of the next one, which has taken its name away by then."""
+    """Each rank writes into the block of the next rank, which has released it already."""
 
     def fn(ctx):
         memory = MEMORIES[name]()
@@ -213,7 +213,7 @@ def test_processes_share_a_block(name):
         return values, named_files(), open_files()
 
     before = named_files()
-    results = harness.run_world("symmetric", 3, fn)
+    results = harness.run_world("shm", 3, fn)
     assert [values for values, _, _ in results] == [[3], [1], [2]]
     for _, names, files in results:
         assert names == before

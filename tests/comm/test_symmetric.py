@@ -1,4 +1,4 @@
-"""Rows read from where they lie: only those that belong to the reader, and lent memory as it is."""
+"""Rows read from peers' windows, and experts that write their rows in place."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def batch(rank, seed=0):
     return x, ids, torch.full(ids.shape, 0.5)
 
 
-@pytest.mark.parametrize("world", ["local", "symmetric", "collective"])
-def test_ranks_that_combine_different_dispatches_are_told(world):
-    """No row of another dispatch is read in place of the right one."""
+@pytest.mark.parametrize("world", ["local", "shm", "collective"])
+def test_combining_different_dispatches_raises(world):
+    """Rows of another dispatch are never read."""
 
     def fn(ctx):
         with layer(ctx, exact=True) as ep:
@@ -63,9 +63,9 @@ def run(world, fn):
     return testing.run_processes(2, fn, transport=world)
 
 
-@pytest.mark.parametrize("world", ["local", "symmetric"])
-def test_wrong_counts_of_a_peer_are_told(world):
-    """ep_send_counts that are plausible by themselves, and not what dispatch returned."""
+@pytest.mark.parametrize("world", ["local", "shm"])
+def test_wrong_counts_of_a_peer_raise(world):
+    """ep_send_counts that are plausible but differ from dispatch's."""
 
     def fn(ctx):
         x, ids, weights = batch(ctx.rank)
@@ -103,7 +103,7 @@ def test_a_refilled_routing_buffer_changes_nothing(dtype):
     testing.run_local(2, fn)
 
 
-def test_lent_rows_are_sent_from_where_they_are():
+def test_output_rows_are_sent_without_a_copy():
     def fn(ctx):
         with layer(ctx, exact=True) as ep:
             x, ids, weights = batch(ctx.rank)
@@ -118,11 +118,11 @@ def test_lent_rows_are_sent_from_where_they_are():
                     rows[:] = received.x * scale
                 assert torch.equal(ep.combine(rows, received.handle), x)
 
-    testing.run_processes(2, fn, transport="symmetric")
+    testing.run_processes(2, fn, transport="shm")
 
 
-def test_other_views_of_lent_rows_are_copied():
-    """They begin at the same address and are other rows."""
+def test_other_views_of_output_rows_are_copied():
+    """They have the same address and other strides."""
 
     def fn(ctx):
         with layer(ctx, exact=True) as ep:
@@ -138,7 +138,7 @@ def test_other_views_of_lent_rows_are_copied():
     testing.run_local(2, fn)
 
 
-def test_lent_rows_serve_again_after_a_peer_refused():
+def test_output_rows_stay_valid_after_a_peer_aborted():
     def fn(ctx):
         with layer(ctx, exact=True) as ep:
             x, ids, weights = batch(ctx.rank)
@@ -175,10 +175,10 @@ def test_numpy_integers_are_integers_between_processes():
         out = torch_npu.npu_moe_distribute_dispatch(x, ids, *arguments)
         assert out[0].shape[1] == HIDDEN
 
-    testing.run_processes(2, fn, transport="symmetric")
+    testing.run_processes(2, fn, transport="shm")
 
 
-def test_window_bytes_are_those_held():
+def test_window_bytes_are_those_allocated():
     def fn(ctx):
         with layer(ctx, quant="int8") as ep:
             x, ids, weights = batch(ctx.rank)
@@ -192,8 +192,8 @@ def test_window_bytes_are_those_held():
     testing.run_local(2, fn)
 
 
-def test_a_refused_combine_leaves_the_next_loan_alone():
-    """Two micro-batches: the first combine is refused by a rank, the second was lent meanwhile."""
+def test_an_aborted_combine_keeps_the_next_output_rows():
+    """Two micro-batches: a rank aborts the first combine while the second has its output rows."""
 
     def fn(ctx):
         with layer(ctx, exact=True, in_flight=2) as ep:

@@ -69,7 +69,7 @@ def test_windows_on_a_device_are_zero_before_another_stream_writes(monkeypatch):
 
 
 def distinct(views: list[torch.Tensor]) -> None:
-    """Assert that no two of the views share memory: what is written to each is found in each."""
+    """Assert that no two of the views share memory."""
     for number, view in enumerate(views, 1):
         view.fill_(number)
     for number, view in enumerate(views, 1):
@@ -130,7 +130,7 @@ def test_rows_begin_at_multiples_of_16(options, stride, offset):
 
 
 def test_how_many_rows_a_rank_writes():
-    """One for each token; where experts have smooth rows of their own, one for each copy."""
+    """One per token; with smooth scales per expert, one per slot."""
     topology = Topology(6, 8, num_shared_experts=2, num_shared_ranks=2)
     sizes = {"top_k": 3, "hidden": 8, "max_tokens": 5, "quant": "int8"}
     assert MoeConfig(topology, **sizes).dispatch.num_rows == 5
@@ -242,7 +242,7 @@ def test_rows_of_all_ranks_as_one_tensor(config, in_flight):
             assert bool((found == number).all())
 
 
-def test_an_arena_knows_what_it_holds():
+def test_windows_hold_their_own_tensors():
     windows = arena_of(2, 64, 1)
     for owner in range(2):
         for slot in range(2):
@@ -254,8 +254,8 @@ def test_an_arena_knows_what_it_holds():
     assert not windows.holds(0, torch.empty(0))
 
 
-def test_views_are_remembered_and_forgotten():
-    """By layout, owner and slot; a program that uses many layouts does not keep them all."""
+def test_views_are_cached_up_to_a_limit():
+    """By layout, owner and slot; the cache is bounded."""
     config = MoeConfig(Topology(2, 4), 2, 8, 3)
     windows = arena_of(2, config.combine.num_bytes, 1)
     layout = config.combine

@@ -80,11 +80,12 @@ def round_trip(ctx):
 
 @both
 def test_groups_are_usable(run):
-    assert run(4, round_trip) == [("symmetric", 0.0)] * 4
-    assert run(4, round_trip, tp_world_size=2) == [("symmetric", 0.0)] * 4
+    transport = "local" if run is testing.run_local else "shm"
+    assert run(4, round_trip) == [(transport, 0.0)] * 4
+    assert run(4, round_trip, tp_world_size=2) == [(transport, 0.0)] * 4
 
 
-@pytest.mark.parametrize("transport", ["symmetric", "collective"])
+@pytest.mark.parametrize("transport", ["shm", "collective"])
 def test_transport_is_passed_on(transport):
     assert testing.run_processes(2, round_trip, transport=transport) == [(transport, 0.0)] * 2
     ranks = testing.run_processes(4, round_trip, tp_world_size=2, transport=transport)
@@ -96,7 +97,7 @@ def test_transport_of_the_functional_ops_can_change_between_calls():
         communicator = comm.default_communicator(comm.resolve("test", ctx.ep_group))
         return communicator.transport("test").name
 
-    for transport in ("collective", "symmetric", "symmetric", "collective"):
+    for transport in ("collective", "shm", "shm", "collective"):
         found = testing.run_processes(2, of_functional_ops, transport=transport)
         assert found == [transport] * 2
 
