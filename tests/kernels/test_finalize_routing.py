@@ -104,7 +104,7 @@ GOOD = {
         {"rows": torch.zeros(2, 3, dtype=torch.int8)},
         {"index": torch.zeros(4, 2, dtype=torch.int32)},
         {"index": torch.zeros(3, 2, dtype=torch.int64)},
-        {"weights": torch.zeros(4, 2).half()},
+        {"weights": torch.zeros(4, 2, dtype=torch.int8)},
         {"weights": torch.zeros(4, 3)},
         {"expert_ids": None, "bias": torch.zeros(2, 3)},
         {"bias": torch.zeros(2, 4), "expert_ids": GOOD["index"].int()},
