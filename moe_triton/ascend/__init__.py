@@ -1,6 +1,6 @@
 """Ascend's MoE operators: their arguments, checks and results, over the core of this library.
 
-    group_arguments, op_names, quant_modes, buffer_size    what several operators share
+    group_arguments, op_names, quant_modes, buffer_size    shared by several operators
     distributed/                                           dispatch and combine between ranks
     local/                                                 operators of one device
 

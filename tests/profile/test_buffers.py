@@ -149,10 +149,10 @@ def test_bytes(formula, changes, num_bytes):
 @pytest.mark.parametrize(
     "product, op, changes, error, problem",
     [
-        ("portable", DISPATCH, {}, UnavailableError, "nothing says what buffer .* on portable"),
+        ("portable", DISPATCH, {}, UnavailableError, "the documents give no buffer size for .* on portable"),
         ("a9", DISPATCH, {}, UnavailableError, r"product must be one of \['portable', 'a2'"),
         ("a2", RMS, {}, UnavailableError, "is not an operator of a2"),
-        ("950", RMS, {}, UnavailableError, "nothing says what buffer .* on 950"),
+        ("950", RMS, {}, UnavailableError, "the documents give no buffer size for .* on 950"),
         ("950", DISPATCH, {}, UnavailableError, "vector_cores must be given"),
         ("a3", "npu_moe", {}, ArgumentValueError, "op must be one of"),
         ("a3", DISPATCH, {"num_experts": 33}, ArgumentValueError, "num_experts must be"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...ascend.distributed import schemas
-from ._groups import group_name
 
 
 def npu_moe_distribute_combine(
@@ -81,34 +80,7 @@ def npu_moe_distribute_combine(
     Raises:
         The errors of ``npu_moe_distribute_dispatch``.
     """
-    return schemas.combine(
-        expand_x=expand_x,
-        expert_ids=expert_ids,
-        expand_idx=expand_idx,
-        ep_send_counts=ep_send_counts,
-        expert_scales=expert_scales,
-        group_ep=group_name(group_ep),
-        ep_world_size=ep_world_size,
-        ep_rank_id=ep_rank_id,
-        moe_expert_num=moe_expert_num,
-        tp_send_counts=tp_send_counts,
-        x_active_mask=x_active_mask,
-        activation_scale=activation_scale,
-        weight_scale=weight_scale,
-        group_list=group_list,
-        expand_scales=expand_scales,
-        shared_expert_x=shared_expert_x,
-        group_tp=group_name(group_tp),
-        tp_world_size=tp_world_size,
-        tp_rank_id=tp_rank_id,
-        expert_shard_type=expert_shard_type,
-        shared_expert_num=shared_expert_num,
-        shared_expert_rank_num=shared_expert_rank_num,
-        global_bs=global_bs,
-        out_dtype=out_dtype,
-        comm_quant_mode=comm_quant_mode,
-        group_list_type=group_list_type,
-    )
+    return schemas.combine(**locals())
 
 
 def npu_moe_distribute_combine_v2(
@@ -196,39 +168,7 @@ def npu_moe_distribute_combine_v2(
     Raises:
         The errors of ``npu_moe_distribute_dispatch``.
     """
-    return schemas.combine_v2(
-        expand_x=expand_x,
-        expert_ids=expert_ids,
-        assist_info_for_combine=assist_info_for_combine,
-        ep_send_counts=ep_send_counts,
-        expert_scales=expert_scales,
-        group_ep=group_name(group_ep),
-        ep_world_size=ep_world_size,
-        ep_rank_id=ep_rank_id,
-        moe_expert_num=moe_expert_num,
-        tp_send_counts=tp_send_counts,
-        x_active_mask=x_active_mask,
-        expand_scales=expand_scales,
-        shared_expert_x=shared_expert_x,
-        elastic_info=elastic_info,
-        ori_x=ori_x,
-        const_expert_alpha_1=const_expert_alpha_1,
-        const_expert_alpha_2=const_expert_alpha_2,
-        const_expert_v=const_expert_v,
-        performance_info=performance_info,
-        group_tp=group_name(group_tp),
-        tp_world_size=tp_world_size,
-        tp_rank_id=tp_rank_id,
-        expert_shard_type=expert_shard_type,
-        shared_expert_num=shared_expert_num,
-        shared_expert_rank_num=shared_expert_rank_num,
-        global_bs=global_bs,
-        comm_quant_mode=comm_quant_mode,
-        comm_alg=comm_alg,
-        zero_expert_num=zero_expert_num,
-        copy_expert_num=copy_expert_num,
-        const_expert_num=const_expert_num,
-    )
+    return schemas.combine_v2(**locals())
 
 
 def npu_moe_distribute_combine_add_rms_norm(
@@ -330,43 +270,4 @@ def npu_moe_distribute_combine_add_rms_norm(
     Raises:
         The errors of ``npu_moe_distribute_dispatch``.
     """
-    return schemas.combine_add_rms_norm(
-        expand_x=expand_x,
-        expert_ids=expert_ids,
-        expand_idx=expand_idx,
-        ep_send_counts=ep_send_counts,
-        expert_scales=expert_scales,
-        residual_x=residual_x,
-        gamma=gamma,
-        group_ep=group_name(group_ep),
-        ep_world_size=ep_world_size,
-        ep_rank_id=ep_rank_id,
-        moe_expert_num=moe_expert_num,
-        tp_send_counts=tp_send_counts,
-        x_active_mask=x_active_mask,
-        activation_scale=activation_scale,
-        weight_scale=weight_scale,
-        group_list=group_list,
-        expand_scales=expand_scales,
-        shared_expert_x=shared_expert_x,
-        elastic_info=elastic_info,
-        ori_x=ori_x,
-        const_expert_alpha_1=const_expert_alpha_1,
-        const_expert_alpha_2=const_expert_alpha_2,
-        const_expert_v=const_expert_v,
-        group_tp=group_name(group_tp),
-        tp_world_size=tp_world_size,
-        tp_rank_id=tp_rank_id,
-        expert_shard_type=expert_shard_type,
-        shared_expert_num=shared_expert_num,
-        shared_expert_rank_num=shared_expert_rank_num,
-        global_bs=global_bs,
-        out_dtype=out_dtype,
-        comm_quant_mode=comm_quant_mode,
-        group_list_type=group_list_type,
-        comm_alg=comm_alg,
-        norm_eps=norm_eps,
-        zero_expert_num=zero_expert_num,
-        copy_expert_num=copy_expert_num,
-        const_expert_num=const_expert_num,
-    )
+    return schemas.combine_add_rms_norm(**locals())

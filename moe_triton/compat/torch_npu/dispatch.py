@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 
 from ...ascend.distributed import schemas
-from ...ascend.quant_modes import dtype_number
-from ._groups import group_name
 
 
 def npu_moe_distribute_dispatch(
@@ -87,26 +85,7 @@ def npu_moe_distribute_dispatch(
         PeerAbortError: a peer rejected its call; the group stays usable.
         PeerTimeoutError, BrokenGroupError: a peer did not come; see ``moe_triton.recover``.
     """
-    return schemas.dispatch(
-        x=x,
-        expert_ids=expert_ids,
-        group_ep=group_name(group_ep),
-        ep_world_size=ep_world_size,
-        ep_rank_id=ep_rank_id,
-        moe_expert_num=moe_expert_num,
-        scales=scales,
-        x_active_mask=x_active_mask,
-        expert_scales=expert_scales,
-        group_tp=group_name(group_tp),
-        tp_world_size=tp_world_size,
-        tp_rank_id=tp_rank_id,
-        expert_shard_type=expert_shard_type,
-        shared_expert_num=shared_expert_num,
-        shared_expert_rank_num=shared_expert_rank_num,
-        quant_mode=quant_mode,
-        global_bs=global_bs,
-        expert_token_nums_type=expert_token_nums_type,
-    )
+    return schemas.dispatch(**locals())
 
 
 def npu_moe_distribute_dispatch_v2(
@@ -187,32 +166,4 @@ def npu_moe_distribute_dispatch_v2(
     Raises:
         The errors of ``npu_moe_distribute_dispatch``.
     """
-    return schemas.dispatch_v2(
-        x=x,
-        expert_ids=expert_ids,
-        group_ep=group_name(group_ep),
-        ep_world_size=ep_world_size,
-        ep_rank_id=ep_rank_id,
-        moe_expert_num=moe_expert_num,
-        scales=scales,
-        x_active_mask=x_active_mask,
-        expert_scales=expert_scales,
-        elastic_info=elastic_info,
-        performance_info=performance_info,
-        group_tp=group_name(group_tp),
-        tp_world_size=tp_world_size,
-        tp_rank_id=tp_rank_id,
-        expert_shard_type=expert_shard_type,
-        shared_expert_num=shared_expert_num,
-        shared_expert_rank_num=shared_expert_rank_num,
-        quant_mode=quant_mode,
-        global_bs=global_bs,
-        expert_token_nums_type=expert_token_nums_type,
-        comm_alg=comm_alg,
-        zero_expert_num=zero_expert_num,
-        copy_expert_num=copy_expert_num,
-        const_expert_num=const_expert_num,
-        y_dtype=dtype_number(y_dtype),
-        x_dtype=dtype_number(x_dtype),
-        scales_dtype=dtype_number(scales_dtype),
-    )
+    return schemas.dispatch_v2(**locals())

@@ -56,21 +56,7 @@ def npu_moe_gating_top_k(
         ArgumentTypeError: 161002.
         ArgumentValueError: 561002, a shape or value; contents are checked on the CPU.
     """
-    return schemas.gating_top_k(
-        x=x,
-        k=k,
-        bias=bias,
-        input_ids=input_ids,
-        tid2eid=tid2eid,
-        k_group=k_group,
-        group_count=group_count,
-        group_select_mode=group_select_mode,
-        renorm=renorm,
-        norm_type=norm_type,
-        out_flag=out_flag,
-        routed_scaling_factor=routed_scaling_factor,
-        eps=eps,
-    )
+    return schemas.gating_top_k(**locals())
 
 
 def npu_moe_gating_top_k_softmax(
@@ -91,7 +77,7 @@ def npu_moe_gating_top_k_softmax(
     Raises:
         The errors of ``npu_moe_gating_top_k``.
     """
-    return schemas.gating_top_k_softmax(x=x, finished=finished, k=k)
+    return schemas.gating_top_k_softmax(**locals())
 
 
 def npu_moe_gating_top_k_softmax_v2(
@@ -119,6 +105,4 @@ def npu_moe_gating_top_k_softmax_v2(
     Raises:
         The errors of ``npu_moe_gating_top_k``.
     """
-    return schemas.gating_top_k_softmax_v2(
-        x=x, k=k, finished=finished, renorm=renorm, output_softmax=output_softmax
-    )
+    return schemas.gating_top_k_softmax_v2(**locals())

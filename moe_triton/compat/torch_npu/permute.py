@@ -40,9 +40,7 @@ def npu_moe_token_permute(
         ArgumentTypeError: 161002.
         ArgumentValueError: 561002, a shape or value; contents are checked on the CPU.
     """
-    return schemas.token_permute(
-        tokens=tokens, indices=indices, num_out_tokens=num_out_tokens, padded_mode=padded_mode
-    )
+    return schemas.token_permute(**locals())
 
 
 def npu_moe_token_unpermute(
@@ -72,13 +70,7 @@ def npu_moe_token_unpermute(
     Raises:
         The errors of ``npu_moe_token_permute``.
     """
-    return schemas.token_unpermute(
-        permuted_tokens=permuted_tokens,
-        sorted_indices=sorted_indices,
-        probs=probs,
-        padded_mode=padded_mode,
-        restore_shape=restore_shape,
-    )
+    return schemas.token_unpermute(**locals())
 
 
 def npu_moe_token_permute_with_routing_map(
@@ -111,13 +103,7 @@ def npu_moe_token_permute_with_routing_map(
     Raises:
         The errors of ``npu_moe_token_permute``.
     """
-    return schemas.token_permute_with_routing_map(
-        tokens=tokens,
-        routing_map=routing_map,
-        probs=probs,
-        num_out_tokens=num_out_tokens,
-        drop_and_pad=drop_and_pad,
-    )
+    return schemas.token_permute_with_routing_map(**locals())
 
 
 def npu_moe_token_unpermute_with_routing_map(
@@ -153,11 +139,4 @@ def npu_moe_token_unpermute_with_routing_map(
     Raises:
         The errors of ``npu_moe_token_permute``.
     """
-    return schemas.token_unpermute_with_routing_map(
-        permuted_tokens=permuted_tokens,
-        sorted_indices=sorted_indices,
-        restore_shape=restore_shape,
-        probs=probs,
-        routing_map=routing_map,
-        drop_and_pad=drop_and_pad,
-    )
+    return schemas.token_unpermute_with_routing_map(**locals())

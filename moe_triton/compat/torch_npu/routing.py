@@ -75,22 +75,7 @@ def npu_moe_init_routing_v2(
     Raises:
         The errors of ``npu_moe_re_routing``.
     """
-    return schemas.init_routing_v2(
-        x=x,
-        expert_idx=expert_idx,
-        scale=scale,
-        offset=offset,
-        active_num=active_num,
-        expert_capacity=expert_capacity,
-        expert_num=expert_num,
-        drop_pad_mode=drop_pad_mode,
-        expert_tokens_num_type=expert_tokens_num_type,
-        expert_tokens_num_flag=expert_tokens_num_flag,
-        quant_mode=quant_mode,
-        active_expert_range=active_expert_range,
-        row_idx_type=row_idx_type,
-        x_dtype=dtype_number(x_dtype),
-    )
+    return schemas.init_routing_v2(**locals() | {"x_dtype": dtype_number(x_dtype)})
 
 
 def npu_moe_re_routing(
@@ -127,14 +112,7 @@ def npu_moe_re_routing(
         ArgumentTypeError: 161002.
         ArgumentValueError: 561002, a shape or value; contents are checked on the CPU.
     """
-    return schemas.re_routing(
-        tokens=tokens,
-        expert_token_num_per_rank=expert_token_num_per_rank,
-        per_token_scales=per_token_scales,
-        expert_token_num_type=expert_token_num_type,
-        idx_type=idx_type,
-        tokens_dtype=dtype_number(tokens_dtype),
-    )
+    return schemas.re_routing(**locals() | {"tokens_dtype": dtype_number(tokens_dtype)})
 
 
 def npu_moe_compute_expert_tokens(sorted_experts: Tensor, num_expert: int) -> Tensor:
@@ -151,7 +129,7 @@ def npu_moe_compute_expert_tokens(sorted_experts: Tensor, num_expert: int) -> Te
     Raises:
         The errors of ``npu_moe_re_routing``.
     """
-    return schemas.compute_expert_tokens(sorted_experts=sorted_experts, num_expert=num_expert)
+    return schemas.compute_expert_tokens(**locals())
 
 
 def npu_moe_finalize_routing(
@@ -192,14 +170,4 @@ def npu_moe_finalize_routing(
     Raises:
         The errors of ``npu_moe_re_routing``.
     """
-    return schemas.finalize_routing(
-        expanded_permuted_rows=expanded_permuted_rows,
-        skip1=skip1,
-        skip2=skip2,
-        bias=bias,
-        scales=scales,
-        expanded_src_to_dst_row=expanded_src_to_dst_row,
-        export_for_source_row=export_for_source_row,
-        drop_pad_mode=drop_pad_mode,
-        k=k,
-    )
+    return schemas.finalize_routing(**locals())

@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 
 from ...ascend.distributed import schemas
-from ...ascend.quant_modes import dtype_number
-from ._groups import group_name
 
 
 def npu_moe_distribute_dispatch_setup(
@@ -67,24 +65,7 @@ def npu_moe_distribute_dispatch_setup(
         The errors of ``npu_moe_distribute_dispatch``.
         SequenceError: the last dispatch on this group has not been torn down.
     """
-    return schemas.dispatch_setup(
-        x=x,
-        expert_ids=expert_ids,
-        group_ep=group_name(group_ep),
-        ep_world_size=ep_world_size,
-        ep_rank_id=ep_rank_id,
-        moe_expert_num=moe_expert_num,
-        scales=scales,
-        x_active_mask=x_active_mask,
-        expert_shard_type=expert_shard_type,
-        shared_expert_num=shared_expert_num,
-        shared_expert_rank_num=shared_expert_rank_num,
-        quant_mode=quant_mode,
-        global_bs=global_bs,
-        comm_type=comm_type,
-        comm_alg=comm_alg,
-        y_dtype=dtype_number(y_dtype),
-    )
+    return schemas.dispatch_setup(**locals())
 
 
 def npu_moe_distribute_dispatch_teardown(
@@ -139,24 +120,7 @@ def npu_moe_distribute_dispatch_teardown(
         ArgumentValueError: also an argument that is not that of the oldest setup.
         SequenceError: there is no setup to tear down.
     """
-    return schemas.dispatch_teardown(
-        x=x,
-        y=y,
-        expert_ids=expert_ids,
-        comm_cmd_info=comm_cmd_info,
-        group_ep=group_name(group_ep),
-        ep_world_size=ep_world_size,
-        ep_rank_id=ep_rank_id,
-        moe_expert_num=moe_expert_num,
-        expert_shard_type=expert_shard_type,
-        shared_expert_num=shared_expert_num,
-        shared_expert_rank_num=shared_expert_rank_num,
-        quant_mode=quant_mode,
-        global_bs=global_bs,
-        expert_token_nums_type=expert_token_nums_type,
-        comm_type=comm_type,
-        comm_alg=comm_alg,
-    )
+    return schemas.dispatch_teardown(**locals())
 
 
 def npu_moe_distribute_combine_setup(
@@ -207,22 +171,7 @@ def npu_moe_distribute_combine_setup(
         The errors of ``npu_moe_distribute_dispatch``.
         SequenceError: the last combine on this group has not been torn down.
     """
-    return schemas.combine_setup(
-        expand_x=expand_x,
-        expert_ids=expert_ids,
-        assist_info_for_combine=assist_info_for_combine,
-        group_ep=group_name(group_ep),
-        ep_world_size=ep_world_size,
-        ep_rank_id=ep_rank_id,
-        moe_expert_num=moe_expert_num,
-        expert_shard_type=expert_shard_type,
-        shared_expert_num=shared_expert_num,
-        shared_expert_rank_num=shared_expert_rank_num,
-        global_bs=global_bs,
-        comm_quant_mode=comm_quant_mode,
-        comm_type=comm_type,
-        comm_alg=comm_alg,
-    )
+    return schemas.combine_setup(**locals())
 
 
 def npu_moe_distribute_combine_teardown(
@@ -281,24 +230,4 @@ def npu_moe_distribute_combine_teardown(
         ArgumentValueError: also an argument that is not that of the oldest setup.
         SequenceError: there is no setup to tear down.
     """
-    return schemas.combine_teardown(
-        expand_x=expand_x,
-        quant_expand_x=quant_expand_x,
-        expert_ids=expert_ids,
-        expand_idx=expand_idx,
-        expert_scales=expert_scales,
-        comm_cmd_info=comm_cmd_info,
-        group_ep=group_name(group_ep),
-        ep_world_size=ep_world_size,
-        ep_rank_id=ep_rank_id,
-        moe_expert_num=moe_expert_num,
-        x_active_mask=x_active_mask,
-        shared_expert_x=shared_expert_x,
-        expert_shard_type=expert_shard_type,
-        shared_expert_num=shared_expert_num,
-        shared_expert_rank_num=shared_expert_rank_num,
-        global_bs=global_bs,
-        comm_quant_mode=comm_quant_mode,
-        comm_type=comm_type,
-        comm_alg=comm_alg,
-    )
+    return schemas.combine_teardown(**locals())

@@ -46,13 +46,4 @@ def npu_moe_update_expert(
         ArgumentTypeError: 161002.
         ArgumentValueError: 561002, a shape or value; contents are checked on the CPU.
     """
-    return schemas.update_expert(
-        expert_ids=expert_ids,
-        eplb_table=eplb_table,
-        expert_scales=expert_scales,
-        pruning_threshold=pruning_threshold,
-        active_mask=active_mask,
-        local_rank_id=local_rank_id,
-        world_size=world_size,
-        balance_mode=balance_mode,
-    )
+    return schemas.update_expert(**locals())
