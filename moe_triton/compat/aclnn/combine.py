@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...ascend.distributed import schemas
-from .interface import Executor, FirstPhase, Interface, Output, Stream, first_phase, second_phase
+from .interface import FirstPhase, Interface, Output, first_phase, second_phase
 
 _V1 = Interface(
     "aclnnMoeDistributeCombine",
@@ -86,11 +86,7 @@ def aclnnMoeDistributeCombineGetWorkspaceSize(
     return first_phase(_V1, locals())
 
 
-def aclnnMoeDistributeCombine(
-    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
-) -> int:
-    """Make the call that ``aclnnMoeDistributeCombineGetWorkspaceSize`` has checked."""
-    return second_phase(_V1, workspace, workspaceSize, executor, stream)
+aclnnMoeDistributeCombine = second_phase(_V1)
 
 
 def aclnnMoeDistributeCombineV2GetWorkspaceSize(
@@ -134,11 +130,7 @@ def aclnnMoeDistributeCombineV2GetWorkspaceSize(
     return first_phase(_V2, locals())
 
 
-def aclnnMoeDistributeCombineV2(
-    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
-) -> int:
-    """Make the call that ``aclnnMoeDistributeCombineV2GetWorkspaceSize`` has checked."""
-    return second_phase(_V2, workspace, workspaceSize, executor, stream)
+aclnnMoeDistributeCombineV2 = second_phase(_V2)
 
 
 def aclnnMoeDistributeCombineV3GetWorkspaceSize(
@@ -190,11 +182,7 @@ def aclnnMoeDistributeCombineV3GetWorkspaceSize(
     return first_phase(_V3, locals())
 
 
-def aclnnMoeDistributeCombineV3(
-    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
-) -> int:
-    """Make the call that ``aclnnMoeDistributeCombineV3GetWorkspaceSize`` has checked."""
-    return second_phase(_V3, workspace, workspaceSize, executor, stream)
+aclnnMoeDistributeCombineV3 = second_phase(_V3)
 
 
 def aclnnMoeDistributeCombineV4GetWorkspaceSize(
@@ -246,8 +234,4 @@ def aclnnMoeDistributeCombineV4GetWorkspaceSize(
     return first_phase(_V4, locals())
 
 
-def aclnnMoeDistributeCombineV4(
-    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
-) -> int:
-    """Make the call that ``aclnnMoeDistributeCombineV4GetWorkspaceSize`` has checked."""
-    return second_phase(_V4, workspace, workspaceSize, executor, stream)
+aclnnMoeDistributeCombineV4 = second_phase(_V4)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...ascend.distributed import schemas
 from ...errors import ArgumentValueError
-from .interface import Executor, FirstPhase, Interface, Output, Stream, first_phase, second_phase
+from .interface import FirstPhase, Interface, Output, first_phase, second_phase
 
 
 def _outputs(suffix: str, third: Output) -> tuple[Output, ...]:
@@ -107,11 +107,7 @@ def aclnnMoeDistributeDispatchGetWorkspaceSize(
     return first_phase(_V1, locals())
 
 
-def aclnnMoeDistributeDispatch(
-    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
-) -> int:
-    """Make the call that ``aclnnMoeDistributeDispatchGetWorkspaceSize`` has checked."""
-    return second_phase(_V1, workspace, workspaceSize, executor, stream)
+aclnnMoeDistributeDispatch = second_phase(_V1)
 
 
 def aclnnMoeDistributeDispatchV2GetWorkspaceSize(
@@ -153,11 +149,7 @@ def aclnnMoeDistributeDispatchV2GetWorkspaceSize(
     return first_phase(_V2, locals())
 
 
-def aclnnMoeDistributeDispatchV2(
-    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
-) -> int:
-    """Make the call that ``aclnnMoeDistributeDispatchV2GetWorkspaceSize`` has checked."""
-    return second_phase(_V2, workspace, workspaceSize, executor, stream)
+aclnnMoeDistributeDispatchV2 = second_phase(_V2)
 
 
 def aclnnMoeDistributeDispatchV3GetWorkspaceSize(
@@ -203,11 +195,7 @@ def aclnnMoeDistributeDispatchV3GetWorkspaceSize(
     return first_phase(_V3, locals())
 
 
-def aclnnMoeDistributeDispatchV3(
-    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
-) -> int:
-    """Make the call that ``aclnnMoeDistributeDispatchV3GetWorkspaceSize`` has checked."""
-    return second_phase(_V3, workspace, workspaceSize, executor, stream)
+aclnnMoeDistributeDispatchV3 = second_phase(_V3)
 
 
 def aclnnMoeDistributeDispatchV4GetWorkspaceSize(
@@ -253,8 +241,4 @@ def aclnnMoeDistributeDispatchV4GetWorkspaceSize(
     return first_phase(_V4, locals())
 
 
-def aclnnMoeDistributeDispatchV4(
-    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
-) -> int:
-    """Make the call that ``aclnnMoeDistributeDispatchV4GetWorkspaceSize`` has checked."""
-    return second_phase(_V4, workspace, workspaceSize, executor, stream)
+aclnnMoeDistributeDispatchV4 = second_phase(_V4)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...ascend.distributed import schemas
-from .interface import Executor, FirstPhase, Interface, Output, Stream, first_phase, second_phase
+from .interface import FirstPhase, Interface, Output, first_phase, second_phase
 
 _V1, _V2 = (
     Interface(
@@ -69,11 +69,7 @@ def aclnnMoeDistributeCombineAddRmsNormGetWorkspaceSize(
     return first_phase(_V1, locals())
 
 
-def aclnnMoeDistributeCombineAddRmsNorm(
-    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
-) -> int:
-    """Make the call that ``aclnnMoeDistributeCombineAddRmsNormGetWorkspaceSize`` has checked."""
-    return second_phase(_V1, workspace, workspaceSize, executor, stream)
+aclnnMoeDistributeCombineAddRmsNorm = second_phase(_V1)
 
 
 def aclnnMoeDistributeCombineAddRmsNormV2GetWorkspaceSize(
@@ -130,8 +126,4 @@ def aclnnMoeDistributeCombineAddRmsNormV2GetWorkspaceSize(
     return first_phase(_V2, locals())
 
 
-def aclnnMoeDistributeCombineAddRmsNormV2(
-    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
-) -> int:
-    """Make the call that ``aclnnMoeDistributeCombineAddRmsNormV2GetWorkspaceSize`` has checked."""
-    return second_phase(_V2, workspace, workspaceSize, executor, stream)
+aclnnMoeDistributeCombineAddRmsNormV2 = second_phase(_V2)

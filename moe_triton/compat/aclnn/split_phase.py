@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...ascend.distributed import schemas
-from .interface import Executor, FirstPhase, Interface, Output, Stream, first_phase, second_phase
+from .interface import FirstPhase, Interface, Output, first_phase, second_phase
 
 _DISPATCH_SETUP = Interface(
     "aclnnMoeDistributeDispatchSetup",
@@ -74,11 +74,7 @@ def aclnnMoeDistributeDispatchSetupGetWorkspaceSize(
     return first_phase(_DISPATCH_SETUP, locals())
 
 
-def aclnnMoeDistributeDispatchSetup(
-    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
-) -> int:
-    """Make the call that ``aclnnMoeDistributeDispatchSetupGetWorkspaceSize`` has checked."""
-    return second_phase(_DISPATCH_SETUP, workspace, workspaceSize, executor, stream)
+aclnnMoeDistributeDispatchSetup = second_phase(_DISPATCH_SETUP)
 
 
 def aclnnMoeDistributeDispatchTeardownGetWorkspaceSize(
@@ -116,11 +112,7 @@ def aclnnMoeDistributeDispatchTeardownGetWorkspaceSize(
     return first_phase(_DISPATCH_TEARDOWN, locals())
 
 
-def aclnnMoeDistributeDispatchTeardown(
-    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
-) -> int:
-    """Make the call that ``aclnnMoeDistributeDispatchTeardownGetWorkspaceSize`` has checked."""
-    return second_phase(_DISPATCH_TEARDOWN, workspace, workspaceSize, executor, stream)
+aclnnMoeDistributeDispatchTeardown = second_phase(_DISPATCH_TEARDOWN)
 
 
 def aclnnMoeDistributeCombineSetupGetWorkspaceSize(
@@ -152,11 +144,7 @@ def aclnnMoeDistributeCombineSetupGetWorkspaceSize(
     return first_phase(_COMBINE_SETUP, locals())
 
 
-def aclnnMoeDistributeCombineSetup(
-    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
-) -> int:
-    """Make the call that ``aclnnMoeDistributeCombineSetupGetWorkspaceSize`` has checked."""
-    return second_phase(_COMBINE_SETUP, workspace, workspaceSize, executor, stream)
+aclnnMoeDistributeCombineSetup = second_phase(_COMBINE_SETUP)
 
 
 def aclnnMoeDistributeCombineTeardownGetWorkspaceSize(
@@ -192,8 +180,4 @@ def aclnnMoeDistributeCombineTeardownGetWorkspaceSize(
     return first_phase(_COMBINE_TEARDOWN, locals())
 
 
-def aclnnMoeDistributeCombineTeardown(
-    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
-) -> int:
-    """Make the call that ``aclnnMoeDistributeCombineTeardownGetWorkspaceSize`` has checked."""
-    return second_phase(_COMBINE_TEARDOWN, workspace, workspaceSize, executor, stream)
+aclnnMoeDistributeCombineTeardown = second_phase(_COMBINE_TEARDOWN)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...ascend.distributed import schemas
-from .interface import Executor, FirstPhase, Interface, Output, Stream, first_phase, second_phase
+from .interface import FirstPhase, Interface, Output, first_phase, second_phase
 
 _EPLB = Interface(
     "aclnnMoeEPLBUpdateExpert",
@@ -47,11 +47,7 @@ def aclnnMoeEPLBUpdateExpertGetWorkspaceSize(
     return first_phase(_EPLB, locals())
 
 
-def aclnnMoeEPLBUpdateExpert(
-    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
-) -> int:
-    """Make the call that ``aclnnMoeEPLBUpdateExpertGetWorkspaceSize`` has checked."""
-    return second_phase(_EPLB, workspace, workspaceSize, executor, stream)
+aclnnMoeEPLBUpdateExpert = second_phase(_EPLB)
 
 
 def aclnnMoeUpdateExpertGetWorkspaceSize(
@@ -86,8 +82,4 @@ def aclnnMoeUpdateExpertGetWorkspaceSize(
     return first_phase(_SUCCESSOR, locals())
 
 
-def aclnnMoeUpdateExpert(
-    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
-) -> int:
-    """Make the call that ``aclnnMoeUpdateExpertGetWorkspaceSize`` has checked."""
-    return second_phase(_SUCCESSOR, workspace, workspaceSize, executor, stream)
+aclnnMoeUpdateExpert = second_phase(_SUCCESSOR)
