@@ -149,7 +149,13 @@ def test_bytes(formula, changes, num_bytes):
 @pytest.mark.parametrize(
     "product, op, changes, error, problem",
     [
-        ("portable", DISPATCH, {}, UnavailableError, "the documents give no buffer size for .* on portable"),
+        (
+            "portable",
+            DISPATCH,
+            {},
+            UnavailableError,
+            "the documents give no buffer size for .* on portable",
+        ),
         ("a9", DISPATCH, {}, UnavailableError, r"product must be one of \['portable', 'a2'"),
         ("a2", RMS, {}, UnavailableError, "is not an operator of a2"),
         ("950", RMS, {}, UnavailableError, "the documents give no buffer size for .* on 950"),

@@ -12,7 +12,7 @@ from typing import Any
 
 import cloudpickle
 import torch
-from harness import groups_of
+from harness import combine_arguments, groups_of
 
 from moe_triton import get_profile
 from moe_triton.compat import aclnn, torch_npu
@@ -174,10 +174,8 @@ def dispatch_call(ctx: Any, call: dict) -> dict:
 
 def combine_call(ctx: Any, call: dict, outputs: list) -> dict:
     """Those of its combine, after dispatch."""
-    third = "assist_info_for_combine" if "comm_alg" in call["combine"] else "expand_idx"
-    handed_on = {third: outputs[2], "ep_send_counts": outputs[4], "expand_scales": outputs[6]}
-    handed_on["tp_send_counts"] = outputs[5]
-    return {**groups_of(ctx), **handed_on, **call["combine"]}
+    version = 2 if "comm_alg" in call["combine"] else 1
+    return combine_arguments(ctx, call, outputs, version=version)
 
 
 def round_trip(ctx: Any, call: dict, dispatch: str, combine: str) -> tuple[list, torch.Tensor]:

@@ -280,22 +280,28 @@ def call_dispatch(
     return dispatch(**{**groups_of(ctx), **call["dispatch"], **changes})
 
 
-def call_combine(
-    ctx: Any, call: dict, outputs: tuple, *, version: int = 1, **changes: Any
-) -> torch.Tensor:
-    """Combine of this rank's call, after dispatch returned ``outputs``."""
-    handed_on = {
+def combine_arguments(ctx: Any, call: dict, outputs: tuple, *, version: int = 1) -> dict:
+    """The arguments of this rank's combine, after dispatch returned ``outputs``."""
+    return {
+        **groups_of(ctx),
         "expand_idx" if version == 1 else "assist_info_for_combine": outputs[2],
         "ep_send_counts": outputs[4],
         "tp_send_counts": outputs[5],
         "expand_scales": outputs[6],
+        **call["combine"],
     }
+
+
+def call_combine(
+    ctx: Any, call: dict, outputs: tuple, *, version: int = 1, **changes: Any
+) -> torch.Tensor:
+    """Combine of this rank's call, after dispatch returned ``outputs``."""
     combine = (
         torch_npu.npu_moe_distribute_combine
         if version == 1
         else torch_npu.npu_moe_distribute_combine_v2
     )
-    return combine(**{**groups_of(ctx), **handed_on, **call["combine"], **changes})
+    return combine(**combine_arguments(ctx, call, outputs, version=version) | changes)
 
 
 def round_trip(ctx: Any, calls: list[dict | None], *, version: int = 1) -> tuple | None:
