@@ -33,6 +33,7 @@ from invalid_calls import (
     put,
     with_value,
 )
+from random_cases import case_of, random_tokens
 
 # Worker processes import the package, not the tests.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -825,29 +826,14 @@ ROWS = {
 
 def tokens_of(base: Base, rng: np.random.Generator) -> Tokens:
     """The tokens of one rank in a correct call."""
-    group, batch = base.group, base.batch
-
-    def floats(*shape: int) -> np.ndarray:
-        return definition.encode(rng.normal(size=shape), group.dtype)
-
-    zero_computation = group.zero_experts + group.copy_experts + group.const_experts
-    active = None
+    tokens = random_tokens(rng, base.group, base.batch)
+    if base.group.zero_experts:
+        tokens.ori_x = tokens.x  # zero experts do not need it, and may have it
     if base.mask == 1:
-        active = np.arange(batch) < batch - 1
+        tokens.mask = np.arange(base.batch) < base.batch - 1
     elif base.mask == 2:
-        active = rng.random((batch, group.top_k)) < 0.5
-    ids = [rng.permutation(group.num_experts + zero_computation) for _ in range(batch)]
-    constants = group.const_experts
-    return Tokens(
-        x=floats(batch, group.hidden),
-        ids=np.array([row[: group.top_k] for row in ids], np.int32).reshape(batch, group.top_k),
-        weights=rng.normal(size=(batch, group.top_k)).astype(np.float32),
-        mask=active,
-        ori_x=floats(batch, group.hidden) if zero_computation else None,
-        alpha_1=floats(constants) if constants else None,
-        alpha_2=floats(constants) if constants else None,
-        const_v=floats(constants, group.hidden) if constants else None,
-    )
+        tokens.mask = rng.random((base.batch, base.group.top_k)) < 0.5
+    return tokens
 
 
 @dataclass(frozen=True)
@@ -891,17 +877,6 @@ def prepare(base: Base, version: int) -> Prepared:
     """The correct call of every rank."""
     group, rng = base.group, np.random.default_rng(0)
     tokens = [tokens_of(base, rng) for _ in range(group.world_size * group.tp_world_size)]
-    received = definition.dispatch(group, tokens)
-    rows = [mine.expand_x for mine in received]
-    if group.quant_mode:
-        rows = [definition.encode(row, group.dtype) for row in rows]
-    combined = definition.combine(group, tokens, received, rows)
-    calls = harness.make_calls(
-        group,
-        tokens,
-        rows,
-        version=version,
-        weights_in_dispatch=base.weighted,
-        comm_alg=base.comm_alg,
-    )
-    return Prepared(base, version, calls, received, combined)
+    options = {"weights_in_dispatch": base.weighted, "comm_alg": base.comm_alg}
+    case = case_of(rng, group, tokens, version=version, **options)
+    return Prepared(base, version, *case)

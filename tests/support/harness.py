@@ -55,6 +55,12 @@ def run_world(
     )
 
 
+def run_example(example: Any, world: str, fn: Callable[[Any], Any]) -> list:
+    """``fn(ctx)`` on every rank of a world as a worked example needs it."""
+    planes = example.group.tp_world_size
+    return run_world(world, len(example.tokens), fn, tp_world_size=planes)
+
+
 def within(limit: float, call: Callable[[], Any]) -> Any:
     """The result of ``call()``, or an AssertionError if there is none after ``limit`` seconds."""
     result: list = []
@@ -107,15 +113,16 @@ def strided(tensor: torch.Tensor, kind: str) -> torch.Tensor:
 STRIDES = ("plain", "columns", "rows", "transposed")
 
 
-def schema_of(fn: Callable) -> list:
+def signature_of(fn: Callable) -> str:
     """Names and defaults of the parameters, with "*" before the first keyword-only one."""
-    entries: list = []
+    words: list[str] = []
     for name, parameter in inspect.signature(fn).parameters.items():
-        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in entries:
-            entries.append("*")
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in words:
+            words.append("*")
         assert parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-        entries.append((name, parameter.default))
-    return entries
+        required = parameter.default is parameter.empty
+        words.append(name if required else f"{name}={parameter.default!r}")
+    return " ".join(words)
 
 
 def describe(error: BaseException | None) -> dict | None:

@@ -1,12 +1,7 @@
-"""What version 2 adds, and tensor parallelism and quantised returns in both versions.
-
-Every worked example runs between threads, between processes over windows, and between processes
-over collectives; all three must return the literal numbers bit for bit.
-"""
+"""What version 2 adds: triples, zero-computation experts, elastic groups, waiting times; and TP."""
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import time
 from dataclasses import replace
@@ -17,13 +12,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from definition import Group, Remaining, Tokens
-from definition_checks import check_dispatch
-from harness import call_combine, call_dispatch, describe, make_calls, round_trip, run_world
+from definition import Group, Remaining
+from harness import call_combine, call_dispatch, describe, round_trip, run_example, run_world
+from random_cases import case_of, check_round, random_tokens
 from worked_examples import (
     BASIC,
-    EXAMPLES,
-    PLAIN,
     SHARED,
     SPECIAL,
     TENSOR_PARALLEL,
@@ -33,113 +26,6 @@ from worked_examples import (
 )
 
 import moe_triton
-from moe_triton.compat import torch_npu
-
-REQUIRED = inspect.Parameter.empty
-PLACE = [
-    ("group_tp", ""),
-    ("tp_world_size", 0),
-    ("tp_rank_id", 0),
-    ("expert_shard_type", 0),
-    ("shared_expert_num", 1),
-    ("shared_expert_rank_num", 0),
-]
-SPECIAL_EXPERTS = [("zero_expert_num", 0), ("copy_expert_num", 0), ("const_expert_num", 0)]
-DISPATCH_V2_SCHEMA = [
-    ("x", REQUIRED),
-    ("expert_ids", REQUIRED),
-    ("group_ep", REQUIRED),
-    ("ep_world_size", REQUIRED),
-    ("ep_rank_id", REQUIRED),
-    ("moe_expert_num", REQUIRED),
-    "*",
-    ("scales", None),
-    ("x_active_mask", None),
-    ("expert_scales", None),
-    ("elastic_info", None),
-    ("performance_info", None),
-    *PLACE,
-    ("quant_mode", 0),
-    ("global_bs", 0),
-    ("expert_token_nums_type", 1),
-    ("comm_alg", ""),
-    *SPECIAL_EXPERTS,
-    ("y_dtype", None),
-    ("x_dtype", None),
-    ("scales_dtype", None),
-]
-COMBINE_V2_SCHEMA = [
-    ("expand_x", REQUIRED),
-    ("expert_ids", REQUIRED),
-    ("assist_info_for_combine", REQUIRED),
-    ("ep_send_counts", REQUIRED),
-    ("expert_scales", REQUIRED),
-    ("group_ep", REQUIRED),
-    ("ep_world_size", REQUIRED),
-    ("ep_rank_id", REQUIRED),
-    ("moe_expert_num", REQUIRED),
-    "*",
-    ("tp_send_counts", None),
-    ("x_active_mask", None),
-    ("expand_scales", None),
-    ("shared_expert_x", None),
-    ("elastic_info", None),
-    ("ori_x", None),
-    ("const_expert_alpha_1", None),
-    ("const_expert_alpha_2", None),
-    ("const_expert_v", None),
-    ("performance_info", None),
-    *PLACE,
-    ("global_bs", 0),
-    ("comm_quant_mode", 0),
-    ("comm_alg", ""),
-    *SPECIAL_EXPERTS,
-]
-# Version 1 of the plain ones is in test_torch_npu.py; special experts it does not know.
-VERSIONS = [(2, name) for name in EXAMPLES] + [
-    (1, name) for name in EXAMPLES if name not in (*PLAIN, "special")
-]
-
-
-def test_signature_of_dispatch():
-    found = harness.schema_of(torch_npu.npu_moe_distribute_dispatch_v2)
-    assert found == DISPATCH_V2_SCHEMA
-
-
-def test_signature_of_combine():
-    assert harness.schema_of(torch_npu.npu_moe_distribute_combine_v2) == COMBINE_V2_SCHEMA
-
-
-def run_example(example, world, fn):
-    """``fn(ctx)`` on every rank of a world as the example needs it."""
-    planes = example.group.tp_world_size
-    return run_world(world, len(example.tokens), fn, tp_world_size=planes)
-
-
-@pytest.mark.parametrize("world", harness.WORLDS)
-@pytest.mark.parametrize("version, name", VERSIONS)
-def test_worked_example(version, name, world):
-    example = EXAMPLES[name]
-    calls = example_calls(example, version=version, strides="columns")
-    results = run_example(example, world, lambda ctx: round_trip(ctx, calls, version=version))
-    for rank, (outputs, combined) in enumerate(results):
-        check_literal(example, rank, outputs, combined, version=version)
-
-
-@pytest.mark.parametrize("strides", harness.STRIDES)
-@pytest.mark.parametrize("version, name", VERSIONS)
-def test_worked_example_in_any_layout(version, name, strides):
-    example = EXAMPLES[name]
-    calls = example_calls(
-        example,
-        version=version,
-        strides=strides,
-        token_nums_type=0,
-        more_rows=len(strides),
-    )
-    results = run_example(example, "local", lambda ctx: round_trip(ctx, calls, version=version))
-    for rank, (outputs, combined) in enumerate(results):
-        check_literal(example, rank, outputs, combined, version=version, token_nums_type=0)
 
 
 @pytest.mark.parametrize("comm_alg", ["", "fullmesh", "fullmesh_v1", "fullmesh_v2", "hierarchy"])
@@ -166,45 +52,6 @@ def test_process_groups_may_stand_for_their_names(version, world):
 
     for rank, (outputs, combined) in enumerate(run_example(TENSOR_PARALLEL, world, fn)):
         check_literal(TENSOR_PARALLEL, rank, outputs, combined, version=version)
-
-
-def random_tokens(rng, group, batch):
-    """Tokens of one rank, and whatever else its group asks for."""
-    special = group.zero_experts + group.copy_experts + group.const_experts
-    ids = [rng.permutation(group.num_experts + special)[: group.top_k] for _ in range(batch)]
-
-    def rows(count):
-        return definition.encode(rng.normal(size=(count, group.hidden)), group.dtype)
-
-    return Tokens(
-        x=rows(batch),
-        ids=np.array(ids, np.int32).reshape(batch, group.top_k),
-        weights=rng.normal(size=(batch, group.top_k)).astype(np.float32),
-        ori_x=rows(batch) if group.copy_experts or group.const_experts else None,
-        alpha_1=rows(group.const_experts)[:, 0] if group.const_experts else None,
-        alpha_2=rows(group.const_experts)[:, 0] if group.const_experts else None,
-        const_v=rows(group.const_experts) if group.const_experts else None,
-    )
-
-
-def case_of(rng, group, tokens, *, version=2, shared_x=None):
-    """Calls with random expert outputs, and what dispatch and combine must return."""
-    received = definition.dispatch(group, tokens)
-    rows = [
-        None
-        if mine is None
-        else definition.encode(rng.normal(size=(len(mine.expand_x), group.hidden)), group.dtype)
-        for mine in received
-    ]
-    combined = definition.combine(group, tokens, received, rows, shared_x)
-    calls = make_calls(group, tokens, rows, version=version, shared_x=shared_x)
-    return calls, received, combined
-
-
-def check_round(group, received, combined, rank, found, version=2):
-    outputs, result = found
-    check_dispatch(group, received[rank], outputs, rank=rank, version=version)
-    definition.same_bits(result, combined[rank], f"rank {rank} x")
 
 
 @pytest.mark.parametrize("world", harness.WORLDS)
@@ -244,7 +91,7 @@ def test_triples_lead_back_to_the_tokens(world):
     tokens = [random_tokens(rng, group, 5) for _ in range(3)]
     for mine in tokens:
         mine.mask = rng.random((5, 2)) < 0.7
-    calls, *_ = case_of(rng, group, tokens)
+    calls, *_ = case_of(rng, group, tokens, version=2)
     results = run_world(world, 3, lambda ctx: call_dispatch(ctx, calls[ctx.rank], version=2))
     found = set()
     for rank, outputs in enumerate(results):
@@ -309,10 +156,10 @@ def test_a_rank_that_chooses_special_experts_only(world):
     tokens[0].ori_x = bits([[1, 2, 3, 4], [1, 0, -1, 2], [4, 8, 0, -4]])
     tokens[0].alpha_1, tokens[0].alpha_2 = bits([2]), bits([-1])
     tokens[0].const_v = bits([[1, 1, 2, 2]])
-    calls, received, combined = case_of(rng, group, tokens)
+    calls, received, combined = case_of(rng, group, tokens, version=2)
     results = run_world(world, 2, lambda ctx: round_trip(ctx, calls, version=2))
     for rank, found in enumerate(results):
-        check_round(group, received, combined, rank, found)
+        check_round(group, received, combined, rank, found, 2)
     assert results[0][1].tolist() == [[2, 4, 6, 8], [7, 0, -7, 14], [17, 36, -4, -23]]
     for outputs, _ in results:
         assert outputs[4][0] == 0
@@ -356,7 +203,10 @@ def elastic_cases(rng, group, remaining, batch=3):
     whole = [random_tokens(rng, group, batch) for _ in range(group.world_size)]
     smaller = replace(group, remaining=remaining)
     left = [random_tokens(rng, smaller.scaled_down(), batch) for _ in range(group.world_size)]
-    return (group, *case_of(rng, group, whole)), (smaller, *case_of(rng, smaller, left))
+    return (group, *case_of(rng, group, whole, version=2)), (
+        smaller,
+        *case_of(rng, smaller, left, version=2),
+    )
 
 
 ELASTIC = [
@@ -392,7 +242,7 @@ def test_a_group_goes_on_without_a_rank_and_with_it_again(group, remaining, worl
             if received[rank] is None:
                 assert found is None
             else:
-                check_round(agreed, received, combined, rank, found)
+                check_round(agreed, received, combined, rank, found, 2)
 
 
 @pytest.mark.parametrize("world", harness.WORLDS)
@@ -417,7 +267,7 @@ def test_performance_info_tells_the_slow_rank(slow_op, world):
     """Every call adds to what is there; the rank that others waited for stands out."""
     rng = np.random.default_rng(5)
     group = Group(4, 4, 2, 8)
-    calls, received, combined = case_of(rng, group, [random_tokens(rng, group, 3)] * 4)
+    calls, received, combined = case_of(rng, group, [random_tokens(rng, group, 3)] * 4, version=2)
 
     def fn(ctx):
         call = calls[ctx.rank]
@@ -437,7 +287,7 @@ def test_performance_info_tells_the_slow_rank(slow_op, world):
         return history, found
 
     for rank, (history, found) in enumerate(run_world(world, 4, fn)):
-        check_round(group, received, combined, rank, found)
+        check_round(group, received, combined, rank, found, 2)
         for before, after in itertools.pairwise(history):
             assert (after - before >= 1).all()
         if rank != SLOW:
