@@ -1,11 +1,13 @@
 """Outputs of dispatch and combine without values: shapes and dtypes for a compiler.
 
-No function here raises: a wrong argument gives an arbitrary size, often 0, and the op raises when
-it runs. Each takes all arguments of its op, and ignores those without effect on shapes.
+Only ``check_sizes`` raises: a wrong argument gives an arbitrary size, often 0, and the op raises
+when it runs. Each function takes all arguments of its op, also those without effect on shapes.
 Source: the output tables of aclnnMoeDistributeDispatch and aclnnMoeDistributeCombine, V1 to V4.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -124,6 +126,28 @@ def combine_setup_outputs(
         expand_x.new_empty((rows, quant_row_bytes(hidden)), dtype=torch.int8),
         expand_x.new_empty(records * RECORD, dtype=torch.int32),
     )
+
+
+def check_sizes(
+    op: str, matrices: dict[str, torch.Tensor | None], arguments: dict[str, Any]
+) -> None:
+    """Check all that the sizes of a split-phase op's outputs depend on.
+
+    Args:
+        op: for error messages.
+        matrices: (BS, H) rows and (BS, K) ids by their names.
+        arguments: of the op.
+    """
+    checks.required(op, **matrices)
+    for name, tensor in matrices.items():
+        assert tensor is not None
+        checks.dtype(op, name, tensor, (*checks.FLOATS, torch.int32))
+        checks.shape(op, name, tensor, (None, None), "(BS, H)", tensor.device)
+    names = ("ep_world_size", "moe_expert_num", "shared_expert_num", "shared_expert_rank_num")
+    world, *experts = (arguments[name] for name in names)
+    checks.integers(op, **{name: arguments[name] for name in names})
+    checks.value(op, "ep_world_size", world >= 1, "be positive", world)
+    checks.topology(op, world, *experts)
 
 
 def _row_quantization(

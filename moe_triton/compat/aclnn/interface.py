@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ...ascend import checks
 from ...ascend.distributed.schemas import CheckedOperator
 from ...errors import (
     INVALID_PARAM,
@@ -24,7 +25,6 @@ from ...errors import (
     ArgumentValueError,
     MissingArgumentError,
 )
-from ...ops import checks
 from .status import ACLNN_SUCCESS, failed
 
 _TEXTS = ("group_tp", "comm_alg")  # C may pass a null pointer for an empty string
