@@ -50,7 +50,7 @@ def aclnnMoeDistributeCombineGetWorkspaceSize(
     groupListType: int,
     x: Tensor | None,
 ) -> FirstPhase:
-    """Check a call of ``npu_moe_distribute_combine``, where the arguments are described.
+    """Check a call of ``npu_moe_distribute_combine``, whose docstring describes the arguments.
 
     Args:
         expandX: (T * A, H) the experts' rows.
@@ -64,21 +64,21 @@ def aclnnMoeDistributeCombineGetWorkspaceSize(
         weightScale: reserved, None.
         groupList: reserved, None.
         expandScales: (A,) float32 from dispatch, or None.
-        groupEp: as in dispatch, and so are the others of the group.
+        groupEp: as in dispatch.
         epWorldSize: W.
         epRankId: this rank.
         moeExpertNum: E.
-        groupTp: the group of the T ranks with the same experts, "" without.
+        groupTp: the group of the T ranks with the same experts, "" without tensor parallelism.
         tpWorldSize: T.
         tpRankId: this rank in groupTp.
         expertShardType: 0.
         sharedExpertNum: NS.
         sharedExpertRankNum: S.
-        globalBs: W times the largest BS, or 0 where all are equal.
+        globalBs: W times the largest BS, or 0 if all are equal.
         outDtype: reserved, 0.
-        commQuantMode: 0, or 2 for int8 on the way.
+        commQuantMode: 0, or 2 to send rows as int8.
         groupListType: reserved, 0.
-        x: (BS, H) of the dtype of expandX, for the output.
+        x: output, (BS, H) of the dtype of expandX.
 
     Returns:
         As in ``aclnnMoeDistributeDispatchGetWorkspaceSize``.
@@ -119,9 +119,9 @@ def aclnnMoeDistributeCombineV2GetWorkspaceSize(
     commAlg: str | None,
     xOut: Tensor | None,
 ) -> FirstPhase:
-    """Check a call of ``npu_moe_distribute_combine_v2``, where the arguments are described.
+    """Check a call of ``npu_moe_distribute_combine_v2``, whose docstring describes the arguments.
 
-    The parameters are those of version 1, with assistInfoForCombine in the place of expandIdx,
+    The parameters are those of version 1, with assistInfoForCombine instead of expandIdx,
     sharedExpertXOptional and commAlg.
 
     Returns:
@@ -171,10 +171,10 @@ def aclnnMoeDistributeCombineV3GetWorkspaceSize(
     constExpertNum: int,
     xOut: Tensor | None,
 ) -> FirstPhase:
-    """Check a call of ``npu_moe_distribute_combine_v2``, where the arguments are described.
+    """Check a call of ``npu_moe_distribute_combine_v2``, whose docstring describes the arguments.
 
-    The parameters are those of version 2, elasticInfoOptional, which is read now, and what special
-    experts need.
+    The parameters are those of version 2, elasticInfoOptional, whose values are read now, and those
+    of zero-computation experts.
 
     Returns:
         As in ``aclnnMoeDistributeDispatchGetWorkspaceSize``.
@@ -224,9 +224,10 @@ def aclnnMoeDistributeCombineV4GetWorkspaceSize(
     constExpertNum: int,
     xOut: Tensor | None,
 ) -> FirstPhase:
-    """Check a call of ``npu_moe_distribute_combine_v2``, where the arguments are described.
+    """Check a call of ``npu_moe_distribute_combine_v2``, whose docstring describes the arguments.
 
-    The parameters are those of version 3, and performanceInfoOptional, which gains what is waited.
+    The parameters are those of version 3, and performanceInfoOptional, to which the microseconds
+    waited are added.
 
     Returns:
         As in ``aclnnMoeDistributeDispatchGetWorkspaceSize``.

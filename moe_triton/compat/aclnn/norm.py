@@ -58,7 +58,7 @@ def aclnnMoeDistributeCombineAddRmsNormGetWorkspaceSize(
     rstdOut: Tensor | None,
     xOut: Tensor | None,
 ) -> FirstPhase:
-    """Check a call of ``npu_moe_distribute_combine_add_rms_norm``; see there.
+    """Check a call of ``npu_moe_distribute_combine_add_rms_norm``; see there for the rest.
 
     The parameters are those of ``aclnnMoeDistributeCombineV2``, and residualX (BS, 1, H), gamma
     (H,) and normEps. Outputs are yOut (BS, 1, H), rstdOut (BS, 1, 1) float32 and xOut (BS, 1, H).
@@ -115,10 +115,10 @@ def aclnnMoeDistributeCombineAddRmsNormV2GetWorkspaceSize(
     rstdOut: Tensor | None,
     xOut: Tensor | None,
 ) -> FirstPhase:
-    """Check a call of ``npu_moe_distribute_combine_add_rms_norm``; see there.
+    """Check a call of ``npu_moe_distribute_combine_add_rms_norm``; see there for the rest.
 
-    The parameters are those of version 1, elasticInfoOptional, which is read now, and what special
-    experts need.
+    The parameters are those of version 1, elasticInfoOptional, whose values are read now, and those
+    of zero-computation experts.
 
     Returns:
         As in ``aclnnMoeDistributeDispatchGetWorkspaceSize``.

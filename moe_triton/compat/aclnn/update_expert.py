@@ -1,4 +1,4 @@
-"""aclnnMoeEPLBUpdateExpert, and its successor aclnnMoeUpdateExpert."""
+"""aclnnMoeEPLBUpdateExpert and its successor aclnnMoeUpdateExpert."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def aclnnMoeEPLBUpdateExpertGetWorkspaceSize(
         localRankId: this rank.
         worldSize: number of ranks.
         balanceMode: 0, by rank.
-        balancedExpertIds: (BS, K) int32, for the output.
+        balancedExpertIds: output, (BS, K) int32.
 
     Returns:
         As in ``aclnnMoeDistributeDispatchGetWorkspaceSize``.
@@ -62,7 +62,7 @@ def aclnnMoeUpdateExpertGetWorkspaceSize(
     balancedExpertIds: Tensor | None,
     balancedActiveMask: Tensor | None,
 ) -> FirstPhase:
-    """Check a call of ``npu_moe_update_expert``; see there.
+    """Check a call of ``npu_moe_update_expert``; its docstring describes the rest.
 
     Args:
         expertIds: (BS, K) int32 or int64, ids of logical experts.
@@ -73,8 +73,8 @@ def aclnnMoeUpdateExpertGetWorkspaceSize(
         localRankId: this rank.
         worldSize: number of ranks.
         balanceMode: 0 by rank, 1 by token.
-        balancedExpertIds: (BS, K) of the dtype of expertIds, for the output.
-        balancedActiveMask: (BS, K) bool, likewise.
+        balancedExpertIds: output, (BS, K) of the dtype of expertIds.
+        balancedActiveMask: output, (BS, K) bool.
 
     Returns:
         As in ``aclnnMoeDistributeDispatchGetWorkspaceSize``.
