@@ -33,7 +33,7 @@ RUNTIME = aclnn.ACLNN_ERR_RUNTIME_ERROR
 
 
 class Refused(Exception):
-    """A call that ended with a status; ``ending`` says how."""
+    """A call that ended with an error status, described by ``ending``."""
 
     def __init__(self, ending: dict) -> None:
         super().__init__(str(ending))
@@ -41,7 +41,7 @@ class Refused(Exception):
 
 
 def sizes_of(kind: str, call: dict) -> list[int]:
-    """What the helper says of the outputs' sizes, without the status."""
+    """The sizes that the helper returns, without the status."""
     values = []
     for parameter in inspect.signature(CALC[kind]).parameters:
         name = aclnn_calls.keyword("", parameter)
@@ -92,7 +92,7 @@ class Halves(split_phase_calls.Halves):
 
 
 def attempt(fn: Any) -> dict | None:
-    """How a call that should be refused ended; None where it was not."""
+    """How a refused call ended; None if it was accepted."""
     try:
         fn()
     except Refused as refused:
@@ -131,7 +131,7 @@ def test_sizes():
 def test_sizes_refused():
     x, ids = torch.ones(3, 2).bfloat16(), torch.zeros(3, 2, dtype=torch.int32)
     dispatch, combine = CALC["dispatch"], CALC["combine"]
-    where, rest = ("nobody looks at it", 2, 0, 4), (0, 0, 0, 0, 0, 1, 0, None)
+    where, rest = ("not resolved", 2, 0, 4), (0, 0, 0, 0, 0, 1, 0, None)
     assert dispatch(x, ids, None, None, *where, *rest)[0] == 0
     assert dispatch(None, ids, None, None, *where, *rest) == (161001, 0, 0, 0, 0)
     assert "CalcOutputSize: x must be given" in aclnn.aclnn_last_error()
@@ -143,7 +143,7 @@ def test_sizes_refused():
 
 
 VALUES = ("assist wrong", "idx of other ids")  # where a value of a tensor is wrong
-# What only the setup can tell, which may be yet to come.
+# Arguments that only the setup can refute, which may not have run yet.
 OF_SETUP = ("y of another dtype", "quant_mode", "global_bs", "moe_expert_num")
 
 
@@ -200,7 +200,7 @@ def test_a_setup_is_refused(half, name):
     [(half, n) for half in TEARDOWNS for n in INVALID[half]],
 )
 def test_a_teardown_is_refused(half, name):
-    """Only on the rank that is wrong, which repeats it right."""
+    """Only on the culprit, which repeats the correct call."""
     row = INVALID[half][name]
     calls = example_calls(BASIC)
 
@@ -224,7 +224,7 @@ def test_a_teardown_is_refused(half, name):
 @pytest.mark.parametrize("mode", [0, 2])
 @pytest.mark.parametrize("position", range(4))
 def test_a_dispatch_teardown_needs_all_outputs(position, mode):
-    """Also the tensor for scales that rows without quantisation have not."""
+    """Also the tensor for scales if rows are not quantised."""
     calls = example_calls(BASIC)
 
     def fn(ctx):
@@ -249,7 +249,7 @@ def test_a_dispatch_teardown_needs_all_outputs(position, mode):
 
 
 def test_a_teardown_without_setup():
-    """It may be planned; that nothing is in flight, the second phase says."""
+    """It may be planned; the second phase refuses it."""
     calls = example_calls(BASIC)
 
     def fn(ctx):
@@ -298,7 +298,7 @@ def test_all_four_planned_ahead():
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_rows_of_all_halves(half, name, changes, parameter):
-    """Whether there is a setup or not, the first phase says what is wrong with a teardown."""
+    """The first phase of a teardown refuses them with or without a setup."""
     example = EXAMPLES["basic"]
     calls = example_calls(example)
 

@@ -61,7 +61,7 @@ class Base:
 
 
 PLAIN = Group(world_size=3, num_experts=6, top_k=2, hidden=4)
-SPECIAL = Group(2, 4, 3, 4, zero_experts=1, copy_experts=1, const_experts=2)
+MIXED_EXPERTS = Group(2, 4, 3, 4, zero_experts=1, copy_experts=1, const_experts=2)
 STRICT = Group(world_size=2, num_experts=4, top_k=2, hidden=1024)
 HIERARCHY = Group(world_size=16, num_experts=16, top_k=1, hidden=1024)
 V1, V2 = {"versions": (1,)}, {"versions": (2,)}
@@ -75,7 +75,7 @@ BASES = {
     "six": Base(Group(6, 6, 1, 4, shared_ranks=4, shared_experts=4), batch=1, **V2),
     "zero": Base(Group(2, 4, 3, 4, zero_experts=2), batch=2, **V2),
     "copy": Base(Group(2, 4, 3, 4, copy_experts=2), batch=2, **V2),
-    "special": Base(SPECIAL, batch=2, **V2),
+    "zero computation": Base(MIXED_EXPERTS, batch=2, **V2),
     "elastic": Base(replace(PLAIN, remaining=Remaining((0, 1, 2), 0, 6)), **V2),
     "pairs": Base(Group(2, 2, 1, 8, tp_world_size=2)),
     "fullmesh_v2": Base(PLAIN, comm_alg="fullmesh_v2", **V2),
@@ -312,7 +312,9 @@ DTYPES = [
     combine("dtype-expand-scales", "expand_scales", torch.Tensor.half, "float16", **TYPED),
     combine("dtype-shared-expert-x", "shared_expert_x", bfloat16(3, 4).half(), "float16", **TYPED),
     *(
-        combine(f"dtype-{name}", name, torch.Tensor.half, "float16", **TYPED, base="special")
+        combine(
+            f"dtype-{name}", name, torch.Tensor.half, "float16", **TYPED, base="zero computation"
+        )
         for name in ("ori_x", *CONSTANTS)
     ),
 ]
@@ -552,11 +554,11 @@ SIZES = [
         blames=E,
     ),
     row(
-        "row18-k-above-e-and-special",
+        "row18-k-above-all-experts",
         "expert_ids",
-        sized(replace(SPECIAL, top_k=9), 2),
+        sized(replace(MIXED_EXPERTS, top_k=9), 2),
         r"\b9\b",
-        base="special",
+        base="zero computation",
         blames=E,
     ),
     row(
@@ -652,7 +654,7 @@ ALGORITHMS = [
             ("elastic", "elastic_info"),
             ("zero", "zero_expert_num"),
             ("copy", "copy_expert_num"),
-            ("special", ZERO_COMPUTATION),
+            ("zero computation", ZERO_COMPUTATION),
             ("mask", "x_active_mask"),
             ("mask by slot", "x_active_mask"),
             ("pairs", "tp_world_size"),
@@ -661,32 +663,35 @@ ALGORITHMS = [
     ),
 ]
 
-TOO_MANY = 2**31 - 1 - SPECIAL.num_experts
+TOO_MANY = 2**31 - 1 - MIXED_EXPERTS.num_experts
 ZERO_COMPUTATION_EXPERTS = [
-    *(row(f"row26-{kind}-negative", kind, -1, base="special") for kind in ZERO_COMPUTATION),
+    *(
+        row(f"row26-{kind}-negative", kind, -1, base="zero computation")
+        for kind in ZERO_COMPUTATION
+    ),
     *(
         row(
             f"row26-{kind}-too-many",
             kind,
             put(**dict.fromkeys(ZERO_COMPUTATION, 0) | {kind: TOO_MANY}),
-            base="special",
+            base="zero computation",
             blames=ZERO_COMPUTATION,
         )
         for kind in ZERO_COMPUTATION
     ),
     combine("row26-copy-without-ori-x", "ori_x", None, base="copy"),
     *(
-        combine(f"row26-const-without-{name}", name, None, base="special")
+        combine(f"row26-const-without-{name}", name, None, base="zero computation")
         for name in ("ori_x", *CONSTANTS)
     ),
-    combine("row26-ori-x-shape", "ori_x", first(1), "1, 4", base="special"),
+    combine("row26-ori-x-shape", "ori_x", first(1), "1, 4", base="zero computation"),
     *(
         combine(
             f"row26-{name}-of-{'x'.join(map(str, shape))}",
             name,
             bfloat16(*shape),
             str(shape)[1:-1],
-            base="special",
+            base="zero computation",
         )
         for name in CONSTANTS
         for shape in ((3,), (2, 5), (1, 4))
@@ -761,9 +766,14 @@ VALUES = [
     for name, wrong, got, base in (
         ("id-e", with_value((1, 1), 6), r"\b6\b", "plain"),
         ("id-negative", with_value((2, 0), -1), "-1", "plain"),
-        ("id-after-the-special", with_value((1, 1), 8), r"\b8\b", "special"),
+        ("id-after-zero-computation", with_value((1, 1), 8), r"\b8\b", "zero computation"),
         ("id-twice", tables(0, 1, 5, 5, 2, 3).view(3, 2), r"\b5\b", "plain"),
-        ("id-twice-among-special", tables(0, 4, 4, 3, 5, 3).view(2, 3), r"\b3\b", "special"),
+        (
+            "id-twice-in-zero-computation",
+            tables(0, 4, 4, 3, 5, 3).view(2, 3),
+            r"\b3\b",
+            "zero computation",
+        ),
     )
 ]
 

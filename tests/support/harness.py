@@ -1,4 +1,4 @@
-"""Running one function on every rank of a small world, and inputs that are hard to get right."""
+"""Run a function on every rank of a small world; inputs with unusual strides; calls of the ops."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def run_example(example: Any, world: str, fn: Callable[[Any], Any]) -> list:
 
 
 def within(limit: float, call: Callable[[], Any]) -> Any:
-    """The result of ``call()``, or an AssertionError if there is none after ``limit`` seconds."""
+    """The result of ``call()``, or an AssertionError after ``limit`` seconds."""
     result: list = []
     error: list[BaseException] = []
 
@@ -126,7 +126,7 @@ def signature_of(fn: Callable) -> str:
 
 
 def describe(error: BaseException | None) -> dict | None:
-    """What a test wants to know about an exception; travels between processes."""
+    """An exception as data that can be sent between processes."""
     if error is None:
         return None
     return {
@@ -142,7 +142,7 @@ def describe(error: BaseException | None) -> dict | None:
 
 
 def elastic_info(group: Group) -> torch.Tensor:
-    """The words that tell the ops what is left of ``group``."""
+    """``elastic_info`` for the remaining ranks of ``group``."""
     left = group.remaining
     old_ranks = [*left.ranks] + [-1] * (group.world_size - len(left.ranks))
     new_ranks = [
@@ -166,13 +166,13 @@ def make_calls(
     more_rows: int = 0,
     comm_alg: str = "",
 ) -> list[dict | None]:
-    """What every rank passes to :func:`round_trip`, as tensors.
+    """The arguments of every rank for :func:`round_trip`, as tensors.
 
     Args:
         group: agreed arguments.
         tokens: every rank's inputs.
         expert_rows: per rank (n, H) uint16 bits for combine; further rows are filled with NaN.
-        version: of the functions to call; only 2 knows special experts and remaining ranks.
+        version: of the functions to call; only 2 has zero-computation experts and remaining ranks.
         weights_in_dispatch: whether dispatch gets ``expert_scales``.
         token_nums_type: ``expert_token_nums_type``.
         shared_x: per rank (BS, H) uint16 bits of ``shared_expert_x``, or None.

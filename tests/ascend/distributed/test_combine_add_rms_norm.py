@@ -1,6 +1,6 @@
 """Combine with residual and RMSNorm: the worked example, its two kinds of index, and refusals.
 
-That any drawn configuration equals the definition is the business of test_hypothesis_rms.
+Drawn configurations are compared with the definition in test_hypothesis_rms.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def test_worked_example(world, version):
         assert (rstd.dtype, total.dtype) == (torch.float32, torch.bfloat16)
 
 
-def test_tokens_without_part_are_zeros():
+def test_inactive_tokens_are_zeros():
     """13 #37, for all three outputs."""
     calls = example_calls(BASIC, version=2)
 

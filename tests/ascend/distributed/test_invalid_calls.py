@@ -15,7 +15,7 @@ import definition
 import harness
 import numpy as np
 import pytest
-from constraint_rows import BASES, ROWS, SPECIAL, Base, Prepared, prepare
+from constraint_rows import BASES, MIXED_EXPERTS, ROWS, Base, Prepared, prepare
 from definition import Tokens
 from invalid_calls import DOORS, VALUE, Change, InvalidCall, attempt, put
 
@@ -139,7 +139,10 @@ IN_PROCESSES = {
         "value-id-e-dispatch",
         "value-id-twice-dispatch",
     ],
-    "special": ["row26-const-without-ori_x-combine", "row26-zero_expert_num-negative-dispatch"],
+    "zero computation": [
+        "row26-const-without-ori_x-combine",
+        "row26-zero_expert_num-negative-dispatch",
+    ],
     "pairs": ["row06-l-2-dispatch", "row21-tp-send-counts-missing-combine"],
 }
 
@@ -287,7 +290,7 @@ def test_a_profile_in_processes():
 
 def test_as_many_experts_as_there_may_be():
     """Row 26 at its edge: 2**31 - 2 experts of all kinds are accepted."""
-    group = replace(SPECIAL, zero_experts=2**31 - 6, copy_experts=0, const_experts=0)
+    group = replace(MIXED_EXPERTS, zero_experts=2**31 - 6, copy_experts=0, const_experts=0)
     tokens = [
         Tokens(
             x=np.zeros((1, 4), np.uint16),

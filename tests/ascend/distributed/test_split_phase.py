@@ -1,6 +1,6 @@
-"""Dispatch and combine in two halves each: worked examples, order, refusals, shapes in advance.
+"""Dispatch and combine in two phases: worked examples, order, refusals, shapes in advance.
 
-That any drawn configuration equals the definition is the business of test_hypothesis_split.
+Drawn configurations are compared with the definition in test_hypothesis_split.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def test_order(world):
         errors.append(
             invalid_calls.attempt(lambda: halves.combine_teardown(sent, returned))["error"]
         )
-        # An older setup's answer is not taken for that of a new one.
+        # Outputs of an older setup are refused by a new one's teardown.
         again = halves.dispatch_setup()
         errors.append(invalid_calls.attempt(lambda: halves.dispatch_teardown(sent))["error"])
         halves.dispatch_teardown(again)
@@ -227,7 +227,7 @@ def test_a_setup_is_refused(half, name):
 
 @pytest.mark.parametrize("half, name", [(half, n) for half in TEARDOWNS for n in INVALID[half]])
 def test_a_teardown_is_refused(half, name):
-    """Only on the rank that is wrong, which repeats it right."""
+    """Only on the culprit, which repeats the correct call."""
     changes, code, argument = INVALID[half][name]
     calls = example_calls(BASIC)
 

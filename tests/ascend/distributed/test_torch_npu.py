@@ -1,4 +1,4 @@
-"""The torch_npu names: schemas, worked examples, edges, and what a call must leave alone.
+"""The torch_npu names: signatures, worked examples, edges, and inputs that a call must not change.
 
 Every worked example runs between threads, between processes over windows, and between processes
 over collectives; all three must return the literal numbers bit for bit.
@@ -81,7 +81,10 @@ def poisoned_allocations():
 
 # Version 1 has no zero-computation experts.
 VERSIONS = [
-    (version, name) for version in (1, 2) for name in EXAMPLES if (version, name) != (1, "special")
+    (version, name)
+    for version in (1, 2)
+    for name in EXAMPLES
+    if (version, name) != (1, "zero_computation")
 ]
 
 
@@ -178,8 +181,8 @@ def test_arguments_may_be_positional():
 
 @pytest.mark.parametrize("tp_world_size", [0, 1])
 @pytest.mark.parametrize("shared_expert_num", [0, 1])
-def test_ways_to_say_none(tp_world_size, shared_expert_num):
-    """No TP is 0 or 1; without shared ranks the number of shared experts counts for nothing."""
+def test_sizes_without_effect(tp_world_size, shared_expert_num):
+    """tp_world_size 0 and 1 mean no TP; without shared ranks shared_expert_num has no effect."""
     calls = example_calls(BASIC)
     for call in calls:
         for args in call.values():
@@ -252,7 +255,7 @@ def snapshot(call):
 
 @pytest.mark.parametrize("world", harness.WORLDS)
 def test_inputs_stay_and_outputs_are_fresh(world):
-    """Nothing given is written, and nothing returned changes or is shared with a later call."""
+    """No input is written, and no output changes or is shared with a later call."""
     first, second = example_calls(QUANTISED), example_calls(QUANTISED)
     for call in second:
         call["dispatch"]["x"] = call["dispatch"]["x"] * 2
@@ -278,7 +281,7 @@ def test_inputs_stay_and_outputs_are_fresh(world):
 
 @pytest.mark.parametrize("world", harness.WORLDS)
 def test_autograd_modes_may_change(world):
-    """What one call allocates must serve the next, in or out of inference mode."""
+    """Buffers of one call serve the next, in or out of inference mode."""
     calls = example_calls(QUANTISED)
     modes = [torch.inference_mode, torch.enable_grad, torch.no_grad, torch.inference_mode]
 
@@ -445,7 +448,7 @@ def test_unquantised_rows_travel_as_bits(dtype, world):
 
 @pytest.mark.parametrize("world", harness.WORLDS)
 def test_a_row_with_infinities_spoils_no_other(world):
-    """Its own codes are undefined; the call returns and every other row is right."""
+    """Its own codes are undefined; all other rows are right."""
     rng = np.random.default_rng(4)
     group = Group(2, 4, 2, 16, quant_mode=2)
     tokens = [random_tokens(rng, group, 5) for _ in range(2)]

@@ -18,8 +18,8 @@ from random_cases import case_of, check_round, random_tokens
 from worked_examples import (
     BASIC,
     SHARED,
-    SPECIAL,
     TENSOR_PARALLEL,
+    ZERO_COMPUTATION,
     bits,
     check_literal,
     example_calls,
@@ -64,7 +64,7 @@ def test_process_groups_may_stand_for_their_names(version, world):
     ],
 )
 def test_both_versions_agree(group, world):
-    """Beside the third output, which each combine reads in its own way."""
+    """Except for the third output, which differs."""
     rng = np.random.default_rng(0)
     tokens = [random_tokens(rng, group, 4) for _ in range(group.world_size * group.tp_world_size)]
     for mine in tokens:
@@ -127,8 +127,8 @@ MASKS = {
 @pytest.mark.parametrize("world", harness.WORLDS)
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("mask", MASKS)
-def test_tokens_that_take_no_part_come_back_as_zeros(mask, version, world):
-    """Also those of a rank that sends nothing at all, but holds experts of the others."""
+def test_inactive_tokens_come_back_as_zeros(mask, version, world):
+    """Also on a rank that sends no row, but holds experts of the others."""
     rng = np.random.default_rng(2)
     group = Group(3, 4, 2, 8, quant_mode=2, shared_ranks=1)
     tokens = [random_tokens(rng, group, 4) for _ in range(3)]
@@ -145,8 +145,8 @@ def test_tokens_that_take_no_part_come_back_as_zeros(mask, version, world):
 
 
 @pytest.mark.parametrize("world", harness.WORLDS)
-def test_a_rank_that_chooses_special_experts_only(world):
-    """It sends nothing, but takes part, and what it computes needs no other rank."""
+def test_a_rank_that_chooses_zero_computation_experts_only(world):
+    """It sends no row, takes part in the call, and computes its output alone."""
     rng = np.random.default_rng(3)
     group = Group(2, 2, 3, 4, zero_experts=2, copy_experts=1, const_experts=1)
     tokens = [random_tokens(rng, group, 3) for _ in range(2)]
@@ -166,10 +166,10 @@ def test_a_rank_that_chooses_special_experts_only(world):
 
 
 @pytest.mark.parametrize("world", harness.WORLDS)
-def test_what_takes_no_part_is_not_looked_at(world):
-    """NaN in tokens and weights, and ids that name nothing, change no number of the example."""
-    calls = example_calls(SPECIAL, version=2)
-    for call, mine in zip(calls, SPECIAL.tokens, strict=True):
+def test_inactive_values_are_ignored(world):
+    """NaN in tokens and weights, and invalid ids, change no number of the example."""
+    calls = example_calls(ZERO_COMPUTATION, version=2)
+    for call, mine in zip(calls, ZERO_COMPUTATION.tokens, strict=True):
         inactive = torch.from_numpy(~mine.mask)
         for arguments in call.values():
             senseless = torch.tensor([-(2**31), 2**31 - 1, -1], dtype=torch.int32)[:, None]
@@ -187,19 +187,19 @@ def test_what_takes_no_part_is_not_looked_at(world):
             call["combine"][name] = rows
     results = run_world(world, 2, lambda ctx: round_trip(ctx, calls, version=2))
     for rank, (outputs, combined) in enumerate(results):
-        check_literal(SPECIAL, rank, outputs, combined, version=2)
+        check_literal(ZERO_COMPUTATION, rank, outputs, combined, version=2)
 
 
-def test_the_weight_of_a_zero_expert_is_not_looked_at():
-    calls = example_calls(SPECIAL, version=2)
+def test_the_weight_of_a_zero_expert_is_ignored():
+    calls = example_calls(ZERO_COMPUTATION, version=2)
     for arguments in calls[0].values():
         arguments["expert_scales"][1, 1] = torch.nan
     results = run_world("local", 2, lambda ctx: round_trip(ctx, calls, version=2)[1])
-    assert results[0].tolist() == SPECIAL.combined[0]
+    assert results[0].tolist() == ZERO_COMPUTATION.combined[0]
 
 
 def elastic_cases(rng, group, remaining, batch=3):
-    """The group as a whole, and what is left of it, on the same tokens per rank."""
+    """The whole group and its remaining ranks, with as many tokens per rank."""
     whole = [random_tokens(rng, group, batch) for _ in range(group.world_size)]
     smaller = replace(group, remaining=remaining)
     left = [random_tokens(rng, smaller.scaled_down(), batch) for _ in range(group.world_size)]
@@ -210,7 +210,7 @@ def elastic_cases(rng, group, remaining, batch=3):
 
 
 ELASTIC = [
-    pytest.param(Group(4, 8, 2, 6), Remaining((0, 1, 2), 0, 6), id="the last has left"),
+    pytest.param(Group(4, 8, 2, 6), Remaining((0, 1, 2), 0, 6), id="the last is lost"),
     pytest.param(Group(4, 8, 2, 6, quant_mode=2), Remaining((2, 3, 0), 0, 6), id="renumbered"),
     pytest.param(
         Group(4, 6, 2, 8, shared_ranks=1, comm_quant_mode=2),
@@ -218,10 +218,10 @@ ELASTIC = [
         id="shared rank stays",
     ),
     pytest.param(
-        Group(4, 6, 2, 8, shared_ranks=1), Remaining((1, 2, 3), 0, 6), id="shared rank has left"
+        Group(4, 6, 2, 8, shared_ranks=1), Remaining((1, 2, 3), 0, 6), id="shared rank is lost"
     ),
     pytest.param(
-        Group(4, 2, 2, 8, shared_ranks=3), Remaining((1, 2, 3), 2, 2), id="a copy has left"
+        Group(4, 2, 2, 8, shared_ranks=3), Remaining((1, 2, 3), 2, 2), id="a replica is lost"
     ),
 ]
 
@@ -229,7 +229,7 @@ ELASTIC = [
 @pytest.mark.parametrize("world", harness.WORLDS)
 @pytest.mark.parametrize("group, remaining", ELASTIC)
 def test_a_group_goes_on_without_a_rank_and_with_it_again(group, remaining, world):
-    """The one that is not needed does nothing; then it is back, and away again."""
+    """The lost rank makes no call; then it is back, and lost again."""
     rng = np.random.default_rng(4)
     whole, left = elastic_cases(rng, group, remaining)
     order = (left, left, whole, left, whole, whole)
@@ -263,8 +263,8 @@ PAUSE = 1.0 if moe_triton.get_backend() == "cpu" else 4.0
 
 @pytest.mark.parametrize("world", harness.WORLDS)
 @pytest.mark.parametrize("slow_op", ["dispatch", "combine"])
-def test_performance_info_tells_the_slow_rank(slow_op, world):
-    """Every call adds to what is there; the rank that others waited for stands out."""
+def test_performance_info_shows_the_slow_rank(slow_op, world):
+    """Every call adds to it; the rank that others waited for stands out."""
     rng = np.random.default_rng(5)
     group = Group(4, 4, 2, 8)
     calls, received, combined = case_of(rng, group, [random_tokens(rng, group, 3)] * 4, version=2)
@@ -311,8 +311,8 @@ def break_call(op, arguments, early):
 @pytest.mark.parametrize("world", harness.WORLDS)
 @pytest.mark.parametrize("culprit", range(4))
 @pytest.mark.parametrize("op", ["dispatch", "combine"])
-def test_one_refusal_ends_the_call_on_both_axes(op, culprit, world):
-    """Its own groups hear of it directly, the rank opposite through them; then all goes on."""
+def test_one_refusal_ends_the_call_in_both_groups(op, culprit, world):
+    """It aborts its own groups, and these the fourth rank; then all ranks go on."""
     calls = example_calls(TENSOR_PARALLEL, version=2)
 
     def attempt(call, *args, **kwargs):
@@ -338,9 +338,9 @@ def test_one_refusal_ends_the_call_on_both_axes(op, culprit, world):
     results = run_world(world, 4, fn, tp_world_size=2)
     for rank, (attempts, rounds) in enumerate(results):
         for error, seconds in attempts:
-            assert error is not None, f"rank {rank} did not hear of it"
+            assert error is not None, f"rank {rank} was not aborted"
             expected = "ArgumentError" if rank == culprit else "PeerAbortError"
             assert expected in error["types"], error["traceback"]
-            assert seconds < 5  # told, not timed out
+            assert seconds < 5  # aborted, not timed out
         for outputs, combined in rounds:
             check_literal(TENSOR_PARALLEL, rank, outputs, combined, version=2)
