@@ -1,6 +1,6 @@
 """The aclnn interface: the documents' parameters, the worked examples, executors and outputs.
 
-What it refuses is the business of test_aclnn_refusals, and the split-phase ops have a file too.
+Invalid calls are in tests/ascend/distributed/test_invalid_calls; the split-phase ops have a file too.
 """
 
 from __future__ import annotations
