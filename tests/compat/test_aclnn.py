@@ -1,6 +1,6 @@
 """The aclnn interface: the documents' parameters, the worked examples, executors and outputs.
 
-Invalid calls are in tests/ascend/distributed/test_invalid_calls; the split-phase ops have a file too.
+Invalid calls are in test_invalid_calls, and the split-phase ops in test_aclnn_split_phase.
 """
 
 from __future__ import annotations
