@@ -436,7 +436,9 @@ def _messages(dispatch: CheckedDispatch) -> torch.Tensor:
     return y.view(dispatch.quantization.dtype)
 
 
-def _sent_rows(pending: Pending[CombineInput], expand_x: torch.Tensor, capacity: int) -> torch.Tensor:
+def _sent_rows(
+    pending: Pending[CombineInput], expand_x: torch.Tensor, capacity: int
+) -> torch.Tensor:
     """quant_expand_x: the rows as comm_quant_mode 2 sends them, else not written."""
     call, hidden = pending.call, expand_x.shape[1]
     size = quant_row_bytes(hidden)
