@@ -32,7 +32,7 @@ ALLOWED = {
     "expert_parallel": {"comm", "errors", "layout", "ops"},
     "ascend": {"comm", "errors", "layout", "ops", "profile", "ref", "topology"},
     "testing": {"comm", "errors", "ref", "topology"},
-    "compat": {"ascend", "errors", "ops"},
+    "compat": {"ascend", "errors"},
     "integrations": {"errors", "expert_parallel", "ops"},
     "emulate": {"ascend", "compat", "errors", "ops"},
     "": {"ascend", "backend", "comm", "errors", "expert_parallel", "ops", "profile"},

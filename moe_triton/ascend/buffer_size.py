@@ -1,4 +1,4 @@
-"""What HCCL_BUFFSIZE has to be where an op runs on an Ascend product."""
+"""The HCCL_BUFFSIZE that an op needs on an Ascend product."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def required_buffsize_mb(
 ) -> int:
     """The least HCCL_BUFFSIZE, in MB, with which an op runs on an Ascend product.
 
-    It holds for a group, and a group is for one pair of dispatch and combine. Where it is not set,
-    it is 200 there.
+    It sizes the buffer of one group, and each pair of dispatch and combine has its own group. Its
+    default on the products is 200.
 
     Args:
         product: "a2", "a3" or "950".
@@ -40,17 +40,17 @@ def required_buffsize_mb(
         hidden: H.
         max_tokens: largest BS of a rank.
         num_shared_ranks: S.
-        num_shared_experts: shared experts, of no effect where S = 0.
-        tp_world_size: T; 0 and 1 both mean that there is no TP group.
-        comm_alg: as the op takes it; "" is what the environment chooses. "hierarchy" for v1 on a2,
-            which has no such argument, is what the switches there would choose.
+        num_shared_experts: shared experts; no effect if S = 0.
+        tp_world_size: T; 0 or 1 without a TP group.
+        comm_alg: of the op; "" is the choice of the environment. v1 on a2 has no such argument:
+            "hierarchy" is the choice of the switches there.
         itemsize: bytes of an element of x on a2: 2, or 4 for int4 packed in int32.
-        vector_cores: of the device, which v1 on 950 depends on, and which its documents leave open.
+        vector_cores: of the device; needed by v1 on 950, whose documents leave it open.
 
     Raises:
-        ArgumentTypeError, ArgumentValueError: there is no such op, placement or algorithm.
-        UnavailableError: the product is not known, does not have the op, or nothing says how much
-            it needs.
+        ArgumentTypeError, ArgumentValueError: an unknown op, placement or algorithm.
+        UnavailableError: an unknown product, or one without the op or without a documented formula
+            for it.
     """
     profile = named(_OP, product, "product")
     checks.value(_OP, "op", op in FAMILIES, f"be one of {[*FAMILIES]}", repr(op))
@@ -72,7 +72,9 @@ def required_buffsize_mb(
     )
     limits, where = profile.limits(family(op), op, comm_alg)
     if limits.buffer is None:
-        raise UnavailableError(_OP, f"nothing says what buffer {op} needs {where}", argument="op")
+        raise UnavailableError(
+            _OP, f"the documents give no buffer size for {op} {where}", argument="op"
+        )
     if limits.buffer is buffers.a950_v1 and vector_cores is None:
         problem = f"vector_cores must be given for {op} {where}, whose documents leave it open"
         raise UnavailableError(_OP, problem, argument="vector_cores")

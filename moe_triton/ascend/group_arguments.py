@@ -20,7 +20,7 @@ _MOST_SHARED = 4  # shared experts that v2 knows
 
 @dataclasses.dataclass(frozen=True)
 class GroupArguments:
-    """Equal on all ranks, in every layer, and in combine as in its dispatch; but for the rank ids.
+    """Arguments equal on all ranks, in every layer, in dispatch and combine; except the rank ids.
 
     ``group_ep`` and ``group_tp`` may also be a ``ProcessGroup``.
     """
@@ -45,11 +45,11 @@ class GroupArguments:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-                object.__setattr__(self, field.name, int(value))  # numpy's are no JSON
+                object.__setattr__(self, field.name, int(value))  # JSON rejects numpy's
 
     @property
     def num_zero_computation_experts(self) -> int:
-        """Experts without a network, whose ids follow those of the routed ones."""
+        """Zero, copy and constant experts, whose ids follow those of the routed ones."""
         return self.zero_expert_num + self.copy_expert_num + self.const_expert_num
 
     @property
@@ -58,7 +58,7 @@ class GroupArguments:
         return self.tp_world_size == 2
 
     def resolve_ep(self, op: str) -> comm.Group:
-        """The expert-parallel group; only an error in its name cannot be told to the peers."""
+        """The expert-parallel group; an error in its name cannot abort the peers."""
         if self.group_ep is None or self.group_ep == "":
             raise MissingArgumentError(op, "group_ep", "name a group", repr(self.group_ep))
         checks.group_name(op, "group_ep", self.group_ep)
@@ -80,12 +80,12 @@ class GroupArguments:
         return group
 
     def check_pair(self, op: str, pair: comm.Group) -> None:
-        """The place of this rank in the pair is the one it says."""
-        contract = f"be {pair.rank}, this rank's place in the group"
+        """Check ``tp_rank_id`` against the group."""
+        contract = f"be {pair.rank}, this rank in the group"
         checks.value(op, "tp_rank_id", self.tp_rank_id == pair.rank, contract, self.tp_rank_id)
 
     def check_types(self, op: str) -> None:
-        """The name of the TP group is legal, and integers are integers."""
+        """Check the length of the TP group's name, and that integers are integers."""
         checks.group_name(op, "group_tp", self.group_tp)
         texts = ("group_ep", "group_tp", "comm_alg")
         values = {
@@ -101,13 +101,13 @@ class GroupArguments:
         Args:
             op: for error messages.
             group: the expert-parallel group, of its original size.
-            family: as in ``names``; in "v1" shared ranks divide the group, in "split" they are half
-                of it at most.
+            family: as in ``op_names``; the shared ranks of "v1" divide the group, those of "split"
+                are at most half of it.
         """
         world = group.size
         contract = f"be {world}, the size of the group"
         checks.value(op, "ep_world_size", self.ep_world_size == world, contract, self.ep_world_size)
-        contract = f"be {group.rank}, this rank's place in the group"
+        contract = f"be {group.rank}, this rank in the group"
         checks.value(op, "ep_rank_id", self.ep_rank_id == group.rank, contract, self.ep_rank_id)
         tp = self.tp_world_size
         checks.value(op, "tp_world_size", tp in (0, 1, 2), "be in [0, 2]", tp)
@@ -116,8 +116,8 @@ class GroupArguments:
         else:
             contract = "be 0 or 1"
             checks.value(op, "tp_rank_id", self.tp_rank_id in (0, 1), contract, self.tp_rank_id)
-        same = self.group_tp not in (None, "") and self.group_tp == self.group_ep
-        checks.value(op, "group_tp", not same, "differ from group_ep", repr(self.group_tp))
+        same_group = self.group_tp not in (None, "") and self.group_tp == self.group_ep
+        checks.value(op, "group_tp", not same_group, "differ from group_ep", repr(self.group_tp))
         checks.reserved(op, expert_shard_type=self.expert_shard_type)
         topology = checks.topology(
             op, world, self.moe_expert_num, self.shared_expert_num, self.shared_expert_rank_num
@@ -137,10 +137,10 @@ class GroupArguments:
             local = topology.experts_per_rank
             contract = "leave one expert per rank when tp_world_size is 2"
             checks.value(op, "moe_expert_num", local == 1, contract, f"{local} per rank")
-        self._check_special(op)
+        self._check_zero_computation_experts(op)
         return topology
 
-    def _check_special(self, op: str) -> None:
+    def _check_zero_computation_experts(self, op: str) -> None:
         for name in ("zero_expert_num", "copy_expert_num", "const_expert_num"):
             number = getattr(self, name)
             checks.value(op, name, number >= 0, "not be negative", number)
@@ -176,7 +176,7 @@ class GroupArguments:
     def agreed(
         self, op: str, x: torch.Tensor, x_name: str, expert_ids: torch.Tensor
     ) -> dict[str, object]:
-        """What must be equal on all ranks, under the names the caller knows."""
+        """Values that must be equal on all ranks, under the names of the caller's arguments."""
         return {
             "op": op,
             "ep_world_size": self.ep_world_size,
@@ -198,10 +198,10 @@ class GroupArguments:
 
 @dataclasses.dataclass(frozen=True)
 class ScaledDown:
-    """What is left of a group, from ``elastic_info``.
+    """The remaining ranks of a group, from ``elastic_info``.
 
     Attributes:
-        members: the ranks that are left, by their new numbers.
+        members: their old ranks, in the order of the new ones.
         topology: the placement of the experts on them.
         digest: of the tensor, which must be equal on all of them.
     """
@@ -214,14 +214,14 @@ class ScaledDown:
 def scaled_down(
     op: str, info: torch.Tensor | None, topology: Topology, rank: int
 ) -> ScaledDown | None:
-    """Read ``elastic_info``; None where the group is whole.
+    """Read ``elastic_info``; None for a whole group.
 
     Args:
         op: for error messages.
-        info: int32 (4 + 2 * W): a flag; ranks, shared ranks and routed experts that are left; the
-            new number of each old rank, -1 for one that is gone; the old number of each new rank.
+        info: int32 (4 + 2 * W): a flag; the numbers of remaining ranks, shared ranks and routed
+            experts; the new rank of each old one, -1 for a lost rank; the old rank of each new one.
         topology: of the whole group.
-        rank: this one, by its old number.
+        rank: the old rank of this process.
     """
     if info is None:
         return None
@@ -246,7 +246,7 @@ def scaled_down(
         to_new[old] == new for new, old in enumerate(members)
     )
     require(inverse, "have tables that are inverse to each other", f"{to_new} and {to_old}")
-    require(to_new[rank] != -1, "keep the rank that calls", f"rank {rank} is gone")
+    require(to_new[rank] != -1, "keep the calling rank", f"{to_new}, without rank {rank}")
     local = topology.experts_per_rank
     contract = f"leave L = {local} experts on each of {left - shared} ranks"
     require(experts == local * (left - shared), contract, f"{experts} experts")
@@ -257,7 +257,7 @@ def scaled_down(
     contract = f"leave all {number} shared experts as many ranks"
     require(not number or shared % number == 0, contract, f"{shared} ranks")
     placement = Topology(left, experts, number, shared)
-    served, room = (-(-one.world_size // one.shared_replicas) for one in (placement, topology))
-    contract = f"leave a shared rank the tokens of at most {room} ranks, for which it has room"
+    served, room = (-(-each.world_size // each.shared_replicas) for each in (placement, topology))
+    contract = f"leave a shared rank the tokens of at most {room} ranks, its capacity"
     require(not number or served <= room, contract, f"those of {served}")
     return ScaledDown(members, placement, zlib.crc32(str(values).encode()))

@@ -1,4 +1,4 @@
-"""The ops by name, which error messages and checks go by."""
+"""Names of the ops, for error messages and profiles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DISPATCH_TEARDOWN = "npu_moe_distribute_dispatch_teardown"
 COMBINE_SETUP = "npu_moe_distribute_combine_setup"
 COMBINE_TEARDOWN = "npu_moe_distribute_combine_teardown"
 UPDATE_EXPERT = "npu_moe_update_expert"
-EPLB_UPDATE_EXPERT = "aclnnMoeEPLBUpdateExpert"  # its predecessor, in the C interface only
+EPLB_UPDATE_EXPERT = "aclnnMoeEPLBUpdateExpert"  # its predecessor; only in the C interface
 # On one device.
 GATING_TOP_K = "npu_moe_gating_top_k"
 GATING_TOP_K_SOFTMAX = "npu_moe_gating_top_k_softmax"
@@ -42,10 +42,10 @@ FAMILIES = {
 
 
 def is_dispatch(op: str) -> bool:
-    """Whether an op is a dispatch, not a combine."""
+    """Whether an op is a dispatch."""
     return op.startswith(DISPATCH)
 
 
 def family(op: str) -> str:
-    """What an op that a profile limits belongs to, as in ``profile.Profile``."""
+    """The family of an op in ``profile.Profile``."""
     return FAMILIES[op]

@@ -1,1 +1,1 @@
-"""Other libraries' names and argument orders for the ops of this one: translation, no logic."""
+"""Other libraries' names and argument orders for this library's ops: translation, no logic."""

@@ -1,4 +1,4 @@
-"""Atlas A3: every family of ops; what the documents call a card is a die."""
+"""Atlas A3: every family of ops; a card of the documents is a die."""
 
 from __future__ import annotations
 

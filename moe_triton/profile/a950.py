@@ -1,6 +1,6 @@
 """Ascend 950 (910_95): every quantisation, float8 rows, no TP group, no replicas.
 
-The documents say nothing of H in v1, nor of a buffer for combine with RMSNorm: no limit here.
+The documents give no limit of H in v1, and no buffer size for combine with RMSNorm.
 """
 
 from __future__ import annotations

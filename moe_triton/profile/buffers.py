@@ -1,6 +1,6 @@
-"""How large a communication buffer the ops of a product ask for, and whether there is as much.
+"""Sizes of the communication buffers of a product's ops, and the check of the environment.
 
-Each formula is stated in the first line of its docstring, in bytes; a row is of 2-byte elements.
+The first line of each docstring is the formula in bytes; rows have 2-byte elements.
 Letters: BS largest batch of a rank, H length of a token, K experts a token, W ranks, E routed
 experts, L of them on each rank that has any, NS shared experts, itemsize bytes of an element of
 ``x``; AlignN(b) is b rounded up to a multiple of N.
@@ -21,7 +21,7 @@ MB = 2**20
 
 
 class Sizes(NamedTuple):
-    """What the size of a communication buffer follows from.
+    """The sizes that determine a communication buffer.
 
     Attributes:
         world: W.
@@ -30,10 +30,10 @@ class Sizes(NamedTuple):
         top_k: K.
         hidden: H.
         tokens: BS.
-        shared: NS, 0 where no rank is reserved for them.
-        tp: ranks of the TP group; 0 and 1 both mean that there is none.
-        itemsize: of ``x``; 4 where it is int4, packed in int32.
-        vector_cores: of the device, or None if that is not known.
+        shared: NS, 0 without ranks reserved for them.
+        tp: ranks of the TP group; 0 or 1 without one.
+        itemsize: of ``x``; 4 for int4 packed in int32.
+        vector_cores: of the device, or None if unknown.
     """
 
     world: int
@@ -49,22 +49,22 @@ class Sizes(NamedTuple):
 
 
 def megabytes(num_bytes: int) -> int:
-    """The least whole number of MB."""
+    """Bytes in MB, rounded up."""
     return -(-num_bytes // MB)
 
 
 def check(op: str, formula: Callable[[Sizes], int] | None, sizes: Sizes | None, where: str) -> None:
-    """The buffer that the environment sets, if it does, is large enough, as far as is known.
+    """Check that the buffer of the environment variable, if it is set, is large enough.
 
     Raises:
-        ArgumentValueError: it is not, or is no number.
+        ArgumentValueError: it is too small, or not a number.
     """
-    found = os.environ.get(ENVIRONMENT)
-    if found is None or formula is None or sizes is None:
+    value = os.environ.get(ENVIRONMENT)
+    if value is None or formula is None or sizes is None:
         return
     least = megabytes(formula(sizes))
-    if not found.isdecimal() or int(found) < least:
-        raise ArgumentValueError(op, ENVIRONMENT, f"be at least {least} MB {where}", found)
+    if not value.isdecimal() or int(value) < least:
+        raise ArgumentValueError(op, ENVIRONMENT, f"be at least {least} MB {where}", value)
 
 
 def _align(number: int, to: int) -> int:
@@ -98,9 +98,9 @@ def a2_v2_hierarchy(s: Sizes) -> int:
 def a3_v1(s: Sizes) -> int:
     """2 * (BS * 2 * (H + 128) * (W * L + K + 1)) + 2 MB.
 
-    With T = 2 the buffer of the TP group must have as much too, and, as newer documents say,
-    2 * A * (Align512(Align32(2 * H) + 44) + Align512(2 * H)) with A = BS * W, which is more. What
-    is set holds for both groups.
+    With T = 2 the buffer of the TP group needs as much, and by newer documents
+    2 * A * (Align512(Align32(2 * H) + 44) + Align512(2 * H)) with A = BS * W, which is more. The
+    variable sizes the buffers of both groups.
     """
     half = s.tokens * 2 * (s.hidden + 128) * (s.world * s.local + s.top_k + 1)
     pair = 0
@@ -111,7 +111,7 @@ def a3_v1(s: Sizes) -> int:
 
 
 def _rows(s: Sizes, row_bytes: int) -> int:
-    """Dispatched rows of so many bytes, and those that come back."""
+    """Dispatched rows of ``row_bytes``, and returned rows."""
     returned = (s.top_k + s.shared) * s.tokens * _align(2 * s.hidden, 512)
     return 2 * (s.local * s.tokens * s.world * row_bytes + returned)
 
@@ -122,7 +122,7 @@ def a3_v2(s: Sizes) -> int:
 
 
 def a3_fullmesh_v2(s: Sizes) -> int:
-    """As without it, with ceil((Align32(2 * H) + 64) / 480) * 512 for a dispatched row."""
+    """As without fullmesh_v2, with ceil((Align32(2 * H) + 64) / 480) * 512 for a dispatched row."""
     return _rows(s, -(-(_align(2 * s.hidden, 32) + 64) // 480) * 512)
 
 
@@ -143,11 +143,11 @@ def a3_split(s: Sizes) -> int:
 def a950_v1(s: Sizes) -> int:
     """vector_cores * 32 + 2 * W * BS * H * 2 * L.
 
-    The documents do not say how many cores a device has; not known, they add nothing.
+    The documents do not give the number of cores of a device; unknown ones add nothing.
     """
     return 32 * (s.vector_cores or 0) + 2 * s.world * s.tokens * s.hidden * 2 * s.local
 
 
 def a950_split(s: Sizes) -> int:
-    """As on a3, with 4 in front in place of 2."""
+    """As on a3, with the factor 4 instead of 2."""
     return max(2 * _split_rows(s), 2 * MB)

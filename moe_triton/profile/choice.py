@@ -1,4 +1,4 @@
-"""Which profile is in effect: that of the process, of the environment, or the portable one."""
+"""The profile in effect: that of the process, of the environment, or the portable one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def named(op: str, name: str, argument: str = "profile") -> Profile:
     """The profile of that name.
 
     Raises:
-        UnavailableError: there is none; the message lists the known ones.
+        UnavailableError: an unknown name; the message lists the known ones.
     """
     if name not in PROFILES:
         problem = f"{argument} must be one of {[*PROFILES]}, got {name!r}"
@@ -30,8 +30,7 @@ def named(op: str, name: str, argument: str = "profile") -> Profile:
 def set_profile(name: str | None) -> None:
     """Choose the profile of all following calls of this process.
 
-    None goes back to the environment variable ``MOE_TRITON_PROFILE``, and without that to
-    "portable".
+    None restores the environment variable ``MOE_TRITON_PROFILE``, and without it "portable".
 
     Raises:
         UnavailableError: an unknown name; the message lists the known ones.

@@ -1,4 +1,4 @@
-"""What a product limits: the values that it takes, and which argument carries each of them.
+"""Limits of a product: the accepted values, and the argument that carries each of them.
 
 Letters: BS tokens of a rank, H their length, K experts a token, W ranks, E routed experts, L of
 them on each rank that has any, S ranks reserved for shared experts, T ranks of a TP group.
@@ -17,7 +17,7 @@ Values = range | tuple[int, ...]
 
 @dataclass(frozen=True)
 class Limits:
-    """What the ops of a family take with one algorithm; None means no limit.
+    """The values that the ops of a family accept with one algorithm; None means no limit.
 
     Attributes:
         tokens: BS.
@@ -28,12 +28,12 @@ class Limits:
         experts_per_rank: L.
         expert_slots: L * W.
         shared_ranks: S.
-        shared_experts: number of shared experts where S > 0.
+        shared_experts: number of shared experts if S > 0.
         zero_experts: number of zero experts, and of copy experts.
         const_experts: number of constant experts.
         tp_world_sizes: T.
-        quant_modes: modes of dispatch that the product and this library have.
-        float8: whether rows of dispatch may come as float8, or become such with quant_mode 2.
+        quant_modes: modes of dispatch that both the product and this library have.
+        float8: whether rows of dispatch may be float8, as input or by quant_mode 2.
         float16: whether rows of combine may be float16.
         comm_quant_modes: modes of combine that both have.
         comm_types: ways to communicate, of the split-phase ops.
@@ -41,10 +41,10 @@ class Limits:
         mask_dims: dimensions that ``x_active_mask`` may have.
         balance_modes: ways to choose a replica.
         refused: tensors that must be None; ``expert_scales`` only in dispatch, ``shared_expert_x``
-            only where S > 0.
+            only if S > 0.
         required: tensors that must be given.
-        in_combine: whether combine takes this algorithm by name; dispatch does.
-        buffer: bytes that the communication buffer must have; None where no formula is known.
+        in_combine: whether combine accepts this algorithm by name, as dispatch does.
+        buffer: formula of the bytes of the communication buffer; None if unknown.
     """
 
     tokens: Values | None = None
@@ -77,10 +77,10 @@ class Rule(NamedTuple):
     """A number that products limit.
 
     Attributes:
-        fact: what ``Profile.check`` calls it.
-        limit: the attribute of ``Limits``.
+        fact: its argument of ``Profile.check``.
+        limit: its attribute of ``Limits``.
         argument: of the op, which carries it.
-        contract: what that argument must do, before the values.
+        contract: of that argument, before the values.
     """
 
     fact: str
@@ -135,14 +135,14 @@ def is_combine(op: str) -> bool:
 
 
 def rules(family: str, op: str) -> tuple[Rule, ...]:
-    """What of an op is limited by numbers, in the order in which it is checked."""
+    """The numbers of an op that products limit, in the order of the checks."""
     if family in ("eplb", "update_expert"):
         return REPLICA_RULES
     return COMBINE_RULES if is_combine(op) else DISPATCH_RULES
 
 
 def words(values: Values) -> str:
-    """``values`` as a message names them."""
+    """``values`` as text of a message."""
     if isinstance(values, range):
         steps = f" in steps of {values.step}" if values.step > 1 else ""
         return f"in [{values[0]}, {values[-1]}]{steps}"

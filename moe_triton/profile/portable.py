@@ -1,7 +1,7 @@
-"""This library's own profile: what its formats and algorithms can do, on any device.
+"""This library's own profile: the limits of its formats and algorithms, on any device.
 
-Beyond what correctness needs, only K is limited, to the 16 that is the most of any product, or 12
-with fullmesh_v2, as everywhere.
+Besides the checks that correctness needs, only K is limited: to 16, the largest limit of any
+product, and to 12 with fullmesh_v2, as on every product.
 """
 
 from __future__ import annotations

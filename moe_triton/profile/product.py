@@ -13,19 +13,18 @@ from .limits import Limits, is_combine, rules, words
 
 @dataclass(frozen=True)
 class Profile:
-    """The limits of one product, and what of its outputs is its own.
+    """The limits of one product, and the outputs that only it has.
 
     Attributes:
         name: "portable", or a product.
         families: the limits of a family of ops under each name of an algorithm: "v1", "v2", "rms"
             (combine with RMSNorm), "split" (split-phase), "eplb" (aclnnMoeEPLBUpdateExpert) and
-            "update_expert" (its successor). The product does not have the ops of a family that is
-            not there.
-        switches: variables of the environment, and the values with which they choose "hierarchy"
-            where ``comm_alg`` is ""; empty where nothing does.
-        server_ranks: ranks of a server, for each of which ep_recv_counts has room that its own
-            algorithm would use; 0 where it has none.
-        returns_weights: whether dispatch returns expand_scales even if it gets no expert_scales.
+            "update_expert" (its successor). The product does not have the ops of a missing family.
+        switches: environment variables and the values with which they choose "hierarchy" if
+            ``comm_alg`` is ""; empty if none do.
+        server_ranks: ranks of a server, for each of which ep_recv_counts has room for words of the
+            product's own algorithm; 0 without this room.
+        returns_weights: whether dispatch returns expand_scales also without expert_scales.
     """
 
     name: str
@@ -67,26 +66,26 @@ class Profile:
         with_expand_scales: bool | None = None,
         with_shared_expert_x: bool = False,
     ) -> None:
-        """Raise ``ArgumentValueError`` for the first argument that the product does not take.
+        """Raise ``ArgumentValueError`` for the first argument that the product does not accept.
 
-        An op passes what it has; what is None, or left at its default, is not looked at.
+        An op passes the arguments that it has; None and defaults are not checked.
 
         Args:
             family: of the op, see ``families``.
-            op: name of the op, a dispatch, a combine, or what replaces experts by replicas.
-            max_tokens: largest BS of any rank, as ``global_bs`` says.
+            op: name of the op, a dispatch, a combine, or an update of experts.
+            max_tokens: largest BS of any rank, from ``global_bs``.
             hidden: H.
             top_k: K.
             world_size: W.
-            num_experts: E; before experts are replaced by their replicas, where they are.
+            num_experts: E; in an update of experts the logical ones.
             experts_per_rank: L.
-            num_tokens: BS of this rank; ``max_tokens`` if not given.
+            num_tokens: BS of this rank; None for ``max_tokens``.
             num_shared_ranks: S.
-            num_shared_experts: shared experts, of no effect where S = 0.
-            num_zero_experts: special experts of that kind, as the next two.
-            num_copy_experts: see above.
-            num_const_experts: see above.
-            tp_world_size: ranks of the TP group; 0 and 1 both mean that there is none.
+            num_shared_experts: shared experts; no effect if S = 0.
+            num_zero_experts: zero experts.
+            num_copy_experts: copy experts.
+            num_const_experts: constant experts.
+            tp_world_size: ranks of the TP group; 0 or 1 without one.
             quant_mode: mode of dispatch.
             float8: the argument by which rows of dispatch are float8, or None.
             float16: whether rows of combine are float16.
@@ -94,8 +93,8 @@ class Profile:
             comm_type: of the split-phase ops.
             comm_alg: the algorithm; always "" in v1.
             token_nums_type: form of ``expert_token_nums``.
-            balance_mode: how a replica is chosen.
-            mask_dims: dimensions of ``x_active_mask``, or None where it is not given.
+            balance_mode: choice of a replica.
+            mask_dims: dimensions of ``x_active_mask``, or None without it.
             elastic: whether ``elastic_info`` is given.
             with_scales: whether dispatch gets ``scales``.
             with_expert_scales: whether dispatch gets ``expert_scales``.
@@ -107,7 +106,7 @@ class Profile:
             raise ArgumentTypeError(op, float8, f"not be a float8 {where}", "one")
         if float16 and not limits.float16:
             raise ArgumentTypeError(op, "expand_x", f"be bfloat16 {where}", "torch.float16")
-        for argument, given in (
+        for argument, present in (
             ("x_active_mask", mask_dims is not None),
             ("elastic_info", elastic),
             ("scales", with_scales),
@@ -115,9 +114,9 @@ class Profile:
             ("expand_scales", with_expand_scales),
             ("shared_expert_x", with_shared_expert_x and num_shared_ranks > 0),
         ):
-            if given and argument in limits.refused:
+            if present and argument in limits.refused:
                 raise ArgumentValueError(op, argument, f"be None {where}", "a tensor")
-            if given is False and argument in limits.required:
+            if present is False and argument in limits.required:
                 raise ArgumentValueError(op, argument, f"be given {where}", None)
         slots = world_size and experts_per_rank and world_size * experts_per_rank
         facts = {
@@ -168,10 +167,10 @@ class Profile:
             buffers.check(op, limits.buffer, sizes, where)
 
     def limits(self, family: str, op: str, comm_alg: str = "") -> tuple[Limits, str]:
-        """The limits of an op under an algorithm, and the words for where they hold.
+        """The limits of an op under an algorithm, and the text that names both in messages.
 
         Raises:
-            ArgumentValueError: the product has no such algorithm for this op.
+            ArgumentValueError: an unknown algorithm of this op.
             UnavailableError: the product does not have the op.
         """
         algorithms = self.families.get(family)
@@ -188,11 +187,11 @@ class Profile:
         return algorithms[comm_alg], where
 
     def _switched_on(self) -> bool:
-        """Whether all switches of the environment say so."""
-        found = {name: os.environ.get(name) for name in self.switches}
-        return bool(found) and found == dict(self.switches)
+        """Whether all environment variables have the values that choose "hierarchy"."""
+        values = {name: os.environ.get(name) for name in self.switches}
+        return bool(values) and values == dict(self.switches)
 
     def spare_counts(self, world_size: int, max_tokens: int, top_k: int) -> int:
-        """Words of ep_recv_counts behind the prefix sums, which nothing here writes or reads."""
+        """Unused words of ep_recv_counts behind the prefix sums."""
         servers = world_size // self.server_ranks if self.server_ranks else 0
         return 2 * max_tokens * world_size * top_k * servers

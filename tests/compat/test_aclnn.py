@@ -1,6 +1,6 @@
 """The aclnn interface: the documents' parameters, the worked examples, executors and outputs.
 
-What it refuses is the business of test_aclnn_refusals, and the split-phase ops have a file too.
+Invalid calls are in test_invalid_calls, and the split-phase ops in test_aclnn_split_phase.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from worked_examples import (
     EXAMPLES,
     PLAIN,
     QUANTISED,
-    SPECIAL,
     TENSOR_PARALLEL,
+    ZERO_COMPUTATION,
     check_literal,
     example_calls,
 )
@@ -54,7 +54,7 @@ EXTRA = (
     "constExpertVOptional"
 )
 RETURNING = f"{WITH_TP} globalBS outDtype commQuantMode groupListType commAlg"
-SPECIAL_NUMS = "zeroExpertNum copyExpertNum constExpertNum"
+EXPERT_NUMS = "zeroExpertNum copyExpertNum constExpertNum"
 HALF = f"{GROUP} {PLACEMENT}"
 # The parameters in the order of the documents, without the two pointers at the end.
 PARAMETERS = {
@@ -64,10 +64,10 @@ PARAMETERS = {
     ),
     "aclnnMoeDistributeDispatchV2": f"{SENT} {SENDING} commAlg {ARRIVED}",
     "aclnnMoeDistributeDispatchV3": (
-        f"{SENT} elasticInfoOptional {SENDING} commAlg {SPECIAL_NUMS} {ARRIVED}"
+        f"{SENT} elasticInfoOptional {SENDING} commAlg {EXPERT_NUMS} {ARRIVED}"
     ),
     "aclnnMoeDistributeDispatchV4": (
-        f"{SENT} elasticInfoOptional performanceInfoOptional {SENDING} commAlg {SPECIAL_NUMS} "
+        f"{SENT} elasticInfoOptional performanceInfoOptional {SENDING} commAlg {EXPERT_NUMS} "
         f"{ARRIVED}"
     ),
     "aclnnMoeDistributeCombine": (
@@ -76,13 +76,13 @@ PARAMETERS = {
         "commQuantMode groupListType x"
     ),
     "aclnnMoeDistributeCombineV2": f"{ROWS} {RETURNING} xOut",
-    "aclnnMoeDistributeCombineV3": f"{ROWS} {EXTRA} {RETURNING} {SPECIAL_NUMS} xOut",
+    "aclnnMoeDistributeCombineV3": f"{ROWS} {EXTRA} {RETURNING} {EXPERT_NUMS} xOut",
     "aclnnMoeDistributeCombineV4": (
-        f"{ROWS} {EXTRA} performanceInfoOptional {RETURNING} {SPECIAL_NUMS} xOut"
+        f"{ROWS} {EXTRA} performanceInfoOptional {RETURNING} {EXPERT_NUMS} xOut"
     ),
     "aclnnMoeDistributeCombineAddRmsNorm": f"{NORMED} {RETURNING} normEps yOut rstdOut xOut",
     "aclnnMoeDistributeCombineAddRmsNormV2": (
-        f"{NORMED} {EXTRA} {RETURNING} normEps {SPECIAL_NUMS} yOut rstdOut xOut"
+        f"{NORMED} {EXTRA} {RETURNING} normEps {EXPERT_NUMS} yOut rstdOut xOut"
     ),
     "aclnnMoeEPLBUpdateExpert": (
         "expertIds eplbTable localRankId worldSize balanceMode balancedExpertIds"
@@ -154,14 +154,14 @@ def test_worked_examples(version, name):
 
 
 @pytest.mark.parametrize("version", ["V3", "V4"])
-def test_special_experts(version):
-    calls = example_calls(SPECIAL, version=2)
+def test_zero_computation_experts(version):
+    calls = example_calls(ZERO_COMPUTATION, version=2)
 
     def fn(ctx):
         return aclnn_calls.round_trip(ctx, calls[ctx.rank], *functions(version))
 
-    for rank, (outputs, x) in enumerate(run_world("local", SPECIAL.group.world_size, fn)):
-        check_literal(SPECIAL, rank, outputs, x, version=2)
+    for rank, (outputs, x) in enumerate(run_world("local", ZERO_COMPUTATION.group.world_size, fn)):
+        check_literal(ZERO_COMPUTATION, rank, outputs, x, version=2)
 
 
 @pytest.mark.parametrize("world", ["symmetric", "collective"])
@@ -175,7 +175,7 @@ def test_between_processes(world):
         check_literal(BASIC, rank, outputs, x)
 
 
-def test_performance_info_gains_what_is_waited():
+def test_performance_info_gains_the_waits():
     calls = example_calls(BASIC, version=2)
     dispatch, combine = functions("V4")
 
@@ -273,7 +273,7 @@ def test_planned_ahead_of_the_values():
 
 
 def test_an_executor_is_for_one_launch():
-    """The second is refused; a peer that has come to one call more hears of it."""
+    """The second is refused, and aborts a peer that has made one more call."""
     calls = example_calls(BASIC)
     dispatch, combine = functions("")
 
@@ -338,7 +338,7 @@ def test_the_stream_is_current_in_the_launch():
     assert entered == ["in", "out"]
 
 
-# position of the output, what is given for it, the status; as in rows 21, 9.2 and 9.3.
+# position of the output, the tensor for it, the status; as in rows 21, 9.2 and 9.3.
 OUTPUTS = {
     "9.2 expandX": (0, lambda _: None, 161001),
     "9.2 dynamicScales": (1, lambda _: None, 161001),
@@ -384,8 +384,8 @@ def test_outputs_refused(name):
 
     for rank, (ending, (outputs, x)) in enumerate(run_world("local", 2, fn, limit=20.0)):
         assert (ending["phase"], ending["status"]) == ((1, status) if rank else (2, RUNTIME))
-        heard = "y_dtype" if rank == 0 and name == "9.3 expandX" else parameter
-        assert heard in ending["sentence"]
+        named = "y_dtype" if rank == 0 and name == "9.3 expandX" else parameter
+        assert named in ending["sentence"]
         assert ending["sentence"].startswith("aclnnMoeDistributeDispatch")
         check_literal(QUANTISED, rank, outputs, x)
 
@@ -403,7 +403,7 @@ def test_tp_recv_counts_may_not_lack():
         return ending["status"], aclnn_calls.round_trip(ctx, calls[ctx.rank], dispatch, combine)
 
     results = run_world("local", 4, fn, tp_world_size=2, limit=20.0)
-    # Rank 0 shares neither a plane nor a pair with rank 3, and hears of it from one that does.
+    # Rank 0 has no group in common with rank 3: a rank that has one aborts it.
     assert [status for status, _ in results] == [RUNTIME, RUNTIME, RUNTIME, 561002]
     for rank, (_, (outputs, x)) in enumerate(results):
         check_literal(TENSOR_PARALLEL, rank, outputs, x)

@@ -13,7 +13,7 @@ import pytest
 import split_phase_calls
 import torch
 from aclnn_calls import ROWS, poisoned
-from ascend.distributed import test_split_phase as by_torch_npu
+from split_phase_rows import INVALID, SETUPS, TEARDOWNS
 from worked_examples import BASIC, EXAMPLES, PLAIN, example_calls
 
 from moe_triton import set_profile
@@ -33,7 +33,7 @@ RUNTIME = aclnn.ACLNN_ERR_RUNTIME_ERROR
 
 
 class Refused(Exception):
-    """A call that ended with a status; ``ending`` says how."""
+    """A call that ended with an error status, described by ``ending``."""
 
     def __init__(self, ending: dict) -> None:
         super().__init__(str(ending))
@@ -41,7 +41,7 @@ class Refused(Exception):
 
 
 def sizes_of(kind: str, call: dict) -> list[int]:
-    """What the helper says of the outputs' sizes, without the status."""
+    """The sizes that the helper returns, without the status."""
     values = []
     for parameter in inspect.signature(CALC[kind]).parameters:
         name = aclnn_calls.keyword("", parameter)
@@ -92,7 +92,7 @@ class Halves(split_phase_calls.Halves):
 
 
 def attempt(fn: Any) -> dict | None:
-    """How a call that should be refused ended; None where it was not."""
+    """How a refused call ended; None if it was accepted."""
     try:
         fn()
     except Refused as refused:
@@ -131,7 +131,7 @@ def test_sizes():
 def test_sizes_refused():
     x, ids = torch.ones(3, 2).bfloat16(), torch.zeros(3, 2, dtype=torch.int32)
     dispatch, combine = CALC["dispatch"], CALC["combine"]
-    where, rest = ("nobody looks at it", 2, 0, 4), (0, 0, 0, 0, 0, 1, 0, None)
+    where, rest = ("not resolved", 2, 0, 4), (0, 0, 0, 0, 0, 1, 0, None)
     assert dispatch(x, ids, None, None, *where, *rest)[0] == 0
     assert dispatch(None, ids, None, None, *where, *rest) == (161001, 0, 0, 0, 0)
     assert "CalcOutputSize: x must be given" in aclnn.aclnn_last_error()
@@ -142,9 +142,8 @@ def test_sizes_refused():
     assert combine(x, ids, None, "", "2", 0, 4, *rest[1:])[0] == 161002
 
 
-SETUP = {n: row for n, row in by_torch_npu.SETUP.items() if not n.startswith("y_dtype")}
 VALUES = ("assist wrong", "idx of other ids")  # where a value of a tensor is wrong
-# What only the setup can tell, which may be yet to come.
+# Arguments that only the setup can refute, which may not have run yet.
 OF_SETUP = ("y of another dtype", "quant_mode", "global_bs", "moe_expert_num")
 
 
@@ -165,11 +164,12 @@ def check(ending: dict, name: str, row: tuple) -> None:
 
 @pytest.mark.parametrize(
     "half, name",
-    [("send", n) for n in SETUP] + [("give_back", n) for n in by_torch_npu.COMBINE_SETUP],
+    # In C the dtype of yOut stands for y_dtype.
+    [(half, n) for half in SETUPS for n in INVALID[half] if not n.startswith("y_dtype")],
 )
 def test_a_setup_is_refused(half, name):
-    """By one rank; the other hears of it in its teardown, and both go on."""
-    row = (SETUP | by_torch_npu.COMBINE_SETUP)[name]
+    """By one rank; the other is aborted in its teardown, and both go on."""
+    row = INVALID[half][name]
     calls = example_calls(BASIC)
 
     def fn(ctx):
@@ -178,41 +178,42 @@ def test_a_setup_is_refused(half, name):
         bad = row[0] if ctx.rank == 1 else {}
 
         def calls_of_one():
-            if half == "send":
-                return halves.receive(halves.send(**bad))
-            sent = halves.send()
-            return halves.sum_up(sent, halves.give_back(halves.receive(sent), **bad))
+            if half == "dispatch_setup":
+                return halves.dispatch_teardown(halves.dispatch_setup(**bad))
+            sent = halves.dispatch_setup()
+            return halves.combine_teardown(
+                sent, halves.combine_setup(halves.dispatch_teardown(sent), **bad)
+            )
 
         return attempt(calls_of_one), halves.round_trip()["combined"].tolist()
 
     found = harness.run_world("local", 2, fn, limit=20.0)
-    (heard, _), (said, _) = found
-    check(said, name, row)
-    assert (heard["phase"], heard["status"]) == (2, RUNTIME)
-    assert heard["seconds"] < invalid_calls.AT_ONCE
+    (peer, _), (culprit, _) = found
+    check(culprit, name, row)
+    assert (peer["phase"], peer["status"]) == (2, RUNTIME)
+    assert peer["seconds"] < invalid_calls.AT_ONCE
     assert [combined for _, combined in found] == BASIC.combined
 
 
 @pytest.mark.parametrize(
     "half, name",
-    [("receive", n) for n in by_torch_npu.TEARDOWN]
-    + [("sum_up", n) for n in by_torch_npu.COMBINE_TEARDOWN],
+    [(half, n) for half in TEARDOWNS for n in INVALID[half]],
 )
 def test_a_teardown_is_refused(half, name):
-    """Only on the rank that is wrong, which repeats it right."""
-    row = (by_torch_npu.TEARDOWN | by_torch_npu.COMBINE_TEARDOWN)[name]
+    """Only on the culprit, which repeats the correct call."""
+    row = INVALID[half][name]
     calls = example_calls(BASIC)
 
     def fn(ctx):
         halves = Halves(ctx, calls[ctx.rank])
         bad = row[0] if ctx.rank == 1 else {}
-        endings, sent = [], halves.send()
-        if half == "receive" and bad:
-            endings.append(attempt(lambda: halves.receive(sent, **bad)))
-        returned = halves.give_back(halves.receive(sent))
-        if half == "sum_up" and bad:
-            endings.append(attempt(lambda: halves.sum_up(sent, returned, **bad)))
-        return endings, halves.sum_up(sent, returned).tolist()
+        endings, sent = [], halves.dispatch_setup()
+        if half == "dispatch_teardown" and bad:
+            endings.append(attempt(lambda: halves.dispatch_teardown(sent, **bad)))
+        returned = halves.combine_setup(halves.dispatch_teardown(sent))
+        if half == "combine_teardown" and bad:
+            endings.append(attempt(lambda: halves.combine_teardown(sent, returned, **bad)))
+        return endings, halves.combine_teardown(sent, returned).tolist()
 
     (none, first), ((ending,), second) = harness.run_world("local", 2, fn, limit=20.0)
     assert none == []
@@ -223,7 +224,7 @@ def test_a_teardown_is_refused(half, name):
 @pytest.mark.parametrize("mode", [0, 2])
 @pytest.mark.parametrize("position", range(4))
 def test_a_dispatch_teardown_needs_all_outputs(position, mode):
-    """Also the tensor for scales that rows without quantisation have not."""
+    """Also the tensor for scales if rows are not quantised."""
     calls = example_calls(BASIC)
 
     def fn(ctx):
@@ -237,9 +238,9 @@ def test_a_dispatch_teardown_needs_all_outputs(position, mode):
             ending.update(aclnn_calls.ending(NAMES[half], right, outputs))
             raise Refused(ending)
 
-        nothing = halves.nothing_sent()
+        nothing = halves.no_setup()
         halves._op = plan_only
-        attempt(lambda: halves.receive(nothing))
+        attempt(lambda: halves.dispatch_teardown(nothing))
         return ending
 
     for ending in harness.run_world("local", 2, fn):
@@ -248,12 +249,12 @@ def test_a_dispatch_teardown_needs_all_outputs(position, mode):
 
 
 def test_a_teardown_without_setup():
-    """It may be planned; that nothing is in flight, the second phase says."""
+    """It may be planned; the second phase refuses it."""
     calls = example_calls(BASIC)
 
     def fn(ctx):
         halves = Halves(ctx, calls[ctx.rank])
-        ending = attempt(lambda: halves.receive(halves.nothing_sent()))
+        ending = attempt(lambda: halves.dispatch_teardown(halves.no_setup()))
         return ending, halves.round_trip()["combined"].tolist()
 
     found = harness.run_world("local", 2, fn)
@@ -297,19 +298,19 @@ def test_all_four_planned_ahead():
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_rows_of_all_halves(half, name, changes, parameter):
-    """Whether there is a setup or not, the first phase says what is wrong with a teardown."""
+    """The first phase of a teardown refuses them with or without a setup."""
     example = EXAMPLES["basic"]
     calls = example_calls(example)
 
     def fn(ctx):
         halves = Halves(ctx, calls[ctx.rank])
         steps = {
-            "dispatch_setup": halves.send,
-            "dispatch_teardown": lambda **bad: halves.receive(halves.nothing_sent(), **bad),
-            "combine_setup": lambda **bad: halves.give_back(
+            "dispatch_setup": halves.dispatch_setup,
+            "dispatch_teardown": lambda **bad: halves.dispatch_teardown(halves.no_setup(), **bad),
+            "combine_setup": lambda **bad: halves.combine_setup(
                 (None, None, torch.zeros(12 * 128, dtype=torch.int32)), **bad
             ),
-            "combine_teardown": lambda **bad: halves.sum_up(
+            "combine_teardown": lambda **bad: halves.combine_teardown(
                 (None, torch.zeros(6, dtype=torch.int32)),
                 (torch.zeros(12, 512).char(), torch.zeros(224, dtype=torch.int32)),
                 **bad,

@@ -16,9 +16,9 @@ from worked_examples import (
     COMM_QUANTISED_FP16,
     QUANTISED,
     SHARED,
-    SPECIAL,
     TENSOR_PARALLEL,
     TWO_SHARED,
+    ZERO_COMPUTATION,
     dynamic_scales,
     expert_bits,
 )
@@ -199,7 +199,7 @@ def check_dispatch(plane, example, ranks):
         pytest.param(QUANTISED, id="12.3"),
         pytest.param(COMM_QUANTISED_BF16, id="12.6, bf16"),
         pytest.param(COMM_QUANTISED_FP16, id="12.6, fp16"),
-        pytest.param(SPECIAL, id="12.8"),
+        pytest.param(ZERO_COMPUTATION, id="12.8"),
     ],
 )
 def test_dispatch_and_combine(example, device):

@@ -15,7 +15,7 @@ RMS = "npu_moe_distribute_combine_add_rms_norm"
 
 # W 16, E 32 (L 2), K 4, H 2048, 64 tokens; for rows of 4096 bytes.
 SHAPE = {"world_size": 16, "num_experts": 32, "top_k": 4, "hidden": 2048, "max_tokens": 64}
-ROWS = 2 * 64 * 16 * 4608 + 4 * 64 * 4096  # of A3 and 950, but for v1
+ROWS = 2 * 64 * 16 * 4608 + 4 * 64 * 4096  # of A3 and 950, except v1
 
 BUFFERS = {
     "a2-v1": ("a2", DISPATCH, {}, 2 * (64 * 16 * 2 * 4096 + 2 * MB)),
@@ -149,10 +149,16 @@ def test_bytes(formula, changes, num_bytes):
 @pytest.mark.parametrize(
     "product, op, changes, error, problem",
     [
-        ("portable", DISPATCH, {}, UnavailableError, "nothing says what buffer .* on portable"),
+        (
+            "portable",
+            DISPATCH,
+            {},
+            UnavailableError,
+            "the documents give no buffer size for .* on portable",
+        ),
         ("a9", DISPATCH, {}, UnavailableError, r"product must be one of \['portable', 'a2'"),
         ("a2", RMS, {}, UnavailableError, "is not an operator of a2"),
-        ("950", RMS, {}, UnavailableError, "nothing says what buffer .* on 950"),
+        ("950", RMS, {}, UnavailableError, "the documents give no buffer size for .* on 950"),
         ("950", DISPATCH, {}, UnavailableError, "vector_cores must be given"),
         ("a3", "npu_moe", {}, ArgumentValueError, "op must be one of"),
         ("a3", DISPATCH, {"num_experts": 33}, ArgumentValueError, "num_experts must be"),
@@ -175,7 +181,7 @@ def test_the_environment_chooses_the_algorithm_on_a2(monkeypatch):
     assert chosen == named == 113
 
 
-# Product, family, algorithm, H, and what a call of otherwise that SHAPE asks for, in MB.
+# Product, family, algorithm, H, and the MB that a call otherwise of that SHAPE needs.
 LEAST = [
     ("a2", "v1", "", 2048, 20),
     ("a2", "v1", "hierarchy", 2048, 113),

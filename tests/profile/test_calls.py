@@ -175,7 +175,7 @@ FIRST, SLOTS = torch.tensor([True, False]), torch.tensor([[True], [False]])
 
 
 def refused(call):
-    """The argument that a call refuses, and the code."""
+    """The code of a refusal and the argument it names."""
     error = invalid_calls.attempt(call)["error"]
     return None if error is None else (error["code"], error["argument"])
 
@@ -190,7 +190,7 @@ def refused(call):
     indirect=["product"],
 )
 def test_split_phase(product, comm_type, by_slot, sums, added):
-    """What is refused: a mask (BS, K), prefix sums, an addend beside shared ranks; by each half."""
+    """Each op refuses a mask (BS, K), prefix sums, an addend beside shared ranks."""
 
     def fn(ctx):
         x, ids = torch.ones(2, 1024).bfloat16(), torch.zeros(2, 1, dtype=torch.int32)

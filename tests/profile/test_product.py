@@ -10,7 +10,7 @@ import pytest
 from moe_triton import profile
 from moe_triton.errors import ArgumentTypeError, ArgumentValueError, UnavailableError
 
-# What every product takes, with any algorithm.
+# Accepted by every product, with any algorithm.
 USUAL: dict[str, Any] = {
     "num_tokens": 16,
     "max_tokens": 16,
@@ -21,7 +21,7 @@ USUAL: dict[str, Any] = {
     "experts_per_rank": 2,
 }
 
-# The argument that carries a fact, in dispatch and in combine; None where the op does not have it.
+# The argument that carries a fact, in dispatch and in combine; None if the op has none.
 ARGUMENTS: dict[str, tuple[str | None, str | None]] = {
     "num_tokens": ("x", "expert_ids"),
     "max_tokens": ("global_bs", "global_bs"),
@@ -272,7 +272,7 @@ RANGES = {
     ("950", "rms", ""): _950_RMS,
     ("950", "split", ""): _950_SPLIT,
 }
-# What the combine of a product takes as comm_alg; dispatch takes all of the above.
+# comm_alg of a product's combine; its dispatch accepts all of the above.
 COMBINE_ALGORITHMS = {
     "portable": ("", "fullmesh", "fullmesh_v1", "fullmesh_v2", "hierarchy"),
     "a2": ("", "fullmesh", "hierarchy"),

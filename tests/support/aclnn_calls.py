@@ -12,7 +12,7 @@ from typing import Any
 
 import cloudpickle
 import torch
-from harness import groups_of
+from harness import combine_arguments, groups_of
 
 from moe_triton import get_profile
 from moe_triton.compat import aclnn, torch_npu
@@ -48,12 +48,12 @@ SAME_OP = {
 
 
 def parameters(function: str) -> dict[str, inspect.Parameter]:
-    """Those of the first phase."""
+    """The parameters of the first phase."""
     return dict(inspect.signature(getattr(aclnn, f"{function}GetWorkspaceSize")).parameters)
 
 
 def keyword(function: str, parameter: str) -> str:
-    """What torch_npu calls a parameter."""
+    """The name of a parameter in torch_npu."""
     if parameter == "assistInfoForCombine" and "RmsNorm" in function:
         return "expand_idx"
     name = parameter.removesuffix("Optional").replace("BS", "Bs")
@@ -93,7 +93,7 @@ def dispatch_outputs(call: dict, *, more: int = 0) -> list[torch.Tensor | None]:
         scales = (tuple(given.shape[1:]), given.dtype)
     kind = call.get("y_dtype") or ROWS.get(mode, call["x"].dtype)
     third = (batch * top_k,) if "comm_alg" not in call else (128 * rows + more,)
-    # A2 has room behind the counts for what it notes of its servers, and always weights.
+    # A2 has words for its servers behind the counts, and always weights.
     on_a2 = get_profile() == "a2"
     spare = 2 * batch * world * top_k * (world // 8) if on_a2 else 0
     weighted = on_a2 or call.get("expert_scales") is not None
@@ -122,7 +122,7 @@ def norm_outputs(call: dict) -> list[torch.Tensor | None]:
 
 
 def plan(function: str, call: dict, outputs: list) -> tuple:
-    """The first phase of a call with torch_npu's arguments; what is left out has its default."""
+    """The first phase of a call with torch_npu's arguments, and defaults for missing ones."""
     names = parameters(function)
     inputs, targets = list(names)[: -len(outputs)], list(names)[-len(outputs) :]
     defaults = inspect.signature(getattr(torch_npu, SAME_OP[function])).parameters
@@ -174,10 +174,8 @@ def dispatch_call(ctx: Any, call: dict) -> dict:
 
 def combine_call(ctx: Any, call: dict, outputs: list) -> dict:
     """Those of its combine, after dispatch."""
-    third = "assist_info_for_combine" if "comm_alg" in call["combine"] else "expand_idx"
-    handed_on = {third: outputs[2], "ep_send_counts": outputs[4], "expand_scales": outputs[6]}
-    handed_on["tp_send_counts"] = outputs[5]
-    return {**groups_of(ctx), **handed_on, **call["combine"]}
+    version = 2 if "comm_alg" in call["combine"] else 1
+    return combine_arguments(ctx, call, outputs, version=version)
 
 
 def round_trip(ctx: Any, call: dict, dispatch: str, combine: str) -> tuple[list, torch.Tensor]:
@@ -193,7 +191,7 @@ Change = Callable[[dict], None]
 
 
 def bad_call(ctx: Any, call: dict, op: str, change: Change, dispatch: str, combine: str) -> dict:
-    """How a call of ``op`` ends that ``change`` has edited; a dispatch before combine is right."""
+    """How an edited call of ``op`` ends; a dispatch before a combine is correct."""
     mine = dispatch_call(ctx, call)
     outputs = dispatch_outputs(mine)
     if op == "combine":

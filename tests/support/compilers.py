@@ -1,4 +1,4 @@
-"""Which compilers tests of torch.compile run with, and what such tests have in common."""
+"""The compilers of the tests of torch.compile, and helpers that these tests share."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Recorded(TorchDispatchMode):
 
 
 def usual(function):
-    """A test of compiled calls, with all marks that these have."""
+    """A test of compiled calls, with all marks of these tests."""
     for mark in MARKS:
         function = mark(function)
     return function

@@ -1,12 +1,12 @@
-"""What dispatch and combine mean, v1 and v2, written out for all ranks at once.
+"""The definition of dispatch and combine, v1 and v2, written out for all ranks at once.
 
 Plain loops: token by token, slot by slot, row by row. Nothing here counts, sorts or prefix-sums to
 find a place; rows are appended in the order the contract names, and every other output is read off
 that list. The ops are compared with this, so it shares no code with the package.
 
-From the inside out: ``exchange`` and ``give_back`` are one expert-parallel group on which all ranks
-take part; ``dispatch`` and ``combine`` add tensor-parallel pairs, and groups that ranks have left.
-How numbers are rounded is in ``definition_numbers``, and what the ops' outputs must look like in
+From the inside out: ``exchange`` and ``combine_group`` are one expert-parallel group in which all
+ranks take part; ``dispatch`` and ``combine`` add tensor-parallel pairs, and groups with lost ranks.
+How numbers are rounded is in ``definition_numbers``, and the checks of the ops' outputs in
 ``definition_checks``.
 
 Shape letters: W ranks of an expert-parallel group, T of a tensor-parallel one, E routed experts, K
@@ -54,7 +54,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Remaining:
-    """What is left of a group that was scaled down, as ``elastic_info`` tells.
+    """The remaining ranks of a group, as in ``elastic_info``.
 
     Attributes:
         ranks: the old rank of each new rank.
@@ -73,8 +73,8 @@ class Group:
 
     ``shared_experts`` is the argument; it counts for nothing while ``shared_ranks`` is 0. With
     ``remaining`` the other fields still describe the group as it was made. ``rows`` is what
-    ``quant_mode`` makes, a name of ``ROW_DTYPES``; with ``given`` the tokens come as such, already
-    quantised, and ``dtype`` is that of combine.
+    ``quant_mode`` produces, a name of ``ROW_DTYPES``; with ``given`` the tokens come quantised
+    already, and ``dtype`` is that of combine.
     """
 
     world_size: int
@@ -109,7 +109,7 @@ class Group:
 
     @property
     def scale_shape(self) -> tuple[int, ...] | None:
-        """Of the scales of one row; () also for those that are given; None where there are none."""
+        """Shape of the scales of one row; () also for given ones; None without scales."""
         groups, blocks = -(-self.hidden // GROUP), -(-self.hidden // MX_BLOCK)
         if self.given:
             return ()
@@ -130,7 +130,7 @@ class Group:
         return 1 if rank < self.shared_ranks else self.experts_per_rank
 
     def kind(self, expert: int) -> tuple[str, int]:
-        """What an id stands for, "routed", "zero", "copy" or "const", and its number there."""
+        """The kind of an id, "routed", "zero", "copy" or "const", and its number there."""
         number = expert
         for kind, count in (
             ("routed", self.num_experts),
@@ -176,7 +176,7 @@ class Group:
 
 @dataclass
 class Tokens:
-    """What one rank brings.
+    """The inputs of one rank.
 
     Attributes:
         x: (BS, H) uint16, bits of the group's dtype; or uint8 codes that are given.
@@ -206,19 +206,19 @@ class Tokens:
         return len(self.ids)
 
     def is_active(self, token: int, slot: int) -> bool:
-        """Whether one entry of ``ids`` counts."""
+        """Whether one slot is active."""
         if self.mask is None:
             return True
         return bool(self.mask[token] if self.mask.ndim == 1 else self.mask[token, slot])
 
     def takes_part(self, token: int) -> bool:
-        """Whether any entry of the token counts."""
+        """Whether any slot of the token is active."""
         return any(self.is_active(token, slot) for slot in range(self.ids.shape[1]))
 
 
 @dataclass
 class Received:
-    """What one rank has after dispatch; lists and arrays hold valid rows only.
+    """The outputs of dispatch on one rank; lists and arrays hold valid rows only.
 
     With T = 2 the rows of the peer follow the own ones in ``expand_x`` and ``dynamic_scales``, its
     counts the own ones in ``ep_recv_counts``, and both are summed in ``token_nums``.
@@ -251,7 +251,7 @@ class Received:
 
 @dataclass
 class Norm:
-    """What one rank adds to its sums and normalises them by.
+    """The inputs of residual and RMSNorm of one rank.
 
     Attributes:
         residual: (BS, H) bits.
@@ -294,7 +294,7 @@ def rows_of(group: Group, tokens: list[Tokens], rank: int) -> list[tuple[int, in
 
 
 def exchange(group: Group, tokens: list[Tokens]) -> list[Received]:
-    """What every rank of one expert-parallel group receives, from the inputs of every rank."""
+    """The rows that every rank of one expert-parallel group receives."""
     results = []
     for rank in range(group.world_size):
         mine = Received(rows=rows_of(group, tokens, rank))
@@ -353,7 +353,7 @@ def exchange(group: Group, tokens: list[Tokens]) -> list[Received]:
 
 
 def share(mine: Received, peer: Received, tp_rank: int) -> Received:
-    """``mine`` after the two ranks of a tensor-parallel pair have shown each other their rows."""
+    """``mine`` after the two ranks of a tensor-parallel pair have exchanged their rows."""
     total = len(mine.rows) + len(peer.rows)
     return replace(
         mine,
@@ -393,7 +393,7 @@ def dispatch(group: Group, tokens: list[Tokens]) -> list[Received | None]:
     return [share(mine, received[rank ^ 1], rank % 2) for rank, mine in enumerate(received)]
 
 
-def give_back(
+def combine_group(
     group: Group,
     tokens: list[Tokens],
     received: list[Received],
@@ -401,7 +401,7 @@ def give_back(
     shared_x: list[np.ndarray | None],
     norms: list[Norm | None],
 ) -> list[np.ndarray | tuple[np.ndarray, ...]]:
-    """What combine returns on every rank of one expert-parallel group."""
+    """The output of combine on every rank of one expert-parallel group."""
     returned = {}
     for mine, outputs in zip(received, expert_rows, strict=True):
         for (_, source, token, slot), bits in zip(mine.rows, outputs, strict=True):
@@ -497,7 +497,7 @@ def combine(
     results = [None] * len(tokens)
     for plane in range(planes):
         parts = [of[plane::planes] for of in (tokens, received, expert_rows, shared_x, norms)]
-        results[plane::planes] = give_back(group, *parts)
+        results[plane::planes] = combine_group(group, *parts)
     return results
 
 

@@ -1,4 +1,4 @@
-"""The seven outputs of dispatch as tensors, against what the definition says they must be."""
+"""The seven outputs of dispatch as tensors, against the definition."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from definition_numbers import ROW_DTYPES, TORCH_DTYPES, same_bits
 
 
 def without_spare(group: Group, outputs: tuple, batch: int) -> tuple:
-    """The outputs under the profile "a2", without what it has behind the counts."""
+    """The outputs under the profile "a2", without the words behind the counts."""
     spare = 2 * batch * group.world_size * group.top_k * (group.world_size // 8)
     counts = outputs[4]
     assert counts.shape == (group.num_experts + spare,)
@@ -26,7 +26,7 @@ def check_dispatch(
     token_nums_type: int = 1,
     weights_given: bool = True,
 ) -> None:
-    """Assert that the seven outputs of dispatch on world rank ``rank`` are what they must be.
+    """Assert that the seven outputs of dispatch on world rank ``rank`` are the expected ones.
 
     Shapes and dtypes are checked in full, contents on the valid rows.
     """

@@ -49,7 +49,7 @@ class Config:
         strides: of the inputs.
         more_rows: rows of ``expand_x`` of combine above the capacity.
         comm_alg: of version 2.
-        senseless_elastic_info: whether there is an ``elastic_info`` that says nothing.
+        senseless_elastic_info: whether ``elastic_info`` comes with a flag of 0 and arbitrary words.
         measured: whether there is a ``performance_info``.
     """
 
@@ -77,7 +77,7 @@ class Config:
 
     @property
     def num_routed(self) -> int:
-        """Routed experts of the ranks that are left."""
+        """Routed experts of the remaining ranks."""
         return (self.group.remaining or self.group).num_experts
 
 
@@ -102,10 +102,10 @@ def configs(draw, version: int, layout: tuple[int, int] | None = None):
     experts_per_rank = 1 if planes == 2 else draw(st.integers(1, 5))
     num_experts = experts_per_rank * (world_size - shared_ranks)
 
-    special = (0, 0, 0)
+    zero_computation = (0, 0, 0)
     if version == 2 and not plain and draw(st.booleans()):
-        special = draw(st.tuples(*[st.integers(0, 2)] * 3))
-    top_k = draw(st.integers(1, min(num_experts + sum(special), 8)))
+        zero_computation = draw(st.tuples(*[st.integers(0, 2)] * 3))
+    top_k = draw(st.integers(1, min(num_experts + sum(zero_computation), 8)))
     quant_mode = draw(st.sampled_from([0, 2]))
     smooth = quant_mode == 2 and draw(st.booleans())
 
@@ -115,8 +115,8 @@ def configs(draw, version: int, layout: tuple[int, int] | None = None):
         remaining = draw(remainders(world_size, shared_ranks, shared_experts, experts_per_rank))
         if smooth and shared_ranks and not remaining.shared_ranks:
             smooth = False
-        if top_k > remaining.num_experts + sum(special):
-            top_k = remaining.num_experts + sum(special)
+        if top_k > remaining.num_experts + sum(zero_computation):
+            top_k = remaining.num_experts + sum(zero_computation)
 
     ranks = world_size * planes
     if not plain and draw(st.booleans()):
@@ -144,9 +144,9 @@ def configs(draw, version: int, layout: tuple[int, int] | None = None):
             shared_experts=shared_experts,
             global_bs=global_bs,
             tp_world_size=planes,
-            zero_experts=special[0],
-            copy_experts=special[1],
-            const_experts=special[2],
+            zero_experts=zero_computation[0],
+            copy_experts=zero_computation[1],
+            const_experts=zero_computation[2],
             comm_quant_mode=comm_quant_mode,
             remaining=remaining,
         ),
@@ -157,7 +157,7 @@ def configs(draw, version: int, layout: tuple[int, int] | None = None):
         token_nums_type=draw(st.sampled_from([0, 1])),
         skew=draw(st.sampled_from(["uniform", "zipf", "hot"])),
         mask=mask,
-        alphas=draw(st.sampled_from(["1-D", "2-D"])) if special[2] else "none",
+        alphas=draw(st.sampled_from(["1-D", "2-D"])) if zero_computation[2] else "none",
         shared_x=draw(st.sampled_from(["none", "2-D", "3-D"])),
         strides=draw(st.sampled_from(harness.STRIDES)),
         more_rows=draw(st.sampled_from([0, 0, 5])),
@@ -169,7 +169,7 @@ def configs(draw, version: int, layout: tuple[int, int] | None = None):
 
 @st.composite
 def remainders(draw, world_size, shared_ranks, shared_experts, experts_per_rank):
-    """What is left of a group: shared ranks stay shared, with no more rows than they have room."""
+    """Remaining ranks of a group: shared ranks stay shared, within their capacity."""
     moe = draw(st.lists(st.integers(shared_ranks, world_size - 1), min_size=1, unique=True))
     shared = draw(st.permutations(range(shared_ranks)))
     sources = shared_ranks and -(-world_size // (shared_ranks // shared_experts))
@@ -194,7 +194,11 @@ def draw_mask(rng: np.random.Generator, config: Config, batch: int) -> np.ndarra
 
 def draw_ids(rng: np.random.Generator, config: Config, batch: int) -> np.ndarray:
     """(BS, K) ids; those of routed experts are distinct in each row."""
-    routed, special, top_k = config.num_routed, config.num_zero_computation, config.group.top_k
+    routed, zero_computation, top_k = (
+        config.num_routed,
+        config.num_zero_computation,
+        config.group.top_k,
+    )
     ids = np.zeros((batch, top_k), np.int32)
     popularity = np.full(routed, 1 / routed)
     if config.skew == "zipf":
@@ -202,13 +206,13 @@ def draw_ids(rng: np.random.Generator, config: Config, batch: int) -> np.ndarray
         popularity /= popularity.sum()
     for token in range(batch):
         fewest = max(top_k - routed, 0)
-        count = int(rng.integers(fewest, top_k + 1)) if special else 0
+        count = int(rng.integers(fewest, top_k + 1)) if zero_computation else 0
         if config.skew == "hot":
             # Every token chooses the same experts, in another order.
             chosen = np.arange(top_k - count)
         else:
             chosen = rng.choice(routed, top_k - count, replace=False, p=popularity)
-        others = rng.integers(routed, routed + special, count) if count else []
+        others = rng.integers(routed, routed + zero_computation, count) if count else []
         ids[token] = rng.permutation([*chosen, *others])
     return ids
 
@@ -240,7 +244,7 @@ def draw_weights(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray
 
 
 def draw_tokens(rng: np.random.Generator, config: Config, batch: int) -> Tokens:
-    """What one rank brings."""
+    """The inputs of one rank."""
     group = config.group
     mine = Tokens(
         x=draw_bits(rng, config, batch),
@@ -264,7 +268,7 @@ def draw_tokens(rng: np.random.Generator, config: Config, batch: int) -> Tokens:
 
 
 def poison(rng: np.random.Generator, config: Config, mine: Tokens) -> None:
-    """Overwrite what must not be looked at."""
+    """Overwrite all values that must be ignored."""
     group = config.group
     not_a_number = definition.encode(np.float32(np.nan), group.dtype)
     seen_by_experts = np.zeros(mine.batch, bool)
@@ -287,7 +291,7 @@ def poison(rng: np.random.Generator, config: Config, mine: Tokens) -> None:
 
 @dataclass
 class Case:
-    """A configuration with its data: what every rank brings, passes, and must get.
+    """A configuration with the inputs, arguments and expected outputs of every rank.
 
     The last three are what combine needs of the definition.
     """
@@ -349,7 +353,7 @@ def split_in_three(rows: torch.Tensor) -> torch.Tensor:
 
 
 def run(ctx: Any, case: Case) -> tuple | None:
-    """The outputs of dispatch, the result of combine, and what each of them added to the waits."""
+    """The outputs of dispatch and combine, and the waits that each added."""
     call, config = case.calls[ctx.rank], case.config
     if call is None:
         return None
@@ -365,7 +369,7 @@ def run(ctx: Any, case: Case) -> tuple | None:
 
 
 def check(case: Case, results: list[tuple | None]) -> None:
-    """Compare what every rank got with the definition."""
+    """Compare the outputs of every rank with the definition."""
     config = case.config
     group = config.group
     for rank, (expected, found) in enumerate(zip(case.received, results, strict=True)):
@@ -424,7 +428,7 @@ def profile(examples: int) -> settings:
 
 
 def features(config: Config) -> list[str]:
-    """What the evidence counts."""
+    """The features that the evidence counts."""
     group = config.group
     found = [
         f"W {group.world_size}" + (" x T 2" if group.tp_world_size == 2 else ""),
@@ -446,7 +450,7 @@ def features(config: Config) -> list[str]:
         ("copy experts", group.copy_experts),
         (f"constant experts, alphas {config.alphas}", group.const_experts),
         ("scaled down", group.remaining),
-        ("elastic_info that says nothing", config.senseless_elastic_info),
+        ("elastic_info without its flag", config.senseless_elastic_info),
         (f"comm_alg {config.comm_alg}", config.comm_alg),
         ("performance_info", config.measured),
     ):

@@ -1,4 +1,4 @@
-"""Running one function on every rank of a small world, and inputs that are hard to get right."""
+"""Run a function on every rank of a small world; inputs with unusual strides; calls of the ops."""
 
 from __future__ import annotations
 
@@ -55,8 +55,14 @@ def run_world(
     )
 
 
+def run_example(example: Any, world: str, fn: Callable[[Any], Any]) -> list:
+    """``fn(ctx)`` on every rank of a world as a worked example needs it."""
+    planes = example.group.tp_world_size
+    return run_world(world, len(example.tokens), fn, tp_world_size=planes)
+
+
 def within(limit: float, call: Callable[[], Any]) -> Any:
-    """The result of ``call()``, or an AssertionError if there is none after ``limit`` seconds."""
+    """The result of ``call()``, or an AssertionError after ``limit`` seconds."""
     result: list = []
     error: list[BaseException] = []
 
@@ -107,19 +113,20 @@ def strided(tensor: torch.Tensor, kind: str) -> torch.Tensor:
 STRIDES = ("plain", "columns", "rows", "transposed")
 
 
-def schema_of(fn: Callable) -> list:
+def signature_of(fn: Callable) -> str:
     """Names and defaults of the parameters, with "*" before the first keyword-only one."""
-    entries: list = []
+    words: list[str] = []
     for name, parameter in inspect.signature(fn).parameters.items():
-        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in entries:
-            entries.append("*")
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in words:
+            words.append("*")
         assert parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-        entries.append((name, parameter.default))
-    return entries
+        required = parameter.default is parameter.empty
+        words.append(name if required else f"{name}={parameter.default!r}")
+    return " ".join(words)
 
 
 def describe(error: BaseException | None) -> dict | None:
-    """What a test wants to know about an exception; travels between processes."""
+    """An exception as data that can be sent between processes."""
     if error is None:
         return None
     return {
@@ -135,7 +142,7 @@ def describe(error: BaseException | None) -> dict | None:
 
 
 def elastic_info(group: Group) -> torch.Tensor:
-    """The words that tell the ops what is left of ``group``."""
+    """``elastic_info`` for the remaining ranks of ``group``."""
     left = group.remaining
     old_ranks = [*left.ranks] + [-1] * (group.world_size - len(left.ranks))
     new_ranks = [
@@ -159,13 +166,13 @@ def make_calls(
     more_rows: int = 0,
     comm_alg: str = "",
 ) -> list[dict | None]:
-    """What every rank passes to :func:`round_trip`, as tensors.
+    """The arguments of every rank for :func:`round_trip`, as tensors.
 
     Args:
         group: agreed arguments.
         tokens: every rank's inputs.
         expert_rows: per rank (n, H) uint16 bits for combine; further rows are filled with NaN.
-        version: of the functions to call; only 2 knows special experts and remaining ranks.
+        version: of the functions to call; only 2 has zero-computation experts and remaining ranks.
         weights_in_dispatch: whether dispatch gets ``expert_scales``.
         token_nums_type: ``expert_token_nums_type``.
         shared_x: per rank (BS, H) uint16 bits of ``shared_expert_x``, or None.
@@ -280,22 +287,28 @@ def call_dispatch(
     return dispatch(**{**groups_of(ctx), **call["dispatch"], **changes})
 
 
-def call_combine(
-    ctx: Any, call: dict, outputs: tuple, *, version: int = 1, **changes: Any
-) -> torch.Tensor:
-    """Combine of this rank's call, after dispatch returned ``outputs``."""
-    handed_on = {
+def combine_arguments(ctx: Any, call: dict, outputs: tuple, *, version: int = 1) -> dict:
+    """The arguments of this rank's combine, after dispatch returned ``outputs``."""
+    return {
+        **groups_of(ctx),
         "expand_idx" if version == 1 else "assist_info_for_combine": outputs[2],
         "ep_send_counts": outputs[4],
         "tp_send_counts": outputs[5],
         "expand_scales": outputs[6],
+        **call["combine"],
     }
+
+
+def call_combine(
+    ctx: Any, call: dict, outputs: tuple, *, version: int = 1, **changes: Any
+) -> torch.Tensor:
+    """Combine of this rank's call, after dispatch returned ``outputs``."""
     combine = (
         torch_npu.npu_moe_distribute_combine
         if version == 1
         else torch_npu.npu_moe_distribute_combine_v2
     )
-    return combine(**{**groups_of(ctx), **handed_on, **call["combine"], **changes})
+    return combine(**combine_arguments(ctx, call, outputs, version=version) | changes)
 
 
 def round_trip(ctx: Any, calls: list[dict | None], *, version: int = 1) -> tuple | None:

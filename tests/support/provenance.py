@@ -1,4 +1,4 @@
-"""Where results come from, for pages of evidence: versions, machine, revision."""
+"""Provenance of results for evidence pages: versions, machine, revision."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def environment() -> list[str]:
-    """Versions of what tests run on, the machine, and the revision where there is one."""
+    """Versions of the tests' dependencies, the machine, and the revision if known."""
     packages = ("torch", "triton", "numpy", "pytest", "hypothesis")
     versions = {d.metadata["Name"]: d.version for d in metadata.distributions()}
     listed = ", ".join(f"{name} {versions.get(name, 'absent')}" for name in packages)

@@ -1,4 +1,4 @@
-"""What the tests of row numbers share: drawn ids, room for rows, and equality of results."""
+"""Helpers for tests of row indices: drawn ids, capacities, and equality of results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moe_triton import ref
 from moe_triton.layout import NOWHERE
 
 ALIGNMENTS = pytest.mark.parametrize("alignment", [1, 8])
-# Rows to number: those that there are, more, and fewer than there are without padding.
+# Rows to number: exactly as many, more, and fewer than without padding.
 CAPACITIES = pytest.mark.parametrize("spare", [None, 0, 5, -13])
 
 
@@ -36,6 +36,6 @@ def drawn_ids(T, K, E, device, seed=0, masked=0.2):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.rand((T, E), generator=generator).argsort(1)[:, :K].int()
     ids[torch.rand((T, K), generator=generator) < masked] = NOWHERE
-    # Beyond the routed experts: takes part, but has no row.
+    # Zero-computation experts: active slots without a row.
     ids[torch.rand((T, K), generator=generator) < masked / 2] = E + 1
     return ids.to(device)

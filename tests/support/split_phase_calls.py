@@ -47,7 +47,7 @@ class Halves:
             self.made.append((name, given, outputs))
         return outputs
 
-    def send(self, **changes: Any) -> tuple:
+    def dispatch_setup(self, **changes: Any) -> tuple:
         """dispatch_setup."""
         call = self.call["dispatch"]
         names = ("x", "scales", "x_active_mask", "quant_mode")
@@ -56,26 +56,26 @@ class Halves:
             given["y_dtype"] = dtype_number(call["y_dtype"])
         return self._op("dispatch_setup", given, changes)
 
-    def receive(self, sent: tuple, **changes: Any) -> tuple:
+    def dispatch_teardown(self, sent: tuple, **changes: Any) -> tuple:
         """dispatch_teardown."""
         call = self.call["dispatch"]
         names = ("x", "quant_mode", "expert_token_nums_type")
         given = {name: call[name] for name in names} | {"y": sent[0], "comm_cmd_info": sent[2]}
         return self._op("dispatch_teardown", given, changes)
 
-    def nothing_sent(self) -> tuple:
+    def no_setup(self) -> tuple:
         """What looks like the outputs of a setup."""
         rows = torch.zeros(6, 256).bfloat16()
         return rows, None, torch.zeros(160, dtype=torch.int32)
 
-    def give_back(self, received: tuple, **changes: Any) -> tuple:
+    def combine_setup(self, received: tuple, **changes: Any) -> tuple:
         """combine_setup."""
         call = self.call["combine"]
         given = {"expand_x": call["expand_x"], "comm_quant_mode": call["comm_quant_mode"]}
         given["assist_info_for_combine"] = received[2]
         return self._op("combine_setup", given, changes)
 
-    def sum_up(self, sent: tuple, returned: tuple, **changes: Any) -> torch.Tensor:
+    def combine_teardown(self, sent: tuple, returned: tuple, **changes: Any) -> torch.Tensor:
         """combine_teardown."""
         call = self.call["combine"]
         names = ("expand_x", "expert_scales", "x_active_mask", "shared_expert_x", "comm_quant_mode")
@@ -85,10 +85,10 @@ class Halves:
 
     def round_trip(self) -> dict[str, Any]:
         """All four, and what each returned."""
-        sent = self.send()
-        received = self.receive(sent)
-        returned = self.give_back(received)
-        combined = self.sum_up(sent, returned)
+        sent = self.dispatch_setup()
+        received = self.dispatch_teardown(sent)
+        returned = self.combine_setup(received)
+        combined = self.combine_teardown(sent, returned)
         return {"sent": sent, "received": received, "returned": returned, "combined": combined}
 
 

@@ -74,7 +74,7 @@ def test_shared_rows_of_two_experts_carry_their_own_slot():
 
 
 def test_a_group_that_one_rank_has_left():
-    # Rank 1 of 4 is gone: ranks 0, 2, 3 are now 0, 1, 2 and hold experts 0, 1, 2.
+    # Rank 1 of 4 is lost: ranks 0, 2, 3 are now 0, 1, 2 and hold experts 0, 1, 2.
     group = Group(
         world_size=4, num_experts=4, top_k=1, hidden=1, remaining=Remaining((0, 2, 3), 0, 3)
     )

@@ -61,7 +61,7 @@ class TrainedLayer:
         return self._draw(99, self.num_experts + self.shared_experts, self.hidden, self.hidden)
 
     def local(self, ep: ExpertParallel) -> slice:
-        """Where this rank's matrices are."""
+        """The slice of this rank's matrices."""
         if ep.is_shared_rank:
             first = self.num_experts + ep.rank // (self.shared_ranks // self.shared_experts)
             return slice(first, first + 1)
@@ -77,7 +77,7 @@ class TrainedLayer:
         return ids
 
     def inputs(self, rank: int) -> dict[str, torch.Tensor]:
-        """What of a rank has gradients: x, weights and, as far as used, addend."""
+        """The inputs of a rank with gradients: x, weights and, if used, addend."""
         count = self.tokens[rank]
         found = {"x": self._draw(10 * rank, count, self.hidden)}
         if self.weighted:

@@ -290,7 +290,7 @@ COMM_QUANTISED_FP16 = _comm_quantised(
 )
 
 
-def _special_tokens(x: list, ids: list, weights: list, mask: list) -> Tokens:
+def _zero_computation_tokens(x: list, ids: list, weights: list, mask: list) -> Tokens:
     mine = tokens(x, ids, weights)
     mine.mask = np.array(mask, bool)
     mine.ori_x = mine.x
@@ -299,7 +299,7 @@ def _special_tokens(x: list, ids: list, weights: list, mask: list) -> Tokens:
 
 
 # Expert 2 is zero, 3 copies, 4 is constant; the routed experts multiply by 10.
-SPECIAL = Example(
+ZERO_COMPUTATION = Example(
     group=Group(
         world_size=2,
         num_experts=2,
@@ -310,13 +310,13 @@ SPECIAL = Example(
         const_experts=1,
     ),
     tokens=[
-        _special_tokens(
+        _zero_computation_tokens(
             [[1, 2], [3, 4], [5, 6]],
             [[0, 1], [1, 2], [3, 0]],
             [[0.5, 0.5], [0.5, 0.5], [0.25, 1]],
             [[1, 1], [1, 1], [1, 0]],
         ),
-        _special_tokens(
+        _zero_computation_tokens(
             [[7, 8], [9, 10], [11, 12]],
             [[4, 0], [1, 0], [0, 1]],
             [[2, 1], [0.5, 0.5], [1, 1]],
@@ -343,14 +343,14 @@ EXAMPLES = {
     "tensor_parallel": TENSOR_PARALLEL,
     "comm_quantised_bf16": COMM_QUANTISED_BF16,
     "comm_quantised_fp16": COMM_QUANTISED_FP16,
-    "special": SPECIAL,
+    "zero_computation": ZERO_COMPUTATION,
 }
 # One group, no quantised returns.
 PLAIN = ("basic", "shared", "two_shared", "quantised")
 
 
 def expert_bits(example: Example, rank: int) -> np.ndarray:
-    """(n, H) uint16 bits of what the experts of ``rank`` return."""
+    """(n, H) uint16 bits of the outputs of the experts of ``rank``."""
     outputs = example.expert_outputs[rank]
     if outputs is None:
         codes = np.array(example.expand_x[rank], np.float32)
@@ -366,8 +366,8 @@ def dynamic_scales(example: Example, rank: int) -> np.ndarray:
 
 
 def example_calls(example: Example, **options: Any) -> list[dict | None]:
-    """What every rank passes to the ops; options as for :func:`harness.make_calls`."""
-    import harness  # needs cloudpickle, which who wants the numbers alone does without
+    """The arguments of every rank; options as for :func:`harness.make_calls`."""
+    import harness  # needs cloudpickle, which the numbers alone do not
 
     rows = [expert_bits(example, rank) for rank in range(len(example.tokens))]
     return harness.make_calls(example.group, example.tokens, rows, **options)

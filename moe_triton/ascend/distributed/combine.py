@@ -1,4 +1,4 @@
-"""Bringing experts' rows back to their tokens, v1 and v2, also with RMSNorm behind it."""
+"""Combine of the experts' rows into their tokens, v1 and v2, and with RMSNorm after it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,15 @@ from ...profile import active_profile
 from ...topology import Topology
 from ..group_arguments import GroupArguments, ScaledDown
 from ..op_names import COMBINE, COMBINE_ADD_RMS_NORM, COMBINE_V2, family
-from .checks import check_tokens, flat_addend, zero_computation_experts
+from .checks import (
+    check_tokens,
+    flat_addend,
+    profiled_sizes,
+    resolve_topology,
+    routed_ids,
+    wait_microseconds,
+    zero_computation_experts,
+)
 from .dispatch_metadata import (
     ASSIST_WORDS,
     check_assist,
@@ -28,15 +36,14 @@ from .dispatch_metadata import (
     received_counts,
     tp_counts,
 )
-from .groups import Ranks
-from .places import microseconds, place, routed_ids, sizes
+from .groups import OpGroups
 from .tensor_parallel import add_halves
 
 _RETURN_QUANT = {0: None, 2: "int8"}
 
 
 class CombineOutput(NamedTuple):
-    """The output of combine; ``waited`` as in ``DispatchOutput``; ``norm`` with its outputs."""
+    """The outputs of combine; ``waited`` as in ``DispatchOutput``, ``norm`` holds RMSNorm's."""
 
     x: torch.Tensor
     waited: torch.Tensor
@@ -44,8 +51,8 @@ class CombineOutput(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Normalized:
-    """What the op with RMSNorm gets beside the others, or nothing where there is none."""
+class _RmsNormArguments:
+    """The arguments that only the op with RMSNorm has."""
 
     residual_x: torch.Tensor | None
     gamma: torch.Tensor | None
@@ -60,7 +67,7 @@ class _Normalized:
             raise ArgumentTypeError(op, "norm_eps", "be a number", repr(epsilon))
 
     def norm(self, op: str, num_tokens: int, hidden: int, device: torch.device) -> Norm:
-        """The tensors, checked, and memory for what becomes of them."""
+        """Check the tensors, and allocate the outputs."""
         assert self.residual_x is not None
         assert self.gamma is not None
         expected = (num_tokens, 1, hidden)
@@ -74,24 +81,24 @@ class _Normalized:
 
 
 @dataclasses.dataclass(frozen=True)
-class Combine:
-    """A combine whose arguments are right, but for what they say of the places of rows.
+class CheckedCombine:
+    """A combine whose arguments have passed all checks but ``check_index``.
 
     Attributes:
         expand_x: [.., H] the experts' rows.
         weights: [BS, K] of the slots.
-        index: where rows belong, as the version has it.
-        by_token: whether that is expand_idx, not assist_info_for_combine.
+        index: expand_idx or assist_info_for_combine.
+        is_expand_idx: which of the two it is.
         topology: of the whole group.
-        elastic: what is left of the group, or None.
-        active: [BS, K] the slots that take part, or None.
-        ids: [BS, K] their experts.
-        special: the experts without a network, or None.
+        elastic: the remaining ranks of the group, or None.
+        active: [BS, K] bool mask of the slots, or None for all.
+        ids: [BS, K] experts of the slots, ``NOWHERE`` in inactive ones.
+        zero_computation: the zero-computation experts, or None.
         addend: [BS, H] rows to add, or None.
-        norm: what RMSNorm needs, or None.
+        norm: the tensors of RMSNorm, or None.
         counts: [L, W] rows of this rank.
         capacity: A.
-        num_rows: rows that expand_x must have.
+        num_rows: rows that expand_x must have at least.
         config: for the transport.
         agreed: likewise.
     """
@@ -99,12 +106,12 @@ class Combine:
     expand_x: torch.Tensor
     weights: torch.Tensor
     index: torch.Tensor
-    by_token: bool
+    is_expand_idx: bool
     topology: Topology
     elastic: ScaledDown | None
     active: torch.Tensor | None
     ids: torch.Tensor
-    special: ZeroComputationExperts | None
+    zero_computation: ZeroComputationExperts | None
     addend: torch.Tensor | None
     norm: Norm | None
     counts: torch.Tensor
@@ -116,8 +123,8 @@ class Combine:
     def check_index(
         self, op: str, plan: RoutingPlan, recv_permutation: RecvPermutation, rank: int
     ) -> None:
-        """What dispatch said of the places of rows has come back."""
-        if self.by_token:
+        """Check that ``index`` is the output of dispatch."""
+        if self.is_expand_idx:
             check_expand_idx(op, self.index, plan)
         else:
             shared = self.topology.is_shared_rank(rank)
@@ -126,7 +133,7 @@ class Combine:
 
 def check_combine(
     op: str,
-    ranks: Ranks,
+    groups: OpGroups,
     expand_x: torch.Tensor,
     expert_ids: torch.Tensor,
     index: torch.Tensor,
@@ -149,24 +156,24 @@ def check_combine(
     gamma: torch.Tensor | None = None,
     norm_eps: float = 1e-6,
     **reserved: object,
-) -> Combine:
-    """The call that these arguments make, or the error of the first that is wrong.
+) -> CheckedCombine:
+    """Check all arguments of a combine.
 
-    ``op`` is ``names.COMBINE``, whose ``index`` is expand_idx, ``COMBINE_V2``, whose ``index`` is
-    assist_info_for_combine, or ``COMBINE_ADD_RMS_NORM``, whose is either and which alone takes
-    ``residual_x`` and ``gamma``. ``performance_info`` is only looked at; it is for the caller to
-    add ``waited``. ``reserved`` are arguments that must have their defaults.
+    ``op`` is ``op_names.COMBINE``, whose ``index`` is expand_idx, ``COMBINE_V2``, whose ``index``
+    is assist_info_for_combine, or ``COMBINE_ADD_RMS_NORM``, which takes either of them, and alone
+    has ``residual_x`` and ``gamma``. ``performance_info`` is only checked: the caller adds
+    ``waited`` to it. ``reserved`` are arguments that must have their defaults.
 
-    Tensors on the meta device have no values to be wrong; what they make is not for sending.
+    Tensors on the meta device have no values: their result must not be sent.
     """
     index_name = _index_name(op)
-    normalized = None
+    rms_norm = None
     if op == COMBINE_ADD_RMS_NORM:
-        normalized = _Normalized(residual_x, gamma, norm_eps)
+        rms_norm = _RmsNormArguments(residual_x, gamma, norm_eps)
     needed = {"expand_x": expand_x, "expert_ids": expert_ids, index_name: index}
     needed |= {"ep_send_counts": ep_send_counts, "expert_scales": expert_scales}
     checks.required(op, **needed)
-    if normalized is not None:
+    if rms_norm is not None:
         checks.required(op, residual_x=residual_x, gamma=gamma)
     arguments.check_types(op)
     checks.integers(op, comm_quant_mode=comm_quant_mode)
@@ -189,9 +196,9 @@ def check_combine(
         ("performance_info", performance_info, (torch.int64,)),
     ):
         checks.dtype(op, name, tensor, allowed)
-    if normalized is not None:
-        normalized.check_types(op, expand_x.dtype)
-    topology, elastic = place(op, arguments, ranks, elastic_info)
+    if rms_norm is not None:
+        rms_norm.check_types(op, expand_x.dtype)
+    topology, elastic = resolve_topology(op, arguments, groups, elastic_info)
     checks.reserved(op, **reserved)
     max_tokens, active = check_tokens(
         op, arguments, expand_x, expert_ids, expert_scales, x_active_mask, elastic, topology
@@ -199,7 +206,7 @@ def check_combine(
     active_profile().check(
         family(op),
         op,
-        **sizes(arguments, topology, expand_x, expert_ids, max_tokens),
+        **profiled_sizes(arguments, topology, expand_x, expert_ids, max_tokens),
         float16=expand_x.dtype == torch.float16,
         comm_quant_mode=comm_quant_mode,
         mask_dims=None if x_active_mask is None else x_active_mask.dim(),
@@ -212,38 +219,38 @@ def check_combine(
     per_rank = (topology.world_size,)
     checks.shape(op, "performance_info", performance_info, per_rank, "(W,)", device)
     check_return_quant(op, comm_quant_mode, arguments, hidden)
-    rank = ranks.group.rank
+    rank = groups.group.rank
     capacity = topology.capacity(rank, max_tokens, top_k)
     num_rows = capacity * (2 if arguments.has_tp else 1)
     check_num_rows(op, expand_x, num_rows, has_tp=arguments.has_tp)
     addend = flat_addend(op, shared_expert_x, num_tokens, hidden, device)
     norm = None
-    if normalized is not None:
-        norm = normalized.norm(op, num_tokens, hidden, device)
+    if rms_norm is not None:
+        norm = rms_norm.norm(op, num_tokens, hidden, device)
     ids = routed_ids(expert_ids, active)
     placement = topology if elastic is None else elastic.topology
     alphas = (const_expert_alpha_1, const_expert_alpha_2)
-    special = zero_computation_experts(
+    zero_computation = zero_computation_experts(
         op, arguments, placement.num_experts, ids, hidden, ori_x, *alphas, const_expert_v
     )
     config = return_config(placement, top_k, max_tokens, expand_x, comm_quant_mode)
     counts = received_counts(op, topology, config, rank, ep_send_counts, arguments)
-    by_token = _check_index_shape(op, index, expert_ids.numel(), capacity, device)
+    is_expand_idx = _check_index_shape(op, index, expert_ids.numel(), capacity, device)
     check_tp_counts(op, arguments, tp_send_counts)
     agreed = arguments.agreed(op, expand_x, "expand_x", expert_ids) | {
         "comm_quant_mode": int(comm_quant_mode),
         "elastic_info": None if elastic is None else elastic.digest,
     }
-    return Combine(
+    return CheckedCombine(
         expand_x,
         expert_scales,
         index,
-        by_token,
+        is_expand_idx,
         topology,
         elastic,
         active,
         ids,
-        special,
+        zero_computation,
         addend,
         norm,
         counts,
@@ -254,42 +261,44 @@ def check_combine(
     )
 
 
-def distribute_combine(op: str, arguments: GroupArguments, **given: Any) -> CombineOutput:
-    """Bring the experts' rows back and sum them; shapes and errors in ``compat.torch_npu``.
+def distribute_combine(op: str, arguments: GroupArguments, **others: Any) -> CombineOutput:
+    """Return the experts' rows and sum them; shapes and errors in ``compat.torch_npu``.
 
-    ``op`` and ``given`` are those of ``check_combine``.
+    ``op`` and ``others`` are those of ``check_combine``.
     """
-    ranks = Ranks.of(op, arguments, "gather")
-    rank = ranks.group.rank
-    with ranks.abort_peers_on_error(op, "combine", "gather"):
-        combine = check_combine(op, ranks, arguments=arguments, **given)
+    groups = OpGroups.resolve(op, arguments)
+    rank = groups.group.rank
+    with groups.abort_peers_on_error(op, "combine", tp=True):
+        combine = check_combine(op, groups, arguments=arguments, **others)
         ids, config, topology = combine.ids, combine.config, combine.topology
         device = combine.expand_x.device
         steps = steps_on(device)
         plan = steps.routing_plan(ids, config.topology.num_experts)
-        # The two ranks of a pair tell each other on the host how many rows they have.
-        fixed = comm.fixed_shapes(device) and ranks.tp is None
-        most = config.capacity(ranks.ep.group.rank) if fixed else None
+        # The two ranks of a pair exchange their row counts on the host.
+        fixed = comm.fixed_shapes(device) and groups.tp is None
+        most = config.capacity(groups.ep.group.rank) if fixed else None
         recv_permutation = steps.recv_permutation(combine.counts, capacity=most)
         combine.check_index(op, plan, recv_permutation, rank)
-        sent = given.get("tp_send_counts")
-        own, count = tp_counts(op, arguments, sent, recv_permutation, combine.num_rows)
+        counts = others.get("tp_send_counts")
+        own, count = tp_counts(op, arguments, counts, recv_permutation, combine.num_rows)
 
     call = Call(op, config, combine.agreed, steps, device)
     y = combine.expand_x
-    if ranks.tp is not None:
-        with ranks.abort_peers_on_error(op, "combine", None):
+    if groups.tp is not None:
+        with groups.abort_peers_on_error(op, "combine"):
             tp_call = Call(op, config, combine.agreed | {"ep_rank_id": rank}, steps, device)
-            y = add_halves(ranks.tp, tp_call, y, own, count, combine.capacity)
-    transport = ranks.ep.transport(op)
+            y = add_halves(groups.tp, tp_call, y, own, count, combine.capacity)
+    transport = groups.ep.transport(op)
     pending = transport.combine_send(
         call, CombineInput(y, recv_permutation, ids, plan, combine.weights)
     )
     norm = combine.norm
-    out = transport.combine_recv(pending, CombineEpilogue(combine.special, combine.addend, norm))
-    normed = () if norm is None else (norm.y, norm.rstd[:, None])
-    clear_inactive(combine.active, out, *normed)
-    return CombineOutput(out, microseconds(pending.waited, topology, combine.elastic), norm)
+    out = transport.combine_recv(
+        pending, CombineEpilogue(combine.zero_computation, combine.addend, norm)
+    )
+    norm_outputs = () if norm is None else (norm.y, norm.rstd[:, None])
+    zero_inactive(combine.active, out, *norm_outputs)
+    return CombineOutput(out, wait_microseconds(pending.waited, topology, combine.elastic), norm)
 
 
 def return_config(
@@ -306,15 +315,15 @@ def return_config(
     )
 
 
-def clear_inactive(active: torch.Tensor | None, *outputs: torch.Tensor) -> None:
-    """Zero the rows of tokens that take no part, in place; None for all active."""
+def zero_inactive(active: torch.Tensor | None, *outputs: torch.Tensor) -> None:
+    """Zero the rows of inactive tokens in place; None for all active."""
     if active is not None:
         for out in outputs:
             out.masked_fill_(~active.any(1, keepdim=True), 0)
 
 
 def check_num_rows(op: str, expand_x: torch.Tensor, num_rows: int, *, has_tp: bool = False) -> None:
-    """``expand_x`` has the rows of dispatch's."""
+    """Check that ``expand_x`` has at least the rows of dispatch."""
     contract = f"have at least {'T * ' if has_tp else ''}A = {num_rows} rows"
     got = f"shape {tuple(expand_x.shape)}"
     checks.value(op, "expand_x", len(expand_x) >= num_rows, contract, got)
@@ -327,22 +336,22 @@ def _index_name(op: str) -> str:
 def _check_index_shape(
     op: str, index: torch.Tensor, num_ids: int, capacity: int, device: torch.device
 ) -> bool:
-    """Check what says where rows belong; returns whether it is expand_idx.
+    """Check the shape of ``index``; returns whether it is expand_idx.
 
-    With RMSNorm either will do: as K is at most 16, triples take more words than ids.
+    The op with RMSNorm takes either: K is at most 16, so that triples take more words than ids.
     """
-    by_token = op == COMBINE
+    is_expand_idx = op == COMBINE
     if op == COMBINE_ADD_RMS_NORM:
-        by_token = index.numel() == num_ids
-    if by_token:
+        is_expand_idx = index.numel() == num_ids
+    if is_expand_idx:
         checks.shape(op, "expand_idx", index, (num_ids,), "(BS * K,)", device)
     else:
         check_assist_size(op, _index_name(op), index, capacity * ASSIST_WORDS, device)
-    return by_token
+    return is_expand_idx
 
 
 def check_return_quant(op: str, mode: int, arguments: GroupArguments, hidden: int) -> None:
-    """``comm_quant_mode`` is one that this call can have."""
+    """Check ``comm_quant_mode``."""
     modes = [*_RETURN_QUANT]
     checks.value(op, "comm_quant_mode", mode in modes, f"be in {modes}", mode)
     if mode:

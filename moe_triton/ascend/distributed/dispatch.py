@@ -1,4 +1,4 @@
-"""Sending tokens to their experts, v1 and v2: checks, the two halves, and the outputs."""
+"""Dispatch of tokens to their experts, v1 and v2: checks, communication and outputs."""
 
 from __future__ import annotations
 
@@ -17,18 +17,23 @@ from ...topology import Topology
 from .. import quant_modes
 from ..group_arguments import GroupArguments, ScaledDown
 from ..op_names import DISPATCH_V2, family
-from .checks import check_tokens
+from .checks import (
+    check_tokens,
+    profiled_sizes,
+    resolve_topology,
+    routed_ids,
+    wait_microseconds,
+)
 from .dispatch_metadata import ASSIST_WORDS
-from .groups import Ranks
-from .places import microseconds, place, routed_ids, sizes
+from .groups import OpGroups
 from .tensor_parallel import share_received
 
 
 class DispatchOutput(NamedTuple):
     """The outputs of both versions of dispatch; see ``compat.torch_npu``.
 
-    ``expand_idx`` is the third output of v1 and ``assist_info`` that of v2, None in the other;
-    ``waited`` is int64 [W] microseconds, what ``performance_info`` gains.
+    ``expand_idx`` is the third output of v1 and ``assist_info`` that of v2, None in the other
+    version; ``waited`` is int64 [W] microseconds, to add to ``performance_info``.
     """
 
     expand_x: torch.Tensor
@@ -43,50 +48,50 @@ class DispatchOutput(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Dispatch:
-    """A dispatch whose arguments are right.
+class CheckedDispatch:
+    """A dispatch whose arguments have passed all checks.
 
     Attributes:
         op: its name.
         x: [BS, H] the tokens.
-        rows: what they travel as.
+        quantization: of the rows.
         topology: of the whole group.
-        elastic: what is left of the group, or None.
+        elastic: the remaining ranks of the group, or None.
         capacity: A.
         config: for the transport.
         agreed: likewise.
-        tokens: likewise.
+        inputs: likewise.
     """
 
     op: str
     x: torch.Tensor
-    rows: quant_modes.Rows
+    quantization: quant_modes.RowQuantization
     topology: Topology
     elastic: ScaledDown | None
     capacity: int
     config: MoeConfig
     agreed: dict[str, Any]
-    tokens: DispatchInput
+    inputs: DispatchInput
 
     @functools.cached_property
     def call(self) -> Call:
-        """For the transport; ``UnavailableError`` when the back end of ``x`` cannot run."""
+        """For the transport; ``UnavailableError`` if the back end of ``x`` cannot run."""
         device = self.x.device
         return Call(self.op, self.config, self.agreed, steps_on(device), device)
 
     def outputs(self, received: Received) -> Received:
-        """``received`` with tokens and scales as they come out."""
-        if self.rows.given:
-            return quant_modes.without_scales(received, self.rows, self.x.shape[1])
+        """``received`` with tokens and scales in the form of the op's outputs."""
+        if self.quantization.prequantized:
+            return quant_modes.split_scales(received, self.quantization, self.x.shape[1])
         if received.scales is None:
             return received
-        scales = quantization.as_e8m0(self.rows.quant, received.scales)
+        scales = quantization.as_e8m0(self.quantization.quant, received.scales)
         return dataclasses.replace(received, scales=scales)
 
 
 def check_dispatch(
     op: str,
-    ranks: Ranks,
+    groups: OpGroups,
     x: torch.Tensor,
     expert_ids: torch.Tensor,
     arguments: GroupArguments,
@@ -102,10 +107,10 @@ def check_dispatch(
     x_dtype: object = None,
     scales_dtype: object = None,
     comm_type: int = 0,
-) -> Dispatch:
-    """The call that these arguments make, or the error of the first that is wrong.
+) -> CheckedDispatch:
+    """Check all arguments of a dispatch.
 
-    Tensors on the meta device have no values to be wrong; what they make is not for sending.
+    Tensors on the meta device have no values: their result must not be sent.
     """
     checks.required(op, x=x, expert_ids=expert_ids)
     arguments.check_types(op)
@@ -121,33 +126,35 @@ def check_dispatch(
     checks.dtype(op, "x_active_mask", x_active_mask, (torch.bool,))
     checks.dtype(op, "elastic_info", elastic_info, (torch.int32,))
     checks.dtype(op, "performance_info", performance_info, (torch.int64,))
-    topology, elastic = place(op, arguments, ranks, elastic_info)
+    topology, elastic = resolve_topology(op, arguments, groups, elastic_info)
     max_tokens, active = check_tokens(
         op, arguments, x, expert_ids, expert_scales, x_active_mask, elastic, topology
     )
     per_rank = (topology.world_size,)
     checks.shape(op, "performance_info", performance_info, per_rank, "(W,)", x.device)
     check_token_nums_type(op, expert_token_nums_type)
-    rows = quant_modes.rows_of(op, x, scales, quant_mode, named["y_dtype"])
+    rows = quant_modes.row_quantization(op, x, scales, quant_mode, named["y_dtype"])
     active_profile().check(
         family(op),
         op,
-        **sizes(arguments, topology, x, expert_ids, max_tokens),
+        **profiled_sizes(arguments, topology, x, expert_ids, max_tokens),
         quant_mode=quant_mode,
-        float8=_float8(rows, quant_mode, named["y_dtype"]),
+        float8=_float8_argument(rows, quant_mode, named["y_dtype"]),
         comm_type=comm_type,
         mask_dims=None if x_active_mask is None else x_active_mask.dim(),
         elastic=elastic_info is not None,
         with_scales=scales is not None,
         with_expert_scales=expert_scales is not None,
     )
-    if rows.given:
-        quant_modes.check_given(op, x, scales)
+    sent, smooth_scales = x, scales
+    if rows.prequantized:
+        quant_modes.check_prequantized(op, x, scales)
+        assert scales is not None
+        sent, smooth_scales = quant_modes.append_scales(x, scales), None
     else:
         quantization.check_factors(op, scales, rows.quant, topology, x.shape[1], x.device)
 
     top_k = expert_ids.shape[1]
-    sent, factors = (x, scales) if not rows.given else (_joined(x, scales), None)
     config = MoeConfig(
         topology if elastic is None else elastic.topology,
         top_k,
@@ -155,20 +162,20 @@ def check_dispatch(
         max_tokens,
         sent.dtype,
         rows.quant,
-        per_expert=factors is not None and factors.dim() == 2,
+        per_expert=smooth_scales is not None and smooth_scales.dim() == 2,
         with_weights=expert_scales is not None,
     )
     agreed = arguments.agreed(op, x, "x", expert_ids) | {
         "quant_mode": int(quant_mode),
         "y_dtype": str(rows.dtype),
-        "scales": _in_words(scales, rows),
+        "scales": _agreed_scales(scales, rows),
         "expert_scales": "given" if expert_scales is not None else None,
         "elastic_info": None if elastic is None else elastic.digest,
     }
-    capacity = topology.capacity(ranks.group.rank, max_tokens, top_k)
+    capacity = topology.capacity(groups.group.rank, max_tokens, top_k)
     num_rows = capacity * (2 if arguments.has_tp else 1)
     ids = routed_ids(expert_ids, active)
-    return Dispatch(
+    return CheckedDispatch(
         op,
         x,
         rows,
@@ -177,67 +184,60 @@ def check_dispatch(
         capacity,
         config,
         agreed,
-        DispatchInput(sent, ids, expert_scales, factors, num_rows),
+        DispatchInput(sent, ids, expert_scales, smooth_scales, num_rows),
     )
 
 
-def _float8(rows: quant_modes.Rows, quant_mode: int, y_dtype: torch.dtype | None) -> str | None:
-    """The argument by which rows are float8 without a quant_mode that means it, as 3 and 4 do."""
-    if rows.given:
+def _float8_argument(
+    rows: quant_modes.RowQuantization, quant_mode: int, y_dtype: torch.dtype | None
+) -> str | None:
+    """The argument that asks for float8 rows outside the float8 modes 3 and 4, or None."""
+    if rows.prequantized:
         return "x"
     return "y_dtype" if quant_mode == 2 and y_dtype in FLOAT8 else None
 
 
-def _joined(x: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
-    assert scales is not None
-    return quant_modes.with_scales(x, scales)
-
-
-def _in_words(scales: torch.Tensor | None, rows: quant_modes.Rows) -> str | None:
-    """What of the scales must be equal on all ranks."""
+def _agreed_scales(scales: torch.Tensor | None, rows: quant_modes.RowQuantization) -> str | None:
+    """The properties of the scales that must be equal on all ranks."""
     if scales is None:
         return None
-    if rows.given:
+    if rows.prequantized:
         return f"{scales.dtype}, {(*scales.shape[1:],)} for each token"
     return "given" if scales.dim() == 2 else "the same for all experts"
 
 
 def distribute_dispatch(
-    op: str, arguments: GroupArguments, *, expert_token_nums_type: int = 1, **given: Any
+    op: str, arguments: GroupArguments, *, expert_token_nums_type: int = 1, **others: Any
 ) -> DispatchOutput:
     """Send each token to its experts; shapes and errors in ``compat.torch_npu``.
 
-    ``op`` is ``names.DISPATCH`` or ``DISPATCH_V2``, and ``given`` is that of ``check_dispatch``.
-    ``performance_info`` is only looked at; it is for the caller to add ``waited``.
+    ``op`` is ``op_names.DISPATCH`` or ``DISPATCH_V2``; ``others`` are arguments of
+    ``check_dispatch``. ``performance_info`` is only checked: the caller adds ``waited`` to it.
     """
-    ranks = Ranks.of(op, arguments, "gather")
-    with ranks.abort_peers_on_error(op, "dispatch", "gather"):
+    groups = OpGroups.resolve(op, arguments)
+    with groups.abort_peers_on_error(op, "dispatch", tp=True):
         dispatch = check_dispatch(
             op,
-            ranks,
+            groups,
             arguments=arguments,
             expert_token_nums_type=expert_token_nums_type,
-            **given,
+            **others,
         )
         call = dispatch.call
     topology, elastic = dispatch.topology, dispatch.elastic
-    rank, capacity = ranks.group.rank, dispatch.capacity
-    with ranks.abort_peers_on_error(op, None, "gather"):
-        transport = ranks.ep.transport(op)
-        pending = transport.dispatch_send(call, dispatch.tokens)
+    rank, capacity = groups.group.rank, dispatch.capacity
+    with groups.abort_peers_on_error(op, None, tp=True):
+        transport = groups.ep.transport(op)
+        pending = transport.dispatch_send(call, dispatch.inputs)
         received = dispatch.outputs(transport.dispatch_recv(pending))
 
-    recv_counts_cumsum, weights, tp_counts = (
-        received.recv_permutation.recv_counts_cumsum,
-        received.weights,
-        None,
-    )
-    token_nums = received.totals
-    if ranks.tp is not None:
+    recv_counts_cumsum = received.recv_permutation.recv_counts_cumsum
+    weights, tp_counts, token_nums = received.weights, None, received.totals
+    if groups.tp is not None:
         num_own = int(recv_counts_cumsum[-1])
         arguments_of_pair = {**call.arguments, "ep_rank_id": rank}
         tp_call = dataclasses.replace(call, arguments=arguments_of_pair)
-        peer = share_received(ranks.tp, tp_call, received.x, received.scales, recv_counts_cumsum)
+        peer = share_received(groups.tp, tp_call, received.x, received.scales, recv_counts_cumsum)
         token_nums = token_nums + peer.count
         recv_counts_cumsum = torch.cat([recv_counts_cumsum, peer.recv_counts_cumsum])
         counts = [num_own, peer.count] if arguments.tp_rank_id == 0 else [peer.count, num_own]
@@ -271,16 +271,16 @@ def distribute_dispatch(
         recv_counts_cumsum,
         tp_counts,
         weights,
-        microseconds(pending.waited, topology, elastic),
+        wait_microseconds(pending.waited, topology, elastic),
     )
 
 
 def check_token_nums_type(op: str, kind: int) -> None:
-    """``expert_token_nums_type`` is one of the two."""
+    """Check ``expert_token_nums_type``."""
     contract = "be 0 (prefix sums) or 1 (counts)"
     checks.value(op, "expert_token_nums_type", kind in (0, 1), contract, kind)
 
 
 def as_token_nums(token_nums: torch.Tensor, kind: int) -> torch.Tensor:
-    """expert_token_nums of that type, from the rows of each expert."""
+    """expert_token_nums of type ``kind``, from the rows per expert."""
     return token_nums.cumsum(0) if kind == 0 else token_nums

@@ -1,4 +1,4 @@
-"""What dispatch returned comes back unchanged to combine, so that no row goes astray."""
+"""Checks that combine gets the metadata outputs of dispatch unchanged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...profile import active_profile
 from ...topology import Topology
 from ..group_arguments import GroupArguments
 
-ASSIST_WORDS = 128  # of assist_info_for_combine for each row of expand_x; three are used
+ASSIST_WORDS = 128  # of assist_info_for_combine per row of expand_x; three are used
 
 
 def received_counts(
@@ -27,18 +27,16 @@ def received_counts(
     """[L, W] int32 rows of this rank, from their prefix sums."""
     local = topology.num_local_experts(rank)
     size = topology.world_size * local
-    if arguments.has_tp and len(recv_counts_cumsum) == size:
-        pass  # the peer's half is not needed
-    else:
+    if not (arguments.has_tp and len(recv_counts_cumsum) == size):  # the peer's half is optional
         spare = active_profile().spare_counts(topology.world_size, config.max_tokens, config.top_k)
         length = size * (2 if arguments.has_tp else 1) + spare
         meaning = "(W * T * L,)" if arguments.has_tp else "(W * L,)"
         if spare:
             meaning = "(W * L + 2 * G * K * (W / 8),)"
         checks.shape(op, name, recv_counts_cumsum, (length,), meaning, recv_counts_cumsum.device)
-    left = config.topology.world_size
-    recv_counts_cumsum = recv_counts_cumsum[: local * left]
-    counts = recv_counts_cumsum.diff(prepend=recv_counts_cumsum.new_zeros(1)).view(local, left)
+    remaining = config.topology.world_size
+    recv_counts_cumsum = recv_counts_cumsum[: local * remaining]
+    counts = recv_counts_cumsum.diff(prepend=recv_counts_cumsum.new_zeros(1)).view(local, remaining)
     most = config.max_tokens if topology.is_shared_rank(rank) else config.max_slot_ids
     from_source = counts.sum(0)
     if recv_counts_cumsum.device.type == "cpu":
@@ -54,7 +52,7 @@ def received_counts(
 
 
 def check_expand_idx(op: str, expand_idx: torch.Tensor, plan: RoutingPlan) -> None:
-    """The values have come back unchanged, so that no row goes astray."""
+    """Check the values on the CPU."""
     if expand_idx.device.type == "cpu":
         same = (expand_idx == plan.position_in_expert) | (plan.position_in_expert == NOWHERE)
         contract = "be what dispatch returned for these expert_ids"
@@ -64,7 +62,7 @@ def check_expand_idx(op: str, expand_idx: torch.Tensor, plan: RoutingPlan) -> No
 def check_assist_size(
     op: str, name: str, assist: torch.Tensor, least: int, device: torch.device
 ) -> None:
-    """There are words enough for the rows that can come."""
+    """Check that there are ``least`` words or more, enough for A rows."""
     checks.shape(op, name, assist, (None,), "(A * 128,)", device)
     contract = f"have at least A * {ASSIST_WORDS} = {least} elements"
     checks.value(op, name, len(assist) >= least, contract, f"{len(assist)} elements")
@@ -78,7 +76,7 @@ def check_assist(
     config: MoeConfig,
     shared: bool,
 ) -> None:
-    """The triples have come back unchanged, so that no row goes astray."""
+    """Check the (source, token, slot) triples on the CPU."""
     if assist.device.type != "cpu":
         return
     n = int(recv_permutation.recv_counts_cumsum[-1])
@@ -91,18 +89,18 @@ def check_assist(
         row = int((~holds).nonzero()[0])
         got = f"{assist[3 * row : 3 * row + 3].tolist()} for row {row}"
         checks.value(op, name, False, contract, got)
-    # Rows of one expert and one source come in the order of the source's tokens.
-    place = token * config.num_slots + slot
+    # Rows of one expert and one source are in the order of the source's slots.
+    slot_id = token * config.num_slots + slot
     group_starts = torch.zeros(n + 1, dtype=torch.bool)
     group_starts[recv_permutation.recv_counts_cumsum.long()] = True
-    wrong = (place[1:] <= place[:-1]) & ~group_starts[1:n]
+    wrong = (slot_id[1:] <= slot_id[:-1]) & ~group_starts[1:n]
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0]) + 1
-        checks.value(op, name, False, contract, f"row {row} before the one it follows")
+        checks.value(op, name, False, contract, f"row {row} out of order")
 
 
 def check_tp_counts(op: str, arguments: GroupArguments, counts: torch.Tensor | None) -> None:
-    """``tp_send_counts`` is there, where there are such."""
+    """Check that ``tp_send_counts`` comes with a TP group, and its shape."""
     if arguments.has_tp:
         contract = "be given when tp_world_size is 2"
         checks.value(op, "tp_send_counts", counts is not None, contract, None)
@@ -117,13 +115,13 @@ def tp_counts(
     recv_permutation: RecvPermutation,
     num_rows: int,
 ) -> tuple[int, int]:
-    """How many rows of expand_x are this rank's, and how many the peer's behind them."""
+    """The numbers of rows of expand_x of this rank, and of the TP peer behind them."""
     own = len(recv_permutation.source)
     if not arguments.has_tp:
         return own, 0
     assert counts is not None
     mine, theirs = (int(counts[rank]) for rank in (arguments.tp_rank_id, 1 - arguments.tp_rank_id))
-    contract = f"hold {own} rows for this rank, the last of ep_send_counts, and at most A of either"
+    contract = f"hold {own} rows for this rank, as in ep_send_counts, and at most A for either"
     fits = mine == own and 0 <= theirs <= num_rows // 2
     checks.value(op, "tp_send_counts", fits, contract, counts.tolist())
     return own, theirs

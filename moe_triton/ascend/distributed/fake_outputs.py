@@ -1,11 +1,13 @@
-"""The outputs of dispatch and combine before they have values: what a compiler has to know.
+"""Outputs of dispatch and combine without values: shapes and dtypes for a compiler.
 
-Nothing here raises: a wrong argument gives some size, often 0, and the op itself says what is wrong
-when it runs, on the ranks that run it.
+Only ``check_sizes`` raises: a wrong argument gives an arbitrary size, often 0, and the op raises
+when it runs. Each function takes all arguments of its op, also those without effect on shapes.
 Source: the output tables of aclnnMoeDistributeDispatch and aclnnMoeDistributeCombine, V1 to V4.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -18,8 +20,7 @@ from ..group_arguments import GroupArguments
 from ..op_names import DISPATCH_V2
 from .dispatch import DispatchOutput
 from .dispatch_metadata import ASSIST_WORDS
-from .messages import message_format, quant_row_bytes
-from .split_phase import RECORD
+from .split_phase import RECORD, message_format, quant_row_bytes
 
 
 def dispatch_outputs(
@@ -34,11 +35,12 @@ def dispatch_outputs(
     y_dtype: object = None,
     x_dtype: object = None,
     scales_dtype: object = None,
+    **_others: object,
 ) -> DispatchOutput:
-    """What ``distribute_dispatch`` returns for these arguments, with no values yet."""
+    """The outputs of ``distribute_dispatch``."""
     num_tokens, top_k = _sizes(expert_ids)
     _, hidden = _sizes(x)
-    kind = _rows_of(op, x, scales, quant_mode, y_dtype, x_dtype, scales_dtype)
+    rows_quant = _row_quantization(op, x, scales, quant_mode, y_dtype, x_dtype, scales_dtype)
     rows, local = _capacity(arguments, num_tokens, top_k)
     world, tp = max(arguments.ep_world_size, 1), max(arguments.tp_world_size, 1)
     int32, assist, profile = torch.int32, None, active_profile()
@@ -48,8 +50,8 @@ def dispatch_outputs(
     if op == DISPATCH_V2:
         assist = x.new_empty(ASSIST_WORDS * rows, dtype=int32)
     return DispatchOutput(
-        expand_x=x.new_empty((tp * rows, hidden), dtype=kind.dtype),
-        dynamic_scales=_of_rows(kind.scales, tp * rows),
+        expand_x=x.new_empty((tp * rows, hidden), dtype=rows_quant.dtype),
+        dynamic_scales=_of_rows(rows_quant.scales, tp * rows),
         expand_idx=x.new_empty(num_tokens * top_k, dtype=int32),
         assist_info=assist,
         expert_token_nums=x.new_empty(local, dtype=torch.int64),
@@ -60,8 +62,10 @@ def dispatch_outputs(
     )
 
 
-def combine_output(expand_x: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
-    """The tensor that ``distribute_combine`` returns for these arguments, with no values yet."""
+def combine_output(
+    *, expand_x: torch.Tensor, expert_ids: torch.Tensor, **_others: object
+) -> torch.Tensor:
+    """The output of ``distribute_combine``."""
     (num_tokens, _), (_, hidden) = _sizes(expert_ids), _sizes(expand_x)
     return expand_x.new_empty((num_tokens, hidden))
 
@@ -73,16 +77,17 @@ def dispatch_setup_outputs(
     *,
     quant_mode: int = 0,
     y_dtype: object = None,
+    **_others: object,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What ``split.dispatch_setup`` returns for these arguments, with no values yet."""
+    """The outputs of ``split_phase.dispatch_setup``."""
     (num_tokens, top_k), (_, hidden) = _sizes(expert_ids), _sizes(x)
-    kind = _rows_of("", x, None, quant_mode, y_dtype, None, None)
+    rows_quant = _row_quantization("", x, None, quant_mode, y_dtype, None, None)
     topology = _topology(arguments)
-    fmt = message_format(kind.quant, x.dtype, hidden)
+    fmt = message_format(rows_quant.quant, x.dtype, hidden)
     rows = num_tokens * (top_k + topology.num_shared_experts)
     records = rows + topology.world_size * topology.experts_per_rank
     return (
-        x.new_empty((rows, fmt.stride // kind.dtype.itemsize), dtype=kind.dtype),
+        x.new_empty((rows, fmt.stride // rows_quant.dtype.itemsize), dtype=rows_quant.dtype),
         x.new_empty(num_tokens * top_k, dtype=torch.int32),
         x.new_empty(records * RECORD, dtype=torch.int32),
     )
@@ -95,24 +100,25 @@ def dispatch_teardown_outputs(
     arguments: GroupArguments,
     *,
     quant_mode: int = 0,
+    **_others: object,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """What ``split.dispatch_teardown`` returns for these arguments, with no values yet."""
+    """The outputs of ``split_phase.DispatchTeardown``."""
     (num_tokens, top_k), (_, hidden) = _sizes(expert_ids), _sizes(x)
-    kind = _rows_of("", x, None, quant_mode, y.dtype, None, None)
+    rows_quant = _row_quantization("", x, None, quant_mode, y.dtype, None, None)
     rows, local = _capacity(arguments, num_tokens, top_k)
     words = max(rows * ASSIST_WORDS, max(arguments.ep_world_size, 1) * local)
     return (
-        x.new_empty((rows, hidden), dtype=kind.dtype),
-        _of_rows(kind.scales, rows),
+        x.new_empty((rows, hidden), dtype=rows_quant.dtype),
+        _of_rows(rows_quant.scales, rows),
         x.new_empty(words, dtype=torch.int32),
         x.new_empty(local, dtype=torch.int64),
     )
 
 
 def combine_setup_outputs(
-    expand_x: torch.Tensor, expert_ids: torch.Tensor, arguments: GroupArguments
+    expand_x: torch.Tensor, expert_ids: torch.Tensor, arguments: GroupArguments, **_others: object
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What ``split.combine_setup`` returns for these arguments, with no values yet."""
+    """The outputs of ``split_phase.combine_setup``."""
     (num_tokens, top_k), (_, hidden) = _sizes(expert_ids), _sizes(expand_x)
     rows, _ = _capacity(arguments, num_tokens, top_k)
     records = rows + max(arguments.ep_world_size, 1)
@@ -122,7 +128,29 @@ def combine_setup_outputs(
     )
 
 
-def _rows_of(
+def check_sizes(
+    op: str, matrices: dict[str, torch.Tensor | None], arguments: dict[str, Any]
+) -> None:
+    """Check all that the sizes of a split-phase op's outputs depend on.
+
+    Args:
+        op: for error messages.
+        matrices: (BS, H) rows and (BS, K) ids by their names.
+        arguments: of the op.
+    """
+    checks.required(op, **matrices)
+    for name, tensor in matrices.items():
+        assert tensor is not None
+        checks.dtype(op, name, tensor, (*checks.FLOATS, torch.int32))
+        checks.shape(op, name, tensor, (None, None), "(BS, H)", tensor.device)
+    names = ("ep_world_size", "moe_expert_num", "shared_expert_num", "shared_expert_rank_num")
+    world, *experts = (arguments[name] for name in names)
+    checks.integers(op, **{name: arguments[name] for name in names})
+    checks.value(op, "ep_world_size", world >= 1, "be positive", world)
+    checks.topology(op, world, *experts)
+
+
+def _row_quantization(
     op: str,
     x: torch.Tensor,
     scales: torch.Tensor | None,
@@ -130,8 +158,8 @@ def _rows_of(
     y_dtype: object,
     x_dtype: object,
     scales_dtype: object,
-) -> quant_modes.Rows:
-    """What the rows of the dispatch are; as the tokens where the arguments make no sense."""
+) -> quant_modes.RowQuantization:
+    """The quantisation of the rows of a dispatch; none if the arguments are wrong."""
     try:
         x_kind, scales_kind, y_kind = (
             quant_modes.named_dtype(op, name, value)
@@ -144,9 +172,9 @@ def _rows_of(
         stored = quant_modes.stored_as(op, "x", x, x_kind)
         if scales is not None:
             scales = quant_modes.stored_as(op, "scales", scales, scales_kind)
-        return quant_modes.rows_of(op, stored, scales, quant_mode, y_kind)
+        return quant_modes.row_quantization(op, stored, scales, quant_mode, y_kind)
     except (MoeError, IndexError):
-        return quant_modes.Rows(None, x.dtype, None)
+        return quant_modes.RowQuantization(None, x.dtype, None)
 
 
 def _of_rows(scales: torch.Tensor | None, num_rows: int) -> torch.Tensor | None:
@@ -154,13 +182,13 @@ def _of_rows(scales: torch.Tensor | None, num_rows: int) -> torch.Tensor | None:
 
 
 def _sizes(matrix: torch.Tensor) -> tuple[int, int]:
-    """Rows and columns; 0 where there are none."""
+    """Rows and columns; 0 for a missing dimension."""
     rows, columns, *_ = *matrix.shape, 0, 0
     return rows, columns
 
 
 def _topology(arguments: GroupArguments) -> Topology:
-    """Where the experts are; there are none where the arguments make no sense."""
+    """The placement of the experts; without experts if the arguments are wrong."""
     world = max(arguments.ep_world_size, 1)
     try:
         return checks.topology(

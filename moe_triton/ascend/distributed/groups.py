@@ -1,4 +1,4 @@
-"""Whom an op talks to, and who has to hear of it when it cannot go on."""
+"""Process groups of an op, and abort propagation to peers."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from ... import comm
 from ...errors import MoeError
 from ..group_arguments import GroupArguments
 
+_TP = "gather"  # the operation of a TP pair, in dispatch and in combine
+
 
 @dataclasses.dataclass
-class Ranks:
-    """Whom an op talks to.
+class OpGroups:
+    """The groups in which an op communicates.
 
     Attributes:
         group: the whole expert-parallel group.
-        ep: the communicator of its ranks, of those that are left where it is scaled down.
-        tp: the communicator of the pair that shares experts, or None.
+        ep: the communicator of its ranks, or of the remaining ones with ``elastic_info``.
+        tp: the communicator of the two ranks that share experts, or None.
     """
 
     group: comm.Group
@@ -28,13 +30,10 @@ class Ranks:
     tp: comm.Communicator | None = None
 
     @classmethod
-    def of(cls, op: str, arguments: GroupArguments, tp_kind: str) -> Ranks:
-        """Find the groups; the first thing an op does, as it can tell nobody what fails before.
+    def resolve(cls, op: str, arguments: GroupArguments) -> OpGroups:
+        """Find the groups; first in every op, since an earlier error could not abort the peers.
 
-        Args:
-            op: for error messages.
-            arguments: where a pair cannot be found, that is for the checks to say.
-            tp_kind: as in ``abort_peers_on_error``.
+        An unknown TP group is left to the checks.
         """
         tp = None
         if arguments.has_tp:
@@ -44,55 +43,57 @@ class Ranks:
             group = arguments.resolve_ep(op)
         except MoeError as error:
             if tp is not None:
-                tp.abort_peers(tp_kind, op, error)
+                tp.abort_peers(_TP, op, error)
             raise
         ep = comm.default_communicator(group)
-        # A group that is named as the pair as well must not be told twice.
+        # One group may be named as both: abort its peers once.
         return cls(group, ep, None if tp is ep else tp)
 
     @contextlib.contextmanager
     def abort_peers_on_error(
-        self, op: str, ep_kind: str | None, tp_kind: str | None
+        self, op: str, ep_kind: str | None, *, tp: bool = False
     ) -> Iterator[None]:
-        """Tell the peers who wait for this rank when it cannot go on.
+        """Abort the peers that wait for this rank when the body raises.
 
         Args:
             op: for error messages.
-            ep_kind: the operation that those of the expert-parallel group are coming to.
-            tp_kind: the operation that the other rank of the pair is coming to.
+            ep_kind: the operation in which peers of the expert-parallel group wait, or None.
+            tp: whether the other rank of the pair waits.
         """
         try:
             yield
         except BaseException as error:
-            # Where it came from the ranks of one group, those of the other do not know it.
+            # An error that came from one group means nothing in the other: pass on its text.
             reason = MoeError(op, error.problem if isinstance(error, MoeError) else repr(error))
             if ep_kind is not None:
                 self.ep.abort_peers(ep_kind, op, reason)
-            if tp_kind is not None and self.tp is not None:
-                self.tp.abort_peers(tp_kind, op, reason)
+            if tp and self.tp is not None:
+                self.tp.abort_peers(_TP, op, reason)
             raise
 
 
 @contextlib.contextmanager
-def checking(
+def checked_ahead(
     op: str,
     check: Callable[..., object],
-    kinds: tuple[str | None, str | None],
+    kind: str | None,
+    tp: bool,
     arguments: GroupArguments,
-    **given: Any,
+    **others: Any,
 ) -> Iterator[Callable[[], object]]:
-    """What is found wrong with a call before it is made; within it, the peers are told.
+    """Check a call before it is made; an error in the body aborts the peers.
 
     Args:
         op: for error messages.
-        check: one of the ops' own, called as ``check(op, ranks, arguments=arguments, **given)``.
-        kinds: of ``abort_peers_on_error``.
-        arguments: of the call.
-        given: of the call, the others.
+        check: the op's own, called as ``check(op, groups, arguments=arguments, **others)``.
+        kind: ``ep_kind`` of ``abort_peers_on_error``.
+        tp: likewise.
+        arguments: of the group.
+        others: all other arguments of the call.
 
     Yields:
-        The check, to be called once what goes before it is right.
+        The check, to be called after all checks that come before it.
     """
-    ranks = Ranks.of(op, arguments, "gather")
-    with ranks.abort_peers_on_error(op, *kinds):
-        yield functools.partial(check, op, ranks, arguments=arguments, **given)
+    groups = OpGroups.resolve(op, arguments)
+    with groups.abort_peers_on_error(op, kind, tp=tp):
+        yield functools.partial(check, op, groups, arguments=arguments, **others)

@@ -1,7 +1,9 @@
 """The split-phase ops: a setup sends and returns, its teardown waits, in order for each group.
 
-A setup checks everything and tells the peers what is wrong; a teardown only has to repeat the
-setup's arguments, and a wrong one leaves the operation as it is, for another try.
+A setup checks all arguments and aborts its peers on an error. A teardown must repeat the setup's
+arguments; a wrong one leaves the operation in flight for another try.
+Source: the operator documents of aclnnMoeDistributeDispatchSetup, ...DispatchTeardown,
+        ...CombineSetup and ...CombineTeardown.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ... import comm
-from ...comm import Call, CombineEpilogue, CombineInput, MoeConfig
+from ...comm import Call, CombineEpilogue, CombineInput, MoeConfig, Pending
+from ...layout import QUANTS, RowFormat, align
 from ...ops import checks
 from ...ops.device_steps import steps_on
 from ...profile import active_profile
@@ -20,52 +23,64 @@ from ...topology import Topology
 from .. import quant_modes
 from ..group_arguments import GroupArguments
 from ..op_names import COMBINE_SETUP, COMBINE_TEARDOWN, DISPATCH_SETUP, DISPATCH_TEARDOWN, family
-from .checks import active_slots, check_tokens, flat_addend
-from .combine import check_num_rows, check_return_quant, clear_inactive, return_config
-from .dispatch import Dispatch, as_token_nums, check_dispatch, check_token_nums_type
+from .checks import (
+    active_slots,
+    check_tokens,
+    flat_addend,
+    profiled_sizes,
+    resolve_topology,
+    routed_ids,
+)
+from .combine import check_num_rows, check_return_quant, return_config, zero_inactive
+from .dispatch import CheckedDispatch, as_token_nums, check_dispatch, check_token_nums_type
 from .dispatch_metadata import ASSIST_WORDS, check_assist_size, check_expand_idx, received_counts
-from .groups import Ranks
-from .messages import messages, sent_rows
-from .places import place, routed_ids, sizes
-from .under_way import PendingOp, find, start, torn_down
+from .groups import OpGroups
+from .pending_ops import PendingOp, find, start, torn_down
 
 RECORD = 16  # words of comm_cmd_info for each record that Ascend's ops send
 
 
 def _info(first: torch.Tensor, records: int, device: torch.device) -> torch.Tensor:
-    """comm_cmd_info for so many records: the number of the setup, then zeros."""
+    """comm_cmd_info of ``records`` records: the number of the setup, then zeros."""
     info = torch.zeros(records * RECORD, dtype=torch.int32, device=device)
     info[:1] = first
     return info
 
 
-def _group(arguments: GroupArguments) -> dict[str, Any]:
-    """What a teardown repeats of the group."""
+def _repeated(
+    arguments: GroupArguments, expert_ids: torch.Tensor, *, modes: dict[str, Any], **rows: Any
+) -> dict[str, Any]:
+    """The arguments of a setup that its teardown must repeat, by name; of tensors the form."""
     names = ["ep_world_size", "ep_rank_id", "moe_expert_num", "expert_shard_type"]
     names += ["shared_expert_rank_num", "global_bs"]
-    found = {name: getattr(arguments, name) for name in names}
     shared = arguments.shared_expert_num if arguments.shared_expert_rank_num else 0
-    return found | {"shared_expert_num": shared}
+    return {
+        **{name: getattr(arguments, name) for name in names},
+        "shared_expert_num": shared,
+        **{name: (tuple(tensor.shape), tensor.dtype) for name, tensor in rows.items()},
+        "expert_ids": tuple(expert_ids.shape),
+        **modes,
+    }
 
 
 def check_dispatch_setup(
     op: str,
-    ranks: Ranks,
+    groups: OpGroups,
     x: torch.Tensor,
     expert_ids: torch.Tensor,
     arguments: GroupArguments,
     *,
     scales: torch.Tensor | None = None,
     comm_type: int = 0,
-    **given: Any,
-) -> Dispatch:
-    """What ``check_dispatch`` does, and what is the setup's own."""
+    **others: Any,
+) -> CheckedDispatch:
+    """Check all arguments of a setup: those of ``check_dispatch``, and ``comm_type``."""
     checks.required(op, x=x, expert_ids=expert_ids)
     checks.integers(op, comm_type=comm_type)
-    checks.dtype(op, "x", x, checks.FLOATS)  # nothing would say what scales a teardown returns
-    factors = _used_factors(scales, arguments)
+    checks.dtype(op, "x", x, checks.FLOATS)  # a teardown cannot know the scales of float8 rows
+    scales = _used_scales(scales, arguments)
     return check_dispatch(
-        op, ranks, x, expert_ids, arguments, scales=factors, comm_type=comm_type, **given
+        op, groups, x, expert_ids, arguments, scales=scales, comm_type=comm_type, **others
     )
 
 
@@ -74,53 +89,31 @@ def dispatch_setup(
     expert_ids: torch.Tensor,
     arguments: GroupArguments,
     *,
-    scales: torch.Tensor | None = None,
-    x_active_mask: torch.Tensor | None = None,
     quant_mode: int = 0,
     comm_type: int = 0,
-    y_dtype: object = None,
+    **others: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Send each token to its experts, without waiting; shapes in ``compat.torch_npu``."""
+    """Send each token to its experts, without waiting; shapes in ``compat.torch_npu``.
+
+    ``others`` are arguments of ``check_dispatch``.
+    """
     op = DISPATCH_SETUP
-    ranks = Ranks.of(op, arguments, "gather")
-    with ranks.abort_peers_on_error(op, "dispatch", None):
-        dispatch = check_dispatch_setup(
-            op,
-            ranks,
-            x,
-            expert_ids,
-            arguments,
-            scales=scales,
-            x_active_mask=x_active_mask,
-            quant_mode=quant_mode,
-            y_dtype=y_dtype,
-            comm_type=comm_type,
-        )
-        plan = dispatch.call.steps.routing_plan(
-            dispatch.tokens.expert_ids, dispatch.topology.num_experts
-        )
-        y = messages(dispatch)
-    pending = ranks.ep.transport(op).dispatch_send(dispatch.call, dispatch.tokens)
-    started = PendingOp(
-        pending,
-        _group(arguments)
-        | {
-            "x": (tuple(x.shape), x.dtype),
-            "y": (tuple(y.shape), y.dtype),
-            "expert_ids": tuple(expert_ids.shape),
-            "quant_mode": quant_mode,
-            "comm_type": comm_type,
-        },
-        dispatch,
-    )
-    first = start(ranks.ep, "dispatch", op, started)
-    topology = dispatch.topology
+    modes: dict[str, Any] = {"quant_mode": quant_mode, "comm_type": comm_type}
+    groups = OpGroups.resolve(op, arguments)
+    with groups.abort_peers_on_error(op, "dispatch"):
+        dispatch = check_dispatch_setup(op, groups, x, expert_ids, arguments, **modes, **others)
+        topology, inputs = dispatch.topology, dispatch.inputs
+        plan = dispatch.call.steps.routing_plan(inputs.expert_ids, topology.num_experts)
+        y = _messages(dispatch)
+    pending = groups.ep.transport(op).dispatch_send(dispatch.call, inputs)
+    repeated = _repeated(arguments, expert_ids, modes=modes, x=x, y=y)
+    first = start(groups.ep, "dispatch", op, PendingOp(pending, repeated, dispatch))
     records = len(y) + topology.world_size * topology.experts_per_rank
     return y, plan.position_in_expert, _info(first, records, x.device)
 
 
-def _used_factors(scales: torch.Tensor | None, arguments: GroupArguments) -> torch.Tensor | None:
-    """Without shared ranks one row more is passed over, except where a product refuses it."""
+def _used_scales(scales: torch.Tensor | None, arguments: GroupArguments) -> torch.Tensor | None:
+    """``scales`` without the last of E + 1 rows, allowed without shared ranks if portable."""
     experts = arguments.moe_expert_num
     if (
         isinstance(scales, torch.Tensor)
@@ -135,7 +128,7 @@ def _used_factors(scales: torch.Tensor | None, arguments: GroupArguments) -> tor
 
 def _check_sizes(
     op: str,
-    ranks: Ranks,
+    groups: OpGroups,
     arguments: GroupArguments,
     x: torch.Tensor,
     expert_ids: torch.Tensor,
@@ -143,8 +136,8 @@ def _check_sizes(
     x_active_mask: torch.Tensor | None = None,
     **modes: Any,
 ) -> tuple[Topology, int]:
-    """Check what all halves share but the first; returns the topology and the largest batch."""
-    topology, _ = place(op, arguments, ranks, None)
+    """Check shapes and limits in all ops but the first; returns topology and largest batch."""
+    topology, _ = resolve_topology(op, arguments, groups, None)
     max_tokens, _ = check_tokens(
         op,
         arguments,
@@ -156,95 +149,68 @@ def _check_sizes(
         topology,
         with_ids=False,
     )
-    limited = sizes(arguments, topology, x, expert_ids, max_tokens)
-    active_profile().check(family(op), op, **limited, **modes)
+    sizes = profiled_sizes(arguments, topology, x, expert_ids, max_tokens)
+    active_profile().check(family(op), op, **sizes, **modes)
     return topology, max_tokens
 
 
-def _check_dispatch_teardown_types(
-    op: str,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    expert_ids: torch.Tensor,
-    comm_cmd_info: torch.Tensor,
-    arguments: GroupArguments,
-    quant_mode: int,
-    expert_token_nums_type: int,
-    comm_type: int,
-) -> None:
-    """Nothing is missing, and all is of the right kind."""
-    checks.required(op, x=x, y=y, expert_ids=expert_ids, comm_cmd_info=comm_cmd_info)
-    arguments.check_types(op)
-    integers = {"quant_mode": quant_mode, "expert_token_nums_type": expert_token_nums_type}
-    checks.integers(op, **integers, comm_type=comm_type)
-    checks.dtype(op, "expert_ids", expert_ids, (torch.int32,))
-    checks.dtype(op, "comm_cmd_info", comm_cmd_info, (torch.int32,))
-    checks.reserved(op, comm_alg=arguments.comm_alg)
-    check_token_nums_type(op, expert_token_nums_type)
-    active_profile().check(family(op), op, token_nums_type=expert_token_nums_type)
+@dataclasses.dataclass(frozen=True)
+class DispatchTeardown:
+    """A dispatch teardown; its fields are the arguments of the op."""
 
+    x: torch.Tensor
+    y: torch.Tensor
+    expert_ids: torch.Tensor
+    comm_cmd_info: torch.Tensor
+    arguments: GroupArguments
+    quant_mode: int = 0
+    expert_token_nums_type: int = 1
+    comm_type: int = 0
 
-def check_dispatch_teardown(
-    op: str,
-    ranks: Ranks,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    expert_ids: torch.Tensor,
-    comm_cmd_info: torch.Tensor,
-    arguments: GroupArguments,
-    *,
-    quant_mode: int = 0,
-    expert_token_nums_type: int = 1,
-    comm_type: int = 0,
-) -> None:
-    """What can be said of a teardown without its setup, which may be yet to come."""
-    kinds = (quant_mode, expert_token_nums_type, comm_type)
-    _check_dispatch_teardown_types(op, x, y, expert_ids, comm_cmd_info, arguments, *kinds)
-    checks.dtype(op, "x", x, checks.FLOATS)
-    quant_modes.check_mode(op, quant_mode)
-    modes: dict[str, Any] = {"quant_mode": quant_mode, "comm_type": comm_type}
-    _check_sizes(op, ranks, arguments, x, expert_ids, **modes)
+    @property
+    def _modes(self) -> dict[str, Any]:
+        return {"quant_mode": self.quant_mode, "comm_type": self.comm_type}
 
+    def _check_types(self, op: str) -> None:
+        """Check for missing arguments, types and modes."""
+        x, y, expert_ids, info = self.x, self.y, self.expert_ids, self.comm_cmd_info
+        checks.required(op, x=x, y=y, expert_ids=expert_ids, comm_cmd_info=info)
+        self.arguments.check_types(op)
+        kind = self.expert_token_nums_type
+        checks.integers(op, **self._modes, expert_token_nums_type=kind)
+        checks.dtype(op, "expert_ids", expert_ids, (torch.int32,))
+        checks.dtype(op, "comm_cmd_info", info, (torch.int32,))
+        checks.reserved(op, comm_alg=self.arguments.comm_alg)
+        check_token_nums_type(op, kind)
+        active_profile().check(family(op), op, token_nums_type=kind)
 
-def dispatch_teardown(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    expert_ids: torch.Tensor,
-    comm_cmd_info: torch.Tensor,
-    arguments: GroupArguments,
-    *,
-    quant_mode: int = 0,
-    expert_token_nums_type: int = 1,
-    comm_type: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """Wait for the tokens; a wrong argument leaves the operation in flight."""
-    op = DISPATCH_TEARDOWN
-    communicator = comm.default_communicator(arguments.resolve_ep(op))
-    kinds = (quant_mode, expert_token_nums_type, comm_type)
-    _check_dispatch_teardown_types(op, x, y, expert_ids, comm_cmd_info, arguments, *kinds)
-    given = _group(arguments) | {
-        "x": (tuple(x.shape), x.dtype),
-        "y": (tuple(y.shape), y.dtype),
-        "expert_ids": tuple(expert_ids.shape),
-        "quant_mode": quant_mode,
-        "comm_type": comm_type,
-    }
-    started = find(op, communicator, "dispatch", comm_cmd_info, given)
-    dispatch = started.dispatch
-    assert dispatch is not None
-    with torn_down(op, communicator, "dispatch", started) as transport:
-        received = dispatch.outputs(transport.dispatch_recv(started.pending))
-    recv_counts_cumsum = received.recv_permutation.recv_counts_cumsum
-    assist = recv_counts_cumsum.new_empty(
-        max(dispatch.capacity * ASSIST_WORDS, len(recv_counts_cumsum))
-    )
-    assist[: len(recv_counts_cumsum)] = recv_counts_cumsum
-    token_nums = as_token_nums(received.totals, expert_token_nums_type)
-    return received.x, received.scales, assist, token_nums
+    def check(self, op: str, groups: OpGroups) -> None:
+        """Check the arguments by themselves, as the setup may not have run yet."""
+        self._check_types(op)
+        checks.dtype(op, "x", self.x, checks.FLOATS)
+        quant_modes.check_mode(op, self.quant_mode)
+        _check_sizes(op, groups, self.arguments, self.x, self.expert_ids, **self._modes)
+
+    def run(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """Wait for the tokens; a wrong argument leaves the operation in flight."""
+        op = DISPATCH_TEARDOWN
+        communicator = comm.default_communicator(self.arguments.resolve_ep(op))
+        self._check_types(op)
+        repeated = _repeated(self.arguments, self.expert_ids, modes=self._modes, x=self.x, y=self.y)
+        pending_op = find(op, communicator, "dispatch", self.comm_cmd_info, repeated)
+        dispatch = pending_op.dispatch
+        assert dispatch is not None
+        with torn_down(op, communicator, "dispatch", pending_op) as transport:
+            received = dispatch.outputs(transport.dispatch_recv(pending_op.pending))
+        counts = received.recv_permutation.recv_counts_cumsum
+        assist = counts.new_empty(max(dispatch.capacity * ASSIST_WORDS, len(counts)))
+        assist[: len(counts)] = counts
+        token_nums = as_token_nums(received.totals, self.expert_token_nums_type)
+        return received.x, received.scales, assist, token_nums
 
 
 class ReturnedRows(NamedTuple):
-    """What a combine setup sends.
+    """The rows that a combine setup sends.
 
     Attributes:
         config: for the transport.
@@ -259,7 +225,7 @@ class ReturnedRows(NamedTuple):
 
 def check_combine_setup(
     op: str,
-    ranks: Ranks,
+    groups: OpGroups,
     expand_x: torch.Tensor,
     expert_ids: torch.Tensor,
     assist_info_for_combine: torch.Tensor,
@@ -268,11 +234,11 @@ def check_combine_setup(
     comm_quant_mode: int = 0,
     comm_type: int = 0,
 ) -> ReturnedRows:
-    """What these arguments send, or the error of the first that is wrong.
+    """Check all arguments of a setup.
 
-    Tensors on the meta device have no values to be wrong; what they make is not for sending.
+    Tensors on the meta device have no values: their result must not be sent.
     """
-    rank, assist = ranks.group.rank, assist_info_for_combine
+    rank, assist = groups.group.rank, assist_info_for_combine
     checks.required(op, expand_x=expand_x, expert_ids=expert_ids, assist_info_for_combine=assist)
     arguments.check_types(op)
     checks.integers(op, comm_quant_mode=comm_quant_mode, comm_type=comm_type)
@@ -280,7 +246,7 @@ def check_combine_setup(
     checks.dtype(op, "expert_ids", expert_ids, (torch.int32,))
     checks.dtype(op, "assist_info_for_combine", assist, (torch.int32,))
     modes: dict[str, Any] = {"comm_quant_mode": comm_quant_mode, "comm_type": comm_type}
-    topology, max_tokens = _check_sizes(op, ranks, arguments, expand_x, expert_ids, **modes)
+    topology, max_tokens = _check_sizes(op, groups, arguments, expand_x, expert_ids, **modes)
     top_k, hidden = expert_ids.shape[1], expand_x.shape[1]
     check_return_quant(op, comm_quant_mode, arguments, hidden)
     capacity = topology.capacity(rank, max_tokens, top_k)
@@ -303,161 +269,188 @@ def combine_setup(
     comm_type: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Send the experts' rows back, without waiting; shapes in ``compat.torch_npu``."""
-    op = COMBINE_SETUP
-    ranks = Ranks.of(op, arguments, "gather")
-    with ranks.abort_peers_on_error(op, "combine", None):
+    op, modes = COMBINE_SETUP, {"comm_quant_mode": comm_quant_mode, "comm_type": comm_type}
+    groups = OpGroups.resolve(op, arguments)
+    with groups.abort_peers_on_error(op, "combine"):
         config, counts, capacity = check_combine_setup(
-            op,
-            ranks,
-            expand_x,
-            expert_ids,
-            assist_info_for_combine,
-            arguments,
-            comm_quant_mode=comm_quant_mode,
-            comm_type=comm_type,
+            op, groups, expand_x, expert_ids, assist_info_for_combine, arguments, **modes
         )
         steps = steps_on(expand_x.device)
-        recv_permutation = steps.recv_permutation(
-            counts, capacity=capacity if comm.fixed_shapes(expand_x.device) else None
-        )
+        most = capacity if comm.fixed_shapes(expand_x.device) else None
+        recv_permutation = steps.recv_permutation(counts, capacity=most)
         plan = steps.routing_plan(expert_ids, config.topology.num_experts)
 
     agreed = arguments.agreed(op, expand_x, "expand_x", expert_ids)
     agreed |= {"comm_quant_mode": int(comm_quant_mode)}
-    outputs = CombineInput(expand_x, recv_permutation, expert_ids, plan, None)
     call = Call(op, config, agreed, steps, expand_x.device)
-    pending = ranks.ep.transport(op).combine_send(call, outputs)
-    sent = sent_rows(pending, expand_x, capacity)
-    started = PendingOp(
-        pending,
-        _group(arguments)
-        | {
-            "expand_x": (tuple(expand_x.shape), expand_x.dtype),
-            "quant_expand_x": (tuple(sent.shape), sent.dtype),
-            "expert_ids": tuple(expert_ids.shape),
-            "comm_quant_mode": comm_quant_mode,
-            "comm_type": comm_type,
-        },
+    pending = groups.ep.transport(op).combine_send(
+        call, CombineInput(expand_x, recv_permutation, expert_ids, plan, None)
     )
-    first = start(ranks.ep, "combine", op, started)
+    sent = _sent_rows(pending, expand_x, capacity)
+    repeated = _repeated(arguments, expert_ids, modes=modes, expand_x=expand_x, quant_expand_x=sent)
+    first = start(groups.ep, "combine", op, PendingOp(pending, repeated))
     return sent, _info(first, capacity + config.topology.world_size, expand_x.device)
 
 
-def _check_combine_teardown_types(
-    op: str,
-    arguments: GroupArguments,
-    comm_quant_mode: int,
-    comm_type: int,
-    expand_x: torch.Tensor,
-    quant_expand_x: torch.Tensor,
-    expert_ids: torch.Tensor,
-    expand_idx: torch.Tensor,
-    expert_scales: torch.Tensor,
-    comm_cmd_info: torch.Tensor,
-    x_active_mask: torch.Tensor | None,
-    shared_expert_x: torch.Tensor | None,
-) -> None:
-    """Nothing is missing, and all is of the right kind."""
-    needed = {"expand_x": expand_x, "quant_expand_x": quant_expand_x, "expert_ids": expert_ids}
-    needed |= {"expand_idx": expand_idx, "expert_scales": expert_scales}
-    checks.required(op, **needed, comm_cmd_info=comm_cmd_info)
-    arguments.check_types(op)
-    checks.integers(op, comm_quant_mode=comm_quant_mode, comm_type=comm_type)
-    checks.dtype(op, "expand_x", expand_x, checks.FLOATS)
-    for name, tensor, kind in (
-        ("expert_ids", expert_ids, torch.int32),
-        ("expand_idx", expand_idx, torch.int32),
-        ("expert_scales", expert_scales, torch.float32),
-        ("comm_cmd_info", comm_cmd_info, torch.int32),
-        ("x_active_mask", x_active_mask, torch.bool),
-        ("shared_expert_x", shared_expert_x, expand_x.dtype),
-    ):
-        checks.dtype(op, name, tensor, (kind,))
-    checks.reserved(op, comm_alg=arguments.comm_alg)
-    active_profile().check(
-        family(op),
-        op,
-        num_shared_ranks=arguments.shared_expert_rank_num,
-        num_shared_experts=arguments.shared_expert_num,
-        mask_dims=None if x_active_mask is None else x_active_mask.dim(),
-        with_shared_expert_x=shared_expert_x is not None,
-    )
+@dataclasses.dataclass(frozen=True)
+class CombineTeardown:
+    """A combine teardown; its fields are the arguments of the op."""
+
+    expand_x: torch.Tensor
+    quant_expand_x: torch.Tensor
+    expert_ids: torch.Tensor
+    expand_idx: torch.Tensor
+    expert_scales: torch.Tensor
+    comm_cmd_info: torch.Tensor
+    arguments: GroupArguments
+    x_active_mask: torch.Tensor | None = None
+    shared_expert_x: torch.Tensor | None = None
+    comm_quant_mode: int = 0
+    comm_type: int = 0
+
+    @property
+    def _modes(self) -> dict[str, Any]:
+        return {"comm_quant_mode": self.comm_quant_mode, "comm_type": self.comm_type}
+
+    def _check_types(self, op: str) -> None:
+        """Check for missing arguments, types and what the profile refuses of optional ones."""
+        names = ("expand_x", "quant_expand_x", "expert_ids", "expand_idx", "expert_scales")
+        checks.required(op, **{name: getattr(self, name) for name in (*names, "comm_cmd_info")})
+        self.arguments.check_types(op)
+        checks.integers(op, **self._modes)
+        checks.dtype(op, "expand_x", self.expand_x, checks.FLOATS)
+        for name, kind in (
+            ("expert_ids", torch.int32),
+            ("expand_idx", torch.int32),
+            ("expert_scales", torch.float32),
+            ("comm_cmd_info", torch.int32),
+            ("x_active_mask", torch.bool),
+            ("shared_expert_x", self.expand_x.dtype),
+        ):
+            checks.dtype(op, name, getattr(self, name), (kind,))
+        checks.reserved(op, comm_alg=self.arguments.comm_alg)
+        active_profile().check(
+            family(op),
+            op,
+            num_shared_ranks=self.arguments.shared_expert_rank_num,
+            num_shared_experts=self.arguments.shared_expert_num,
+            mask_dims=None if self.x_active_mask is None else self.x_active_mask.dim(),
+            with_shared_expert_x=self.shared_expert_x is not None,
+        )
+
+    def _check_shapes(self, op: str) -> torch.Tensor | None:
+        """Check expand_idx and shared_expert_x; returns the latter as (BS, H)."""
+        size, device = (self.expert_ids.numel(),), self.expand_x.device
+        checks.shape(op, "expand_idx", self.expand_idx, size, "(BS * K,)", device)
+        num_tokens, hidden = len(self.expert_ids), self.expand_x.shape[1]
+        return flat_addend(op, self.shared_expert_x, num_tokens, hidden, device)
+
+    def check(self, op: str, groups: OpGroups) -> None:
+        """Check the arguments by themselves, as the setup may not have run yet."""
+        self._check_types(op)
+        _check_sizes(
+            op,
+            groups,
+            self.arguments,
+            self.expand_x,
+            self.expert_ids,
+            self.expert_scales,
+            self.x_active_mask,
+            **self._modes,
+        )
+        check_return_quant(op, self.comm_quant_mode, self.arguments, self.expand_x.shape[1])
+        self._check_shapes(op)
+
+    def run(self) -> torch.Tensor:
+        """Wait for the rows and sum them; a wrong argument leaves the operation in flight."""
+        op, expert_ids, weights = COMBINE_TEARDOWN, self.expert_ids, self.expert_scales
+        communicator = comm.default_communicator(self.arguments.resolve_ep(op))
+        self._check_types(op)
+        repeated = _repeated(
+            self.arguments,
+            expert_ids,
+            modes=self._modes,
+            expand_x=self.expand_x,
+            quant_expand_x=self.quant_expand_x,
+        )
+        pending_op = find(op, communicator, "combine", self.comm_cmd_info, repeated)
+        call = pending_op.pending.call
+        (num_tokens, top_k), device = expert_ids.shape, self.expand_x.device
+        checks.shape(op, "expert_scales", weights, (num_tokens, top_k), "(BS, K)", device)
+        active = active_slots(op, self.x_active_mask, num_tokens, top_k, device)
+        num_experts = call.config.topology.num_experts
+        checks.expert_ids(op, "expert_ids", expert_ids, num_experts, active=active)
+        ids = routed_ids(expert_ids, active)
+        plan = call.steps.routing_plan(ids, num_experts)
+        addend = self._check_shapes(op)
+        check_expand_idx(op, self.expand_idx, plan)
+        # Mask and weights come only now: the rows in flight do not depend on them.
+        pending_op.pending.data = dataclasses.replace(
+            pending_op.pending.data, expert_ids=ids, plan=plan, weights=weights
+        )
+        with torn_down(op, communicator, "combine", pending_op) as transport:
+            out = transport.combine_recv(pending_op.pending, CombineEpilogue(addend=addend))
+        zero_inactive(active, out)
+        return out
 
 
-def check_combine_teardown(
-    op: str,
-    ranks: Ranks,
-    expand_x: torch.Tensor,
-    quant_expand_x: torch.Tensor,
-    expert_ids: torch.Tensor,
-    expand_idx: torch.Tensor,
-    expert_scales: torch.Tensor,
-    comm_cmd_info: torch.Tensor,
-    arguments: GroupArguments,
-    *,
-    x_active_mask: torch.Tensor | None = None,
-    shared_expert_x: torch.Tensor | None = None,
-    comm_quant_mode: int = 0,
-    comm_type: int = 0,
-) -> None:
-    """What can be said of a teardown without its setup, which may be yet to come."""
-    tensors = (quant_expand_x, expert_ids, expand_idx, expert_scales, comm_cmd_info)
-    optional = (x_active_mask, shared_expert_x)
-    kinds = (comm_quant_mode, comm_type)
-    _check_combine_teardown_types(op, arguments, *kinds, expand_x, *tensors, *optional)
-    modes: dict[str, Any] = {"comm_quant_mode": comm_quant_mode, "comm_type": comm_type}
-    _check_sizes(op, ranks, arguments, expand_x, expert_ids, expert_scales, x_active_mask, **modes)
-    (num_tokens, top_k), hidden = expert_ids.shape, expand_x.shape[1]
-    check_return_quant(op, comm_quant_mode, arguments, hidden)
-    size = num_tokens * top_k
-    checks.shape(op, "expand_idx", expand_idx, (size,), "(BS * K,)", expand_x.device)
-    flat_addend(op, shared_expert_x, num_tokens, hidden, expand_x.device)
+def message_format(quant: str | None, dtype: torch.dtype, hidden: int) -> RowFormat:
+    """The format of a row of y: the payload, then the scales at the offset of Ascend's ops."""
+    fmt = RowFormat.quantized(quant, dtype, hidden)
+    scheme = "none" if quant is None else QUANTS[quant].scheme
+    size = hidden * fmt.dtype.itemsize
+    if scheme in ("none", "static"):
+        return fmt._replace(stride=align(align(size, 32), 512))
+    start = align(size, {"per_row": 32, "group": 128, "mx": 256}[scheme])
+    total = start + fmt.num_scales * fmt.scale_dtype.itemsize
+    return fmt._replace(scale_offset=start, stride=align(total, 512))
 
 
-def combine_teardown(
-    expand_x: torch.Tensor,
-    quant_expand_x: torch.Tensor,
-    expert_ids: torch.Tensor,
-    expand_idx: torch.Tensor,
-    expert_scales: torch.Tensor,
-    comm_cmd_info: torch.Tensor,
-    arguments: GroupArguments,
-    *,
-    x_active_mask: torch.Tensor | None = None,
-    shared_expert_x: torch.Tensor | None = None,
-    comm_quant_mode: int = 0,
-    comm_type: int = 0,
+def _messages(dispatch: CheckedDispatch) -> torch.Tensor:
+    """y: [BS * (K + NS), size], the row of each slot in token order, then the shared experts'.
+
+    Written for the caller only: the rows of the operation itself are in the windows. The padding
+    between payload, scales and end of a row is not written.
+    """
+    config, inputs, steps = dispatch.call.config, dispatch.inputs, dispatch.call.steps
+    x, smooth_scales = inputs.x, inputs.smooth_scales
+    num_tokens, top_k = inputs.expert_ids.shape
+    num_shared = config.topology.num_shared_experts
+    fmt = message_format(dispatch.quantization.quant, x.dtype, x.shape[1])
+    shape = (num_tokens * (top_k + num_shared), fmt.stride)
+    y = torch.empty(shape, dtype=torch.uint8, device=x.device)
+    routed = y[: num_tokens * top_k].view(num_tokens, top_k, fmt.stride)
+    shared = y[num_tokens * top_k :].view(num_shared, num_tokens, fmt.stride)
+    columns = [*routed.unbind(1), *shared.unbind(0)]  # the rows of one slot of all tokens
+    encoded = torch.empty((num_tokens, fmt.stride), dtype=torch.uint8, device=x.device)
+    if smooth_scales is None or smooth_scales.dim() == 1:
+        steps.encode(x, fmt, encoded, smooth_scales)
+        for column in columns:
+            column.copy_(encoded)
+    else:
+        expert = inputs.expert_ids.long().clamp(0, config.topology.num_experts - 1)
+        for slot, column in enumerate(columns):
+            row = num_shared + expert[:, slot] if slot < top_k else slot - top_k
+            steps.encode(x, fmt, encoded, smooth_scales[row])
+            column.copy_(encoded)
+    return y.view(dispatch.quantization.dtype)
+
+
+def _sent_rows(
+    pending: Pending[CombineInput], expand_x: torch.Tensor, capacity: int
 ) -> torch.Tensor:
-    """Wait for the rows and sum them; a wrong argument leaves the operation in flight."""
-    op = COMBINE_TEARDOWN
-    communicator = comm.default_communicator(arguments.resolve_ep(op))
-    tensors = (quant_expand_x, expert_ids, expand_idx, expert_scales, comm_cmd_info)
-    optional = (x_active_mask, shared_expert_x)
-    kinds = (comm_quant_mode, comm_type)
-    _check_combine_teardown_types(op, arguments, *kinds, expand_x, *tensors, *optional)
-    given = _group(arguments) | {
-        "expand_x": (tuple(expand_x.shape), expand_x.dtype),
-        "quant_expand_x": (tuple(quant_expand_x.shape), quant_expand_x.dtype),
-        "expert_ids": tuple(expert_ids.shape),
-        "comm_quant_mode": comm_quant_mode,
-        "comm_type": comm_type,
-    }
-    started = find(op, communicator, "combine", comm_cmd_info, given)
-    call = started.pending.call
-    (num_tokens, top_k), hidden, device = expert_ids.shape, expand_x.shape[1], expand_x.device
-    checks.shape(op, "expert_scales", expert_scales, (num_tokens, top_k), "(BS, K)", device)
-    active = active_slots(op, x_active_mask, num_tokens, top_k, device)
-    checks.expert_ids(op, "expert_ids", expert_ids, call.config.topology.num_experts, active=active)
-    ids = routed_ids(expert_ids, active)
-    plan = call.steps.routing_plan(ids, call.config.topology.num_experts)
-    checks.shape(op, "expand_idx", expand_idx, (expert_ids.numel(),), "(BS * K,)", device)
-    check_expand_idx(op, expand_idx, plan)
-    addend = flat_addend(op, shared_expert_x, num_tokens, hidden, device)
-    # The mask and the weights come only now; what has been sent does not depend on them.
-    started.pending.data = dataclasses.replace(
-        started.pending.data, expert_ids=ids, plan=plan, weights=expert_scales
-    )
-    with torn_down(op, communicator, "combine", started) as transport:
-        out = transport.combine_recv(started.pending, CombineEpilogue(addend=addend))
-    clear_inactive(active, out)
-    return out
+    """quant_expand_x: the rows as comm_quant_mode 2 sends them, else not written."""
+    call, hidden = pending.call, expand_x.shape[1]
+    size = quant_row_bytes(hidden)
+    sent = torch.empty((capacity, size), dtype=torch.uint8, device=expand_x.device)
+    fmt = call.config.return_format
+    if fmt.scheme == "block8":
+        n = len(pending.data.recv_permutation.source)
+        placed = fmt._replace(scale_offset=align(hidden, 32), stride=size)
+        call.steps.encode(expand_x[:n], placed, sent[:n])
+    return sent.view(torch.int8)
+
+
+def quant_row_bytes(hidden: int) -> int:
+    """Bytes of a row of quant_expand_x."""
+    return align(align(hidden, 32) + align(hidden, 8) // 8 * 4, 512)

@@ -1,7 +1,7 @@
-"""The two ranks that share each expert: what one received, both compute on.
+"""Tensor parallelism: the two ranks of a pair share each expert and exchange their rows.
 
-Dispatch gives each of them the other's rows behind its own. Each computes with its half of the
-expert, so that combine adds the other's part to the own rows before they return.
+Dispatch appends the peer's rows to each rank's own. Each rank computes with its half of the expert,
+and combine adds the peer's part to the own rows before they return.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ...errors import RoutingMismatchError
 
 @dataclasses.dataclass(frozen=True)
 class PeerRows:
-    """What the other rank received.
+    """The rows that the peer received.
 
     Attributes:
         count: its rows.
@@ -40,8 +40,8 @@ def share_received(
     Args:
         communicator: of the pair.
         call: the call.
-        x: [2 * A, H] that holds the own rows, and gets those of the peer behind them.
-        scales: [2 * A] or [2 * A, C] in the same way, or None.
+        x: [2 * A, H], the own rows; the peer's are written behind them.
+        scales: [2 * A] or [2 * A, C] alike, or None.
         recv_counts_cumsum: [W] int32 prefix sums of the own rows.
     """
     own = int(recv_counts_cumsum[-1])
@@ -75,15 +75,15 @@ def add_halves(
     count: int,
     capacity: int,
 ) -> torch.Tensor:
-    """[own, H] the own rows, each the sum of what both ranks made of it.
+    """[own, H] the own rows, each the sum of both ranks' parts.
 
     Args:
         communicator: of the pair.
         call: the call.
         y: [.., H] outputs: the own rows, then the peer's.
         own: number of own rows.
-        count: number of the peer's.
-        capacity: the most rows either can have.
+        count: number of the peer's rows.
+        capacity: A, the most rows of either rank.
     """
     hidden = y.shape[1]
     total = y.new_empty((own, hidden))

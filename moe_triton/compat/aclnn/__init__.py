@@ -1,33 +1,33 @@
-"""The operators as the C interface of Ascend has them: two phases, and a status for each.
+"""Ascend's C interface of the operators: two phases, each with a status.
 
     status, workspace_size, executor = aclnnXxxGetWorkspaceSize(inputs, attributes, outputs)
     status = aclnnXxx(workspace, workspace_size, executor, stream)
 
-Parameters have the names and the order of the operator documents, without the two pointers at the
-end; a null pointer is None. Letters, dtypes and meanings are those of ``compat.torch_npu``, whose
-ops these are: the results are the same, and are copied into the caller's tensors. What lies behind
-the rows that an output needs stays as it is.
+Parameters have the names and the order of the operator documents, without the two output pointers
+at the end; a null pointer is None. Letters, dtypes and meanings are those of ``compat.torch_npu``:
+the ops are the same, and their results are copied into the caller's tensors. Rows of a tensor
+beyond those of its output are not written.
 
-The first phase checks all but the values in tensors, which the second phase reads when it runs, on
-the current stream unless it is given one. An executor is for one launch; a second, also after one
-that failed, is refused. A rank whose call is refused tells its peers in either phase, so that they
-need not wait for it: their call ends with a status too. That status is for the next call of the
-group that they come to; a rank that plans calls ahead of others still to be launched had better
-not go on after a refusal. Where groupEp itself is wrong there is nobody to tell, and the peers
-wait as for a rank that does not come; neither does a teardown tell, as it may be tried again.
+The first phase checks everything except the values in tensors. The second phase reads the values
+and runs on the given stream, or else on the current one. An executor serves one launch; a second
+launch is refused, also after a failed one. A rank whose call is refused, in either phase, aborts
+its peers, whose calls end with a status too. The abort reaches the next call of the group on each
+peer: a rank that has planned several calls ahead should not launch them after a refusal. An error
+in groupEp itself cannot abort the peers, which wait until their time-out. A teardown does not abort
+them, as it may be tried again.
 
-Nothing is raised. The statuses are
+No function raises. The statuses are
 
     0       ACLNN_SUCCESS
     161001  ACLNN_ERR_PARAM_NULLPTR       a required tensor or name is missing
     161002  ACLNN_ERR_PARAM_INVALID       a dtype, a name of a group, an executor
     561002  ACLNN_ERR_INNER_TILING_ERROR  a shape or a value, or ranks that do not agree
-    361001  ACLNN_ERR_RUNTIME_ERROR       a peer refused its call or did not come, a teardown has no
-                                          setup, no back end can run; the documents are silent on
-                                          these
+    361001  ACLNN_ERR_RUNTIME_ERROR       a peer refused its call or timed out, a teardown has no
+                                          setup, no back end can run; the documents do not name
+                                          these cases
     561000  ACLNN_ERR_INNER               a defect of this library
 
-and ``aclnn_last_error()`` says more.
+and ``aclnn_last_error()`` returns the message.
 Source: the operator documents of aclnnMoeDistribute*, aclnnMoeEPLBUpdateExpert and
 aclnnMoeUpdateExpert.
 """

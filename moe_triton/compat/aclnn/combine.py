@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...ascend.distributed import schemas
-from .interface import Executor, FirstPhase, Interface, Output, Stream, first_phase, second_phase
+from .interface import FirstPhase, Interface, Output, first_phase, second_phase
 
 _V1 = Interface(
     "aclnnMoeDistributeCombine",
@@ -50,7 +50,7 @@ def aclnnMoeDistributeCombineGetWorkspaceSize(
     groupListType: int,
     x: Tensor | None,
 ) -> FirstPhase:
-    """Check a call of ``npu_moe_distribute_combine``, where the arguments are described.
+    """Check a call of ``npu_moe_distribute_combine``, whose docstring describes the arguments.
 
     Args:
         expandX: (T * A, H) the experts' rows.
@@ -64,21 +64,21 @@ def aclnnMoeDistributeCombineGetWorkspaceSize(
         weightScale: reserved, None.
         groupList: reserved, None.
         expandScales: (A,) float32 from dispatch, or None.
-        groupEp: as in dispatch, and so are the others of the group.
+        groupEp: as in dispatch.
         epWorldSize: W.
         epRankId: this rank.
         moeExpertNum: E.
-        groupTp: the group of the T ranks with the same experts, "" without.
+        groupTp: the group of the T ranks with the same experts, "" without tensor parallelism.
         tpWorldSize: T.
         tpRankId: this rank in groupTp.
         expertShardType: 0.
         sharedExpertNum: NS.
         sharedExpertRankNum: S.
-        globalBs: W times the largest BS, or 0 where all are equal.
+        globalBs: W times the largest BS, or 0 if all are equal.
         outDtype: reserved, 0.
-        commQuantMode: 0, or 2 for int8 on the way.
+        commQuantMode: 0, or 2 to send rows as int8.
         groupListType: reserved, 0.
-        x: (BS, H) of the dtype of expandX, for the output.
+        x: output, (BS, H) of the dtype of expandX.
 
     Returns:
         As in ``aclnnMoeDistributeDispatchGetWorkspaceSize``.
@@ -86,11 +86,7 @@ def aclnnMoeDistributeCombineGetWorkspaceSize(
     return first_phase(_V1, locals())
 
 
-def aclnnMoeDistributeCombine(
-    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
-) -> int:
-    """Make the call that ``aclnnMoeDistributeCombineGetWorkspaceSize`` has checked."""
-    return second_phase(_V1, workspace, workspaceSize, executor, stream)
+aclnnMoeDistributeCombine = second_phase(_V1)
 
 
 def aclnnMoeDistributeCombineV2GetWorkspaceSize(
@@ -123,9 +119,9 @@ def aclnnMoeDistributeCombineV2GetWorkspaceSize(
     commAlg: str | None,
     xOut: Tensor | None,
 ) -> FirstPhase:
-    """Check a call of ``npu_moe_distribute_combine_v2``, where the arguments are described.
+    """Check a call of ``npu_moe_distribute_combine_v2``, whose docstring describes the arguments.
 
-    The parameters are those of version 1, with assistInfoForCombine in the place of expandIdx,
+    The parameters are those of version 1, with assistInfoForCombine instead of expandIdx,
     sharedExpertXOptional and commAlg.
 
     Returns:
@@ -134,11 +130,7 @@ def aclnnMoeDistributeCombineV2GetWorkspaceSize(
     return first_phase(_V2, locals())
 
 
-def aclnnMoeDistributeCombineV2(
-    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
-) -> int:
-    """Make the call that ``aclnnMoeDistributeCombineV2GetWorkspaceSize`` has checked."""
-    return second_phase(_V2, workspace, workspaceSize, executor, stream)
+aclnnMoeDistributeCombineV2 = second_phase(_V2)
 
 
 def aclnnMoeDistributeCombineV3GetWorkspaceSize(
@@ -179,10 +171,10 @@ def aclnnMoeDistributeCombineV3GetWorkspaceSize(
     constExpertNum: int,
     xOut: Tensor | None,
 ) -> FirstPhase:
-    """Check a call of ``npu_moe_distribute_combine_v2``, where the arguments are described.
+    """Check a call of ``npu_moe_distribute_combine_v2``, whose docstring describes the arguments.
 
-    The parameters are those of version 2, elasticInfoOptional, which is read now, and what special
-    experts need.
+    The parameters are those of version 2, elasticInfoOptional, whose values are read now, and those
+    of zero-computation experts.
 
     Returns:
         As in ``aclnnMoeDistributeDispatchGetWorkspaceSize``.
@@ -190,11 +182,7 @@ def aclnnMoeDistributeCombineV3GetWorkspaceSize(
     return first_phase(_V3, locals())
 
 
-def aclnnMoeDistributeCombineV3(
-    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
-) -> int:
-    """Make the call that ``aclnnMoeDistributeCombineV3GetWorkspaceSize`` has checked."""
-    return second_phase(_V3, workspace, workspaceSize, executor, stream)
+aclnnMoeDistributeCombineV3 = second_phase(_V3)
 
 
 def aclnnMoeDistributeCombineV4GetWorkspaceSize(
@@ -236,9 +224,10 @@ def aclnnMoeDistributeCombineV4GetWorkspaceSize(
     constExpertNum: int,
     xOut: Tensor | None,
 ) -> FirstPhase:
-    """Check a call of ``npu_moe_distribute_combine_v2``, where the arguments are described.
+    """Check a call of ``npu_moe_distribute_combine_v2``, whose docstring describes the arguments.
 
-    The parameters are those of version 3, and performanceInfoOptional, which gains what is waited.
+    The parameters are those of version 3, and performanceInfoOptional, to which the microseconds
+    waited are added.
 
     Returns:
         As in ``aclnnMoeDistributeDispatchGetWorkspaceSize``.
@@ -246,8 +235,4 @@ def aclnnMoeDistributeCombineV4GetWorkspaceSize(
     return first_phase(_V4, locals())
 
 
-def aclnnMoeDistributeCombineV4(
-    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
-) -> int:
-    """Make the call that ``aclnnMoeDistributeCombineV4GetWorkspaceSize`` has checked."""
-    return second_phase(_V4, workspace, workspaceSize, executor, stream)
+aclnnMoeDistributeCombineV4 = second_phase(_V4)

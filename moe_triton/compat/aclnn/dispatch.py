@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...ascend.distributed import schemas
 from ...errors import ArgumentValueError
-from .interface import Executor, FirstPhase, Interface, Output, Stream, first_phase, second_phase
+from .interface import FirstPhase, Interface, Output, first_phase, second_phase
 
 
 def _outputs(suffix: str, third: Output) -> tuple[Output, ...]:
@@ -69,49 +69,45 @@ def aclnnMoeDistributeDispatchGetWorkspaceSize(
     tpRecvCounts: Tensor | None,
     expandScales: Tensor | None,
 ) -> FirstPhase:
-    """Check a call of ``npu_moe_distribute_dispatch``, where the arguments are described.
+    """Check a call of ``npu_moe_distribute_dispatch``, whose docstring describes the arguments.
 
-    The dtype of expandX chooses among those that quantMode makes: int8 or a float8.
+    The dtype of expandX selects one of the dtypes of quantMode: int8 or a float8.
 
     Args:
         x: (BS, H).
         expertIds: (BS, K) int32.
-        scales: or None.
+        scales: float32, or None.
         xActiveMask: (BS,) or (BS, K) bool, or None.
         expertScales: (BS, K) float32, or None.
         groupEp: the group.
         epWorldSize: W.
         epRankId: this rank.
         moeExpertNum: E.
-        groupTp: the group of the T ranks with the same experts, "" without.
+        groupTp: the group of the T ranks with the same experts, "" without tensor parallelism.
         tpWorldSize: T.
         tpRankId: this rank in groupTp.
         expertShardType: 0.
         sharedExpertNum: NS.
         sharedExpertRankNum: S.
         quantMode: how rows are quantised.
-        globalBs: W times the largest BS, or 0 where all are equal.
+        globalBs: W times the largest BS, or 0 if all are equal.
         expertTokenNumsType: 0 prefix sums, 1 counts.
-        expandX: (T * A, H) or more rows, for the output.
-        dynamicScales: (T * A, ..) or more rows, likewise; None where there are none.
-        expandIdx: (BS * K,) int32, likewise.
-        expertTokenNums: (L,) int64, likewise.
-        epRecvCounts: (T * W * L,) int32, likewise; (W * L + 2 * G * K * (W / 8),) under the
-            profile a2, with G = W * maxBS.
-        tpRecvCounts: (T,) int32, likewise; None without T = 2.
-        expandScales: (A,) float32 or more, likewise; None if not wanted.
+        expandX: output, (T * A, H) or more rows.
+        dynamicScales: output, (T * A, ..) or more rows; None if quantMode has no scales.
+        expandIdx: output, (BS * K,) int32.
+        expertTokenNums: output, (L,) int64.
+        epRecvCounts: output, (T * W * L,) int32; (W * L + 2 * G * K * (W / 8),) under the profile
+            a2, with G = W * maxBS.
+        tpRecvCounts: output, (T,) int32; None without T = 2.
+        expandScales: output, (A,) float32 or more; None if not wanted.
 
     Returns:
-        A status, the bytes of workspace needed, and the executor; that is None after an error.
+        A status, the bytes of workspace, and the executor, None after an error.
     """
     return first_phase(_V1, locals())
 
 
-def aclnnMoeDistributeDispatch(
-    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
-) -> int:
-    """Make the call that ``aclnnMoeDistributeDispatchGetWorkspaceSize`` has checked."""
-    return second_phase(_V1, workspace, workspaceSize, executor, stream)
+aclnnMoeDistributeDispatch = second_phase(_V1)
 
 
 def aclnnMoeDistributeDispatchV2GetWorkspaceSize(
@@ -142,9 +138,9 @@ def aclnnMoeDistributeDispatchV2GetWorkspaceSize(
     tpRecvCountsOut: Tensor | None,
     expandScalesOut: Tensor | None,
 ) -> FirstPhase:
-    """Check a call of ``npu_moe_distribute_dispatch_v2``, where the arguments are described.
+    """Check a call of ``npu_moe_distribute_dispatch_v2``, whose docstring describes the arguments.
 
-    The parameters are those of version 1, then commAlg, and for the third output
+    The parameters are those of version 1 and commAlg; the third output is
     assistInfoForCombineOut, (A * 128,) int32 or more.
 
     Returns:
@@ -153,11 +149,7 @@ def aclnnMoeDistributeDispatchV2GetWorkspaceSize(
     return first_phase(_V2, locals())
 
 
-def aclnnMoeDistributeDispatchV2(
-    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
-) -> int:
-    """Make the call that ``aclnnMoeDistributeDispatchV2GetWorkspaceSize`` has checked."""
-    return second_phase(_V2, workspace, workspaceSize, executor, stream)
+aclnnMoeDistributeDispatchV2 = second_phase(_V2)
 
 
 def aclnnMoeDistributeDispatchV3GetWorkspaceSize(
@@ -192,10 +184,10 @@ def aclnnMoeDistributeDispatchV3GetWorkspaceSize(
     tpRecvCountsOut: Tensor | None,
     expandScalesOut: Tensor | None,
 ) -> FirstPhase:
-    """Check a call of ``npu_moe_distribute_dispatch_v2``, where the arguments are described.
+    """Check a call of ``npu_moe_distribute_dispatch_v2``, whose docstring describes the arguments.
 
-    The parameters are those of version 2, and elasticInfoOptional and the numbers of special
-    experts. elasticInfoOptional is read now.
+    The parameters are those of version 2, elasticInfoOptional, whose values are read now, and the
+    numbers of zero-computation experts.
 
     Returns:
         As in ``aclnnMoeDistributeDispatchGetWorkspaceSize``.
@@ -203,11 +195,7 @@ def aclnnMoeDistributeDispatchV3GetWorkspaceSize(
     return first_phase(_V3, locals())
 
 
-def aclnnMoeDistributeDispatchV3(
-    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
-) -> int:
-    """Make the call that ``aclnnMoeDistributeDispatchV3GetWorkspaceSize`` has checked."""
-    return second_phase(_V3, workspace, workspaceSize, executor, stream)
+aclnnMoeDistributeDispatchV3 = second_phase(_V3)
 
 
 def aclnnMoeDistributeDispatchV4GetWorkspaceSize(
@@ -243,9 +231,10 @@ def aclnnMoeDistributeDispatchV4GetWorkspaceSize(
     tpRecvCountsOut: Tensor | None,
     expandScalesOut: Tensor | None,
 ) -> FirstPhase:
-    """Check a call of ``npu_moe_distribute_dispatch_v2``, where the arguments are described.
+    """Check a call of ``npu_moe_distribute_dispatch_v2``, whose docstring describes the arguments.
 
-    The parameters are those of version 3, and performanceInfoOptional, which gains what is waited.
+    The parameters are those of version 3, and performanceInfoOptional, to which the microseconds
+    waited are added.
 
     Returns:
         As in ``aclnnMoeDistributeDispatchGetWorkspaceSize``.
@@ -253,8 +242,4 @@ def aclnnMoeDistributeDispatchV4GetWorkspaceSize(
     return first_phase(_V4, locals())
 
 
-def aclnnMoeDistributeDispatchV4(
-    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
-) -> int:
-    """Make the call that ``aclnnMoeDistributeDispatchV4GetWorkspaceSize`` has checked."""
-    return second_phase(_V4, workspace, workspaceSize, executor, stream)
+aclnnMoeDistributeDispatchV4 = second_phase(_V4)

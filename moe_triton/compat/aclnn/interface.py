@@ -1,20 +1,22 @@
-"""What all two-phase interfaces share: a call is checked first, and made later.
+"""The machinery of the two-phase interfaces: check a call first, launch it later.
 
-The first phase checks descriptors: what tensors there are, their dtypes and shapes, the attributes,
-and the tensors for the outputs. It reads no values, so that a call may be planned before its inputs
-are computed; ``elasticInfo`` is the exception, as it says which ranks take part. The second phase
-checks all of it again with the values, which it reads then, and runs the op.
+The first phase checks descriptors: the dtypes and shapes of inputs and of the tensors for outputs,
+and the attributes. It reads no values, so that a call may be planned before its inputs are
+computed; ``elasticInfo`` is the exception, as it names the participating ranks. The second phase
+reads the values, checks them with all the rest, and runs the op.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from ...ascend import checks
 from ...ascend.distributed.schemas import CheckedOperator
 from ...errors import (
     INVALID_PARAM,
@@ -23,12 +25,11 @@ from ...errors import (
     ArgumentValueError,
     MissingArgumentError,
 )
-from ...ops import checks
 from .status import ACLNN_SUCCESS, failed
 
-_TEXTS = ("group_tp", "comm_alg")  # where C may give a null pointer for an empty one
+_TEXTS = ("group_tp", "comm_alg")  # C may pass a null pointer for an empty string
 
-_WITH_SCALES = (2, 3, 4)  # values of quant_mode, which have dynamic_scales
+_WITH_SCALES = (2, 3, 4)  # values of quant_mode with dynamic_scales
 
 WORKSPACE_SIZE = 0  # bytes; the ops have memory of their own
 
@@ -37,24 +38,24 @@ Stream = contextlib.AbstractContextManager[Any] | None
 
 
 class ExecutorError(ArgumentError, ValueError):
-    """An executor that has been launched, or is another function's."""
+    """An executor that has been launched, or belongs to another function."""
 
     code = INVALID_PARAM
 
 
 @dataclass(frozen=True)
 class Output:
-    """A tensor that the caller gives for an output.
+    """A parameter for an output, to which the caller passes a tensor.
 
     Attributes:
         name: of the parameter.
-        shape: in words.
-        dtype: where it is the same in all calls.
-        larger: whether it may have more rows than that; these stay as they are.
-        always: whether all calls have this output. Of what is given for one that a call has not,
-            only the dtype is looked at, if that is always the same.
-        quantised: whether calls with a quant_mode that makes scales have it; that is known first.
-        absent: the error where there is no tensor for it; None where it may go without.
+        shape: for error messages.
+        dtype: if it is the same in all calls.
+        larger: whether the tensor may have more rows; these are not written.
+        always: whether all calls have this output. In a call without it only the dtype of the
+            tensor is checked, if ``dtype`` fixes it.
+        quantised: whether calls with a quant_mode that computes scales have it; checked first.
+        absent: the error for a missing tensor; None if the output is optional.
     """
 
     name: str
@@ -66,21 +67,21 @@ class Output:
     absent: type[ArgumentError] | None = MissingArgumentError
 
     def needed(self, given: dict[str, Any]) -> bool:
-        """Whether a call has this output, as far as one argument says."""
+        """Whether a call has this output, as far as quant_mode decides."""
         mode = given.get("quant_mode")
         return self.always or (self.quantised and isinstance(mode, int) and mode in _WITH_SCALES)
 
 
 @dataclass(frozen=True)
 class Interface:
-    """One function in two phases.
+    """A function in two phases.
 
     Attributes:
         name: of the second phase.
-        operator: the op it stands for.
-        outputs: in the order of the op's; further ones of the op are left out.
-        dtype_from: the output whose dtype is the op's y_dtype, if one is.
-        renamed: parameters whose name is not the op's, written its way.
+        operator: the op behind it.
+        outputs: in the order of the op's; the op may have more.
+        dtype_from: the output whose dtype is the op's y_dtype, or None.
+        renamed: parameters under another name than the op's, with that name.
     """
 
     name: str
@@ -93,19 +94,19 @@ class Interface:
 def translated(
     call: dict[str, Any], renamed: dict[str, str] | None = None
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """A call by the names of the op's arguments, as ``ep_world_size`` is for ``epWorldSize``.
+    """Translate parameters into the op's arguments, as ``epWorldSize`` into ``ep_world_size``.
 
     Args:
-        call: by the names of the parameters.
-        renamed: those that the op calls otherwise.
+        call: parameters by name.
+        renamed: those under another name than the op's, with that name.
 
     Returns:
-        The arguments, and for the name of each that of its parameter.
+        The arguments by name, and the parameter of each by the argument's name.
     """
     parameters = {(renamed or {}).get(name) or _snake_case(name): name for name in call}
-    given = {keyword: call[name] for keyword, name in parameters.items()}
-    given |= {name: "" for name in _TEXTS if name in given and given[name] is None}
-    return given, parameters
+    arguments = {keyword: call[name] for keyword, name in parameters.items()}
+    arguments |= {name: "" for name in _TEXTS if name in arguments and arguments[name] is None}
+    return arguments, parameters
 
 
 def _snake_case(parameter: str) -> str:
@@ -113,48 +114,48 @@ def _snake_case(parameter: str) -> str:
     return re.sub(r"(?=[A-Z0-9])", "_", words).lower()
 
 
-def described(given: dict[str, Any]) -> dict[str, Any]:
-    """What is known of a call before its tensors have values; elastic_info is read all the same."""
+def described(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call with tensors on the meta device, except elastic_info."""
     return {
         name: value.detach().to("meta")
         if isinstance(value, torch.Tensor) and name != "elastic_info"
         else value
-        for name, value in given.items()
+        for name, value in arguments.items()
     }
 
 
 class Executor:
-    """One call that was checked, and can be launched once: what C calls an aclOpExecutor.
+    """A checked call that can be launched once: C's aclOpExecutor.
 
     Args:
         interface: the function.
-        given: arguments of the op.
+        arguments: of the op.
         targets: the tensors for its outputs.
-        parameters: the function's names for the op's arguments.
+        parameters: the parameter of each argument.
     """
 
     def __init__(
         self,
         interface: Interface,
-        given: dict[str, Any],
+        arguments: dict[str, Any],
         targets: tuple[torch.Tensor | None, ...],
         parameters: dict[str, str],
     ) -> None:
-        self.interface, self.given, self.targets = interface, given, targets
+        self.interface, self.arguments, self.targets = interface, arguments, targets
         self.parameters = parameters
         self._launched = False
 
     def launch(self, stream: Stream) -> None:
-        """Run the op, and put its results where the caller wants them."""
+        """Run the op, and copy its results into the caller's tensors."""
         operator = self.interface.operator
         if self._launched:
-            with operator.checking(**self.given):  # the peers come to one call more, too
+            with operator.checking(**self.arguments):  # abort the peers of this extra call
                 raise ExecutorError(
-                    self.interface.name, "executor", "be launched once", "one that has been"
+                    self.interface.name, "executor", "be launched once", "a launched one"
                 )
         self._launched = True
         with torch.no_grad(), stream or contextlib.nullcontext():
-            results = _as_tuple(operator.run(**self.given))
+            results = _as_tuple(operator.run(**self.arguments))
             for target, result in zip(self.targets, results, strict=False):
                 if target is not None and result is not None:
                     target[: len(result)].copy_(result)
@@ -164,49 +165,60 @@ FirstPhase = tuple[int, int, Executor | None]
 
 
 def first_phase(interface: Interface, call: dict[str, Any]) -> FirstPhase:
-    """Check a call; a status, the bytes of workspace it needs, and what launches it.
+    """Check a call; returns a status, the workspace bytes, and the executor.
 
     Args:
         interface: the function.
-        call: its arguments by the names of its parameters.
+        call: its parameters by name.
     """
     targets = tuple(call[output.name] for output in interface.outputs)
     names = {output.name for output in interface.outputs}
     inputs = {name: value for name, value in call.items() if name not in names}
-    given, parameters = translated(inputs, interface.renamed)
+    arguments, parameters = translated(inputs, interface.renamed)
     if interface.dtype_from is not None:
         rows = call[interface.dtype_from]
-        given["y_dtype"] = rows.dtype if isinstance(rows, torch.Tensor) else None
+        arguments["y_dtype"] = rows.dtype if isinstance(rows, torch.Tensor) else None
         parameters["y_dtype"] = interface.dtype_from
     try:
-        _check(interface, given, targets)
+        _check(interface, arguments, targets)
     except Exception as error:  # noqa: BLE001 (the interface has statuses, no exceptions)
         return failed(f"{interface.name}GetWorkspaceSize", error, parameters), 0, None
-    return ACLNN_SUCCESS, WORKSPACE_SIZE, Executor(interface, given, targets, parameters)
+    return ACLNN_SUCCESS, WORKSPACE_SIZE, Executor(interface, arguments, targets, parameters)
 
 
-def second_phase(
-    interface: Interface,
-    workspace: object,  # noqa: ARG001 (none is used, whatever its size)
-    workspace_size: int,
-    executor: Executor | None,
-    stream: Stream,
-) -> int:
-    """Launch what a first phase has checked; returns a status.
+SecondPhase = Callable[[object, int, "Executor | None", Stream], int]
+
+
+def second_phase(interface: Interface) -> SecondPhase:
+    """The function that launches what ``first_phase(interface, ..)`` has checked."""
+
+    def launch(
+        workspace: object,  # noqa: ARG001 (the ops have memory of their own)
+        workspaceSize: int,
+        executor: Executor | None,
+        stream: Stream,
+    ) -> int:
+        try:
+            _launch(interface, workspaceSize, executor, stream)
+        except Exception as error:  # noqa: BLE001 (the interface has statuses, no exceptions)
+            parameters = executor.parameters if isinstance(executor, Executor) else {}
+            return failed(interface.name, error, parameters)
+        return ACLNN_SUCCESS
+
+    launch.__name__ = launch.__qualname__ = interface.name
+    launch.__module__ = __package__
+    launch.__doc__ = f"""Launch a call that ``{interface.name}GetWorkspaceSize`` has checked.
 
     Args:
-        interface: the function.
-        workspace: None will do.
-        workspace_size: at least what the first phase said.
+        workspace: None; its content is not used.
+        workspaceSize: at least the size that the first phase returned.
         executor: from the first phase.
-        stream: where the op shall run, a ``torch.Stream``; None for the current one.
+        stream: a ``torch.Stream`` to run on, None for the current one.
+
+    Returns:
+        A status.
     """
-    try:
-        _launch(interface, workspace_size, executor, stream)
-    except Exception as error:  # noqa: BLE001 (the interface has statuses, no exceptions)
-        parameters = executor.parameters if isinstance(executor, Executor) else {}
-        return failed(interface.name, error, parameters)
-    return ACLNN_SUCCESS
+    return launch
 
 
 def _launch(
@@ -220,19 +232,19 @@ def _launch(
     if stream is not None and not isinstance(stream, contextlib.AbstractContextManager):
         raise ArgumentTypeError(op, "stream", "be a torch.Stream or None", repr(stream))
     checks.integers(op, workspaceSize=workspace_size)
-    contract = f"be at least {WORKSPACE_SIZE}, as the first phase said"
+    contract = f"be at least {WORKSPACE_SIZE}, the output of the first phase"
     checks.value(op, "workspaceSize", workspace_size >= WORKSPACE_SIZE, contract, workspace_size)
     executor.launch(stream)
 
 
 def _check(
-    interface: Interface, given: dict[str, Any], targets: tuple[torch.Tensor | None, ...]
+    interface: Interface, arguments: dict[str, Any], targets: tuple[torch.Tensor | None, ...]
 ) -> None:
-    """Check the inputs and the tensors for the outputs; of two faults the lower code wins."""
+    """Check inputs and the tensors for outputs; of two errors the lower code is reported."""
     op, outputs = interface.name, tuple(zip(interface.outputs, targets, strict=True))
-    plan = described(given)
+    plan = described(arguments)
     with interface.operator.checking(**plan) as check:
-        needed = {output.name: target for output, target in outputs if output.needed(given)}
+        needed = {output.name: target for output, target in outputs if output.needed(arguments)}
         checks.required(op, **needed)
         try:
             check()
@@ -241,16 +253,16 @@ def _check(
             raise
         _check_dtypes(op, outputs)
         results = _as_tuple(interface.operator.outputs(**plan))
-        made = [
+        produced = [
             (*output, result)
             for output, result in zip(outputs, results, strict=False)
             if result is not None
         ]
-        for output, target, result in made:
+        for output, target, result in produced:
             if target is None and output.absent is not None:
-                raise output.absent(op, output.name, "be given, as there is such an output", None)
+                raise output.absent(op, output.name, "be given in a call with this output", None)
             checks.dtype(op, output.name, target, (result.dtype,))
-        for output, target, result in made:
+        for output, target, result in produced:
             if target is not None:
                 _check_shape(op, output, target, result)
 
@@ -260,14 +272,14 @@ def _as_tuple(results: Any) -> tuple[torch.Tensor | None, ...]:
 
 
 def _check_dtypes(op: str, outputs: tuple[tuple[Output, torch.Tensor | None], ...]) -> None:
-    """Those that are the same in all calls."""
+    """Check the dtypes that are the same in all calls."""
     for output, target in outputs:
         if output.dtype is not None:
             checks.dtype(op, output.name, target, (output.dtype,))
 
 
 def _check_shape(op: str, output: Output, target: torch.Tensor, result: torch.Tensor) -> None:
-    """The tensor for an output has room for the result."""
+    """Check that the tensor for an output has room for the result."""
     sizes: tuple[int | None, ...] = tuple(result.shape)
     if output.larger and target.dim() and len(target) >= len(result):
         sizes = (None, *sizes[1:])

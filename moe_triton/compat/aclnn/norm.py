@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...ascend.distributed import schemas
-from .interface import Executor, FirstPhase, Interface, Output, Stream, first_phase, second_phase
+from .interface import FirstPhase, Interface, Output, first_phase, second_phase
 
 _V1, _V2 = (
     Interface(
@@ -58,7 +58,7 @@ def aclnnMoeDistributeCombineAddRmsNormGetWorkspaceSize(
     rstdOut: Tensor | None,
     xOut: Tensor | None,
 ) -> FirstPhase:
-    """Check a call of ``npu_moe_distribute_combine_add_rms_norm``; see there.
+    """Check a call of ``npu_moe_distribute_combine_add_rms_norm``; see there for the rest.
 
     The parameters are those of ``aclnnMoeDistributeCombineV2``, and residualX (BS, 1, H), gamma
     (H,) and normEps. Outputs are yOut (BS, 1, H), rstdOut (BS, 1, 1) float32 and xOut (BS, 1, H).
@@ -69,11 +69,7 @@ def aclnnMoeDistributeCombineAddRmsNormGetWorkspaceSize(
     return first_phase(_V1, locals())
 
 
-def aclnnMoeDistributeCombineAddRmsNorm(
-    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
-) -> int:
-    """Make the call that ``aclnnMoeDistributeCombineAddRmsNormGetWorkspaceSize`` has checked."""
-    return second_phase(_V1, workspace, workspaceSize, executor, stream)
+aclnnMoeDistributeCombineAddRmsNorm = second_phase(_V1)
 
 
 def aclnnMoeDistributeCombineAddRmsNormV2GetWorkspaceSize(
@@ -119,10 +115,10 @@ def aclnnMoeDistributeCombineAddRmsNormV2GetWorkspaceSize(
     rstdOut: Tensor | None,
     xOut: Tensor | None,
 ) -> FirstPhase:
-    """Check a call of ``npu_moe_distribute_combine_add_rms_norm``; see there.
+    """Check a call of ``npu_moe_distribute_combine_add_rms_norm``; see there for the rest.
 
-    The parameters are those of version 1, elasticInfoOptional, which is read now, and what special
-    experts need.
+    The parameters are those of version 1, elasticInfoOptional, whose values are read now, and those
+    of zero-computation experts.
 
     Returns:
         As in ``aclnnMoeDistributeDispatchGetWorkspaceSize``.
@@ -130,8 +126,4 @@ def aclnnMoeDistributeCombineAddRmsNormV2GetWorkspaceSize(
     return first_phase(_V2, locals())
 
 
-def aclnnMoeDistributeCombineAddRmsNormV2(
-    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
-) -> int:
-    """Make the call that ``aclnnMoeDistributeCombineAddRmsNormV2GetWorkspaceSize`` has checked."""
-    return second_phase(_V2, workspace, workspaceSize, executor, stream)
+aclnnMoeDistributeCombineAddRmsNormV2 = second_phase(_V2)

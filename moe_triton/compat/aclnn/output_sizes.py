@@ -1,14 +1,12 @@
-"""How large the tensors for the outputs of the split-phase interfaces have to be."""
+"""Sizes of the outputs of the split-phase interfaces."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ...ascend.distributed import schemas
-from ...ops import checks
+from ...ascend.distributed import fake_outputs, schemas
 from .interface import described, translated
 from .status import ACLNN_SUCCESS, failed
 
@@ -31,9 +29,7 @@ def aclnnMoeDistributeDispatchSetupTeardownCalcOutputSize(
     commType: int,
     commAlg: str | None,
 ) -> tuple[int, int, int, int, int]:
-    """Sizes of outputs of the two halves of a dispatch.
-
-    The parameters are those of the two halves.
+    """Sizes of outputs of a dispatch setup and teardown, whose parameters these are.
 
     Returns:
         A status; the second dimension of the setup's yOut; the sizes of its expandIdxOut, of the
@@ -41,9 +37,9 @@ def aclnnMoeDistributeDispatchSetupTeardownCalcOutputSize(
     """
     call = locals()
     try:
-        given = _checked(_DISPATCH, "x", call)
-        y, expand_idx, info = schemas.dispatch_setup.outputs(**given, y_dtype=None)
-        _, _, assist, _ = schemas.dispatch_teardown.outputs(**given, y=y)
+        arguments = _checked(_DISPATCH, "x", call)
+        y, expand_idx, info = schemas.dispatch_setup.outputs(**arguments, y_dtype=None)
+        _, _, assist, _ = schemas.dispatch_teardown.outputs(**arguments, y=y)
     except Exception as error:  # noqa: BLE001 (the interface has statuses, no exceptions)
         return failed(_DISPATCH, error, translated(call)[1]), 0, 0, 0, 0
     return ACLNN_SUCCESS, y.shape[1], len(expand_idx), len(assist), len(info)
@@ -72,8 +68,8 @@ def aclnnMoeDistributeCombineSetupTeardownCalcOutputSize(
     """
     call = locals()
     try:
-        given = _checked(_COMBINE, "expandX", call)
-        sent, info = schemas.combine_setup.outputs(**given)
+        arguments = _checked(_COMBINE, "expandX", call)
+        sent, info = schemas.combine_setup.outputs(**arguments)
     except Exception as error:  # noqa: BLE001 (the interface has statuses, no exceptions)
         return failed(_COMBINE, error, translated(call)[1]), 0, 0
     return ACLNN_SUCCESS, sent.shape[1], len(info)
@@ -84,16 +80,8 @@ _COMBINE = aclnnMoeDistributeCombineSetupTeardownCalcOutputSize.__name__
 
 
 def _checked(function: str, tokens: str, call: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of the op, if sizes follow from them."""
-    given, _ = translated(call)
+    """The arguments of the op without values, after the checks of all that sizes depend on."""
+    arguments, _ = translated(call)
     matrices = {tokens: call[tokens], "expertIds": call["expertIds"]}
-    checks.required(function, **matrices)
-    for name, tensor in matrices.items():
-        checks.dtype(function, name, tensor, (*checks.FLOATS, torch.int32))
-        checks.shape(function, name, tensor, (None, None), "(BS, H)", tensor.device)
-    names = ("ep_world_size", "moe_expert_num", "shared_expert_num", "shared_expert_rank_num")
-    world, *experts = (given[name] for name in names)
-    checks.integers(function, **{name: given[name] for name in names})
-    checks.value(function, "ep_world_size", world >= 1, "be positive", world)
-    checks.topology(function, world, *experts)
-    return described(given)
+    fake_outputs.check_sizes(function, matrices, arguments)
+    return described(arguments)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...ascend.distributed import schemas
-from .interface import Executor, FirstPhase, Interface, Output, Stream, first_phase, second_phase
+from .interface import FirstPhase, Interface, Output, first_phase, second_phase
 
 _DISPATCH_SETUP = Interface(
     "aclnnMoeDistributeDispatchSetup",
@@ -63,10 +63,10 @@ def aclnnMoeDistributeDispatchSetupGetWorkspaceSize(
     expandIdxOut: Tensor | None,
     commCmdInfoOut: Tensor | None,
 ) -> FirstPhase:
-    """Check a call of ``npu_moe_distribute_dispatch_setup``; the arguments are described there.
+    """Check a call of ``npu_moe_distribute_dispatch_setup``; its docstring describes them.
 
     Outputs: yOut (BS * (K + NS), tokenMsgSize), expandIdxOut (BS * K,) and commCmdInfoOut,
-    with the sizes that ``aclnnMoeDistributeDispatchSetupTeardownCalcOutputSize`` tells.
+    with the sizes of ``aclnnMoeDistributeDispatchSetupTeardownCalcOutputSize``.
 
     Returns:
         As in ``aclnnMoeDistributeDispatchGetWorkspaceSize``.
@@ -74,11 +74,7 @@ def aclnnMoeDistributeDispatchSetupGetWorkspaceSize(
     return first_phase(_DISPATCH_SETUP, locals())
 
 
-def aclnnMoeDistributeDispatchSetup(
-    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
-) -> int:
-    """Make the call that ``aclnnMoeDistributeDispatchSetupGetWorkspaceSize`` has checked."""
-    return second_phase(_DISPATCH_SETUP, workspace, workspaceSize, executor, stream)
+aclnnMoeDistributeDispatchSetup = second_phase(_DISPATCH_SETUP)
 
 
 def aclnnMoeDistributeDispatchTeardownGetWorkspaceSize(
@@ -103,12 +99,12 @@ def aclnnMoeDistributeDispatchTeardownGetWorkspaceSize(
     assistInfoForCombineOut: Tensor | None,
     expertTokenNumsOut: Tensor | None,
 ) -> FirstPhase:
-    """Check a call of ``npu_moe_distribute_dispatch_teardown``; the arguments are described there.
+    """Check a call of ``npu_moe_distribute_dispatch_teardown``; its docstring describes them.
 
-    Outputs: expandXOut (A, H), dynamicScalesOut, which the documents want in every call and which
-    stays as it is where rows have no scales, assistInfoForCombineOut (A * 128,), all or more rows,
-    and expertTokenNumsOut (L,). What the setup was given is compared with it in the second phase.
-    No peer is told of a fault, as this may be tried again.
+    Outputs: expandXOut (A, H), dynamicScalesOut, required in every call and not written if rows
+    have no scales, assistInfoForCombineOut (A * 128,), each of these or more rows, and
+    expertTokenNumsOut (L,). The second phase compares the arguments with those of the setup.
+    An error does not abort the peers, as the teardown may be tried again.
 
     Returns:
         As in ``aclnnMoeDistributeDispatchGetWorkspaceSize``.
@@ -116,11 +112,7 @@ def aclnnMoeDistributeDispatchTeardownGetWorkspaceSize(
     return first_phase(_DISPATCH_TEARDOWN, locals())
 
 
-def aclnnMoeDistributeDispatchTeardown(
-    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
-) -> int:
-    """Make the call that ``aclnnMoeDistributeDispatchTeardownGetWorkspaceSize`` has checked."""
-    return second_phase(_DISPATCH_TEARDOWN, workspace, workspaceSize, executor, stream)
+aclnnMoeDistributeDispatchTeardown = second_phase(_DISPATCH_TEARDOWN)
 
 
 def aclnnMoeDistributeCombineSetupGetWorkspaceSize(
@@ -141,10 +133,10 @@ def aclnnMoeDistributeCombineSetupGetWorkspaceSize(
     quantExpandXOut: Tensor | None,
     commCmdInfoOut: Tensor | None,
 ) -> FirstPhase:
-    """Check a call of ``npu_moe_distribute_combine_setup``; the arguments are described there.
+    """Check a call of ``npu_moe_distribute_combine_setup``; its docstring describes them.
 
-    Outputs: quantExpandXOut (A, tokenMsgSize) and commCmdInfoOut, with the sizes that
-    ``aclnnMoeDistributeCombineSetupTeardownCalcOutputSize`` tells.
+    Outputs: quantExpandXOut (A, tokenMsgSize) and commCmdInfoOut, with the sizes of
+    ``aclnnMoeDistributeCombineSetupTeardownCalcOutputSize``.
 
     Returns:
         As in ``aclnnMoeDistributeDispatchGetWorkspaceSize``.
@@ -152,11 +144,7 @@ def aclnnMoeDistributeCombineSetupGetWorkspaceSize(
     return first_phase(_COMBINE_SETUP, locals())
 
 
-def aclnnMoeDistributeCombineSetup(
-    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
-) -> int:
-    """Make the call that ``aclnnMoeDistributeCombineSetupGetWorkspaceSize`` has checked."""
-    return second_phase(_COMBINE_SETUP, workspace, workspaceSize, executor, stream)
+aclnnMoeDistributeCombineSetup = second_phase(_COMBINE_SETUP)
 
 
 def aclnnMoeDistributeCombineTeardownGetWorkspaceSize(
@@ -181,10 +169,10 @@ def aclnnMoeDistributeCombineTeardownGetWorkspaceSize(
     commAlg: str | None,
     xOut: Tensor | None,
 ) -> FirstPhase:
-    """Check a call of ``npu_moe_distribute_combine_teardown``; the arguments are described there.
+    """Check a call of ``npu_moe_distribute_combine_teardown``; its docstring describes them.
 
-    Outputs: xOut (BS, H). What the setup was given is compared with it in the second phase.
-    No peer is told of a fault, as this may be tried again.
+    Outputs: xOut (BS, H). The second phase compares the arguments with those of the setup.
+    An error does not abort the peers, as the teardown may be tried again.
 
     Returns:
         As in ``aclnnMoeDistributeDispatchGetWorkspaceSize``.
@@ -192,8 +180,4 @@ def aclnnMoeDistributeCombineTeardownGetWorkspaceSize(
     return first_phase(_COMBINE_TEARDOWN, locals())
 
 
-def aclnnMoeDistributeCombineTeardown(
-    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
-) -> int:
-    """Make the call that ``aclnnMoeDistributeCombineTeardownGetWorkspaceSize`` has checked."""
-    return second_phase(_COMBINE_TEARDOWN, workspace, workspaceSize, executor, stream)
+aclnnMoeDistributeCombineTeardown = second_phase(_COMBINE_TEARDOWN)

@@ -1,4 +1,4 @@
-"""The status codes of the aclnn interface, and what went wrong last."""
+"""The status codes of the aclnn interface, and the message of the last error."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ ACLNN_SUCCESS = 0
 ACLNN_ERR_PARAM_NULLPTR = NULL_POINTER
 ACLNN_ERR_PARAM_INVALID = INVALID_PARAM
 ACLNN_ERR_INNER_TILING_ERROR = TILING_ERROR
-ACLNN_ERR_RUNTIME_ERROR = 361001  # peers, the order of calls, a back end: nothing that was passed
+ACLNN_ERR_RUNTIME_ERROR = 361001  # peers, the order of calls, a back end: not an argument
 ACLNN_ERR_INNER = 561000  # a defect of this library
 
 _last = threading.local()  # ranks may be threads
 
 
 def aclnn_last_error() -> str:
-    """Why the last call of this thread that failed did so; "" where none has.
+    """The message of the last failed call of this thread; "" before the first.
 
-    A sentence that begins with the function. A call that succeeds leaves it as it is.
+    It begins with the name of the function. A successful call does not change it.
     """
-    return getattr(_last, "sentence", "")
+    return getattr(_last, "message", "")
 
 
 def failed(function: str, error: Exception, parameters: dict[str, str]) -> int:
-    """The status for an error, whose sentence is kept.
+    """Keep the message of an error; returns its status.
 
     Args:
-        function: the one that was called.
-        error: what it came to.
-        parameters: the function's names for the arguments of the op that errors go by.
+        function: the called function.
+        error: the exception.
+        parameters: the function's parameter of each argument of the op.
     """
     if not isinstance(error, MoeError):
-        _last.sentence = f"{function}: {''.join(traceback.format_exception(error))}"
+        _last.message = f"{function}: {''.join(traceback.format_exception(error))}"
         return ACLNN_ERR_INNER
     problem, argument = error.problem, error.argument
     if argument in parameters and problem.startswith(argument):
         problem = parameters[argument] + problem.removeprefix(argument)
-    _last.sentence = f"{function}: {problem}"
+    _last.message = f"{function}: {problem}"
     return ACLNN_ERR_RUNTIME_ERROR if error.code is None else error.code

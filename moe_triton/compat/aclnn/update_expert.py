@@ -1,4 +1,4 @@
-"""aclnnMoeEPLBUpdateExpert, and its successor aclnnMoeUpdateExpert."""
+"""aclnnMoeEPLBUpdateExpert and its successor aclnnMoeUpdateExpert."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...ascend.distributed import schemas
-from .interface import Executor, FirstPhase, Interface, Output, Stream, first_phase, second_phase
+from .interface import FirstPhase, Interface, Output, first_phase, second_phase
 
 _EPLB = Interface(
     "aclnnMoeEPLBUpdateExpert",
@@ -39,7 +39,7 @@ def aclnnMoeEPLBUpdateExpertGetWorkspaceSize(
         localRankId: this rank.
         worldSize: number of ranks.
         balanceMode: 0, by rank.
-        balancedExpertIds: (BS, K) int32, for the output.
+        balancedExpertIds: output, (BS, K) int32.
 
     Returns:
         As in ``aclnnMoeDistributeDispatchGetWorkspaceSize``.
@@ -47,11 +47,7 @@ def aclnnMoeEPLBUpdateExpertGetWorkspaceSize(
     return first_phase(_EPLB, locals())
 
 
-def aclnnMoeEPLBUpdateExpert(
-    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
-) -> int:
-    """Make the call that ``aclnnMoeEPLBUpdateExpertGetWorkspaceSize`` has checked."""
-    return second_phase(_EPLB, workspace, workspaceSize, executor, stream)
+aclnnMoeEPLBUpdateExpert = second_phase(_EPLB)
 
 
 def aclnnMoeUpdateExpertGetWorkspaceSize(
@@ -66,7 +62,7 @@ def aclnnMoeUpdateExpertGetWorkspaceSize(
     balancedExpertIds: Tensor | None,
     balancedActiveMask: Tensor | None,
 ) -> FirstPhase:
-    """Check a call of ``npu_moe_update_expert``; see there.
+    """Check a call of ``npu_moe_update_expert``; its docstring describes the rest.
 
     Args:
         expertIds: (BS, K) int32 or int64, ids of logical experts.
@@ -77,8 +73,8 @@ def aclnnMoeUpdateExpertGetWorkspaceSize(
         localRankId: this rank.
         worldSize: number of ranks.
         balanceMode: 0 by rank, 1 by token.
-        balancedExpertIds: (BS, K) of the dtype of expertIds, for the output.
-        balancedActiveMask: (BS, K) bool, likewise.
+        balancedExpertIds: output, (BS, K) of the dtype of expertIds.
+        balancedActiveMask: output, (BS, K) bool.
 
     Returns:
         As in ``aclnnMoeDistributeDispatchGetWorkspaceSize``.
@@ -86,8 +82,4 @@ def aclnnMoeUpdateExpertGetWorkspaceSize(
     return first_phase(_SUCCESSOR, locals())
 
 
-def aclnnMoeUpdateExpert(
-    workspace: object, workspaceSize: int, executor: Executor | None, stream: Stream
-) -> int:
-    """Make the call that ``aclnnMoeUpdateExpertGetWorkspaceSize`` has checked."""
-    return second_phase(_SUCCESSOR, workspace, workspaceSize, executor, stream)
+aclnnMoeUpdateExpert = second_phase(_SUCCESSOR)

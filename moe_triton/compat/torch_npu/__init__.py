@@ -2,19 +2,19 @@
 
 Letters: BS tokens of this rank, H hidden size, K experts per token, W ranks, E routed experts, L
 experts of this rank, S shared-expert ranks with NS shared experts, T tensor-parallel ranks (1 or
-2), A rows this rank can receive from its group:
+2), A the most rows that this rank can receive from its group:
 
     shared rank   A = maxBS * ceil(W / (S / NS))
     other rank    A = maxBS * W * min(L, K)
 
 where maxBS = global_bs / W, or BS when global_bs is 0.
 
-``group_ep`` and ``group_tp`` are names of communicators: of torch process groups, or registered
-with ``moe_triton.comm.register_group``; a ``ProcessGroup`` itself is accepted too.
+``group_ep`` and ``group_tp`` are names of torch process groups, or names registered with
+``moe_triton.comm.register_group``. A ``ProcessGroup`` is accepted too.
 
 Each function calls the custom op of its name in ``torch.ops.moe_triton``, and so can be compiled.
-Ops that send are for inference, and have no gradients; ``ExpertParallel`` has. Those on one
-device that copy or sum rows have gradients.
+Ops that communicate are for inference and have no gradients; ``ExpertParallel`` has gradients. Ops
+on one device that copy or sum rows have gradients.
 Source: the API documents of torch_npu and the operator documents of aclnnMoeDistribute*.
 """
 

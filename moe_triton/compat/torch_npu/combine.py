@@ -1,11 +1,10 @@
-"""Rows back to their tokens: combine, its version 2, and with RMSNorm; letters in the package."""
+"""Combine, versions 1 and 2, and with RMSNorm: rows to their tokens; letters in the package."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from ...ascend.distributed import schemas
-from ._groups import group_name
 
 
 def npu_moe_distribute_combine(
@@ -37,19 +36,19 @@ def npu_moe_distribute_combine(
     comm_quant_mode: int = 0,
     group_list_type: int = 0,
 ) -> Tensor:
-    """Bring the experts' rows back to their tokens and sum them; collective over the group.
+    """Return the experts' rows to their tokens and sum them; collective over the group.
 
         out[t] = sum_k expert_scales[t, k] * row(t, k) + sum_j shared(t, j) + shared_expert_x[t]
 
     in float32, in this order, rounded once. With T = 2, the rows of the two ranks of group_tp are
-    added before, in float32, and rounded.
+    first added in float32, and rounded.
 
     Args:
         expand_x: (T * A, H) float16 or bfloat16 expert outputs, rows as dispatch delivered them.
         expert_ids: (BS, K) int32, as given to dispatch.
         expand_idx: (BS * K,) int32 from dispatch.
-        ep_send_counts: (T * W * L,) int32, dispatch's ep_recv_counts; with T = 2, the first W * L
-            will do.
+        ep_send_counts: (T * W * L,) int32, dispatch's ep_recv_counts; with T = 2 also its first
+            W * L elements alone.
         expert_scales: (BS, K) float32 weights.
         group_ep: as in dispatch.
         ep_world_size: as in dispatch.
@@ -60,9 +59,9 @@ def npu_moe_distribute_combine(
         activation_scale: reserved, None.
         weight_scale: reserved, None.
         group_list: reserved, None.
-        expand_scales: (A,) float32 from dispatch, or None; not needed here.
-        shared_expert_x: (BS, H), or (a, b, H) with a * b = BS, of the dtype of expand_x: rows
-            to add with weight 1.
+        expand_scales: (A,) float32 from dispatch, or None; not used.
+        shared_expert_x: (BS, H), or (a, b, H) with a * b = BS, of the dtype of expand_x; added
+            with weight 1.
         group_tp: as in dispatch.
         tp_world_size: as in dispatch.
         tp_rank_id: as in dispatch.
@@ -71,44 +70,17 @@ def npu_moe_distribute_combine(
         shared_expert_rank_num: as in dispatch.
         global_bs: as in dispatch.
         out_dtype: reserved, 0.
-        comm_quant_mode: 0 rows travel as they are, 2 as int8 with a scale for every 8 elements;
+        comm_quant_mode: 0 sends rows unchanged, 2 as int8 with a scale for every 8 elements;
             2 needs T = 1 and H a multiple of 8.
         group_list_type: reserved, 0.
 
     Returns:
-        (BS, H) of the dtype of expand_x; zeros for tokens that take no part.
+        (BS, H) of the dtype of expand_x; zeros for inactive tokens.
 
     Raises:
         The errors of ``npu_moe_distribute_dispatch``.
     """
-    return schemas.combine(
-        expand_x=expand_x,
-        expert_ids=expert_ids,
-        expand_idx=expand_idx,
-        ep_send_counts=ep_send_counts,
-        expert_scales=expert_scales,
-        group_ep=group_name(group_ep),
-        ep_world_size=ep_world_size,
-        ep_rank_id=ep_rank_id,
-        moe_expert_num=moe_expert_num,
-        tp_send_counts=tp_send_counts,
-        x_active_mask=x_active_mask,
-        activation_scale=activation_scale,
-        weight_scale=weight_scale,
-        group_list=group_list,
-        expand_scales=expand_scales,
-        shared_expert_x=shared_expert_x,
-        group_tp=group_name(group_tp),
-        tp_world_size=tp_world_size,
-        tp_rank_id=tp_rank_id,
-        expert_shard_type=expert_shard_type,
-        shared_expert_num=shared_expert_num,
-        shared_expert_rank_num=shared_expert_rank_num,
-        global_bs=global_bs,
-        out_dtype=out_dtype,
-        comm_quant_mode=comm_quant_mode,
-        group_list_type=group_list_type,
-    )
+    return schemas.combine(**locals())
 
 
 def npu_moe_distribute_combine_v2(
@@ -145,9 +117,10 @@ def npu_moe_distribute_combine_v2(
     copy_expert_num: int = 0,
     const_expert_num: int = 0,
 ) -> Tensor:
-    """Bring the experts' rows back to their tokens and sum them; collective over the group.
+    """Return the experts' rows to their tokens and sum them; collective over the group.
 
-    The sum is that of ``npu_moe_distribute_combine``, where for the c-th special expert of its kind
+    The sum is that of ``npu_moe_distribute_combine``, where for a zero-computation expert, the c-th
+    of its kind,
 
         zero      row(t, k) = 0
         copy      row(t, k) = ori_x[t]
@@ -168,14 +141,16 @@ def npu_moe_distribute_combine_v2(
         moe_expert_num: as in dispatch.
         tp_send_counts: as in ``npu_moe_distribute_combine``.
         x_active_mask: as in dispatch.
-        expand_scales: (A,) float32 from dispatch, or None; not needed here.
+        expand_scales: (A,) float32 from dispatch, or None; not used.
         shared_expert_x: as in ``npu_moe_distribute_combine``.
         elastic_info: as in dispatch.
-        ori_x: (BS, H) tokens before the layer, of the dtype of expand_x, as the next three; needed
-            where there are copy or constant experts.
-        const_expert_alpha_1: (const_expert_num,), or (const_expert_num, H) to go by element.
+        ori_x: (BS, H) tokens before the layer, of the dtype of expand_x; needed with copy or
+            constant experts.
+        const_expert_alpha_1: (const_expert_num,), or (const_expert_num, H) for a factor per
+            element, of the dtype of expand_x; needed with constant experts.
         const_expert_alpha_2: like const_expert_alpha_1.
-        const_expert_v: (const_expert_num, H).
+        const_expert_v: (const_expert_num, H) of the dtype of expand_x; needed with constant
+            experts.
         performance_info: as in dispatch.
         group_tp: as in dispatch.
         tp_world_size: as in dispatch.
@@ -191,44 +166,12 @@ def npu_moe_distribute_combine_v2(
         const_expert_num: as in dispatch.
 
     Returns:
-        (BS, H) of the dtype of expand_x; zeros for tokens that take no part.
+        (BS, H) of the dtype of expand_x; zeros for inactive tokens.
 
     Raises:
         The errors of ``npu_moe_distribute_dispatch``.
     """
-    return schemas.combine_v2(
-        expand_x=expand_x,
-        expert_ids=expert_ids,
-        assist_info_for_combine=assist_info_for_combine,
-        ep_send_counts=ep_send_counts,
-        expert_scales=expert_scales,
-        group_ep=group_name(group_ep),
-        ep_world_size=ep_world_size,
-        ep_rank_id=ep_rank_id,
-        moe_expert_num=moe_expert_num,
-        tp_send_counts=tp_send_counts,
-        x_active_mask=x_active_mask,
-        expand_scales=expand_scales,
-        shared_expert_x=shared_expert_x,
-        elastic_info=elastic_info,
-        ori_x=ori_x,
-        const_expert_alpha_1=const_expert_alpha_1,
-        const_expert_alpha_2=const_expert_alpha_2,
-        const_expert_v=const_expert_v,
-        performance_info=performance_info,
-        group_tp=group_name(group_tp),
-        tp_world_size=tp_world_size,
-        tp_rank_id=tp_rank_id,
-        expert_shard_type=expert_shard_type,
-        shared_expert_num=shared_expert_num,
-        shared_expert_rank_num=shared_expert_rank_num,
-        global_bs=global_bs,
-        comm_quant_mode=comm_quant_mode,
-        comm_alg=comm_alg,
-        zero_expert_num=zero_expert_num,
-        copy_expert_num=copy_expert_num,
-        const_expert_num=const_expert_num,
-    )
+    return schemas.combine_v2(**locals())
 
 
 def npu_moe_distribute_combine_add_rms_norm(
@@ -279,12 +222,12 @@ def npu_moe_distribute_combine_add_rms_norm(
         t = sum + residual_x;  x = t;  rstd = 1 / sqrt(mean(t * t) + norm_eps)
         y = (t * rstd) * gamma
 
-    in float32; what is returned is rounded, and t * rstd too before gamma.
+    in float32; outputs are rounded, and so is t * rstd before the product with gamma.
 
     Args:
         expand_x: as in ``npu_moe_distribute_combine``.
         expert_ids: (BS, K) int32, as given to dispatch.
-        expand_idx: the third output of ``npu_moe_distribute_dispatch_v2``, or that of
+        expand_idx: the third output of ``npu_moe_distribute_dispatch_v2`` or of
             ``npu_moe_distribute_dispatch``.
         ep_send_counts: as in ``npu_moe_distribute_combine``.
         expert_scales: (BS, K) float32 weights.
@@ -299,13 +242,13 @@ def npu_moe_distribute_combine_add_rms_norm(
         activation_scale: reserved, None.
         weight_scale: reserved, None.
         group_list: reserved, None.
-        expand_scales: (A,) float32 from dispatch, or None; not needed here.
+        expand_scales: (A,) float32 from dispatch, or None; not used.
         shared_expert_x: as in ``npu_moe_distribute_combine``.
         elastic_info: as in dispatch.
-        ori_x: as in ``npu_moe_distribute_combine_v2``, as the next three.
-        const_expert_alpha_1: see there.
-        const_expert_alpha_2: see there.
-        const_expert_v: see there.
+        ori_x: as in ``npu_moe_distribute_combine_v2``.
+        const_expert_alpha_1: as in ``npu_moe_distribute_combine_v2``.
+        const_expert_alpha_2: as in ``npu_moe_distribute_combine_v2``.
+        const_expert_v: as in ``npu_moe_distribute_combine_v2``.
         group_tp: as in dispatch.
         tp_world_size: as in dispatch.
         tp_rank_id: as in dispatch.
@@ -323,50 +266,11 @@ def npu_moe_distribute_combine_add_rms_norm(
         const_expert_num: as in dispatch.
 
     Returns:
-        y: (BS, 1, H) of the dtype of expand_x; zeros for tokens that take no part, as the others.
+        y: (BS, 1, H) of the dtype of expand_x; zeros for inactive tokens, in all outputs.
         rstd_out: (BS, 1, 1) float32.
         x: (BS, 1, H) of the dtype of expand_x.
 
     Raises:
         The errors of ``npu_moe_distribute_dispatch``.
     """
-    return schemas.combine_add_rms_norm(
-        expand_x=expand_x,
-        expert_ids=expert_ids,
-        expand_idx=expand_idx,
-        ep_send_counts=ep_send_counts,
-        expert_scales=expert_scales,
-        residual_x=residual_x,
-        gamma=gamma,
-        group_ep=group_name(group_ep),
-        ep_world_size=ep_world_size,
-        ep_rank_id=ep_rank_id,
-        moe_expert_num=moe_expert_num,
-        tp_send_counts=tp_send_counts,
-        x_active_mask=x_active_mask,
-        activation_scale=activation_scale,
-        weight_scale=weight_scale,
-        group_list=group_list,
-        expand_scales=expand_scales,
-        shared_expert_x=shared_expert_x,
-        elastic_info=elastic_info,
-        ori_x=ori_x,
-        const_expert_alpha_1=const_expert_alpha_1,
-        const_expert_alpha_2=const_expert_alpha_2,
-        const_expert_v=const_expert_v,
-        group_tp=group_name(group_tp),
-        tp_world_size=tp_world_size,
-        tp_rank_id=tp_rank_id,
-        expert_shard_type=expert_shard_type,
-        shared_expert_num=shared_expert_num,
-        shared_expert_rank_num=shared_expert_rank_num,
-        global_bs=global_bs,
-        out_dtype=out_dtype,
-        comm_quant_mode=comm_quant_mode,
-        group_list_type=group_list_type,
-        comm_alg=comm_alg,
-        norm_eps=norm_eps,
-        zero_expert_num=zero_expert_num,
-        copy_expert_num=copy_expert_num,
-        const_expert_num=const_expert_num,
-    )
+    return schemas.combine_add_rms_norm(**locals())

@@ -1,4 +1,4 @@
-"""Which experts each token goes to; on one device. Letters: N tokens, E experts, k of a token."""
+"""Gating on one device: choose each token's experts. Letters: N tokens, E experts, k of a token."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def npu_moe_gating_top_k(
 
         p = softmax(x) or sigmoid(x);  s = p + bias;  y = p of the chosen, without bias
 
-    in float32. Of equal scores, of experts or of groups, the lower number comes first, and NaN
-    comes before all numbers. Sigmoid scores are divided by their sum + eps. The products' own
-    limits of the groups (more than 2 experts each, and so on) are not imposed.
+    in float32. Of equal scores, of experts or of groups, the lower id comes first, and NaN comes
+    before all numbers. Sigmoid scores are divided by their sum + eps. The products' own limits of
+    the groups (such as more than 2 experts each) are not imposed.
 
     Args:
         x: (N, E) float16, bfloat16 or float32, E at most 2048.
@@ -39,12 +39,12 @@ def npu_moe_gating_top_k(
         tid2eid: (any, k) int32 or int64 in [0, E), with input_ids.
         k_group: groups that a token may use, from 1 to group_count.
         group_count: equal groups of consecutive experts, a divisor of E.
-        group_select_mode: a group is as good as 0 its best expert, 1 its best two together.
+        group_select_mode: score of a group, 0 its best expert, 1 the sum of its best two.
         renorm: 0.
         norm_type: 0 softmax, 1 sigmoid.
         out_flag: whether torch_npu computes out; here it always holds p.
         routed_scaling_factor: factor of y.
-        eps: keeps the division finite.
+        eps: added to the sum, so that the division stays finite.
 
     Returns:
         y: (N, k) of the dtype of x, largest score + bias first.
@@ -54,23 +54,9 @@ def npu_moe_gating_top_k(
     Raises:
         MissingArgumentError: 161001.
         ArgumentTypeError: 161002.
-        ArgumentValueError: 561002, a shape or value; contents are checked on the CPU.
+        ArgumentValueError: 561002, a shape or value; values in tensors are checked on the CPU.
     """
-    return schemas.gating_top_k(
-        x=x,
-        k=k,
-        bias=bias,
-        input_ids=input_ids,
-        tid2eid=tid2eid,
-        k_group=k_group,
-        group_count=group_count,
-        group_select_mode=group_select_mode,
-        renorm=renorm,
-        norm_type=norm_type,
-        out_flag=out_flag,
-        routed_scaling_factor=routed_scaling_factor,
-        eps=eps,
-    )
+    return schemas.gating_top_k(**locals())
 
 
 def npu_moe_gating_top_k_softmax(
@@ -80,18 +66,18 @@ def npu_moe_gating_top_k_softmax(
 
     Args:
         x: (N, E), or (B, N, E), float16, bfloat16 or float32.
-        finished: bool, (N,) or (B, N), the tokens that need no experts.
+        finished: bool, (N,) or (B, N), True for tokens without experts.
         k: from 1 to E, at most 1024.
 
     Returns:
         y: (.., k) of the dtype of x, the softmax of the chosen, largest first.
-        expert_idx: (.., k) int32; E for tokens that are finished.
+        expert_idx: (.., k) int32; E for finished tokens.
         row_idx: (.., k) int32: j * (number of tokens) + i for choice j of token i.
 
     Raises:
         The errors of ``npu_moe_gating_top_k``.
     """
-    return schemas.gating_top_k_softmax(x=x, finished=finished, k=k)
+    return schemas.gating_top_k_softmax(**locals())
 
 
 def npu_moe_gating_top_k_softmax_v2(
@@ -114,11 +100,9 @@ def npu_moe_gating_top_k_softmax_v2(
     Returns:
         y: as in ``npu_moe_gating_top_k_softmax``.
         expert_idx: see there.
-        softmax_result: float32 of the shape of x; (0,) where it is not asked for.
+        softmax_result: float32 of the shape of x; (0,) without output_softmax.
 
     Raises:
         The errors of ``npu_moe_gating_top_k``.
     """
-    return schemas.gating_top_k_softmax_v2(
-        x=x, k=k, finished=finished, renorm=renorm, output_softmax=output_softmax
-    )
+    return schemas.gating_top_k_softmax_v2(**locals())

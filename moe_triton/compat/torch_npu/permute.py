@@ -1,7 +1,7 @@
-"""Tokens in the order of their experts, and back; on one device, with gradients.
+"""Permute tokens into the order of their experts, and back; on one device, with gradients.
 
-Letters: N tokens, H hidden size, K experts of a token, E experts. Beside the dtypes of torch_npu
-there is float64.
+Letters: N tokens, H hidden size, K experts of a token, E experts. float64 is accepted in addition
+to the dtypes of torch_npu.
 """
 
 from __future__ import annotations
@@ -19,30 +19,27 @@ def npu_moe_token_permute(
     num_out_tokens: int | None = None,
     padded_mode: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Copy each token for each of its experts, in the order of (expert, token).
+    """Copy each token once per expert of it, in the order of (expert, token).
 
         permuted_tokens[sorted_indices[i]] = tokens[i // K]
 
     Args:
         tokens: (N, H) float16, bfloat16, float32, float64 or int8. Gradients go to it.
         indices: (N, K) or (N,) int32 or int64, the experts, at least 0 and below 2**24 - 1.
-        num_out_tokens: copies to keep, the first ones; None or 0 for all. A negative number leaves
-            out as many of the last.
+        num_out_tokens: number of rows to keep, from the first; None or 0 for all. A negative
+            number drops as many of the last.
         padded_mode: False.
 
     Returns:
         permuted_tokens: (N * K, H), or (num_out_tokens, H) if that is less.
-        sorted_indices: (N * K,) int32, the place of each copy; those at the end may be of copies
-            that are not kept.
+        sorted_indices: (N * K,) int32, the row of each slot; the row may be one that is not kept.
 
     Raises:
         MissingArgumentError: 161001.
         ArgumentTypeError: 161002.
-        ArgumentValueError: 561002, a shape or value; contents are checked on the CPU.
+        ArgumentValueError: 561002, a shape or value; values in tensors are checked on the CPU.
     """
-    return schemas.token_permute(
-        tokens=tokens, indices=indices, num_out_tokens=num_out_tokens, padded_mode=padded_mode
-    )
+    return schemas.token_permute(**locals())
 
 
 def npu_moe_token_unpermute(
@@ -52,19 +49,19 @@ def npu_moe_token_unpermute(
     padded_mode: bool = False,
     restore_shape: Sequence[int] | None = None,
 ) -> Tensor:
-    """Sum each token's copies, weighted; the inverse of ``npu_moe_token_permute``.
+    """Sum each token's rows, weighted; the inverse of ``npu_moe_token_permute``.
 
         out[t] = sum_k probs[t, k] * permuted_tokens[sorted_indices[t * K + k]]
 
-    in float32 (float64 for float64), in this order, rounded once. Copies that are not there, whose
-    index is negative or beyond the last row, are left out.
+    in float32 (float64 for float64), in this order, rounded once. Slots whose index is negative or
+    beyond the last row add nothing.
 
     Args:
         permuted_tokens: (rows, H) float16, bfloat16, float32 or float64. Gradients go to it.
         sorted_indices: (N * K,) int32 from permute.
         probs: (N, K) of one of these dtypes, with gradients; None for K = 1 and weights of 1.
         padded_mode: False.
-        restore_shape: of padded_mode; not looked at.
+        restore_shape: for padded_mode; ignored.
 
     Returns:
         (N, H) of the dtype of permuted_tokens.
@@ -72,13 +69,7 @@ def npu_moe_token_unpermute(
     Raises:
         The errors of ``npu_moe_token_permute``.
     """
-    return schemas.token_unpermute(
-        permuted_tokens=permuted_tokens,
-        sorted_indices=sorted_indices,
-        probs=probs,
-        padded_mode=padded_mode,
-        restore_shape=restore_shape,
-    )
+    return schemas.token_unpermute(**locals())
 
 
 def npu_moe_token_permute_with_routing_map(
@@ -89,35 +80,29 @@ def npu_moe_token_permute_with_routing_map(
     num_out_tokens: int | None = None,
     drop_and_pad: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Copy each token for each of its experts, in the order of (expert, token).
+    """Copy each token once per expert of it, in the order of (expert, token).
 
-    With drop_and_pad every expert has num_out_tokens // E copies: its first tokens, and if these
-    are too few the first ones that are not its own.
+    With drop_and_pad every expert has num_out_tokens // E rows: its first tokens, then, if these
+    are too few, the first tokens without this expert.
 
     Args:
         tokens: (N, H) float16, bfloat16, float32 or float64. Gradients go to it.
-        routing_map: (N, E) bool or int8, which experts a token has; without drop_and_pad
+        routing_map: (N, E) bool or int8, the experts of each token; without drop_and_pad
             K = num_out_tokens // N for every token.
         probs: (N, E) of the dtype of tokens, or float32 for bfloat16; with gradients.
-        num_out_tokens: copies, at most N * E; None for N.
-        drop_and_pad: whether every expert gets the same number.
+        num_out_tokens: number of rows, at most N * E; None for N.
+        drop_and_pad: whether every expert gets the same number of rows.
 
     Returns:
         permuted_tokens: (N * K, H), with drop_and_pad (E * (num_out_tokens // E), H).
-        permuted_probs: the copies' own probs, of their dtype; None without probs.
-        sorted_indices: int32, as many as copies. Place t * K + k has the copy of token t for the
-            k-th of its experts in order; with drop_and_pad place i has the token of copy i.
+        permuted_probs: the probs of the rows, of their dtype; None without probs.
+        sorted_indices: int32, one per row. Element t * K + k is the row of token t for the k-th of
+            its experts in order; with drop_and_pad element i is the token of row i.
 
     Raises:
         The errors of ``npu_moe_token_permute``.
     """
-    return schemas.token_permute_with_routing_map(
-        tokens=tokens,
-        routing_map=routing_map,
-        probs=probs,
-        num_out_tokens=num_out_tokens,
-        drop_and_pad=drop_and_pad,
-    )
+    return schemas.token_permute_with_routing_map(**locals())
 
 
 def npu_moe_token_unpermute_with_routing_map(
@@ -129,14 +114,14 @@ def npu_moe_token_unpermute_with_routing_map(
     routing_map: Tensor | None = None,
     drop_and_pad: bool = False,
 ) -> Tensor:
-    """Sum each token's copies; the inverse of ``npu_moe_token_permute_with_routing_map``.
+    """Sum each token's rows; the inverse of ``npu_moe_token_permute_with_routing_map``.
 
         out[t] = sum_k p * permuted_tokens[sorted_indices[t * K + k]]
         out[sorted_indices[i]] += p * permuted_tokens[i]      with drop_and_pad
 
-    where p is the token's prob for the expert of the copy, 1 without probs; in float32 (float64 for
-    float64), in this order, rounded once. Copies that are not there, whose index is negative or
-    beyond the last row, are left out; not with drop_and_pad.
+    where p is the token's prob for the expert of the row, 1 without probs; in float32 (float64 for
+    float64), in this order, rounded once. Without drop_and_pad, slots whose index is negative or
+    beyond the last row add nothing.
 
     Args:
         permuted_tokens: (rows, H) float16, bfloat16, float32 or float64. Gradients go to it.
@@ -153,11 +138,4 @@ def npu_moe_token_unpermute_with_routing_map(
     Raises:
         The errors of ``npu_moe_token_permute``.
     """
-    return schemas.token_unpermute_with_routing_map(
-        permuted_tokens=permuted_tokens,
-        sorted_indices=sorted_indices,
-        restore_shape=restore_shape,
-        probs=probs,
-        routing_map=routing_map,
-        drop_and_pad=drop_and_pad,
-    )
+    return schemas.token_unpermute_with_routing_map(**locals())

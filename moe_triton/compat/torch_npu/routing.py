@@ -1,4 +1,4 @@
-"""Rows of tokens in the order of their experts, and back; on one device.
+"""Routing on one device: rows into the order of their experts, and back.
 
 Letters: N tokens (of re-routing: ranks), H hidden size, K experts of a token, E experts.
 """
@@ -33,17 +33,16 @@ def npu_moe_init_routing_v2(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Copy each token for each of its experts, in the order of (expert, token), quantised or not.
 
-    With drop_pad_mode every expert has expert_capacity rows, for the first copies that come; what
-    is left of them is zeros.
+    With drop_pad_mode every expert has expert_capacity rows: its first tokens, then zeros.
 
     Args:
-        x: (N, H) float16, bfloat16, float32, or float64, which torch_npu has not; int8 unless
+        x: (N, H) float16, bfloat16, float32, or float64, an extension; int8 unless
             quantised. Without quantisation gradients go to it.
         expert_idx: (N, K) int32. Ids outside active_expert_range have no row.
         scale: float32. quant_mode -1: (N,), copied like the tokens. 0: (1,). 1: factors of the
             tokens, (end - start, H) by expert or (1, H) for all, or None. 2 and 3: None.
         offset: (1,) float32 for quant_mode 0, else None.
-        active_num: rows of expanded_x, if there are more copies; -1 or 0 for all.
+        active_num: the most rows of expanded_x; -1 or 0 for all.
         expert_capacity: C, from 1 to N, with drop_pad_mode 1.
         expert_num: E, at most 10240; 5120 with expert_tokens_num_type 2.
         drop_pad_mode: 0 or 1.
@@ -53,10 +52,10 @@ def npu_moe_init_routing_v2(
         quant_mode: -1 none. 0: int8 of x * scale + offset, each step rounded to float16. 1: int8
             with a scale for each row, the largest magnitude / 127, by which the row is divided. 2
             and 3: float8_e5m2 and float8_e4m3fn with a power of two for every 32 elements, as
-            quant_mode 4 of ``npu_moe_distribute_dispatch``; not with drop_pad_mode 1. Others of
-            torch_npu, such as HiFloat8 and fp4, are refused.
-        active_expert_range: [start, end), the experts that have rows; empty for all, as it must be
-            with drop_pad_mode 1.
+            quant_mode 4 of ``npu_moe_distribute_dispatch``; not with drop_pad_mode 1. The other
+            modes of torch_npu, such as HiFloat8 and fp4, are refused.
+        active_expert_range: [start, end), the experts that have rows; empty for all, and always
+            empty with drop_pad_mode 1.
         row_idx_type: of expanded_row_idx, 0 gather, 1 scatter; always 0 with drop_pad_mode 1.
         x_dtype: None, or the dtype of x, as itself or as torch_npu's number of it.
 
@@ -79,21 +78,7 @@ def npu_moe_init_routing_v2(
         The errors of ``npu_moe_re_routing``.
     """
     return schemas.init_routing_v2(
-        x=x,
-        expert_idx=expert_idx,
-        scale=scale,
-        offset=offset,
-        active_num=active_num,
-        expert_capacity=expert_capacity,
-        expert_num=expert_num,
-        drop_pad_mode=drop_pad_mode,
-        expert_tokens_num_type=expert_tokens_num_type,
-        expert_tokens_num_flag=expert_tokens_num_flag,
-        quant_mode=quant_mode,
-        active_expert_range=active_expert_range,
-        row_idx_type=row_idx_type,
-        x_dtype=dtype_number(x_dtype),
-        zero_unwritten=torch.is_grad_enabled(),
+        **locals() | {"x_dtype": dtype_number(x_dtype), "zero_unwritten": torch.is_grad_enabled()}
     )
 
 
@@ -132,33 +117,26 @@ def npu_moe_re_routing(
     Raises:
         MissingArgumentError: 161001.
         ArgumentTypeError: 161002.
-        ArgumentValueError: 561002, a shape or value; contents are checked on the CPU.
+        ArgumentValueError: 561002, a shape or value; values in tensors are checked on the CPU.
     """
-    return schemas.re_routing(
-        tokens=tokens,
-        expert_token_num_per_rank=expert_token_num_per_rank,
-        per_token_scales=per_token_scales,
-        expert_token_num_type=expert_token_num_type,
-        idx_type=idx_type,
-        tokens_dtype=dtype_number(tokens_dtype),
-    )
+    return schemas.re_routing(**locals() | {"tokens_dtype": dtype_number(tokens_dtype)})
 
 
 def npu_moe_compute_expert_tokens(sorted_experts: Tensor, num_expert: int) -> Tensor:
-    """Where the rows of each expert end in rows that are sorted by expert.
+    """Prefix sums of the rows per expert, for rows that are sorted by expert.
 
     Args:
-        sorted_experts: (rows,) int32, the expert of each row, in ascending order. Those from
-            num_expert on count for nobody.
+        sorted_experts: (rows,) int32, the expert of each row, in ascending order. Ids from
+            num_expert on are not counted.
         num_expert: E, at most 2048.
 
     Returns:
-        (E,) int32: the number of entries that are not above each expert.
+        (E,) int32: for each expert the number of entries at most its id.
 
     Raises:
         The errors of ``npu_moe_re_routing``.
     """
-    return schemas.compute_expert_tokens(sorted_experts=sorted_experts, num_expert=num_expert)
+    return schemas.compute_expert_tokens(**locals())
 
 
 def npu_moe_finalize_routing(
@@ -178,14 +156,14 @@ def npu_moe_finalize_routing(
                  + sum_k scales[i, k] * (rows[p(i, k)] + bias[export_for_source_row[i, k]])
 
     in float32 (float64 for float64), from left to right, every product and sum rounded, and once at
-    the end. A row that is not there, p = -1, is zeros, and without a bias has no weight.
+    the end. A missing row, p = -1, is zeros, and adds nothing without a bias.
 
     Args:
         expanded_permuted_rows: (N * K, H), or (E, C, H) with drop_pad_mode 1 and 3; float16,
             bfloat16, float32, or float64, which torch_npu has not. skip1, skip2 and bias are of its
             dtype.
         skip1: (N, H), or None for zeros.
-        skip2: likewise; None where skip1 is None.
+        skip2: (N, H), or None for zeros; None if skip1 is None.
         bias: (E, H) of each expert, or None.
         scales: (N, K) weights, float16, bfloat16, float32 or of the dtype of the rows; or None
             for 1.
@@ -193,7 +171,7 @@ def npu_moe_finalize_routing(
             is at k * N + i with drop_pad_mode 0 and 1, at i * K + k with 2 and 3.
         export_for_source_row: (N, K) int32 the experts, needed with bias.
         drop_pad_mode: 0 to 3; None is 0.
-        k: K where scales is None, else not looked at; None is 1.
+        k: K if scales is None, else ignored; None is 1.
 
     Returns:
         (N, H) of the dtype of expanded_permuted_rows.
@@ -201,14 +179,4 @@ def npu_moe_finalize_routing(
     Raises:
         The errors of ``npu_moe_re_routing``.
     """
-    return schemas.finalize_routing(
-        expanded_permuted_rows=expanded_permuted_rows,
-        skip1=skip1,
-        skip2=skip2,
-        bias=bias,
-        scales=scales,
-        expanded_src_to_dst_row=expanded_src_to_dst_row,
-        export_for_source_row=export_for_source_row,
-        drop_pad_mode=drop_pad_mode,
-        k=k,
-    )
+    return schemas.finalize_routing(**locals())

@@ -1,4 +1,4 @@
-"""Dispatch and combine in two halves, a setup and a teardown; letters in the package."""
+"""Dispatch and combine in two phases, a setup and a teardown; letters in the package."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 
 from ...ascend.distributed import schemas
-from ...ascend.quant_modes import dtype_number
-from ._groups import group_name
 
 
 def npu_moe_distribute_dispatch_setup(
@@ -29,9 +27,9 @@ def npu_moe_distribute_dispatch_setup(
     comm_alg: str = "",
     y_dtype: int | torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Send each token to the ranks of its experts; the first half of a dispatch.
+    """Send each token to the ranks of its experts; the first phase of a dispatch.
 
-    Returns without waiting, except while arguments are new. Every rank follows it with
+    Returns without waiting, except for a handshake about new arguments. Every rank calls
     ``npu_moe_distribute_dispatch_teardown`` before its next dispatch on the group, of any kind.
 
     Args:
@@ -41,11 +39,11 @@ def npu_moe_distribute_dispatch_setup(
         ep_world_size: W.
         ep_rank_id: this rank.
         moe_expert_num: E, a multiple of W - S.
-        scales: as in ``npu_moe_distribute_dispatch``; without shared ranks (E + 1, H) too, of which
-            the last row is not looked at (product profiles refuse it).
+        scales: as in ``npu_moe_distribute_dispatch``; without shared ranks also (E + 1, H), whose
+            last row is ignored (product profiles refuse it).
         x_active_mask: as in ``npu_moe_distribute_dispatch``.
         expert_shard_type: 0, shared experts on the first ranks.
-        shared_expert_num: NS, at most 4; without effect when S is 0.
+        shared_expert_num: NS, at most 4; no effect when S is 0.
         shared_expert_rank_num: S, a multiple of NS, at most W / 2.
         quant_mode: as in ``npu_moe_distribute_dispatch``.
         global_bs: 0 when BS is the same on all ranks, else W times the largest BS or more.
@@ -54,37 +52,19 @@ def npu_moe_distribute_dispatch_setup(
         y_dtype: as in ``npu_moe_distribute_dispatch_v2``.
 
     Returns:
-        y: (BS * (K + NS), M) of the dtype of the rows: row t * K + k the copy of token t for its
-            slot k, row BS * K + j * BS + t that for shared expert j. A row is H elements, then
-            scales at the next multiple of 32 bytes (quant_mode 2), 128 (3) or 256 (4), up to a
-            multiple of 512 bytes; what lies between is not written. Rows of slots that take no part
-            are there, and not sent.
+        y: (BS * (K + NS), M) of the dtype of the rows: row t * K + k is token t for its slot k,
+            row BS * K + j * BS + t token t for shared expert j. A row is H elements, then scales
+            at the next multiple of 32 bytes (quant_mode 2), 128 (3) or 256 (4), up to a multiple
+            of 512 bytes; padding is not written. Rows of inactive slots are written, but not sent.
         expand_idx: (BS * K,) int32, as in ``npu_moe_distribute_dispatch``.
-        comm_cmd_info: ((BS * (K + NS) + W * L) * 16,) int32, for the teardown, L of the ranks with
-            routed experts.
+        comm_cmd_info: ((BS * (K + NS) + W * L) * 16,) int32 for the teardown, with the L of ranks
+            with routed experts.
 
     Raises:
         The errors of ``npu_moe_distribute_dispatch``.
-        SequenceError: the last dispatch on this group has not been torn down.
+        SequenceError: the last dispatch on this group was not torn down.
     """
-    return schemas.dispatch_setup(
-        x=x,
-        expert_ids=expert_ids,
-        group_ep=group_name(group_ep),
-        ep_world_size=ep_world_size,
-        ep_rank_id=ep_rank_id,
-        moe_expert_num=moe_expert_num,
-        scales=scales,
-        x_active_mask=x_active_mask,
-        expert_shard_type=expert_shard_type,
-        shared_expert_num=shared_expert_num,
-        shared_expert_rank_num=shared_expert_rank_num,
-        quant_mode=quant_mode,
-        global_bs=global_bs,
-        comm_type=comm_type,
-        comm_alg=comm_alg,
-        y_dtype=dtype_number(y_dtype),
-    )
+    return schemas.dispatch_setup(**locals())
 
 
 def npu_moe_distribute_dispatch_teardown(
@@ -105,9 +85,9 @@ def npu_moe_distribute_dispatch_teardown(
     comm_type: int = 0,
     comm_alg: str = "",
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Wait for the tokens of all ranks; the second half of a dispatch.
+    """Wait for the tokens of all ranks; the second phase of a dispatch.
 
-    After a wrong argument, or a ``PeerTimeoutError``, it may be called again.
+    It may be called again after a wrong argument or a ``PeerTimeoutError``.
 
     Args:
         x: as in the setup.
@@ -129,34 +109,17 @@ def npu_moe_distribute_dispatch_teardown(
 
     Returns:
         expand_x: (A, H), as in ``npu_moe_distribute_dispatch``.
-        dynamic_scales: as there.
-        assist_info_for_combine: (max(A * 128, W * L),) int32, whose first W * L words are what
-            ep_recv_counts is there; the others are not written.
+        dynamic_scales: as in ``npu_moe_distribute_dispatch``.
+        assist_info_for_combine: (max(A * 128, W * L),) int32, whose first W * L words are the
+            ep_recv_counts of ``npu_moe_distribute_dispatch``; the others are not written.
         expert_token_nums: (L,) int64 rows per local expert.
 
     Raises:
         The errors of ``npu_moe_distribute_dispatch``.
-        ArgumentValueError: also an argument that is not that of the oldest setup.
-        SequenceError: there is no setup to tear down.
+        ArgumentValueError: also an argument that differs from the oldest setup's.
+        SequenceError: no setup is in flight.
     """
-    return schemas.dispatch_teardown(
-        x=x,
-        y=y,
-        expert_ids=expert_ids,
-        comm_cmd_info=comm_cmd_info,
-        group_ep=group_name(group_ep),
-        ep_world_size=ep_world_size,
-        ep_rank_id=ep_rank_id,
-        moe_expert_num=moe_expert_num,
-        expert_shard_type=expert_shard_type,
-        shared_expert_num=shared_expert_num,
-        shared_expert_rank_num=shared_expert_rank_num,
-        quant_mode=quant_mode,
-        global_bs=global_bs,
-        expert_token_nums_type=expert_token_nums_type,
-        comm_type=comm_type,
-        comm_alg=comm_alg,
-    )
+    return schemas.dispatch_teardown(**locals())
 
 
 def npu_moe_distribute_combine_setup(
@@ -176,9 +139,9 @@ def npu_moe_distribute_combine_setup(
     comm_type: int = 0,
     comm_alg: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """Send the experts' rows back to their tokens; the first half of a combine.
+    """Send the experts' rows back to their tokens; the first phase of a combine.
 
-    Returns without waiting, except while arguments are new.
+    Returns without waiting, except for a handshake about new arguments.
 
     Args:
         expand_x: (A, H) float16 or bfloat16 expert outputs, rows as dispatch delivered them; must
@@ -200,29 +163,14 @@ def npu_moe_distribute_combine_setup(
     Returns:
         quant_expand_x: (A, M) int8, the rows as comm_quant_mode 2 sends them: H codes, scales of
             the dtype of expand_x at the next multiple of 32 bytes, up to a multiple of 512 bytes.
-            Not written with comm_quant_mode 0.
+            With comm_quant_mode 0 not written.
         comm_cmd_info: ((A + W) * 16,) int32, for the teardown.
 
     Raises:
         The errors of ``npu_moe_distribute_dispatch``.
-        SequenceError: the last combine on this group has not been torn down.
+        SequenceError: the last combine on this group was not torn down.
     """
-    return schemas.combine_setup(
-        expand_x=expand_x,
-        expert_ids=expert_ids,
-        assist_info_for_combine=assist_info_for_combine,
-        group_ep=group_name(group_ep),
-        ep_world_size=ep_world_size,
-        ep_rank_id=ep_rank_id,
-        moe_expert_num=moe_expert_num,
-        expert_shard_type=expert_shard_type,
-        shared_expert_num=shared_expert_num,
-        shared_expert_rank_num=shared_expert_rank_num,
-        global_bs=global_bs,
-        comm_quant_mode=comm_quant_mode,
-        comm_type=comm_type,
-        comm_alg=comm_alg,
-    )
+    return schemas.combine_setup(**locals())
 
 
 def npu_moe_distribute_combine_teardown(
@@ -247,10 +195,10 @@ def npu_moe_distribute_combine_teardown(
     comm_type: int = 0,
     comm_alg: str = "",
 ) -> Tensor:
-    """Wait for the rows of all ranks and sum them; the second half of a combine.
+    """Wait for the rows of all ranks and sum them; the second phase of a combine.
 
-    The sum is that of ``npu_moe_distribute_combine``. After a wrong argument, or a
-    ``PeerTimeoutError``, it may be called again.
+    The sum is that of ``npu_moe_distribute_combine``. It may be called again after a wrong
+    argument or a ``PeerTimeoutError``.
 
     Args:
         expand_x: as in the setup.
@@ -274,31 +222,11 @@ def npu_moe_distribute_combine_teardown(
         comm_alg: reserved, "".
 
     Returns:
-        (BS, H) of the dtype of expand_x; zeros for tokens that take no part.
+        (BS, H) of the dtype of expand_x; zeros for inactive tokens.
 
     Raises:
         The errors of ``npu_moe_distribute_dispatch``.
-        ArgumentValueError: also an argument that is not that of the oldest setup.
-        SequenceError: there is no setup to tear down.
+        ArgumentValueError: also an argument that differs from the oldest setup's.
+        SequenceError: no setup is in flight.
     """
-    return schemas.combine_teardown(
-        expand_x=expand_x,
-        quant_expand_x=quant_expand_x,
-        expert_ids=expert_ids,
-        expand_idx=expand_idx,
-        expert_scales=expert_scales,
-        comm_cmd_info=comm_cmd_info,
-        group_ep=group_name(group_ep),
-        ep_world_size=ep_world_size,
-        ep_rank_id=ep_rank_id,
-        moe_expert_num=moe_expert_num,
-        x_active_mask=x_active_mask,
-        shared_expert_x=shared_expert_x,
-        expert_shard_type=expert_shard_type,
-        shared_expert_num=shared_expert_num,
-        shared_expert_rank_num=shared_expert_rank_num,
-        global_bs=global_bs,
-        comm_quant_mode=comm_quant_mode,
-        comm_type=comm_type,
-        comm_alg=comm_alg,
-    )
+    return schemas.combine_teardown(**locals())

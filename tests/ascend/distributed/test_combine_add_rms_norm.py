@@ -1,10 +1,11 @@
 """Combine with residual and RMSNorm: the worked example, its two kinds of index, and refusals.
 
-That any drawn configuration equals the definition is the business of test_hypothesis_rms.
+Drawn configurations are compared with the definition in test_hypothesis_rms.
 """
 
 from __future__ import annotations
 
+import aclnn_calls
 import harness
 import invalid_calls
 import pytest
@@ -13,7 +14,7 @@ from invalid_calls import MISSING, TYPE, VALUE
 from worked_examples import BASIC, example_calls
 
 from moe_triton import set_profile
-from moe_triton.compat import torch_npu
+from moe_triton.compat import aclnn, torch_npu
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -41,7 +42,7 @@ def test_worked_example(world, version):
         assert (rstd.dtype, total.dtype) == (torch.float32, torch.bfloat16)
 
 
-def test_tokens_without_part_are_zeros():
+def test_inactive_tokens_are_zeros():
     """13 #37, for all three outputs."""
     calls = example_calls(BASIC, version=2)
 
@@ -62,16 +63,10 @@ def test_tokens_without_part_are_zeros():
 
 
 def arguments_after(ctx, call, outputs):
-    return {
-        **harness.groups_of(ctx),
-        "expand_idx": outputs[2],
-        "ep_send_counts": outputs[4],
-        "tp_send_counts": outputs[5],
-        "expand_scales": outputs[6],
-        "residual_x": torch.ones(3, 1, 2).bfloat16(),
-        "gamma": torch.ones(2).bfloat16(),
-        **call["combine"],
-    }
+    arguments = harness.combine_arguments(ctx, call, outputs, version=2)
+    arguments["expand_idx"] = arguments.pop("assist_info_for_combine")
+    residual = {"residual_x": torch.ones(3, 1, 2).bfloat16(), "gamma": torch.ones(2).bfloat16()}
+    return arguments | residual
 
 
 BAD = {
@@ -101,7 +96,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_refused(name):
-    """By one rank; the other hears of it, and both go on."""
+    """By one rank; the other is aborted, and both go on."""
     changes, code, argument = BAD[name]
     calls = example_calls(BASIC, version=2)
 
@@ -110,13 +105,48 @@ def test_refused(name):
         outputs = harness.call_dispatch(ctx, call, version=2)
         given = arguments_after(ctx, call, outputs)
         combine = torch_npu.npu_moe_distribute_combine_add_rms_norm
-        found = invalid_calls.attempt(lambda: combine(**given | (changes if ctx.rank == 1 else {})))
-        return found["error"], combine(**given)
+        changed = given | (changes if ctx.rank == 1 else {})
+        return invalid_calls.attempt(lambda: combine(**changed))["error"], combine(**given)
 
-    (heard, _), (said, _) = harness.run_world("local", 2, fn)
-    assert (said["code"], said["argument"]) == (code, argument), said["traceback"]
-    assert heard["types"][0] == "PeerAbortError"
-    assert argument in heard["reason"]
+    (peer, _), (culprit, _) = harness.run_world("local", 2, fn)
+    assert (culprit["code"], culprit["argument"]) == (code, argument), culprit["traceback"]
+    assert peer["types"][0] == "PeerAbortError"
+    assert argument in peer["reason"]
+
+
+@pytest.mark.parametrize("version", ["", "V2"])
+@pytest.mark.parametrize("name", BAD)
+def test_refused_through_aclnn(name, version):
+    """As by torch_npu's function; then both return the same bits."""
+    changes, code, argument = BAD[name]
+    calls = example_calls(BASIC, version=2)
+    function = f"aclnnMoeDistributeCombineAddRmsNorm{version}"
+
+    def fn(ctx):
+        call = calls[ctx.rank]
+        mine = aclnn_calls.dispatch_call(ctx, call)
+        outputs = aclnn_calls.dispatch_outputs(mine)
+        aclnn_calls.run("aclnnMoeDistributeDispatchV2", mine, outputs)
+        given = arguments_after(ctx, call, outputs)
+        outputs = aclnn_calls.norm_outputs(given)
+        changed = given | (changes if ctx.rank == 1 else {})
+        ending = aclnn_calls.ending(function, changed, outputs)
+        expected = torch_npu.npu_moe_distribute_combine_add_rms_norm(**given)
+        results = aclnn_calls.run(function, given, outputs)
+        return ending, [torch.equal(*pair) for pair in zip(results, expected, strict=True)]
+
+    (peer, same), (culprit, others) = harness.run_world("local", 2, fn, limit=invalid_calls.LIMIT)
+    assert same == others == [True] * 3
+    (parameter,) = (
+        parameter
+        for parameter in aclnn_calls.parameters(function)
+        if aclnn_calls.keyword(function, parameter) == argument
+    )
+    assert culprit["status"] == code, culprit
+    assert f": {parameter} must" in culprit["sentence"], culprit
+    assert culprit["phase"] == (2 if name == "index of other ids" else 1), culprit
+    assert (peer["phase"], peer["status"]) == (2, aclnn.ACLNN_ERR_RUNTIME_ERROR), peer
+    assert argument in peer["sentence"]
 
 
 @pytest.mark.parametrize(
@@ -145,6 +175,6 @@ def test_refused_on_a_product(profile, hidden, dtype, error, argument):
         found = harness.run_world("local", 2, fn)
     finally:
         set_profile(None)
-    said = [one for one in found if one["types"][0] == error]
-    assert said
-    assert {one["argument"] for one in said} == {argument}
+    culprits = [refusal for refusal in found if refusal["types"][0] == error]
+    assert culprits
+    assert {refusal["argument"] for refusal in culprits} == {argument}

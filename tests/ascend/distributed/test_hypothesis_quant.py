@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 FULL = 100
 HEADING = "Drawn configurations of every quantisation of dispatch against the definition"
 HIDDEN = [1, 2, 31, 32, 33, 64, 65, 127, 128, 129, 257, 300]
-# quant_mode and what it makes; "given" comes quantised.
+# quant_mode and the format of the rows; "given" tokens come quantised.
 MODES = {
     "static": (1, "int8"),
     "int8": (2, "int8"),

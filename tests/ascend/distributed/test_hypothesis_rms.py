@@ -41,7 +41,7 @@ def draw_norms(config: drawn.Config) -> list[Norm]:
 
 
 def run(ctx, case: drawn.Case, norms: list[Norm]):
-    """The three outputs on this rank; None where the group was scaled down by it."""
+    """The three outputs on this rank; None on a lost rank."""
     call, dtype = case.calls[ctx.rank], case.config.group.dtype
     if call is None:
         return None

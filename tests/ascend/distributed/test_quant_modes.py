@@ -66,7 +66,7 @@ WORKED = {
         "79 fb 68 55 73 6f",
         [40960, -57344, 2048, 80, 14336, 7168],
     ),
-    # One scale a row is what a group that holds the whole row has.
+    # A group that holds the whole row has one scale per row.
     "row e4m3": (
         {"quant_mode": 2, "y_dtype": 292},
         [0.0167410708963871],

@@ -1,4 +1,4 @@
-"""Where the operators' documents are silent or contradict each other: what was decided, by number.
+"""Decisions where the operators' documents are silent or contradict each other, by number.
 
 A test is called after the number of its question, and its first line says question and answer.
 Those in ELSEWHERE have their test beside others of the same op, where "13 #n" names them.
@@ -65,7 +65,7 @@ def ids(values):
 
 
 def op(ctx, name, version):
-    """An op with the arguments that say who this rank is."""
+    """An op with the arguments of this rank's group."""
     function = getattr(torch_npu, f"npu_moe_distribute_{name}" + ("_v2" if version == 2 else ""))
     agreed = {**harness.groups_of(ctx), "ep_world_size": ctx.ep_world_size}
     if ctx.tp_world_size > 1:
@@ -160,7 +160,7 @@ def test_22_weights_come_out_if_they_went_in(weights):
 
 
 def test_3_scales_undo_the_quantisation():
-    """dynamic_scales of mode 2: 127 / max, or what codes are to be multiplied by? The latter."""
+    """dynamic_scales of mode 2: 127 / max, or the factor of the codes? The latter."""
     codes, scales, *_ = dispatched_alone([[1, -2, 0.5, 4]], quant_mode=2)
     assert codes.tolist() == [[32, -64, 16, 127]]
     assert scales.tolist() == [float.fromhex("0x1.020408p-5")]
@@ -225,7 +225,7 @@ def test_27_mx_scales_come_in_pairs():
     """MX scales: ceil(H / 64) pairs, or ceil(H / 32) rounded up to even? The latter, as e8m0."""
     _, scales, *_ = dispatched_alone([[1.0] * 96], quant_mode=4)
     assert (scales.shape, scales.dtype) == ((1, 4), torch.float8_e8m0fnu)
-    # 2**-8 for the elements, and a byte of 0 for the block that is not there.
+    # 2**-8 for the elements, and a byte of 0 for the padding block.
     assert scales.view(torch.uint8).tolist() == [[119, 119, 119, 0]]
 
 
@@ -410,7 +410,7 @@ def test_38_sums_of_a_pair_round_to_even(version):
 
 
 def test_23_how_many_experts_a_token_has():
-    """K: 8 or 16 by document and version. The product's, and 16 where there is none."""
+    """K: 8 or 16 by document and version. The product's, and 16 without a product."""
 
     def fn(ctx, hidden, top_k, version):
         x, where = torch.ones(1, hidden).bfloat16(), torch.arange(top_k).int()[None]

@@ -1,6 +1,6 @@
-"""Dispatch and combine in two halves each: worked examples, order, refusals, shapes in advance.
+"""Dispatch and combine in two phases: worked examples, order, refusals, shapes in advance.
 
-That any drawn configuration equals the definition is the business of test_hypothesis_split.
+Drawn configurations are compared with the definition in test_hypothesis_split.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import pytest
 import split_phase_calls
 import torch
 from split_phase_calls import round_trip
+from split_phase_rows import INVALID, SETUPS, TEARDOWNS
 from worked_examples import BASIC, EXAMPLES, PLAIN, SHARED, example_calls
 
 from moe_triton import set_profile
@@ -144,19 +145,23 @@ def test_order(world):
 
     def fn(ctx):
         halves = split_phase_calls.Halves(ctx, calls[ctx.rank])
-        errors = [invalid_calls.attempt(lambda: halves.receive(halves.nothing_sent()))["error"]]
-        sent = halves.send()
-        errors.append(invalid_calls.attempt(halves.send)["error"])
-        received = halves.receive(sent)
-        errors.append(invalid_calls.attempt(lambda: halves.receive(sent))["error"])
-        returned = halves.give_back(received)
-        errors.append(invalid_calls.attempt(lambda: halves.give_back(received))["error"])
-        combined = halves.sum_up(sent, returned)
-        errors.append(invalid_calls.attempt(lambda: halves.sum_up(sent, returned))["error"])
-        # An older setup's answer is not taken for that of a new one.
-        again = halves.send()
-        errors.append(invalid_calls.attempt(lambda: halves.receive(sent))["error"])
-        halves.receive(again)
+        errors = [
+            invalid_calls.attempt(lambda: halves.dispatch_teardown(halves.no_setup()))["error"]
+        ]
+        sent = halves.dispatch_setup()
+        errors.append(invalid_calls.attempt(halves.dispatch_setup)["error"])
+        received = halves.dispatch_teardown(sent)
+        errors.append(invalid_calls.attempt(lambda: halves.dispatch_teardown(sent))["error"])
+        returned = halves.combine_setup(received)
+        errors.append(invalid_calls.attempt(lambda: halves.combine_setup(received))["error"])
+        combined = halves.combine_teardown(sent, returned)
+        errors.append(
+            invalid_calls.attempt(lambda: halves.combine_teardown(sent, returned))["error"]
+        )
+        # Outputs of an older setup are refused by a new one's teardown.
+        again = halves.dispatch_setup()
+        errors.append(invalid_calls.attempt(lambda: halves.dispatch_teardown(sent))["error"])
+        halves.dispatch_teardown(again)
         return combined.tolist(), errors
 
     for rank, (combined, errors) in enumerate(harness.run_world(world, 2, fn)):
@@ -173,15 +178,15 @@ def test_setups_do_not_wait():
 
     def fn(ctx):
         halves = split_phase_calls.Halves(ctx, calls[ctx.rank])
-        halves.receive(halves.send())  # from now on the arguments are known
+        halves.dispatch_teardown(halves.dispatch_setup())  # from now on the arguments are known
         if ctx.rank == 0:
-            sent = halves.send()
+            sent = halves.dispatch_setup()
             ctx_done.append("set up")
         else:
             while not ctx_done:
                 time.sleep(0.001)
-            sent = halves.send()
-        return halves.receive(sent)[3].tolist()
+            sent = halves.dispatch_setup()
+        return halves.dispatch_teardown(sent)[3].tolist()
 
     ctx_done: list[str] = []
     assert harness.run_world("local", 2, fn) == BASIC.token_nums
@@ -189,60 +194,11 @@ def test_setups_do_not_wait():
 
 # Refusals.
 
-SETUP = {
-    "x None": ({"x": None}, 161001, "x"),
-    "x float8": ({"x": torch.ones(3, 2).to(torch.float8_e5m2)}, 161002, "x"),
-    "ids int64": ({"expert_ids": torch.zeros(3, 2, dtype=torch.int64)}, 161002, "expert_ids"),
-    "y_dtype HiFloat8": ({"y_dtype": 290, "quant_mode": 2}, 161002, "y_dtype"),
-    "comm_type text": ({"comm_type": "0"}, 161002, "comm_type"),
-    "comm_type 3": ({"comm_type": 3}, 561002, "comm_type"),
-    "comm_alg": ({"comm_alg": "fullmesh"}, 561002, "comm_alg"),
-    "row 14": ({"quant_mode": 2, "scales": torch.ones(6, 2)}, 561002, "scales"),
-}
-TEARDOWN = {
-    "y None": ({"y": None}, 161001, "y"),
-    "info int64": ({"comm_cmd_info": torch.zeros(8, dtype=torch.int64)}, 161002, "comm_cmd_info"),
-    "x of another shape": ({"x": torch.ones(2, 2).bfloat16()}, 561002, "x"),
-    "y of another dtype": ({"y": torch.zeros(6, 256).char()}, 561002, "y"),
-    "quant_mode": ({"quant_mode": 2}, 561002, "quant_mode"),
-    "global_bs": ({"global_bs": 6}, 561002, "global_bs"),
-    "moe_expert_num": ({"moe_expert_num": 8}, 561002, "moe_expert_num"),
-    "token_nums_type": ({"expert_token_nums_type": 2}, 561002, "expert_token_nums_type"),
-}
-COMBINE_SETUP = {
-    "assist None": ({"assist_info_for_combine": None}, 161001, "assist_info_for_combine"),
-    "assist short": (
-        {"assist_info_for_combine": torch.zeros(9, dtype=torch.int32)},
-        561002,
-        "assist_info_for_combine",
-    ),
-    "assist wrong": (
-        {"assist_info_for_combine": torch.full((1536,), -1, dtype=torch.int32)},
-        561002,
-        "assist_info_for_combine",
-    ),
-    "expand_x rows": ({"expand_x": torch.ones(3, 2).bfloat16()}, 561002, "expand_x"),
-    "mode 1": ({"comm_quant_mode": 1}, 561002, "comm_quant_mode"),
-}
-COMBINE_TEARDOWN = {
-    "weights None": ({"expert_scales": None}, 161001, "expert_scales"),
-    "weights half": ({"expert_scales": torch.ones(3, 2).half()}, 161002, "expert_scales"),
-    "idx of other ids": (
-        {"expand_idx": torch.full((6,), 5, dtype=torch.int32)},
-        561002,
-        "expand_idx",
-    ),
-    "mask rows": ({"x_active_mask": torch.ones(2, dtype=torch.bool)}, 561002, "x_active_mask"),
-    "addend": ({"shared_expert_x": torch.ones(2, 2).bfloat16()}, 561002, "shared_expert_x"),
-}
 
-
-@pytest.mark.parametrize(
-    "half, name", [("send", n) for n in SETUP] + [("give_back", n) for n in COMBINE_SETUP]
-)
+@pytest.mark.parametrize("half, name", [(half, n) for half in SETUPS for n in INVALID[half]])
 def test_a_setup_is_refused(half, name):
-    """By one rank; the other hears of it in its teardown, and both go on."""
-    changes, code, argument = (SETUP | COMBINE_SETUP)[name]
+    """By one rank; the other is aborted in its teardown, and both go on."""
+    changes, code, argument = INVALID[half][name]
     calls = example_calls(BASIC)
 
     def fn(ctx):
@@ -251,42 +207,46 @@ def test_a_setup_is_refused(half, name):
         bad = changes if ctx.rank == 1 else {}
 
         def attempt():
-            if half == "send":
-                return halves.receive(halves.send(**bad))
-            sent = halves.send()
-            return halves.sum_up(sent, halves.give_back(halves.receive(sent), **bad))
+            if half == "dispatch_setup":
+                return halves.dispatch_teardown(halves.dispatch_setup(**bad))
+            sent = halves.dispatch_setup()
+            return halves.combine_teardown(
+                sent, halves.combine_setup(halves.dispatch_teardown(sent), **bad)
+            )
 
         error = invalid_calls.attempt(attempt)["error"]
         return error, halves.round_trip()["combined"].tolist()
 
     found = harness.run_world("local", 2, fn)
-    (heard, _), (said, _) = found
-    assert said["code"] == code, said["traceback"]
-    assert said["argument"] == argument, said["traceback"]
-    assert heard["types"][0] == "PeerAbortError", heard["traceback"]
+    (peer, _), (culprit, _) = found
+    assert culprit["code"] == code, culprit["traceback"]
+    assert culprit["argument"] == argument, culprit["traceback"]
+    assert peer["types"][0] == "PeerAbortError", peer["traceback"]
     assert [combined for _, combined in found] == BASIC.combined
 
 
-@pytest.mark.parametrize(
-    "half, name", [("receive", n) for n in TEARDOWN] + [("sum_up", n) for n in COMBINE_TEARDOWN]
-)
+@pytest.mark.parametrize("half, name", [(half, n) for half in TEARDOWNS for n in INVALID[half]])
 def test_a_teardown_is_refused(half, name):
-    """Only on the rank that is wrong, which repeats it right."""
-    changes, code, argument = (TEARDOWN | COMBINE_TEARDOWN)[name]
+    """Only on the culprit, which repeats the correct call."""
+    changes, code, argument = INVALID[half][name]
     calls = example_calls(BASIC)
 
     def fn(ctx):
         halves = split_phase_calls.Halves(ctx, calls[ctx.rank])
         bad = changes if ctx.rank == 1 else {}
-        errors, sent = [], halves.send()
-        if half == "receive" and bad:
-            errors.append(invalid_calls.attempt(lambda: halves.receive(sent, **bad))["error"])
-        returned = halves.give_back(halves.receive(sent))
-        if half == "sum_up" and bad:
+        errors, sent = [], halves.dispatch_setup()
+        if half == "dispatch_teardown" and bad:
             errors.append(
-                invalid_calls.attempt(lambda: halves.sum_up(sent, returned, **bad))["error"]
+                invalid_calls.attempt(lambda: halves.dispatch_teardown(sent, **bad))["error"]
             )
-        return errors, halves.sum_up(sent, returned).tolist()
+        returned = halves.combine_setup(halves.dispatch_teardown(sent))
+        if half == "combine_teardown" and bad:
+            errors.append(
+                invalid_calls.attempt(lambda: halves.combine_teardown(sent, returned, **bad))[
+                    "error"
+                ]
+            )
+        return errors, halves.combine_teardown(sent, returned).tolist()
 
     (none, first), ((error,), second) = harness.run_world("local", 2, fn)
     assert none == []
@@ -306,8 +266,10 @@ def test_shared_ranks_are_half_of_the_group_at_most():
         ]
 
     found = harness.run_world("local", 3, fn)
-    said = [one for one in found if one["types"][0] != "PeerAbortError"]
-    assert {(one["code"], one["argument"]) for one in said} == {(561002, "shared_expert_rank_num")}
+    culprits = [error for error in found if error["types"][0] != "PeerAbortError"]
+    assert {(error["code"], error["argument"]) for error in culprits} == {
+        (561002, "shared_expert_rank_num")
+    }
 
 
 @pytest.mark.parametrize(
@@ -334,9 +296,9 @@ def test_refused_on_a_product(profile, changes, argument):
         found = harness.run_world("local", 2, fn)
     finally:
         set_profile(None)
-    assert all(one is not None for one in found)
-    said = [one for one in found if one["types"][0] != "PeerAbortError"]
-    assert {one["argument"] for one in said} == {argument}
+    assert all(error is not None for error in found)
+    culprits = [error for error in found if error["types"][0] != "PeerAbortError"]
+    assert {error["argument"] for error in culprits} == {argument}
 
 
 # Compiled.

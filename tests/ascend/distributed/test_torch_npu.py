@@ -1,4 +1,4 @@
-"""The torch_npu names: schemas, worked examples, edges, and what a call must leave alone.
+"""The torch_npu names: signatures, worked examples, edges, and inputs that a call must not change.
 
 Every worked example runs between threads, between processes over windows, and between processes
 over collectives; all three must return the literal numbers bit for bit.
@@ -6,7 +6,6 @@ over collectives; all three must return the literal numbers bit for bit.
 
 from __future__ import annotations
 
-import inspect
 from contextlib import contextmanager
 
 import definition
@@ -15,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from definition import Group, Tokens
+from definition import Group
 from definition_checks import check_dispatch
-from harness import call_combine, call_dispatch, make_calls, round_trip, run_world
+from harness import call_combine, call_dispatch, make_calls, round_trip, run_example, run_world
+from random_cases import case_of, check_round, random_tokens
 from worked_examples import (
     BASIC,
     EXAMPLES,
-    PLAIN,
     QUANTISED,
     SHARED,
     check_literal,
@@ -31,65 +30,43 @@ from worked_examples import (
 
 from moe_triton.compat import torch_npu
 
-REQUIRED = inspect.Parameter.empty
-DISPATCH_SCHEMA = [
-    ("x", REQUIRED),
-    ("expert_ids", REQUIRED),
-    ("group_ep", REQUIRED),
-    ("ep_world_size", REQUIRED),
-    ("ep_rank_id", REQUIRED),
-    ("moe_expert_num", REQUIRED),
-    "*",
-    ("scales", None),
-    ("x_active_mask", None),
-    ("expert_scales", None),
-    ("group_tp", ""),
-    ("tp_world_size", 0),
-    ("tp_rank_id", 0),
-    ("expert_shard_type", 0),
-    ("shared_expert_num", 1),
-    ("shared_expert_rank_num", 0),
-    ("quant_mode", 0),
-    ("global_bs", 0),
-    ("expert_token_nums_type", 1),
-]
-COMBINE_SCHEMA = [
-    ("expand_x", REQUIRED),
-    ("expert_ids", REQUIRED),
-    ("expand_idx", REQUIRED),
-    ("ep_send_counts", REQUIRED),
-    ("expert_scales", REQUIRED),
-    ("group_ep", REQUIRED),
-    ("ep_world_size", REQUIRED),
-    ("ep_rank_id", REQUIRED),
-    ("moe_expert_num", REQUIRED),
-    "*",
-    ("tp_send_counts", None),
-    ("x_active_mask", None),
-    ("activation_scale", None),
-    ("weight_scale", None),
-    ("group_list", None),
-    ("expand_scales", None),
-    ("shared_expert_x", None),
-    ("group_tp", ""),
-    ("tp_world_size", 0),
-    ("tp_rank_id", 0),
-    ("expert_shard_type", 0),
-    ("shared_expert_num", 1),
-    ("shared_expert_rank_num", 0),
-    ("global_bs", 0),
-    ("out_dtype", 0),
-    ("comm_quant_mode", 0),
-    ("group_list_type", 0),
-]
+_GROUP = "group_ep ep_world_size ep_rank_id moe_expert_num *"
+_PLACEMENT = (
+    "group_tp='' tp_world_size=0 tp_rank_id=0 expert_shard_type=0 shared_expert_num=1 "
+    "shared_expert_rank_num=0"
+)
+_ZERO_COMPUTATION = "zero_expert_num=0 copy_expert_num=0 const_expert_num=0"
+SIGNATURES = {
+    "dispatch": (
+        f"x expert_ids {_GROUP} scales=None x_active_mask=None expert_scales=None {_PLACEMENT} "
+        "quant_mode=0 global_bs=0 expert_token_nums_type=1"
+    ),
+    "combine": (
+        f"expand_x expert_ids expand_idx ep_send_counts expert_scales {_GROUP} "
+        "tp_send_counts=None x_active_mask=None activation_scale=None weight_scale=None "
+        f"group_list=None expand_scales=None shared_expert_x=None {_PLACEMENT} global_bs=0 "
+        "out_dtype=0 comm_quant_mode=0 group_list_type=0"
+    ),
+    "dispatch_v2": (
+        f"x expert_ids {_GROUP} scales=None x_active_mask=None expert_scales=None "
+        f"elastic_info=None performance_info=None {_PLACEMENT} quant_mode=0 global_bs=0 "
+        f"expert_token_nums_type=1 comm_alg='' {_ZERO_COMPUTATION} y_dtype=None x_dtype=None "
+        "scales_dtype=None"
+    ),
+    "combine_v2": (
+        f"expand_x expert_ids assist_info_for_combine ep_send_counts expert_scales {_GROUP} "
+        "tp_send_counts=None x_active_mask=None expand_scales=None shared_expert_x=None "
+        "elastic_info=None ori_x=None const_expert_alpha_1=None const_expert_alpha_2=None "
+        f"const_expert_v=None performance_info=None {_PLACEMENT} global_bs=0 comm_quant_mode=0 "
+        f"comm_alg='' {_ZERO_COMPUTATION}"
+    ),
+}
 
 
-def test_signature_of_dispatch():
-    assert harness.schema_of(torch_npu.npu_moe_distribute_dispatch) == DISPATCH_SCHEMA
-
-
-def test_signature_of_combine():
-    assert harness.schema_of(torch_npu.npu_moe_distribute_combine) == COMBINE_SCHEMA
+@pytest.mark.parametrize("op", SIGNATURES)
+def test_signature(op):
+    function = getattr(torch_npu, f"npu_moe_distribute_{op}")
+    assert harness.signature_of(function) == SIGNATURES[op]
 
 
 @contextmanager
@@ -102,18 +79,37 @@ def poisoned_allocations():
         torch.use_deterministic_algorithms(False)
 
 
+# Version 1 has no zero-computation experts.
+VERSIONS = [
+    (version, name)
+    for version in (1, 2)
+    for name in EXAMPLES
+    if (version, name) != (1, "zero_computation")
+]
+
+
 @pytest.mark.parametrize("world", harness.WORLDS)
-@pytest.mark.parametrize("name", PLAIN)
-def test_worked_example(name, world):
+@pytest.mark.parametrize("version, name", VERSIONS)
+def test_worked_example(version, name, world):
     example = EXAMPLES[name]
-    calls = example_calls(example, strides="columns")
+    calls = example_calls(example, version=version, strides="columns")
 
     def fn(ctx):
         with poisoned_allocations():
-            return round_trip(ctx, calls)
+            return round_trip(ctx, calls, version=version)
 
-    for rank, (outputs, combined) in enumerate(run_world(world, example.group.world_size, fn)):
-        check_literal(example, rank, outputs, combined)
+    for rank, (outputs, combined) in enumerate(run_example(example, world, fn)):
+        check_literal(example, rank, outputs, combined, version=version)
+
+
+@pytest.mark.parametrize("strides", harness.STRIDES)
+@pytest.mark.parametrize("version, name", VERSIONS)
+def test_worked_example_in_any_layout(version, name, strides):
+    example, options = EXAMPLES[name], {"version": version, "token_nums_type": 0}
+    calls = example_calls(example, strides=strides, more_rows=len(strides), **options)
+    results = run_example(example, "local", lambda ctx: round_trip(ctx, calls, version=version))
+    for rank, (outputs, combined) in enumerate(results):
+        check_literal(example, rank, outputs, combined, **options)
 
 
 def counted(fn, seen):
@@ -139,19 +135,6 @@ def test_the_transport_is_the_chosen_one():
         for rank, (combined, exchanges) in enumerate(run_world(world, 2, fn)):
             assert combined == BASIC.combined[rank]
             assert (exchanges > 0) == (world == "collective"), f"{exchanges} exchanges, {world}"
-
-
-@pytest.mark.parametrize("strides", harness.STRIDES)
-@pytest.mark.parametrize("token_nums_type", [0, 1])
-@pytest.mark.parametrize("name", PLAIN)
-def test_worked_example_in_any_layout(name, token_nums_type, strides):
-    example = EXAMPLES[name]
-    calls = example_calls(
-        example, strides=strides, token_nums_type=token_nums_type, more_rows=len(strides)
-    )
-    results = run_world("local", example.group.world_size, lambda ctx: round_trip(ctx, calls))
-    for rank, (outputs, combined) in enumerate(results):
-        check_literal(example, rank, outputs, combined, token_nums_type=token_nums_type)
 
 
 @pytest.mark.parametrize("world", harness.WORLDS)
@@ -198,8 +181,8 @@ def test_arguments_may_be_positional():
 
 @pytest.mark.parametrize("tp_world_size", [0, 1])
 @pytest.mark.parametrize("shared_expert_num", [0, 1])
-def test_ways_to_say_none(tp_world_size, shared_expert_num):
-    """No TP is 0 or 1; without shared ranks the number of shared experts counts for nothing."""
+def test_sizes_without_effect(tp_world_size, shared_expert_num):
+    """tp_world_size 0 and 1 mean no TP; without shared ranks shared_expert_num has no effect."""
     calls = example_calls(BASIC)
     for call in calls:
         for args in call.values():
@@ -272,7 +255,7 @@ def snapshot(call):
 
 @pytest.mark.parametrize("world", harness.WORLDS)
 def test_inputs_stay_and_outputs_are_fresh(world):
-    """Nothing given is written, and nothing returned changes or is shared with a later call."""
+    """No input is written, and no output changes or is shared with a later call."""
     first, second = example_calls(QUANTISED), example_calls(QUANTISED)
     for call in second:
         call["dispatch"]["x"] = call["dispatch"]["x"] * 2
@@ -298,7 +281,7 @@ def test_inputs_stay_and_outputs_are_fresh(world):
 
 @pytest.mark.parametrize("world", harness.WORLDS)
 def test_autograd_modes_may_change(world):
-    """What one call allocates must serve the next, in or out of inference mode."""
+    """Buffers of one call serve the next, in or out of inference mode."""
     calls = example_calls(QUANTISED)
     modes = [torch.inference_mode, torch.enable_grad, torch.no_grad, torch.inference_mode]
 
@@ -373,42 +356,21 @@ def test_arguments_may_change_from_call_to_call(world):
     ]:
         group = Group(2, num_experts, top_k, hidden, dtype, quant, shared, global_bs=12)
         cases.append((group, [random_tokens(rng, group, batch) for batch in (6, 2)]))
-    calls, expected = zip(*(random_case(rng, *case) for case in cases), strict=True)
+    expected = [case_of(rng, *case) for case in cases]
 
     def fn(ctx):
-        return [round_trip(ctx, call) for call in calls]
+        return [round_trip(ctx, calls) for calls, *_ in expected]
 
     for rank, results in enumerate(run_world(world, 2, fn)):
-        for (group, _), (received, combined), result in zip(cases, expected, results, strict=True):
-            check_dispatch(group, received[rank], result[0], rank=rank)
-            definition.same_bits(result[1], combined[rank], f"rank {rank} x")
-
-
-def random_tokens(rng, group, batch):
-    values = rng.normal(size=(batch, group.hidden)).astype(np.float32)
-    ids = [rng.permutation(group.num_experts)[: group.top_k] for _ in range(batch)]
-    return Tokens(
-        x=definition.encode(values, group.dtype),
-        ids=np.array(ids, np.int32).reshape(batch, group.top_k),
-        weights=rng.normal(size=(batch, group.top_k)).astype(np.float32),
-    )
-
-
-def random_case(rng, group, tokens, **options):
-    received = definition.dispatch(group, tokens)
-    rows = [
-        definition.encode(rng.normal(size=(len(mine.rows), group.hidden)), group.dtype)
-        for mine in received
-    ]
-    combined = definition.combine(group, tokens, received, rows)
-    return make_calls(group, tokens, rows, **options), (received, combined)
+        for (group, _), (_, *wanted), result in zip(cases, expected, results, strict=True):
+            check_round(group, *wanted, rank, result)
 
 
 EDGES = [
     pytest.param(Group(1, 1, 1, 1), [1], id="smallest"),
     pytest.param(Group(1, 5, 3, 7, quant_mode=2), [4], id="one rank"),
-    pytest.param(Group(2, 4, 2, 3), [0, 0], id="nobody has tokens, global_bs 0"),
-    pytest.param(Group(2, 4, 2, 3, global_bs=4), [0, 0], id="nobody has tokens"),
+    pytest.param(Group(2, 4, 2, 3), [0, 0], id="no rank has tokens, global_bs 0"),
+    pytest.param(Group(2, 4, 2, 3, global_bs=4), [0, 0], id="no rank has tokens"),
     pytest.param(Group(3, 3, 1, 8, global_bs=9), [0, 3, 0], id="one rank has tokens"),
     pytest.param(
         Group(3, 4, 2, 8, quant_mode=2, shared_ranks=1, global_bs=9), [0, 0, 3], id="shared idle"
@@ -430,11 +392,10 @@ EDGES = [
 def test_edges(group, batches, world):
     rng = np.random.default_rng(2)
     tokens = [random_tokens(rng, group, batch) for batch in batches]
-    calls, (received, combined) = random_case(rng, group, tokens)
+    calls, received, combined = case_of(rng, group, tokens)
     results = run_world(world, group.world_size, lambda ctx: round_trip(ctx, calls))
-    for rank, (outputs, result) in enumerate(results):
-        check_dispatch(group, received[rank], outputs, rank=rank)
-        definition.same_bits(result, combined[rank], f"rank {rank} x")
+    for rank, result in enumerate(results):
+        check_round(group, received, combined, rank, result)
 
 
 @pytest.mark.parametrize("strides", harness.STRIDES)
@@ -446,11 +407,10 @@ def test_a_single_token_in_any_layout(world_size, hidden, quant_mode, strides):
     rng = np.random.default_rng(7)
     group = Group(world_size, 2, 2, hidden, quant_mode=quant_mode)
     tokens = [random_tokens(rng, group, 1) for _ in range(world_size)]
-    calls, (received, combined) = random_case(rng, group, tokens, strides=strides)
+    calls, received, combined = case_of(rng, group, tokens, strides=strides)
     results = run_world("local", world_size, lambda ctx: round_trip(ctx, calls))
-    for rank, (outputs, result) in enumerate(results):
-        check_dispatch(group, received[rank], outputs, rank=rank)
-        definition.same_bits(result, combined[rank], f"rank {rank} x")
+    for rank, result in enumerate(results):
+        check_round(group, received, combined, rank, result)
 
 
 @pytest.mark.parametrize("world", harness.WORLDS)
@@ -463,16 +423,10 @@ def test_large_batch_with_everything(world):
     for mine in tokens:
         mine.scales = rng.normal(size=(4, 2048)).astype(np.float32)
         shared_x.append(definition.encode(rng.normal(size=mine.x.shape), group.dtype))
-    received = definition.dispatch(group, tokens)
-    rows = [
-        definition.encode(rng.normal(size=mine.expand_x.shape), group.dtype) for mine in received
-    ]
-    combined = definition.combine(group, tokens, received, rows, shared_x)
-    calls = make_calls(group, tokens, rows, shared_x=shared_x)
+    calls, received, combined = case_of(rng, group, tokens, shared_x=shared_x)
     results = run_world(world, 2, lambda ctx: round_trip(ctx, calls))
-    for rank, (outputs, result) in enumerate(results):
-        check_dispatch(group, received[rank], outputs, rank=rank)
-        definition.same_bits(result, combined[rank], f"rank {rank} x")
+    for rank, result in enumerate(results):
+        check_round(group, received, combined, rank, result)
 
 
 @pytest.mark.parametrize("world", harness.WORLDS)
@@ -494,13 +448,13 @@ def test_unquantised_rows_travel_as_bits(dtype, world):
 
 @pytest.mark.parametrize("world", harness.WORLDS)
 def test_a_row_with_infinities_spoils_no_other(world):
-    """Its own codes are undefined; the call returns and every other row is right."""
+    """Its own codes are undefined; all other rows are right."""
     rng = np.random.default_rng(4)
     group = Group(2, 4, 2, 16, quant_mode=2)
     tokens = [random_tokens(rng, group, 5) for _ in range(2)]
     bad = [definition.encode(np.array([np.inf] + [1] * 15), "bfloat16")]
     bad.append(definition.encode(np.array([1, np.nan] + [2] * 14), "bfloat16"))
-    calls, (received, _) = random_case(rng, group, tokens)
+    calls, received, _ = case_of(rng, group, tokens)
     for rank, call in enumerate(calls):
         call["dispatch"]["x"][2] = definition.to_tensor(bad[rank], "bfloat16")
     results = run_world(world, 2, lambda ctx: call_dispatch(ctx, calls[ctx.ep_rank]))

@@ -1,12 +1,7 @@
-"""What version 2 adds, and tensor parallelism and quantised returns in both versions.
-
-Every worked example runs between threads, between processes over windows, and between processes
-over collectives; all three must return the literal numbers bit for bit.
-"""
+"""What version 2 adds: triples, zero-computation experts, elastic groups, waiting times; and TP."""
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import time
 from dataclasses import replace
@@ -17,129 +12,20 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from definition import Group, Remaining, Tokens
-from definition_checks import check_dispatch
-from harness import call_combine, call_dispatch, describe, make_calls, round_trip, run_world
+from definition import Group, Remaining
+from harness import call_combine, call_dispatch, describe, round_trip, run_example, run_world
+from random_cases import case_of, check_round, random_tokens
 from worked_examples import (
     BASIC,
-    EXAMPLES,
-    PLAIN,
     SHARED,
-    SPECIAL,
     TENSOR_PARALLEL,
+    ZERO_COMPUTATION,
     bits,
     check_literal,
     example_calls,
 )
 
 import moe_triton
-from moe_triton.compat import torch_npu
-
-REQUIRED = inspect.Parameter.empty
-PLACE = [
-    ("group_tp", ""),
-    ("tp_world_size", 0),
-    ("tp_rank_id", 0),
-    ("expert_shard_type", 0),
-    ("shared_expert_num", 1),
-    ("shared_expert_rank_num", 0),
-]
-SPECIAL_EXPERTS = [("zero_expert_num", 0), ("copy_expert_num", 0), ("const_expert_num", 0)]
-DISPATCH_V2_SCHEMA = [
-    ("x", REQUIRED),
-    ("expert_ids", REQUIRED),
-    ("group_ep", REQUIRED),
-    ("ep_world_size", REQUIRED),
-    ("ep_rank_id", REQUIRED),
-    ("moe_expert_num", REQUIRED),
-    "*",
-    ("scales", None),
-    ("x_active_mask", None),
-    ("expert_scales", None),
-    ("elastic_info", None),
-    ("performance_info", None),
-    *PLACE,
-    ("quant_mode", 0),
-    ("global_bs", 0),
-    ("expert_token_nums_type", 1),
-    ("comm_alg", ""),
-    *SPECIAL_EXPERTS,
-    ("y_dtype", None),
-    ("x_dtype", None),
-    ("scales_dtype", None),
-]
-COMBINE_V2_SCHEMA = [
-    ("expand_x", REQUIRED),
-    ("expert_ids", REQUIRED),
-    ("assist_info_for_combine", REQUIRED),
-    ("ep_send_counts", REQUIRED),
-    ("expert_scales", REQUIRED),
-    ("group_ep", REQUIRED),
-    ("ep_world_size", REQUIRED),
-    ("ep_rank_id", REQUIRED),
-    ("moe_expert_num", REQUIRED),
-    "*",
-    ("tp_send_counts", None),
-    ("x_active_mask", None),
-    ("expand_scales", None),
-    ("shared_expert_x", None),
-    ("elastic_info", None),
-    ("ori_x", None),
-    ("const_expert_alpha_1", None),
-    ("const_expert_alpha_2", None),
-    ("const_expert_v", None),
-    ("performance_info", None),
-    *PLACE,
-    ("global_bs", 0),
-    ("comm_quant_mode", 0),
-    ("comm_alg", ""),
-    *SPECIAL_EXPERTS,
-]
-# Version 1 of the plain ones is in test_torch_npu.py; special experts it does not know.
-VERSIONS = [(2, name) for name in EXAMPLES] + [
-    (1, name) for name in EXAMPLES if name not in (*PLAIN, "special")
-]
-
-
-def test_signature_of_dispatch():
-    found = harness.schema_of(torch_npu.npu_moe_distribute_dispatch_v2)
-    assert found == DISPATCH_V2_SCHEMA
-
-
-def test_signature_of_combine():
-    assert harness.schema_of(torch_npu.npu_moe_distribute_combine_v2) == COMBINE_V2_SCHEMA
-
-
-def run_example(example, world, fn):
-    """``fn(ctx)`` on every rank of a world as the example needs it."""
-    planes = example.group.tp_world_size
-    return run_world(world, len(example.tokens), fn, tp_world_size=planes)
-
-
-@pytest.mark.parametrize("world", harness.WORLDS)
-@pytest.mark.parametrize("version, name", VERSIONS)
-def test_worked_example(version, name, world):
-    example = EXAMPLES[name]
-    calls = example_calls(example, version=version, strides="columns")
-    results = run_example(example, world, lambda ctx: round_trip(ctx, calls, version=version))
-    for rank, (outputs, combined) in enumerate(results):
-        check_literal(example, rank, outputs, combined, version=version)
-
-
-@pytest.mark.parametrize("strides", harness.STRIDES)
-@pytest.mark.parametrize("version, name", VERSIONS)
-def test_worked_example_in_any_layout(version, name, strides):
-    example = EXAMPLES[name]
-    calls = example_calls(
-        example,
-        version=version,
-        strides=strides,
-        token_nums_type=0,
-        more_rows=len(strides),
-    )
-    results = run_example(example, "local", lambda ctx: round_trip(ctx, calls, version=version))
-    for rank, (outputs, combined) in enumerate(results):
-        check_literal(example, rank, outputs, combined, version=version, token_nums_type=0)
 
 
 @pytest.mark.parametrize("comm_alg", ["", "fullmesh", "fullmesh_v1", "fullmesh_v2", "hierarchy"])
@@ -168,45 +54,6 @@ def test_process_groups_may_stand_for_their_names(version, world):
         check_literal(TENSOR_PARALLEL, rank, outputs, combined, version=version)
 
 
-def random_tokens(rng, group, batch):
-    """Tokens of one rank, and whatever else its group asks for."""
-    special = group.zero_experts + group.copy_experts + group.const_experts
-    ids = [rng.permutation(group.num_experts + special)[: group.top_k] for _ in range(batch)]
-
-    def rows(count):
-        return definition.encode(rng.normal(size=(count, group.hidden)), group.dtype)
-
-    return Tokens(
-        x=rows(batch),
-        ids=np.array(ids, np.int32).reshape(batch, group.top_k),
-        weights=rng.normal(size=(batch, group.top_k)).astype(np.float32),
-        ori_x=rows(batch) if group.copy_experts or group.const_experts else None,
-        alpha_1=rows(group.const_experts)[:, 0] if group.const_experts else None,
-        alpha_2=rows(group.const_experts)[:, 0] if group.const_experts else None,
-        const_v=rows(group.const_experts) if group.const_experts else None,
-    )
-
-
-def case_of(rng, group, tokens, *, version=2, shared_x=None):
-    """Calls with random expert outputs, and what dispatch and combine must return."""
-    received = definition.dispatch(group, tokens)
-    rows = [
-        None
-        if mine is None
-        else definition.encode(rng.normal(size=(len(mine.expand_x), group.hidden)), group.dtype)
-        for mine in received
-    ]
-    combined = definition.combine(group, tokens, received, rows, shared_x)
-    calls = make_calls(group, tokens, rows, version=version, shared_x=shared_x)
-    return calls, received, combined
-
-
-def check_round(group, received, combined, rank, found, version=2):
-    outputs, result = found
-    check_dispatch(group, received[rank], outputs, rank=rank, version=version)
-    definition.same_bits(result, combined[rank], f"rank {rank} x")
-
-
 @pytest.mark.parametrize("world", harness.WORLDS)
 @pytest.mark.parametrize(
     "group",
@@ -217,7 +64,7 @@ def check_round(group, received, combined, rank, found, version=2):
     ],
 )
 def test_both_versions_agree(group, world):
-    """Beside the third output, which each combine reads in its own way."""
+    """Except for the third output, which differs."""
     rng = np.random.default_rng(0)
     tokens = [random_tokens(rng, group, 4) for _ in range(group.world_size * group.tp_world_size)]
     for mine in tokens:
@@ -244,7 +91,7 @@ def test_triples_lead_back_to_the_tokens(world):
     tokens = [random_tokens(rng, group, 5) for _ in range(3)]
     for mine in tokens:
         mine.mask = rng.random((5, 2)) < 0.7
-    calls, *_ = case_of(rng, group, tokens)
+    calls, *_ = case_of(rng, group, tokens, version=2)
     results = run_world(world, 3, lambda ctx: call_dispatch(ctx, calls[ctx.rank], version=2))
     found = set()
     for rank, outputs in enumerate(results):
@@ -280,8 +127,8 @@ MASKS = {
 @pytest.mark.parametrize("world", harness.WORLDS)
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("mask", MASKS)
-def test_tokens_that_take_no_part_come_back_as_zeros(mask, version, world):
-    """Also those of a rank that sends nothing at all, but holds experts of the others."""
+def test_inactive_tokens_come_back_as_zeros(mask, version, world):
+    """Also on a rank that sends no row, but holds experts of the others."""
     rng = np.random.default_rng(2)
     group = Group(3, 4, 2, 8, quant_mode=2, shared_ranks=1)
     tokens = [random_tokens(rng, group, 4) for _ in range(3)]
@@ -298,8 +145,8 @@ def test_tokens_that_take_no_part_come_back_as_zeros(mask, version, world):
 
 
 @pytest.mark.parametrize("world", harness.WORLDS)
-def test_a_rank_that_chooses_special_experts_only(world):
-    """It sends nothing, but takes part, and what it computes needs no other rank."""
+def test_a_rank_that_chooses_zero_computation_experts_only(world):
+    """It sends no row, takes part in the call, and computes its output alone."""
     rng = np.random.default_rng(3)
     group = Group(2, 2, 3, 4, zero_experts=2, copy_experts=1, const_experts=1)
     tokens = [random_tokens(rng, group, 3) for _ in range(2)]
@@ -309,20 +156,20 @@ def test_a_rank_that_chooses_special_experts_only(world):
     tokens[0].ori_x = bits([[1, 2, 3, 4], [1, 0, -1, 2], [4, 8, 0, -4]])
     tokens[0].alpha_1, tokens[0].alpha_2 = bits([2]), bits([-1])
     tokens[0].const_v = bits([[1, 1, 2, 2]])
-    calls, received, combined = case_of(rng, group, tokens)
+    calls, received, combined = case_of(rng, group, tokens, version=2)
     results = run_world(world, 2, lambda ctx: round_trip(ctx, calls, version=2))
     for rank, found in enumerate(results):
-        check_round(group, received, combined, rank, found)
+        check_round(group, received, combined, rank, found, 2)
     assert results[0][1].tolist() == [[2, 4, 6, 8], [7, 0, -7, 14], [17, 36, -4, -23]]
     for outputs, _ in results:
         assert outputs[4][0] == 0
 
 
 @pytest.mark.parametrize("world", harness.WORLDS)
-def test_what_takes_no_part_is_not_looked_at(world):
-    """NaN in tokens and weights, and ids that name nothing, change no number of the example."""
-    calls = example_calls(SPECIAL, version=2)
-    for call, mine in zip(calls, SPECIAL.tokens, strict=True):
+def test_inactive_values_are_ignored(world):
+    """NaN in tokens and weights, and invalid ids, change no number of the example."""
+    calls = example_calls(ZERO_COMPUTATION, version=2)
+    for call, mine in zip(calls, ZERO_COMPUTATION.tokens, strict=True):
         inactive = torch.from_numpy(~mine.mask)
         for arguments in call.values():
             senseless = torch.tensor([-(2**31), 2**31 - 1, -1], dtype=torch.int32)[:, None]
@@ -340,27 +187,30 @@ def test_what_takes_no_part_is_not_looked_at(world):
             call["combine"][name] = rows
     results = run_world(world, 2, lambda ctx: round_trip(ctx, calls, version=2))
     for rank, (outputs, combined) in enumerate(results):
-        check_literal(SPECIAL, rank, outputs, combined, version=2)
+        check_literal(ZERO_COMPUTATION, rank, outputs, combined, version=2)
 
 
-def test_the_weight_of_a_zero_expert_is_not_looked_at():
-    calls = example_calls(SPECIAL, version=2)
+def test_the_weight_of_a_zero_expert_is_ignored():
+    calls = example_calls(ZERO_COMPUTATION, version=2)
     for arguments in calls[0].values():
         arguments["expert_scales"][1, 1] = torch.nan
     results = run_world("local", 2, lambda ctx: round_trip(ctx, calls, version=2)[1])
-    assert results[0].tolist() == SPECIAL.combined[0]
+    assert results[0].tolist() == ZERO_COMPUTATION.combined[0]
 
 
 def elastic_cases(rng, group, remaining, batch=3):
-    """The group as a whole, and what is left of it, on the same tokens per rank."""
+    """The whole group and its remaining ranks, with as many tokens per rank."""
     whole = [random_tokens(rng, group, batch) for _ in range(group.world_size)]
     smaller = replace(group, remaining=remaining)
     left = [random_tokens(rng, smaller.scaled_down(), batch) for _ in range(group.world_size)]
-    return (group, *case_of(rng, group, whole)), (smaller, *case_of(rng, smaller, left))
+    return (group, *case_of(rng, group, whole, version=2)), (
+        smaller,
+        *case_of(rng, smaller, left, version=2),
+    )
 
 
 ELASTIC = [
-    pytest.param(Group(4, 8, 2, 6), Remaining((0, 1, 2), 0, 6), id="the last has left"),
+    pytest.param(Group(4, 8, 2, 6), Remaining((0, 1, 2), 0, 6), id="the last is lost"),
     pytest.param(Group(4, 8, 2, 6, quant_mode=2), Remaining((2, 3, 0), 0, 6), id="renumbered"),
     pytest.param(
         Group(4, 6, 2, 8, shared_ranks=1, comm_quant_mode=2),
@@ -368,10 +218,10 @@ ELASTIC = [
         id="shared rank stays",
     ),
     pytest.param(
-        Group(4, 6, 2, 8, shared_ranks=1), Remaining((1, 2, 3), 0, 6), id="shared rank has left"
+        Group(4, 6, 2, 8, shared_ranks=1), Remaining((1, 2, 3), 0, 6), id="shared rank is lost"
     ),
     pytest.param(
-        Group(4, 2, 2, 8, shared_ranks=3), Remaining((1, 2, 3), 2, 2), id="a copy has left"
+        Group(4, 2, 2, 8, shared_ranks=3), Remaining((1, 2, 3), 2, 2), id="a replica is lost"
     ),
 ]
 
@@ -379,7 +229,7 @@ ELASTIC = [
 @pytest.mark.parametrize("world", harness.WORLDS)
 @pytest.mark.parametrize("group, remaining", ELASTIC)
 def test_a_group_goes_on_without_a_rank_and_with_it_again(group, remaining, world):
-    """The one that is not needed does nothing; then it is back, and away again."""
+    """The lost rank makes no call; then it is back, and lost again."""
     rng = np.random.default_rng(4)
     whole, left = elastic_cases(rng, group, remaining)
     order = (left, left, whole, left, whole, whole)
@@ -392,7 +242,7 @@ def test_a_group_goes_on_without_a_rank_and_with_it_again(group, remaining, worl
             if received[rank] is None:
                 assert found is None
             else:
-                check_round(agreed, received, combined, rank, found)
+                check_round(agreed, received, combined, rank, found, 2)
 
 
 @pytest.mark.parametrize("world", harness.WORLDS)
@@ -413,11 +263,11 @@ PAUSE = 1.0 if moe_triton.get_backend() == "cpu" else 4.0
 
 @pytest.mark.parametrize("world", harness.WORLDS)
 @pytest.mark.parametrize("slow_op", ["dispatch", "combine"])
-def test_performance_info_tells_the_slow_rank(slow_op, world):
-    """Every call adds to what is there; the rank that others waited for stands out."""
+def test_performance_info_shows_the_slow_rank(slow_op, world):
+    """Every call adds to it; the rank that others waited for stands out."""
     rng = np.random.default_rng(5)
     group = Group(4, 4, 2, 8)
-    calls, received, combined = case_of(rng, group, [random_tokens(rng, group, 3)] * 4)
+    calls, received, combined = case_of(rng, group, [random_tokens(rng, group, 3)] * 4, version=2)
 
     def fn(ctx):
         call = calls[ctx.rank]
@@ -437,7 +287,7 @@ def test_performance_info_tells_the_slow_rank(slow_op, world):
         return history, found
 
     for rank, (history, found) in enumerate(run_world(world, 4, fn)):
-        check_round(group, received, combined, rank, found)
+        check_round(group, received, combined, rank, found, 2)
         for before, after in itertools.pairwise(history):
             assert (after - before >= 1).all()
         if rank != SLOW:
@@ -461,8 +311,8 @@ def break_call(op, arguments, early):
 @pytest.mark.parametrize("world", harness.WORLDS)
 @pytest.mark.parametrize("culprit", range(4))
 @pytest.mark.parametrize("op", ["dispatch", "combine"])
-def test_one_refusal_ends_the_call_on_both_axes(op, culprit, world):
-    """Its own groups hear of it directly, the rank opposite through them; then all goes on."""
+def test_one_refusal_ends_the_call_in_both_groups(op, culprit, world):
+    """It aborts its own groups, and these the fourth rank; then all ranks go on."""
     calls = example_calls(TENSOR_PARALLEL, version=2)
 
     def attempt(call, *args, **kwargs):
@@ -488,9 +338,9 @@ def test_one_refusal_ends_the_call_on_both_axes(op, culprit, world):
     results = run_world(world, 4, fn, tp_world_size=2)
     for rank, (attempts, rounds) in enumerate(results):
         for error, seconds in attempts:
-            assert error is not None, f"rank {rank} did not hear of it"
+            assert error is not None, f"rank {rank} was not aborted"
             expected = "ArgumentError" if rank == culprit else "PeerAbortError"
             assert expected in error["types"], error["traceback"]
-            assert seconds < 5  # told, not timed out
+            assert seconds < 5  # aborted, not timed out
         for outputs, combined in rounds:
             check_literal(TENSOR_PARALLEL, rank, outputs, combined, version=2)

@@ -8,13 +8,11 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from replica_calls import BAD, IDS, TABLE, WEIGHTS
 
 from moe_triton import MoeError, set_profile
 from moe_triton.compat import torch_npu
 
-TABLE = torch.tensor([[1, 5, 0, 0], [2, 0, 4, 0], [3, 1, 3, 6], [2, 7, 2, 0]], dtype=torch.int32)
-IDS = torch.tensor([[0, 1], [2, 3], [1, 2]], dtype=torch.int32)
-WEIGHTS = torch.tensor([[0.75, 0.25], [0.5, 0.5], [0.9, 0.1]])
 update = torch_npu.npu_moe_update_expert
 
 
@@ -93,44 +91,6 @@ def test_any_table(data):
             row = table[ids[token, slot]]
             number = rank // -(-world // row[0]) if mode == 0 else token % row[0]
             assert balanced[token, slot] == row[1 + number]
-
-
-def without_replicas():
-    table = TABLE.clone()
-    table[2, 0] = 0
-    return table
-
-
-BAD = {
-    "ids None": ({"expert_ids": None}, 161001, "expert_ids"),
-    "table None": ({"eplb_table": None}, 161001, "eplb_table"),
-    "ids float": ({"expert_ids": IDS.float()}, 161002, "expert_ids"),
-    "table int64": ({"eplb_table": TABLE.long()}, 161002, "eplb_table"),
-    "weights double": ({"expert_scales": WEIGHTS.double()}, 161002, "expert_scales"),
-    "mask int": ({"active_mask": IDS[:, 0]}, 161002, "active_mask"),
-    "world size text": ({"world_size": "8"}, 161002, "world_size"),
-    "ids 1-D": ({"expert_ids": IDS[0]}, 561002, "expert_ids"),
-    "table 1-D": ({"eplb_table": TABLE[0]}, 561002, "eplb_table"),
-    "K above E": ({"expert_ids": IDS.repeat(1, 3)}, 561002, "expert_ids"),
-    "F 1": ({"eplb_table": TABLE[:, :1]}, 561002, "eplb_table"),
-    "F above W + 1": ({"world_size": 2, "local_rank_id": 1}, 561002, "eplb_table"),
-    "rank W": ({"local_rank_id": 8}, 561002, "local_rank_id"),
-    "no rank": ({"local_rank_id": -1}, 561002, "local_rank_id"),
-    "no world": ({"world_size": -1}, 561002, "world_size"),
-    "mode 2": ({"balance_mode": 2}, 561002, "balance_mode"),
-    "id E": ({"expert_ids": IDS + 1}, 561002, "expert_ids"),
-    "id negative": ({"expert_ids": IDS - 1}, 561002, "expert_ids"),
-    "no replicas": ({"eplb_table": without_replicas()}, 561002, "eplb_table"),
-    "more than F": ({"eplb_table": TABLE[:, :3]}, 561002, "eplb_table"),
-    "weights alone": ({"expert_scales": WEIGHTS}, 561002, "pruning_threshold"),
-    "threshold alone": ({"pruning_threshold": torch.ones(2)}, 561002, "expert_scales"),
-    "threshold K + 1": (
-        {"pruning_threshold": torch.ones(3), "expert_scales": WEIGHTS},
-        561002,
-        "pruning_threshold",
-    ),
-    "mask 2-D": ({"active_mask": WEIGHTS > 0}, 561002, "active_mask"),
-}
 
 
 @pytest.mark.parametrize("name", BAD)
