@@ -21,19 +21,19 @@ Rank r issues operations 0, 1, 2, ...; operation i is ``setup(i)``, later ``tear
   rank commits itself to its next half before it can run, so a waiting teardown holds up the setups
   behind it (deadlocks show here); with ``streams=2`` its setups and teardowns run side by side
   (contains every local order: overwrites show here).
-* *Reject*: a setup may write the record (epoch, abort) instead of data and flag; the operation is
+* *Abort*: a setup may write the record (epoch, abort) instead of data and flag; the operation is
   then over for this rank. A peer whose ``teardown(i)`` finds an abort raises at once, also when
   other flags are still missing, or later, when they are there.
 * *Abandon*: a rank may drop its oldest pending operation without a teardown.
-* *Debt*: an operation that ended in one of these ways leaves a debt. ``setup(i + f)``, a rejecting
-  one too, first waits until the flags of i from all peers have been seen, which is what a complete
-  ``teardown(i)`` proves on its way.
-* *Lend*, where data are gathered: between setups a rank may write the data of its next operation
-  i at once, if fewer than f operations are under way and no debt of i - f is open. That stays so
-  until ``setup(i)``, so looking and writing can be one step. ``setup(i)`` then writes flags only,
-  or rejects. Should i end with a reject or a raise, the place stays lent: until its next setup with
-  data the rank may write there again, which nobody may come to read. The model allows it after any
-  reject or raise, whether the place was lent before or not.
+* *Drain*: an operation that ended in one of these ways stays undrained. ``setup(i + f)``, also an
+  aborting one, first waits until the flags of i from all peers have been seen, which a complete
+  ``teardown(i)`` proves by itself.
+* *Borrow* (zero-copy combine), where data are gathered: between setups a rank may write the data
+  of its next operation i at once, if fewer than f operations are in flight and operation i - f is
+  drained. That stays so until ``setup(i)``, so looking and writing can be one step. ``setup(i)``
+  then writes flags only, or aborts. Should i end with an abort or a raise, the place stays
+  borrowed: until its next setup with data the rank may write there again, which no peer reads. The
+  model allows it after any abort or raise, whether the place was borrowed before or not.
 
 What a rank writes for itself is left out: one rank writes and reads it, in the local order.
 
@@ -59,12 +59,12 @@ from typing import NamedTuple
 import pytest
 
 INT32_MAX = 2**31 - 1
-SCRAP = -2  # tag of what is written to a place that stayed lent
+SCRAP = -2  # tag of what is written to a place that stayed borrowed
 VIOLATIONS = ("wrong data", "overrun", "bad slot", "deadlock")
 
-# How an operation can end. With a debt after "read" too, setup(i) always looks at the flags of
+# How an operation can end. With a drain after "read" too, setup(i) always looks at the flags of
 # i - f: the same rule without bookkeeping, as after a complete teardown they are sure to be there.
-EARLY_ENDS = frozenset({"rejected", "raised", "abandoned"})
+EARLY_ENDS = frozenset({"aborted", "raised", "abandoned"})
 EVERY_END = EARLY_ENDS | {"read"}
 
 # How far a setup or a teardown has come with one rank.
@@ -81,27 +81,27 @@ class Protocol:
         streams: 1 or 2, the streams a rank spreads its halves over.
         rounds: operations each rank issues; None is no end.
         start: epoch of operation 0, an int32; 0 where ``rounds`` is None.
-        may_reject: any rank may reject any operation.
+        may_abort: any rank may abort any operation.
         may_abandon: any rank may drop its oldest pending operation at any time.
         gather: data are written once and read where they are; False is push.
-        may_lend: any rank may write its next data ahead of the setup; only with ``gather``.
+        may_borrow: any rank may write its next data ahead of the setup; only with ``gather``.
 
         ring: slots for each source; None is 2f.
         flag_first: the flag goes out before the data.
         shared_counter: None, or who advances the only epoch counter: "setup" or "teardown".
         frozen_slot: a captured graph replays the slot of the capture.
         unordered: no event orders setup(i) after teardown(i - f).
-        uncounted_rejects: an operation rejected behind a pending one does not count against f.
+        uncounted_aborts: an operation aborted behind a pending one does not count against f.
         skipped: rank 0 leaves this operation out.
-        undrained: how an operation has to end to leave a debt; see `EVERY_END`.
-        debt_delay: debts are paid this many setups late.
-        debt_forgiven: number of peers a debt does not wait for.
+        undrained: how an operation has to end to stay undrained; see `EVERY_END`.
+        drain_delay: operations are drained this many setups late.
+        drain_forgiven: number of peers a drain does not wait for.
         counts_unfinished: the teardown counter also steps over what ended without a teardown.
         plain_difference: epochs are subtracted without wrapping.
         c_remainder: the slot is the remainder of C and of Triton, with the sign of the epoch.
-        lends_in_debt: a place is lent although a debt of i - f is open.
-        lends_when_full: a place is lent although f operations are under way.
-        lends_for_good: a place stays lent when its operation is set up.
+        borrows_while_undrained: a place is borrowed although operation i - f is undrained.
+        borrows_when_full: a place is borrowed although f operations are in flight.
+        borrows_for_good: a place stays borrowed when its operation is set up.
     """
 
     world: int
@@ -109,27 +109,27 @@ class Protocol:
     streams: int = 2
     rounds: int | None = None
     start: int = 0
-    may_reject: bool = False
+    may_abort: bool = False
     may_abandon: bool = False
     gather: bool = False
-    may_lend: bool = False
+    may_borrow: bool = False
 
     ring: int | None = None
     flag_first: bool = False
     shared_counter: str | None = None
     frozen_slot: bool = False
     unordered: bool = False
-    uncounted_rejects: bool = False
+    uncounted_aborts: bool = False
     skipped: int | None = None
     undrained: frozenset[str] = EARLY_ENDS
-    debt_delay: int = 0
-    debt_forgiven: int = 0
+    drain_delay: int = 0
+    drain_forgiven: int = 0
     counts_unfinished: bool = True
     plain_difference: bool = False
     c_remainder: bool = False
-    lends_in_debt: bool = False
-    lends_when_full: bool = False
-    lends_for_good: bool = False
+    borrows_while_undrained: bool = False
+    borrows_when_full: bool = False
+    borrows_for_good: bool = False
 
     @property
     def slots(self) -> int:
@@ -154,7 +154,7 @@ class Protocol:
 
     def has_room(self, rank: Rank) -> bool:
         """Whether setup(i - f) was torn down, or is over, where setup(i) is the rank's next."""
-        ahead = rank.pending.count(False) if self.uncounted_rejects else len(rank.pending)
+        ahead = rank.pending.count(False) if self.uncounted_aborts else len(rank.pending)
         return ahead < self.in_flight
 
     def operation(self, r: int, count: int) -> int:
@@ -174,13 +174,13 @@ class Rank(NamedTuple):
     sent: int  # setups that ended
     over: int  # operations that ended, in whatever way
     lag: int  # of these, how many the teardown counter missed
-    pending: tuple[bool, ...]  # operations over .. sent - 1: rejected?
+    pending: tuple[bool, ...]  # operations over .. sent - 1: aborted?
     undrained: tuple[int, ...]  # operations whose flags must still be asked for
     turn: str  # half that may run: "setup", "teardown", "both", "none"
-    rejecting: bool  # the running setup writes aborts
+    aborting: bool  # the running setup writes aborts
     borrowed: tuple[
         int, ...
-    ] = ()  # whose place is lent: the next operation's, or one's that is over
+    ] = ()  # whose place is borrowed: the next operation's, or one's that is over
     push: tuple[int, ...] = ()  # progress of the running setup with each rank, () between setups
     take: tuple[int, ...] = ()  # progress of the running teardown, () before its first step
 
@@ -215,7 +215,7 @@ class Move(NamedTuple):
     tag: int | None = None  # data written
     record: tuple[int, bool] | None = None  # flag record written
     forced: bool = False
-    lends: bool = False
+    borrows: bool = False
 
 
 class Step(NamedTuple):
@@ -245,14 +245,14 @@ def _others(protocol: Protocol, r: int) -> tuple[int, ...]:
 
 
 def _end(protocol: Protocol, rank: Rank, how: str) -> Rank:
-    """End the oldest pending operation: "read", "rejected", "raised" or "abandoned"."""
-    owes = how != "rejected" and how in protocol.undrained  # a reject owed from the start
+    """End the oldest pending operation: "read", "aborted", "raised" or "abandoned"."""
+    owes = how != "aborted" and how in protocol.undrained  # an abort owed from the start
     return rank._replace(
         over=rank.over + 1,
         lag=rank.lag + (how != "read" and not protocol.counts_unfinished),
         pending=rank.pending[1:],
         undrained=tuple(sorted((*rank.undrained, rank.over))) if owes else rank.undrained,
-        borrowed=(rank.over,) if how == "raised" and protocol.may_lend else rank.borrowed,
+        borrowed=(rank.over,) if how == "raised" and protocol.may_borrow else rank.borrowed,
         take=(),
     )
 
@@ -260,7 +260,7 @@ def _end(protocol: Protocol, rank: Rank, how: str) -> Rank:
 def _next(protocol: Protocol, r: int, rank: Rank) -> Iterator[Rank]:
     """After a half has ended: the rank, once for each half it may commit itself to."""
     while rank.pending and rank.pending[0]:
-        rank = _end(protocol, rank, "rejected")
+        rank = _end(protocol, rank, "aborted")
     if protocol.streams == 2:
         yield rank._replace(turn="both")
         return
@@ -274,13 +274,13 @@ def _next(protocol: Protocol, r: int, rank: Rank) -> Iterator[Rank]:
 
 
 def _start_moves(protocol: Protocol, r: int, me: Rank, window: Window) -> Iterator[Move]:
-    """Begin the next setup, once the local order and the debts allow it."""
+    """Begin the next setup, once the local order and the drains allow it."""
     if me.sent == protocol.issued(r):
         return
     if not protocol.has_room(me) and not protocol.unordered:
         return
-    due = [d for d in me.undrained if d + protocol.in_flight + protocol.debt_delay <= me.sent]
-    peers = _others(protocol, r)[protocol.debt_forgiven :]
+    due = [d for d in me.undrained if d + protocol.in_flight + protocol.drain_delay <= me.sent]
+    peers = _others(protocol, r)[protocol.drain_forgiven :]
     paid = True
     for undrained_epoch, p in itertools.product(due, peers):
         epoch = protocol.epoch(undrained_epoch)
@@ -291,15 +291,15 @@ def _start_moves(protocol: Protocol, r: int, me: Rank, window: Window) -> Iterat
         paid = paid and seen == epoch
     if not paid:
         return
-    for rejecting in (False, True) if protocol.may_reject else (False,):
-        first = HALF if not rejecting and me.borrowed == (me.sent,) else NOTHING
+    for aborting in (False, True) if protocol.may_abort else (False,):
+        first = HALF if not aborting and me.borrowed == (me.sent,) else NOTHING
         begun = me._replace(
             undrained=tuple(d for d in me.undrained if d not in due),
-            rejecting=rejecting,
-            borrowed=me.borrowed if rejecting else (),
+            aborting=aborting,
+            borrowed=me.borrowed if aborting else (),
             push=tuple(DONE if p == r else first for p in range(protocol.world)),
         )
-        verb = "rejects operation" if rejecting else "begins setup of operation"
+        verb = "aborts operation" if aborting else "begins setup of operation"
         label = f"rank {r} {verb} {protocol.operation(r, me.sent)}"
         yield Move(label, begun, forced=not due)
 
@@ -315,35 +315,35 @@ def _push_moves(protocol: Protocol, r: int, me: Rank) -> Iterator[Move]:
     others = _others(protocol, r)
     # What a peer's progress is when data come next. Gathered data go out once for all peers.
     data = HALF if protocol.flag_first else NOTHING
-    once = protocol.gather and not me.rejecting
+    once = protocol.gather and not me.aborting
     writes = [(p,) for p in others if me.push[p] != DONE and not (once and me.push[p] == data)]
     if once and all(me.push[p] == data for p in others):
         writes.append(others)
     for peers in writes:
         where = f"to rank {peers[0]}, slot {slot}"
         progress = me.push[peers[0]]
-        if not me.rejecting and progress == data:
+        if not me.aborting and progress == data:
             where = f"to its slot {slot}" if once else where
             label = f"rank {r} writes data of operation {operation} {where}"
             write = {"tag": operation, "forced": not protocol.flag_first}
         else:
-            what = "abort" if me.rejecting else "flag"
+            what = "abort" if me.aborting else "flag"
             label = f"rank {r} writes {what} of epoch {epoch} {where}"
-            write = {"record": (epoch, me.rejecting)}
+            write = {"record": (epoch, me.aborting)}
         push = me.push
         for p in peers:
-            push = _put(push, p, DONE if me.rejecting else progress + 1)
+            push = _put(push, p, DONE if me.aborting else progress + 1)
         now = me._replace(push=push)
         choices = [now]
         if all(progress == DONE for progress in push):
-            owes = me.rejecting and "rejected" in protocol.undrained
-            lends = protocol.may_lend and (me.rejecting or protocol.lends_for_good)
+            owes = me.aborting and "aborted" in protocol.undrained
+            borrows = protocol.may_borrow and (me.aborting or protocol.borrows_for_good)
             ended = now._replace(
                 sent=me.sent + 1,
-                pending=(*me.pending, me.rejecting),
+                pending=(*me.pending, me.aborting),
                 undrained=(*me.undrained, me.sent) if owes else me.undrained,
-                rejecting=False,
-                borrowed=(me.sent,) if lends else now.borrowed,
+                aborting=False,
+                borrowed=(me.sent,) if borrows else now.borrowed,
                 push=(),
             )
             choices = list(_next(protocol, r, ended))
@@ -352,25 +352,25 @@ def _push_moves(protocol: Protocol, r: int, me: Rank) -> Iterator[Move]:
 
 
 def _lend_moves(protocol: Protocol, r: int, me: Rank) -> Iterator[Move]:
-    """Write data ahead of their setup, or something to a place that stayed lent."""
-    if not protocol.may_lend or me.push:
+    """Write data ahead of their setup, or something to a place that stayed borrowed."""
+    if not protocol.may_borrow or me.push:
         return
 
     def write(label: str, count: int, tag: int, borrowed: tuple[int, ...]) -> Move:
         slot = protocol.slot(protocol.epoch(count))
         label = f"rank {r} writes {label}, to its slot {slot}"
         rank = me._replace(borrowed=borrowed)
-        return Move(label, rank, peers=_others(protocol, r), slot=slot, tag=tag, lends=True)
+        return Move(label, rank, peers=_others(protocol, r), slot=slot, tag=tag, borrows=True)
 
     for count in me.borrowed:
         if count != me.sent:
-            # Once is enough, as nothing else comes to this place before the loan ends.
-            yield write(f"once more where operation {count} was lent a place", count, SCRAP, ())
+            # Once is enough, as nothing else comes to this place before the borrow ends.
+            yield write(f"once more where operation {count} borrowed a place", count, SCRAP, ())
     if me.sent == protocol.issued(r) or me.borrowed == (me.sent,):
         return
     indebted = me.sent - protocol.in_flight in me.undrained
-    if (protocol.has_room(me) or protocol.lends_when_full) and (
-        protocol.lends_in_debt or not indebted
+    if (protocol.has_room(me) or protocol.borrows_when_full) and (
+        protocol.borrows_while_undrained or not indebted
     ):
         operation = protocol.operation(r, me.sent)
         yield write(
@@ -407,7 +407,7 @@ def _teardown_moves(
         yield Move(label, None, "overrun")
     arrived = [s for s in unseen if cells[s].epoch == epoch]
     aborts = [s for s in arrived if cells[s].abort]
-    pays = "raised" in protocol.undrained and not (protocol.debt_delay or protocol.debt_forgiven)
+    pays = "raised" in protocol.undrained and not (protocol.drain_delay or protocol.drain_forgiven)
     for s in aborts:
         forced = pays and not protocol.may_abandon and not late
         yield from ended(f"{who} raises at the abort of rank {s}", "raised", forced)
@@ -489,11 +489,12 @@ def _is_forced(protocol: Protocol, state: State, r: int, move: Move) -> bool:
 
     Forced moves commute with every move of the other ranks, and none of those can disable them:
 
-    * the start of a setup that asks for no debt: it looks only at what its own rank did;
+    * the start of a setup that drains nothing: it looks only at what its own rank did;
     * data written by a setup where no reader can read what lay there: they can read the slot again
       only after the flags that follow this write;
-    * a raise that leaves a debt: only a later record in the same slot could come before it, an
-      overrun, and paying the debt finds that overrun as the teardown would have.
+    * a raise that leaves an undrained operation: only a later record in the same slot could come
+    before it, an
+      overrun, and draining finds that overrun as the teardown would have.
 
     A flag or a read is never put off for ever, as finitely many forced moves lie before it.
     """
@@ -514,8 +515,9 @@ def _steps(
       the last of them: what was overwritten in between is an overrun there, and a wrong tag is as
       wrong.
     * If a rank has forced moves (`_is_forced`), only these are followed.
-    * A place is lent, or written again, only where a reader can still read what lies there. Else it
-      is as if the setup wrote the data, or nobody did. A rank that may lend has no forced moves.
+    * A place is borrowed, or written again, only where a reader can still read what lies there.
+    Else it
+      is as if the setup wrote the data, or no rank did. A rank that may borrow has no forced moves.
     """
     found = []
     for r, (rank, window) in enumerate(zip(*state, strict=True)):
@@ -524,10 +526,10 @@ def _steps(
             mine = [
                 move
                 for move in mine
-                if not (move.lends and _is_spent(protocol, state, r, move.slot, move.peers))
+                if not (move.borrows and _is_spent(protocol, state, r, move.slot, move.peers))
             ]
             forced = [move for move in mine if _is_forced(protocol, state, r, move)]
-            if forced and not any(move.lends for move in mine):
+            if forced and not any(move.borrows for move in mine):
                 # One write is enough, as writes to different peers commute; the others are
                 # alternatives (data or abort, what comes next) and all of them are followed.
                 kept = [move for move in forced if move.peers == forced[0].peers]
@@ -559,8 +561,8 @@ def _canonical(protocol: Protocol, state: State, order: Sequence[int] | None = N
     """One state for all that go on alike, where there is no last operation.
 
     Equal are states that differ by a shift of all operations (slots rotate along), by the names of
-    ranks (all may do the same), by data and flags that no teardown or debt to come looks at, or by
-    the loan of a place that nobody can read any more. Ranks are sorted without regard to ties,
+    ranks (all may do the same), by data and flags that no later teardown or drain looks at, or by
+    the borrow of a place that no rank can read any more. Ranks are sorted without regard to ties,
     which costs states, not truth; or put in ``order``.
     """
     if protocol.rounds is not None:
@@ -634,10 +636,10 @@ def explore(
         RuntimeError: more than ``max_states`` states.
     """
     numbered = protocol.start or protocol.frozen_slot or protocol.skipped is not None
-    if protocol.rounds is None and (numbered or protocol.debt_forgiven):
+    if protocol.rounds is None and (numbered or protocol.drain_forgiven):
         raise ValueError(f"explore: {protocol} tells operations or ranks apart, it needs rounds")
-    if protocol.may_lend and (protocol.flag_first or not protocol.gather):
-        raise ValueError(f"explore: {protocol} lends, it needs gather and flags after data")
+    if protocol.may_borrow and (protocol.flag_first or not protocol.gather):
+        raise ValueError(f"explore: {protocol} borrows, it needs gather and flags after data")
     moves = cache(partial(_moves, protocol, reduced))
     initial = _initial(protocol)
     parents: dict[State, State | None] = {initial: None}
@@ -696,7 +698,7 @@ def _case(name: str, *args: object, **rules: object) -> object:
     return pytest.param(Protocol(**rules), *args, id=name)
 
 
-LENDING = {"gather": True, "may_lend": True}
+BORROWING = {"gather": True, "may_borrow": True}
 
 
 def _report(result: Result) -> str:
@@ -716,19 +718,19 @@ def test_holds_for_any_number_of_operations(world, in_flight, streams):
 
 @pytest.mark.parametrize("world, in_flight, streams", SIZES)
 def test_holds_when_any_rank_rejects_anything(world, in_flight, streams):
-    result = explore(Protocol(world, in_flight, streams, may_reject=True))
+    result = explore(Protocol(world, in_flight, streams, may_abort=True))
     assert result.violation is None, _report(result)
 
 
 @pytest.mark.parametrize("world, in_flight, streams", [(2, 1, 1), (2, 2, 1), (2, 2, 2), (3, 1, 1)])
 def test_holds_when_operations_are_also_abandoned(world, in_flight, streams):
-    result = explore(Protocol(world, in_flight, streams, may_reject=True, may_abandon=True))
+    result = explore(Protocol(world, in_flight, streams, may_abort=True, may_abandon=True))
     assert result.violation is None, _report(result)
 
 
 @pytest.mark.parametrize("world, in_flight, streams", SIZES)
 def test_holds_when_data_are_gathered_and_lent(world, in_flight, streams):
-    protocol = Protocol(world, in_flight, streams, gather=True, may_lend=True)
+    protocol = Protocol(world, in_flight, streams, gather=True, may_borrow=True)
     result = explore(protocol)
     assert result.violation is None, _report(result)
 
@@ -740,15 +742,15 @@ def test_holds_when_data_are_gathered_and_lent(world, in_flight, streams):
 )
 def test_holds_when_data_are_lent_and_anything_is_rejected(world, in_flight, streams):
     result = explore(
-        Protocol(world, in_flight, streams, may_reject=True, gather=True, may_lend=True)
+        Protocol(world, in_flight, streams, may_abort=True, gather=True, may_borrow=True)
     )
     assert result.violation is None, _report(result)
 
 
 @pytest.mark.parametrize("world, in_flight, streams", [(2, 1, 1), (2, 2, 1), (2, 2, 2), (3, 1, 1)])
 def test_holds_when_data_are_lent_and_operations_abandoned(world, in_flight, streams):
-    protocol = Protocol(world, in_flight, streams, may_reject=True, may_abandon=True)
-    result = explore(replace(protocol, gather=True, may_lend=True))
+    protocol = Protocol(world, in_flight, streams, may_abort=True, may_abandon=True)
+    result = explore(replace(protocol, gather=True, may_borrow=True))
     assert result.violation is None, _report(result)
 
 
@@ -760,10 +762,10 @@ def test_holds_when_three_ranks_with_two_in_flight_abandon_anything():
 @pytest.mark.parametrize(
     "protocol",
     [
-        _case("2-ranks-f1", world=2, in_flight=1, may_reject=True, may_abandon=True),
-        _case("2-ranks-f2", world=2, in_flight=2, may_reject=True, may_abandon=True),
-        _case("3-ranks-f1", world=3, in_flight=1, may_reject=True, may_abandon=True),
-        _case("3-ranks-f2", world=3, in_flight=2, may_reject=True),
+        _case("2-ranks-f1", world=2, in_flight=1, may_abort=True, may_abandon=True),
+        _case("2-ranks-f2", world=2, in_flight=2, may_abort=True, may_abandon=True),
+        _case("3-ranks-f1", world=3, in_flight=1, may_abort=True, may_abandon=True),
+        _case("3-ranks-f2", world=3, in_flight=2, may_abort=True),
     ],
 )
 def test_holds_when_every_setup_asks(protocol):
@@ -775,24 +777,24 @@ def test_holds_when_every_setup_asks(protocol):
 @pytest.mark.parametrize(
     "protocol",
     [
-        _case("2-ranks-f1", world=2, in_flight=1, rounds=4, may_reject=True, may_abandon=True),
+        _case("2-ranks-f1", world=2, in_flight=1, rounds=4, may_abort=True, may_abandon=True),
         _case("2-ranks-f2", world=2, in_flight=2, rounds=6),
-        _case("2-ranks-f2-reject", world=2, in_flight=2, rounds=5, may_reject=True),
+        _case("2-ranks-f2-abort", world=2, in_flight=2, rounds=5, may_abort=True),
         _case("3-ranks-f1", world=3, in_flight=1, rounds=3),
-        _case("3-ranks-f1-reject-for-ever", world=3, in_flight=1, may_reject=True),
+        _case("3-ranks-f1-abort-for-ever", world=3, in_flight=1, may_abort=True),
         _case(
-            "2-ranks-f1-lend",
+            "2-ranks-f1-borrow",
             world=2,
             in_flight=1,
             rounds=4,
-            may_reject=True,
+            may_abort=True,
             may_abandon=True,
-            **LENDING,
+            **BORROWING,
         ),
-        _case("2-ranks-f2-lend", world=2, in_flight=2, rounds=6, **LENDING),
-        _case("2-ranks-f2-lend-for-ever", world=2, in_flight=2, may_reject=True, **LENDING),
-        _case("3-ranks-f1-lend", world=3, in_flight=1, rounds=3, **LENDING),
-        _case("3-ranks-f1-lend-for-ever", world=3, in_flight=1, may_reject=True, **LENDING),
+        _case("2-ranks-f2-borrow", world=2, in_flight=2, rounds=6, **BORROWING),
+        _case("2-ranks-f2-borrow-for-ever", world=2, in_flight=2, may_abort=True, **BORROWING),
+        _case("3-ranks-f1-borrow", world=3, in_flight=1, rounds=3, **BORROWING),
+        _case("3-ranks-f1-borrow-for-ever", world=3, in_flight=1, may_abort=True, **BORROWING),
     ],
 )
 def test_holds_without_reductions(protocol, streams):
@@ -804,11 +806,11 @@ def test_holds_without_reductions(protocol, streams):
 @pytest.mark.parametrize(
     "protocol",
     [
-        _case("2-ranks-f1", world=2, in_flight=1, rounds=5, may_reject=True),
+        _case("2-ranks-f1", world=2, in_flight=1, rounds=5, may_abort=True),
         _case("2-ranks-f2", world=2, in_flight=2, rounds=7),
         _case("2-ranks-f3-ring-of-8", world=2, in_flight=3, rounds=10, ring=8),
         _case("3-ranks-f1", world=3, in_flight=1, rounds=5),
-        _case("2-ranks-f1-lend", world=2, in_flight=1, rounds=5, may_reject=True, **LENDING),
+        _case("2-ranks-f1-borrow", world=2, in_flight=1, rounds=5, may_abort=True, **BORROWING),
     ],
 )
 def test_holds_wherever_the_epochs_wrap(protocol, middle):
@@ -822,11 +824,11 @@ def test_holds_wherever_the_epochs_wrap(protocol, middle):
     [
         _case("one-counter-is-enough-at-f1", world=2, in_flight=1, shared_counter="setup"),
         _case(
-            "two-ranks-need-no-debt-after-a-raise",
+            "two-ranks-need-no-drain-after-a-raise",
             world=2,
             in_flight=2,
-            may_reject=True,
-            undrained=frozenset({"rejected"}),
+            may_abort=True,
+            undrained=frozenset({"aborted"}),
         ),
     ],
 )
@@ -884,50 +886,50 @@ BUGS = [
     _case("skipped-operation", {"wrong data"}, world=2, in_flight=1, rounds=4, skipped=1),
     _case("skipped-last-operation", {"deadlock"}, world=2, in_flight=1, rounds=2, skipped=1),
     _case(
-        "reject-without-debt",
+        "abort-without-drain",
         TORN,
         world=2,
         in_flight=1,
         rounds=4,
-        may_reject=True,
+        may_abort=True,
         undrained=frozenset(),
     ),
     _case(
-        "reject-with-a-debt-of-the-peers-only",
+        "abort-with-a-drain-of-the-peers-only",
         TORN,
         world=2,
         in_flight=1,
         rounds=4,
-        may_reject=True,
+        may_abort=True,
         undrained=frozenset({"raised"}),
     ),
     _case(
-        "debt-paid-one-setup-late",
+        "drained-one-setup-late",
         TORN,
         world=2,
         in_flight=1,
         rounds=4,
-        may_reject=True,
-        debt_delay=1,
+        may_abort=True,
+        drain_delay=1,
     ),
     _case(
-        "reject-not-counted-by-the-teardown-counter",
+        "abort-not-counted-by-the-teardown-counter",
         TORN,
         world=2,
         in_flight=1,
         rounds=4,
-        may_reject=True,
+        may_abort=True,
         counts_unfinished=False,
     ),
     _case(
-        "reject-not-counted-against-f",
+        "abort-not-counted-against-f",
         TORN,
         world=2,
         in_flight=2,
         streams=1,
         rounds=5,
-        may_reject=True,
-        uncounted_rejects=True,
+        may_abort=True,
+        uncounted_aborts=True,
     ),
     _case(
         "epochs-compared-without-wrapping",
@@ -949,10 +951,10 @@ BUGS = [
     ),
     # The slot jumps where 2**32 is no multiple of the ring, so 2f must be a power of two.
     _case("ring-of-6-wraps", TORN, world=2, in_flight=3, rounds=8, start=INT32_MAX - 2),
-    # The same where data are gathered, and what can go wrong with a loan.
+    # The same where data are gathered, and what can go wrong with a borrow.
     _case("gather-ring-of-2f-1-at-f1", TORN, world=2, in_flight=1, rounds=3, ring=1, gather=True),
     _case("gather-ring-of-2f-1-at-f2", TORN, world=2, in_flight=2, rounds=5, ring=3, gather=True),
-    _case("lend-in-ring-of-2f-1", TORN, world=2, in_flight=2, rounds=5, ring=3, **LENDING),
+    _case("borrow-in-ring-of-2f-1", TORN, world=2, in_flight=2, rounds=5, ring=3, **BORROWING),
     _case(
         "gather-flag-before-data",
         {"wrong data"},
@@ -981,52 +983,52 @@ BUGS = [
         gather=True,
     ),
     _case(
-        "gather-reject-without-debt",
+        "gather-abort-without-drain",
         TORN,
         world=2,
         in_flight=1,
         rounds=4,
-        may_reject=True,
+        may_abort=True,
         undrained=frozenset(),
         gather=True,
     ),
     _case(
-        "lend-with-a-debt-after-a-reject",
+        "borrow-while-undrained-after-an-abort",
         {"wrong data"},
         world=2,
         in_flight=1,
         rounds=3,
-        may_reject=True,
-        lends_in_debt=True,
-        **LENDING,
+        may_abort=True,
+        borrows_while_undrained=True,
+        **BORROWING,
     ),
     _case(
-        "lend-with-a-debt-after-an-abandoned-teardown",
+        "borrow-while-undrained-after-an-abandoned-teardown",
         {"wrong data"},
         world=2,
         in_flight=1,
         rounds=3,
         may_abandon=True,
-        lends_in_debt=True,
-        **LENDING,
+        borrows_while_undrained=True,
+        **BORROWING,
     ),
     _case(
-        "lend-past-f1",
+        "borrow-past-f1",
         {"wrong data"},
         world=2,
         in_flight=1,
         rounds=3,
-        lends_when_full=True,
-        **LENDING,
+        borrows_when_full=True,
+        **BORROWING,
     ),
     _case(
-        "lend-past-f2",
+        "borrow-past-f2",
         {"wrong data"},
         world=2,
         in_flight=2,
         rounds=5,
-        lends_when_full=True,
-        **LENDING,
+        borrows_when_full=True,
+        **BORROWING,
     ),
     _case(
         "written-after-the-setup",
@@ -1034,8 +1036,8 @@ BUGS = [
         world=2,
         in_flight=1,
         rounds=2,
-        lends_for_good=True,
-        **LENDING,
+        borrows_for_good=True,
+        **BORROWING,
     ),
 ]
 
@@ -1065,30 +1067,30 @@ def test_planted_bug_is_found(protocol, kinds, reduced):
             undrained=frozenset(),
         ),
         _case(
-            "reject-without-debt",
+            "abort-without-drain",
             "wrong data",
             world=3,
             in_flight=1,
-            may_reject=True,
+            may_abort=True,
             undrained=frozenset(),
         ),
         # Needs a third rank: with two, an abort in sight is every flag in sight.
         _case(
-            "reject-with-a-debt-of-the-rejecting-rank-only",
+            "abort-with-a-drain-of-the-aborting-rank-only",
             "wrong data",
             world=3,
             in_flight=1,
-            may_reject=True,
-            undrained=frozenset({"rejected"}),
+            may_abort=True,
+            undrained=frozenset({"aborted"}),
         ),
         _case(
-            "debt-that-forgives-one-peer",
+            "drain-that-forgives-one-peer",
             "wrong data",
             world=3,
             in_flight=1,
             rounds=4,
-            may_reject=True,
-            debt_forgiven=1,
+            may_abort=True,
+            drain_forgiven=1,
         ),
         _case("gather-ring-of-2f-1", "wrong data", world=3, in_flight=2, ring=3, gather=True),
         _case(
@@ -1108,31 +1110,33 @@ def test_planted_bug_is_found(protocol, kinds, reduced):
             gather=True,
         ),
         _case(
-            "lend-with-a-debt-f1",
+            "borrow-while-undrained-f1",
             "wrong data",
             world=3,
             in_flight=1,
-            may_reject=True,
-            lends_in_debt=True,
-            **LENDING,
+            may_abort=True,
+            borrows_while_undrained=True,
+            **BORROWING,
         ),
         _case(
-            "lend-with-a-debt-f2",
+            "borrow-while-undrained-f2",
             "wrong data",
             world=3,
             in_flight=2,
-            may_reject=True,
-            lends_in_debt=True,
-            **LENDING,
+            may_abort=True,
+            borrows_while_undrained=True,
+            **BORROWING,
         ),
-        _case("lend-past-f", "wrong data", world=3, in_flight=2, lends_when_full=True, **LENDING),
+        _case(
+            "borrow-past-f", "wrong data", world=3, in_flight=2, borrows_when_full=True, **BORROWING
+        ),
         _case(
             "written-after-the-setup",
             "wrong data",
             world=3,
             in_flight=2,
-            lends_for_good=True,
-            **LENDING,
+            borrows_for_good=True,
+            **BORROWING,
         ),
     ],
 )
@@ -1143,7 +1147,7 @@ def test_planted_bug_is_found_with_three_ranks(protocol, kind):
 
 
 def test_trace_tells_the_story():
-    protocol = Protocol(world=2, in_flight=1, rounds=3, may_reject=True, undrained=frozenset())
+    protocol = Protocol(world=2, in_flight=1, rounds=3, may_abort=True, undrained=frozenset())
     assert explore(protocol, seek="wrong data").trace == (
         "rank 0 begins setup of operation 0",
         "rank 0 writes data of operation 0 to rank 1, slot 0",
@@ -1152,7 +1156,7 @@ def test_trace_tells_the_story():
         "rank 0 writes flag of epoch 0 to rank 1, slot 0",
         "rank 1 writes flag of epoch 0 to rank 0, slot 0",
         "rank 0 in teardown of operation 0 sees all flags and reads slot 0",
-        "rank 0 rejects operation 1",
+        "rank 0 aborts operation 1",
         "rank 0 writes abort of epoch 1 to rank 1, slot 1",
         "rank 0 begins setup of operation 2",
         "rank 0 writes data of operation 2 to rank 1, slot 0",
@@ -1161,7 +1165,7 @@ def test_trace_tells_the_story():
 
 
 def test_trace_tells_the_story_of_a_loan():
-    protocol = Protocol(2, 1, rounds=3, may_reject=True, lends_in_debt=True, **LENDING)
+    protocol = Protocol(2, 1, rounds=3, may_abort=True, borrows_while_undrained=True, **BORROWING)
     assert explore(protocol).trace == (
         "rank 0 begins setup of operation 0",
         "rank 0 writes data of operation 0 to its slot 0",
@@ -1170,7 +1174,7 @@ def test_trace_tells_the_story_of_a_loan():
         "rank 0 writes flag of epoch 0 to rank 1, slot 0",
         "rank 1 writes flag of epoch 0 to rank 0, slot 0",
         "rank 0 in teardown of operation 0 sees all flags and reads slot 0",
-        "rank 0 rejects operation 1",
+        "rank 0 aborts operation 1",
         "rank 0 writes abort of epoch 1 to rank 1, slot 1",
         "rank 0 writes data of operation 2 ahead of its setup, to its slot 0",
         "rank 1 in teardown of operation 0 reads data of operation 2 of rank 0, slot 0",
