@@ -35,7 +35,7 @@ class Verdict:
     """Who is to blame for a failed collective.
 
     Attributes:
-        ranks: the culprits; empty where none can be told.
+        ranks: the culprits; empty where none is known.
         problem: the cause in words.
     """
 
@@ -72,7 +72,7 @@ class FailureDetection:
             place: the operation that failed, equal on ranks that are in the same one.
             waited: seconds that this rank waited in it.
             late: the time-out passed, and no error came before.
-            closed: tells the ranks whose connections are closed.
+            closed: returns the ranks whose connections are closed.
         """
         report = {"place": place, "waited": waited, "late": late}
         try:
@@ -130,20 +130,22 @@ class FailureDetection:
         missing = tuple(rank for rank in range(self._size) if rank not in reports)
         if missing:
             return Verdict(missing, f"{ranks_text(missing)} did not come {in_time}")
-        told = next((report for report in reports.values() if "culprits" in report), None)
+        concluded = next((report for report in reports.values() if "culprits" in report), None)
         # A rank that came late has not waited long for the others, wherever it is by now.
         elsewhere = [
             rank
             for rank, report in reports.items()
             if report["place"] != own["place"] and report["waited"] > self._timeout / 2
         ]
-        if elsewhere and (own["late"] or (told and told["same_calls"])):
+        if elsewhere and (own["late"] or (concluded and concluded["same_calls"])):
             rank = min(elsewhere)
             problem = f"rank {rank} is in {reports[rank]['place']}, this rank in {own['place']}"
             return Verdict((rank,), f"{problem}: {_SAME_CALLS}")
-        if told:
-            rank = next(rank for rank, report in reports.items() if report is told)
-            return Verdict(tuple(told["culprits"]), f"rank {rank} gave up: {told['problem']}")
+        if concluded:
+            rank = next(rank for rank, report in reports.items() if report is concluded)
+            return Verdict(
+                tuple(concluded["culprits"]), f"rank {rank} gave up: {concluded['problem']}"
+            )
         if own["late"]:
             last = min(reports, key=lambda rank: reports[rank]["waited"])
             return Verdict((last,), f"rank {last} did not come {in_time}")
