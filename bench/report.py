@@ -64,6 +64,11 @@ def _cpu():
     return platform.processor() or platform.machine()
 
 
+def destination(bench, record):
+    """Where results go: into the repository only where they are meant to be committed."""
+    return ROOT / ("bench/results" if record else "build/bench") / f"{bench}.jsonl"
+
+
 def write(path, rows):
     """Write one JSON line per row, with the facts of the machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,11 +90,16 @@ def table(rows, columns):
     return "\n".join(lines)
 
 
-# What the README shows of the transports, and what docs/results.md adds.
+# What the README shows of the transports, and what docs/results.md adds. Results recorded before a
+# column existed go without it.
 TRANSPORT = {
     "ranks": lambda row: row["world_size"],
+    "tokens, hidden": lambda row: f"{row['tokens']}, {row['hidden']}",
     "rows": lambda row: row["payload"],
-    "`shm`": lambda row: f"{row['symmetric_ms']:.1f} ms",
+    "by hand / `shm`": lambda row: f"{row['shm_ratio']:.2f}",
+    "by hand / `collective`": lambda row: f"{row['collective_ratio']:.2f}",
+    "by hand": lambda row: f"{row['by_hand_ms']:.2f} ms",
+    "`shm`": lambda row: f"{row['shm_ms']:.1f} ms",
     "`collective`": lambda row: f"{row['collective_ms']:.1f} ms",
     "ratio": lambda row: f"{row['ratio']:.2f}",
 }
@@ -97,11 +107,28 @@ TRANSPORT = {
 
 TRANSPORT_COPIES = {
     "ranks": lambda row: row["world_size"],
+    "tokens, hidden": lambda row: f"{row['tokens']}, {row['hidden']}",
     "rows": lambda row: row["payload"],
-    "`shm`": lambda row: f"{row['symmetric_ms']:.1f} ms",
+    "`shm`": lambda row: f"{row['shm_ms']:.1f} ms",
     "`shm`, experts' rows copied": lambda row: f"{row['copied_ms']:.1f} ms",
     "copy of the rows": lambda row: f"{row['copy_ms']:.1f} ms ({row['share_of_copy']:.0%})",
 }
+
+
+def transport_table(rows, columns=TRANSPORT):
+    """The columns that the rows have values for; sizes only where they differ."""
+    columns = {name: cell for name, cell in columns.items() if _has(rows[0], cell)}
+    if len({columns["tokens, hidden"](row) for row in rows}) == 1:
+        del columns["tokens, hidden"]
+    return table(rows, columns)
+
+
+def _has(row, cell):
+    try:
+        cell(row)
+    except KeyError:
+        return False
+    return True
 
 
 TRANSFORMERS = {
@@ -212,13 +239,22 @@ def _kernels():
 def _transport():
     rows = _read("transport")
     row = rows[0]
-    return (
-        f"Dispatch and combine on one host, median of {row['samples']} samples of the slowest "
-        f"rank: {row['tokens']} tokens a rank,\nhidden {row['hidden']}, top-{row['top_k']} of "
-        f"{row['experts']} experts; `collective` over gloo; {row['cores']} cores "
-        f"({row['device']},\ntorch {row['torch']}, {row['date']}, revision {row['revision']}). "
-        "[More](docs/results.md).\n\n" + table(rows, TRANSPORT)
+    text = f"Dispatch and combine on one host, median of {row['samples']} samples of the slowest "
+    if "by_hand_ms" in row:
+        text += (
+            "rank;\n`collective` over gloo; by hand is argsort, `all_to_all_single` of counts, of "
+            "rows, and back, over gloo too;\n"
+        )
+    else:
+        text += (
+            f"rank: {row['tokens']} tokens a rank,\nhidden {row['hidden']}, top-{row['top_k']} of "
+            f"{row['experts']} experts; `collective` over gloo; "
+        )
+    text += (
+        f"{row['cores']} cores ({row['device']},\ntorch {row['torch']}, {row['date']}, revision "
+        f"{row['revision']}). [More](docs/results.md).\n\n"
     )
+    return text + transport_table(rows)
 
 
 def _copies():
@@ -228,7 +264,7 @@ def _copies():
         f"The runs of the README's table ({row['date']}, revision {row['revision']}). In the "
         "column `shm` the experts write\nto `output_rows`; in the next one combine copies their "
         "rows. The last column is a plain copy of the\nrows that each rank gets delivered, and "
-        "its share of the time of `shm`.\n\n" + table(rows, TRANSPORT_COPIES)
+        "its share of the time of `shm`.\n\n" + transport_table(rows, TRANSPORT_COPIES)
     )
 
 

@@ -26,6 +26,7 @@ from . import atomics, collective
 from .groups import Group
 from .local import LocalMemory
 from .memory import Block, Memory
+from .message_exchange import MessageExchange
 from .rendezvous import Rendezvous
 from .ring_protocol import RingProtocol, control_bytes
 from .shm import MemfdMemory, PosixMemory
@@ -201,23 +202,19 @@ class Communicator:
 
     def _connect_process_group(self, op: str) -> Transport:
         assert self._rendezvous is not None
-        connection: collective.Connection | None = self.group.process_group
-        device_group = collective.device_group(self.group)
-        # Before recover() it was used, so that it is broken; and it cannot do without some ranks.
-        if self._process_group_used or self.group.members is not None:
-            connection = device_group = None
-        if connection is None or not collective.has_gloo(self.group):
-            store = self._rendezvous.private_store()
-            connection = collective.reconnect(op, self.group, store, self._timeout)
+        # Before recover() the group was used, so it is broken; and it needs all of its members.
+        usable = not self._process_group_used and self.group.members is None
+        device_group = collective.device_group(self.group) if usable else None
         self._process_group_used = True
-        return collective.CollectiveTransport(
+        exchange = MessageExchange(
+            op,
             self.group,
-            connection,
+            self._rendezvous.private_store(),
             device_group,
-            self._rendezvous.name,
             in_flight=self._in_flight,
             timeout=self._timeout,
         )
+        return collective.CollectiveTransport(self.group, exchange)
 
     def _prepare_on(self, transport: Transport) -> None:
         for call, kind, slot_bytes in self._prepared:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import ReceiveOverflowError, RoutingMismatchError
-from ..layout import NOWHERE, DispatchHeader, RecvPermutation, RoutingCopies, RoutingPlan
+from ..layout import NOWHERE, DispatchHeader, RecvPermutation, RoutingCopies, RoutingPlan, RowFormat
 from ..topology import Topology
 from .transport import Call, CombineEpilogue, CombineInput, DispatchInput, Received, Traffic
 from .window import MoeConfig
@@ -113,7 +113,9 @@ def receive(
     rank: int,
     tokens: DispatchInput,
     plan: RoutingPlan,
-    headers: DispatchHeader,
+    counts: torch.Tensor,
+    slot_ids: torch.Tensor,
+    weights: torch.Tensor | None,
     rows: torch.Tensor,
     **where: Any,
 ) -> Received:
@@ -124,17 +126,17 @@ def receive(
         rank: this rank.
         tokens: its input.
         plan: of its tokens.
-        headers: of all sources.
+        counts: [L, W] int32 rows for each local expert from each source.
+        slot_ids: [W, C] int32 the sources' lists of routed slots for this rank.
+        weights: [W, C] their weights, or None.
         rows: the sources' rows.
         where: ``origins`` and ``step``, or a ``table``: the index in ``rows`` of each source's row.
     """
     config, steps = call.config, call.steps
-    check_overflow(call, lambda rank: received_counts(config, rank, headers))
-    counts = received_counts(config, rank, headers)
     found = steps.recv_row_index(
         counts,
-        headers.slot_ids,
-        headers.weights,
+        slot_ids,
+        weights,
         slots_per_row=1 if config.per_expert else config.num_slots,
         alignment=config.alignment,
         capacity=capacity_of(call, rank, tokens),
@@ -195,38 +197,15 @@ def finish_rows(
     return out
 
 
-def as_rows(call: Call, y: torch.Tensor, count: torch.Tensor | None) -> torch.Tensor:
-    """[n, stride] uint8 combine rows; a view of y where y has their format already."""
-    fmt = call.config.return_format
+def as_rows(
+    call: Call, y: torch.Tensor, count: torch.Tensor | None, fmt: RowFormat
+) -> torch.Tensor:
+    """[n, stride] uint8 rows of a format; a view of y where y has it already."""
     if fmt.scheme == "none" and y.stride(1) == 1 and y.shape[1] * y.itemsize == fmt.stride:
         return y.view(torch.uint8)
     rows = torch.empty((len(y), fmt.stride), dtype=torch.uint8, device=y.device)
     call.steps.encode(y, fmt, rows, count=count)
     return rows
-
-
-def active_places(expert_ids: torch.Tensor) -> torch.Tensor:
-    """[T, 1] int64 number of each token among those that take part, or ``NOWHERE``."""
-    active = (expert_ids != NOWHERE).any(1, keepdim=True)
-    return (active.cumsum(0) - 1).where(active, NOWHERE)
-
-
-def rows_in_plan_order(config: MoeConfig, outputs: CombineInput) -> torch.Tensor:
-    """[T, K + NS] int64 where each token's rows are, when they lie in the order of its plan.
-
-    That is by (expert, flat position), followed by all tokens that take part for each shared
-    expert. ``NOWHERE`` for a slot without a row.
-    """
-    plan, ids = outputs.plan, outputs.expert_ids.long()
-    place = plan.position_in_expert.view(ids.shape)
-    sent = place != NOWHERE
-    first = plan.counts.cumsum(0) - plan.counts
-    routed = (first[ids.where(sent, 0)] + place).where(sent, NOWHERE)
-    token = active_places(ids)
-    active = token != NOWHERE
-    shared = torch.arange(config.topology.num_shared_experts, device=ids.device)
-    start = plan.counts.sum() + active.sum() * shared
-    return torch.cat([routed, (start + token).where(active, NOWHERE)], dim=1)
 
 
 def check_returns(call: Call, rank: int, outputs: CombineInput, group_starts: torch.Tensor) -> None:

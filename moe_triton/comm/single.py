@@ -122,7 +122,8 @@ class SingleTransport:
         call, outputs = pending.call, pending.data
         recv_permutation = outputs.recv_permutation
         count = row_count(call, recv_permutation)
-        rows = as_rows(call, outputs.y[: len(recv_permutation.source)], count)
+        fmt = call.config.return_format
+        rows = as_rows(call, outputs.y[: len(recv_permutation.source)], count, fmt)
         group_starts = recv_permutation.group_starts[None]
         index = returned_rows(call, 0, outputs, group_starts, self._origin(rows.device), 1)
         return finish_rows(call, outputs, rows, index, finish)

@@ -16,9 +16,11 @@ from ..layout import RoutingPlan
 from .packing import write_packed
 from .ring_protocol import RingProtocol
 from .row_exchange import (
+    check_overflow,
     check_returns,
     finish_rows,
     receive,
+    received_counts,
     returned_rows,
     row_count,
     write_tokens,
@@ -102,7 +104,12 @@ class SymmetricTransport:
         try:
             headers = windows.view(self._rank, slot, layout, layout.headers)
             global_rows = windows.global_rows(slot, layout.rows_start, stride)
-            return receive(call, self._rank, pending.data, plan, headers, **global_rows._asdict())
+            config, rank = call.config, self._rank
+            check_overflow(call, lambda rank: received_counts(config, rank, headers))
+            counts = received_counts(config, rank, headers)
+            lists = headers.slot_ids, headers.weights
+            tokens, rows = pending.data, global_rows._asdict()
+            return receive(call, rank, tokens, plan, counts, *lists, **rows)
         finally:
             protocol.release("dispatch", pending.epoch)
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import os
+import random
 import time
 
 import harness
@@ -11,13 +15,18 @@ import torch.distributed as dist
 
 from moe_triton import (
     ArgumentMismatchError,
+    ArgumentValueError,
     BrokenGroupError,
+    ExpertParallel,
     MoeError,
     PeerAbortError,
     PeerTimeoutError,
     comm,
+    testing,
 )
-from moe_triton.comm import collective
+from moe_triton.comm import Call, MoeConfig, collective, message_exchange
+from moe_triton.ops import steps_on
+from moe_triton.topology import Topology
 
 WORLD = 3
 
@@ -52,7 +61,7 @@ def test_a_process_group_that_has_gloo_for_the_cpu(backend):
 
 
 def test_a_process_group_without_gloo():
-    """Notices, and tensors in host memory, go over a gloo of the group's store."""
+    """Tensors in host memory go over the transport's own gloo connections."""
 
     def fn(ctx):
         with pytest.MonkeyPatch.context() as patch:
@@ -65,18 +74,93 @@ def test_a_process_group_without_gloo():
 
 @pytest.mark.parametrize("through", ["the group", "host memory"])
 def test_rows_that_are_not_in_host_memory(through):
-    """As with the tensors of a device: in batches over the group, or by way of copies."""
+    """As with the tensors of a device: exact sizes over the group, or by way of copies."""
 
     def fn(ctx):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(collective, "in_host_memory", lambda data: False)
+            patch.setattr(message_exchange, "in_host_memory", lambda device: False)
             if through == "the group":
                 patch.setattr(collective, "device_group", lambda group: group.process_group)
-            return [exchange(ctx.ep_group, number) for number in range(3)]
+            rounds = [exchange(ctx.ep_group, number) for number in range(3)]
+            check_rounds(ctx, 3)
+            with pytest.raises(PeerAbortError if ctx.rank else ArgumentValueError):
+                comm.all_to_all_v(shout(ctx.rank), [1, -1 if ctx.rank == 0 else 1, 1])
+            return [*rounds, exchange(ctx.ep_group, 3)]
 
     results = harness.run_world("collective", WORLD, fn)
     for rank, found in enumerate(results):
-        assert found == [heard(rank, number) for number in range(3)]
+        assert found == [heard(rank, number) for number in range(4)]
+
+
+def check_rounds(ctx, count: int, **options) -> None:
+    """Dispatch and combine whose experts leave the rows alone: each token comes back."""
+    with ExpertParallel(
+        ctx.ep_group, num_experts=6, top_k=2, hidden=24, max_tokens=9, **options
+    ) as ep:
+        for seed in range(count):
+            x = testing.tokens(seed * 4 % 9, 24, torch.bfloat16, seed=10 * seed + ctx.rank)
+            ids = testing.routing_uniform(len(x), 6, 2, seed=seed)
+            received = ep.dispatch(x, ids, torch.full(ids.shape, 0.5))
+            assert torch.equal(ep.combine(received.x, received.handle), x)
+
+
+@pytest.mark.parametrize("room", [0, 500, 4000], ids="{} bytes of room".format)
+def test_payloads_with_and_without_room_behind_the_head(room):
+    """Those that have none come in a second message; a rank may get some of either kind."""
+
+    def fn(ctx):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(message_exchange, "_ROOM", room + 64 * ctx.world_size)
+            check_rounds(ctx, 6, transport="collective")
+            return [
+                comm.all_to_all_v(torch.full((sum(counts), 100), ctx.rank), counts)[0][
+                    :, 7
+                ].tolist()
+                for counts in ([0, 3, 0], [1, 0, 1], [0, 1, 2])
+            ]
+
+    for rank, found in enumerate(harness.run_world("collective", WORLD, fn)):
+        for counts, values in zip(([0, 3, 0], [1, 0, 1], [0, 1, 2]), found, strict=True):
+            assert values == [source for source in range(WORLD) for _ in range(counts[rank])]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_ranks_may_set_up_and_tear_down_in_different_orders(reverse):
+    """Each kind has a connection of its own; within a kind, setups may run ahead of teardowns."""
+
+    def fn(ctx):
+        def tokens(seed):
+            x = testing.tokens(4, 24, torch.bfloat16, seed=10 * seed + ctx.rank)
+            ids = testing.routing_uniform(4, 6, 2, seed=seed)
+            return x, ids, torch.full(ids.shape, 0.5)
+
+        options = {"transport": "collective", "in_flight": 2}
+        swap = ctx.rank == 1
+        with ExpertParallel(
+            ctx.ep_group, num_experts=6, top_k=2, hidden=24, max_tokens=4, **options
+        ) as ep:
+            first = ep.dispatch(*tokens(0))
+            for seed in range(1, 6):
+                pending = {}
+
+                def dispatch(seed=seed, pending=pending):
+                    pending["dispatch"] = ep.dispatch_setup(*tokens(seed))
+
+                def combine(first=first, pending=pending):
+                    pending["combine"] = ep.combine_setup(first.x, first.handle)
+
+                for setup in (combine, dispatch) if swap else (dispatch, combine):
+                    setup()
+                if swap != reverse:
+                    out = ep.combine_teardown(pending["combine"])
+                    following = ep.dispatch_teardown(pending["dispatch"])
+                else:
+                    following = ep.dispatch_teardown(pending["dispatch"])
+                    out = ep.combine_teardown(pending["combine"])
+                assert torch.equal(out, tokens(seed - 1)[0])
+                first = following
+
+    harness.run_world("collective", WORLD, fn)
 
 
 @pytest.mark.parametrize("rounds", [0, 3])
@@ -115,14 +199,9 @@ def test_ranks_that_disagree():
 
 
 def test_a_rank_that_is_late_breaks_the_group_until_recover():
-    """gloo gives up its connections after a timeout: a wait cannot be tried again."""
-
     def fn(ctx):
         communicator = comm.open_communicator(
-            comm.resolve("test", harness.own_group(ctx)),
-            transport="collective",
-            in_flight=1,
-            timeout=0.5,
+            comm.resolve("test", ctx.ep_group), transport="collective", in_flight=1, timeout=0.5
         )
 
         def call(number):
@@ -134,7 +213,8 @@ def test_a_rank_that_is_late_breaks_the_group_until_recover():
         seen = [call(0)]
         dist.barrier()
         if ctx.rank == 1:
-            time.sleep(1.2)  # gives the others time to miss this rank, and to recover
+            time.sleep(1.6)  # gives the others time to miss this rank, and to recover
+            assert call(1) == heard(1, 1)  # what the others sent is there
         began = time.monotonic()
         with pytest.raises(PeerTimeoutError) as caught:
             call(1)
@@ -159,9 +239,31 @@ def test_a_rank_that_is_late_breaks_the_group_until_recover():
         assert first == heard(rank)
         assert seconds < 0.5 + 1
         assert at_once < 0.05
-        if rank != 1:
-            assert missing == (1,)
+        assert missing == (1,)
         assert after == [heard(rank, number) for number in range(3)]
+
+
+def test_ranks_in_different_calls():
+    """Each says where the other is."""
+
+    def fn(ctx):
+        communicator = comm.open_communicator(
+            comm.resolve("test", ctx.ep_group), transport="collective", in_flight=1, timeout=0.5
+        )
+        transport = communicator.transport("test")
+        config = MoeConfig(Topology(2, 2), 1, 8, 4)
+        cpu = torch.device("cpu")
+        call = Call("test", config, {}, steps_on(cpu), cpu)
+        with pytest.raises(PeerTimeoutError) as caught:
+            transport.prepare(call, ("dispatch", "combine")[ctx.rank], 0)
+        comm.close_communicator(communicator)
+        return caught.value.ranks, str(caught.value)
+
+    places = ("dispatch number 1", "combine number 1")
+    for rank, (ranks, text) in enumerate(harness.run_world("collective", 2, fn)):
+        other = 1 - rank
+        assert ranks == (other,)
+        assert f"rank {other} is in {places[other]}, this rank in {places[rank]}" in text
 
 
 def test_what_a_closed_object_has_sent_is_nobody_elses():
@@ -183,3 +285,68 @@ def test_what_a_closed_object_has_sent_is_nobody_elses():
             dist.barrier()
 
     harness.run_world("collective", WORLD, fn)
+
+
+# A rank that dies while the others work.
+
+TIMEOUT = 5.0
+
+
+def loop_until_a_loss(ctx, hosts_store):
+    """Rounds without end; an error goes to the test's store, and this process ends at once."""
+    store = dist.PrefixStore("group", ctx.store)
+    if hosts_store:  # by rank 0, as without a launcher
+        if ctx.rank == 0:
+            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            ctx.store.set("port", str(store.port))
+        else:
+            port = int(ctx.store.get("port"))
+            store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    dist.init_process_group("gloo", store=store, rank=ctx.rank, world_size=ctx.world_size)
+    options = {"num_experts": 6, "top_k": 2, "hidden": 24, "max_tokens": 9, "timeout": TIMEOUT}
+    ep = ExpertParallel(None, transport="collective", **options)
+    for seed in itertools.count():
+        x = testing.tokens(seed % 9, 24, torch.bfloat16, seed=10 * seed + ctx.rank)
+        ids = testing.routing_uniform(len(x), 6, 2, seed=seed)
+        began = time.monotonic()
+        try:
+            received = ep.dispatch(x, ids, torch.full(ids.shape, 0.5))
+            assert torch.equal(ep.combine(received.x, received.handle), x)
+        except MoeError as error:
+            found = (type(error).__name__, list(error.ranks), str(error), time.monotonic() - began)
+            ctx.store.set(f"lost {ctx.rank}", json.dumps(found))
+            os._exit(1)
+        if seed == 3:
+            ctx.store.add("running", 1)
+
+
+def lose(victim: int, seconds: float, hosts_store: bool) -> None:
+    with testing.start_processes(WORLD, loop_until_a_loss, args=(hosts_store,)) as ranks:
+        until(lambda: ranks.store.add("running", 0) == WORLD)
+        time.sleep(seconds)
+        ranks.kill(victim)
+        survivors = [rank for rank in range(WORLD) if rank != victim]
+        until(lambda: ranks.store.check([f"lost {rank}" for rank in survivors]))
+        for rank in survivors:
+            kind, culprits, text, took = json.loads(ranks.store.get(f"lost {rank}"))
+            assert (kind, culprits) == ("PeerTimeoutError", [victim]), text
+            assert f"rank {victim} is gone" in text
+            assert took < TIMEOUT + 1
+
+
+def until(condition) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    "hosts_store, count",
+    [(False, 3), (True, 2), pytest.param(False, 20, marks=pytest.mark.full)],
+)
+def test_all_survivors_name_the_killed_rank_though_they_leave_at_once(hosts_store, count):
+    generator = random.Random(count)
+    for number in range(count):
+        victim = 0 if hosts_store else number % WORLD
+        lose(victim, generator.random() * 0.2, hosts_store)

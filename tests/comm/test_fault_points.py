@@ -29,6 +29,7 @@ from moe_triton import (
     comm,
     testing,
 )
+from moe_triton.comm.message_exchange import MessageExchange
 from moe_triton.comm.rendezvous import Rendezvous
 from moe_triton.comm.ring_protocol import RingProtocol
 from moe_triton.comm.shm import MemfdMemory, PosixMemory
@@ -411,9 +412,9 @@ def gloo_group(ctx, name: str):
 
 
 GLOO_POINTS = {
-    "before its notice": ("_post_handshakes", lambda op, kind, *_: kind == "dispatch"),
-    "before its rows": ("_transfer", lambda *_: True),
-    "before combine": ("combine_setup", lambda *_: True),
+    "before its message of dispatch": ("start", lambda kind, *_: kind == "dispatch"),
+    "after its message of dispatch": ("receive", lambda op, kind, *_: kind == "dispatch"),
+    "before combine": ("begin", lambda kind, *_: kind == "combine"),
 }
 
 
@@ -422,7 +423,7 @@ def serve_over_gloo(ctx, point, number):
     with make(group, transport="collective") as ep:
         layer(ep, 0)
         if ctx.rank == VICTIM:
-            arm(comm.collective.CollectiveTransport, *GLOO_POINTS[point], number)
+            arm(MessageExchange, *GLOO_POINTS[point], number)
         found = rounds_until_a_loss(ctx, ep)
         if number == STOP:
             recover(ep)
@@ -447,7 +448,12 @@ def join_over_gloo(ctx):
 
 
 @losses(
-    GLOO_POINTS, {("before its notice", STOP), ("before its rows", KILL), ("before combine", STOP)}
+    GLOO_POINTS,
+    {
+        ("before its message of dispatch", STOP),
+        ("after its message of dispatch", KILL),
+        ("before combine", STOP),
+    },
 )
 def test_a_rank_is_lost_over_gloo(point, number):
     """A stalled rank is met again by recover(), with new connections.

@@ -1,0 +1,609 @@
+"""All-to-alls of messages: a head that every rank can read, and a payload of any size.
+
+    head  status, digest of the arguments, bytes of the payload, three words of the sender's kind of
+          operation, a mark, time sent; int64
+
+gloo accepts messages shorter than the memory that waits for them. Each rank waits with ``_ROOM``
+bytes in all, whatever the arguments, so neither sizes nor an agreement have to travel first, and a
+rank that aborts sends heads alone. Larger payloads, and all payloads in the memory of a device,
+whose NCCL, RCCL or HCCL demand exact sizes, follow in a second all-to-all, which starts when the
+heads have come. On a device the host reads the heads, so no graph can hold these operations.
+
+gloo matches collectives by the order in which a group issues them, and ranks may set up a combine
+before or after a dispatch. So each kind has a gloo connection of its own, apart from the caller's
+groups, and second messages have one more. On the caller's NCCL, RCCL or HCCL group all ranks must
+issue all setups and teardowns, and the group's other collectives, in one order.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import ctypes
+import dataclasses
+import datetime as dt
+import hashlib
+import json
+import struct
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+import torch.distributed as dist
+
+from ..errors import (
+    ArgumentMismatchError,
+    BrokenGroupError,
+    MoeError,
+    PeerAbortError,
+    PeerTimeoutError,
+    SequenceError,
+    UnavailableError,
+)
+from ..layout import align
+from .failure_detection import FailureDetection
+from .groups import Group
+from .memory import HOST
+from .polling import Backoff
+from .rendezvous import _bounded as bounded
+
+_Connection: TypeAlias = Any  # dist.ProcessGroup or a bare dist.ProcessGroupGloo
+
+KINDS = ("dispatch", "combine", "gather", "exchange")
+_REST = "rest"  # the connection of second messages
+_HEAD = struct.Struct("8q")
+_DATA, _ABORT = 1, 2  # status
+_INLINE, _MORE = 1, 2  # marks: the payload follows the head; some payload of this sender does not
+_ROOM = 1 << 26  # bytes for the messages of all ranks in one operation; used only where written
+_FOREVER = dt.timedelta(days=1)  # teardown counts the time-out, not the collective
+_LOOK = 0.2  # seconds between looks for ranks that gave up
+_STORE_LIMIT = 0.5  # seconds for one access to the store
+
+
+class Head(NamedTuple):
+    """What a message begins with; see the module."""
+
+    status: int
+    digest: int
+    num_bytes: int = 0
+    words: tuple[int, int, int] = (0, 0, 0)
+    marks: int = _INLINE
+    sent: int = 0
+
+    def pack(self) -> bytes:
+        """Its bytes."""
+        return _HEAD.pack(*self[:3], *self.words, *self[4:])
+
+    @classmethod
+    def unpack(cls, data: Any) -> Head:
+        """The head that begins with these bytes."""
+        status, digest, num_bytes, first, second, third, marks, sent = _HEAD.unpack_from(data)
+        return cls(status, digest, num_bytes, (first, second, third), marks, sent)
+
+
+@dataclasses.dataclass
+class Operation:
+    """One epoch of a kind.
+
+    Attributes:
+        device: of the payloads.
+        connection: carries the heads.
+        heads: [W] for each rank.
+        parts: [W] uint8 payloads for each rank, to be filled before ``start``.
+        outgoing: [bytes] heads and inline payloads for the other ranks.
+        splits: [W] bytes of ``outgoing`` for each rank.
+        incoming: [W, room] messages of all ranks.
+        rest: [bytes] the payloads that are not inline.
+        work: the collective; None before ``start``.
+    """
+
+    device: torch.device
+    connection: _Connection
+    heads: list[Head]
+    parts: list[torch.Tensor]
+    outgoing: torch.Tensor
+    splits: list[int]
+    incoming: torch.Tensor
+    rest: torch.Tensor
+    work: dist.Work | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Messages:
+    """The payloads of all ranks, valid until the memory is used again.
+
+    Attributes:
+        heads: [W] of each source.
+        data: [bytes] uint8 that holds all payloads, a multiple of 16 bytes and not empty.
+        starts: [W] first byte of each, a multiple of 16 where all sizes are.
+        waited: [W] seconds waited for each rank: exact for the last one, and for the others by the
+            clocks of their hosts.
+    """
+
+    heads: list[Head]
+    data: torch.Tensor
+    starts: list[int]
+    waited: list[float]
+
+    def payloads(self) -> list[torch.Tensor]:
+        """[W] the bytes of each source."""
+        pairs = zip(self.starts, self.heads, strict=True)
+        return [self.data[start : start + head.num_bytes] for start, head in pairs]
+
+    def rows(self, stride: int) -> torch.Tensor:
+        """[N, stride] overlapping rows, one at every 16 bytes."""
+        count = max((len(self.data) - stride) // 16 + 1, 0)
+        return self.data.as_strided((count, stride), (16, 1))
+
+    def words(self, offsets: Sequence[int], count: int) -> torch.Tensor:
+        """[W, count] int32 from these bytes of each payload on; garbage after its end."""
+        words = self.data.view(torch.int32)
+        first = [(start + at) // 4 for start, at in zip(self.starts, offsets, strict=True)]
+        pitch = first[1] - first[0]
+        # Messages of equal sizes lie evenly: a view will do.
+        even = pitch > 0 and first == [*range(first[0], first[-1] + 1, pitch)]
+        if even and first[-1] + count <= len(words):
+            return words.as_strided((len(first), count), (pitch, 1), first[0])
+        index = torch.tensor(first, device=words.device)[:, None]
+        index = index + torch.arange(count, device=words.device)
+        return words[index.clamp_(max=len(words) - 1)]
+
+
+class MessageExchange:
+    """One rank's end of the all-to-alls of a group.
+
+    Args:
+        op: for error messages of the constructor.
+        group: the group.
+        store: with keys that only the ranks of this connection use.
+        device_group: sends the tensors of a device; None to send them through host memory.
+        in_flight: operations of a kind that may be started before the first is received.
+        timeout: seconds a wait may take.
+
+    Raises:
+        PeerTimeoutError: a rank was lost while the ranks connected.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        group: Group,
+        store: dist.Store,
+        device_group: dist.ProcessGroup | None,
+        *,
+        in_flight: int,
+        timeout: float,
+    ) -> None:
+        self.rank, self.size = group.rank, group.size
+        self._group, self._store = group, store
+        self._timeout, self._limit = timeout, in_flight
+        self._broken: str | None = None
+        self._epochs = dict.fromkeys(KINDS, 0)
+        self._in_flight: dict[str, dict[int, Operation]] = {kind: {} for kind in KINDS}
+        self._undrained: dict[str, list[Operation]] = {kind: [] for kind in KINDS}
+        self._buffers: dict[tuple[str, int, torch.device], torch.Tensor] = {}
+        self._digests: dict[str, int] = {}
+        self._failures = FailureDetection(store, self.rank, self.size, timeout)
+        self._options = dist.AllToAllOptions()
+        self._options.timeout = _FOREVER
+        self._device_group = device_group
+        # Where an abort before the first call of a kind meets the peers' call.
+        self._devices = dict.fromkeys(KINDS, _device_of(device_group))
+        self._gloo: dict[str, dist.ProcessGroupGloo] = {}
+        self._works: collections.deque[dist.Work] = collections.deque(maxlen=4 * in_flight + 4)
+        if device_group is None:
+            for lane in (*KINDS, _REST):
+                self._connect(op, lane)
+
+    def __del__(self) -> None:
+        self.close()
+
+    def raise_if_broken(self, op: str) -> None:
+        """Raise while the group is broken."""
+        if self._broken is not None:
+            raise BrokenGroupError(
+                op,
+                f"group {self._group.name!r} is broken since a call failed ({self._broken}); "
+                "call recover() on all ranks",
+            )
+
+    def abort_peers(self, kind: str, op: str, error: MoeError) -> None:
+        """Take part in the next operation of a kind only to say why this rank cannot."""
+        if self._broken is None and not self._is_full(kind):
+            self.abort(kind, self.begin(kind, op, self._devices[kind]), error)
+
+    def close(self) -> None:
+        """Free the buffers and close the connections."""
+        self._buffers.clear()
+        self._disconnect()
+
+    def buffer(self, role: str, epoch: int, num_bytes: int, device: torch.device) -> torch.Tensor:
+        """Bytes that are free again after as many operations as may be in flight."""
+        key = (role, epoch % self._limit, device)
+        if key not in self._buffers or self._buffers[key].numel() < num_bytes:
+            self._buffers[key] = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        return self._buffers[key][:num_bytes]
+
+    # One operation: begin, compose, start, receive; or begin, abort.
+
+    def begin(self, kind: str, op: str, device: torch.device) -> int:
+        """The epoch of the next operation of a kind.
+
+        Raises:
+            BrokenGroupError, SequenceError, PeerTimeoutError: it cannot begin.
+            UnavailableError: a graph is being captured.
+        """
+        self.raise_if_broken(op)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            problem = "a graph cannot capture the collective transport, whose sizes the host reads"
+            raise UnavailableError(op, f"{problem}; use windows, or no graph")
+        if self._is_full(kind):
+            raise SequenceError.too_many(op, kind, self._limit)
+        self._devices[kind] = device
+        while self._undrained[kind]:
+            operation = self._undrained[kind].pop(0)
+            place = f"{kind} number {self._epochs[kind]}"
+            self._wait(operation.work, operation.connection, self._deadline(), op, place)
+        self._epochs[kind] += 1
+        return self._epochs[kind]
+
+    def _is_full(self, kind: str) -> bool:
+        """Whether the next operation would use the buffers of one that is still in flight."""
+        # By epochs, not by their number: those that ended early must not let others run ahead.
+        oldest = next(iter(self._in_flight[kind]), None)
+        return oldest is not None and self._epochs[kind] + 1 - oldest >= self._limit
+
+    def compose(
+        self,
+        kind: str,
+        epoch: int,
+        arguments: Mapping[str, Any],
+        device: torch.device,
+        sizes: Sequence[int],
+        words: Sequence[tuple[int, int, int]] | None = None,
+    ) -> Operation:
+        """Make memory for the payloads to each rank.
+
+        Args:
+            kind: of operation.
+            epoch: from ``begin``.
+            arguments: what must be equal on all ranks, as names and printable values.
+            device: of the payloads.
+            sizes: [W] their bytes.
+            words: [W] what the heads say to each rank.
+        """
+        digest = self._digest(arguments, device)
+        return self._compose(kind, epoch, device, _DATA, digest, sizes, words)
+
+    def _compose(
+        self,
+        kind: str,
+        epoch: int,
+        device: torch.device,
+        status: int,
+        digest: int,
+        sizes: Sequence[int],
+        words: Sequence[tuple[int, int, int]] | None,
+    ) -> Operation:
+        connection, at = self._lane(kind, device)
+        host = at.type == "cpu"
+        room = align(_ROOM // self.size) if host else _HEAD.size
+        limit = room - _HEAD.size if in_host_memory(device) else 0
+        splits = [_HEAD.size + (size if size <= limit else 0) for size in sizes]
+        splits[self.rank] = 0
+        incoming = self.buffer(f"{kind} in", epoch, self.size * room, at).view(-1, room)
+        outgoing = self.buffer(f"{kind} out", epoch, sum(splits), at)
+        rest_size = sum(size for size in sizes if size > limit)
+        rest = self.buffer(f"{kind} rest", epoch, rest_size, device)
+        more, sent = _MORE if rest_size else 0, time.time_ns()
+        memory = memoryview(outgoing.numpy()) if host else bytearray(len(outgoing))  # type: ignore[arg-type]
+        heads, parts, start, rest_start = [], [], 0, 0
+        for rank, size in enumerate(sizes):
+            inline = size <= limit
+            extra = words[rank] if words else (0, 0, 0)
+            head = Head(status, digest, size, extra, (_INLINE if inline else 0) | more, sent)
+            heads.append(head)
+            if rank != self.rank:
+                memory[start : start + _HEAD.size] = head.pack()
+            if not inline:
+                parts.append(rest[rest_start : rest_start + size])
+                rest_start += size
+            elif rank == self.rank:
+                parts.append(incoming[rank, _HEAD.size : _HEAD.size + size])
+            else:
+                parts.append(outgoing[start + _HEAD.size : start + _HEAD.size + size])
+            start += splits[rank]
+        if not host:
+            outgoing.copy_(torch.frombuffer(memory, dtype=torch.uint8))
+        return Operation(device, connection, heads, parts, outgoing, splits, incoming, rest)
+
+    def start(self, kind: str, epoch: int, operation: Operation) -> None:
+        """Send what ``compose`` made, once its parts are filled; does not wait."""
+        # The own message is in its place already, behind the room of the rank before.
+        room = operation.incoming.shape[1]
+        rooms, first = [room] * self.size, 0
+        rooms[self.rank] = 0
+        if self.rank == 0:
+            first = 1
+        else:
+            rooms[self.rank - 1] += room
+        output = operation.incoming[first:].view(-1)
+        operation.work = self._all_to_all(
+            operation.connection, output, operation.outgoing, rooms, operation.splits
+        )
+        self._in_flight[kind][epoch] = operation
+
+    def abort(self, kind: str, epoch: int, error: BaseException) -> None:
+        """Post why this rank cannot take part, and send heads that say so."""
+        reason = error.problem if isinstance(error, MoeError) else repr(error)
+        self._post(_abort_key(kind, epoch, self.rank), reason)
+        operation = self._compose(
+            kind, epoch, self._devices[kind], _ABORT, 0, [0] * self.size, None
+        )
+        self.start(kind, epoch, operation)
+        self._undrained[kind].append(self._in_flight[kind].pop(epoch))
+
+    def receive(self, op: str, kind: str, epoch: int) -> Messages:
+        """Wait for the messages of the oldest operation in flight, which then is over.
+
+        Raises:
+            PeerAbortError, ArgumentMismatchError: the ranks cannot do it together.
+            PeerTimeoutError: a rank is lost; the group is broken.
+            SequenceError: it is not the oldest operation.
+        """
+        oldest = next(iter(self._in_flight[kind]), None)
+        if oldest != epoch:
+            raise SequenceError.out_of_order(op, kind, epoch, oldest)
+        operation = self._in_flight[kind][epoch]
+        began, deadline, place = time.monotonic(), self._deadline(), f"{kind} number {epoch}"
+        self._wait(operation.work, operation.connection, deadline, op, place)
+        seconds = time.monotonic() - began
+        incoming, room = operation.incoming, operation.incoming.shape[1]
+        raw = incoming[:, : _HEAD.size]
+        data = (raw if raw.device.type == "cpu" else raw.cpu()).numpy()
+        heads = [
+            operation.heads[rank] if rank == self.rank else Head.unpack(data[rank])
+            for rank in range(self.size)
+        ]
+        error = self._disagreement(op, kind, epoch, heads)
+        if error is not None:
+            del self._in_flight[kind][epoch]
+            raise error
+        last = max(head.sent for head in heads)
+        waited = [min(max(seconds - (last - head.sent) * 1e-9, 0.0), seconds) for head in heads]
+        starts = [rank * room + _HEAD.size for rank in range(self.size)]
+        messages = Messages(heads, incoming.view(-1), starts, waited)
+        if any(head.marks & _MORE for head in heads):
+            messages = self._receive_rest(op, kind, epoch, messages, deadline)
+        del self._in_flight[kind][epoch]
+        return messages
+
+    def _receive_rest(
+        self, op: str, kind: str, epoch: int, messages: Messages, deadline: float
+    ) -> Messages:
+        """Exchange the payloads that the heads announced, and put the inline ones behind them."""
+        operation, heads = self._in_flight[kind][epoch], messages.heads
+        device = operation.device
+        sizes, own_sizes = (
+            [0 if head.marks & _INLINE else head.num_bytes for head in ours]
+            for ours in (heads, operation.heads)
+        )
+        rest = sum(sizes)
+        end = align(rest)
+        total = end + sum(align(head.num_bytes) for head in heads if head.marks & _INLINE)
+        data = self.buffer(f"{kind} all", epoch, max(total, 16), device)
+        connection, at = self._lane(_REST, device)
+        direct = at.type == device.type and in_host_memory(device) == (at.type == "cpu")
+        output = data[:rest] if direct else torch.empty(rest, dtype=torch.uint8, device=at)
+        work = self._all_to_all(connection, output, operation.rest.to(at), sizes, own_sizes)
+        self._wait(work, connection, deadline, op, f"the rows of {kind} number {epoch}")
+        if not direct:
+            data[:rest].copy_(output)
+        starts, start = [], 0
+        for head, size, payload in zip(heads, sizes, messages.payloads(), strict=True):
+            if head.marks & _INLINE:
+                data[end : end + head.num_bytes].copy_(payload)
+                starts.append(end)
+                end += align(head.num_bytes)
+            else:
+                starts.append(start)
+                start += size
+        return dataclasses.replace(messages, data=data, starts=starts)
+
+    # Agreement.
+
+    def _digest(self, arguments: Mapping[str, Any], device: torch.device) -> int:
+        """64 bits that stand for the arguments, which the store has under them."""
+        text = f"{arguments!r} {device.type}"
+        if text not in self._digests:
+            if not in_host_memory(device):
+                arguments = {**arguments, "device": device.type}
+            data = json.dumps(arguments)
+            raw = hashlib.blake2b(data.encode(), digest_size=8).digest()
+            digest = int.from_bytes(raw, "big", signed=True)
+            self._post(f"arguments/{digest}", data)
+            self._digests[text] = digest
+        return self._digests[text]
+
+    def _disagreement(self, op: str, kind: str, epoch: int, heads: list[Head]) -> MoeError | None:
+        """The error of ranks that cannot do this operation together."""
+        own = heads[self.rank].digest
+        if all(head.status == _DATA and head.digest == own for head in heads):
+            return None
+        for rank, head in enumerate(heads):
+            if head.status == _ABORT:
+                reason = self._lookup(_abort_key(kind, epoch, rank))
+                return PeerAbortError(op, rank, reason or "the store does not tell why")
+        for rank, head in enumerate(heads):
+            if head.digest == own:
+                continue
+            texts = [self._lookup(f"arguments/{digest}") for digest in (own, head.digest)]
+            if None in texts:
+                return ArgumentMismatchError(op, "the arguments", own, head.digest, rank=rank)
+            mine, theirs = (json.loads(text or "") for text in texts)
+            for name in [*mine, *theirs]:
+                if (one := mine.get(name)) != (other := theirs.get(name)):
+                    return ArgumentMismatchError(op, name, one, other, rank=rank)
+        return None
+
+    def _post(self, key: str, text: str) -> None:
+        """Put a text into the store; without the store, peers still learn that it is there."""
+        with contextlib.suppress(TimeoutError, RuntimeError):
+            bounded(lambda: self._store.set(key, text), _STORE_LIMIT)
+
+    def _lookup(self, key: str) -> str | None:
+        """What a rank put into the store before it sent its heads."""
+        with contextlib.suppress(TimeoutError, RuntimeError):
+            return bounded(lambda: self._store.get(key), _STORE_LIMIT).decode()
+        return None
+
+    # Connections and waits.
+
+    def _connect(self, op: str, lane: str) -> None:
+        """Open one of this transport's own gloo connections; all ranks come to it."""
+        store, limit = dist.PrefixStore(lane, self._store), dt.timedelta(seconds=self._timeout)
+        try:
+            self._gloo[lane] = dist.ProcessGroupGloo(store, self.rank, self.size, limit)
+        except RuntimeError as error:
+            problem = f"a rank of group {self._group.name!r} was lost while it connected"
+            raise PeerTimeoutError(op, (), problem) from error
+
+    def _lane(self, lane: str, device: torch.device) -> tuple[_Connection, torch.device]:
+        """What carries the messages of tensors on a device, and where it takes them from."""
+        if self._device_group is not None and not in_host_memory(device):
+            return self._device_group, device
+        if lane not in self._gloo:
+            self._connect("connect", lane)
+        return self._gloo[lane], HOST
+
+    def _all_to_all(
+        self,
+        connection: _Connection,
+        output: torch.Tensor,
+        data: torch.Tensor,
+        output_splits: list[int],
+        splits: list[int],
+    ) -> dist.Work:
+        work: dist.Work | None
+        if isinstance(connection, dist.ProcessGroupGloo):
+            bare: _Connection = connection
+            work = bare.alltoall_base(output, data, output_splits, splits, self._options)
+            self._works.append(work)
+        else:
+            work = dist.all_to_all_single(
+                output, data, output_splits, splits, group=connection, async_op=True
+            )
+        assert work is not None
+        return work
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self._timeout
+
+    def _wait(
+        self,
+        work: dist.Work | None,
+        connection: _Connection,
+        deadline: float,
+        op: str,
+        place: str,
+    ) -> None:
+        """Wait until a collective is done; looks at times for ranks that gave up elsewhere.
+
+        Raises:
+            PeerTimeoutError: it failed, was late, or a rank gave up; the group is broken.
+        """
+        assert work is not None
+        began = time.monotonic()
+        cause: RuntimeError | None = None
+        late = False
+        while cause is None and not late:
+            done = work.is_completed()
+            try:
+                _wait_once(work, connection, min(deadline, time.monotonic() + _LOOK))
+                return
+            except RuntimeError as error:
+                if done:
+                    cause = error
+                elif work.is_completed():
+                    continue
+                elif time.monotonic() >= deadline:
+                    late = True
+                elif self._failures.reported():
+                    break
+        waited = time.monotonic() - began
+        verdict = self._failures.give_up(place, waited, late, lambda: self._closed(connection))
+        self._broken = verdict.problem
+        self._disconnect()
+        message = f"{verdict.problem}, in group {self._group.name!r}"
+        raise PeerTimeoutError(op, verdict.ranks, message) from cause
+
+    def _closed(self, connection: _Connection) -> set[int]:
+        """The ranks to which a gloo connection is closed; sending to others does not wait."""
+        closed: set[int] = set()
+        if isinstance(connection, dist.ProcessGroupGloo):
+            bare: _Connection = connection
+            for rank in range(self.size):
+                if rank != self.rank:
+                    try:
+                        bare.send([torch.zeros(1, dtype=torch.uint8)], rank, 0)
+                    except RuntimeError:
+                        closed.add(rank)
+        return closed
+
+    def _disconnect(self) -> None:
+        """Drop the connections, without waiting for collectives that are pending.
+
+        The destructor of a connection does wait, so a thread keeps it until they have ended.
+        """
+        connections, works = [*self._gloo.values()], [*self._works]
+        self._gloo.clear()
+        self._works.clear()
+        self._device_group = None
+        works = [work for work in works if not work.is_completed()]
+        if not works:
+            return
+        try:
+            threading.Thread(target=_outlast, args=(connections, works), daemon=True).start()
+        except RuntimeError:  # the interpreter ends
+            for connection in connections:
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
+
+
+def _outlast(connections: list[dist.ProcessGroupGloo], works: list[dist.Work]) -> None:
+    for work in works:
+        with contextlib.suppress(RuntimeError):
+            work.wait()
+    connections.clear()
+
+
+def _wait_once(work: dist.Work, connection: _Connection, until: float) -> None:
+    """Wait for a time; ``RuntimeError`` if the collective failed or is not done by then."""
+    if isinstance(connection, dist.ProcessGroupGloo):
+        # gloo takes a zero time-out for none at all.
+        work.wait(dt.timedelta(seconds=max(until - time.monotonic(), 0.001)))
+        return
+    # NCCL aborts a collective whose wait times out, so ask it instead.
+    backoff = Backoff(until - time.monotonic())
+    while not work.is_completed():
+        if backoff.expired:
+            raise RuntimeError("not done yet")
+        backoff.pause()
+    work.wait()
+
+
+def _abort_key(kind: str, epoch: int, rank: int) -> str:
+    return f"abort/{kind}/{epoch}/{rank}"
+
+
+def in_host_memory(device: torch.device) -> bool:
+    """Whether gloo sends and receives the tensors of a device as they are."""
+    return device.type == "cpu"
+
+
+def _device_of(group: dist.ProcessGroup | None) -> torch.device:
+    """Where the tensors of a group are: on its device, if it has one."""
+    types = [] if group is None else [device.type for device in group._device_types]
+    kind = next((name for name in types if name != "cpu"), "cpu")
+    return torch.device(kind)
