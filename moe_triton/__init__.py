@@ -1,4 +1,4 @@
-"""MoE token dispatch and combine: Ascend's npu_moe_distribute_* operators on any device."""
+"""MoE token dispatch and combine, with the semantics of Ascend's npu_moe_distribute_* operators."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@
     distributed/                                           dispatch and combine between ranks
     local/                                                 operators of one device
 
-``compat.torch_npu`` and ``compat.aclnn`` are façades over this package, and import ``checks`` from
-it. The core (``ops``, ``expert_parallel``) never imports it.
+``compat.torch_npu`` and ``compat.aclnn`` are facades over this package. The core (``ops``,
+``expert_parallel``) never imports it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """From a group to a connected transport, chosen at the first rendezvous.
 
-"auto" takes the first of these that works: no transport for one rank; windows for ranks that can
+"auto" takes the first of these that works: ``single`` for one rank; windows for ranks that can
 read and write each other's memory; torch.distributed. All ranks decide from the same facts and so
 choose alike. For calls known beforehand, enough memory for their windows is one of the facts. An
 explicit choice that cannot work raises ``UnavailableError`` with the reason.

@@ -1,4 +1,4 @@
-"""Which rank is lost, when a collective failed or is late: reports in the store of the group.
+"""Find the lost rank after a collective failed or timed out: reports in the store of the group.
 
 A collective that fails says little about the cause: a connection may be closed by the rank that
 died, or by one that gave up because of it and has left already. So each rank that gives up writes a

@@ -1,7 +1,7 @@
 """All-to-alls of messages: a head that every rank can read, and a payload of any size.
 
-    head  status, digest of the arguments, bytes of the payload, three words of the sender's kind of
-          operation, a mark, time sent; int64
+    head  status, digest of the arguments, bytes of the payload, three words that depend on
+          the operation, a mark, time sent; int64
 
 gloo accepts messages shorter than the memory that waits for them. Each rank waits with ``_ROOM``
 bytes in all, whatever the arguments, so neither sizes nor an agreement have to travel first, and a

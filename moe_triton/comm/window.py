@@ -5,7 +5,7 @@ use in turn. A slot begins with one flag record per source, four int32 words (ep
 of the arguments, stream of the device), followed by the data of the kind. Windows in device memory
 have their flags in host memory; the flag area of the slot is then unused.
 
-    dispatch   [W] headers (token count, counts[E], copies[C], weights[C]); [R] rows
+    dispatch   [W] headers (token count, counts[E], slot_ids[C], weights[C]); [R] rows
     combine    [L, W + 1] the first row of each (local expert, source); [A] rows
     gather     bytes, one part for all ranks
     exchange   [W] bytes, one part for each rank

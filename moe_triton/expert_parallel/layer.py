@@ -1,4 +1,4 @@
-"""Expert parallelism as an object: sizes fixed and windows allocated once, calls move tokens."""
+"""``ExpertParallel``: dispatch and combine for layers of one shape, with windows allocated once."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Inference engines, one file each; none is imported before its file is asked to register."""
+"""Engines, for inference and training, one file each; ``register()`` imports the engine."""

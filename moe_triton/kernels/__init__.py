@@ -1,9 +1,9 @@
 """Triton kernels, one step per file: tensors in, tensors out.
 
-Kernel files take no ranks, process groups, back ends or environment variables. Each launcher has
-the name of its step in ``moe_triton.ref``, in a file of the same name: ``ref`` defines the result,
-the kernel computes the same bits. Launchers check what keeps memory safe: dtypes, shapes, strides
-and devices.
+Kernel files take no ranks, process groups, back ends or environment variables. Each launcher but
+those of ``flags`` has the name of its step in ``moe_triton.ref``, in a file of the same name:
+``ref`` defines the result, the kernel computes the same bits. Launchers check what keeps memory
+safe: dtypes, shapes, strides and devices.
 """
 
 from __future__ import annotations

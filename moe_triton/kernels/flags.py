@@ -1,6 +1,6 @@
 """Flags between ranks that share memory: written after the data, waited for with a time-out.
 
-A record is four int32 words (epoch, status, digest, unused) in the window of the waiting rank, one
+A record is four int32 words (epoch, status, digest, stream) in the window of the waiting rank, one
 for each writing rank, in the ring slot epoch % slots.
 
     write: data, by any earlier kernel; status and digest; barrier; epoch, released to the system
@@ -13,7 +13,8 @@ captured graph moves through the ring.
 Letters: W ranks.
 Bytes:   16 for each of W ranks.
 Source:  the memory models of PTX and C++. The clock is inline assembly, so this is the only file
-         that Ascend cannot compile: there kernels do not exchange flags.
+         of which Ascend compiles nothing. Transports signal on the host today; these kernels are
+         for windows in the device memory of several processes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Launch configuration of every kernel: number of programs, tile sizes and warps.
+"""Launch configuration of the kernels: number of programs, tile sizes and warps.
 
 A policy is a few numbers for a kind of device; the launch follows from them and from the shape of
 the work. Nothing is tuned at run time, so that the first call costs as much as the others. Kernels

@@ -1,4 +1,4 @@
-"""Rows to fewer bits: every quantisation that travels with tokens.
+"""Quantise rows to int8, float8 or MX, as they are sent with tokens.
 
     none         codes = x
     static       code = int8(clamp(x * factor, -128, 127))
@@ -8,10 +8,10 @@
     mx           scale = 2 ** (largest exponent - EMAX);  code = saturate(x / scale); 32 elements
     block8       s = max |x| * (1 / 127);  code = int8(fp16(x / s));  scale = s in 16 bits
 
-One kernel writes rows in any of these schemes, to one row of the output or to several. For it
-"per_row" and "per_row_div" have one group a row. A token is read once and quantised once, unless
-each of its slots has smooth factors of its own, or it is longer than a tile: then the second read
-comes from the cache.
+One kernel writes rows in any of these schemes, to one row of the output or to several. It
+treats "per_row" and "per_row_div" as one group a row. A token is read once and quantised once,
+unless each of its slots has smooth factors of its own, or it is longer than a tile: then the second
+read comes from the cache.
 
 Shapes: T tokens, H hidden size, S slots of a token, A rows of the output, C scales of a row, G
         elements of a group.
