@@ -116,8 +116,9 @@ class GroupArguments:
         else:
             contract = "be 0 or 1"
             checks.value(op, "tp_rank_id", self.tp_rank_id in (0, 1), contract, self.tp_rank_id)
-        same_group = self.group_tp not in (None, "") and self.group_tp == self.group_ep
-        checks.value(op, "group_tp", not same_group, "differ from group_ep", repr(self.group_tp))
+            # Without TP, callers may pass any name: the operators do not read it.
+            differ = self.group_tp != self.group_ep
+            checks.value(op, "group_tp", differ, "differ from group_ep", repr(self.group_tp))
         checks.reserved(op, expert_shard_type=self.expert_shard_type)
         topology = checks.topology(
             op, world, self.moe_expert_num, self.shared_expert_num, self.shared_expert_rank_num

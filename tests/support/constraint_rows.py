@@ -406,7 +406,6 @@ GROUPS = [
         blames=("moe_expert_num", "group_tp"),
     ),
     row("row07-shard-type", "expert_shard_type", 1),
-    row("row29-one-name-for-both", "group_tp", NAMED_LIKE_EP),
     row("row29-one-name-for-both-with-t-2", "group_tp", NAMED_LIKE_EP, **SILENT, base="pairs"),
 ]
 

@@ -83,7 +83,7 @@ def aclnnMoeDistributeDispatchGetWorkspaceSize(
         epWorldSize: W.
         epRankId: this rank.
         moeExpertNum: E.
-        groupTp: the group of the T ranks with the same experts, "" without tensor parallelism.
+        groupTp: the group of the T ranks with the same experts; ignored without tensor parallelism.
         tpWorldSize: T.
         tpRankId: this rank in groupTp.
         expertShardType: 0.

@@ -46,7 +46,8 @@ def npu_moe_distribute_dispatch(
         x_active_mask: bool, (BS,) with the active tokens first, or (BS, K); None for all active.
             Inactive slots are not sent, and their expert ids are ignored. Not with unequal BS.
         expert_scales: (BS, K) float32 weights to send along with the rows.
-        group_tp: the group of the T ranks with the same experts; "" without tensor parallelism.
+        group_tp: the group of the T ranks with the same experts; ignored without tensor
+            parallelism.
         tp_world_size: T, at most 2; 0 or 1 without tensor parallelism. 2 needs L = 1.
         tp_rank_id: this rank in group_tp.
         expert_shard_type: 0, shared experts on the first ranks.

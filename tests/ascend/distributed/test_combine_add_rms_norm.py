@@ -69,6 +69,35 @@ def arguments_after(ctx, call, outputs):
     return arguments | residual
 
 
+def through(function, call):
+    """The three outputs of torch_npu's function, or of both phases of a C function."""
+    if function.startswith("npu"):
+        return getattr(torch_npu, function)(**call)
+    return aclnn_calls.run(function, call, aclnn_calls.norm_outputs(call))
+
+
+FUNCTIONS = (
+    "npu_moe_distribute_combine_add_rms_norm",
+    "aclnnMoeDistributeCombineAddRmsNorm",
+    "aclnnMoeDistributeCombineAddRmsNormV2",
+)
+
+
+@pytest.mark.parametrize("tp_world_size", [0, 1])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_group_tp_may_be_group_ep_without_tp(function, tp_world_size):
+    calls = example_calls(BASIC, version=2)
+
+    def fn(ctx):
+        call = calls[ctx.rank]
+        named = {"group_tp": ctx.ep_group, "tp_world_size": tp_world_size}
+        given = arguments_after(ctx, call, harness.call_dispatch(ctx, call, version=2)) | named
+        return through(function, given)[2]
+
+    for rank, total in enumerate(harness.run_world("local", 2, fn)):
+        assert (total[:, 0] - 1).tolist() == BASIC.combined[rank]
+
+
 BAD = {
     "residual None": ({"residual_x": None}, MISSING, "residual_x"),
     "gamma None": ({"gamma": None}, MISSING, "gamma"),

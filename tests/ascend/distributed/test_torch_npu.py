@@ -16,6 +16,7 @@ import torch
 from definition import Group
 from definition_checks import check_dispatch
 from harness import call_combine, call_dispatch, make_calls, round_trip, run_example, run_world
+from invalid_calls import DOORS
 from random_cases import case_of, check_round, random_tokens
 from worked_examples import (
     BASIC,
@@ -191,6 +192,24 @@ def test_sizes_without_effect(tp_world_size, shared_expert_num):
         run_world("local", 2, lambda ctx: round_trip(ctx, calls))
     ):
         check_literal(BASIC, rank, outputs, combined)
+
+
+@pytest.mark.parametrize("world", harness.WORLDS)
+@pytest.mark.parametrize("tp_world_size", [0, 1])
+@pytest.mark.parametrize("door", DOORS)
+def test_group_tp_may_be_group_ep_without_tp(door, tp_world_size, world):
+    """CANN reads group_tp only if tp_world_size is 2; engines name the EP group there."""
+    version = DOORS[door].version
+    calls = example_calls(BASIC, version=version)
+
+    def fn(ctx):
+        call = calls[ctx.rank]
+        for args in call.values():
+            args |= {"group_tp": ctx.ep_group, "tp_world_size": tp_world_size, "tp_rank_id": 0}
+        return DOORS[door].round_trip(ctx, call)
+
+    for rank, (outputs, combined) in enumerate(run_world(world, 2, fn)):
+        check_literal(BASIC, rank, outputs, combined, version=version)
 
 
 @pytest.mark.parametrize("world", harness.WORLDS)
