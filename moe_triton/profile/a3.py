@@ -15,6 +15,7 @@ V1 = Limits(
     world_sizes=(8, 16, 32, 64, 128, 144, 256, 288),
     experts=range(1, 513),
     shared_experts=(1,),
+    index_dims=(1,),
     refused=frozenset({"x_active_mask", "expert_scales", "expand_scales", "shared_expert_x"}),
     buffer=buffers.a3_v1,
 )

@@ -39,6 +39,7 @@ class Limits:
         comm_types: ways to communicate, of the split-phase ops.
         token_nums_types: forms of ``expert_token_nums``.
         mask_dims: dimensions that ``x_active_mask`` may have.
+        index_dims: dimensions that ``expand_idx`` of combine may have.
         balance_modes: ways to choose a replica.
         refused: tensors that must be None; ``expert_scales`` only in dispatch, ``shared_expert_x``
             only if S > 0.
@@ -66,6 +67,7 @@ class Limits:
     comm_types: Values = range(3)
     token_nums_types: Values = (0, 1)
     mask_dims: Values = (1, 2)
+    index_dims: Values | None = None
     balance_modes: Values = (0, 1)
     refused: frozenset[str] = frozenset()
     required: frozenset[str] = frozenset()
@@ -118,6 +120,7 @@ COMBINE_RULES = (
     Rule("hidden", "hidden", "expand_x", "have an H"),
     Rule("top_k", "top_k", "expert_ids", "have a K"),
     *_PLACEMENT,
+    Rule("index_dims", "index_dims", "expand_idx", "have a number of dimensions"),
     Rule("comm_quant_mode", "comm_quant_modes", "comm_quant_mode", "be"),
 )
 REPLICA_RULES = (

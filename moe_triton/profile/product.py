@@ -60,6 +60,7 @@ class Profile:
         token_nums_type: int | None = None,
         balance_mode: int | None = None,
         mask_dims: int | None = None,
+        index_dims: int | None = None,
         elastic: bool = False,
         with_scales: bool = False,
         with_expert_scales: bool = False,
@@ -95,6 +96,7 @@ class Profile:
             token_nums_type: form of ``expert_token_nums``.
             balance_mode: choice of a replica.
             mask_dims: dimensions of ``x_active_mask``, or None without it.
+            index_dims: dimensions of ``expand_idx``, or None in an op without it.
             elastic: whether ``elastic_info`` is given.
             with_scales: whether dispatch gets ``scales``.
             with_expert_scales: whether dispatch gets ``expert_scales``.
@@ -140,6 +142,7 @@ class Profile:
             "token_nums_type": token_nums_type,
             "balance_mode": balance_mode,
             "mask_dims": mask_dims,
+            "index_dims": index_dims,
         }
         for rule in rules(family, op):
             got, values = facts[rule.fact], getattr(limits, rule.limit)

@@ -37,6 +37,7 @@ ARGUMENTS: dict[str, tuple[str | None, str | None]] = {
     "num_const_experts": ("const_expert_num", "const_expert_num"),
     "tp_world_size": ("tp_world_size", "tp_world_size"),
     "mask_dims": ("x_active_mask", "x_active_mask"),
+    "index_dims": (None, "expand_idx"),
     "comm_type": ("comm_type", "comm_type"),
     "token_nums_type": ("expert_token_nums_type", None),
     "elastic": ("elastic_info", "elastic_info"),
@@ -63,6 +64,7 @@ ROW = {
     "top_k": 18,
     "max_tokens": 19,
     "mask_dims": 20,
+    "index_dims": 1,
     "with_expert_scales": 21,
     "with_expand_scales": 21,
     "comm_quant_mode": 23,
@@ -79,6 +81,7 @@ EITHER = ((False, True), ())
 ANY_MASK = ((None, 1, 2), ())
 FIRST_TOKENS = ((None, 1), (2,))
 NO_MASK = ((None,), (1, 2))
+ANY_INDEX, FLAT_INDEX = ((None, 1, 2, 3), ()), ((None, 1), (0, 2))
 NEVER = ((False,), (True,))
 ALWAYS = ((True,), (False,))
 NONE = ((0,), (1,))
@@ -103,6 +106,7 @@ A2_V1 = {
     "num_shared_ranks": NONE,
     "tp_world_size": WITHOUT_TP,
     "mask_dims": NO_MASK,
+    "index_dims": ANY_INDEX,
     "quant_mode": ON_PRODUCTS["quant_mode"],
     "with_scales": EITHER,
     "with_expert_scales": EITHER,
@@ -153,6 +157,7 @@ A3_V1 = ON_PRODUCTS | {
     "num_shared_experts, S > 0": ((1,), (0, 2)),
     "tp_world_size": WITH_TP,
     "mask_dims": NO_MASK,
+    "index_dims": FLAT_INDEX,
     "with_scales": EITHER,
     "with_expert_scales": NEVER,
     "comm_quant_mode": ((0, 2), (1, 3)),
@@ -195,6 +200,7 @@ _950_V2 = A3_V2 | {
 }
 PORTABLE_V1 = {fact: EITHER for fact in ARGUMENTS if fact.startswith("with")} | {
     "mask_dims": ANY_MASK,
+    "index_dims": ANY_INDEX,
     "with_shared_expert_x, S > 0": EITHER,
     "num_tokens": ((0, 1, 10**6), ()),
     "max_tokens": ((16, 10**6), ()),

@@ -365,7 +365,6 @@ SHAPES = [
     dispatch("row01-scales-3d", "scales", smooth(1, 6, 4), "1, 6, 4"),
     combine("row01-expand-x-1d", "expand_x", column, "18"),
     combine("row01-expand-x-3d", "expand_x", nested, "1, 18"),
-    combine("row01-expand-idx-2d", "expand_idx", lambda ids: ids.view(3, 2), "3, 2"),
     combine("row01-assist-2d", ASSIST, lambda words: words.view(-1, 128), "18, 128"),
     combine("row01-ep-send-counts-2d", "ep_send_counts", lambda n: n.view(2, 3), "2, 3"),
     dispatch("row02-more-rows-in-x", "x", longer, r"\b[34]\b", blames="expert_ids"),
@@ -780,6 +779,7 @@ VALUES = [
 V1_ON_PRODUCTS = [
     make(name, argument, wrong, got, base="v1 {}", on=products)
     for name, make, argument, wrong, got, products in (
+        ("row01-expand-idx-2d", combine, "expand_idx", nested, "2", ("a3", "950")),
         ("row08-s", dispatch, S, put(**{S: 4, E: 12}, expert_ids=tables(0)[None]), "4", ("a2",)),
         (
             "row08-ns-2",

@@ -33,6 +33,7 @@ from .dispatch_metadata import (
     check_assist_size,
     check_expand_idx,
     check_tp_counts,
+    flat_expand_idx,
     received_counts,
     tp_counts,
 )
@@ -87,7 +88,7 @@ class CheckedCombine:
     Attributes:
         expand_x: [.., H] the experts' rows.
         weights: [BS, K] of the slots.
-        index: expand_idx or assist_info_for_combine.
+        index: (BS * K,) expand_idx, or assist_info_for_combine.
         is_expand_idx: which of the two it is.
         topology: of the whole group.
         elastic: the remaining ranks of the group, or None.
@@ -210,6 +211,7 @@ def check_combine(
         float16=expand_x.dtype == torch.float16,
         comm_quant_mode=comm_quant_mode,
         mask_dims=None if x_active_mask is None else x_active_mask.dim(),
+        index_dims=None if index_name != "expand_idx" else index.dim(),
         elastic=elastic_info is not None,
         with_expand_scales=expand_scales is not None,
         with_shared_expert_x=shared_expert_x is not None,
@@ -235,7 +237,11 @@ def check_combine(
     )
     config = return_config(placement, top_k, max_tokens, expand_x, comm_quant_mode)
     counts = received_counts(op, topology, config, rank, ep_send_counts, arguments)
-    is_expand_idx = _check_index_shape(op, index, expert_ids.numel(), capacity, device)
+    is_expand_idx = _is_expand_idx(op, index, expert_ids.numel())
+    if is_expand_idx:
+        index = flat_expand_idx(op, index, expert_ids.numel(), device)
+    else:
+        check_assist_size(op, index_name, index, capacity * ASSIST_WORDS, device)
     check_tp_counts(op, arguments, tp_send_counts)
     agreed = arguments.agreed(op, expand_x, "expand_x", expert_ids) | {
         "comm_quant_mode": int(comm_quant_mode),
@@ -333,21 +339,12 @@ def _index_name(op: str) -> str:
     return "assist_info_for_combine" if op == COMBINE_V2 else "expand_idx"
 
 
-def _check_index_shape(
-    op: str, index: torch.Tensor, num_ids: int, capacity: int, device: torch.device
-) -> bool:
-    """Check the shape of ``index``; returns whether it is expand_idx.
+def _is_expand_idx(op: str, index: torch.Tensor, num_ids: int) -> bool:
+    """Whether ``index`` is expand_idx.
 
     The op with RMSNorm takes either: K is at most 16, so that triples take more words than ids.
     """
-    is_expand_idx = op == COMBINE
-    if op == COMBINE_ADD_RMS_NORM:
-        is_expand_idx = index.numel() == num_ids
-    if is_expand_idx:
-        checks.shape(op, "expand_idx", index, (num_ids,), "(BS * K,)", device)
-    else:
-        check_assist_size(op, _index_name(op), index, capacity * ASSIST_WORDS, device)
-    return is_expand_idx
+    return op == COMBINE or (op == COMBINE_ADD_RMS_NORM and index.numel() == num_ids)
 
 
 def check_return_quant(op: str, mode: int, arguments: GroupArguments, hidden: int) -> None:

@@ -51,6 +51,18 @@ def received_counts(
     return counts
 
 
+def flat_expand_idx(
+    op: str, expand_idx: torch.Tensor, num_ids: int, device: torch.device
+) -> torch.Tensor:
+    """Check the number of elements of ``expand_idx``; returns it as (BS * K,)."""
+    shape = (None,) * expand_idx.dim()
+    checks.shape(op, "expand_idx", expand_idx, shape, "of any dimensions", device)
+    contract = f"have BS * K = {num_ids} elements"
+    got = f"shape {tuple(expand_idx.shape)}"
+    checks.value(op, "expand_idx", expand_idx.numel() == num_ids, contract, got)
+    return expand_idx.reshape(-1)
+
+
 def check_expand_idx(op: str, expand_idx: torch.Tensor, plan: RoutingPlan) -> None:
     """Check the values on the CPU."""
     if expand_idx.device.type == "cpu":

@@ -33,7 +33,13 @@ from .checks import (
 )
 from .combine import check_num_rows, check_return_quant, return_config, zero_inactive
 from .dispatch import CheckedDispatch, as_token_nums, check_dispatch, check_token_nums_type
-from .dispatch_metadata import ASSIST_WORDS, check_assist_size, check_expand_idx, received_counts
+from .dispatch_metadata import (
+    ASSIST_WORDS,
+    check_assist_size,
+    check_expand_idx,
+    flat_expand_idx,
+    received_counts,
+)
 from .groups import OpGroups
 from .pending_ops import PendingOp, find, start, torn_down
 
@@ -335,15 +341,16 @@ class CombineTeardown:
             num_shared_ranks=self.arguments.shared_expert_rank_num,
             num_shared_experts=self.arguments.shared_expert_num,
             mask_dims=None if self.x_active_mask is None else self.x_active_mask.dim(),
+            index_dims=self.expand_idx.dim(),
             with_shared_expert_x=self.shared_expert_x is not None,
         )
 
-    def _check_shapes(self, op: str) -> torch.Tensor | None:
-        """Check expand_idx and shared_expert_x; returns the latter as (BS, H)."""
-        size, device = (self.expert_ids.numel(),), self.expand_x.device
-        checks.shape(op, "expand_idx", self.expand_idx, size, "(BS * K,)", device)
+    def _check_shapes(self, op: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Check expand_idx and shared_expert_x; returns them as (BS * K,) and (BS, H)."""
+        device = self.expand_x.device
+        index = flat_expand_idx(op, self.expand_idx, self.expert_ids.numel(), device)
         num_tokens, hidden = len(self.expert_ids), self.expand_x.shape[1]
-        return flat_addend(op, self.shared_expert_x, num_tokens, hidden, device)
+        return index, flat_addend(op, self.shared_expert_x, num_tokens, hidden, device)
 
     def check(self, op: str, groups: OpGroups) -> None:
         """Check the arguments by themselves, as the setup may not have run yet."""
@@ -382,8 +389,8 @@ class CombineTeardown:
         checks.expert_ids(op, "expert_ids", expert_ids, num_experts, active=active)
         ids = routed_ids(expert_ids, active)
         plan = call.steps.routing_plan(ids, num_experts)
-        addend = self._check_shapes(op)
-        check_expand_idx(op, self.expand_idx, plan)
+        index, addend = self._check_shapes(op)
+        check_expand_idx(op, index, plan)
         # Mask and weights come only now: the rows in flight do not depend on them.
         pending_op.pending.data = dataclasses.replace(
             pending_op.pending.data, expert_ids=ids, plan=plan, weights=weights

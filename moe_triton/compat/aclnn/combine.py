@@ -55,7 +55,7 @@ def aclnnMoeDistributeCombineGetWorkspaceSize(
     Args:
         expandX: (T * A, H) the experts' rows.
         expertIds: (BS, K) int32, as in dispatch.
-        expandIdx: (BS * K,) int32 from dispatch.
+        expandIdx: (BS * K,) or another shape of as many elements, int32, from dispatch.
         epSendCounts: (T * W * L,) int32, dispatch's epRecvCounts.
         expertScales: (BS, K) float32.
         tpSendCounts: (T,) int32, dispatch's tpRecvCounts; None without T = 2.
@@ -68,7 +68,7 @@ def aclnnMoeDistributeCombineGetWorkspaceSize(
         epWorldSize: W.
         epRankId: this rank.
         moeExpertNum: E.
-        groupTp: the group of the T ranks with the same experts, "" without tensor parallelism.
+        groupTp: the group of the T ranks with the same experts; ignored without tensor parallelism.
         tpWorldSize: T.
         tpRankId: this rank in groupTp.
         expertShardType: 0.

@@ -46,7 +46,7 @@ def npu_moe_distribute_combine(
     Args:
         expand_x: (T * A, H) float16 or bfloat16 expert outputs, rows as dispatch delivered them.
         expert_ids: (BS, K) int32, as given to dispatch.
-        expand_idx: (BS * K,) int32 from dispatch.
+        expand_idx: (BS * K,) or another shape of as many elements, int32, from dispatch.
         ep_send_counts: (T * W * L,) int32, dispatch's ep_recv_counts; with T = 2 also its first
             W * L elements alone.
         expert_scales: (BS, K) float32 weights.

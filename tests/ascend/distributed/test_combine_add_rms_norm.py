@@ -98,6 +98,21 @@ def test_group_tp_may_be_group_ep_without_tp(function, tp_world_size):
         assert (total[:, 0] - 1).tolist() == BASIC.combined[rank]
 
 
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_expand_idx_may_have_any_shape(function):
+    """That of version 1, as (BS, K)."""
+    calls = example_calls(BASIC, version=2)
+    first = example_calls(BASIC)
+
+    def fn(ctx):
+        outputs = harness.call_dispatch(ctx, first[ctx.rank])
+        given = arguments_after(ctx, calls[ctx.rank], outputs)
+        return through(function, given | {"expand_idx": outputs[2].view(3, 2)})[2]
+
+    for rank, total in enumerate(harness.run_world("local", 2, fn)):
+        assert (total[:, 0] - 1).tolist() == BASIC.combined[rank]
+
+
 BAD = {
     "residual None": ({"residual_x": None}, MISSING, "residual_x"),
     "gamma None": ({"gamma": None}, MISSING, "gamma"),

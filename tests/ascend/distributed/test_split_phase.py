@@ -41,6 +41,19 @@ def test_worked_examples(name, world):
         assert found["combined"].tolist() == example.combined[rank]
 
 
+@pytest.mark.parametrize("world", harness.WORLDS)
+def test_expand_idx_may_have_any_shape(world):
+    calls = example_calls(BASIC)
+
+    def fn(ctx):
+        halves = split_phase_calls.Halves(ctx, calls[ctx.rank])
+        sent = halves.dispatch_setup()
+        returned = halves.combine_setup(halves.dispatch_teardown(sent))
+        return halves.combine_teardown(sent, returned, expand_idx=sent[1].view(3, 2)).tolist()
+
+    assert harness.run_world(world, 2, fn) == BASIC.combined
+
+
 def test_worked_example_of_y():
     calls = example_calls(BASIC)
     for rank, found in enumerate(harness.run_world("local", 2, lambda ctx: round_trip(ctx, calls))):

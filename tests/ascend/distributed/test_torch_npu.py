@@ -195,6 +195,22 @@ def test_sizes_without_effect(tp_world_size, shared_expert_num):
 
 
 @pytest.mark.parametrize("world", harness.WORLDS)
+@pytest.mark.parametrize("shape", [(3, 2), (1, 6), (1, 3, 2)])
+@pytest.mark.parametrize("door", [name for name in DOORS if DOORS[name].version == 1])
+def test_expand_idx_may_have_any_shape(door, shape, world):
+    calls = example_calls(BASIC)
+
+    def fn(ctx):
+        call = calls[ctx.rank]
+        outputs, _ = DOORS[door].round_trip(ctx, call)
+        call["combine"]["expand_idx"] = outputs[2].view(shape)
+        return DOORS[door].round_trip(ctx, call)
+
+    for rank, (outputs, combined) in enumerate(run_world(world, 2, fn)):
+        check_literal(BASIC, rank, outputs, combined)
+
+
+@pytest.mark.parametrize("world", harness.WORLDS)
 @pytest.mark.parametrize("tp_world_size", [0, 1])
 @pytest.mark.parametrize("door", DOORS)
 def test_group_tp_may_be_group_ep_without_tp(door, tp_world_size, world):
