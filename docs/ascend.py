@@ -63,11 +63,13 @@ them:
 
 With every profile:
 
-- Outputs that a configuration does not have are None: `dynamic_scales` without quantisation,
-  `tp_recv_counts` without tensor parallelism, `expand_scales` without `expert_scales` (a2
-  returns it always).
 - Outputs that torch_npu allocates but does not write have values: `out` of gating_top_k and the
-  counts of init_routing_v2 are always computed, unused scales are zeros.
+  counts of init_routing_v2 are always computed, unused scales are zeros. Of dispatch,
+  `dynamic_scales` without quantisation, `tp_recv_counts` without tensor parallelism and
+  `expand_scales` without `expert_scales` are zeros. The documents call some of these outputs
+  optional or empty; the shapes and dtypes are those that op-plugin allocates. In the C interface
+  their tensors may be null, and are not written. Combine takes them back, also `expand_scales` in
+  version 1 on a3 and 950, which the C interface reserves and torch_npu passes back.
 - Rows of inactive tokens are zeros, where the documents leave them open.
 - Values in tensors are checked on the CPU, where that costs no synchronisation: ids out of range
   or repeated in a row, masks with gaps, and metadata of dispatch that combine gets back changed.

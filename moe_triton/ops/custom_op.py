@@ -92,7 +92,7 @@ class Operator(_Registered):
     Args:
         name: in the namespace ``moe_triton``.
         arguments: of the schema, after the token.
-        results: of the schema; a result may be None where ``outputs`` says so.
+        results: of the schema.
         run: the op itself. Takes all arguments by name, without the token.
         outputs: fake outputs, of the shapes and dtypes of ``run`` for the same arguments. Must not
             raise, as a compiler would hide its error: ``run`` checks the arguments.

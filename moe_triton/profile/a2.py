@@ -61,5 +61,4 @@ PROFILE = Profile(
     },
     switches={"HCCL_INTRA_PCIE_ENABLE": "1", "HCCL_INTRA_ROCE_ENABLE": "0"},
     server_ranks=8,
-    returns_weights=True,
 )

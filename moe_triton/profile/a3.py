@@ -16,7 +16,7 @@ V1 = Limits(
     experts=range(1, 513),
     shared_experts=(1,),
     index_dims=(1,),
-    refused=frozenset({"x_active_mask", "expert_scales", "expand_scales", "shared_expert_x"}),
+    refused=frozenset({"x_active_mask", "expert_scales", "shared_expert_x"}),
     buffer=buffers.a3_v1,
 )
 V2 = replace(

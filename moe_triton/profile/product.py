@@ -24,14 +24,12 @@ class Profile:
             ``comm_alg`` is ""; empty if none do.
         server_ranks: ranks of a server, for each of which ep_recv_counts has room for words of the
             product's own algorithm; 0 without this room.
-        returns_weights: whether dispatch returns expand_scales also without expert_scales.
     """
 
     name: str
     families: Mapping[str, Mapping[str, Limits]]
     switches: Mapping[str, str] = field(default_factory=dict)
     server_ranks: int = 0
-    returns_weights: bool = False
 
     def check(
         self,

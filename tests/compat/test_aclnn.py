@@ -214,9 +214,6 @@ def test_rows_beyond_those_needed_stay(example, version):
     for exact, larger in run_world("local", example.group.world_size * tp, fn, tp_world_size=tp):
         n = int(exact[4][-1]) + (int(exact[4][len(exact[4]) // 2 - 1]) if tp == 2 else 0)
         for position, (small, large) in enumerate(zip(exact, larger, strict=True)):
-            if small is None:
-                assert large is None
-                continue
             more = 3 if len(large) > len(small) else 0
             assert (more == 3) == (position in (0, 1, 6) or (position == 2 and number == 2))
             valid = n if position in (0, 1) else len(small)
@@ -229,8 +226,9 @@ def test_rows_beyond_those_needed_stay(example, version):
             assert beyond.numel() >= more and bool((beyond == POISON).all())
 
 
-def test_a_tensor_for_no_output_stays():
-    """As in the documents' example, which passes all seven."""
+@pytest.mark.parametrize("size", [None, 5])
+def test_a_tensor_for_no_output_stays(size):
+    """As in the documents' example, which passes all seven; a null pointer is accepted, too."""
     calls = example_calls(BASIC, weights_in_dispatch=False)
     dispatch, _ = functions("")
 
@@ -239,12 +237,12 @@ def test_a_tensor_for_no_output_stays():
         outputs = aclnn_calls.dispatch_outputs(mine)
         idle = {1: torch.float32, 5: torch.int32, 6: torch.float32}
         for position, dtype in idle.items():
-            assert outputs[position] is None
-            outputs[position] = poisoned((5,), dtype)
+            outputs[position] = None if size is None else poisoned((size,), dtype)
         aclnn_calls.run(dispatch, mine, outputs)
-        return [outputs[position].view(torch.uint8).unique().tolist() for position in idle]
+        given = [outputs[position] for position in idle if size is not None]
+        return [tensor.view(torch.uint8).unique().tolist() for tensor in given]
 
-    assert run_world("local", 2, fn) == [[[POISON]] * 3] * 2
+    assert run_world("local", 2, fn) == [[[POISON]] * (3 if size else 0)] * 2
 
 
 def test_planned_ahead_of_the_values():
@@ -421,10 +419,14 @@ def test_of_two_faults_the_lower_code_wins():
         ({"expert_ids": wrong_type}, {0: lambda out: out[1:]}, 161002),
         ({"quant_mode": 7}, {0: lambda _: None}, 161001),
         # Without a tensor for dynamicScales, which rows that are quantised have.
-        ({"quant_mode": 2, "global_bs": 5}, {0: lambda out: out.to(torch.int8)}, 161001),
+        (
+            {"quant_mode": 2, "global_bs": 5},
+            {0: lambda out: out.to(torch.int8), 1: lambda _: None},
+            161001,
+        ),
         (
             {"quant_mode": 2},
-            {0: lambda out: out.to(torch.int8), 3: lambda out: out.int()},
+            {0: lambda out: out.to(torch.int8), 1: lambda _: None, 3: lambda out: out.int()},
             161001,
         ),
     ]
@@ -470,7 +472,7 @@ def test_a_defect_is_a_status_with_its_traceback(monkeypatch):
     ids = torch.zeros(1, 1, dtype=torch.int32)
     table = torch.ones(1, 2, dtype=torch.int32)
     *_, executor = aclnn.aclnnMoeEPLBUpdateExpertGetWorkspaceSize(ids, table, 0, 2, 0, ids)
-    monkeypatch.setattr(executor.interface.operator, "run", broken)
+    monkeypatch.setattr(executor.interface.operator, "compute", broken)
     assert aclnn.aclnnMoeEPLBUpdateExpert(None, 0, executor, None) == aclnn.ACLNN_ERR_INNER
     assert "a defect" in aclnn.aclnn_last_error()
     assert "Traceback" in aclnn.aclnn_last_error()

@@ -161,7 +161,7 @@ A3_V1 = ON_PRODUCTS | {
     "with_scales": EITHER,
     "with_expert_scales": NEVER,
     "comm_quant_mode": ((0, 2), (1, 3)),
-    "with_expand_scales": NEVER,
+    "with_expand_scales": EITHER,
 }
 A3_V2 = A3_V1 | {
     "hidden": ((1024, 1025, 8192), (1023, 8193)),

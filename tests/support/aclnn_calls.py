@@ -77,10 +77,14 @@ def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.full((size,), POISON, dtype=torch.uint8).view(dtype).view(shape)
 
 
-def dispatch_outputs(call: dict, *, more: int = 0) -> list[torch.Tensor | None]:
-    """Tensors for the outputs of a dispatch, ``more`` rows larger where they may be."""
+def dispatch_outputs(call: dict, *, more: int = 0) -> list[torch.Tensor]:
+    """Tensors for the outputs of a dispatch, ``more`` rows larger where they may be.
+
+    As torch_npu does, also for those that the call does not compute.
+    """
     (rows, local), world = place(call), call["ep_world_size"]
-    pair = max(call.get("tp_world_size", 0), 1)
+    ranks = call.get("tp_world_size", 0)
+    pair = max(ranks, 1)
     (batch, top_k), hidden = call["expert_ids"].shape, call["x"].shape[1]
     mode = call.get("quant_mode", 0)
     given = call.get("scales") if call["x"].dtype.itemsize == 1 else None
@@ -88,23 +92,21 @@ def dispatch_outputs(call: dict, *, more: int = 0) -> list[torch.Tensor | None]:
         2: ((), torch.float32),
         3: ((math.ceil(hidden / 128),), torch.float32),
         4: ((math.ceil(hidden / 64) * 2,), E8M0),
-    }.get(mode if given is None else None)
+    }.get(mode if given is None else None, ((), torch.float32))
     if given is not None:
         scales = (tuple(given.shape[1:]), given.dtype)
     kind = call.get("y_dtype") or ROWS.get(mode, call["x"].dtype)
     third = (batch * top_k,) if "comm_alg" not in call else (128 * rows + more,)
-    # A2 has words for its servers behind the counts, and always weights.
-    on_a2 = get_profile() == "a2"
-    spare = 2 * batch * world * top_k * (world // 8) if on_a2 else 0
-    weighted = on_a2 or call.get("expert_scales") is not None
+    # A2 has words for its servers behind the counts.
+    spare = 2 * batch * world * top_k * (world // 8) if get_profile() == "a2" else 0
     return [
         poisoned((pair * rows + more, hidden), kind),
-        None if scales is None else poisoned((pair * rows + more, *scales[0]), scales[1]),
+        poisoned((pair * rows + more, *scales[0]), scales[1]),
         poisoned(third, torch.int32),
         poisoned((local,), torch.int64),
         poisoned((pair * world * local + spare,), torch.int32),
-        poisoned((2,), torch.int32) if pair == 2 else None,
-        poisoned((rows + more,), torch.float32) if weighted else None,
+        poisoned((ranks,), torch.int32),
+        poisoned((rows + more,), torch.float32),
     ]
 
 

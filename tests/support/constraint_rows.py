@@ -796,7 +796,6 @@ V1_ON_PRODUCTS = [
         ("row20-mask", row, "x_active_mask", mask(1), None, PRODUCTS),
         ("row21-expert-scales", dispatch, "expert_scales", torch.ones(1, 1), None, ("a3", "950")),
         ("row21-no-expand-scales", combine, "expand_scales", None, None, ("a2",)),
-        ("row21-expand-scales", combine, "expand_scales", torch.ones(8), None, ("a3", "950")),
         ("row23-mode-2", combine, "comm_quant_mode", 2, None, ("a2", "950")),
     )
 ]

@@ -227,12 +227,14 @@ class Received:
         rows: (local expert, source rank, token, slot) of each own row; slot K + j for shared expert
             j. Sources have their new rank where a group was scaled down.
         expand_x: (n, H), uint16 bits, int8 codes or uint8 codes of an 8-bit float.
-        dynamic_scales: (n,) or (n, C), float32 or e8m0 as uint8, or None when there are none.
+        dynamic_scales: (n,) or (n, C), float32 or e8m0 as uint8; None when dispatch
+            computes none, and returns (T * A,) float32 without meaning.
         expand_idx: (BS*K,) of this rank's own tokens, -1 where an entry is inactive.
         token_nums: (L,) rows of each local expert.
         token_nums_running: (L,) rows up to and including each local expert.
         ep_recv_counts: (T*L*W,) rows up to and including each (local expert, source).
-        tp_recv_counts: [T] own rows of each rank of the pair, or None.
+        tp_recv_counts: [T] own rows of each rank of the pair; None without one, when dispatch
+            returns tp_world_size words without meaning.
         expand_scales: (own n,) float32 routing weight of each own row, 1 on a shared rank.
         capacity: A.
     """

@@ -277,7 +277,7 @@ def groups_of(ctx: Any) -> dict:
 
 def call_dispatch(
     ctx: Any, call: dict, *, version: int = 1, **changes: Any
-) -> tuple[torch.Tensor | None, ...]:
+) -> tuple[torch.Tensor, ...]:
     """Dispatch of this rank's call."""
     dispatch = (
         torch_npu.npu_moe_distribute_dispatch

@@ -33,7 +33,8 @@ class DispatchOutput(NamedTuple):
     """The outputs of both versions of dispatch; see ``compat.torch_npu``.
 
     ``expand_idx`` is the third output of v1 and ``assist_info`` that of v2, None in the other
-    version; ``waited`` is int64 [W] microseconds, to add to ``performance_info``.
+    version. ``dynamic_scales``, ``tp_recv_counts`` and ``expand_scales`` are None in a call that
+    does not compute them. ``waited`` is int64 [W] microseconds, to add to ``performance_info``.
     """
 
     expand_x: torch.Tensor
@@ -252,8 +253,6 @@ def distribute_dispatch(
     spare = profile.spare_counts(topology.world_size, config.max_tokens, config.top_k)
     if spare:
         recv_counts_cumsum = torch.cat([recv_counts_cumsum, recv_counts_cumsum.new_empty(spare)])
-    if weights is None and profile.returns_weights:
-        weights = torch.empty(capacity, device=dispatch.x.device)
     assist = None
     if op == DISPATCH_V2:
         size = capacity * ASSIST_WORDS

@@ -46,7 +46,6 @@ def dispatch_outputs(
     int32, assist, profile = torch.int32, None, active_profile()
     max_tokens = _max_tokens(arguments, num_tokens)
     counts = tp * world * local + profile.spare_counts(world, max_tokens, top_k)
-    with_weights = expert_scales is not None or profile.returns_weights
     if op == DISPATCH_V2:
         assist = x.new_empty(ASSIST_WORDS * rows, dtype=int32)
     return DispatchOutput(
@@ -57,7 +56,7 @@ def dispatch_outputs(
         expert_token_nums=x.new_empty(local, dtype=torch.int64),
         ep_recv_counts=x.new_empty(counts, dtype=int32),
         tp_recv_counts=x.new_empty(tp, dtype=int32) if tp > 1 else None,
-        expand_scales=x.new_empty(rows, dtype=torch.float32) if with_weights else None,
+        expand_scales=None if expert_scales is None else x.new_empty(rows, dtype=torch.float32),
         waited=x.new_empty(world, dtype=torch.int64),
     )
 

@@ -54,13 +54,33 @@ class CheckedOperator(Operator):
 
     Args:
         args: of ``Operator``.
+        run: of ``Operator``; a result that a call does not compute may be None with ``allocate``.
+        outputs: of ``Operator``, likewise.
         checking: with all arguments of ``run`` by name, returns a context manager as
             ``groups.checked_ahead`` does; a tensor without values comes on the meta device.
-        kwargs: of ``Operator``.
+        allocate: replaces each None in the results, its first argument, by a tensor; takes the
+            arguments of ``run``, too.
+
+    Attributes:
+        compute: ``run`` as given.
+        computed: ``outputs`` as given.
     """
 
-    def __init__(self, *args: Any, checking: Callable[..., CheckedAhead], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        *args: Any,
+        run: Callable[..., Any],
+        outputs: Callable[..., Any],
+        checking: Callable[..., CheckedAhead],
+        allocate: Callable[..., Any] | None = None,
+    ) -> None:
+        def complete(function: Callable[..., Any]) -> Callable[..., Any]:
+            if allocate is None:
+                return function
+            return lambda **arguments: allocate(function(**arguments), **arguments)
+
+        super().__init__(*args, run=complete(run), outputs=complete(outputs))
+        self.compute, self.computed = run, outputs
         self.checking = checking
 
     def __call__(self, **arguments: Any) -> Any:
@@ -124,7 +144,7 @@ def _dispatch(op: str) -> dict[str, Callable[..., Any]]:
         return _ordered(fake_outputs.dispatch_outputs(op, **_grouped(schema)))
 
     checking = _checking(op, check_dispatch, "dispatch", tp=True)
-    return {"run": run, "outputs": outputs, "checking": checking}
+    return {"run": run, "outputs": outputs, "checking": checking, "allocate": _allocated}
 
 
 def _ordered(out: DispatchOutput) -> tuple[Tensor | None, ...]:
@@ -138,6 +158,32 @@ def _ordered(out: DispatchOutput) -> tuple[Tensor | None, ...]:
         out.tp_recv_counts,
         out.expand_scales,
     )
+
+
+def _allocated(outputs: tuple[Any, ...], *, tp_world_size: int, **_: object) -> tuple[Tensor, ...]:
+    """Dispatch's outputs with zeros for those that it does not compute.
+
+    Source: the allocations of npu_moe_distribute_dispatch and ..._v2 in op-plugin.
+    """
+    x, dynamic_scales, *others, tp_counts, weights = outputs
+    if tp_counts is None:
+        tp_counts = x.new_zeros(max(tp_world_size, 0), dtype=torch.int32)
+    if weights is None:
+        weights = x.new_zeros(x.shape[0] // max(tp_world_size, 1), dtype=torch.float32)
+    return x, _scales_or_zeros(x, dynamic_scales), *others, tp_counts, weights
+
+
+def _scales_or_zeros(x: Tensor, scales: Tensor | None) -> Tensor:
+    """dynamic_scales, or a zero for each row of expand_x."""
+    return x.new_zeros(x.shape[0], dtype=torch.float32) if scales is None else scales
+
+
+def _allocated_teardown(
+    outputs: tuple[Tensor, Tensor | None, Tensor, Tensor], **_: object
+) -> tuple[Tensor, ...]:
+    """A teardown's outputs with zeros for dynamic_scales that it does not compute."""
+    x, dynamic_scales, *others = outputs
+    return x, _scales_or_zeros(x, dynamic_scales), *others
 
 
 def _combine(op: str) -> dict[str, Callable[..., Any]]:
@@ -289,6 +335,7 @@ dispatch_teardown = CheckedOperator(
         lambda op, groups, **inputs: DispatchTeardown(**inputs).check(op, groups),
         None,
     ),
+    allocate=_allocated_teardown,
 )
 
 combine_setup = CheckedOperator(

@@ -155,7 +155,7 @@ class Executor:
                 )
         self._launched = True
         with torch.no_grad(), stream or contextlib.nullcontext():
-            results = _as_tuple(operator.run(**self.arguments))
+            results = _as_tuple(operator.compute(**self.arguments))
             for target, result in zip(self.targets, results, strict=False):
                 if target is not None and result is not None:
                     target[: len(result)].copy_(result)
@@ -252,7 +252,7 @@ def _check(
             _check_dtypes(op, outputs)
             raise
         _check_dtypes(op, outputs)
-        results = _as_tuple(interface.operator.outputs(**plan))
+        results = _as_tuple(interface.operator.computed(**plan))
         produced = [
             (*output, result)
             for output, result in zip(outputs, results, strict=False)

@@ -28,7 +28,7 @@ def npu_moe_distribute_dispatch(
     quant_mode: int = 0,
     global_bs: int = 0,
     expert_token_nums_type: int = 1,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Send each token to the ranks of its experts; collective over the group.
 
     Args:
@@ -67,17 +67,16 @@ def npu_moe_distribute_dispatch(
             quant_mode 2 (T * A,) float32, 3 (T * A, ceil(H / 128)) float32, 4 (T * A, C)
             float8_e8m0fnu with C = ceil(H / 32) rounded up to an even number, the padding being
             the byte 0. With quantised tokens their scales unchanged, (T * A,) or (T * A, d). Else
-            None.
+            (T * A,) float32 zeros.
         expand_idx: (BS * K,) int32, for each slot the number of earlier slots with the same expert;
             -1 for an inactive slot.
         expert_token_nums: (L,) int64 rows per local expert, of all T ranks.
         ep_recv_counts: (T * W * L,) int32 inclusive prefix sums of the rows by (local expert,
             source); with T = 2, those of the other rank of group_tp follow, starting from 0. With
             the profile "a2", 2 * maxBS * W * K * (W // 8) unwritten words follow.
-        tp_recv_counts: (T,) int32 rows that each rank of group_tp received; None without tensor
-            parallelism.
-        expand_scales: (A,) float32 weights of this rank's rows; without expert_scales None, and
-            with the profile "a2" unwritten.
+        tp_recv_counts: (tp_world_size,) int32 rows that each rank of group_tp received; zeros, none
+            or one, without tensor parallelism.
+        expand_scales: (A,) float32 weights of this rank's rows; zeros without expert_scales.
 
     Raises:
         MissingArgumentError: 161001.
@@ -119,7 +118,7 @@ def npu_moe_distribute_dispatch_v2(
     y_dtype: int | torch.dtype | None = None,
     x_dtype: int | torch.dtype | None = None,
     scales_dtype: int | torch.dtype | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Send each token to the ranks of its experts; collective over the group.
 
     Zero-computation experts (zero, copy, constant) have no network and no rank. Their ids follow

@@ -84,7 +84,7 @@ def npu_moe_distribute_dispatch_teardown(
     expert_token_nums_type: int = 1,
     comm_type: int = 0,
     comm_alg: str = "",
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Wait for the tokens of all ranks; the second phase of a dispatch.
 
     It may be called again after a wrong argument or a ``PeerTimeoutError``.

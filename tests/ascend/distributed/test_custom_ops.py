@@ -98,12 +98,12 @@ def layer(name: str, where: tuple, x, ids, weights):
     combine = getattr(torch_npu, "npu_moe_distribute_combine" + suffix)
     out = dispatch(x, ids, *where, expert_scales=weights, **for_dispatch, **for_both)
     rows, scales, index, nums, counts, tp_counts, row_weights = out
-    y = -2 * (rows if scales is None else (rows.float() * scales[:, None]).to(x.dtype))
+    y = -2 * (rows if rows.dtype == x.dtype else (rows.float() * scales[:, None]).to(x.dtype))
     combined = combine(y, ids, index, counts, weights, *where, **for_combine, **for_both)
     # Mask the unwritten elements.
     written = torch.arange(len(rows)) < counts[-1]
     rows = rows.where(written[:, None], 0)
-    scales = None if scales is None else scales.where(written, 0)
+    scales = scales.where(written, 0)
     words = torch.arange(len(index)) < 3 * counts[-1]
     index = index.where(words, 0) if version == 2 else index
     return rows, scales, index, nums, counts, tp_counts, row_weights.where(written, 0), combined
@@ -275,12 +275,12 @@ def test_static_shapes(case, version, quant_mode):
         index = tokens * top_k if version == 1 else 128 * rows
         assert got == [
             ((tp * rows, H), torch.int8 if quant_mode else torch.float16),
-            ((tp * rows,), torch.float32) if quant_mode else None,
+            ((tp * rows,), torch.float32),
             ((index,), int32),
             ((local,), torch.int64),
             ((tp * ranks * local,), int32),
-            ((2,), int32) if tp == 2 else None,
-            ((rows,), torch.float32) if quant_mode else None,
+            ((2 if tp == 2 else 0,), int32),
+            ((rows,), torch.float32),
             ((tokens, H), torch.float16),
         ]
 

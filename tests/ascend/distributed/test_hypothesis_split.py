@@ -33,10 +33,11 @@ def check(case: drawn.Case, results: list[dict]) -> None:
         _, expand_idx, _ = found["sent"]
         x, scales, assist, nums = found["received"]
         counts = assist[: len(expected.ep_recv_counts)]
+        no_more = torch.empty(0, dtype=torch.int32), torch.empty(expected.capacity)
         check_dispatch(
             group,
             expected,
-            (x, scales, expand_idx, nums, counts, None, None),
+            (x, scales, expand_idx, nums, counts, *no_more),
             rank=rank,
             token_nums_type=config.token_nums_type,
             weights_given=False,

@@ -146,17 +146,29 @@ def test_running_token_nums(world):
 
 
 @pytest.mark.parametrize("world", harness.WORLDS)
+@pytest.mark.parametrize("tp_world_size", [0, 1])
 @pytest.mark.parametrize("name", ["basic", "shared"])
-def test_outputs_that_do_not_exist_are_none(name, world):
+@pytest.mark.parametrize("version", [1, 2])
+def test_outputs_without_meaning_are_zeros(version, name, tp_world_size, world):
+    """torch_npu allocates all seven in every call, and callers copy them to the host."""
     example = EXAMPLES[name]
-    calls = example_calls(example, weights_in_dispatch=False)
+    calls = example_calls(example, version=version, weights_in_dispatch=False)
 
     def fn(ctx):
-        outputs, combined = round_trip(ctx, calls)
-        return [output is None for output in outputs], combined
+        for args in calls[ctx.rank].values():
+            args["tp_world_size"] = tp_world_size
+        with poisoned_allocations():
+            outputs, combined = round_trip(ctx, calls, version=version)
+        return [outputs[position].cpu() for position in (1, 5, 6)], combined
 
-    for rank, (is_none, combined) in enumerate(run_world(world, example.group.world_size, fn)):
-        assert is_none == [False, True, False, False, False, True, True]
+    for rank, (found, combined) in enumerate(run_world(world, example.group.world_size, fn)):
+        assert [out.dtype for out in found] == [torch.float32, torch.int32, torch.float32]
+        capacity = example.capacity[rank]
+        assert [out.tolist() for out in found] == [
+            [0.0] * capacity,
+            [0] * tp_world_size,
+            [0.0] * capacity,
+        ]
         assert combined.tolist() == example.combined[rank]
 
 
@@ -175,7 +187,7 @@ def test_arguments_may_be_positional():
         return outputs, combined
 
     for rank, (outputs, combined) in enumerate(run_world("local", 2, fn)):
-        assert outputs[6] is None
+        assert not outputs[6].any()
         assert outputs[0][: len(BASIC.expand_x[rank])].tolist() == BASIC.expand_x[rank]
         assert combined.tolist() == BASIC.combined[rank]
 
@@ -345,8 +357,8 @@ def test_inputs_may_require_grad(world):
                     args[name] = value.clone().requires_grad_()
         outputs = call_dispatch(ctx, call)
         combined = call_combine(ctx, call, outputs)
-        graphs = [out is not None and out.requires_grad for out in (*outputs, combined)]
-        return [out if out is None else out.detach() for out in outputs], combined.detach(), graphs
+        graphs = [out.requires_grad for out in (*outputs, combined)]
+        return [out.detach() for out in outputs], combined.detach(), graphs
 
     for rank, (outputs, combined, graphs) in enumerate(run_world(world, 2, fn)):
         check_literal(BASIC, rank, outputs, combined)
