@@ -58,7 +58,7 @@ def aclnnMoeDistributeCombineGetWorkspaceSize(
         expandIdx: (BS * K,) or another shape of as many elements, int32, from dispatch.
         epSendCounts: (T * W * L,) int32, dispatch's epRecvCounts.
         expertScales: (BS, K) float32.
-        tpSendCounts: (T,) int32, dispatch's tpRecvCounts; None without T = 2.
+        tpSendCounts: (T,) int32, dispatch's tpRecvCounts; ignored without T = 2.
         xActiveMask: as in dispatch.
         activationScale: reserved, None.
         weightScale: reserved, None.

@@ -54,7 +54,7 @@ def npu_moe_distribute_combine(
         ep_world_size: as in dispatch.
         ep_rank_id: as in dispatch.
         moe_expert_num: as in dispatch.
-        tp_send_counts: (T,) int32, dispatch's tp_recv_counts; None without tensor parallelism.
+        tp_send_counts: (T,) int32, dispatch's tp_recv_counts; ignored without tensor parallelism.
         x_active_mask: as in dispatch.
         activation_scale: reserved, None.
         weight_scale: reserved, None.
