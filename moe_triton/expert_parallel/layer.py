@@ -384,8 +384,7 @@ class ExpertParallel:
             handle: of a dispatch of this object.
 
         Returns:
-            [n, H] of the object's dtype, uninitialised; n rows as dispatch delivered them, those of
-            padding included.
+            Of the shape of ``Dispatched.x`` and of the object's dtype, uninitialised.
 
         Raises:
             ArgumentTypeError, ArgumentValueError: not a handle, or that of another object.
@@ -446,7 +445,7 @@ class ExpertParallel:
                 out = self._exchange.combine_recv(pending.operation, addend)
             except PeerAbortError:
                 if pending.borrowed is not None:
-                    self._exchange.borrowed[id(handle)] = (handle, pending.borrowed)
+                    self._exchange.borrowed[id(handle.expert_ids)] = (handle, pending.borrowed)
                 raise
         if gradients.needed(y, handle.row_weights, addend):
             if pending.borrowed is not None and handle.row_weights.requires_grad:
