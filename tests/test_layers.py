@@ -197,9 +197,10 @@ def test_no_package_below_tests():
 
 
 _IMPORT_CHECK = """
-import os, sys, threading, time
+import logging, os, sys, threading, time
 import torch
 before = set(sys.modules), dict(os.environ), torch.get_num_threads(), dict(vars(torch))
+handlers = list(logging.root.handlers)
 start = time.process_time()
 import moe_triton
 seconds = time.process_time() - start
@@ -214,6 +215,9 @@ assert dict(os.environ) == before[1], "changed the environment"
 assert torch.get_num_threads() == before[2], "changed the number of threads"
 changed = [k for k, v in before[3].items() if vars(torch).get(k) is not v]
 assert not changed, f"changed torch: {changed}"
+log = logging.getLogger("moe_triton")
+assert (log.handlers, log.level, log.propagate) == ([], logging.NOTSET, True), "set up logging"
+assert logging.root.handlers == handlers, "set up logging"
 assert seconds < 3, f"took {seconds} s"
 """
 

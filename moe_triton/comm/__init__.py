@@ -14,7 +14,15 @@ if __name__ != "moe_triton.comm":
 from .all_to_all import all_to_all_v
 from .collective import only_on_device
 from .communicator import Communicator
-from .groups import TRANSPORTS, Group, bind_rank, resolve, set_transport, subgroup
+from .groups import (
+    TRANSPORTS,
+    Group,
+    TransportName,
+    bind_rank,
+    resolve,
+    set_transport,
+    subgroup,
+)
 from .groups import register as register_group
 from .packing import PackedReader, packed_bytes
 from .registry import (
@@ -58,6 +66,7 @@ __all__ = [
     "Received",
     "Traffic",
     "Transport",
+    "TransportName",
     "WindowBytes",
     "abandon_communicator",
     "abort_communicator",

@@ -10,16 +10,18 @@ from __future__ import annotations
 import dataclasses
 import numbers
 import threading
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import torch.distributed as dist
 
 from ..errors import ArgumentNameError, ArgumentTypeError, ArgumentValueError
 
-#: What ``transport=`` accepts: "local" (windows between threads of one process), "shm" (windows
-#: between processes of one host), "symmetric" (whichever of the two fits the group), "collective"
-#: (torch.distributed), or "auto" for the first of these that works.
-TRANSPORTS = ("auto", "symmetric", "local", "shm", "collective")
+TransportName = Literal["auto", "single", "symmetric", "local", "shm", "collective"]
+#: What ``transport=`` accepts: "single" (one rank alone), "local" (windows between threads of one
+#: process), "shm" (windows between processes of one host), "symmetric" (whichever of the two fits
+#: the group), "collective" (torch.distributed), or "auto" for the first of these that works. A
+#: group of one rank takes "single" whatever the name.
+TRANSPORTS: tuple[TransportName, ...] = get_args(TransportName)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
