@@ -9,7 +9,7 @@ Then follow whole dispatch and combine, of one rank and of 8 ranks that share th
 at 128 and 4096 tokens. The most important cases run first; ``--seconds`` limits the run, which
 reports how many cases it left out.
 
-    python bench/bench_kernels.py [--seconds 300] [--peers-from FOLDER] [--only TEXT]
+    python bench/bench_kernels.py [--seconds 300] [--peers-from FOLDER] [--only TEXT] [--record]
     python bench/bench_kernels.py --dry-run    # a CPU: checks only, on tiny shapes, and no times
 """
 
@@ -71,7 +71,8 @@ def parsed(arguments):
     parser.add_argument("--peers-from", type=Path, help="folder with peers, see kernel_peers.py")
     parser.add_argument("--no-peers", action="store_true", help="time only our kernels")
     parser.add_argument("--dry-run", action="store_true", help="check on a CPU without timing")
-    parser.add_argument("--out", type=Path, help="JSON lines; in bench/results/<gpu> by default")
+    parser.add_argument("--out", type=Path, help="JSON lines; in build/bench/<gpu> by default")
+    parser.add_argument("--record", action="store_true", help="into bench/results/<gpu>")
     return parser.parse_args(arguments)
 
 
@@ -99,7 +100,7 @@ class Run:
             self.timer = gpu_timing.Timer(self.device)
             self.clocks = gpu_timing.Clocks(device_uuid(self.device))
             folder = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-            self.path = self.path or report.ROOT / f"bench/results/{folder}/kernels.jsonl"
+            self.path = self.path or report.destination(f"{folder}/kernels", options.record)
         names = () if options.no_peers else kernel_peers.NAMES
         if options.dry_run:
             names = tuple(name for name in names if name == "pytorch")

@@ -10,7 +10,7 @@ replica by rank. Predictions are checked first against ids mapped by that operat
 drawn from the same law after the planned ones: top-8 of 256, 512 tokens per rank, so that no expert
 gets more than an eighth.
 
-    python bench/bench_load.py [--layers 3] [--plot bench/results/load.svg]
+    python bench/bench_load.py [--layers 3] [--plot bench/results/load.svg] [--record]
 """
 
 import argparse
@@ -36,7 +36,8 @@ PICTURE = {"exponent": 1.0, "ranks": 32}
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=3, help="orders of the experts")
-    parser.add_argument("--out", type=Path, default=report.ROOT / "bench/results/load.jsonl")
+    parser.add_argument("--out", type=Path, help="JSON lines; in build/bench by default")
+    parser.add_argument("--record", action="store_true", help="into bench/results")
     parser.add_argument("--plot", type=Path, help="a picture of one case, .svg or .png")
     arguments = parser.parse_args()
 
@@ -45,7 +46,7 @@ def main():
         for exponent in EXPONENTS:
             rows.append(measure(num_ranks, num_slots, exponent, arguments.layers))
             print(report.table(rows[-1:], report.LOAD).splitlines()[-1], flush=True)
-    report.write(arguments.out, rows)
+    report.write(arguments.out or report.destination("load", arguments.record), rows)
     print(report.table(rows, report.LOAD))
     if arguments.plot:
         ranks, slots = next(shape for shape in SHAPES if shape[0] == PICTURE["ranks"])

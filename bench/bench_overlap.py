@@ -12,7 +12,7 @@ A sample is one operation from a barrier on, and its time that of the slowest ra
 every result is compared with the sum computed directly. The time until the setups return shows that
 they do not wait.
 
-    python bench/bench_overlap.py [--world-size 2 4] [--late 0 10 40] [--samples 21]
+    python bench/bench_overlap.py [--world-size 2 4] [--late 0 10 40] [--samples 21] [--record]
 """
 
 import argparse
@@ -39,7 +39,8 @@ def main():
     parser.add_argument("--world-size", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--late", type=float, nargs="+", default=[0, 10, 40], help="ms")
     parser.add_argument("--samples", type=int, default=21, help="of each way")
-    parser.add_argument("--out", type=Path, default=report.ROOT / "bench/results/overlap.jsonl")
+    parser.add_argument("--out", type=Path, help="JSON lines; in build/bench by default")
+    parser.add_argument("--record", action="store_true", help="into bench/results")
     arguments = parser.parse_args()
 
     rows = []
@@ -50,7 +51,7 @@ def main():
             for late in arguments.late:
                 row = summary(world, operation, late, ranks)
                 rows.append(row | {"samples": arguments.samples})
-    report.write(arguments.out, rows)
+    report.write(arguments.out or report.destination("overlap", arguments.record), rows)
     print(report.table(rows, report.OVERLAP))
 
 

@@ -9,7 +9,7 @@ modules (exchange, experts, and waiting for slower ranks) is reported separately
 
 "prefill" has 128 tokens per rank, "decode" 8. Ours gets ``max_tokens``, as from serving engines.
 
-    python bench/bench_transformers.py [--world-size 2 4] [--samples 15]
+    python bench/bench_transformers.py [--world-size 2 4] [--samples 15] [--record]
 """
 
 import argparse
@@ -45,9 +45,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--world-size", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--samples", type=int, default=15, help="of each implementation")
-    parser.add_argument(
-        "--out", type=Path, default=report.ROOT / "bench/results/transformers.jsonl"
-    )
+    parser.add_argument("--out", type=Path, help="JSON lines; in build/bench by default")
+    parser.add_argument("--record", action="store_true", help="into bench/results")
     arguments = parser.parse_args()
 
     quiet()
@@ -68,7 +67,7 @@ def main():
                     ),
                     flush=True,
                 )
-    report.write(arguments.out, rows)
+    report.write(arguments.out or report.destination("transformers", arguments.record), rows)
     print(report.table(rows, report.TRANSFORMERS))
 
 

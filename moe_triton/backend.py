@@ -6,7 +6,9 @@ choice that cannot run is an error, never a silent fallback.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
 import os
 import sys
 
@@ -18,7 +20,13 @@ BACKENDS = ("cpu", "interpret", "cuda", "rocm", "xpu", "npu")
 ENVIRONMENT = "MOE_TRITON_BACKEND"
 INTERPRETER = "TRITON_INTERPRET"  # Triton reads it once, when it is imported
 
+_LOG = logging.getLogger("moe_triton")
 _override: str | None = None
+
+
+@functools.cache  # each choice once, and not with every call
+def _log_choice(name: str, kind: str, reason: str) -> None:
+    _LOG.info("back end %s for tensors of %s, because %s", name, kind, reason)
 
 
 def _check_name(op: str, name: str) -> str:
@@ -104,7 +112,8 @@ def get_backend(device: torch.device | str = "cpu") -> str:
     """
     kind = torch.device(device).type
     by_device = "rocm" if kind == "cuda" and torch.version.hip else kind
-    name = _check_name("get_backend", _override or os.environ.get(ENVIRONMENT) or by_device)
+    by_environment = os.environ.get(ENVIRONMENT)
+    name = _check_name("get_backend", _override or by_environment or by_device)
     if kind == "cpu" and name not in ("cpu", "interpret"):
         raise UnavailableError(
             "get_backend", f"backend {name!r} needs tensors on its device, got tensors on the cpu"
@@ -116,4 +125,10 @@ def get_backend(device: torch.device | str = "cpu") -> str:
         raise UnavailableError("get_backend", f"backend {name!r} cannot run here: {cause}")
     if name == "interpret":
         enable_interpreter()
+    reason = "of their device"
+    if _override:
+        reason = "set_backend() chose it"
+    elif by_environment:
+        reason = f"{ENVIRONMENT} is set"
+    _log_choice(name, kind, reason)
     return name

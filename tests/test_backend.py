@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import subprocess
 import sys
@@ -34,6 +35,22 @@ def test_choice_by_environment_and_by_call(monkeypatch):
         backend.get_backend("cpu")
     backend.set_backend("cpu")
     assert backend.get_backend("cpu") == "cpu"
+
+
+def test_each_choice_is_logged_once_with_its_reason(monkeypatch, caplog):
+    backend._log_choice.cache_clear()
+    with caplog.at_level(logging.INFO, "moe_triton"):
+        for _ in range(3):
+            backend.get_backend("cpu")
+        monkeypatch.setenv(backend.ENVIRONMENT, "cpu")
+        backend.get_backend("cpu")
+        backend.set_backend("cpu")
+        backend.get_backend("cpu")
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("INFO", "back end cpu for tensors of cpu, because of their device"),
+        ("INFO", "back end cpu for tensors of cpu, because MOE_TRITON_BACKEND is set"),
+        ("INFO", "back end cpu for tensors of cpu, because set_backend() chose it"),
+    ]
 
 
 @pytest.mark.parametrize(

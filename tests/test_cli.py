@@ -18,6 +18,7 @@ from moe_triton.cli import demo, doctor, main
 from moe_triton.cli.demo_layer import Layer, dense
 from moe_triton.cli.terminal import Terminal, milliseconds, size
 from moe_triton.comm.shm import MemfdMemory
+from moe_triton.layout import QUANTS
 
 SMALL = ["demo", "--world-size", "2", "--tokens", "5"]
 
@@ -291,10 +292,37 @@ def test_doctor_json(capsys):
     }
 
 
+@pytest.mark.parametrize("quant", [*QUANTS, "none", "all", None])
+def test_doctor_with_a_limit_and_every_quantisation(capsys, quant):
+    arguments = ["--model", "mixtral", "--tokens", "64", "--max-recv-tokens", "100"]
+    arguments += [] if quant is None else ["--quant", quant]
+    assert main(["doctor", "--json", *arguments]) == 0
+    (window,) = json.loads(capsys.readouterr().out)["windows"]
+    names = {"all": ["none", *QUANTS], None: ["none", "int8"]}.get(quant, [quant])
+    assert list(window["bytes"]) == names
+    for name in names:
+        expected = moe_triton.window_bytes(
+            world_size=8,
+            num_experts=8,
+            top_k=2,
+            hidden=4096,
+            max_tokens=64,
+            max_recv_tokens=100,
+            quant=None if name == "none" else name,
+        )
+        assert window["bytes"][name]["total"] == expected.total
+        assert 2 * 100 * 8192 <= expected.combine < 2 * 104 * 8192, "two slots of 100 rows of 8 KB"
+    assert main(["doctor", *arguments]) == 0
+    out = lines(capsys)
+    for name in names:
+        assert any(f" {'bf16' if name == 'none' else name} " in line for line in out)
+    assert "  sized for max_recv_tokens = 100; pages are allocated on use" in out
+
+
 def test_doctor_with_custom_sizes(capsys):
     arguments = ["--model", "kimi-k2", "--experts", "64", "--top-k", "2", "--hidden", "512"]
     assert main(["doctor", *arguments]) == 0
-    assert any(line.startswith("  custom        64/2/512 ") for line in lines(capsys))
+    assert any(line.startswith("  custom       64/2/512 ") for line in lines(capsys))
 
 
 def test_doctor_continues_if_a_model_does_not_fit_the_ranks(capsys):

@@ -199,12 +199,30 @@ def test_experts_write_to_the_combine_buffer(world):
                 inputs = layer.inputs(ctx.rank, seed)
                 received = ep.dispatch(**inputs)
                 rows = ep.output_rows(received.handle)
-                assert rows.shape == (int(received.num_tokens), layer.hidden)
+                assert rows.shape == received.x.shape == (ep.capacity, layer.hidden)
                 assert rows.dtype == layer.dtype
                 rows.fill_(float("nan"))
                 run_experts(ep, received, numbers, layer.dtype, out=rows)
                 out = ep.combine(rows, received.handle)
                 assert torch.equal(out, layer.dense(inputs, None))
+
+    run_world(world, 3, fn)
+
+
+@worlds
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_combine_buffer_has_the_shape_of_the_received_rows(world, exact):
+    """So that an elementwise expert can write to it; a handle without weights has the same."""
+    layer = Layer()
+
+    def fn(ctx):
+        with make(ctx, exact=exact) as ep:
+            for _ in range(3):
+                received = ep.dispatch(**layer.inputs(ctx.rank))
+                for handle in (received.handle, received.handle.unweighted()):
+                    wanted = ep.combine(received.x * 2, handle)
+                    rows = torch.mul(received.x, 2, out=ep.output_rows(received.handle))
+                    assert torch.equal(ep.combine(rows, handle), wanted)
 
     run_world(world, 3, fn)
 

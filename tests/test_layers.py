@@ -1,4 +1,4 @@
-"""Imports point one way, the links at the root cannot be imported, and importing does no work."""
+"""Imports point one way, the links at the root stand aside, and importing does no work."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ PACKAGE = ROOT / "moe_triton"
 # so imports neither ref nor kernels.
 ALLOWED = {
     "errors": set(),
+    "root_links": set(),
     "topology": {"errors"},
     "profile": {"errors"},
     "backend": {"errors"},
@@ -179,16 +181,88 @@ def python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("name", ["kernels", "comm"])
-def test_root_link_is_relative_and_cannot_be_imported(name):
+links = pytest.mark.parametrize("name", ["kernels", "comm"])
+
+
+@links
+@pytest.mark.parametrize("statement", ["import {}", "from {} import thing", "import {}.thing"])
+def test_root_link_is_relative_and_cannot_be_imported(name, statement):
+    """Without another distribution; ``-S -E``: a path without site-packages."""
     link = ROOT / name
     if not link.is_symlink():
         pytest.skip("this checkout has no symbolic links")
     assert link.readlink() == Path("moe_triton") / name
-    result = python(f"import {name}", ROOT)
+    command = [sys.executable, "-S", "-E", "-c", statement.format(name)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert "ImportError" in result.stderr
+    assert f"ModuleNotFoundError: No module named {name!r}" in result.stderr
     assert f"import moe_triton.{name}" in result.stderr
+
+
+_OTHER = """
+import sys
+sys.path.append({folder!r})
+assert sys.path[0] == ""
+import NAME
+from NAME import thing
+import NAME.part, importlib.util
+assert (NAME.value, thing.value, NAME.part.value) == (7, 8, 9)
+assert sys.modules["NAME"] is NAME and NAME.__file__.startswith({folder!r}), NAME.__file__
+assert importlib.util.find_spec("NAME").origin == NAME.__file__
+assert not any(name.startswith("moe_triton") for name in sys.modules)
+import moe_triton.NAME
+assert moe_triton.NAME is not NAME and sys.modules["NAME"] is NAME
+"""
+
+
+@links
+def test_another_distribution_is_loaded_in_place_of_a_root_link(name, tmp_path):
+    package = tmp_path / name
+    package.mkdir()
+    (package / "__init__.py").write_text("value = 7\nfrom . import thing\n")
+    (package / "thing.py").write_text("value = 8\n")
+    (package / "part.py").write_text("value = 9\n")
+    code = _OTHER.replace("NAME", name).format(folder=str(tmp_path))
+    result = python(code, ROOT)
+    assert result.returncode == 0, result.stderr
+
+
+@links
+def test_an_error_of_the_other_distribution_is_its_own(name, tmp_path):
+    (tmp_path / f"{name}.py").write_text("raise OSError('own')\n")
+    result = python(f"import sys; sys.path.append({str(tmp_path)!r}); import {name}", ROOT)
+    assert result.returncode == 1
+    assert "OSError: own" in result.stderr
+
+
+_ENGINE = """
+import sys
+assert sys.path[0] == ""
+import torch, transformers
+from transformers.utils import is_kernels_available
+sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+config = transformers.MixtralConfig(
+    vocab_size=32, num_key_value_heads=2, num_local_experts=4, **sizes
+)
+model = transformers.AutoModelForCausalLM.from_config(config)
+assert model(torch.zeros(1, 3, dtype=torch.long)).logits.shape == (1, 3, 32)
+assert not is_kernels_available()
+try:
+    from kernels import get_kernel
+except ImportError as error:
+    assert error.name == "kernels"
+else:
+    raise AssertionError
+"""
+
+
+def test_an_engine_starts_in_the_root():
+    """transformers imports what ``find_spec("kernels")`` has found, for its version."""
+    pytest.importorskip("transformers")
+    if any(metadata.distributions(name="kernels")):
+        pytest.skip("the distribution called kernels is installed")
+    result = python(_ENGINE, ROOT)
+    assert result.returncode == 0, result.stderr
 
 
 def test_no_package_below_tests():
@@ -197,9 +271,10 @@ def test_no_package_below_tests():
 
 
 _IMPORT_CHECK = """
-import os, sys, threading, time
+import logging, os, sys, threading, time
 import torch
 before = set(sys.modules), dict(os.environ), torch.get_num_threads(), dict(vars(torch))
+handlers = list(logging.root.handlers)
 start = time.process_time()
 import moe_triton
 seconds = time.process_time() - start
@@ -214,6 +289,9 @@ assert dict(os.environ) == before[1], "changed the environment"
 assert torch.get_num_threads() == before[2], "changed the number of threads"
 changed = [k for k, v in before[3].items() if vars(torch).get(k) is not v]
 assert not changed, f"changed torch: {changed}"
+log = logging.getLogger("moe_triton")
+assert (log.handlers, log.level, log.propagate) == ([], logging.NOTSET, True), "set up logging"
+assert logging.root.handlers == handlers, "set up logging"
 assert seconds < 3, f"took {seconds} s"
 """
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import re
 import shlex
@@ -83,6 +84,17 @@ def is_inline(block: Block) -> bool:
     return block.language == "python" and block.title is None
 
 
+@pytest.fixture
+def own_logging():
+    """Takes back what a page sets up."""
+    log = logging.getLogger("moe_triton")
+    handlers, level = [*log.handlers], log.level
+    yield
+    log.handlers[:] = handlers
+    log.setLevel(level)
+
+
+@pytest.mark.usefixtures("own_logging")
 @pytest.mark.parametrize("page", pages_with(is_inline))
 def test_python(page):
     names = {"__name__": "__main__"}

@@ -144,7 +144,8 @@ def run(arguments: argparse.Namespace) -> int:
             traceback.print_exc()
         rank = getattr(error, "failed_rank", None)
         where = "" if rank is None else f" on rank {rank}"
-        return wrong(f"{type(error).__name__}{where}: {error}".replace("\n", " "))
+        text = str(error).removesuffix(f" (on rank {rank})")
+        return wrong(f"{type(error).__name__}{where}: {text}".replace("\n", " "))
     terminal.line()
     demo_report.show_loads(terminal, layer, loads)
     terminal.line()

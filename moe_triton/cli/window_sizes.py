@@ -8,10 +8,12 @@ from typing import Any, cast
 
 from ..ascend import required_buffsize_mb
 from ..ascend.op_names import DISPATCH
+from ..layout import QUANTS
 from ..ops import window_bytes
 from .terminal import Terminal, positive, size
 
-_QUANTS = {"none": "bf16", "int8": "int8"}  # option -> dtype of dispatched rows
+_QUANTS = {"none": "bf16", **{quant: quant for quant in QUANTS}}  # option -> dispatched rows
+_DEFAULT = ("none", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--hidden", type=positive, metavar="H", help="hidden size, instead of the model's")
     add("--world-size", type=positive, default=8, metavar="W", help="ranks (default: 8)")
     add("--tokens", type=positive, default=128, metavar="T", help="maximum per rank (default: 128)")
-    add("--quant", choices=_QUANTS, help="one format of dispatched rows instead of both")
+    add(
+        "--max-recv-tokens",
+        type=positive,
+        metavar="N",
+        help="tokens to have room for on each rank (default: the worst case)",
+    )
+    add(
+        "--quant",
+        choices=(*_QUANTS, "all"),
+        metavar="FORMAT",
+        help=f"of dispatched rows: {', '.join(_QUANTS)} or all (default: {' and '.join(_DEFAULT)})",
+    )
 
 
 def examine(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -74,8 +87,9 @@ def examine(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             {
                 "model": name,
                 **sizes,
+                "max_recv_tokens": arguments.max_recv_tokens,
                 "problem": problem,
-                "bytes": {} if problem else _window_bytes(sizes, arguments.quant),
+                "bytes": {} if problem else _window_bytes(sizes, arguments),
                 "hccl_buffsize_mb": {} if problem else _ascend_buffers(sizes),
             }
         )
@@ -90,10 +104,17 @@ def _problem(shape: Shape, world_size: int) -> str | None:
     return None
 
 
-def _window_bytes(sizes: dict[str, Any], chosen: str | None) -> dict[str, dict[str, int]]:
+def _window_bytes(
+    sizes: dict[str, Any], arguments: argparse.Namespace
+) -> dict[str, dict[str, int]]:
     windows = {}
-    for quant in [chosen] if chosen else _QUANTS:
-        size_of = window_bytes(**sizes, quant=cast("Any", None if quant == "none" else quant))
+    chosen = {None: _DEFAULT, "all": _QUANTS}.get(arguments.quant, (arguments.quant,))
+    for quant in chosen:
+        size_of = window_bytes(
+            **sizes,
+            max_recv_tokens=arguments.max_recv_tokens,
+            quant=cast("Any", None if quant == "none" else quant),
+        )
         windows[quant] = {name: getattr(size_of, name) for name in ("dispatch", "combine", "total")}
     return windows
 
@@ -105,18 +126,22 @@ def _ascend_buffers(sizes: dict[str, Any]) -> dict[str, int]:
 def show(terminal: Terminal, windows: list[dict[str, Any]]) -> None:
     """Print a line per model and format."""
     terminal.line(
-        f"  {'model':<14}{'E/K/H':<12}{'rows':<5}{'dispatch':>10}{'combine':>10}{'total':>10}"
-        f"{'a2':>7}{'a3':>7}"
+        f"  {'model':<13}{'E/K/H':<11}{'rows':<12}{'dispatch':>10}{'combine':>10}{'total':>10}"
+        f"{'a2':>6}{'a3':>6}"
     )
     for window in windows:
         shape = f"{window['num_experts']}/{window['top_k']}/{window['hidden']}"
-        label = f"  {window['model']:<14}{shape:<12}"
+        label = f"  {window['model']:<13}{shape:<11}"
         if window["problem"]:
             terminal.line(f"{label}{window['problem']}")
-        buffers = "".join(f"{mb:>7}" for mb in window["hccl_buffsize_mb"].values())
+        buffers = "".join(f"{mb:>6}" for mb in window["hccl_buffsize_mb"].values())
         for quant, sizes in window["bytes"].items():
             cells = "".join(f"{size(number):>10}" for number in sizes.values())
-            terminal.line(f"{label}{_QUANTS[quant]:<5}{cells}{buffers}")
+            terminal.line(f"{label}{_QUANTS[quant]:<12}{cells}{buffers}")
             label, buffers = " " * len(label), ""
     terminal.line("  E experts, top K, hidden size H; a2, a3: HCCL_BUFFSIZE there, in MB")
-    terminal.line("  sized for the worst case (see max_recv_tokens); pages are allocated on use")
+    limits = {window["max_recv_tokens"] for window in windows}
+    sized = "the worst case (see --max-recv-tokens)"
+    if limits != {None}:
+        sized = f"max_recv_tokens = {limits.pop()}"
+    terminal.line(f"  sized for {sized}; pages are allocated on use")

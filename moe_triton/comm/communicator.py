@@ -9,6 +9,7 @@ explicit choice that cannot work raises ``UnavailableError`` with the reason.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -34,6 +35,8 @@ from .single import SingleTransport
 from .symmetric import SymmetricTransport
 from .transport import Call, Transport, outside_autograd
 
+_LOG = logging.getLogger("moe_triton")
+
 
 class Communicator:
     """One rank of a group, connected on its first use.
@@ -57,6 +60,7 @@ class Communicator:
         self._connected: Transport | None = None
         if group.size == 1:
             self._connected = SingleTransport(group.name, in_flight)
+            self._log_choice("single", "the group has one rank")
         self._process_group_used = False
         self._rendezvous_failure: str | None = None  # why the last rendezvous failed
         self._closed = False
@@ -169,6 +173,11 @@ class Communicator:
                 connected = self._connect_once(op)
         return connected
 
+    def _log_choice(self, name: str, reason: str) -> None:
+        group = self.group
+        where = f"group {group.name!r}, rank {group.rank} of {group.size}"
+        _LOG.info("%s: transport %s, because %s", where, name, reason)
+
     def _connect_once(self, op: str) -> Transport:
         assert self._rendezvous is not None
         peer_info = self._rendezvous.gather_peer_info(op, self._own_info())
@@ -179,7 +188,9 @@ class Communicator:
                     raise ArgumentMismatchError(op, name, own, theirs[name], rank=rank)
         self._rendezvous.check_generation(op)
         causes: list[str] = []
-        if self.choice != "collective":
+        if self.choice == "single":
+            causes.append(f"group {self.group.name!r} has {self.group.size} ranks")
+        elif self.choice != "collective":
             for memory in self._memory_providers(peer_info, causes):
                 protocol = self._open(op, memory, peer_info, causes)
                 if protocol is None:
@@ -189,6 +200,11 @@ class Communicator:
                     unless_used.callback(symmetric.close)
                     if self._prepare_windows(op, memory, symmetric, causes):
                         unless_used.pop_all()
+                        ranks = "threads of one process"
+                        if not self.group.in_process:
+                            ranks = f"processes that share memory by {memory.name}"
+                        reasons = [f"{self.choice!r} was asked for, the ranks are {ranks}", *causes]
+                        self._log_choice(symmetric.name, "; ".join(reasons))
                         return symmetric
         if self.choice not in ("auto", "collective") or self.group.process_group is None:
             cause = "; ".join(causes) or "the group has no torch process group"
@@ -198,6 +214,8 @@ class Communicator:
             unless_used.callback(transport.close)
             self._prepare_on(transport)
             unless_used.pop_all()
+        reasons = [f"{self.choice!r} was asked for", *causes]
+        self._log_choice(transport.name, "; ".join(reasons))
         return transport
 
     def _connect_process_group(self, op: str) -> Transport:

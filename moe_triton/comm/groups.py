@@ -10,16 +10,18 @@ from __future__ import annotations
 import dataclasses
 import numbers
 import threading
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import torch.distributed as dist
 
 from ..errors import ArgumentNameError, ArgumentTypeError, ArgumentValueError
 
-#: What ``transport=`` accepts: "local" (windows between threads of one process), "shm" (windows
-#: between processes of one host), "symmetric" (whichever of the two fits the group), "collective"
-#: (torch.distributed), or "auto" for the first of these that works.
-TRANSPORTS = ("auto", "symmetric", "local", "shm", "collective")
+TransportName = Literal["auto", "single", "symmetric", "local", "shm", "collective"]
+#: What ``transport=`` accepts: "single" (one rank alone), "local" (windows between threads of one
+#: process), "shm" (windows between processes of one host), "symmetric" (whichever of the two fits
+#: the group), "collective" (torch.distributed), or "auto" for the first of these that works. A
+#: group of one rank takes "single" whatever the name.
+TRANSPORTS: tuple[TransportName, ...] = get_args(TransportName)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -125,10 +127,30 @@ def set_transport(group: dist.ProcessGroup | str, transport: str) -> None:
         transport: a name of ``TRANSPORTS``.
 
     Raises:
-        ArgumentValueError: the transport is unknown.
+        ArgumentTypeError: the group is neither a process group nor a name.
+        ArgumentValueError: the transport is unknown, or this rank is not in the group.
     """
-    name = group if isinstance(group, str) else group.group_name
-    _transports[name] = check_transport("set_transport", transport)
+    op = "set_transport"
+    name = group if isinstance(group, str) else _check_group(op, "group", group).group_name
+    _transports[name] = check_transport(op, transport)
+
+
+def _check_group(op: str, argument: str, group: object) -> dist.ProcessGroup:
+    """``group`` itself, if it is a process group of this rank."""
+    if isinstance(group, dist.ProcessGroup):
+        return group
+    # dist.new_group() returns this number to the ranks that are not in the new group.
+    outside = dist.GroupMember.NON_GROUP_MEMBER
+    if type(group) is type(outside) and group == outside:
+        raise ArgumentValueError(
+            op,
+            argument,
+            "be a group of this rank",
+            f"GroupMember.NON_GROUP_MEMBER ({outside}), which torch.distributed.new_group() "
+            "returns to ranks outside the new group; only its members may call",
+        )
+    contract = "be a group's name or a process group"
+    raise ArgumentTypeError(op, argument, contract, type(group).__name__)
 
 
 def _check_rank(op: str, argument: str, rank: object, size: int, name: str) -> int:
@@ -193,17 +215,14 @@ def resolve(
         ArgumentNameError: the name is not registered.
         ArgumentTypeError: the group is neither a process group nor a name, or the rank is not an
             integer.
-        ArgumentValueError: the rank is missing or out of range.
+        ArgumentValueError: the rank is missing or out of range, or is not in the group.
     """
     if group is None:
         if not dist.is_initialized():
             return Group("alone", 0, 1, None)
         return _from_process_group(dist.distributed_c10d._get_default_group())
-    if isinstance(group, dist.ProcessGroup):
-        return _from_process_group(group)
     if not isinstance(group, str):
-        contract = "be a group's name or a process group"
-        raise ArgumentTypeError(op, argument, contract, type(group).__name__)
+        return _from_process_group(_check_group(op, argument, group))
     if group in _registered:
         entry = _registered[group]
         own = entry.rank

@@ -8,7 +8,8 @@ every peer: after its data, or as an *abort*. A wait that an abort ends early le
 Each rank also posts a *handshake* message for every call in a control block that its peers read:
 the arguments that must agree, or the reason for its abort. Peers read these messages for a new
 configuration and after an abort. New windows take a second handshake, so that either all ranks use
-them or none. The control block begins with a word that says whether the rank has left the group.
+them or none. The control block begins with a word that says whether the rank has left the group,
+and the operation in which it waits: ranks that wait for each other in different calls find out.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ _OPENED = 2  # only in handshakes, where a later status keeps this bit
 
 # A handshake: epoch, status, bytes of text, bytes of reason; then the text; then the reason.
 _ENTRY_BYTES, _TEXT, _REASON = 4096, 16, 3072
-_HEAD_BYTES = 16  # before the first handshake
+# Before the first handshake: whether the rank has left; the kind's number, from 1, and the epoch
+# of the operation in which it waits, or 0.
+_HEAD_BYTES = 16
 _LIVENESS_INTERVAL = 10e-3  # seconds between checks for dead peers
 
 
@@ -323,7 +326,7 @@ class RingProtocol:
             else windows.flag_address(self.rank, slot, source)
             for source in range(self.size)
         }
-        for _ in self._poll_flags(op, epoch, addresses):
+        for _ in self._poll_flags(kind, op, epoch, addresses):
             pass
 
     def _wait_flags(
@@ -342,7 +345,7 @@ class RingProtocol:
         waited = [0.0] * self.size
         stream = windows.stream()
         start = time.monotonic()
-        for source in self._poll_flags(op, epoch, addresses, retry=(kind, epoch)):
+        for source in self._poll_flags(kind, op, epoch, addresses, retry=(kind, epoch)):
             waited[source] = time.monotonic() - start
             words = _words(addresses[source])
             if words[1] == _ABORT:
@@ -360,6 +363,7 @@ class RingProtocol:
 
     def _poll_flags(
         self,
+        kind: str,
         op: str,
         epoch: int,
         addresses: dict[int, int],
@@ -367,7 +371,7 @@ class RingProtocol:
     ) -> Iterator[int]:
         """Yield each rank when ``epoch`` appears at its address."""
         missing = dict(addresses)
-        for _ in self._polls(op, f"epoch {epoch}", missing, retry):
+        for _ in self._polls(op, kind, epoch, missing, retry):
             for source, address in list(missing.items()):
                 if atomics.wrap(atomics.load_relaxed(address) - epoch) < 0:
                     continue
@@ -399,7 +403,8 @@ class RingProtocol:
     def _polls(
         self,
         op: str,
-        what: str,
+        kind: str,
+        epoch: int,
         missing: Mapping[int, int],
         retry: tuple[str, int] | None = None,
     ) -> Iterator[None]:
@@ -407,39 +412,84 @@ class RingProtocol:
 
         Args:
             op: for error messages.
-            what: the caller waits for, for error messages.
+            kind: of the operation in which this rank waits.
+            epoch: of that operation.
             missing: addresses of the words that will change, by rank.
             retry: kind and epoch of a wait that may be repeated after a time-out, or None.
 
         Raises:
-            PeerTimeoutError: the time is up, or a missing peer has left or died.
+            PeerTimeoutError: the time is up, or a missing peer has left or died, or waits for this
+                rank in another call.
         """
+        what = f"{kind} {epoch}"
         backoff = Backoff(self.timeout, spin=self._spin)
         gone: list[int] = []
-        late = False
+        elsewhere: dict[int, str] = {}
+        late = posted = False
         next_check = time.monotonic() + _LIVENESS_INTERVAL
-        while missing:
-            # Read before the poll: a change after the poll then ends the pause at once.
-            rank, address = next(iter(missing.items()))
-            seen = atomics.load_relaxed(address)
-            yield
-            if not missing:
-                return
-            # Decided before this poll, so that a flag set before the deadline counts.
-            if lost := tuple(rank for rank in gone if rank in missing):
-                problem = f"{ranks_text(lost)} left the group or died ({what})"
-                self._raise_timeout(op, lost, problem, retry)
-            if late and missing:
-                absent = tuple(sorted(missing))
-                problem = f"{ranks_text(absent)} did not come within {self.timeout:g} s ({what})"
-                self._raise_timeout(op, absent, problem, retry)
-            now = time.monotonic()
-            if now >= next_check:
-                gone = [rank for rank in missing if self._is_gone(rank)]
-                next_check = now + _LIVENESS_INTERVAL
-            late = now >= backoff.deadline
-            if rank in missing:
-                backoff.pause_on(address, seen)
+        try:
+            while missing:
+                # Read before the poll: a change after the poll then ends the pause at once.
+                rank, address = next(iter(missing.items()))
+                seen = atomics.load_relaxed(address)
+                yield
+                if not missing:
+                    return
+                # Decided before this poll, so that a flag set before the deadline counts.
+                for peer, call in elsewhere.items():
+                    if peer in missing:
+                        posted = False  # stays, for the peers
+                        problem = (
+                            f"rank {peer} waits in {call}, this rank in {what}: all ranks must "
+                            "issue the same calls in the same order"
+                        )
+                        self._raise_timeout(op, (peer,), problem, None)
+                if lost := tuple(rank for rank in gone if rank in missing):
+                    problem = f"{ranks_text(lost)} left the group or died ({what})"
+                    self._raise_timeout(op, lost, problem, retry)
+                if late and missing:
+                    absent = tuple(sorted(missing))
+                    problem = (
+                        f"{ranks_text(absent)} did not come within {self.timeout:g} s ({what})"
+                    )
+                    self._raise_timeout(op, absent, problem, retry)
+                now = time.monotonic()
+                if now >= next_check:
+                    if not posted:
+                        self._post_wait(1 + KINDS.index(kind), epoch)
+                        posted = True
+                    elsewhere = self._waiting_elsewhere(missing)
+                    gone = [rank for rank in missing if self._is_gone(rank)]
+                    next_check = now + _LIVENESS_INTERVAL
+                late = now >= backoff.deadline
+                if rank in missing:
+                    backoff.pause_on(address, seen)
+        finally:
+            if posted:
+                self._post_wait(0, 0)
+
+    def _post_wait(self, number: int, epoch: int) -> None:
+        """Say in which operation this rank waits: the number of its kind, or 0 for none."""
+        address = self._control[self.rank].data.data_ptr()
+        atomics.store_release(address + 8, epoch)
+        atomics.store_release(address + 4, number)
+
+    def _waiting_elsewhere(self, ranks: Iterable[int]) -> dict[int, str]:
+        """The ranks that wait in an operation which this rank has not begun, and in which one.
+
+        They stay there as long as this rank waits for them.
+        """
+        found = {}
+        for rank in ranks:
+            address = self._control[rank].data.data_ptr()
+            number = atomics.load_acquire(address + 4)
+            epoch = atomics.load_acquire(address + 8)
+            if number == 0 or number != atomics.load_acquire(address + 4):
+                continue
+            kind = KINDS[number - 1]
+            if atomics.wrap(self._rings[kind].last - epoch) < 0:
+                found[rank] = f"{kind} {epoch}"
+        return found
 
     def _is_gone(self, rank: int) -> bool:
         """Whether a peer has left, or its process has ended."""
@@ -514,7 +564,7 @@ class RingProtocol:
         own = json.dumps({"arguments": arguments})
         missing = {rank: self._handshake_address(rank, kind, epoch) for rank in range(self.size)}
         texts: dict[int, str] = {}
-        for _ in self._polls(op, f"{kind} {epoch}", missing):
+        for _ in self._polls(op, kind, epoch, missing):
             for rank in list(missing):
                 message = self._read_handshake(rank, kind, epoch)
                 if message is None:
@@ -579,7 +629,7 @@ class RingProtocol:
         failed: dict[int, str] = {}
         ranks = range(self.size)
         missing = {rank: self._handshake_address(rank, kind, epoch) + 4 for rank in ranks}  # status
-        for _ in self._polls(op, f"{kind} {epoch}", missing):
+        for _ in self._polls(op, kind, epoch, missing):
             for rank in list(missing):
                 message = self._read_handshake(rank, kind, epoch)
                 assert message is not None

@@ -50,7 +50,8 @@ class Exchange:
     Attributes:
         name: unique in this process; handles and compiled code refer to it.
         last: configuration and tokens of the last dispatch, or None.
-        borrowed: zero-copy combine buffers since the last combine, by the handle they are for.
+        borrowed: zero-copy combine buffers since the last combine, by the id of the dispatch's
+            expert ids, which its handles share.
         dispatches: dispatches of compiled code between setup and teardown, by number.
         combines: combines of compiled code, likewise.
         load: [L] int64 rows that dispatches have delivered for each local expert, or None.
@@ -208,7 +209,7 @@ class Exchange:
         except MoeError as error:
             self.communicator.abort_peers("combine", op, error)
             raise
-        _, borrowed = self.borrowed.get(id(handle), (None, None))
+        _, borrowed = self.borrowed.get(id(ids), (None, None))
         rows = CombineInput(y, permutation, ids, plan, handle.weights, borrowed is not None)
         transport = self.communicator.transport(op)
         try:
@@ -235,12 +236,10 @@ class Exchange:
         """The zero-copy combine buffer of the next combine, or other memory where it has none."""
         op = f"{OP}.output_rows"
         self._check_handle(op, handle)
-        if id(handle) in self.borrowed:
-            return self.borrowed[id(handle)][1]
-        _, permutation = handle.numbering or self.numbering(
-            handle.expert_ids, handle.recv_counts_cumsum
-        )
-        num_rows = len(permutation.source)
+        key = id(handle.expert_ids)
+        if key in self.borrowed:
+            return self.borrowed[key][1]
+        num_rows = len(handle.row_weights)  # those of Dispatched.x
         transport = self.communicator.transport(op)
         rows = None if self.borrowed else transport.output_rows(self.config, num_rows)
         if rows is None:
@@ -248,7 +247,7 @@ class Exchange:
             return torch.empty(shape, dtype=self.config.dtype, device=self.device)
         # Autograd forbids experts to write to a view of the window, but not to a detached one.
         rows = rows.detach()
-        self.borrowed[id(handle)] = (handle, rows)
+        self.borrowed[key] = (handle, rows)
         return rows
 
     # Gradients, which travel the other way.

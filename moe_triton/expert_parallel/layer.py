@@ -73,9 +73,9 @@ class ExpertParallel:
         count_load: count the rows that every dispatch delivers, in ``load``.
         in_flight: dispatches, and combines, that may be set up before the first is torn down.
         timeout: seconds any wait for peers may take.
-        transport: "local" (windows between threads of one process), "shm" (windows between
-            processes of one host), "symmetric" (whichever of the two fits), "collective"
-            (torch.distributed), or "auto" for the first of these that works.
+        transport: "single" (one rank alone), "local" (windows between threads of one process),
+            "shm" (windows between processes of one host), "symmetric" (whichever of the two fits),
+            "collective" (torch.distributed), or "auto" for the first of these that works.
         rank: this rank, needed for an in-process group whose thread is not bound to one.
         device: of the tensors of all calls. None stands for the accelerator where the process
             group sends only its tensors, as NCCL's does, and else for torch's default device.
@@ -384,8 +384,7 @@ class ExpertParallel:
             handle: of a dispatch of this object.
 
         Returns:
-            [n, H] of the object's dtype, uninitialised; n rows as dispatch delivered them, those of
-            padding included.
+            Of the shape of ``Dispatched.x`` and of the object's dtype, uninitialised.
 
         Raises:
             ArgumentTypeError, ArgumentValueError: not a handle, or that of another object.
@@ -446,7 +445,7 @@ class ExpertParallel:
                 out = self._exchange.combine_recv(pending.operation, addend)
             except PeerAbortError:
                 if pending.borrowed is not None:
-                    self._exchange.borrowed[id(handle)] = (handle, pending.borrowed)
+                    self._exchange.borrowed[id(handle.expert_ids)] = (handle, pending.borrowed)
                 raise
         if gradients.needed(y, handle.row_weights, addend):
             if pending.borrowed is not None and handle.row_weights.requires_grad:

@@ -8,12 +8,13 @@ import torch
 
 from .. import comm
 from ..comm import MoeConfig, WindowBytes
+from ..comm import TransportName as TransportName  # noqa: PLC0414 (mypy's mark of a re-export)
 from ..layout import QUANTS
 from . import checks
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
-# For type checkers: the names of ``layout.QUANTS`` and of ``comm.TRANSPORTS``.
+# For type checkers: the names of ``layout.QUANTS``.
 QuantName = Literal[
     "int8_static",
     "int8",
@@ -24,7 +25,6 @@ QuantName = Literal[
     "mx_e4m3",
     "mx_e5m2",
 ]
-TransportName = Literal["auto", "symmetric", "local", "shm", "collective"]
 
 
 def layer_config(

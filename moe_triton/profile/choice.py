@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 
 from ..errors import UnavailableError
@@ -12,7 +14,13 @@ ENVIRONMENT = "MOE_TRITON_PROFILE"
 
 PROFILES = {module.PROFILE.name: module.PROFILE for module in (portable, a2, a3, a950)}
 
+_LOG = logging.getLogger("moe_triton")
 _override: str | None = None
+
+
+@functools.cache  # each choice once, and not with every call
+def _log_choice(name: str, reason: str) -> None:
+    _LOG.info("profile %s, because %s", name, reason)
 
 
 def named(op: str, name: str, argument: str = "profile") -> Profile:
@@ -50,4 +58,12 @@ def get_profile() -> str:
 
 def active_profile() -> Profile:
     """The profile in effect; errors as in ``get_profile``."""
-    return named("get_profile", _override or os.environ.get(ENVIRONMENT) or "portable")
+    by_environment = os.environ.get(ENVIRONMENT)
+    profile = named("get_profile", _override or by_environment or "portable")
+    reason = "it is the default"
+    if _override:
+        reason = "set_profile() chose it"
+    elif by_environment:
+        reason = f"{ENVIRONMENT} is set"
+    _log_choice(profile.name, reason)
+    return profile

@@ -52,9 +52,9 @@ def run_local(
     Raises:
         ValueError: ``tp_world_size`` does not divide ``world_size``.
         BaseException: the exception of the rank that failed first, with the attribute
-            ``failed_rank`` and, from Python 3.11 on, a note that names the rank. An exception that
-            explains the others goes before ``PeerAbortError``, ``PeerTimeoutError`` and
-            ``BrokenGroupError``.
+            ``failed_rank`` and the rank at the end of its text, or in a note where the text is not
+            the exception's one argument (from Python 3.11 on). An exception that explains the
+            others goes before ``PeerAbortError``, ``PeerTimeoutError`` and ``BrokenGroupError``.
     """
     contexts = _local_contexts(Layout(world_size, tp_world_size), torch.device(device))
     return _in_threads(contexts, fn, keep_groups=False)

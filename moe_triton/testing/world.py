@@ -169,8 +169,9 @@ def raise_first(failures: Sequence[Failure], unfinished: Sequence[int] = ()) -> 
 
     A dead process comes first, because its peers notice closed connections before the launcher
     notices its end; then the earliest error that is no consequence; then the earliest of all. The
-    exception gets the attribute ``failed_rank`` and, from Python 3.11 on, notes; the traceback of
-    another process becomes its cause.
+    exception gets the attribute ``failed_rank``, its text the rank, or a note where the text has
+    another form than the one argument of the exception; from Python 3.11 on a note names the other
+    ranks; the traceback of another process becomes its cause.
 
     Args:
         failures: at least one.
@@ -178,19 +179,38 @@ def raise_first(failures: Sequence[Failure], unfinished: Sequence[int] = ()) -> 
     """
     first = min(failures, key=_order)
     error = first.error
-    notes = [f"on rank {first.rank}"]
+    notes = [] if _name_rank(error, first.rank) else [f"on rank {first.rank}"]
     others = [f"rank {f.rank}: {type(f.error).__name__}" for f in failures if f is not first]
     others += [f"rank {rank}: no answer" for rank in unfinished]
     if others:
         notes.append("other ranks: " + ", ".join(others))
     with contextlib.suppress(AttributeError):  # no notes before Python 3.11, or a class without
         error.failed_rank = first.rank  # type: ignore[attr-defined]
-        for note in notes:
+        known = getattr(error, "__notes__", ())  # results may be asked for twice
+        for note in (note for note in notes if note not in known):
             error.add_note(note)  # type: ignore[attr-defined,unused-ignore]
     if first.details:
         # Not a note: pytest.raises(match=...) would search the source lines in it.
         raise error from RemoteTraceback(first.details)
     raise error
+
+
+def _name_rank(error: BaseException, rank: int) -> bool:
+    """Make the text of ``error`` name ``rank``; whether it does."""
+    if isinstance(error, WorkerDiedError):
+        return True
+    text, suffix = str(error), f"(on rank {rank})"
+    if text.endswith(suffix):  # raised before: results may be asked for twice
+        return True
+    if text == "" and not error.args:
+        named = suffix
+    elif error.args == (text,):
+        named = f"{text} {suffix}"
+    else:
+        return False
+    with contextlib.suppress(AttributeError):
+        error.args = (named,)
+    return str(error) == named
 
 
 def _order(failure: Failure) -> tuple[int, float]:

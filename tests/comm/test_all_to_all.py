@@ -89,6 +89,20 @@ def test_counts(world):
 
 
 @worlds
+def test_two_ranks(world):
+    """Each has one peer; over gloo, messages of one sender and one receiver."""
+    matrices = [[[1, 4], [0, 2]], [[0, 0], [3, 0]], [[0, 5], [5, 0]], [[0, 0], [0, 0]]]
+
+    def fn(ctx):
+        found = [exchange(ctx, matrix, columns) for matrix in matrices for columns in (1, 4, 4099)]
+        communicator = comm.default_communicator(comm.resolve("test", ctx.ep_group, ctx.ep_rank))
+        return found, communicator.transport_name
+
+    name = {"local": "local", "symmetric": "shm", "collective": "collective"}[world]
+    assert run_world(world, 2, fn) == [([True] * 12, name)] * 2
+
+
+@worlds
 def test_dtypes(world):
     """gloo moves only some of these dtypes."""
     matrix = MATRICES["unequal"]

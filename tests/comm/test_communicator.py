@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import time
 from pathlib import Path
@@ -99,6 +100,7 @@ def scarce(memory: type, patch: pytest.MonkeyPatch, broken: str) -> None:
 CHOICES = {
     "threads": {
         "auto": "local",
+        "single": "has 2 ranks",
         "symmetric": "local",
         "local": "local",
         "shm": "are threads of one process",
@@ -106,6 +108,7 @@ CHOICES = {
     },
     "processes": {
         "auto": "shm",
+        "single": "has 2 ranks",
         "symmetric": "shm",
         "local": "are processes",
         "shm": "shm",
@@ -133,6 +136,74 @@ def test_names_of_transports(world, transport):
             round_trip(ep)
 
     harness.run_world("local" if world == "threads" else "auto", 2, fn)
+
+
+class Lines(logging.Handler):
+    """The lines that the library logs on this rank about the choice of a transport."""
+
+    def __init__(self):
+        super().__init__(logging.INFO)
+        self.lines = []
+
+    def emit(self, record):
+        if ": transport " in record.getMessage():
+            self.lines.append(f"{record.levelname} {record.getMessage()}")
+
+
+def logged(ctx, transport: str, *, lacking: bool = False) -> list[str]:
+    """What one object logs on this rank of a world of processes; each logs alike."""
+    log, handler = logging.getLogger("moe_triton"), Lines()
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for memory in (MemfdMemory, PosixMemory) if lacking and ctx.rank == 1 else ():
+                scarce(memory, patch, "allocate")
+            with make(ctx, transport=transport, hidden=4096, max_tokens=16) as ep:
+                name = ep._exchange.communicator.group.name
+                round_trip(ep)
+                round_trip(ep)
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(logging.NOTSET)
+    return [line.replace(repr(name), "G") for line in handler.lines]
+
+
+def test_the_choice_is_logged_once_with_its_reason():
+    """On each rank, and not with its calls."""
+
+    def fn(ctx):
+        choices = [logged(ctx, transport) for transport in ("auto", "shm", "collective")]
+        return [*choices, logged(ctx, "auto", lacking=True)]
+
+    for rank, lines in enumerate(harness.run_world("auto", 2, fn)):
+        start = f"INFO group G, rank {rank} of 2: transport"
+        ranks = "the ranks are processes that share memory by memfd"
+        assert lines[0] == [f"{start} shm, because 'auto' was asked for, {ranks}"]
+        assert lines[1] == [f"{start} shm, because 'shm' was asked for, {ranks}"]
+        assert lines[2] == [f"{start} collective, because 'collective' was asked for"]
+        ((last),) = lines[3]
+        assert last.startswith(f"{start} collective, because 'auto' was asked for; memfd: ")
+        assert last.count("No space left on device") == 2
+
+
+def test_the_choices_of_threads_and_of_one_rank_are_logged(caplog):
+    """The application's own handlers get them; nothing is below INFO."""
+    with caplog.at_level(logging.INFO, "moe_triton"):
+        harness.run_world("local", 2, lambda ctx: round_trip(make(ctx)))
+        harness.run_world("local", 1, lambda ctx: round_trip(make(ctx)))
+    lines = [r.getMessage() for r in caplog.records if ": transport " in r.getMessage()]
+    lines = sorted(line.partition(", ")[2] for line in lines)
+    threads = "'auto' was asked for, the ranks are threads of one process"
+    assert lines == [
+        "rank 0 of 1: transport single, because the group has one rank",
+        f"rank 0 of 2: transport local, because {threads}",
+        f"rank 1 of 2: transport local, because {threads}",
+    ]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "moe_triton"):
+        harness.run_world("local", 2, lambda ctx: round_trip(make(ctx)))
+    assert caplog.records == []
 
 
 @pytest.mark.parametrize("transport", comm.TRANSPORTS)

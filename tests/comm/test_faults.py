@@ -10,6 +10,7 @@ import signal
 import time
 from pathlib import Path
 
+import harness
 import pytest
 import torch
 
@@ -156,3 +157,48 @@ def test_a_stall_over_gloo_is_named_and_recovers():
     """A killed rank cannot come back here: torch's process groups end with their members."""
     found = testing.run_processes(WORLD, collective_stall, transport="collective")
     assert found == ["collective"] * WORLD
+
+
+CALLS = {
+    "combine and dispatch": ("combine", "dispatch"),
+    "dispatch and another exchange": ("dispatch", "exchange"),
+}
+
+
+@pytest.mark.parametrize("world", ["local", "symmetric"])
+@pytest.mark.parametrize("first, second", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("before", [0, 3])
+def test_ranks_in_different_calls_are_named_at_once(world, first, second, before):
+    """Long before the time-out, on all ranks; recover() repairs the group."""
+
+    def fn(ctx):
+        sizes = {"num_experts": EXPERTS, "top_k": TOP_K, "hidden": HIDDEN, "max_tokens": TOKENS}
+        options = {"in_flight": 2, "timeout": 30.0, "count_load": True}
+        with ExpertParallel(ctx.ep_group, **sizes, **options) as ep:
+            rounds(ep, before)
+            x, ids, weights = batch(ep.rank, 0)
+            received = ep.dispatch(x, ids, weights)
+            calls = {
+                "combine": lambda: ep.combine(received.x, received.handle),
+                "dispatch": lambda: ep.dispatch(x, ids, weights),
+                "exchange": ep.gather_load,
+            }
+            error, seconds = failure(calls[second if ep.rank == VICTIM else first])
+            assert seconds < 5
+            ep.recover()
+            rounds(ep)
+        return type(error), str(error), error.ranks
+
+    # The constructor takes the first dispatch and combine.
+    numbers = {"dispatch": before + 3, "combine": before + 2, "exchange": 1}
+    for rank, (kind, text, ranks) in enumerate(harness.run_world(world, WORLD, fn)):
+        peer, own, other = VICTIM, first, second
+        if rank == VICTIM:
+            (peer,) = ranks
+            own, other = second, first
+        assert kind is PeerTimeoutError
+        assert ranks == (peer,)
+        assert (
+            f"rank {peer} waits in {other} {numbers[other]}, this rank in {own} {numbers[own]}: "
+            "all ranks must issue the same calls in the same order"
+        ) in text

@@ -7,7 +7,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_triton import ArgumentNameError, ArgumentTypeError, ArgumentValueError, comm
+from moe_triton import (
+    ArgumentNameError,
+    ArgumentTypeError,
+    ArgumentValueError,
+    ExpertParallel,
+    comm,
+    testing,
+)
 from moe_triton.comm import groups
 from moe_triton.compat.torch_npu import npu_moe_distribute_dispatch
 
@@ -65,6 +72,51 @@ def test_a_group_of_the_wrong_type(group, got):
         comm.resolve(OP, group, argument="group_ep")
     text = f"{OP}: group_ep must be a group's name or a process group, got {got}"
     assert str(caught.value) == text
+
+
+OUTSIDE = (
+    "group{} must be a group of this rank, got GroupMember.NON_GROUP_MEMBER (-100), which "
+    "torch.distributed.new_group() returns to ranks outside the new group; only its members may "
+    "call"
+)
+
+
+def test_a_group_of_other_ranks():
+    """The functional ops, the object, the exchange and the settings."""
+
+    def fn(ctx):
+        group = dist.new_group([0])  # collective, also on the ranks outside
+        x, ids = torch.zeros(2, 8, dtype=torch.bfloat16), torch.zeros(2, 1, dtype=torch.int32)
+        sizes = {"num_experts": 2, "top_k": 1, "hidden": 8, "max_tokens": 2}
+        calls = {
+            "set_transport": lambda: comm.set_transport(group, "auto"),
+            "recover": lambda: comm.recover(group),
+            "all_to_all_v": lambda: comm.all_to_all_v(x, [2], group=group),
+            "ExpertParallel": lambda: ExpertParallel(group, **sizes).close(),
+            "npu_moe_distribute_dispatch": lambda: npu_moe_distribute_dispatch(
+                x, ids, group, 1, 0, 2
+            ),
+        }
+        found = {}
+        for name, call in calls.items():
+            try:
+                call()
+            except ArgumentValueError as error:
+                found[name] = str(error)
+        return found
+
+    member, other = testing.run_processes(2, fn)
+    assert member == {}
+    assert other == {
+        name: f"{name}: {OUTSIDE.format('_ep' if name.startswith('npu') else '')}"
+        for name in (
+            "set_transport",
+            "recover",
+            "all_to_all_v",
+            "ExpertParallel",
+            "npu_moe_distribute_dispatch",
+        )
+    }
 
 
 def test_an_unknown_name():

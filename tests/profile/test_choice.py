@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 import moe_triton
 from moe_triton import profile
 from moe_triton.errors import UnavailableError
+from moe_triton.profile import choice
 
 
 @pytest.fixture
@@ -25,6 +28,23 @@ def test_the_default_the_environment_and_the_process(monkeypatch):
     assert moe_triton.get_profile() == profile.active_profile().name == "950"
     moe_triton.set_profile(None)
     assert moe_triton.get_profile() == profile.active_profile().name == "a2"
+
+
+@pytest.mark.usefixtures("no_choice")
+def test_each_choice_is_logged_once_with_its_reason(monkeypatch, caplog):
+    choice._log_choice.cache_clear()
+    with caplog.at_level(logging.INFO, "moe_triton"):
+        for _ in range(3):
+            moe_triton.get_profile()
+        monkeypatch.setenv("MOE_TRITON_PROFILE", "a2")
+        moe_triton.get_profile()
+        moe_triton.set_profile("950")
+        moe_triton.get_profile()
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("INFO", "profile portable, because it is the default"),
+        ("INFO", "profile a2, because MOE_TRITON_PROFILE is set"),
+        ("INFO", "profile 950, because set_profile() chose it"),
+    ]
 
 
 @pytest.mark.usefixtures("no_choice")

@@ -81,6 +81,33 @@ def test_notes_name_the_ranks():
     ]
 
 
+OWN_TEXT = PeerAbortError("op", 0, "bad ids")
+TWO_ARGUMENTS = OSError(2, "missing")
+
+
+@pytest.mark.parametrize(
+    "error, text, notes",
+    [
+        (ValueError("bad"), "bad (on rank 3)", []),
+        (OWN_TEXT, "op: rank 0 rejected this call: bad ids (on rank 3)", []),
+        (RuntimeError(), "(on rank 3)", []),
+        (WorkerDiedError(3, 42, 1), "the process of rank 3 (pid 42) died with exit code 1", []),
+        (KeyError("a"), "'a'", ["on rank 3"]),
+        (TWO_ARGUMENTS, "[Errno 2] missing", ["on rank 3"]),
+        (SystemExit(3), "3", ["on rank 3"]),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_the_text_names_the_rank(error, text, notes):
+    """Where the text is the exception's argument; a second report does not repeat it."""
+    for _ in range(2):
+        with pytest.raises(type(error)) as caught:
+            raise_first([Failure(3, 1.0, error)])
+        assert str(caught.value) == text
+        if sys.version_info >= (3, 11):
+            assert getattr(caught.value, "__notes__", []) == notes
+
+
 class StubbornError(Exception):
     def __setattr__(self, name, value):
         raise AttributeError(name)
