@@ -24,6 +24,7 @@ QuantName = Literal[
     "mx_e4m3",
     "mx_e5m2",
 ]
+QuantGradient = Literal["straight_through"]
 TransportName = Literal["auto", "symmetric", "local", "shm", "collective"]
 
 
