@@ -126,6 +126,7 @@ def drawn(shape: Shape, tokens: int, device: torch.device, rank: int) -> tuple[t
     return numbers((tokens, shape.hidden), device), ids.to(device), weights.to(device)
 
 
+@torch.no_grad()  # else rows after the last one are zeroed, for training
 def dispatch(ranks: list[ExpertParallel], inputs: list[tuple[torch.Tensor, ...]]) -> list:
     pending = [ep.dispatch_setup(*values) for ep, values in zip(ranks, inputs, strict=True)]
     return [ep.dispatch_teardown(sent) for ep, sent in zip(ranks, pending, strict=True)]

@@ -152,5 +152,5 @@ def test_kernels_are_tested_without_hypothesis_and_cloudpickle():
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 passed, 1 skipped" in done.stdout
+    assert "2 passed, 1 skipped" in done.stdout
     assert "hypothesis is not installed" in done.stdout

@@ -65,3 +65,11 @@ def test_on_16_ranks(script, number, tmp_path):
     python, *arguments = shlex.split(commands[number])
     assert python == "python"
     assert output_of(script, arguments, tmp_path) == output
+
+
+def test_train(tmp_path):
+    (command,), (output,) = shown("train.py")
+    torchrun, *arguments = shlex.split(command)
+    assert torchrun == "torchrun"
+    arguments = ["-m", "torch.distributed.run", "--standalone", *arguments]
+    assert output_of("train.py", arguments, tmp_path) == output

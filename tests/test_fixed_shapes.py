@@ -113,6 +113,7 @@ def test_processes(world):
         assert torch.equal(sums[rank], rounds[0][1])
 
 
+@torch.no_grad()
 def test_rows_after_the_last_one_are_not_written(monkeypatch):
     """Outputs hold the worst case, many times the received rows: the rest must cost nothing."""
     empty = torch.Tensor.new_empty
@@ -226,6 +227,7 @@ class Launches(TorchDispatchMode):
         return call
 
 
+@torch.no_grad()
 def test_launches_of_a_rank_alone(monkeypatch):
     """Each launch costs more than a microsecond of a small batch, even in a graph."""
     listed = Launches()

@@ -27,6 +27,7 @@ ALLOWED = {
     "backend": {"errors"},
     "layout": {"errors"},
     "eplb": {"errors"},
+    "training": {"errors"},
     "ref": {"errors", "layout"},
     "kernels": {"errors", "layout"},
     "comm": {"errors", "layout", "topology"},
@@ -44,7 +45,7 @@ ALLOWED["__main__"] = {"cli"}
 
 # Scripts are users: what they may import is what users may import. Benches also time steps alone,
 # and check them first.
-PUBLIC = {"", "compat", "eplb", "errors", "integrations", "testing"}
+PUBLIC = {"", "compat", "eplb", "errors", "integrations", "testing", "training"}
 SCRIPTS = {"bench": PUBLIC | {"kernels", "layout", "ref"}, "examples": PUBLIC}
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..comm import Pending
 from ..errors import MoeError, SequenceError, UnavailableError
-from ..ops import quantization
 from ..ops.custom_op import Operator
 from .exchange import COMBINE, DISPATCH, OP, Exchange
 from .results import Handle
@@ -63,9 +62,12 @@ def _dispatch_setup(
     return _keep(exchange.dispatches, pending)
 
 
-def _dispatch_teardown(*, number: Tensor, name: str) -> tuple[Tensor | None, ...]:
+def _dispatch_teardown(
+    *, number: Tensor, with_gradients: bool, name: str
+) -> tuple[Tensor | None, ...]:
     exchange = _find(name)
-    received = exchange.dispatch_recv(_in_flight(exchange.dispatches, DISPATCH, number))
+    pending = _in_flight(exchange.dispatches, DISPATCH, number)
+    received = exchange.dispatch_recv(pending, with_gradients=with_gradients)
     del exchange.dispatches[int(number)]
     return (
         received.x,
@@ -85,7 +87,6 @@ def _dispatch_teardown_outputs(*, name: str, **_: object) -> tuple[Tensor | None
     fmt, scales = config.row_format, None
     if fmt.scale_offset is not None:
         scales = torch.empty(fmt.scale_shape(rows), dtype=fmt.scale_dtype, device=device)
-        scales = quantization.as_e8m0(config.quant, scales)
     return (
         torch.empty((rows, config.hidden), dtype=fmt.dtype, device=device),
         scales,
@@ -135,19 +136,24 @@ def _send_gradients(*, gradient: Tensor, expert_ids: Tensor, num_rows: int, name
 
 def _return_gradients(
     *,
-    rows: Tensor | None,
+    rows: Tensor,
     row_weights: Tensor,
     expert_ids: Tensor,
     recv_counts_cumsum: Tensor,
+    to_quantised_tokens: bool,
     name: str,
 ) -> tuple[Tensor | None, Tensor]:
-    return _find(name).return_gradients(rows, row_weights, expert_ids, recv_counts_cumsum)
+    return _find(name).return_gradients(
+        rows, row_weights, expert_ids, recv_counts_cumsum, to_quantised_tokens
+    )
 
 
 def _return_gradients_outputs(
-    *, rows: Tensor | None, row_weights: Tensor, expert_ids: Tensor, **_: object
+    *, rows: Tensor, row_weights: Tensor, expert_ids: Tensor, name: str, **_: object
 ) -> tuple[Tensor | None, Tensor]:
-    x = None if rows is None else rows.new_empty((len(expert_ids), rows.shape[1]))
+    x = None
+    if _find(name).tokens_have_gradients:
+        x = rows.new_empty((len(expert_ids), rows.shape[1]))
     return x, row_weights.new_empty(expert_ids.shape)
 
 
@@ -161,7 +167,7 @@ dispatch_setup = Operator(
 
 dispatch_teardown = Operator(
     "expert_parallel_dispatch_teardown",
-    "Tensor number, str name",
+    "Tensor number, bool with_gradients, str name",
     "(Tensor x, Tensor scales, Tensor row_weights, Tensor tokens_per_expert, Tensor offsets, "
     "Tensor recv_counts_cumsum)",
     run=_dispatch_teardown,
@@ -195,7 +201,8 @@ send_gradients = Operator(
 
 return_gradients = Operator(
     "expert_parallel_return_gradients",
-    "Tensor? rows, Tensor row_weights, Tensor expert_ids, Tensor recv_counts_cumsum, str name",
+    "Tensor rows, Tensor row_weights, Tensor expert_ids, Tensor recv_counts_cumsum, "
+    "bool to_quantised_tokens, str name",
     "(Tensor x, Tensor weights)",
     run=_return_gradients,
     outputs=_return_gradients_outputs,

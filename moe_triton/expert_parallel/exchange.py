@@ -22,7 +22,14 @@ from ..comm import (
     Received,
     Transport,
 )
-from ..errors import ArgumentTypeError, ArgumentValueError, MoeError, PeerAbortError, SequenceError
+from ..errors import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    MoeError,
+    PeerAbortError,
+    SequenceError,
+    UnavailableError,
+)
 from ..layout import NOWHERE, RecvPermutation, RoutingPlan
 from ..ops import checks, quantization
 from .results import Handle
@@ -46,6 +53,7 @@ class Exchange:
         exact: allocate exactly as many rows as arrive.
         counts_dtype: of the rows per expert.
         count_load: keep ``load``.
+        quant_gradient: None, or "straight_through".
 
     Attributes:
         name: unique in this process; handles and compiled code refer to it.
@@ -68,11 +76,13 @@ class Exchange:
         exact: bool,
         counts_dtype: torch.dtype,
         count_load: bool,
+        quant_gradient: str | None,
     ) -> None:
         self.name = f"{OP}{next(_numbers)}"
         self.communicator, self.config = communicator, config
         self.rank = communicator.group.rank
         self.exact, self.counts_dtype = exact, counts_dtype
+        self._quant_gradient = quant_gradient
         self.last: tuple[MoeConfig, DispatchInput] | None = None
         self.borrowed: dict[int, tuple[Handle, torch.Tensor]] = {}
         self.dispatches: dict[int, Pending[DispatchInput]] = {}
@@ -84,6 +94,11 @@ class Exchange:
             num_local = config.topology.num_local_experts(self.rank)
             with torch.inference_mode(False):  # transports add to it outside inference mode
                 self.load = torch.zeros(num_local, dtype=torch.int64, device=device)
+
+    @property
+    def tokens_have_gradients(self) -> bool:
+        """Whether a backward pass returns gradients of the tokens."""
+        return self.config.quant is None or self._quant_gradient is not None
 
     def open(self) -> None:
         """Rendezvous: compare the ranks' arguments and allocate the windows."""
@@ -138,14 +153,24 @@ class Exchange:
         )
         return self.communicator.transport(op).dispatch_send(call, tokens)
 
-    def dispatch_recv(self, pending: Pending[DispatchInput]) -> Received:
-        """Wait for all ranks' tokens."""
+    def dispatch_recv(self, pending: Pending[DispatchInput], *, with_gradients: bool) -> Received:
+        """Wait for all ranks' tokens.
+
+        ``with_gradients``, outside inference mode, zeros the rows after the last one, with their
+        scales and weights: garbage there times a zero gradient would make the experts' weight
+        gradients NaN.
+        """
         received = self._transport_of(DISPATCH, pending.owner).dispatch_recv(pending)
         self.last = (pending.call.config, pending.data)
-        if received.scales is None:
-            return received
-        scales = quantization.as_e8m0(self.config.quant, received.scales)
-        return dataclasses.replace(received, scales=scales)
+        if with_gradients and not self.exact and not torch.is_inference_mode_enabled():
+            # Negative from the row after the last one; the count stays on the device.
+            index = received.recv_permutation.offsets[-1] - torch.arange(
+                1, len(received.x) + 1, dtype=torch.int32, device=self.device
+            )
+            for rows in (received.x, received.scales, received.weights):
+                if rows is not None:
+                    self._steps.zero_padding(rows[:, None] if rows.dim() == 1 else rows, index)
+        return received
 
     def gather_load(self) -> torch.Tensor:
         """[E] int64 ``load`` of all ranks, in the order of the routed experts."""
@@ -272,26 +297,40 @@ class Exchange:
 
     def return_gradients(
         self,
-        rows: torch.Tensor | None,
+        rows: torch.Tensor,
         row_weights: torch.Tensor,
         expert_ids: torch.Tensor,
         recv_counts_cumsum: torch.Tensor,
+        to_quantised_tokens: bool,
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Combine the gradients of dispatch's outputs into those of its inputs.
 
         Every rank issues both combines, whichever gradients it needs: sequences must agree.
 
         Args:
-            rows: [A, H] gradient of the rows, or None with quantised rows, which have none.
+            rows: [A, H] gradient of the rows, dequantised where they were sent quantised.
             row_weights: [A] gradient of their weights.
             expert_ids: [T, K] int32.
             recv_counts_cumsum: [L * W] int32.
+            to_quantised_tokens: whether tokens that were sent quantised require gradients.
 
         Returns:
-            x: [T, H], or None.
+            x: [T, H], or None without ``tokens_have_gradients``.
             weights: [T, K].
+
+        Raises:
+            UnavailableError: the tokens require gradients that quantised rows do not have.
         """
         op = f"{DISPATCH}, backward"
+        if to_quantised_tokens and not self.tokens_have_gradients:
+            error = UnavailableError(
+                op,
+                "x must require no gradient where rows are quantised, got one that does with "
+                f"quant={self.config.quant!r}; dispatch x.detach(), or construct the object with "
+                'quant_gradient="straight_through"',
+            )
+            self.communicator.abort_peers("combine", op, error)
+            raise error
         plan, permutation = self.numbering(expert_ids, recv_counts_cumsum)
         transport = self.communicator.transport(op)
         self.borrowed.clear()
@@ -301,7 +340,7 @@ class Exchange:
             return transport.combine_recv(transport.combine_send(call, inputs), epilogue)
 
         x = None
-        if rows is not None:
+        if self.tokens_have_gradients:
             x = combine(self._call(op, gradient="of the tokens"), rows, CombineEpilogue())
         scalars = dataclasses.replace(self.config, hidden=1, dtype=self.config.weight_dtype)
         call = self._call(op, scalars, gradient="of the weights")
@@ -362,6 +401,9 @@ class Exchange:
         checks.shape(op, "topk_ids", topk_ids, expected, "(T, K)", device)
         checks.shape(op, "topk_weights", topk_weights, expected, "(T, K)", device)
         quantization.check_factors(op, scales, config.quant, config.topology, config.hidden, device)
+        if self._quant_gradient is not None:
+            contract = f"be None with quant_gradient={self._quant_gradient!r}"
+            checks.value(op, "scales", scales is None, contract, "factors")
         if device.type == "cpu":
             active, num_experts = topk_ids != NOWHERE, config.topology.num_experts
             checks.expert_ids(

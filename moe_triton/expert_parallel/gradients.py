@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..errors import UnavailableError
 from . import custom_ops
-from .exchange import Exchange
+from .exchange import DISPATCH, Exchange
 
 
 def needed(*inputs: Tensor | None) -> bool:
@@ -23,7 +24,9 @@ def needed(*inputs: Tensor | None) -> bool:
 class DispatchFunction(torch.autograd.Function):
     """From tokens and their weights to rows and theirs.
 
-    The gradient of a token is the sum of those of its rows: a combine without weights.
+    The gradient of a token is the sum of those of its rows: a combine without weights. Integers and
+    float8 carry no gradients: quantised rows are represented by zeros of the tokens' dtype, whose
+    gradient is that of the dequantised rows.
     """
 
     @staticmethod
@@ -36,6 +39,7 @@ class DispatchFunction(torch.autograd.Function):
         received: tuple[Tensor, Tensor],
         name: str,
         owner: Exchange | None,
+        quantised: bool,
     ) -> tuple[Tensor, Tensor]:
         """Return the rows and their weights, ``received``.
 
@@ -45,14 +49,16 @@ class DispatchFunction(torch.autograd.Function):
             topk_weights: [T, K], or None.
             expert_ids: [T, K] int32.
             recv_counts_cumsum: [L * W] int32.
-            received: [A, H] and [A].
+            received: [A, H] of the tokens' dtype, and [A].
             name: of the exchange.
             owner: the exchange, kept alive until backward; None in compiled code.
+            quantised: whether the rows were sent quantised.
         """
         rows, row_weights = received
         ctx.save_for_backward(expert_ids, recv_counts_cumsum)
         ctx.name, ctx.owner = name, owner
-        ctx.has_weights, ctx.has_rows = topk_weights is not None, rows.is_floating_point()
+        ctx.has_weights = topk_weights is not None
+        ctx.to_quantised_tokens = quantised and ctx.needs_input_grad[0]
         return rows, row_weights
 
     @staticmethod
@@ -61,13 +67,41 @@ class DispatchFunction(torch.autograd.Function):
         """The gradients of the tokens and of their weights."""
         expert_ids, recv_counts_cumsum = ctx.saved_tensors
         x, weights = custom_ops.return_gradients(
-            rows=rows if ctx.has_rows else None,
+            rows=rows,
             row_weights=row_weights,
             expert_ids=expert_ids,
             recv_counts_cumsum=recv_counts_cumsum,
+            to_quantised_tokens=ctx.to_quantised_tokens,
             name=ctx.name,
         )
-        return x, weights if ctx.has_weights else None, None, None, None, None, None
+        return x, weights if ctx.has_weights else None, None, None, None, None, None, None
+
+
+class ScalesFunction(torch.autograd.Function):
+    """Scales whose gradient raises: rows that the caller dequantises pass none to the tokens."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        path: Tensor,  # noqa: ARG004 (makes the scales require gradients)
+        scales: tuple[Tensor],
+        owner: Exchange,
+    ) -> Tensor:
+        """Return the scales."""
+        ctx.owner = owner
+        return scales[0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> None:  # noqa: ARG004
+        """Raise, on the peers too."""
+        error = UnavailableError(
+            f"{DISPATCH}, backward",
+            'the gradients of quant_gradient="straight_through" come through '
+            "Dispatched.dequantized(), got rows multiplied by Dispatched.scales; call the first, "
+            "or detach the second",
+        )
+        ctx.owner.communicator.abort_peers("combine", error.op, error)
+        raise error
 
 
 class CombineFunction(torch.autograd.Function):

@@ -22,8 +22,8 @@ from ..errors import (
     PeerTimeoutError,
     UnavailableError,
 )
-from ..ops import checks, layer_config, steps_on
-from ..ops.layer_config import QuantName, TransportName
+from ..ops import checks, layer_config, quantization, steps_on
+from ..ops.layer_config import QuantGradient, QuantName, TransportName
 from . import custom_ops, gradients
 from .exchange import OP as _OP
 from .exchange import Exchange
@@ -39,8 +39,9 @@ class ExpertParallel:
     All ranks construct it together and then issue the same sequence of calls; a rank without tokens
     calls with none. One object serves any number of layers.
 
-    Tokens, weights, expert outputs and ``shared_expert_x`` have gradients, but not tokens that are
-    sent quantised. Dispatch and combine are each other's backward, so the backward pass
+    Tokens, weights, expert outputs and ``shared_expert_x`` have gradients; tokens that are sent
+    quantised only with ``quant_gradient``, and else a backward pass that reaches them raises
+    ``UnavailableError``. Dispatch and combine are each other's backward, so the backward pass
     communicates: all ranks run it for the same calls, with gradients of the same arguments.
     ``torch.compile`` traces the calls without graph breaks and keeps their order.
 
@@ -61,6 +62,9 @@ class ExpertParallel:
             a scale per row, "group_e4m3" and "group_e5m2" with one for every 128 elements,
             "mx_e4m3" and "mx_e5m2" with a power of two for every 32, "int8_static" with factors
             that each dispatch is given.
+        quant_gradient: None, or "straight_through": the gradient of ``Dispatched.dequantized`` goes
+            to the tokens as if they had been sent unquantised. Rows dequantised by other means have
+            none. Not with "int8_static", and dispatch then takes no ``scales``.
         shared_experts: NS shared experts on ranks of their own.
         shared_ranks: S ranks for them, the first of the group, a multiple of NS.
         max_recv_tokens: rows to allocate for the tokens that a rank receives; None holds the worst
@@ -94,6 +98,7 @@ class ExpertParallel:
         max_tokens: int,
         dtype: torch.dtype = torch.bfloat16,
         quant: QuantName | None = None,
+        quant_gradient: QuantGradient | None = None,
         shared_experts: int = 0,
         shared_ranks: int = 0,
         max_recv_tokens: int | None = None,
@@ -129,6 +134,7 @@ class ExpertParallel:
                 max_recv_tokens=max_recv_tokens,
                 alignment=alignment,
             )
+            _check_quant_gradient(quant_gradient, quant)
             self.device = _device(device, resolved)
             steps = steps_on(self.device)
         except MoeError as error:
@@ -144,6 +150,7 @@ class ExpertParallel:
             "max_tokens": config.max_tokens,
             "dtype": str(dtype),
             "quant": quant,
+            "quant_gradient": quant_gradient,
             "shared_experts": int(shared_experts),
             "shared_ranks": int(shared_ranks),
             "max_recv_tokens": config.max_rows,
@@ -168,6 +175,7 @@ class ExpertParallel:
             exact=exact,
             counts_dtype=counts_dtype,
             count_load=count_load,
+            quant_gradient=quant_gradient,
         )
         try:
             self._exchange.open()
@@ -318,28 +326,47 @@ class ExpertParallel:
         Errors are those of ``dispatch``. After a ``PeerTimeoutError`` it may be called again, for a
         peer that was merely late.
         """
-        numbering = None
+        numbering, gradient_path = None, None
         if isinstance(pending.operation, torch.Tensor):
             rows, scales, row_weights, per_expert, offsets, counts_cumsum = (
-                custom_ops.dispatch_teardown(number=pending.operation, name=self._name)
+                custom_ops.dispatch_teardown(
+                    number=pending.operation,
+                    with_gradients=torch.is_grad_enabled(),
+                    name=self._name,
+                )
             )
         else:
-            received = self._exchange.dispatch_recv(pending.operation)
+            received = self._exchange.dispatch_recv(
+                pending.operation, with_gradients=torch.is_grad_enabled()
+            )
             rows, scales, row_weights = received.x, received.scales, received.weights
             per_expert, permutation = received.totals, received.recv_permutation
             offsets, counts_cumsum = permutation.offsets, permutation.recv_counts_cumsum
             numbering = received.plan, permutation
+        if scales is not None:
+            # Outside the custom op: inductor takes no op that returns float8_e8m0fnu.
+            scales = quantization.as_e8m0(self._exchange.config.quant, scales)
         if gradients.needed(pending.x, pending.topk_weights):
-            # Zero the unwritten rows: garbage there makes the experts' gradients NaN.
-            unwritten = torch.arange(len(rows), device=rows.device) >= offsets[-1]
-            rows, row_weights = gradients.DispatchFunction.apply(
+            quantised = rows.dtype != pending.x.dtype
+            differentiable = rows
+            if quantised:
+                differentiable = pending.x.new_zeros(()).expand(rows.shape)
+            differentiable, row_weights = gradients.DispatchFunction.apply(
                 pending.x,
                 pending.topk_weights,
                 pending.expert_ids,
                 counts_cumsum,
-                (rows.masked_fill_(unwritten[:, None], 0), row_weights.masked_fill_(unwritten, 0)),
+                (differentiable, row_weights),
                 *self._identity(),
+                quantised,
             )
+            if not quantised:
+                rows = differentiable
+            elif pending.x.requires_grad:
+                gradient_path = differentiable
+                _, owner = self._identity()
+                if owner is not None and owner.tokens_have_gradients and scales is not None:
+                    scales = gradients.ScalesFunction.apply(gradient_path, (scales,), owner)
         ids, weights = pending.expert_ids, pending.weights
         return Dispatched(
             rows,
@@ -349,6 +376,7 @@ class ExpertParallel:
             offsets,
             counts_cumsum[-1],
             Handle(ids, weights, row_weights, counts_cumsum, numbering, self._name),
+            gradient_path,
         )
 
     def combine(
@@ -512,6 +540,15 @@ def _resolve(group: dist.ProcessGroup | str | None, rank: int | None) -> comm.Gr
             f"group={SINGLE!r} if each process is to be one rank alone",
         )
     return comm.resolve(_OP, group, rank)
+
+
+def _check_quant_gradient(quant_gradient: str | None, quant: str | None) -> None:
+    if quant_gradient is None:
+        return
+    name, contract = "quant_gradient", 'be None or "straight_through"'
+    checks.value(_OP, name, quant_gradient == "straight_through", contract, repr(quant_gradient))
+    contract, dequantizes = "be None without scales per row", quant not in (None, "int8_static")
+    checks.value(_OP, name, dequantizes, contract, f"{quant_gradient!r} with quant={quant!r}")
 
 
 def _check_connection(in_flight: int, timeout: float, transport: str) -> None:

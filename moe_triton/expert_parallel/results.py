@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 
@@ -16,6 +17,21 @@ def _described(tensor: torch.Tensor | None) -> str:
     if tensor is None:
         return "None"
     return f"{[*tensor.shape]} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Rows that do not depend on ``path``, but pass their gradient on to it."""
+
+    @staticmethod
+    def forward(ctx: Any, path: torch.Tensor, rows: tuple[torch.Tensor]) -> torch.Tensor:
+        """Return the rows."""
+        ctx.dtype = path.dtype
+        return rows[0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """The gradient of the rows, in the dtype of ``path``."""
+        return gradient.to(ctx.dtype), None
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -64,7 +80,9 @@ class Dispatched:
 
     Rows are sorted by (local expert, source rank, token). Those of local expert i end, padding
     included, before row ``offsets[i]``: the offsets of a grouped matrix product. Padding rows are
-    zeros. Rows after the last one are zeros where gradients are needed, and garbage otherwise.
+    zeros. Rows after the last one, with their scales and weights, are zeros if gradients are
+    enabled in the teardown and inference mode is off, whichever tensors require them. Else they are
+    garbage, which would make the weight gradients of experts NaN.
 
     Attributes:
         x: [A, H] of the model's dtype, or quantised; [n, H] with ``exact``.
@@ -77,6 +95,8 @@ class Dispatched:
         num_tokens: 0-d int32, received rows without padding, those beyond ``max_recv_tokens``
             included.
         handle: for combine.
+        gradient_path: [A, H] zeros by which gradients of ``dequantized`` reach the tokens; None
+            where rows are not quantised or the tokens require no gradients.
     """
 
     x: torch.Tensor
@@ -86,6 +106,7 @@ class Dispatched:
     offsets: torch.Tensor
     num_tokens: torch.Tensor
     handle: Handle
+    gradient_path: torch.Tensor | None = None
 
     def dequantized(self, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         """``x`` times its scales, computed in float32 and rounded once.
@@ -94,13 +115,18 @@ class Dispatched:
             dtype: of the result, floating.
 
         Returns:
-            [A, H], or [n, H] with ``exact``; ``x`` in ``dtype`` without quant.
+            [A, H], or [n, H] with ``exact``; ``x`` in ``dtype`` without quant. Its gradient reaches
+            the tokens with ``quant_gradient``, and else raises where they require one.
 
         Raises:
             ArgumentTypeError: ``dtype`` is not a floating dtype.
             ArgumentValueError: rows of "int8_static", whose factors only the caller has.
         """
-        return quantization.dequantize("Dispatched.dequantized", self.x, self.scales, dtype)
+        scales = None if self.scales is None else self.scales.detach()
+        rows = quantization.dequantize("Dispatched.dequantized", self.x, scales, dtype)
+        if self.gradient_path is None:
+            return rows
+        return _StraightThrough.apply(self.gradient_path, (rows,))
 
     def __repr__(self) -> str:
         x, scales = _described(self.x), _described(self.scales)

@@ -14,11 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import pad
 
-from ..errors import ArgumentValueError
 from ..expert_parallel import CombinePending, Dispatched, DispatchPending, ExpertParallel
-from ..ops.layer_config import QuantName, TransportName
-
-_DISPATCH = "ExpertExchange.dispatch"
+from ..ops.layer_config import QuantGradient, QuantName, TransportName
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +28,15 @@ class Options:
             every call by a small all-reduce, and windows grow when needed.
         transport: a name of ``comm.TRANSPORTS``, as for ``ExpertParallel``.
         timeout: limit in seconds of each wait for peers.
+        quant_gradient: None, or "straight_through", as for ``ExpertParallel``: without it a
+            backward pass that reaches tokens sent quantised raises.
     """
 
     quant: QuantName | None = None
     max_tokens: int | None = None
     transport: TransportName = "auto"
     timeout: float = 30.0
+    quant_gradient: QuantGradient | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +122,6 @@ class ExpertExchange:
             weights: [T, K] of any float dtype, applied by the experts or by ``combine``; or None.
 
         Raises:
-            ArgumentValueError: the tokens require gradients and ``quant`` is set.
             MoeError: as ``ExpertParallel.dispatch``.
         """
         return self.dispatch_teardown(self.dispatch_setup(x, expert_ids, weights))
@@ -140,9 +139,6 @@ class ExpertExchange:
         Raises:
             The errors of ``dispatch``.
         """
-        if self._options.quant is not None and x.requires_grad and torch.is_grad_enabled():
-            contract = "be None where tokens have gradients (torch.no_grad() is for inference)"
-            raise ArgumentValueError(_DISPATCH, "quant", contract, repr(self._options.quant))
         layer = self._layer(x, expert_ids.shape[1])
         wide = torch.promote_types(x.dtype, torch.float32)
         operation = layer.dispatch_setup(
@@ -249,6 +245,7 @@ class ExpertExchange:
                 max_tokens=needed,
                 dtype=x.dtype,
                 quant=self._options.quant,
+                quant_gradient=self._options.quant_gradient,
                 exact=True,
                 timeout=self._options.timeout,
                 transport=self._options.transport,

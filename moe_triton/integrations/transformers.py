@@ -34,7 +34,7 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from ..errors import UnavailableError
-from ..ops.layer_config import QuantName, TransportName
+from ..ops.layer_config import QuantGradient, QuantName, TransportName
 from .expert_rows import Options, close_exchanges, exchange_for
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def register(
     transport: TransportName = "auto",
     timeout: float = 30.0,
     group: dist.ProcessGroup | None = None,
+    quant_gradient: QuantGradient | None = None,
 ) -> None:
     """Register ``name`` as an ``ep_implementation`` and an ``experts_implementation``.
 
@@ -61,7 +62,7 @@ def register(
 
     Args:
         name: the name that models use.
-        quant: None, or "int8" to send tokens quantised, for inference.
+        quant: None, or "int8" to send tokens quantised.
         max_tokens: most tokens a rank passes to one layer; an ``experts_implementation`` counts a
             token once for each of its experts. None: the ranks agree on it in every layer by a
             small all-reduce.
@@ -69,6 +70,7 @@ def register(
         timeout: limit in seconds of each wait for peers.
         group: of the ranks that share the work in an ``experts_implementation``; None for the
             default process group. An ``ep_implementation`` gets its group from transformers.
+        quant_gradient: None, or "straight_through", as for ``ExpertParallel``.
 
     Raises:
         UnavailableError: transformers is missing or too old.
@@ -79,7 +81,7 @@ def register(
     except ImportError as error:
         problem = f"needs transformers {_OLDEST} or later: {error}"
         raise UnavailableError("integrations.transformers.register", problem) from error
-    options = Options(quant, max_tokens, transport, timeout)
+    options = Options(quant, max_tokens, transport, timeout, quant_gradient)
     implementation = functools.partial(_implementation_class(), options=options)
     EPImplementationInterface.register(name, implementation)
     experts_function = functools.partial(_experts_function(), group=group, options=options)

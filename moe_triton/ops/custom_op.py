@@ -51,7 +51,7 @@ class _Registered:
     ) -> None:
         self.run, self.outputs = run, outputs
         self._hidden = len(hidden)
-        self._name = f"moe_triton::{name}"
+        self.name, self._name = name, f"moe_triton::{name}"
         # torch.library.custom_op would import the whole compiler in its first call.
         torch.library.define(self._name, f"({', '.join([*hidden, arguments])}) -> {results}")
         torch.library.impl(self._name, "CompositeExplicitAutograd")(self._named(run))

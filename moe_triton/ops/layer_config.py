@@ -25,6 +25,7 @@ QuantName = Literal[
     "mx_e4m3",
     "mx_e5m2",
 ]
+QuantGradient = Literal["straight_through"]
 
 
 def layer_config(

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from harness import describe, run_world
 
-from moe_triton import ArgumentValueError, comm
+from moe_triton import UnavailableError, comm
 from moe_triton.integrations.expert_rows import (
     ExpertExchange,
     Options,
@@ -155,13 +155,24 @@ def test_gradients_reach_tokens_weights_and_experts_on_every_rank(world, weighte
     torch.testing.assert_close(sum(factors for *_, factors in results), of_factors)
 
 
-def test_int8_with_gradients_is_refused():
-    exchange = ExpertExchange(None, EXPERTS, Options(quant="int8"))
-    x, ids, _ = inputs(2, 0, torch.bfloat16)
-    with pytest.raises(ArgumentValueError, match=r"quant must be None where tokens have gradients"):
-        exchange.dispatch(x.requires_grad_(), ids)
-    with torch.no_grad():
-        exchange.dispatch(x, ids)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("quant_gradient", [None, "straight_through"])
+def test_gradients_of_int8_rows(quant_gradient, weighted):
+    """Raised in the backward pass, so that inference without no_grad works; or straight through."""
+    options = Options(quant="int8", quant_gradient=quant_gradient)
+    exchange = ExpertExchange(None, EXPERTS, options)
+    x, ids, weights = inputs(2, 0, torch.float32)
+    x.requires_grad_()
+    rows = exchange.dispatch(x, ids, weights)
+    y = 3 * rows.x * (rows.weights[:, None] if weighted else 1)
+    out = exchange.combine(y, rows, weighted=weighted)
+    if quant_gradient is None:
+        with pytest.raises(UnavailableError, match=r"dispatch x\.detach\(\)"):
+            out.sum().backward()
+    else:
+        out.sum().backward()
+        expected = 3 * weights.sum(1, keepdim=True).expand_as(x)
+        torch.testing.assert_close(x.grad, expected)
 
 
 def test_more_than_max_tokens_is_refused_on_all_ranks():

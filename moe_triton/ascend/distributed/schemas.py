@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -82,15 +83,36 @@ class CheckedOperator(Operator):
         super().__init__(*args, run=complete(run), outputs=complete(outputs))
         self.compute, self.computed = run, outputs
         self.checking = checking
+        self.warned = False
 
     def __call__(self, **arguments: Any) -> Any:
-        """Call the op; a process group goes by its name, a torch dtype by torch_npu's number."""
+        """Call the op; a process group goes by its name, a torch dtype by torch_npu's number.
+
+        An eager call of an op that communicates warns once where inputs require gradients.
+        """
+        if not self.warned and "group_ep" in arguments and not torch.compiler.is_compiling():
+            self._warn_of_gradients(arguments)
         return super().__call__(
             **{
                 name: _BY_SCHEMA[name](value) if name in _BY_SCHEMA else value
                 for name, value in arguments.items()
             }
         )
+
+    def _warn_of_gradients(self, arguments: dict[str, Any]) -> None:
+        needing = [
+            name
+            for name, value in arguments.items()
+            if isinstance(value, Tensor) and value.requires_grad
+        ]
+        if needing and torch.is_grad_enabled():
+            self.warned = True
+            warnings.warn(
+                f"{self.name}: outputs have no gradients, got inputs that require them: "
+                f"{', '.join(needing)}; moe_triton.ExpertParallel has gradients, and "
+                "torch.no_grad() says that none are needed",
+                stacklevel=4,
+            )
 
 
 _GROUP_FIELDS = {field.name for field in dataclasses.fields(GroupArguments)}

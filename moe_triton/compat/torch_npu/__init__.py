@@ -13,8 +13,9 @@ where maxBS = global_bs / W, or BS when global_bs is 0.
 ``moe_triton.comm.register_group``. A ``ProcessGroup`` is accepted too.
 
 Each function calls the custom op of its name in ``torch.ops.moe_triton``, and so can be compiled.
-Ops that communicate are for inference and have no gradients; ``ExpertParallel`` has gradients. Ops
-on one device that copy or sum rows have gradients.
+Ops that communicate are for inference and have no gradients; ``ExpertParallel`` has gradients.
+Each warns once where inputs of an eager call require gradients. Ops on one device that copy or sum
+rows have gradients.
 Source: the API documents of torch_npu and the operator documents of aclnnMoeDistribute*.
 """
 
