@@ -35,9 +35,9 @@ def test_the_page_is_current():
 
 @pytest.mark.parametrize("op", torch_npu.__all__)
 def test_every_argument_has_a_row(op):
-    (head, _, *found) = rows(section(op).split("\n#### Returns")[0])
+    (head, _, *actual) = rows(section(op).split("\n#### Returns")[0])
     products = [name for name in profile.PROFILES if name in head]
-    named = {cells[0].strip("`"): cells for cells in found}
+    named = {cells[0].strip("`"): cells for cells in actual}
     parameters = inspect.signature(getattr(torch_npu, op)).parameters
     assert [*named] == [*parameters]
     for name, cells in named.items():
@@ -73,16 +73,16 @@ CELLS = [
 
 @pytest.mark.parametrize("op, argument, product, cell", CELLS)
 def test_what_a_product_takes(op, argument, product, cell):
-    head, _, *found = rows(section(f"npu_moe_distribute_{op}").split("\n#### Returns")[0])
-    (cells,) = [cells for cells in found if cells[0] == f"`{argument}`"]
+    head, _, *actual = rows(section(f"npu_moe_distribute_{op}").split("\n#### Returns")[0])
+    (cells,) = [cells for cells in actual if cells[0] == f"`{argument}`"]
     assert cells[head.index(product)] == cell
 
 
 def test_products_functions_and_links():
     head = ["operator", "a2", "a3", "950"]
-    found = rows(PAGE)
-    start = found.index(head)
-    listed = {cells[0].split("`")[1]: cells[1:] for cells in found[start + 2 : start + 12]}
+    actual = rows(PAGE)
+    start = actual.index(head)
+    listed = {cells[0].split("`")[1]: cells[1:] for cells in actual[start + 2 : start + 12]}
     assert listed["npu_moe_distribute_dispatch_v2"] == ["yes", "yes", "yes"]
     assert listed["npu_moe_distribute_combine_teardown"] == ["–", "yes", "yes"]
     assert listed["npu_moe_update_expert"] == ["–", "yes", "–"]
@@ -90,7 +90,7 @@ def test_products_functions_and_links():
         if name.endswith("GetWorkspaceSize"):
             assert f"| `{name.removesuffix('GetWorkspaceSize')}` |" in PAGE
         elif name.endswith("CalcOutputSize"):
-            (cells,) = [cells for cells in found if cells[0] == f"`{name}`"]
+            (cells,) = [cells for cells in actual if cells[0] == f"`{name}`"]
             assert [one.strip("`") for one in cells[1].split(", ")] == [
                 *inspect.signature(getattr(aclnn, name)).parameters
             ]

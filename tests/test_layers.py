@@ -267,8 +267,8 @@ def test_an_engine_starts_in_the_root():
 
 
 def test_no_package_below_tests():
-    found = [str(path) for path in (ROOT / "tests").rglob("__init__.py")]
-    assert not found, "tests/kernels/__init__.py would hide the distribution called `kernels`"
+    actual = [str(path) for path in (ROOT / "tests").rglob("__init__.py")]
+    assert not actual, "tests/kernels/__init__.py would hide the distribution called `kernels`"
 
 
 _IMPORT_CHECK = """

@@ -51,18 +51,18 @@ class Block(NamedTuple):
 def blocks(page: str) -> list[Block]:
     """The fenced blocks of a page, those that are output left out."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    found: list[Block] = []
+    actual: list[Block] = []
     end = -1
     for match in FENCE.finditer(text):
         language, _, options = match[1].partition(" ")
         follows = end >= 0 and not text[end : match.start()].strip()
-        if language == "text" and follows and found[-1].output is None:
-            found[-1] = found[-1]._replace(output=match[2])
+        if language == "text" and follows and actual[-1].output is None:
+            actual[-1] = actual[-1]._replace(output=match[2])
         else:
             title = re.fullmatch(r'title="(\S+)"', options)
-            found.append(Block(language, title and title[1], match[2], None))
+            actual.append(Block(language, title and title[1], match[2], None))
         end = match.end()
-    return found
+    return actual
 
 
 BLOCKS = {page: blocks(page) for page in PAGES}
@@ -77,7 +77,7 @@ def test_blocks_say_what_they_are(page):
 
 
 def pages_with(wanted) -> list[str]:
-    return [page for page, found in BLOCKS.items() if any(map(wanted, found))]
+    return [page for page, actual in BLOCKS.items() if any(map(wanted, actual))]
 
 
 def is_inline(block: Block) -> bool:

@@ -35,7 +35,7 @@ def test_it_links_to_every_page():
 def test_the_files_of_the_tree_exist():
     tree = README.rsplit("```text\n", 1)[1].split("```", 1)[0]
     folder = ROOT
-    found = 0
+    actual = 0
     for line in tree.splitlines():
         indent = len(line) - len(line.lstrip())
         for name in re.findall(r"[\w-]+(?:/|\.py\b)", line):
@@ -44,8 +44,8 @@ def test_the_files_of_the_tree_exist():
                 folder = parent / name if name != "moe_triton/" else PACKAGE
             path = folder if name.endswith("/") else folder / name
             assert path.exists(), f"README.md names {path.relative_to(ROOT)}"
-            found += 1
-    assert found > 40
+            actual += 1
+    assert actual > 40
 
 
 # Rows of the page's tables that begin with a question or a hop: a file, and a name in it.

@@ -26,12 +26,12 @@ def gather(communicator, call, parts, num_bytes):
     """The parts of each rank, as a list of (head, rows)."""
 
     def consume(received):
-        found = []
+        actual = []
         for data in received:
             reader = PackedReader(data)
             head = reader.take((1,), torch.int32).clone()
-            found.append((head, reader.take((int(head), 3), torch.bfloat16).clone()))
-        return found
+            actual.append((head, reader.take((int(head), 3), torch.bfloat16).clone()))
+        return actual
 
     transport = communicator.transport(call.op)
     return transport.all_gather_recv(transport.all_gather_send(call, parts, num_bytes), consume)
@@ -50,8 +50,8 @@ def test_every_rank_reads_the_parts_of_all(world, size):
         communicator = comm.default_communicator(comm.resolve("test", ctx.ep_group, ctx.ep_rank))
         num_bytes = packed_bytes([4, 4 * 3 * 2])
         for seed in range(6):
-            found = gather(communicator, call_with(), parts_of(ctx.rank, seed), num_bytes)
-            for rank, (head, rows) in enumerate(found):
+            actual = gather(communicator, call_with(), parts_of(ctx.rank, seed), num_bytes)
+            for rank, (head, rows) in enumerate(actual):
                 expected = parts_of(rank, seed)
                 assert torch.equal(head, expected[0])
                 assert torch.equal(rows, expected[1])
@@ -73,8 +73,8 @@ def test_a_rank_that_rejects_is_named_and_the_next_call_works(world):
                     gather(communicator, call_with(), parts_of(0, seed), 4096)
                 assert caught.value.rank == 1
                 assert "a must be right, got wrong" in str(caught.value)
-            found = gather(communicator, call_with(), parts_of(ctx.rank, seed), 4096)
-            assert torch.equal(found[1][1], parts_of(1, seed)[1])
+            actual = gather(communicator, call_with(), parts_of(ctx.rank, seed), 4096)
+            assert torch.equal(actual[1][1], parts_of(1, seed)[1])
 
     run_world(world, 3, fn)
 
@@ -113,8 +113,8 @@ def test_a_subgroup_works_without_the_other_ranks():
         assert (part.rank, part.size) == ((1, 2, None, 0)[ctx.rank], 3)
         communicator = comm.default_communicator(part)
         assert communicator is not comm.default_communicator(group)
-        found = gather(communicator, call_with(), parts_of(ctx.rank, 0), 4096)
-        return [rows.tolist() for _, rows in found]
+        actual = gather(communicator, call_with(), parts_of(ctx.rank, 0), 4096)
+        return [rows.tolist() for _, rows in actual]
 
     expected = [parts_of(rank, 0)[1].tolist() for rank in (3, 0, 1)]
     for world in harness.WORLDS:

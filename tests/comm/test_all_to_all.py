@@ -84,8 +84,8 @@ def test_counts(world):
     def fn(ctx):
         return [exchange(ctx, matrix) for matrix in MATRICES.values()]
 
-    for found in run_world(world, WORLD, fn):
-        assert dict(zip(MATRICES, found, strict=True)) == dict.fromkeys(MATRICES, True)
+    for actual in run_world(world, WORLD, fn):
+        assert dict(zip(MATRICES, actual, strict=True)) == dict.fromkeys(MATRICES, True)
 
 
 @worlds
@@ -94,9 +94,9 @@ def test_two_ranks(world):
     matrices = [[[1, 4], [0, 2]], [[0, 0], [3, 0]], [[0, 5], [5, 0]], [[0, 0], [0, 0]]]
 
     def fn(ctx):
-        found = [exchange(ctx, matrix, columns) for matrix in matrices for columns in (1, 4, 4099)]
+        actual = [exchange(ctx, matrix, columns) for matrix in matrices for columns in (1, 4, 4099)]
         communicator = comm.default_communicator(comm.resolve("test", ctx.ep_group, ctx.ep_rank))
-        return found, communicator.transport_name
+        return actual, communicator.transport_name
 
     name = {"local": "local", "symmetric": "shm", "collective": "collective"}[world]
     assert run_world(world, 2, fn) == [([True] * 12, name)] * 2
@@ -255,16 +255,16 @@ def test_bad_arguments(world, rounds):
 
     def fn(ctx):
         assert all(exchange(ctx, MATRICES["unequal"]) for _ in range(rounds))
-        found = {}
+        actual = {}
         for name, (arguments, *_) in BAD.items():
-            found[name] = [error_of(ctx, *(arguments if ctx.ep_rank == 1 else (X, [2, 2, 2])))]
-            found[name].append(error_of(ctx, *arguments))
+            actual[name] = [error_of(ctx, *(arguments if ctx.ep_rank == 1 else (X, [2, 2, 2])))]
+            actual[name].append(error_of(ctx, *arguments))
             assert exchange(ctx, MATRICES["unequal"])
-        return found
+        return actual
 
-    for rank, found in enumerate(run_world(world, WORLD, fn)):
+    for rank, actual in enumerate(run_world(world, WORLD, fn)):
         for name, (_, kind, argument, got) in BAD.items():
-            for everywhere, (error, seconds) in enumerate(found[name]):
+            for everywhere, (error, seconds) in enumerate(actual[name]):
                 assert seconds < AT_ONCE
                 assert str(error).startswith("all_to_all_v: ")
                 if rank == 1 or everywhere:
@@ -280,16 +280,16 @@ def test_bad_arguments(world, rounds):
 @worlds
 def test_rows_of_different_sizes(world):
     def fn(ctx):
-        found = []
+        actual = []
         for rounds in (0, 3):
             assert all(exchange(ctx, MATRICES["unequal"]) for _ in range(rounds))
             x = torch.zeros(3, 8 if ctx.ep_rank == 1 else 4)
-            found.append(error_of(ctx, x, [1, 1, 1])[0])
+            actual.append(error_of(ctx, x, [1, 1, 1])[0])
             assert exchange(ctx, MATRICES["equal"])
-        return found
+        return actual
 
-    for rank, found in enumerate(run_world(world, WORLD, fn)):
-        for error in found:
+    for rank, actual in enumerate(run_world(world, WORLD, fn)):
+        for error in actual:
             assert type(error) is ArgumentMismatchError
             assert error.argument == "row_bytes"
             mine, theirs = (32, 16) if rank == 1 else (16, 32)

@@ -88,8 +88,8 @@ def test_rows_that_are_not_in_host_memory(through):
             return [*rounds, exchange(ctx.ep_group, 3)]
 
     results = harness.run_world("collective", WORLD, fn)
-    for rank, found in enumerate(results):
-        assert found == [heard(rank, number) for number in range(4)]
+    for rank, actual in enumerate(results):
+        assert actual == [heard(rank, number) for number in range(4)]
 
 
 def check_rounds(ctx, count: int, **options) -> None:
@@ -119,8 +119,8 @@ def test_payloads_with_and_without_room_behind_the_head(room):
                 for counts in ([0, 3, 0], [1, 0, 1], [0, 1, 2])
             ]
 
-    for rank, found in enumerate(harness.run_world("collective", WORLD, fn)):
-        for counts, values in zip(([0, 3, 0], [1, 0, 1], [0, 1, 2]), found, strict=True):
+    for rank, actual in enumerate(harness.run_world("collective", WORLD, fn)):
+        for counts, values in zip(([0, 3, 0], [1, 0, 1], [0, 1, 2]), actual, strict=True):
             assert values == [source for source in range(WORLD) for _ in range(counts[rank])]
 
 
@@ -277,8 +277,8 @@ def test_what_a_closed_object_has_sent_is_nobody_elses():
             transport = communicator.transport("test")
             rows = shout(ctx.rank, number).view(torch.uint8)
             received = transport.all_to_all_v("test", rows, [1] * WORLD)
-            found = torch.cat(received).view(torch.int64).view(-1, 3).tolist()
-            assert found == heard(ctx.rank, number)
+            actual = torch.cat(received).view(torch.int64).view(-1, 3).tolist()
+            assert actual == heard(ctx.rank, number)
             if ctx.rank == number:
                 communicator.abort_peers("exchange", "test", MoeError("test", "nobody hears this"))
             comm.close_communicator(communicator)
@@ -313,8 +313,8 @@ def loop_until_a_loss(ctx, hosts_store):
             received = ep.dispatch(x, ids, torch.full(ids.shape, 0.5))
             assert torch.equal(ep.combine(received.x, received.handle), x)
         except MoeError as error:
-            found = (type(error).__name__, list(error.ranks), str(error), time.monotonic() - began)
-            ctx.store.set(f"lost {ctx.rank}", json.dumps(found))
+            actual = (type(error).__name__, list(error.ranks), str(error), time.monotonic() - began)
+            ctx.store.set(f"lost {ctx.rank}", json.dumps(actual))
             os._exit(1)
         if seed == 3:
             ctx.store.add("running", 1)

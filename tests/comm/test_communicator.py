@@ -239,10 +239,10 @@ def test_one_rank_has_no_room_for_windows(lacking, choice, provider, texts, brok
                 assert "rank 1" in str(caught.value)
             else:
                 with make(ctx, **options) as ep:
-                    found = ep.transport
-                    if found == "shm":
-                        found = ep._exchange.communicator._connected._protocol._memory.name
-                    assert found == provider
+                    actual = ep.transport
+                    if actual == "shm":
+                        actual = ep._exchange.communicator._connected._protocol._memory.name
+                    assert actual == provider
         assert time.monotonic() - began < 10
         with make(ctx) as ep:
             assert ep.transport == "shm"

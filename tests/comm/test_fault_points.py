@@ -146,13 +146,13 @@ def refusals(ep, received) -> list[tuple[type, float]]:
     calls = [ep.check, lambda: ep.dispatch(*inputs_of(ep.rank, 0))]
     if received is not None:
         calls.append(lambda: ep.combine(received.x, received.handle))
-    found = []
+    actual = []
     for call in calls:
         began = time.monotonic()
         with pytest.raises(MoeError) as caught:
             call()
-        found.append((type(caught.value), time.monotonic() - began))
-    return found
+        actual.append((type(caught.value), time.monotonic() - began))
+    return actual
 
 
 def recover(ep) -> None:
@@ -180,8 +180,8 @@ def rounds_until_a_loss(ctx, ep) -> dict:
             began = time.monotonic()
             ep.combine(received.x, received.handle)
         except PeerTimeoutError as error:
-            found = report_of(ctx, error, began)
-            return found | {"refusals": refusals(ep, received)}
+            actual = report_of(ctx, error, began)
+            return actual | {"refusals": refusals(ep, received)}
     raise AssertionError("no rank was lost")
 
 
@@ -193,13 +193,13 @@ def serve(ctx, point, number):
             layer(ep, seed)
         if ctx.rank == VICTIM:
             arm(RingProtocol, *POINTS[point], number)
-        found = rounds_until_a_loss(ctx, ep)
+        actual = rounds_until_a_loss(ctx, ep)
         recover(ep)
         for seed in range(5):
             layer(ep, seed)
         ep.check()
     del ep
-    return found | {"files": open_files() - files}
+    return actual | {"files": open_files() - files}
 
 
 def join(ctx):
@@ -238,23 +238,23 @@ def results_after(fn, args, number, joining=join) -> list:
     return harness.within(LIMIT, call)
 
 
-def check_loss(found: dict, number: int) -> None:
-    assert type(found["error"]) is PeerTimeoutError
-    assert found["error"].ranks == (VICTIM,)
-    assert f"rank {VICTIM}" in str(found["error"])
+def check_loss(actual: dict, number: int) -> None:
+    assert type(actual["error"]) is PeerTimeoutError
+    assert actual["error"].ranks == (VICTIM,)
+    assert f"rank {VICTIM}" in str(actual["error"])
     # A dead process is noticed before the time-out.
-    assert found["seconds"] < (1.0 if number == KILL else TIMEOUT + 1)
-    for kind, seconds in found["refusals"]:
+    assert actual["seconds"] < (1.0 if number == KILL else TIMEOUT + 1)
+    for kind, seconds in actual["refusals"]:
         assert kind is BrokenGroupError
         assert seconds < 0.05
-    assert found["files"] == 0
+    assert actual["files"] == 0
 
 
 @losses(POINTS, {(point, KILL) for point in POINTS} | {(point, STOP) for point in [*POINTS][::3]})
 def test_a_rank_is_lost(point, number):
-    found = results_after(serve, (point, number), number)
+    actual = results_after(serve, (point, number), number)
     for rank in SURVIVORS:
-        check_loss(found[rank], number)
+        check_loss(actual[rank], number)
 
 
 def serve_growing(ctx, number, memory):
@@ -273,11 +273,11 @@ def serve_growing(ctx, number, memory):
             raise AssertionError("no rank was lost")
         except (PeerTimeoutError, UnavailableError) as error:
             # A rank that comes back finds the windows of its peers gone.
-            found = report_of(ctx, error, began)
+            actual = report_of(ctx, error, began)
         recover(ep)
         ep.dispatch(*inputs_of(ep.rank, 1), scales=smooth_scales)
     del ep
-    return found | {"files": open_files() - files}
+    return actual | {"files": open_files() - files}
 
 
 def join_growing(ctx, memory):
@@ -295,14 +295,14 @@ def refuse(self, handle):
 def test_a_rank_is_lost_while_windows_grow(point, number):
     """Its new windows may have a name that it can no longer take away."""
     joining = functools.partial(join_growing, memory=point)
-    found = results_after(serve_growing, (number, point), number, joining)
+    actual = results_after(serve_growing, (number, point), number, joining)
     for rank in SURVIVORS:
-        check_loss(found[rank], number)
+        check_loss(actual[rank], number)
 
 
 def serve_connecting(ctx, number, step):
     files = open_files()
-    found = {}
+    actual = {}
     if ctx.rank == VICTIM:
         arm(Rendezvous, "exchange", lambda _, name, *rest: name.endswith(step), number)
     for _ in range(20):
@@ -311,20 +311,20 @@ def serve_connecting(ctx, number, step):
             with make(ctx.ep_group) as ep:
                 layer(ep, 0)
         except PeerTimeoutError as error:
-            found = found or report_of(ctx, error, began)
+            actual = actual or report_of(ctx, error, began)
         else:
             break
     del ep
-    return found | {"files": open_files() - files}
+    return actual | {"files": open_files() - files}
 
 
 @losses(["handle", "opened"], {("handle", KILL), ("opened", STOP)})
 def test_a_rank_is_lost_while_the_ranks_connect(point, number):
     """Control blocks are released too; another try finds the restarted rank."""
-    found = results_after(serve_connecting, (number, point), number, join_once)
+    actual = results_after(serve_connecting, (number, point), number, join_once)
     for rank in SURVIVORS:
         # The ranks do not know yet whether it lives.
-        check_loss(found[rank], STOP)
+        check_loss(actual[rank], STOP)
 
 
 def join_once(ctx):
@@ -424,21 +424,21 @@ def serve_over_gloo(ctx, point, number):
         layer(ep, 0)
         if ctx.rank == VICTIM:
             arm(MessageExchange, *GLOO_POINTS[point], number)
-        found = rounds_until_a_loss(ctx, ep)
+        actual = rounds_until_a_loss(ctx, ep)
         if number == STOP:
             recover(ep)
             for seed in range(5):
                 layer(ep, seed)
-            return found
+            return actual
         with pytest.raises(PeerTimeoutError) as caught:
             ep.recover()
-        found["again"] = caught.value.ranks
+        actual["again"] = caught.value.ranks
     comm.close_all()
     dist.destroy_process_group()
     with make(gloo_group(ctx, "second"), transport="collective", timeout=20.0) as ep:
         for seed in range(5):
             layer(ep, seed)
-    return found
+    return actual
 
 
 def join_over_gloo(ctx):
@@ -462,11 +462,11 @@ def test_a_rank_is_lost_over_gloo(point, number):
     it once more. The ranks that are left make a new process group with it, when it has been
     restarted, and new objects.
     """
-    found = results_after(serve_over_gloo, (point, number), number, join_over_gloo)
+    actual = results_after(serve_over_gloo, (point, number), number, join_over_gloo)
     for rank in SURVIVORS:
-        check_loss(found[rank], number)
+        check_loss(actual[rank], number)
         if number == KILL:
-            assert found[rank]["again"] == (VICTIM,)
+            assert actual[rank]["again"] == (VICTIM,)
 
 
 # Anything, anywhere.

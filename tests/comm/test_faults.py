@@ -155,8 +155,8 @@ def collective_stall(ctx):
 
 def test_a_stall_over_gloo_is_named_and_recovers():
     """A killed rank cannot come back here: torch's process groups end with their members."""
-    found = testing.run_processes(WORLD, collective_stall, transport="collective")
-    assert found == ["collective"] * WORLD
+    actual = testing.run_processes(WORLD, collective_stall, transport="collective")
+    assert actual == ["collective"] * WORLD
 
 
 CALLS = {

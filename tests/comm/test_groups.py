@@ -32,8 +32,8 @@ def name():
 
 @pytest.mark.parametrize("rank", [0, 2, np.int64(1)])
 def test_a_rank_is_an_argument_or_bound(name, rank):
-    found = comm.resolve(OP, name, rank)
-    assert (found.name, found.rank, found.size, found.in_process) == (name, rank, 3, True)
+    actual = comm.resolve(OP, name, rank)
+    assert (actual.name, actual.rank, actual.size, actual.in_process) == (name, rank, 3, True)
     comm.bind_rank(name, 2)
     assert comm.resolve(OP, name).rank == 2
 
@@ -97,13 +97,13 @@ def test_a_group_of_other_ranks():
                 x, ids, group, 1, 0, 2
             ),
         }
-        found = {}
+        actual = {}
         for name, call in calls.items():
             try:
                 call()
             except ArgumentValueError as error:
-                found[name] = str(error)
-        return found
+                actual[name] = str(error)
+        return actual
 
     member, other = testing.run_processes(2, fn)
     assert member == {}

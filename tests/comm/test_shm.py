@@ -25,11 +25,11 @@ memories = pytest.mark.parametrize("memory", [make() for make in MEMORIES.values
 def open_files() -> list[str]:
     """Our blocks among this process's descriptors; a mapping holds one of its own."""
     gc.collect()
-    found = []
+    actual = []
     for link in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # the descriptor of this very listing
-            found.append(str(link.readlink()))
-    return [name for name in found if "moe_triton-" in name]
+            actual.append(str(link.readlink()))
+    return [name for name in actual if "moe_triton-" in name]
 
 
 def named_files() -> set[str]:

@@ -191,11 +191,11 @@ def test_nothing_overlaps_in_a_combine_window(config, in_flight):
 def flags_of(windows: PeerWindows, slot: int) -> list[torch.Tensor]:
     """The flag records of a slot of rank 0, each as four words."""
     base = windows.blocks[0].data
-    found = []
+    actual = []
     for source in range(len(windows.blocks)):
         offset = windows.flag_address(0, slot, source) - base.data_ptr()
-        found.append(base[offset : offset + FLAG_BYTES].view(torch.int32))
-    return found
+        actual.append(base[offset : offset + FLAG_BYTES].view(torch.int32))
+    return actual
 
 
 def inside(windows: PeerWindows, views: list[torch.Tensor]) -> None:
@@ -237,9 +237,9 @@ def test_rows_of_all_ranks_as_one_tensor(config, in_flight):
         global_rows = windows.global_rows(slot, layout.rows_start, stride)
         for (owner, row), number in numbers.items():
             index = global_rows.origins[owner] + row * global_rows.step
-            found = torch.index_select(global_rows.rows, 0, index.reshape(1))
-            assert found.shape == (1, stride)
-            assert bool((found == number).all())
+            actual = torch.index_select(global_rows.rows, 0, index.reshape(1))
+            assert actual.shape == (1, stride)
+            assert bool((actual == number).all())
 
 
 def test_windows_hold_their_own_tensors():

@@ -519,7 +519,7 @@ def _steps(
     Else it
       is as if the setup wrote the data, or no rank did. A rank that may borrow has no forced moves.
     """
-    found = []
+    actual = []
     for r, (rank, window) in enumerate(zip(*state, strict=True)):
         mine = moves(r, rank, window)
         if reduced:
@@ -534,8 +534,8 @@ def _steps(
                 # alternatives (data or abort, what comes next) and all of them are followed.
                 kept = [move for move in forced if move.peers == forced[0].peers]
                 return [_apply(state, r, move) for move in kept]
-        found += [(r, move) for move in mine]
-    return [_apply(state, r, move) for r, move in found]
+        actual += [(r, move) for move in mine]
+    return [_apply(state, r, move) for r, move in actual]
 
 
 @cache

@@ -662,8 +662,8 @@ def test_the_documents_sizes_under_their_profile(name, version):
         for rank, (outputs, x) in enumerate(results):
             mine = received[rank]
             options = {"version": number, "weights_given": on_a2}
-            found = without_spare(group, outputs, 8) if on_a2 else outputs
-            check_dispatch(group, mine, found, rank=rank, **options)
+            actual = without_spare(group, outputs, 8) if on_a2 else outputs
+            check_dispatch(group, mine, actual, rank=rank, **options)
             definition.same_bits(x, combined[rank], f"rank {rank} x")
     finally:
         set_profile(None)

@@ -108,14 +108,14 @@ def test_worked_examples(name):
     def fn(ctx):
         return Halves(ctx, calls[ctx.rank]).round_trip()
 
-    for rank, found in enumerate(harness.run_world("local", example.group.world_size, fn)):
+    for rank, actual in enumerate(harness.run_world("local", example.group.world_size, fn)):
         n, counts = len(example.expand_x[rank]), example.ep_recv_counts[rank]
-        rows, _, assist, nums = found["received"]
+        rows, _, assist, nums = actual["received"]
         assert rows[:n].tolist() == example.expand_x[rank]
         assert assist[: len(counts)].tolist() == counts
         assert nums.tolist() == example.token_nums[rank]
-        assert found["sent"][1].tolist() == example.expand_idx[rank]
-        assert found["combined"].tolist() == example.combined[rank]
+        assert actual["sent"][1].tolist() == example.expand_idx[rank]
+        assert actual["combined"].tolist() == example.combined[rank]
 
 
 def test_sizes():
@@ -187,12 +187,12 @@ def test_a_setup_is_refused(half, name):
 
         return attempt(calls_of_one), halves.round_trip()["combined"].tolist()
 
-    found = harness.run_world("local", 2, fn, limit=20.0)
-    (peer, _), (culprit, _) = found
+    actual = harness.run_world("local", 2, fn, limit=20.0)
+    (peer, _), (culprit, _) = actual
     check(culprit, name, row)
     assert (peer["phase"], peer["status"]) == (2, RUNTIME)
     assert peer["seconds"] < invalid_calls.AT_ONCE
-    assert [combined for _, combined in found] == BASIC.combined
+    assert [combined for _, combined in actual] == BASIC.combined
 
 
 @pytest.mark.parametrize(
@@ -257,11 +257,11 @@ def test_a_teardown_without_setup():
         ending = attempt(lambda: halves.dispatch_teardown(halves.no_setup()))
         return ending, halves.round_trip()["combined"].tolist()
 
-    found = harness.run_world("local", 2, fn)
-    for ending, _ in found:
+    actual = harness.run_world("local", 2, fn)
+    for ending, _ in actual:
         assert (ending["phase"], ending["status"]) == (2, RUNTIME), ending
         assert "got none in flight" in ending["sentence"]
-    assert [combined for _, combined in found] == BASIC.combined
+    assert [combined for _, combined in actual] == BASIC.combined
 
 
 def test_all_four_planned_ahead():
@@ -281,9 +281,9 @@ def test_all_four_planned_ahead():
         combined = halves.round_trip()["combined"]
         return [aclnn_calls.launch(*one) for one in plans], combined.tolist()
 
-    found = harness.run_world("local", 2, fn)
-    assert [statuses for statuses, _ in found] == [[0] * 4] * 2
-    assert [combined for _, combined in found] == BASIC.combined
+    actual = harness.run_world("local", 2, fn)
+    assert [statuses for statuses, _ in actual] == [[0] * 4] * 2
+    assert [combined for _, combined in actual] == BASIC.combined
 
 
 @pytest.mark.parametrize("half", NAMES)
@@ -348,10 +348,10 @@ def test_refused_on_a_product(half, product, changes, parameter):
 
     set_profile(product)
     try:
-        found = harness.run_world("local", 2, fn, limit=20.0)
+        actual = harness.run_world("local", 2, fn, limit=20.0)
     finally:
         set_profile(None)
-    for ending in found:
+    for ending in actual:
         assert ending["phase"] == 1, ending
         assert ending["status"] == (561002 if parameter else RUNTIME)
         assert re.search(rf"{parameter}\b.* on {product}|operator of a2", ending["sentence"]), (

@@ -128,11 +128,11 @@ def main() -> None:
             launched.clear()
             call()
             for kernel, compiled in launched:
-                found = facts(compiled)
-                text = found.pop("text")
+                actual = facts(compiled)
+                text = actual.pop("text")
                 if wanted:
                     sys.stderr.write(text)
-                line = json.dumps({"case": case, "kernel": kernel.__name__, **found})
+                line = json.dumps({"case": case, "kernel": kernel.__name__, **actual})
                 sys.stdout.write(line + "\n")
                 sys.stdout.flush()
 

@@ -58,8 +58,8 @@ def test_any(rows, hidden, dtype, seed, shape, device):
             if shape is not None:
                 module = importlib.import_module("moe_triton.kernels.affine")
                 patch.setattr(module, "tiles", lambda *_: shape)
-            found = kernels.quantize_affine(given, scale, offset)
-        assert torch.equal(found, ref.quantize_affine(given, scale, offset))
+            actual = kernels.quantize_affine(given, scale, offset)
+        assert torch.equal(actual, ref.quantize_affine(given, scale, offset))
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,6 @@ def test_layer(world, quant, recorded, captured, device):
                 for tensor, new in zip(values, drawn(rank, seed, device), strict=True):
                     tensor.copy_(new)
             replay()
-            for values, found in zip(given, results["sums"], strict=True):
+            for values, actual in zip(given, results["sums"], strict=True):
                 wanted = expected(*values, world=world, quant=quant)
-                assert torch.equal(found, wanted)
+                assert torch.equal(actual, wanted)

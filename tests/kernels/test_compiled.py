@@ -50,9 +50,9 @@ def run(program: str, *arguments: str, interpreter=sys.executable, stdin: str = 
 
 
 def lines(text: str) -> list[dict]:
-    found = [json.loads(line) for line in text.splitlines()]
-    assert found
-    return found
+    actual = [json.loads(line) for line in text.splitlines()]
+    assert actual
+    return actual
 
 
 def width(access: str) -> bool:

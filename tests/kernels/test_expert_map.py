@@ -43,9 +43,9 @@ def test_worked_example_of_replicas(ranks, expected, steps, launch, device):
     for rank in ranks:
         for dtype in (torch.int32, torch.int64):
             ids = torch.tensor(IDS, dtype=dtype, device=device)
-            found = steps.eplb_map(ids, table, rank=rank, world_size=8)
-            assert found.dtype == dtype
-            assert found.tolist() == expected
+            actual = steps.eplb_map(ids, table, rank=rank, world_size=8)
+            assert actual.dtype == dtype
+            assert actual.tolist() == expected
 
 
 @pytest.mark.parametrize("T, K", [(0, 8), (1, 1), (9000, 8), (5, 17)])
@@ -56,8 +56,8 @@ def test_replicas_of_any_sizes(T, K, rank, device):
     table[:, 0] = torch.randint(1, 7, (40,), generator=generator)
     ids = torch.randint(0, 40, (K, T), generator=generator).T
     ids, table = ids.to(device), table.to(device)
-    found = kernels.eplb_map(ids, table, rank=rank, world_size=13)
-    assert torch.equal(found, ref.eplb_map(ids, table, rank=rank, world_size=13))
+    actual = kernels.eplb_map(ids, table, rank=rank, world_size=13)
+    assert torch.equal(actual, ref.eplb_map(ids, table, rank=rank, world_size=13))
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,10 @@ def run(function, rows, index, weights=None, bias=None, experts=None, skips=(Non
 
 
 def assert_same(*arguments, **named):
-    found, wanted = (
+    actual, wanted = (
         run(one, *arguments, **named) for one in (kernels.finalize_routing, ref.finalize_routing)
     )
-    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(actual, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("function", [kernels.finalize_routing, ref.finalize_routing])
@@ -42,8 +42,8 @@ def test_by_hand(function, device):
     assert run(function, rows, index).tolist() == [[101.0], [10.0]]
     assert run(function, rows, index, weights).tolist() == [[302.0], [50.0]]
     assert run(function, rows, index, skips=skips).tolist() == [[1101.0], [2010.0]]
-    found = run(function, rows, index, weights.nan_to_num(2), bias, experts, skips)
-    assert found.tolist() == [[1303.75], [2052.25]]
+    actual = run(function, rows, index, weights.nan_to_num(2), bias, experts, skips)
+    assert actual.tolist() == [[1303.75], [2052.25]]
     # Without a bias the weight of NOWHERE is unused; with one it is.
     assert run(function, rows, index, weights, bias, experts)[1].isnan().all()
 
@@ -52,8 +52,8 @@ def test_by_hand(function, device):
 def test_the_order_of_sums(function, device):
     """2**24 takes up 1 only if two of them come together, and float16 is rounded once."""
     rows = torch.tensor([[1.0], [1.0], [2.0**24]], device=device)
-    found = run(function, rows, torch.tensor([[0, 1, 2], [2, 0, 1]], device=device))
-    assert found.tolist() == [[2.0**24 + 2], [2.0**24]]
+    actual = run(function, rows, torch.tensor([[0, 1, 2], [2, 0, 1]], device=device))
+    assert actual.tolist() == [[2.0**24 + 2], [2.0**24]]
     halves = torch.tensor([[1.0], [1.0], [2048]], dtype=torch.float16, device=device)
     assert run(function, halves, torch.tensor([[2, 0, 1]], device=device)).item() == 2050
 

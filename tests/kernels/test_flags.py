@@ -202,15 +202,15 @@ def test_the_first_problem_stays_unless_a_later_one_breaks_the_group(device):
     for rank in range(4):
         window.put(4, rank, 4, status=1)
     # The next operation is waited for, but the host has not seen yet what came before.
-    found, records, _ = wait(window.addresses, 4, device, problem=problem)
-    assert found[:4] == [flags.MISMATCH, 7, 3, 0]
+    actual, records, _ = wait(window.addresses, 4, device, problem=problem)
+    assert actual[:4] == [flags.MISMATCH, 7, 3, 0]
     assert records[3] == [4, 1, DIGEST, 0]
     window.put(5, 0, 5, status=1)
     window.put(5, 1, 5)
     window.put(5, 2, 1)
     window.put(5, 3, 9)
-    found, _, _ = wait(window.addresses, 5, device, problem=problem)
-    assert found == [flags.LATE, 7, 5, 2, 1, 5]
+    actual, _, _ = wait(window.addresses, 5, device, problem=problem)
+    assert actual == [flags.LATE, 7, 5, 2, 1, 5]
 
 
 @pytest.mark.parametrize("what", [flags.LATE, flags.OVERRUN])
@@ -221,8 +221,8 @@ def test_nothing_is_done_in_a_broken_group(what, device):
     problem[0] = what
     write(window.addresses, 1, device, problem=problem)
     assert torch.equal(window.words, before)
-    found, records, waited = wait(window.addresses, 1, device, problem=problem)
-    assert found == [what, 0, 0, 0, 0, 0]
+    actual, records, waited = wait(window.addresses, 1, device, problem=problem)
+    assert actual == [what, 0, 0, 0, 0, 0]
     assert records == [[POISON] * 4] * 2
     assert waited == [POISON] * 2
 

@@ -56,15 +56,15 @@ def test_plan(tokens, captured, device):
 def test_recv_permutation(captured, device):
     counts = torch.zeros((E // W, W), dtype=torch.int32, device=device)
     capacity, results = 1000, {}
-    replay = captured(lambda: results.update(found=kernels.recv_permutation(counts, 8, capacity)))
+    replay = captured(lambda: results.update(actual=kernels.recv_permutation(counts, 8, capacity)))
     for draw in DRAWS:
         counts.copy_(tensor(draw, 0, 9, counts.shape, 0, device))
         replay()
         expected = ref.recv_permutation(counts, 8)
         n = len(expected.source)
-        assert torch.equal(results["found"].source[:n], expected.source)
-        assert (results["found"].source[n:] == NOWHERE).all()
-        assert torch.equal(results["found"].offsets, expected.offsets)
+        assert torch.equal(results["actual"].source[:n], expected.source)
+        assert (results["actual"].source[n:] == NOWHERE).all()
+        assert torch.equal(results["actual"].offsets, expected.offsets)
 
 
 @pytest.mark.parametrize("quant", [None, "int8", "group_e4m3", "mx_e4m3"])

@@ -16,14 +16,14 @@ def is_power_of_two(number):
 @pytest.mark.parametrize("width", [0, 1, 7, 7168, 8192, 100_000])
 @pytest.mark.parametrize("num_rows", [0, 1, 3, 128, 10**6])
 def test_tiles(num_rows, width, indexed, device):
-    found = launch_config.tiles(device, num_rows, width, indexed=indexed)
-    assert is_power_of_two(found.rows)
-    assert is_power_of_two(found.block)
-    assert is_power_of_two(found.num_warps)
-    assert found.num_programs >= 1
-    assert found.block <= launch_config.widest(device)
-    assert found.block < max(2 * width, 2), "a row shorter than a tile gets a tile of its size"
-    assert found.rows < max(2 * num_rows, 2), "no more rows than there are"
+    actual = launch_config.tiles(device, num_rows, width, indexed=indexed)
+    assert is_power_of_two(actual.rows)
+    assert is_power_of_two(actual.block)
+    assert is_power_of_two(actual.num_warps)
+    assert actual.num_programs >= 1
+    assert actual.block <= launch_config.widest(device)
+    assert actual.block < max(2 * width, 2), "a row shorter than a tile gets a tile of its size"
+    assert actual.rows < max(2 * num_rows, 2), "no more rows than there are"
 
 
 def test_short_rows_share_a_tile(device):
@@ -32,8 +32,8 @@ def test_short_rows_share_a_tile(device):
 
 
 def test_a_grid_has_no_more_programs_than_tiles(device):
-    found = launch_config.tiles(device, 1, launch_config.widest(device))
-    assert found.num_programs == 1
+    actual = launch_config.tiles(device, 1, launch_config.widest(device))
+    assert actual.num_programs == 1
     assert launch_config.line(device, 1).num_programs == 1
 
 
@@ -45,12 +45,12 @@ def test_lines_share_the_programs(device):
 
 @pytest.mark.parametrize("num_rows, width", [(0, 1), (5, 9), (1000, 17), (3, 10**5)])
 def test_one_program_holds_a_row(num_rows, width, device):
-    found = launch_config.one_program(device, num_rows, width)
-    assert found.num_programs == 1
-    assert is_power_of_two(found.rows)
-    assert is_power_of_two(found.block)
-    assert found.block >= width
-    assert found.rows < max(2 * num_rows, 2)
+    actual = launch_config.one_program(device, num_rows, width)
+    assert actual.num_programs == 1
+    assert is_power_of_two(actual.rows)
+    assert is_power_of_two(actual.block)
+    assert actual.block >= width
+    assert actual.rows < max(2 * num_rows, 2)
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ def test_permutation(T, K, E, dtype, alignment, spare, device):
     for given, totals in ((weights, torch.int64), (None, torch.int32)):
         options = {"alignment": alignment, "capacity": capacity, "totals_dtype": totals}
         loads = torch.full((2, E), 2**33, device=device)
-        found = kernels.local_permutation(plan, ids, given, load=loads[0], **options)
-        same(found, ref.local_permutation(plan, ids, given, load=loads[1], **options))
+        actual = kernels.local_permutation(plan, ids, given, load=loads[0], **options)
+        same(actual, ref.local_permutation(plan, ids, given, load=loads[1], **options))
         assert torch.equal(loads[0], loads[1])
         assert torch.equal(loads[0] - 2**33, plan.counts.long())
 
@@ -34,16 +34,16 @@ def test_examples(device):
     ids = torch.tensor([[2, 0], [NOWHERE, 2]], dtype=torch.int32, device=device)
     weights = torch.tensor([[0.5, 0.25], [0.75, 1.0]], device=device)
     plan = kernels.routing_plan(ids, 3)
-    found = kernels.local_permutation(plan, ids, weights, capacity=4)
-    assert found.row_index.tolist() == [[1, 0], [NOWHERE, 2]]
-    assert found.slot_ids.tolist() == [1, 0, 3, NOWHERE]
-    assert found.weights.tolist() == [0.25, 0.5, 1.0, 0.0]
-    assert found.recv_permutation.offsets.tolist() == [1, 1, 3]
-    found = kernels.local_permutation(plan, ids, weights, alignment=2, capacity=5)
-    assert found.row_index.tolist() == [[2, 0], [NOWHERE, 3]]
-    assert found.slot_ids.tolist() == [1, NOWHERE, 0, 3, NOWHERE]
-    assert found.weights.tolist() == [0.25, 0.0, 0.5, 1.0, 0.0]
-    assert found.recv_permutation.offsets.tolist() == [2, 2, 4]
+    actual = kernels.local_permutation(plan, ids, weights, capacity=4)
+    assert actual.row_index.tolist() == [[1, 0], [NOWHERE, 2]]
+    assert actual.slot_ids.tolist() == [1, 0, 3, NOWHERE]
+    assert actual.weights.tolist() == [0.25, 0.5, 1.0, 0.0]
+    assert actual.recv_permutation.offsets.tolist() == [1, 1, 3]
+    actual = kernels.local_permutation(plan, ids, weights, alignment=2, capacity=5)
+    assert actual.row_index.tolist() == [[2, 0], [NOWHERE, 3]]
+    assert actual.slot_ids.tolist() == [1, NOWHERE, 0, 3, NOWHERE]
+    assert actual.weights.tolist() == [0.25, 0.0, 0.5, 1.0, 0.0]
+    assert actual.recv_permutation.offsets.tolist() == [2, 2, 4]
 
 
 @pytest.mark.parametrize("alignment", [1, 4])
@@ -51,10 +51,10 @@ def test_a_capacity_that_is_too_small_cuts_the_end_off(alignment, device):
     ids = drawn_ids(13, 3, 5, device)
     plan, weights = ref.routing_plan(ids, 5), torch.rand((13, 3)).to(device)
     options = {"alignment": alignment, "capacity": 17}
-    found = kernels.local_permutation(plan, ids, weights, **options)
-    same(found, ref.local_permutation(plan, ids, weights, **options))
-    assert int(found.row_index.max()) < 17
-    assert int(found.recv_permutation.offsets[-1]) == 17
+    actual = kernels.local_permutation(plan, ids, weights, **options)
+    same(actual, ref.local_permutation(plan, ids, weights, **options))
+    assert int(actual.row_index.max()) < 17
+    assert int(actual.recv_permutation.offsets[-1]) == 17
 
 
 def test_more_experts_than_a_block_holds(device):

@@ -40,8 +40,8 @@ def test_recv_row_index(L, W, alignment, spare, device):
     for given, dtype in ((weights, torch.int64), (None, torch.int32)):
         options["totals_dtype"] = dtype
         arguments = (counts, slot_ids, given)
-        found = kernels.recv_row_index(*arguments, origins=origins, step=7, **options)
-        same(found, ref.recv_row_index(*arguments, origins=origins, step=7, **options))
+        actual = kernels.recv_row_index(*arguments, origins=origins, step=7, **options)
+        same(actual, ref.recv_row_index(*arguments, origins=origins, step=7, **options))
 
 
 @ALIGNMENTS
@@ -76,10 +76,10 @@ def test_slots_past_the_room_of_their_source(device):
     slot_ids = torch.tensor([[7, 8, 9]], dtype=torch.int32, device=device)[:, :2]
     weights = torch.ones((1, 3), device=device)[:, :2]
     origins = torch.tensor([100], device=device)
-    found = kernels.recv_row_index(counts, slot_ids, weights, slots_per_row=1, origins=origins)
-    assert found.slot_ids.tolist() == [7, 8, NOWHERE]
-    assert found.row_index.tolist() == [107, 108, NOWHERE]
-    assert found.weights.tolist() == [1.0, 1.0, 0.0]
+    actual = kernels.recv_row_index(counts, slot_ids, weights, slots_per_row=1, origins=origins)
+    assert actual.slot_ids.tolist() == [7, 8, NOWHERE]
+    assert actual.row_index.tolist() == [107, 108, NOWHERE]
+    assert actual.weights.tolist() == [1.0, 1.0, 0.0]
 
 
 def test_recv_row_index_example(device):
@@ -88,13 +88,13 @@ def test_recv_row_index_example(device):
     slot_ids = torch.tensor([[4, 1, -7], [0, 5, -7]], dtype=torch.int32, device=device)
     weights = torch.tensor([[0.5, 0.25, 9.0], [0.125, 1.0, 9.0]], device=device)
     origins = torch.tensor([100, 200], device=device)
-    found = kernels.recv_row_index(
+    actual = kernels.recv_row_index(
         counts, slot_ids, weights, slots_per_row=2, origins=origins, step=10, capacity=6
     )
-    assert found.recv_permutation.source.tolist() == [0, 0, 1, 1, NOWHERE, NOWHERE]
-    assert found.slot_ids.tolist() == [4, 1, 0, 5, NOWHERE, NOWHERE]
-    assert found.row_index.tolist() == [120, 100, 200, 220, NOWHERE, NOWHERE]
-    assert found.weights.tolist() == [0.5, 0.25, 0.125, 1.0, 0.0, 0.0]
+    assert actual.recv_permutation.source.tolist() == [0, 0, 1, 1, NOWHERE, NOWHERE]
+    assert actual.slot_ids.tolist() == [4, 1, 0, 5, NOWHERE, NOWHERE]
+    assert actual.row_index.tolist() == [120, 100, 200, 220, NOWHERE, NOWHERE]
+    assert actual.weights.tolist() == [0.5, 0.25, 0.125, 1.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("num_shared", [0, 2])
@@ -117,10 +117,10 @@ def test_combine_row_index(T, K, num_shared, device):
             "origins": origins,
             "step": 449,
         }
-        found = kernels.combine_row_index(group_starts.to(device), plan, ids, **options)
+        actual = kernels.combine_row_index(group_starts.to(device), plan, ids, **options)
         expected = ref.combine_row_index(group_starts.to(device), plan, ids, **options)
-        assert found.dtype == expected.dtype == torch.int64
-        assert found.tolist() == expected.tolist()
+        assert actual.dtype == expected.dtype == torch.int64
+        assert actual.tolist() == expected.tolist()
 
 
 def test_rows_past_the_capacity_have_no_address(device):

@@ -206,12 +206,12 @@ def test_dispatch_and_combine(example, device):
     ranks = range(example.group.world_size)
     plane = Plane(example.group, example.tokens, device)
     check_dispatch(plane, example, ranks)
-    for found, wanted in zip(
+    for actual, wanted in zip(
         plane.combine([plane.floats(expert_bits(example, rank)) for rank in ranks]),
         example.combined,
         strict=True,
     ):
-        assert found.tolist() == wanted
+        assert actual.tolist() == wanted
 
 
 def test_tensor_parallel(device):
@@ -232,5 +232,5 @@ def test_tensor_parallel(device):
             sums.append(plane.empty(num_mine, 2, dtype=BF16))
             # A rank's own rows come first, so that they follow the peer's own rows there.
             kernels.add_rows(mine[:num_mine], peers[num_peers : num_peers + num_mine], sums[-1])
-        for ep, found in enumerate(plane.combine(sums)):
-            assert found.tolist() == example.combined[2 * ep + tp]
+        for ep, actual in enumerate(plane.combine(sums)):
+            assert actual.tolist() == example.combined[2 * ep + tp]

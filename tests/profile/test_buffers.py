@@ -108,8 +108,8 @@ BUFFERS = {
 @pytest.mark.parametrize("case", BUFFERS)
 def test_the_buffer_that_an_op_requires(case):
     product, op, changes, num_bytes = BUFFERS[case]
-    found = moe_triton.required_buffsize_mb(product, op, **SHAPE | changes)
-    assert found == -(-num_bytes // MB)
+    actual = moe_triton.required_buffsize_mb(product, op, **SHAPE | changes)
+    assert actual == -(-num_bytes // MB)
 
 
 @pytest.mark.parametrize(

@@ -196,15 +196,15 @@ def test_split_phase(product, comm_type, by_slot, sums, added):
         x, ids = torch.ones(2, 1024).bfloat16(), torch.zeros(2, 1, dtype=torch.int32)
         group = {"group_ep": ctx.ep_group, "ep_world_size": 2, "ep_rank_id": ctx.ep_rank}
         group |= {"moe_expert_num": 1, "shared_expert_rank_num": 1, "comm_type": comm_type}
-        found = []
+        actual = []
         if by_slot:
-            found.append(
+            actual.append(
                 refused(lambda: op("dispatch_setup")(x, ids, x_active_mask=SLOTS, **group))
             )
         y, index, info = op("dispatch_setup")(x, ids, x_active_mask=FIRST, **group)
         teardown = op("dispatch_teardown")
         if sums:
-            found.append(
+            actual.append(
                 refused(lambda: teardown(x, y, ids, info, expert_token_nums_type=0, **group))
             )
         rows, _, assist, _ = teardown(x, y, ids, info, **group)
@@ -212,12 +212,12 @@ def test_split_phase(product, comm_type, by_slot, sums, added):
         given = (rows, sent, ids, index, torch.ones(2, 1), info)
         teardown = op("combine_teardown")
         if by_slot:
-            found.append(refused(lambda: teardown(*given, x_active_mask=SLOTS, **group)))
+            actual.append(refused(lambda: teardown(*given, x_active_mask=SLOTS, **group)))
         if added:
-            found.append(refused(lambda: teardown(*given, shared_expert_x=x, **group)))
+            actual.append(refused(lambda: teardown(*given, shared_expert_x=x, **group)))
         out = teardown(*given, x_active_mask=FIRST, **group)
         assert out[:, 0].tolist() == [2, 0]
-        return found
+        return actual
 
     expected = [(561002, "x_active_mask")] * by_slot
     expected += [(561002, "expert_token_nums_type")] * sums

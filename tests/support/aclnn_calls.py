@@ -57,7 +57,7 @@ def keyword(function: str, parameter: str) -> str:
     if parameter == "assistInfoForCombine" and "RmsNorm" in function:
         return "expand_idx"
     name = parameter.removesuffix("Optional").replace("BS", "Bs")
-    return re.sub(r"([A-Z]|\d)", lambda found: f"_{found[1].lower()}", name)
+    return re.sub(r"([A-Z]|\d)", lambda actual: f"_{actual[1].lower()}", name)
 
 
 def place(call: dict) -> tuple[int, int]:

@@ -58,8 +58,8 @@ def check(call, *inputs: torch.Tensor) -> None:
         return [*outputs, *(leaf.grad for leaf in leaves)]
 
     expected = run(call)
-    found = run(torch.compile(call, backend="aot_eager", fullgraph=True))
-    for one, other in zip(found, expected, strict=True):
+    actual = run(torch.compile(call, backend="aot_eager", fullgraph=True))
+    for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
     with Recorded() as recorded:
         call(*inputs)

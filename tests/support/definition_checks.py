@@ -59,15 +59,15 @@ def check_dispatch(
     wanted = expected.token_nums if token_nums_type == 1 else expected.token_nums_running
     same_bits(nums, np.array(wanted, np.int64), f"rank {rank} expert_token_nums")
 
-    for what, found, wanted in (
+    for what, actual, wanted in (
         ("ep_recv_counts", counts, expected.ep_recv_counts),
         ("tp_recv_counts", tp_counts, expected.tp_recv_counts),
     ):
-        assert found.dtype == torch.int32 and found.ndim == 1
+        assert actual.dtype == torch.int32 and actual.ndim == 1
         if wanted is None:
-            assert len(found) in (0, 1), what  # tp_world_size
+            assert len(actual) in (0, 1), what  # tp_world_size
         else:
-            same_bits(found, np.array(wanted, np.int32), f"rank {rank} {what}")
+            same_bits(actual, np.array(wanted, np.int32), f"rank {rank} {what}")
 
     assert tuple(weights.shape) == (expected.capacity,) and weights.dtype == torch.float32
     if weights_given:

@@ -372,11 +372,11 @@ def check(case: Case, results: list[tuple | None]) -> None:
     """Compare the outputs of every rank with the definition."""
     config = case.config
     group = config.group
-    for rank, (expected, found) in enumerate(zip(case.received, results, strict=True)):
+    for rank, (expected, actual) in enumerate(zip(case.received, results, strict=True)):
         if expected is None:
-            assert found is None
+            assert actual is None
             continue
-        outputs, result, waits = found
+        outputs, result, waits = actual
         check_dispatch(
             group,
             expected,
@@ -430,7 +430,7 @@ def profile(examples: int) -> settings:
 def features(config: Config) -> list[str]:
     """The features that the evidence counts."""
     group = config.group
-    found = [
+    actual = [
         f"W {group.world_size}" + (" x T 2" if group.tp_world_size == 2 else ""),
         f"quant_mode {group.quant_mode}" + (" with scales" if config.smooth else ""),
         f"comm_quant_mode {group.comm_quant_mode}",
@@ -455,8 +455,8 @@ def features(config: Config) -> list[str]:
         ("performance_info", config.measured),
     ):
         if there:
-            found.append(name)
-    return found
+            actual.append(name)
+    return actual
 
 
 class Tally:

@@ -249,7 +249,7 @@ def check_unchanged(mutants: Iterable[Mutant]) -> None:
 
 def try_all(mutants: list[Mutant], jobs: int) -> dict[Mutant, Result]:
     """What became of each, said as soon as it is known; raise if tests are red without any."""
-    found: dict[Mutant, Result] = {}
+    actual: dict[Mutant, Result] = {}
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         unchanged = pool.submit(check_unchanged, mutants)
         waiting = {pool.submit(try_mutant, mutant): mutant for mutant in mutants}
@@ -260,19 +260,19 @@ def try_all(mutants: list[Mutant], jobs: int) -> dict[Mutant, Result]:
                 done.result()
                 continue
             mutant, result = waiting[done], done.result()
-            found[mutant] = result
+            actual[mutant] = result
             sys.stdout.write(
-                f"{len(found):3}/{len(mutants)} {result.outcome:8} {result.seconds:5.1f} s  "
+                f"{len(actual):3}/{len(mutants)} {result.outcome:8} {result.seconds:5.1f} s  "
                 f"{mutant.file}: {mutant.what}\n{'':26}{result.why}\n"
             )
             sys.stdout.flush()
-    return {mutant: found[mutant] for mutant in mutants}
+    return {mutant: actual[mutant] for mutant in mutants}
 
 
-def complaints(found: dict[Mutant, Result]) -> list[str]:
+def complaints(actual: dict[Mutant, Result]) -> list[str]:
     """What is wrong with the tests or with the list."""
     wrong = []
-    for mutant, result in found.items():
+    for mutant, result in actual.items():
         name = f"{mutant.file}: {mutant.what}"
         if result.outcome == BROKEN:
             wrong.append(f"broken: {name}\n{result.why}")
@@ -280,35 +280,35 @@ def complaints(found: dict[Mutant, Result]) -> list[str]:
             wrong.append(f"no test noticed: {name}")
         elif result.outcome == CAUGHT and mutant.excuse:
             wrong.append(f"a test noticed what none can: {name}")
-    caught = sum(result.outcome == CAUGHT for result in found.values())
-    if caught < SHARE * len(found):
-        wrong.append(f"only {caught} of {len(found)} noticed, {SHARE:.0%} must be")
+    caught = sum(result.outcome == CAUGHT for result in actual.values())
+    if caught < SHARE * len(actual):
+        wrong.append(f"only {caught} of {len(actual)} noticed, {SHARE:.0%} must be")
     return wrong
 
 
-def page(found: dict[Mutant, Result], seconds: float) -> str:
+def page(actual: dict[Mutant, Result], seconds: float) -> str:
     """The results in Markdown."""
-    outcomes = collections.Counter(result.outcome for result in found.values())
+    outcomes = collections.Counter(result.outcome for result in actual.values())
     lines = [
         "# Mutants of the kernels",
         "",
         "Written by `make mutants`: kernels broken on purpose, as `tests/mutants/` lists it, and",
         "whether their tests noticed.",
         "",
-        f"- {outcomes[CAUGHT]} of {len(found)} mutants turned a test red, in {seconds:.0f} s",
+        f"- {outcomes[CAUGHT]} of {len(actual)} mutants turned a test red, in {seconds:.0f} s",
         f"- {time.strftime('%Y-%m-%d')}",
         *(f"- {fact}" for fact in provenance.environment()),
         "",
         "| file | mutants | caught | survived |",
         "| --- | ---: | ---: | ---: |",
     ]
-    for file in sorted({mutant.file for mutant in found}):
+    for file in sorted({mutant.file for mutant in actual}):
         counts = collections.Counter(
-            result.outcome for mutant, result in found.items() if mutant.file == file
+            result.outcome for mutant, result in actual.items() if mutant.file == file
         )
         row = f"| {file}.py | {counts.total()} | {counts[CAUGHT]} | {counts[SURVIVED]} |"
         lines.append(row)
-    survivors = [mutant for mutant, result in found.items() if result.outcome == SURVIVED]
+    survivors = [mutant for mutant, result in actual.items() if result.outcome == SURVIVED]
     if survivors:
         lines += ["", "## Survivors", ""]
         lines += [f"- {m.file}.py: {m.what}: {m.excuse or 'no excuse'}" for m in survivors]
@@ -331,15 +331,15 @@ def main() -> int:
         parser.error(f"no mutant has one of {arguments.words}")
     start = time.monotonic()
     start_server()
-    found = try_all(mutants, arguments.jobs)
+    actual = try_all(mutants, arguments.jobs)
     if arguments.evidence is not None:
-        text = page(found, time.monotonic() - start)
+        text = page(actual, time.monotonic() - start)
         arguments.evidence.write_text(text, encoding="utf-8")
-    wrong = complaints(found)
+    wrong = complaints(actual)
     for complaint in wrong:
         sys.stdout.write(complaint + "\n")
-    outcomes = collections.Counter(result.outcome for result in found.values())
-    sys.stdout.write(f"{outcomes[CAUGHT]} of {len(found)} mutants turned a test red\n")
+    outcomes = collections.Counter(result.outcome for result in actual.values())
+    sys.stdout.write(f"{outcomes[CAUGHT]} of {len(actual)} mutants turned a test red\n")
     return 1 if wrong else 0
 
 

@@ -14,7 +14,7 @@ def environment() -> list[str]:
     packages = ("torch", "triton", "numpy", "pytest", "hypothesis")
     versions = {d.metadata["Name"]: d.version for d in metadata.distributions()}
     listed = ", ".join(f"{name} {versions.get(name, 'absent')}" for name in packages)
-    found = [f"Python {platform.python_version()}, {listed}", _cpu()]
+    actual = [f"Python {platform.python_version()}, {listed}", _cpu()]
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=10"],
         cwd=Path(__file__).parent,
@@ -22,7 +22,7 @@ def environment() -> list[str]:
         text=True,
         check=False,
     )
-    return [*found, f"revision {git.stdout.strip()}"] if git.returncode == 0 else found
+    return [*actual, f"revision {git.stdout.strip()}"] if git.returncode == 0 else actual
 
 
 def _cpu() -> str:

@@ -13,9 +13,9 @@ ALIGNMENTS = pytest.mark.parametrize("alignment", [1, 8])
 CAPACITIES = pytest.mark.parametrize("spare", [None, 0, 5, -13])
 
 
-def same(found, expected):
+def same(actual, expected):
     """Equal in every field, tuples in tuples included."""
-    for name, one, other in zip(expected._fields, found, expected, strict=True):
+    for name, one, other in zip(expected._fields, actual, expected, strict=True):
         if isinstance(other, tuple):
             same(one, other)
         elif other is None:

@@ -96,8 +96,8 @@ def test_a_group_that_one_rank_has_left():
     rows = [bits([[1]]), None, bits([[2]] * 3), bits([[3]] * 2)]
     combined = definition.combine(group, tokens, results, rows)
     assert combined[1] is None
-    found = [definition.decode(combined[old], "bfloat16").tolist() for old in (0, 2, 3)]
-    assert found == [[[1], [1.5]], [[1], [1]], [[0.5], [1.5]]]
+    actual = [definition.decode(combined[old], "bfloat16").tolist() for old in (0, 2, 3)]
+    assert actual == [[[1], [1.5]], [[1], [1]], [[0.5], [1.5]]]
 
 
 def test_constant_experts_with_an_alpha_for_each_column():
@@ -162,6 +162,6 @@ def test_bits_survive_the_way_through_a_tensor(dtype):
 )
 def test_int8_by_hand(row, smooth, codes, factor):
     smooth = None if smooth is None else np.array(smooth, np.float32)
-    found, found_factor = definition.quantise_int8(np.array(row, np.float32), smooth)
-    assert found.tolist() == codes
+    actual, found_factor = definition.quantise_int8(np.array(row, np.float32), smooth)
+    assert actual.tolist() == codes
     assert found_factor == np.float32(factor)

@@ -93,16 +93,16 @@ def result(outcome):
 
 
 def test_what_the_runner_complains_of():
-    found = {mutant: result(mutate.CAUGHT) for mutant in MUTANTS if not mutant.excuse}
-    assert not mutate.complaints(found)
-    first, second = list(found)[:2]
-    assert mutate.complaints(found | {first: result(mutate.SURVIVED)}) == [
+    actual = {mutant: result(mutate.CAUGHT) for mutant in MUTANTS if not mutant.excuse}
+    assert not mutate.complaints(actual)
+    first, second = list(actual)[:2]
+    assert mutate.complaints(actual | {first: result(mutate.SURVIVED)}) == [
         f"no test noticed: {id_of(first)}"
     ]
-    assert "broken" in mutate.complaints(found | {second: result(mutate.BROKEN)})[0]
+    assert "broken" in mutate.complaints(actual | {second: result(mutate.BROKEN)})[0]
     *_, example = mutate.mutants_of("plan", EXAMPLE)
-    assert not mutate.complaints(found | {example: result(mutate.SURVIVED)})
-    assert "none can" in mutate.complaints(found | {example: result(mutate.CAUGHT)})[0]
+    assert not mutate.complaints(actual | {example: result(mutate.SURVIVED)})
+    assert "none can" in mutate.complaints(actual | {example: result(mutate.CAUGHT)})[0]
     assert mutate.complaints({first: result(mutate.CAUGHT), example: result(mutate.SURVIVED)}) == [
         "only 1 of 2 noticed, 95% must be"
     ]

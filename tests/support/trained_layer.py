@@ -79,12 +79,12 @@ class TrainedLayer:
     def inputs(self, rank: int) -> dict[str, torch.Tensor]:
         """The inputs of a rank with gradients: x, weights and, if used, addend."""
         count = self.tokens[rank]
-        found = {"x": self._draw(10 * rank, count, self.hidden)}
+        actual = {"x": self._draw(10 * rank, count, self.hidden)}
         if self.weighted:
-            found["weights"] = self._draw(10 * rank + 1, count, self.top_k).to(self.weight_dtype)
+            actual["weights"] = self._draw(10 * rank + 1, count, self.top_k).to(self.weight_dtype)
         if self.addend:
-            found["addend"] = self._draw(10 * rank + 2, count, self.hidden)
-        return found
+            actual["addend"] = self._draw(10 * rank + 2, count, self.hidden)
+        return actual
 
     def cotangent(self, rank: int) -> torch.Tensor:
         """[T, H] that the loss multiplies a rank's outputs with."""
@@ -142,16 +142,16 @@ def dense_gradients(layer: TrainedLayer, forward=dense) -> list[dict[str, torch.
     The loss is the sum over all ranks of outputs times cotangents, computed in float64.
     """
     matrices = layer.matrices().double().requires_grad_()
-    found, loss = [], 0.0
+    actual, loss = [], 0.0
     for rank in range(len(layer.tokens)):
         inputs = {k: v.double().requires_grad_() for k, v in layer.inputs(rank).items()}
         out = forward(layer, layer.ids(rank), matrices, **inputs)
         loss = loss + (out * layer.cotangent(rank).double()).sum()
-        found.append((inputs, out))
+        actual.append((inputs, out))
     loss.backward()
     return [
         {"out": out.detach(), "matrices": matrices.grad, **{k: v.grad for k, v in inputs.items()}}
-        for inputs, out in found
+        for inputs, out in actual
     ]
 
 

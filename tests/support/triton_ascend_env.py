@@ -20,9 +20,9 @@ ENVIRONMENT = "MOE_TRITON_ASCEND"  # another place for it
 def python() -> Path | None:
     """Its interpreter, or None where ``make`` could not install it."""
     folder = os.environ.get(ENVIRONMENT) or Path(sys.prefix) / "ascend"
-    found = Path(folder) / "bin/python"
-    works = found.exists() and any(Path(folder).glob("lib/*/site-packages/*_base.pth"))
-    return found if works else None
+    actual = Path(folder) / "bin/python"
+    works = actual.exists() and any(Path(folder).glob("lib/*/site-packages/*_base.pth"))
+    return actual if works else None
 
 
 def main() -> None:

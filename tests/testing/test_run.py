@@ -98,8 +98,8 @@ def test_transport_of_the_functional_ops_can_change_between_calls():
         return communicator.transport("test").name
 
     for transport in ("collective", "shm", "shm", "collective"):
-        found = testing.run_processes(2, of_functional_ops, transport=transport)
-        assert found == [transport] * 2
+        actual = testing.run_processes(2, of_functional_ops, transport=transport)
+        assert actual == [transport] * 2
 
 
 def test_transport_must_exist():

@@ -216,9 +216,9 @@ def test_refused_on_a_product(profile, hidden, dtype, error, argument):
 
     set_profile(profile)
     try:
-        found = harness.run_world("local", 2, fn)
+        actual = harness.run_world("local", 2, fn)
     finally:
         set_profile(None)
-    culprits = [refusal for refusal in found if refusal["types"][0] == error]
+    culprits = [refusal for refusal in actual if refusal["types"][0] == error]
     assert culprits
     assert {refusal["argument"] for refusal in culprits} == {argument}

@@ -431,7 +431,7 @@ def test_compiled_on_two_processes():
     def run(ctx):
         torch.set_num_threads(1)
         where = (dist.group.WORLD, 2, ctx.rank, E)
-        found = []
+        actual = []
         for name in ("v1", "v2 with all"):
 
             def model(x, ids, weights, name=name):
@@ -442,7 +442,7 @@ def test_compiled_on_two_processes():
             expected = model(*tensors(ctx.rank))
             for backend in ("aot_eager", "inductor"):
                 compiled = torch.compile(model, backend=backend, fullgraph=True)
-                found += [(compiled(*tensors(ctx.rank)), expected) for _ in range(2)]
+                actual += [(compiled(*tensors(ctx.rank)), expected) for _ in range(2)]
         # A refusal in compiled code aborts the peers, and all ranks go on.
         x, ids, weights = tensors(ctx.rank)
         error = None
@@ -450,11 +450,11 @@ def test_compiled_on_two_processes():
             compiled(x, ids + 100 * ctx.rank, weights)
         except Exception as caught:
             error = caught
-        found.append((compiled(x, ids, weights), expected))
-        return found, harness.describe(error)
+        actual.append((compiled(x, ids, weights), expected))
+        return actual, harness.describe(error)
 
-    for rank, (found, error) in enumerate(harness.run_world("symmetric", 2, run, limit=240)):
-        assert len(found) == 9
-        for got, expected in found:
+    for rank, (actual, error) in enumerate(harness.run_world("symmetric", 2, run, limit=240)):
+        assert len(actual) == 9
+        for got, expected in actual:
             assert_same(got, expected)
         assert error["types"][0] == [PeerAbortError, ArgumentValueError][rank].__name__

@@ -71,11 +71,11 @@ def check(config: drawn.Config) -> None:
         lambda ctx: run(ctx, case, norms),
         tp_world_size=config.group.tp_world_size,
     )
-    for rank, found in enumerate(results):
+    for rank, actual in enumerate(results):
         if expected[rank] is None:
-            assert found is None
+            assert actual is None
             continue
-        y, rstd, x = found
+        y, rstd, x = actual
         wanted_y, wanted_rstd, wanted_x = expected[rank]
         batch = config.batches[rank]
         assert y.shape == x.shape == (batch, 1, config.group.hidden)

@@ -29,9 +29,9 @@ def configs(world_size=None):
 
 def check(case: drawn.Case, results: list[dict]) -> None:
     group, config = case.config.group, case.config
-    for rank, (expected, found) in enumerate(zip(case.received, results, strict=True)):
-        _, expand_idx, _ = found["sent"]
-        x, scales, assist, nums = found["received"]
+    for rank, (expected, actual) in enumerate(zip(case.received, results, strict=True)):
+        _, expand_idx, _ = actual["sent"]
+        x, scales, assist, nums = actual["received"]
         counts = assist[: len(expected.ep_recv_counts)]
         no_more = torch.empty(0, dtype=torch.int32), torch.empty(expected.capacity)
         check_dispatch(
@@ -42,7 +42,7 @@ def check(case: drawn.Case, results: list[dict]) -> None:
             token_nums_type=config.token_nums_type,
             weights_given=False,
         )
-        definition.same_bits(found["combined"], case.combined[rank], f"rank {rank} x")
+        definition.same_bits(actual["combined"], case.combined[rank], f"rank {rank} x")
         # Each row is the one that its source has in y.
         for row, (_, source, token, slot) in enumerate(expected.rows):
             batch, top_k = config.batches[source], group.top_k

@@ -80,15 +80,15 @@ WORKED = {
 @pytest.mark.parametrize("name", WORKED)
 def test_worked_example(name, world):
     arguments, scales, codes, values = WORKED[name]
-    rows, found = dispatched(torch.tensor([ROW]).bfloat16(), world=world, **arguments)
+    rows, actual = dispatched(torch.tensor([ROW]).bfloat16(), world=world, **arguments)
     assert [f"{code:02x}" for code in rows.view(torch.uint8)[0, :6].tolist()] == codes.split()
     assert rows[0].float().tolist() == values + [0.0] * 58
     if arguments["quant_mode"] == 4:
-        assert found.dtype == E8M0
-        found = found.view(torch.uint8)
+        assert actual.dtype == E8M0
+        actual = actual.view(torch.uint8)
     else:
-        assert found.dtype == torch.float32
-    assert found.tolist() == scales
+        assert actual.dtype == torch.float32
+    assert actual.tolist() == scales
 
 
 @pytest.mark.parametrize(
@@ -121,12 +121,12 @@ def test_static_factors(factors, codes):
 @pytest.mark.parametrize("world", harness.WORLDS)
 def test_given_codes_pass_as_they_are(world, scales, kind):
     x = torch.tensor([[0x00, 0x80, 0x7F, 0x55, 0xFF]], dtype=torch.uint8).view(kind)
-    rows, found = dispatched(x, world=world, scales=scales)
+    rows, actual = dispatched(x, world=world, scales=scales)
     assert rows.dtype == kind
     assert torch.equal(rows.view(torch.uint8), x.view(torch.uint8))
-    assert found.dtype == scales.dtype
-    assert found.shape == scales.shape
-    assert torch.equal(found.view(torch.uint8), scales.view(torch.uint8))
+    assert actual.dtype == scales.dtype
+    assert actual.shape == scales.shape
+    assert torch.equal(actual.view(torch.uint8), scales.view(torch.uint8))
 
 
 def test_one_given_scale_of_any_strides():
@@ -146,10 +146,10 @@ def test_one_given_scale_of_any_strides():
 def test_given_codes_may_come_as_bytes():
     x = torch.tensor([[1, 2, 3]], dtype=torch.uint8)
     scales = torch.tensor([[7, 9]], dtype=torch.uint8)
-    rows, found = dispatched(x, scales=scales, x_dtype=24, scales_dtype=293)
-    assert (rows.dtype, found.dtype) == (E4M3, E8M0)
+    rows, actual = dispatched(x, scales=scales, x_dtype=24, scales_dtype=293)
+    assert (rows.dtype, actual.dtype) == (E4M3, E8M0)
     assert rows.view(torch.uint8).tolist() == [[1, 2, 3]]
-    assert found.view(torch.uint8).tolist() == [[7, 9]]
+    assert actual.view(torch.uint8).tolist() == [[7, 9]]
 
 
 @pytest.mark.parametrize("argument", ["y_dtype", "scales"])

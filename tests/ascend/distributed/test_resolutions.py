@@ -149,11 +149,11 @@ def test_22_weights_come_out_if_they_went_in(weights):
     """expand_scales on A3: none, undefined, or the weights? The weights; zeros if not given."""
     x, where = torch.ones(2, 1024).bfloat16(), ids([[1], [0]])
     with product("a3"):
-        found = on_ranks(2, lambda ctx: dispatch(ctx, x, where, 2, 2, expert_scales=weights)[6])
+        actual = on_ranks(2, lambda ctx: dispatch(ctx, x, where, 2, 2, expert_scales=weights)[6])
     if weights is None:
-        assert [out.tolist() for out in found] == [[0.0] * 4] * 2
+        assert [out.tolist() for out in actual] == [[0.0] * 4] * 2
     else:
-        assert [out[:2].tolist() for out in found] == [[0.25, 0.25], [0.75, 0.75]]
+        assert [out[:2].tolist() for out in actual] == [[0.25, 0.25], [0.75, 0.75]]
 
 
 # Quantisation.
@@ -332,9 +332,9 @@ def test_16_an_addend_beside_shared_ranks(name):
             return error.code, error.argument
 
     with product(name):
-        found = on_ranks(2, fn)
+        actual = on_ranks(2, fn)
     # The routed row, the shared one and the addend, 1 each.
-    assert found == ([[3, 3]] * 2 if name == "portable" else [(VALUE, "shared_expert_x")] * 2)
+    assert actual == ([[3, 3]] * 2 if name == "portable" else [(VALUE, "shared_expert_x")] * 2)
 
 
 def test_17_an_addend_has_weight_one():
@@ -354,8 +354,8 @@ def test_17_an_addend_has_weight_one():
 
 def test_18_own_rows_come_first():
     """Rows of the pair in expand_x: in the order of the ranks, or own ones first? Own first."""
-    found = [out[0][:4].tolist() for out, _ in outputs_of(TENSOR_PARALLEL)[:2]]
-    assert found == [
+    actual = [out[0][:4].tolist() for out, _ in outputs_of(TENSOR_PARALLEL)[:2]]
+    assert actual == [
         [[1, 1], [21, 1], [22, 2], [32, 2]],
         [[32, 2], [1, 1], [21, 1], [22, 2]],
     ]
@@ -363,8 +363,8 @@ def test_18_own_rows_come_first():
 
 def test_19_the_peers_counts_start_from_zero():
     """ep_recv_counts with T = 2: what its second half holds? The peer's sums, from 0 again."""
-    found = [out[4].tolist() for out, _ in outputs_of(TENSOR_PARALLEL)[:2]]
-    assert found == [[1, 3, 0, 1], [0, 1, 1, 3]]
+    actual = [out[4].tolist() for out, _ in outputs_of(TENSOR_PARALLEL)[:2]]
+    assert actual == [[1, 3, 0, 1], [0, 1, 1, 3]]
 
 
 def test_20_one_tp_count_a_rank():
@@ -430,8 +430,8 @@ def test_23_how_many_experts_a_token_has():
     ):
         with product(name):
             call = functools.partial(fn, hidden=hidden, top_k=top_k, version=version)
-            found = on_ranks(ranks, call)
-        assert found == [expected] * ranks, (name, top_k)
+            actual = on_ranks(ranks, call)
+        assert actual == [expected] * ranks, (name, top_k)
 
 
 def test_24_hidden_size_of_version_1_on_a3():

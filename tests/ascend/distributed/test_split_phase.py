@@ -28,17 +28,17 @@ def test_worked_examples(name, world):
     example = EXAMPLES[name]
     calls = example_calls(example)
     results = harness.run_world(world, example.group.world_size, lambda ctx: round_trip(ctx, calls))
-    for rank, found in enumerate(results):
+    for rank, actual in enumerate(results):
         n, counts = len(example.expand_x[rank]), example.ep_recv_counts[rank]
-        rows, scales, assist, nums = found["received"]
+        rows, scales, assist, nums = actual["received"]
         assert rows[:n].tolist() == example.expand_x[rank]
         assert scales.shape == (example.capacity[rank],) and not scales.any()
         assert len(assist) == example.capacity[rank] * 128
         assert assist[: len(counts)].tolist() == counts
         assert nums.tolist() == example.token_nums[rank]
-        _, expand_idx, _ = found["sent"]
+        _, expand_idx, _ = actual["sent"]
         assert expand_idx.tolist() == example.expand_idx[rank]
-        assert found["combined"].tolist() == example.combined[rank]
+        assert actual["combined"].tolist() == example.combined[rank]
 
 
 @pytest.mark.parametrize("world", harness.WORLDS)
@@ -56,16 +56,18 @@ def test_expand_idx_may_have_any_shape(world):
 
 def test_worked_example_of_y():
     calls = example_calls(BASIC)
-    for rank, found in enumerate(harness.run_world("local", 2, lambda ctx: round_trip(ctx, calls))):
-        y, _, info = found["sent"]
+    for rank, actual in enumerate(
+        harness.run_world("local", 2, lambda ctx: round_trip(ctx, calls))
+    ):
+        y, _, info = actual["sent"]
         assert (y.shape, y.dtype) == ((6, 256), torch.bfloat16)
         x = calls[rank]["dispatch"]["x"]
         assert torch.equal(y[:, :2], x.repeat_interleave(2, 0))
         assert (info.shape, info.dtype) == (((6 + 4) * 16,), torch.int32)
-        sent, back = found["returned"]
+        sent, back = actual["returned"]
         assert (sent.shape, sent.dtype) == ((12, 512), torch.int8)
         assert back.shape == ((12 + 2) * 16,)
-        assert found["received"][2][:4].tolist() == [[2, 5, 6, 7], [2, 3, 4, 5]][rank]
+        assert actual["received"][2][:4].tolist() == [[2, 5, 6, 7], [2, 3, 4, 5]][rank]
 
 
 def test_rows_of_y_are_quantised_with_the_factors_of_their_expert():
@@ -76,13 +78,13 @@ def test_rows_of_y_are_quantised_with_the_factors_of_their_expert():
     def fn(ctx):
         ids = torch.tensor([[1, 0]], dtype=torch.int32)
         where = (ctx.ep_group, 1, 0, 2)
-        found = torch_npu.npu_moe_distribute_dispatch_setup(
+        actual = torch_npu.npu_moe_distribute_dispatch_setup(
             x, ids, *where, scales=scales, quant_mode=2
         )
         torch_npu.npu_moe_distribute_dispatch_teardown(
-            x, found[0], ids, found[2], *where, quant_mode=2
+            x, actual[0], ids, actual[2], *where, quant_mode=2
         )
-        return found[0]
+        return actual[0]
 
     # (E + 1, H) without shared ranks: row e is expert e's.
     (y,) = harness.run_world("local", 1, fn)
@@ -144,8 +146,8 @@ def test_all_positional():
         back = torch_npu.npu_moe_distribute_dispatch_teardown
         return back(x, y, ids, info, *where, 0, 1, 0, 0, 0, 0, 0, "")
 
-    for rank, found in enumerate(harness.run_world("local", 2, fn)):
-        assert found[3].tolist() == BASIC.token_nums_running[rank]
+    for rank, actual in enumerate(harness.run_world("local", 2, fn)):
+        assert actual[3].tolist() == BASIC.token_nums_running[rank]
 
 
 # Order.
@@ -230,12 +232,12 @@ def test_a_setup_is_refused(half, name):
         error = invalid_calls.attempt(attempt)["error"]
         return error, halves.round_trip()["combined"].tolist()
 
-    found = harness.run_world("local", 2, fn)
-    (peer, _), (culprit, _) = found
+    actual = harness.run_world("local", 2, fn)
+    (peer, _), (culprit, _) = actual
     assert culprit["code"] == code, culprit["traceback"]
     assert culprit["argument"] == argument, culprit["traceback"]
     assert peer["types"][0] == "PeerAbortError", peer["traceback"]
-    assert [combined for _, combined in found] == BASIC.combined
+    assert [combined for _, combined in actual] == BASIC.combined
 
 
 @pytest.mark.parametrize("half, name", [(half, n) for half in TEARDOWNS for n in INVALID[half]])
@@ -278,8 +280,8 @@ def test_shared_ranks_are_half_of_the_group_at_most():
             "error"
         ]
 
-    found = harness.run_world("local", 3, fn)
-    culprits = [error for error in found if error["types"][0] != "PeerAbortError"]
+    actual = harness.run_world("local", 3, fn)
+    culprits = [error for error in actual if error["types"][0] != "PeerAbortError"]
     assert {(error["code"], error["argument"]) for error in culprits} == {
         (561002, "shared_expert_rank_num")
     }
@@ -306,11 +308,11 @@ def test_refused_on_a_product(profile, changes, argument):
 
     set_profile(profile)
     try:
-        found = harness.run_world("local", 2, fn)
+        actual = harness.run_world("local", 2, fn)
     finally:
         set_profile(None)
-    assert all(error is not None for error in found)
-    culprits = [error for error in found if error["types"][0] != "PeerAbortError"]
+    assert all(error is not None for error in actual)
+    culprits = [error for error in actual if error["types"][0] != "PeerAbortError"]
     assert {error["argument"] for error in culprits} == {argument}
 
 
@@ -334,8 +336,8 @@ def test_shapes_are_known_in_advance():
                     wrong.append((name, one.shape, other.shape))
         return len(halves.made), wrong
 
-    for found in harness.run_world("local", 4, fn):
-        assert found == (4, [])
+    for actual in harness.run_world("local", 4, fn):
+        assert actual == (4, [])
 
 
 def as_tuple(outputs):

@@ -161,10 +161,10 @@ def test_outputs_without_meaning_are_zeros(version, name, tp_world_size, world):
             outputs, combined = round_trip(ctx, calls, version=version)
         return [outputs[position].cpu() for position in (1, 5, 6)], combined
 
-    for rank, (found, combined) in enumerate(run_world(world, example.group.world_size, fn)):
-        assert [out.dtype for out in found] == [torch.float32, torch.int32, torch.float32]
+    for rank, (actual, combined) in enumerate(run_world(world, example.group.world_size, fn)):
+        assert [out.dtype for out in actual] == [torch.float32, torch.int32, torch.float32]
         capacity = example.capacity[rank]
-        assert [out.tolist() for out in found] == [
+        assert [out.tolist() for out in actual] == [
             [0.0] * capacity,
             [0] * tp_world_size,
             [0.0] * capacity,

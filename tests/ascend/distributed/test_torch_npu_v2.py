@@ -80,8 +80,8 @@ def test_both_versions_agree(group, world):
 
     results = run_world(world, len(tokens), fn, tp_world_size=group.tp_world_size)
     for rank, by_version in enumerate(results):
-        for version, found in enumerate(by_version, start=1):
-            check_round(group, received, combined, rank, found, version)
+        for version, actual in enumerate(by_version, start=1):
+            check_round(group, received, combined, rank, actual, version)
 
 
 @pytest.mark.parametrize("world", harness.WORLDS)
@@ -93,13 +93,13 @@ def test_triples_lead_back_to_the_tokens(world):
         mine.mask = rng.random((5, 2)) < 0.7
     calls, *_ = case_of(rng, group, tokens, version=2)
     results = run_world(world, 3, lambda ctx: call_dispatch(ctx, calls[ctx.rank], version=2))
-    found = set()
+    actual = set()
     for rank, outputs in enumerate(results):
         n = int(outputs[4][-1])
         for row, (source, token, slot) in enumerate(outputs[2][: 3 * n].view(-1, 3).tolist()):
             definition.same_bits(outputs[0][row], tokens[source].x[token], f"row {row}")
-            assert (source, token, slot) not in found
-            found.add((source, token, slot))
+            assert (source, token, slot) not in actual
+            actual.add((source, token, slot))
             if slot == 2:
                 assert rank == 0
             else:
@@ -112,7 +112,7 @@ def test_triples_lead_back_to_the_tokens(world):
         if (mine.takes_part(token) if slot == 2 else mine.is_active(token, slot))
         and (slot == 2 or mine.ids[token, slot] < 4)
     }
-    assert found == wanted
+    assert actual == wanted
 
 
 MASKS = {
@@ -138,9 +138,9 @@ def test_inactive_tokens_come_back_as_zeros(mask, version, world):
     shared_x = [definition.encode(rng.normal(size=(4, 8)), group.dtype) for _ in range(3)]
     calls, received, combined = case_of(rng, group, tokens, version=version, shared_x=shared_x)
     results = run_world(world, 3, lambda ctx: round_trip(ctx, calls, version=version))
-    for rank, found in enumerate(results):
-        check_round(group, received, combined, rank, found, version)
-        for token, row in enumerate(found[1]):
+    for rank, actual in enumerate(results):
+        check_round(group, received, combined, rank, actual, version)
+        for token, row in enumerate(actual[1]):
             assert bool(row.count_nonzero()) == tokens[rank].takes_part(token)
 
 
@@ -158,8 +158,8 @@ def test_a_rank_that_chooses_zero_computation_experts_only(world):
     tokens[0].const_v = bits([[1, 1, 2, 2]])
     calls, received, combined = case_of(rng, group, tokens, version=2)
     results = run_world(world, 2, lambda ctx: round_trip(ctx, calls, version=2))
-    for rank, found in enumerate(results):
-        check_round(group, received, combined, rank, found, 2)
+    for rank, actual in enumerate(results):
+        check_round(group, received, combined, rank, actual, 2)
     assert results[0][1].tolist() == [[2, 4, 6, 8], [7, 0, -7, 14], [17, 36, -4, -23]]
     for outputs, _ in results:
         assert outputs[4][0] == 0
@@ -238,11 +238,11 @@ def test_a_group_goes_on_without_a_rank_and_with_it_again(group, remaining, worl
         return [round_trip(ctx, calls, version=2) for _, calls, _, _ in order]
 
     for rank, rounds in enumerate(run_world(world, 4, fn)):
-        for (agreed, _, received, combined), found in zip(order, rounds, strict=True):
+        for (agreed, _, received, combined), actual in zip(order, rounds, strict=True):
             if received[rank] is None:
-                assert found is None
+                assert actual is None
             else:
-                check_round(agreed, received, combined, rank, found, 2)
+                check_round(agreed, received, combined, rank, actual, 2)
 
 
 @pytest.mark.parametrize("world", harness.WORLDS)
@@ -275,19 +275,19 @@ def test_performance_info_shows_the_slow_rank(slow_op, world):
         waited = torch.arange(4)
         history = [waited.clone()]
         options = {"version": 2, "performance_info": waited}
-        found = None
+        actual = None
         for op in ("dispatch", "combine"):
             if op == slow_op and ctx.rank == SLOW:
                 time.sleep(PAUSE)
             if op == "dispatch":
                 outputs = call_dispatch(ctx, call, **options)
             else:
-                found = outputs, call_combine(ctx, call, outputs, **options)
+                actual = outputs, call_combine(ctx, call, outputs, **options)
             history.append(waited.clone())
-        return history, found
+        return history, actual
 
-    for rank, (history, found) in enumerate(run_world(world, 4, fn)):
-        check_round(group, received, combined, rank, found, 2)
+    for rank, (history, actual) in enumerate(run_world(world, 4, fn)):
+        check_round(group, received, combined, rank, actual, 2)
         for before, after in itertools.pairwise(history):
             assert (after - before >= 1).all()
         if rank != SLOW:
