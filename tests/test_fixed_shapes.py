@@ -17,7 +17,7 @@ from lockstep_layer import bits, drive, experts
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_triton import ExpertParallel, backend, comm, testing
-from moe_triton.comm import row_exchange, single, transport
+from moe_triton.comm import single, symmetric, transport
 from moe_triton.layout import NOWHERE
 from moe_triton.ops import checks
 
@@ -128,6 +128,27 @@ def test_rows_after_the_last_one_are_not_written(monkeypatch):
         assert bool((rank.x[int(rank.num_tokens) :] == 77).all())
 
 
+@pytest.mark.parametrize("quant", [None, "int8", "mx_e4m3"])
+def test_rows_after_the_last_one_are_zeros_where_gradients_are_enabled(quant, monkeypatch):
+    empty = torch.Tensor.new_empty
+
+    def poisoned(tensor, *shape, **options):
+        out = empty(tensor, *shape, **options)
+        return out if out.dtype.itemsize > 4 else (out.view(torch.uint8).fill_(77), out)[1]
+
+    with testing.lockstep(3, lambda ctx: make(ctx, quant=quant)) as ranks:
+        batches = [inputs(rank) for rank in range(3)]
+        monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+        pending = [ep.dispatch_setup(*values) for ep, values in zip(ranks, batches, strict=True)]
+        received = [ep.dispatch_teardown(sent) for ep, sent in zip(ranks, pending, strict=True)]
+    for rank in received:
+        for tensor in (rank.x, rank.scales, rank.weights):
+            if tensor is not None:
+                rows = tensor.reshape(len(tensor), -1).view(torch.uint8)
+                assert rows[: int(rank.offsets[-1])].any()
+                assert not rows[int(rank.offsets[-1]) :].any()
+
+
 @pytest.mark.parametrize("shared", [0, 1])
 @pytest.mark.parametrize("alignment", [1, 4])
 @pytest.mark.parametrize("world", [1, 3])
@@ -135,7 +156,7 @@ def test_rows_beyond_the_limit_are_left_out(world, alignment, shared, monkeypatc
     """A graph cannot raise: rows beyond ``max_recv_tokens`` are neither written nor summed."""
     if world == 1 and shared:
         pytest.skip("a shared expert needs a rank of its own")
-    for module in (single, row_exchange):
+    for module in (single, symmetric):
         monkeypatch.setattr(module, "check_overflow", lambda *_: None)
     experts_of = E if world == 1 else E // (world - shared)
     limit = 5

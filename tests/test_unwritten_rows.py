@@ -115,3 +115,18 @@ def test_quantised_dispatch_outside_no_grad(quant, needs, backend):
         if needs == "weights":
             out.sum().backward()
             torch.testing.assert_close(inputs["weights"].grad, torch.full((3, 2), 128.0))
+
+
+@pytest.mark.parametrize("steps", ["cpu", "interpret"])
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("quant", [None, *QUANTS])
+def test_no_rows(quant, exact, steps, monkeypatch):
+    """An aligned layer of one rank that has no tokens."""
+    monkeypatch.setenv("MOE_TRITON_BACKEND", steps)
+    options = {"num_experts": 4, "top_k": 2, "hidden": 64, "max_tokens": 0, "alignment": 4}
+    with ExpertParallel(None, **options, dtype=torch.float32, quant=quant, exact=exact) as ep:
+        x = torch.zeros(0, 64).requires_grad_()
+        received = ep.dispatch(x, torch.zeros(0, 2, dtype=torch.int64))
+        assert received.offsets.tolist() == [0] * 4
+        out = ep.combine(torch.zeros(received.x.shape), received.handle)
+        assert out.shape == (0, 64)

@@ -90,7 +90,8 @@ class SingleTransport:
             count = row_count(call, permutation.recv_permutation)
             for rows in (x, scales):
                 if rows is not None:
-                    steps.zero_padding(rows.view(num_rows, -1), permutation.slot_ids, count)
+                    table = rows[:, None] if rows.dim() == 1 else rows
+                    steps.zero_padding(table, permutation.slot_ids, count)
         received = Received(
             x,
             scales,

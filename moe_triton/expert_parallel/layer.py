@@ -279,6 +279,9 @@ class ExpertParallel:
     ) -> Dispatched:
         """Send each token to the ranks of its experts.
 
+        Rows after the last one are zeros if gradients are enabled and inference mode is off,
+        whichever tensors require them: experts may train alone. Else they are garbage.
+
         Args:
             x: [T, H] of the object's dtype, T at most max_tokens, and 0 for an idle rank.
             topk_ids: [T, K] int32 or int64 in [0, E), distinct within a row; -1 for a slot that
