@@ -307,11 +307,11 @@ def _load():
         f"The most loaded rank over the mean with replicas of {row['experts']} experts, load after "
         f"Zipf's law in {row['layers']}\norders of the experts, the worst of them (torch "
         f"{row['torch']}, {row['date']}, revision\n{row['revision']}). 288 slots do not divide by "
-        "64. DeepSeek's greedy scheme counts on equal parts; by\nrank is what "
-        "`npu_moe_update_expert` makes of its replicas by default, where no table comes below\n"
-        '"at least", since a rank sends all its copies for an expert to one replica. Unseen ids '
-        "are top-8 of\n512 tokens a rank, mapped by rank and drawn after those that were planned "
-        "for. One case is drawn in\n`bench/results/load.svg`.\n\n" + table(shown, LOAD)
+        "64. DeepSeek's greedy scheme assumes equal\nparts. By rank: the table is applied by "
+        "source rank, the default of `npu_moe_update_expert`.\nAt least: the lower bound of any "
+        "such table, since a rank sends all its rows for an expert to\none replica. Unseen ids "
+        "are top-8 of 512 tokens a rank, mapped by rank and drawn after those that\nwere planned "
+        "for. One case is drawn in `bench/results/load.svg`.\n\n" + table(shown, LOAD)
     )
 
 

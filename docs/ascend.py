@@ -51,8 +51,8 @@ The documents' limits of sizes come from a device's memory and kernels. The port
 them:
 
 - BS may be 0, on one rank or on all. H, W, E, the number of shared experts in v1 and the experts
-  of a rank are free. K is at most 16, as on the product with the most, and 12 with `fullmesh_v2`.
-- All quantisations, float8 rows, quantised ways back and both dtypes, in all operators.
+  of a rank are free. K is at most 16, the largest limit of any product, and 12 with `fullmesh_v2`.
+- All quantisations, float8 rows, quantised combine and both dtypes, in all operators.
 - `global_bs` may be any multiple of W from W * maxBS on.
 - `x_active_mask` in v1 too, and with a column for each slot in the split-phase operators.
 - `shared_expert_x` beside shared ranks: both are added.
