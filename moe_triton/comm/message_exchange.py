@@ -383,7 +383,7 @@ class MessageExchange:
     def _receive_rest(
         self, op: str, kind: str, epoch: int, messages: Messages, deadline: float
     ) -> Messages:
-        """Exchange the payloads that the heads announced, and put the inline ones behind them."""
+        """Exchange the sized payloads, and put the inline ones behind them."""
         operation, heads = self._in_flight[kind][epoch], messages.heads
         device = operation.device
         sizes, own_sizes = (

@@ -36,7 +36,7 @@ def shout(rank: int, number: int = 0) -> torch.Tensor:
     return torch.tensor([[rank, target, number] for target in range(WORLD)])
 
 
-def heard(rank: int, number: int = 0) -> list[list[int]]:
+def delivered(rank: int, number: int = 0) -> list[list[int]]:
     return [[source, rank, number] for source in range(WORLD)]
 
 
@@ -69,7 +69,7 @@ def test_a_process_group_without_gloo():
             assert collective.only_on_device(comm.resolve("test", ctx.ep_group))
             return exchange(ctx.ep_group)
 
-    assert harness.run_world("collective", WORLD, fn) == [heard(rank) for rank in range(WORLD)]
+    assert harness.run_world("collective", WORLD, fn) == [delivered(rank) for rank in range(WORLD)]
 
 
 @pytest.mark.parametrize("through", ["the group", "host memory"])
@@ -89,7 +89,7 @@ def test_rows_that_are_not_in_host_memory(through):
 
     results = harness.run_world("collective", WORLD, fn)
     for rank, actual in enumerate(results):
-        assert actual == [heard(rank, number) for number in range(4)]
+        assert actual == [delivered(rank, number) for number in range(4)]
 
 
 def check_rounds(ctx, count: int, **options) -> None:
@@ -167,7 +167,7 @@ def test_ranks_may_set_up_and_tear_down_in_different_orders(reverse):
 def test_a_rank_that_rejects(rounds):
     def fn(ctx):
         for number in range(rounds):
-            assert exchange(None, number) == heard(ctx.rank, number)
+            assert exchange(None, number) == delivered(ctx.rank, number)
         errors = []
         for number in range(3):
             counts = [1] * WORLD if ctx.rank != 1 else [1, -1, number]
@@ -178,7 +178,7 @@ def test_a_rank_that_rejects(rounds):
         return errors, [exchange(None, number) for number in range(3)]
 
     for rank, (errors, rounds_after) in enumerate(harness.run_world("collective", WORLD, fn)):
-        assert rounds_after == [heard(rank, number) for number in range(3)]
+        assert rounds_after == [delivered(rank, number) for number in range(3)]
         for number, (kind, culprit, text) in enumerate(errors):
             assert f"got [1, -1, {number}]" in text
             if rank != 1:
@@ -195,7 +195,7 @@ def test_ranks_that_disagree():
     for rank, (argument, text, after) in enumerate(harness.run_world("collective", WORLD, fn)):
         assert argument == "row_bytes"
         assert "12 on" in text and "16 on" in text
-        assert after == heard(rank)
+        assert after == delivered(rank)
 
 
 def test_a_rank_that_is_late_breaks_the_group_until_recover():
@@ -214,7 +214,7 @@ def test_a_rank_that_is_late_breaks_the_group_until_recover():
         dist.barrier()
         if ctx.rank == 1:
             time.sleep(1.6)  # gives the others time to miss this rank, and to recover
-            assert call(1) == heard(1, 1)  # what the others sent is there
+            assert call(1) == delivered(1, 1)  # what the others sent is there
         began = time.monotonic()
         with pytest.raises(PeerTimeoutError) as caught:
             call(1)
@@ -236,11 +236,11 @@ def test_a_rank_that_is_late_breaks_the_group_until_recover():
 
     for rank, seen in enumerate(harness.run_world("collective", WORLD, fn)):
         first, (missing, seconds), at_once, after = seen
-        assert first == heard(rank)
+        assert first == delivered(rank)
         assert seconds < 0.5 + 1
         assert at_once < 0.05
         assert missing == (1,)
-        assert after == [heard(rank, number) for number in range(3)]
+        assert after == [delivered(rank, number) for number in range(3)]
 
 
 def test_ranks_in_different_calls():
@@ -278,7 +278,7 @@ def test_what_a_closed_object_has_sent_is_nobody_elses():
             rows = shout(ctx.rank, number).view(torch.uint8)
             received = transport.all_to_all_v("test", rows, [1] * WORLD)
             actual = torch.cat(received).view(torch.int64).view(-1, 3).tolist()
-            assert actual == heard(ctx.rank, number)
+            assert actual == delivered(ctx.rank, number)
             if ctx.rank == number:
                 communicator.abort_peers("exchange", "test", MoeError("test", "nobody hears this"))
             comm.close_communicator(communicator)

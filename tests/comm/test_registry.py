@@ -97,7 +97,7 @@ def test_functional_ops_of_a_group_share_an_communicator(group):
     assert comm.default_communicator(comm.resolve(OP, group, 1)) is not first
 
 
-def test_closing_a_group_closes_its_endpoints_only(group):
+def test_closing_a_group_closes_its_communicators_only(group):
     comm.register_group("other", dist.HashStore(), 2, in_process=True)
     try:
         communicators = [

@@ -165,7 +165,7 @@ def test_aborted_calls_count_as_in_flight():
     two = setup(second, 2)
     first.abort_peers("exchange", OP, MoeError(OP, "wrong"))
     assert "may be in flight" in str(error_of(setup, first, 3))
-    first.abort_peers("exchange", OP, MoeError(OP, "cannot be told now"))
+    first.abort_peers("exchange", OP, MoeError(OP, "cannot take part"))
     teardown(first, one[0], 1)
     teardown(second, one[1], 1)
     assert "wrong" in str(error_of(teardown, second, two, 2))

@@ -1,4 +1,4 @@
-"""Both launchers: what every rank is told, the order of results, and whose exception comes back."""
+"""Both launchers: the context of each rank, the order of results, and whose exception is raised."""
 
 from __future__ import annotations
 
