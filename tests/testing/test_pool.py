@@ -30,10 +30,11 @@ def pids(world_size):
 
 
 def gone(pid):
-    """Whether a process has ended, reaped or not."""
-    status = Path(f"/proc/{pid}/stat")
+    """Whether a process has ended, reaped or not: its threads, too, which hold its pipes open."""
+    process = Path(f"/proc/{pid}")
     try:
-        return status.read_text().rpartition(")")[2].split()[0] == "Z"
+        ended = (process / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return ended and len([*(process / "task").iterdir()]) <= 1
     except (FileNotFoundError, ProcessLookupError):
         return True
 
