@@ -3,6 +3,7 @@
 As a script, it writes the committed results into README.md and docs/results.md.
 """
 
+import functools
 import json
 import os
 import platform
@@ -90,8 +91,7 @@ def table(rows, columns):
     return "\n".join(lines)
 
 
-# What the README shows of the transports, and what docs/results.md adds. Results recorded before a
-# column existed go without it.
+# Results recorded before a column existed go without it.
 TRANSPORT = {
     "ranks": lambda row: row["world_size"],
     "tokens, hidden": lambda row: f"{row['tokens']}, {row['hidden']}",
@@ -237,34 +237,40 @@ def _kernels():
 
 
 def _transport():
-    rows = _read("transport")
+    """Each size once, in bf16: time and lead over by hand, ranks beside each other."""
+    rows = [row for row in _read("transport") if row["payload"] == "bf16"]
     row = rows[0]
-    text = f"Dispatch and combine on one host, median of {row['samples']} samples of the slowest "
-    if "by_hand_ms" in row:
-        text += (
-            "rank;\n`collective` over gloo; by hand is argsort, `all_to_all_single` of counts, of "
-            "rows, and back, over gloo too;\n"
-        )
-    else:
-        text += (
-            f"rank: {row['tokens']} tokens a rank,\nhidden {row['hidden']}, top-{row['top_k']} of "
-            f"{row['experts']} experts; `collective` over gloo; "
-        )
-    text += (
-        f"{row['cores']} cores ({row['device']},\ntorch {row['torch']}, {row['date']}, revision "
-        f"{row['revision']}). [More](docs/results.md).\n\n"
+    sizes = list(dict.fromkeys((row["tokens"], row["hidden"]) for row in rows))
+    worlds = sorted({row["world_size"] for row in rows})
+    by_size = {(row["tokens"], row["hidden"], row["world_size"]): row for row in rows}
+    columns = {"tokens, hidden": lambda size: f"{size[0]}, {size[1]}"} | {
+        f"{world} ranks, `{name}`": functools.partial(_lead, by_size, world, name)
+        for world in worlds
+        for name in ("shm", "collective")
+    }
+    return (
+        f"Dispatch and combine in bf16, median of {row['samples']} samples of the slowest rank, "
+        "and times faster than [by hand](docs/results.md)\nover gloo, on one host of "
+        f"{row['cores']} cores ({row['device']}, torch {row['torch']}, {row['date']}, "
+        f"revision {row['revision']}).\n\n" + table(sizes, columns)
     )
-    return text + transport_table(rows)
+
+
+def _lead(rows, world, name, size):
+    row = rows[(*size, world)]
+    return f"{row[f'{name}_ms']:.1f} ms, {row[f'{name}_ratio']:.1f}"
 
 
 def _copies():
     rows = _read("transport")
     row = rows[0]
     return (
-        f"The runs of the README's table ({row['date']}, revision {row['revision']}). In the "
-        "column `shm` the experts write\nto `output_rows`; in the next one combine copies their "
-        "rows. The last column is a plain copy of the\nrows that each rank gets delivered, and "
-        "its share of the time of `shm`.\n\n" + transport_table(rows, TRANSPORT_COPIES)
+        f"All runs of the README's table ({row['date']}, revision {row['revision']}). By hand is "
+        "argsort, `all_to_all_single` of\ncounts, of rows, and back, over gloo; the ratios are "
+        "times faster than by hand.\n\n" + transport_table(rows) + "\n\n"
+        "In the column `shm` the experts write to `output_rows`; in the next one combine copies "
+        "their rows. The\nlast column is a plain copy of the rows that each rank gets delivered, "
+        "and its share of the time of `shm`.\n\n" + transport_table(rows, TRANSPORT_COPIES)
     )
 
 
