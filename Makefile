@@ -23,7 +23,7 @@ INTERPRETED_FULL := $(INTERPRETED) \
 # Definitions, kernels, profiles and the layer: no compilers, no faults, no long draws.
 QUICK := tests/profile tests/eplb tests/kernels $(addprefix tests/test_,layers.py \
 	topology.py errors.py load.py fixed_shapes.py expert_parallel.py expert_parallel_rows.py \
-	docs.py readme.py bench_report.py) --ignore=tests/kernels/test_compiled.py
+	docs.py readme.py) tests/bench/test_report.py --ignore=tests/kernels/test_compiled.py
 
 .PHONY: help demo test test-quick test-full mutants lint pages docs clean
 .DEFAULT_GOAL := help

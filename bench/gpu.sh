@@ -2,7 +2,7 @@
 # GPU checks in less than ten minutes: tests of kernels and layers on the device, benches, graphs and
 # a memory checker. Installs nothing, and reports missing tools.
 #
-#     bench/gpu.sh [--peers-from FOLDER]    # for FOLDER see bench/kernel_peers.py
+#     bench/gpu.sh [--peers-from FOLDER]    # for FOLDER see moe_triton/bench/kernel_peers.py
 #     bench/gpu.sh --dry-run                # the same parts on a CPU, small and without timing
 #
 # Logs and results go to $OUT (build/gpu). Every part has a time limit; the status is 1 if one fails.
@@ -139,7 +139,7 @@ else
     part kernels $((seconds + 40)) "$python" bench/bench_kernels.py --seconds "$seconds" \
         --out "$out/kernels.jsonl" "${bench_options[@]}"
     if has matplotlib; then
-        part plot 30 "$python" bench/kernel_plot.py "$out/kernels.jsonl" "$out/kernels.png"
+        part plot 30 "$python" -m moe_triton.bench.kernel_plot "$out/kernels.jsonl" "$out/kernels.png"
     fi
     part graphs 60 "${safely[@]}" "${pytest[@]}" "${tests[@]}" -k graph
     if command -v compute-sanitizer >/dev/null; then

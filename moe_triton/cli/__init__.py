@@ -1,4 +1,4 @@
-"""The command line: ``moe-triton demo``, ``moe-triton doctor`` and ``moe-triton npu-run``."""
+"""The command line: ``demo``, ``bench``, ``doctor`` and ``npu-run`` of ``moe-triton``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import demo, doctor, npu_run
+from . import bench, demo, doctor, npu_run
 
 # Exit codes of shells for a program ended by a signal.
 _INTERRUPTED = 128 + 2
@@ -18,6 +18,10 @@ _DEMO = """
 Run a DeepSeek-V3-shaped MoE layer, scaled to one machine, over many processes, in bf16 and with
 int8 rows, and compare each with the dense layer in one process. Prints loads, times, traffic and
 errors. The last line begins with OK, or with WRONG and exit code 1.
+"""
+_BENCH = """
+Measure kernels, layers, transports and planning on this machine. Every bench checks its results
+before it times them.
 """
 _DOCTOR = """
 Print devices, versions, whether each back end and transport works here or why not, and the window
@@ -32,6 +36,7 @@ the script's, and 1 if that is 0 but a process that it started through multiproc
 """
 _COMMANDS = (
     (demo, "demo", "run an MoE layer over 8 processes and check it", _DEMO),
+    (bench, "bench", "measure kernels, layers and transports", _BENCH),
     (doctor, "doctor", "report what works on this machine, and the size of windows", _DOCTOR),
     (npu_run, "npu-run", "run an Ascend script without an NPU", _NPU_RUN),
 )

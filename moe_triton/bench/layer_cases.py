@@ -1,16 +1,23 @@
-"""Whole layers for bench_kernels: dispatch and combine of ranks that share one device.
+"""Whole layers for ``bench kernels``: dispatch and combine of ranks that share one device.
 
 One thread drives the ranks, so a call is every rank's setup and then every rank's teardown. Without
 experts, combine sums whatever ``output_rows`` holds, or any memory for one rank. Bytes are those of
 the kernels that move rows; plans and indices are small.
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
-from kernel_cases import (
+
+from .. import ExpertParallel, ref, testing
+from ..layout import RowFormat
+from .kernel_cases import (
     BF16,
     Shape,
     dispatch_send_bytes,
@@ -19,9 +26,6 @@ from kernel_cases import (
     row_bytes,
     weighted_sum_bytes,
 )
-
-from moe_triton import ExpertParallel, ref, testing
-from moe_triton.layout import RowFormat
 
 # Above this many rows per rank, max_recv_tokens is twice the mean: memory for the worst case would
 # fill the device. Eager calls then check for overflow.
@@ -72,7 +76,7 @@ def layer(
             top_k=shape.top_k,
             hidden=shape.hidden,
             max_tokens=tokens,
-            quant=quant,
+            quant=cast("Any", quant),
             max_recv_tokens=limit,
             device=ctx.device,
         )
@@ -85,9 +89,9 @@ def layer(
     with testing.lockstep(world_size, make, device=device) as ranks:
         check(ranks, sets[0], quant)
         received = [dispatch(ranks, inputs) for inputs in sets]
-        outputs = [[recv.x.to(BF16) for recv in of_set] for of_set in received]
-        if world_size > 1:
-            outputs = [None] * len(sets)
+        outputs: list[Any] = [None] * len(sets)
+        if world_size == 1:
+            outputs = [[recv.x.to(BF16) for recv in of_set] for of_set in received]
         names = [f"{half} {quant or 'bf16'}" for half in ("dispatch", "combine")]
         common = shape, tokens, world_size
         yield [
@@ -95,14 +99,14 @@ def layer(
                 names[0],
                 *common,
                 dispatch_bytes,
-                [lambda inputs=inputs: dispatch(ranks, inputs) for inputs in sets],
+                [functools.partial(dispatch, ranks, inputs) for inputs in sets],
             ),
             LayerCase(
                 names[1],
                 *common,
                 combine_bytes,
                 [
-                    lambda of_set=of_set, rows=rows: combine(ranks, of_set, rows)
+                    functools.partial(combine, ranks, of_set, rows)
                     for of_set, rows in zip(received, outputs, strict=True)
                 ],
             ),
@@ -127,12 +131,14 @@ def drawn(shape: Shape, tokens: int, device: torch.device, rank: int) -> tuple[t
 
 
 @torch.no_grad()  # else rows after the last one are zeroed, for training
-def dispatch(ranks: list[ExpertParallel], inputs: list[tuple[torch.Tensor, ...]]) -> list:
+def dispatch(ranks: list[ExpertParallel], inputs: list[tuple[torch.Tensor, ...]]) -> list[Any]:
     pending = [ep.dispatch_setup(*values) for ep, values in zip(ranks, inputs, strict=True)]
     return [ep.dispatch_teardown(sent) for ep, sent in zip(ranks, pending, strict=True)]
 
 
-def combine(ranks: list[ExpertParallel], received: list, rows: list | None) -> list[torch.Tensor]:
+def combine(
+    ranks: list[ExpertParallel], received: list[Any], rows: list[Any] | None
+) -> list[torch.Tensor]:
     """Combine the experts' outputs ``rows``; None for the contents of the output rows."""
     if rows is None:
         rows = [ep.output_rows(recv.handle) for ep, recv in zip(ranks, received, strict=True)]
@@ -142,7 +148,7 @@ def combine(ranks: list[ExpertParallel], received: list, rows: list | None) -> l
     return [ep.combine_teardown(sent) for ep, sent in zip(ranks, pending, strict=True)]
 
 
-def check(ranks: list[ExpertParallel], inputs: list, quant: str | None) -> None:
+def check(ranks: list[ExpertParallel], inputs: list[Any], quant: str | None) -> None:
     """With experts that return the received codes, a sum is weights times codes, in order."""
     received = dispatch(ranks, inputs)
     outputs = [ep.output_rows(recv.handle) for ep, recv in zip(ranks, received, strict=True)]

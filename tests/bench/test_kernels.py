@@ -1,40 +1,54 @@
-"""bench_kernels without a GPU: dry run, byte counts, tables."""
+"""``bench kernels`` without a GPU: dry run, byte counts, tables."""
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib
 import json
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import moe_triton
+from moe_triton.bench import (
+    gpu_timing,
+    kernel_cases,
+    kernel_peers,
+    kernel_plot,
+    kernels,
+    layer_cases,
+    results,
+    tables,
+)
 from moe_triton.kernels import launch_config
 from moe_triton.layout import RowFormat
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
 
-
-@pytest.fixture
-def module(monkeypatch):
-    """``module(name)`` imports a script of bench/."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    yield importlib.import_module
+@pytest.fixture(autouse=True)
+def backend():
+    yield
     moe_triton.set_backend(None)  # a dry run chose one
-    for path in BENCH.glob("*.py"):
-        sys.modules.pop(path.stem, None)
+
+
+def parsed(*arguments):
+    parser = argparse.ArgumentParser()
+    kernels.add_arguments(parser)
+    return parser.parse_args(arguments)
 
 
 def test_dry_run(tmp_path):
     out = tmp_path / "kernels.jsonl"
-    command = [sys.executable, BENCH / "bench_kernels.py", "--dry-run", "--tokens", "5"]
+    command = [sys.executable, "-m", "moe_triton", "bench", "kernels", "--dry-run"]
     done = subprocess.run(
-        [*command, "--out", out], capture_output=True, text=True, timeout=240, check=False
+        [*command, "--tokens", "5", "--out", out],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "no times" in done.stdout
@@ -55,33 +69,30 @@ def test_dry_run(tmp_path):
     assert not any(name.endswith(("_us", "gb_s", "share_of_copy")) for row in rows for name in row)
 
 
-def test_a_wrong_kernel_has_no_results(module, monkeypatch, capsys):
-    bench = module("bench_kernels")
-    cases = module("kernel_cases")
+def test_a_wrong_kernel_has_no_results(monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
     def short(x, index, fmt, smooth_scales, ids, out, scales=None):
         out.view(torch.uint8)[:-1] = 0
 
-    monkeypatch.setattr(cases.kernels, "gather_quant", short)
-    status = bench.main(["--dry-run", "--only", "gather_quant bf16", "--tokens", "5"])
+    monkeypatch.setattr(kernel_cases.kernels, "gather_quant", short)
+    status = kernels.run(parsed("--dry-run", "--only", "gather_quant bf16", "--tokens", "5"))
     printed = capsys.readouterr().out
     assert status == 1
     assert "WRONG: gather_quant bf16, tiny, 5 tokens, moe_triton" in printed
     assert "0 checks passed" in printed
 
 
-def test_formulas_are_those_of_the_docstrings(module):
-    for kernel, formula in module("kernel_cases").FORMULAS.items():
+def test_formulas_are_those_of_the_docstrings():
+    for kernel, formula in kernel_cases.FORMULAS.items():
         name = "gating" if kernel == "top_k_gating" else kernel
         source = importlib.import_module(f"moe_triton.kernels.{name}").__doc__
         assert formula in " ".join(source.split()), kernel
 
 
-def test_bytes_of_deepseek(module):
+def test_bytes_of_deepseek():
     """4096 tokens of 7168, top-8 of 256, by hand."""
-    cases = module("kernel_cases")
-    shape, tokens = cases.SHAPES[0], 4096
+    shape, tokens = kernel_cases.SHAPES[0], 4096
     rows, token_bytes = 4096 * 8, 4096 * 7168 * 2
 
     def fmt(quant):
@@ -93,25 +104,26 @@ def test_bytes_of_deepseek(module):
         ("group_e4m3", 7168 + 56 * 4),
         ("mx_e4m3", 7168 + 224),
     ):
-        assert cases.gather_quant_bytes(shape, tokens, fmt(quant)) == token_bytes + rows * row
-    assert cases.weighted_sum_bytes(shape, tokens, normalised=False) == 9 * token_bytes
-    assert cases.weighted_sum_bytes(shape, tokens, normalised=True) == 11 * token_bytes
+        assert (
+            kernel_cases.gather_quant_bytes(shape, tokens, fmt(quant)) == token_bytes + rows * row
+        )
+    assert kernel_cases.weighted_sum_bytes(shape, tokens, normalised=False) == 9 * token_bytes
+    assert kernel_cases.weighted_sum_bytes(shape, tokens, normalised=True) == 11 * token_bytes
     headers = 8 * 4 * 257 + rows * 8
-    sent = cases.dispatch_send_bytes(shape, tokens, fmt("int8"))
+    sent = kernel_cases.dispatch_send_bytes(shape, tokens, fmt("int8"))
     assert sent == token_bytes + tokens * 7184 + headers
     how = launch_config.PlanLaunch(False, 256, 16, 16, 1056, 4)
-    assert cases.routing_plan_bytes(shape, tokens, how) == rows * 16 + 128 * 256 * 12
+    assert kernel_cases.routing_plan_bytes(shape, tokens, how) == rows * 16 + 128 * 256 * 12
     few = launch_config.PlanLaunch(True, 16, 128, 16, 1056, 4)
-    assert cases.routing_plan_bytes(shape, 128, few) == 1024 * 4 * 64
+    assert kernel_cases.routing_plan_bytes(shape, 128, few) == 1024 * 4 * 64
 
 
-def test_bytes_of_whole_layers(module):
-    layers, cases = module("layer_cases"), module("kernel_cases")
-    shape, tokens, row = cases.SHAPES[0], 128, 7168 * 2
-    assert layers.layer_bytes(shape, tokens, 1, None) == (9 * tokens * row, 9 * tokens * row)
+def test_bytes_of_whole_layers():
+    shape, tokens, row = kernel_cases.SHAPES[0], 128, 7168 * 2
+    assert layer_cases.layer_bytes(shape, tokens, 1, None) == (9 * tokens * row, 9 * tokens * row)
     pushed = tokens * (row + 7184) + 4 * 4 * 257 + tokens * 8 * 8
     packed = 2 * tokens * 8 * (7168 + 4)
-    assert layers.layer_bytes(shape, tokens, 4, "int8") == (
+    assert layer_cases.layer_bytes(shape, tokens, 4, "int8") == (
         4 * (pushed + packed),
         4 * 9 * tokens * row,
     )
@@ -126,10 +138,8 @@ def test_bytes_of_whole_layers(module):
         ({"target_us": 9, "eager_us": 20}, "MISSED: {}: 20.0 us"),
     ],
 )
-def test_targets(module, facts, printed):
-    (line,) = module("bench_kernels").targets(
-        {"kernel": "weighted_sum", "tokens": 8, "model": "M"} | facts
-    )
+def test_targets(facts, printed):
+    (line,) = kernels.targets({"kernel": "weighted_sum", "tokens": 8, "model": "M"} | facts)
     assert line.startswith("target " + printed.format("weighted_sum, 8 tokens of M"))
 
 
@@ -189,17 +199,16 @@ def cuda():
     )
 
 
-def test_timer(module, cuda, monkeypatch):
-    timing = module("gpu_timing")
-    monkeypatch.setattr(timing, "OTHER_BYTES", 64)
-    timer = timing.Timer(torch.device("cpu"), cuda, seconds=0.01)
+def test_timer(cuda, monkeypatch):
+    monkeypatch.setattr(gpu_timing, "OTHER_BYTES", 64)
+    timer = gpu_timing.Timer(torch.device("cpu"), cuda, seconds=0.01)
     assert [timer.num_sets(n) for n in (1, 300, 10**9, 2**34)] == [32, 10, 2, 2]
     seen = []
     calls = [lambda number=number: seen.append(number) for number in range(4)]
     eager = timer.eager(calls)
     assert eager.median == pytest.approx(2)
     assert eager.spread == pytest.approx(0)
-    assert eager.samples >= timing.FEWEST
+    assert eager.samples >= gpu_timing.FEWEST
     assert set(seen) == set(range(4)), "all sets take their turn"
     replays = Graph.replays
     graph = timer.graph(calls)
@@ -209,11 +218,10 @@ def test_timer(module, cuda, monkeypatch):
     assert timer.host(calls) > 0
 
 
-def test_figures_become_tables_and_a_plot(module, cuda, monkeypatch, tmp_path):
-    bench, report, timing = module("bench_kernels"), module("report"), module("gpu_timing")
-    monkeypatch.setattr(timing, "OTHER_BYTES", 64)
-    timer = timing.Timer(torch.device("cpu"), cuda, seconds=0.01)
-    facts = bench.figures(timer, 6000, [lambda: None] * 2)
+def test_figures_become_tables_and_a_plot(cuda, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_timing, "OTHER_BYTES", 64)
+    timer = gpu_timing.Timer(torch.device("cpu"), cuda, seconds=0.01)
+    facts = kernels.figures(timer, 6000, [lambda: None] * 2)
     assert facts["graph_us"] == pytest.approx(1)
     assert facts["gb_s"] == pytest.approx(6)
     assert facts["share_of_copy"] == pytest.approx(1)
@@ -231,39 +239,38 @@ def test_figures_become_tables_and_a_plot(module, cuda, monkeypatch, tmp_path):
         for name in ("moe_triton", "pytorch")
         if name == "moe_triton" or (model, tokens) == ("one", 4096)
     ]
-    tables = report.kernels(rows)
-    assert "| weighted_sum | 1 | 4096 | 1.0, 100% | 1.0, 100% |" in tables
-    assert "| kernel | ranks | tokens | ours | pytorch | torch.compile |" in tables
-    assert "| weighted_sum | 1 | 4096 | 1.0 | 1.0 |  |" in tables
-    assert "| 8 |" not in tables
+    markdown = tables.kernels(rows)
+    assert "| weighted_sum | 1 | 4096 | 1.0, 100% | 1.0, 100% |" in markdown
+    assert "| kernel | ranks | tokens | ours | pytorch | torch.compile |" in markdown
+    assert "| weighted_sum | 1 | 4096 | 1.0 | 1.0 |  |" in markdown
+    assert "| 8 |" not in markdown
     pytest.importorskip("matplotlib", reason="plots are an extra")
     path = tmp_path / "kernels.png"
-    module("kernel_plot").plot(rows, path)
+    kernel_plot.plot(rows, path)
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_with_times(module, cuda, monkeypatch, tmp_path, capsys):
+def test_a_run_with_times(cuda, monkeypatch, tmp_path, capsys):
     """With a fake device: order of cases, timing, cases left out, and printed tables."""
-    bench, timing, cases = module("bench_kernels"), module("gpu_timing"), module("kernel_cases")
     moe_triton.set_backend("interpret")
-    monkeypatch.setattr(timing, "OTHER_BYTES", 64)
-    monkeypatch.setattr(timing, "MOST_SETS", 2)
-    monkeypatch.setattr(timing, "FEWEST", 2)
-    timer = functools.partial(timing.Timer, cuda=cuda, seconds=0.0)
-    monkeypatch.setattr(timing, "Timer", timer)
+    monkeypatch.setattr(gpu_timing, "OTHER_BYTES", 64)
+    monkeypatch.setattr(gpu_timing, "MOST_SETS", 2)
+    monkeypatch.setattr(gpu_timing, "FEWEST", 2)
+    timer = functools.partial(gpu_timing.Timer, cuda=cuda, seconds=0.0)
+    monkeypatch.setattr(gpu_timing, "Timer", timer)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
-    monkeypatch.setattr(bench, "device_uuid", lambda device: None)
-    monkeypatch.setattr(bench, "RANKS", 2)
-    monkeypatch.setattr(bench, "FIRST_TOKENS", (3,))
+    monkeypatch.setattr(kernels, "device_uuid", lambda device: None)
+    monkeypatch.setattr(kernels, "RANKS", 2)
+    monkeypatch.setattr(kernels, "FIRST_TOKENS", (3,))
     kind = "gather_quant bf16"
-    monkeypatch.setattr(cases, "KINDS", {kind: cases.KINDS[kind]})
-    shapes = [cases.TINY._replace(model=model) for model in (bench.FIRST_MODEL, "other")]
-    monkeypatch.setattr(cases, "SHAPES", shapes)
+    monkeypatch.setattr(kernel_cases, "KINDS", {kind: kernel_cases.KINDS[kind]})
+    shapes = [kernel_cases.TINY._replace(model=model) for model in (kernels.FIRST_MODEL, "other")]
+    monkeypatch.setattr(kernel_cases, "SHAPES", shapes)
     out = tmp_path / "kernels.jsonl"
-    options = bench.parsed(["--tokens", "1", "3", "--only", "quant bf16", "--out", str(out)])
+    options = parsed("--tokens", "1", "3", "--only", "quant bf16", "--out", str(out))
     options.device = torch.device("cpu")
-    monkeypatch.setattr(module("kernel_peers"), "NAMES", ("pytorch",))
-    run = bench.Run(options)
+    monkeypatch.setattr(kernel_peers, "NAMES", ("pytorch",))
+    run = kernels.Run(options)
     run.all()
     run.summary()
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
@@ -272,11 +279,11 @@ def test_a_run_with_times(module, cuda, monkeypatch, tmp_path, capsys):
     assert rows[0]["tokens"] == 3, "the most telling first"
     assert all(row["graph_us"] > 0 and row["share_of_copy"] > 0 for row in rows)
     of_peers = {(row["model"], row["tokens"]) for row in rows if row["implementation"] == "pytorch"}
-    assert of_peers == {(bench.FIRST_MODEL, 3)}
+    assert of_peers == {(kernels.FIRST_MODEL, 3)}
     printed = capsys.readouterr().out
-    assert f"| kernel | ranks | tokens | {bench.FIRST_MODEL} | other |" in printed
+    assert f"| kernel | ranks | tokens | {kernels.FIRST_MODEL} | other |" in printed
     options.only = "combine bf16"
-    whole = bench.Run(options)
+    whole = kernels.Run(options)
     whole.layer("a layer", shapes[0], 2, 2, "int8")
     assert {row["kernel"] for row in whole.rows} == {"dispatch int8", "combine int8"}
     options.seconds = 0
@@ -285,42 +292,39 @@ def test_a_run_with_times(module, cuda, monkeypatch, tmp_path, capsys):
     assert whole.left_out == 2 * 3
 
 
-def test_a_call_that_cannot_be_captured_has_its_eager_time(module, cuda, monkeypatch):
-    timing, bench = module("gpu_timing"), module("bench_kernels")
-    monkeypatch.setattr(timing, "OTHER_BYTES", 64)
+def test_a_call_that_cannot_be_captured_has_its_eager_time(cuda, monkeypatch):
+    monkeypatch.setattr(gpu_timing, "OTHER_BYTES", 64)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    timer = timing.Timer(torch.device("cpu"), cuda, seconds=0.01)
+    timer = gpu_timing.Timer(torch.device("cpu"), cuda, seconds=0.01)
     timer.copy(6000)
 
     def refuse(calls):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     timer.graph = refuse
-    facts = bench.figures(timer, 6000, [lambda: None] * 2)
+    facts = kernels.figures(timer, 6000, [lambda: None] * 2)
     assert "not permitted" in facts["no_graph"]
     assert facts["gb_s"] == pytest.approx(3)
 
 
-def test_clocks_without_a_gpu_are_unknown(module, monkeypatch):
+def test_clocks_without_a_gpu_are_unknown(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     monkeypatch.setenv("PATH", "")
-    assert module("gpu_timing").Clocks().read() == {"clocks_from": "unknown"}
+    assert gpu_timing.Clocks().read() == {"clocks_from": "unknown"}
 
 
-def test_results_need_neither_git_nor_an_installation(module, monkeypatch):
-    report = module("report")
+def test_results_need_neither_git_nor_an_installation(monkeypatch):
     monkeypatch.delenv("MOE_TRITON_REVISION", raising=False)
     monkeypatch.setenv("PATH", "")
-    facts = report.machine()
+    facts = results.machine()
     assert facts["revision"] == "unknown"
     assert facts["moe_triton"] == moe_triton.__version__
     monkeypatch.setenv("MOE_TRITON_REVISION", "abc")
-    assert report.machine()["revision"] == "abc"
+    assert results.machine()["revision"] == "abc"
 
 
-def test_transformer_engine_is_loaded_from_two_files(module, tmp_path):
+def test_transformer_engine_is_loaded_from_two_files(tmp_path):
     """No other file of the package runs."""
-    peers = module("kernel_peers")
     for name in ("common", "pytorch"):
         folder = tmp_path / f"transformer_engine/{name}/triton"
         folder.mkdir(parents=True)
@@ -330,7 +334,7 @@ def test_transformer_engine_is_loaded_from_two_files(module, tmp_path):
         "from transformer_engine.common.triton.permutation import kernel\n"
     )
     try:
-        names = peers.Peers(tmp_path, ("transformer_engine", "triton_kernels"))
+        names = kernel_peers.Peers(tmp_path, ("transformer_engine", "triton_kernels"))
         assert names.missing.keys() == {"triton_kernels"}
         assert sys.modules["transformer_engine.pytorch.triton.permutation"].kernel == 5
     finally:

@@ -1,4 +1,4 @@
-"""Cases of bench_kernels: shapes of models, and inputs, bytes and check of each kernel.
+"""Cases of ``bench kernels``: shapes of models, and inputs, bytes and check of each kernel.
 
 One rank: rows of experts are in (expert, token) order, and every slot is sent. Bytes follow from
 the formula of the kernel's docstring, which ``FORMULAS`` repeats; a test compares the two.
@@ -7,6 +7,8 @@ Letters: T tokens, H hidden size, E experts, K experts per token, S slots of a t
 b bytes of an element, W ranks, N = T * K.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -14,9 +16,9 @@ from typing import NamedTuple
 
 import torch
 
-from moe_triton import kernels, ref, testing
-from moe_triton.kernels import launch_config
-from moe_triton.layout import DispatchHeader, Norm, RoutingPlan, RowFormat
+from .. import kernels, ref, testing
+from ..kernels import launch_config
+from ..layout import DispatchHeader, Norm, RoutingPlan, RowFormat
 
 BF16, FP32 = torch.bfloat16, torch.float32
 EPSILON = 1e-6

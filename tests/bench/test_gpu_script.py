@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).resolve().parents[1] / "bench/gpu.sh"
+SCRIPT = Path(__file__).resolve().parents[2] / "bench/gpu.sh"
 
 
 def run(tmp_path, *options: str) -> subprocess.CompletedProcess[str]:

@@ -1,9 +1,11 @@
 """Plot results of bench_kernels: share of a copy's rate over tokens, one panel per kernel.
 
-    python bench/kernel_plot.py bench/results/<gpu>/kernels.jsonl [kernels.png]
+    python -m moe_triton.bench.kernel_plot bench/results/<gpu>/kernels.jsonl [kernels.png]
 
 Needs matplotlib (extra ``bench``).
 """
+
+from __future__ import annotations
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""bench_overlap runs, with results that do not depend on the load of the machine."""
+"""``bench overlap`` runs, with results that do not depend on the load of the machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
+BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 
 def test_setups_do_not_wait_for_a_late_rank(tmp_path):

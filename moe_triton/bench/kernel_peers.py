@@ -14,6 +14,8 @@ package would load libraries that may be missing. ``triton_kernels`` may be in t
 A peer may prepare masks, maps and sorted weights before it is timed.
 """
 
+from __future__ import annotations
+
 import functools
 import importlib
 import inspect
@@ -21,9 +23,11 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from kernel_cases import EPSILON, Case, Tensors, routed, row_index
+
+from .kernel_cases import EPSILON, Case, Tensors, routed, row_index
 
 NAMES = ("pytorch", "torch.compile", "transformer_engine", "triton_kernels")
 PAYLOADS = {
@@ -97,7 +101,7 @@ def _compiled(function):
     return torch.compile(function, dynamic=True)
 
 
-def _pytorch(case: Case, *, prepare: Callable) -> Bind | None:
+def _pytorch(case: Case, *, prepare: Callable[..., Any]) -> Bind | None:
     if case.kernel == "routing_plan":
         return functools.partial(_torch_plan, case, prepare(_plan))
     if case.kernel == "gather_quant" and case.variant == "bf16":

@@ -6,6 +6,8 @@ events, including host time that the device waits for. "Graph" is a captured gra
 set, divided by their number.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import statistics
@@ -37,7 +39,7 @@ class Time:
     samples: int
 
     @classmethod
-    def of(cls, microseconds: Sequence[float]) -> "Time":
+    def of(cls, microseconds: Sequence[float]) -> Time:
         quartiles = statistics.quantiles(microseconds, n=4)
         return cls(statistics.median(microseconds), quartiles[2] - quartiles[0], len(microseconds))
 
@@ -135,7 +137,9 @@ class Clocks:
     EVERY = 20  # seconds; nvidia-smi takes one to answer
 
     def __init__(self, uuid: str | None = None) -> None:
-        self.source, self._read, self._last = "unknown", dict, (float("-inf"), {})
+        self.source = "unknown"
+        self._read: Callable[[], dict[str, float]] = dict
+        self._last: tuple[float, dict[str, float]] = float("-inf"), {}
         try:
             import pynvml
 
@@ -159,7 +163,7 @@ class Clocks:
         except Exception as error:  # noqa: BLE001 - a bench runs without clocks
             return {"clocks_from": f"unknown: {error!r}"}
 
-    def _at_times(self, read: Callable[[], dict]) -> dict:
+    def _at_times(self, read: Callable[[], dict[str, float]]) -> dict[str, float]:
         now = time.monotonic()
         if now - self._last[0] > self.EVERY:
             self._last = (now, read())
