@@ -228,6 +228,7 @@ class Communicator:
             op,
             self.group,
             self._rendezvous.private_store(),
+            self._rendezvous.name,
             device_group,
             in_flight=self._in_flight,
             timeout=self._timeout,
@@ -305,6 +306,7 @@ class Communicator:
         self, op: str, memory: Memory, peer_info: list[dict[str, Any]], causes: list[str]
     ) -> RingProtocol | None:
         """Connect through ``memory``, or add to ``causes`` why a rank could not."""
+        assert self._rendezvous is not None
         blocks, results = self._share_control_blocks(op, memory)
         failed = [(rank, record["cause"]) for rank, record in enumerate(results) if record["cause"]]
         if failed:
@@ -317,6 +319,7 @@ class Communicator:
             pids = [info["pid"] for info in peer_info]
         return RingProtocol(
             self.group,
+            self._rendezvous.name,
             memory,
             blocks,
             pids,

@@ -82,16 +82,21 @@ class FailureDetection:
             return self._without_store(closed(), error)
         verdict = self._judge(reports, missing_closed)
         if verdict.ranks:
-            # For ranks that come later and find a report of every other rank.
-            same_calls = _SAME_CALLS in verdict.problem
-            report |= {
-                "culprits": verdict.ranks,
-                "problem": verdict.problem,
-                "same_calls": same_calls,
-            }
-            with contextlib.suppress(TimeoutError, RuntimeError):
-                bounded(lambda: self._report(report), _STORE_LIMIT)
+            self.conclude(place, waited, late, verdict)
         return verdict
+
+    def conclude(self, place: str, waited: float, late: bool, verdict: Verdict) -> None:
+        """Report the culprits, for ranks that come later and find a report of every other rank."""
+        report = {
+            "place": place,
+            "waited": waited,
+            "late": late,
+            "culprits": verdict.ranks,
+            "problem": verdict.problem,
+            "same_calls": _SAME_CALLS in verdict.problem,
+        }
+        with contextlib.suppress(TimeoutError, RuntimeError):
+            bounded(lambda: self._report(report), _STORE_LIMIT)
 
     def _report(self, report: Mapping[str, Any]) -> None:
         self._store.set(f"report/{self._rank}", json.dumps(report))
@@ -139,7 +144,7 @@ class FailureDetection:
         ]
         if elsewhere and (own["late"] or (concluded and concluded["same_calls"])):
             rank = min(elsewhere)
-            problem = f"rank {rank} is in {reports[rank]['place']}, this rank in {own['place']}"
+            problem = f"rank {rank} waits in {reports[rank]['place']}, this rank in {own['place']}"
             return Verdict((rank,), f"{problem}: {_SAME_CALLS}")
         if concluded:
             rank = next(rank for rank, report in reports.items() if report is concluded)

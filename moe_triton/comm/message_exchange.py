@@ -43,11 +43,12 @@ from ..errors import (
     UnavailableError,
 )
 from ..layout import align
-from .failure_detection import FailureDetection
+from .failure_detection import FailureDetection, Verdict
 from .groups import Group
 from .memory import HOST
 from .polling import Backoff
 from .rendezvous import _bounded as bounded
+from .wait_board import Deadlock, WaitBoard
 
 _Connection: TypeAlias = Any  # dist.ProcessGroup or a bare dist.ProcessGroupGloo
 
@@ -158,6 +159,7 @@ class MessageExchange:
         op: for error messages of the constructor.
         group: the group.
         store: with keys that only the ranks of this connection use.
+        name: of this object, equal on all ranks, of no other of the group.
         device_group: sends the tensors of a device; None to send them through host memory.
         in_flight: operations of a kind that may be started before the first is received.
         timeout: seconds a wait may take.
@@ -171,6 +173,7 @@ class MessageExchange:
         op: str,
         group: Group,
         store: dist.Store,
+        name: str,
         device_group: dist.ProcessGroup | None,
         *,
         in_flight: int,
@@ -181,6 +184,7 @@ class MessageExchange:
         self._timeout, self._limit = timeout, in_flight
         self._broken: str | None = None
         self._epochs = dict.fromkeys(KINDS, 0)
+        self._board = WaitBoard(group, name, self)
         self._in_flight: dict[str, dict[int, Operation]] = {kind: {} for kind in KINDS}
         self._undrained: dict[str, list[Operation]] = {kind: [] for kind in KINDS}
         self._buffers: dict[tuple[str, int, torch.device], torch.Tensor] = {}
@@ -199,6 +203,10 @@ class MessageExchange:
 
     def __del__(self) -> None:
         self.close()
+
+    def last_epochs(self) -> Mapping[str, int]:
+        """The epoch of the last operation of each kind that this rank has begun."""
+        return dict(self._epochs)
 
     def raise_if_broken(self, op: str) -> None:
         """Raise while the group is broken."""
@@ -244,8 +252,8 @@ class MessageExchange:
         self._devices[kind] = device
         while self._undrained[kind]:
             operation = self._undrained[kind].pop(0)
-            place = f"{kind} number {self._epochs[kind]}"
-            self._wait(operation.work, operation.connection, self._deadline(), op, place)
+            self._wait(op, kind, self._epochs[kind], operation.work, operation.connection)
+        self._board.begin()
         self._epochs[kind] += 1
         return self._epochs[kind]
 
@@ -357,8 +365,9 @@ class MessageExchange:
         if oldest != epoch:
             raise SequenceError.out_of_order(op, kind, epoch, oldest)
         operation = self._in_flight[kind][epoch]
-        began, deadline, place = time.monotonic(), self._deadline(), f"{kind} number {epoch}"
-        self._wait(operation.work, operation.connection, deadline, op, place)
+        began = time.monotonic()
+        deadline = began + self._timeout
+        self._wait(op, kind, epoch, operation.work, operation.connection, deadline)
         seconds = time.monotonic() - began
         incoming, room = operation.incoming, operation.incoming.shape[1]
         raw = incoming[:, : _HEAD.size]
@@ -398,7 +407,7 @@ class MessageExchange:
         direct = at.type == device.type and in_host_memory(device) == (at.type == "cpu")
         output = data[:rest] if direct else torch.empty(rest, dtype=torch.uint8, device=at)
         work = self._all_to_all(connection, output, operation.rest.to(at), sizes, own_sizes)
-        self._wait(work, connection, deadline, op, f"the rows of {kind} number {epoch}")
+        self._wait(op, kind, epoch, work, connection, deadline, part="the rows of ")
         if not direct:
             data[:rest].copy_(output)
         starts, start = [], 0
@@ -498,30 +507,43 @@ class MessageExchange:
         assert work is not None
         return work
 
-    def _deadline(self) -> float:
-        return time.monotonic() + self._timeout
-
     def _wait(
         self,
+        op: str,
+        kind: str,
+        epoch: int,
         work: dist.Work | None,
         connection: _Connection,
-        deadline: float,
-        op: str,
-        place: str,
+        deadline: float | None = None,
+        *,
+        part: str = "",
     ) -> None:
         """Wait until a collective is done; looks at times for ranks that gave up elsewhere.
+
+        Args:
+            op: for error messages.
+            kind: of the operation that it belongs to.
+            epoch: of that operation.
+            work: the collective.
+            connection: that carries it.
+            deadline: end of the wait, by the monotonic clock; None for a whole time-out from now.
+            part: of the operation, in words.
 
         Raises:
             PeerTimeoutError: it failed, was late, or a rank gave up; the group is broken.
         """
         assert work is not None
         began = time.monotonic()
+        deadline = began + self._timeout if deadline is None else deadline
         cause: RuntimeError | None = None
-        late = False
-        while cause is None and not late:
+        deadlock: Deadlock | None = None
+        late = posted = False
+        while cause is None and deadlock is None and not late:
             done = work.is_completed()
             try:
                 _wait_once(work, connection, min(deadline, time.monotonic() + _LOOK))
+                if posted:
+                    self._board.clear()
                 return
             except RuntimeError as error:
                 if done:
@@ -530,10 +552,21 @@ class MessageExchange:
                     continue
                 elif time.monotonic() >= deadline:
                     late = True
-                elif self._failures.reported():
-                    break
+                else:
+                    if not posted:
+                        self._board.post(kind, epoch)
+                        posted = True
+                    # First, as a peer that found out has reported too, and its post stays.
+                    deadlock = self._board.find_deadlock(kind, epoch, range(self.size))
+                    if deadlock is None and self._failures.reported():
+                        break
         waited = time.monotonic() - began
-        verdict = self._failures.give_up(place, waited, late, lambda: self._closed(connection))
+        place = f"{part}{kind} {epoch}"
+        if deadlock is None:
+            verdict = self._failures.give_up(place, waited, late, lambda: self._closed(connection))
+        else:
+            verdict = Verdict((deadlock.rank,), deadlock.problem)
+            self._failures.conclude(place, waited, late, verdict)
         self._broken = verdict.problem
         self._disconnect()
         message = f"{verdict.problem}, in group {self._group.name!r}"

@@ -8,8 +8,7 @@ every peer: after its data, or as an *abort*. A wait that an abort ends early le
 Each rank also posts a *handshake* message for every call in a control block that its peers read:
 the arguments that must agree, or the reason for its abort. Peers read these messages for a new
 configuration and after an abort. New windows take a second handshake, so that either all ranks use
-them or none. The control block begins with a word that says whether the rank has left the group,
-and the operation in which it waits: ranks that wait for each other in different calls find out.
+them or none. The control block begins with a word that says whether the rank has left the group.
 """
 
 from __future__ import annotations
@@ -41,6 +40,7 @@ from . import atomics, futex
 from .groups import Group
 from .memory import HOST, Block, Memory
 from .polling import Backoff, ranks_text
+from .wait_board import Deadlock, WaitBoard
 from .window import PeerWindows, clear_flags, flag_bytes, num_slots, ring_bytes
 
 KINDS = ("dispatch", "combine", "gather", "exchange")
@@ -53,6 +53,7 @@ _ENTRY_BYTES, _TEXT, _REASON = 4096, 16, 3072
 # of the operation in which it waits, or 0.
 _HEAD_BYTES = 16
 _LIVENESS_INTERVAL = 10e-3  # seconds between checks for dead peers
+_BOARD_INTERVAL = 0.1  # seconds between checks for peers in other calls
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +101,7 @@ class RingProtocol:
 
     Args:
         group: the group.
+        name: of this object, equal on all ranks, of no other of the group.
         memory: allocates and opens blocks.
         blocks: every rank's control block, ``control_bytes(in_flight)`` long.
         pids: every rank's process id, or None where the ranks are threads or in different PID
@@ -111,6 +113,7 @@ class RingProtocol:
     def __init__(
         self,
         group: Group,
+        name: str,
         memory: Memory,
         blocks: list[Block],
         pids: list[int] | None,
@@ -131,11 +134,16 @@ class RingProtocol:
         self._control = blocks
         self._pidfds = _open_pidfds(pids, self.rank)
         self._rings = {kind: Ring() for kind in KINDS}
+        self._board = WaitBoard(group, name, self)
         self._agreed: set[tuple[str, str]] = set()
         # A dropped object leaves too: it holds descriptors, and peers may wait for it.
         own = blocks[self.rank]
         self._leave = weakref.finalize(self, _leave, own, self._pidfds, os.getpid())
         self._leave.atexit = False  # peers notice the end of the process
+
+    def last_epochs(self) -> Mapping[str, int]:
+        """The epoch of the last operation of each kind that this rank has begun."""
+        return {kind: ring.last for kind, ring in self._rings.items()}
 
     def close(self) -> None:
         """Leave the group and release the memory; peers keep their mappings."""
@@ -157,6 +165,7 @@ class RingProtocol:
         if undrained_epoch in ring.undrained:
             self._drain(kind, undrained_epoch, op)
             del ring.undrained[undrained_epoch]
+        self._board.begin()
         ring.last = epoch
         ring.in_flight[epoch] = EpochState()
         return epoch
@@ -424,9 +433,10 @@ class RingProtocol:
         what = f"{kind} {epoch}"
         backoff = Backoff(self.timeout, spin=self._spin)
         gone: list[int] = []
-        elsewhere: dict[int, str] = {}
+        deadlock: Deadlock | None = None
         late = posted = False
         next_check = time.monotonic() + _LIVENESS_INTERVAL
+        next_board = time.monotonic() + _BOARD_INTERVAL
         try:
             while missing:
                 # Read before the poll: a change after the poll then ends the pause at once.
@@ -436,14 +446,9 @@ class RingProtocol:
                 if not missing:
                     return
                 # Decided before this poll, so that a flag set before the deadline counts.
-                for peer, call in elsewhere.items():
-                    if peer in missing:
-                        posted = False  # stays, for the peers
-                        problem = (
-                            f"rank {peer} waits in {call}, this rank in {what}: all ranks must "
-                            "issue the same calls in the same order"
-                        )
-                        self._raise_timeout(op, (peer,), problem, None)
+                if deadlock is not None and deadlock.rank in missing:
+                    posted = False  # stays, for the peers
+                    self._raise_timeout(op, (deadlock.rank,), deadlock.problem, None)
                 if lost := tuple(rank for rank in gone if rank in missing):
                     problem = f"{ranks_text(lost)} left the group or died ({what})"
                     self._raise_timeout(op, lost, problem, retry)
@@ -455,41 +460,21 @@ class RingProtocol:
                     self._raise_timeout(op, absent, problem, retry)
                 now = time.monotonic()
                 if now >= next_check:
-                    if not posted:
-                        self._post_wait(1 + KINDS.index(kind), epoch)
-                        posted = True
-                    elsewhere = self._waiting_elsewhere(missing)
                     gone = [rank for rank in missing if self._is_gone(rank)]
+                    # A peer that found out first has left, and its post stays.
+                    if gone or now >= next_board:
+                        if not posted:
+                            self._board.post(kind, epoch)
+                            posted = True
+                        deadlock = self._board.find_deadlock(kind, epoch, missing)
+                        next_board = now + _BOARD_INTERVAL
                     next_check = now + _LIVENESS_INTERVAL
                 late = now >= backoff.deadline
                 if rank in missing:
                     backoff.pause_on(address, seen)
         finally:
             if posted:
-                self._post_wait(0, 0)
-
-    def _post_wait(self, number: int, epoch: int) -> None:
-        """Say in which operation this rank waits: the number of its kind, or 0 for none."""
-        address = self._control[self.rank].data.data_ptr()
-        atomics.store_release(address + 8, epoch)
-        atomics.store_release(address + 4, number)
-
-    def _waiting_elsewhere(self, ranks: Iterable[int]) -> dict[int, str]:
-        """The ranks that wait in an operation which this rank has not begun, and in which one.
-
-        They stay there as long as this rank waits for them.
-        """
-        found = {}
-        for rank in ranks:
-            address = self._control[rank].data.data_ptr()
-            number = atomics.load_acquire(address + 4)
-            epoch = atomics.load_acquire(address + 8)
-            if number == 0 or number != atomics.load_acquire(address + 4):
-                continue
-            kind = KINDS[number - 1]
-            if atomics.wrap(self._rings[kind].last - epoch) < 0:
-                found[rank] = f"{kind} {epoch}"
-        return found
+                self._board.clear()
 
     def _is_gone(self, rank: int) -> bool:
         """Whether a peer has left, or its process has ended."""

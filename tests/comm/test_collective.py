@@ -259,11 +259,11 @@ def test_ranks_in_different_calls():
         comm.close_communicator(communicator)
         return caught.value.ranks, str(caught.value)
 
-    places = ("dispatch number 1", "combine number 1")
+    places = ("dispatch 1", "combine 1")
     for rank, (ranks, text) in enumerate(harness.run_world("collective", 2, fn)):
         other = 1 - rank
         assert ranks == (other,)
-        assert f"rank {other} is in {places[other]}, this rank in {places[rank]}" in text
+        assert f"rank {other} waits in {places[other]}, this rank in {places[rank]}" in text
 
 
 def test_what_a_closed_object_has_sent_is_nobody_elses():

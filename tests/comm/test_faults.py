@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import harness
@@ -159,13 +160,14 @@ def test_a_stall_over_gloo_is_named_and_recovers():
     assert actual == ["collective"] * WORLD
 
 
+WORLDS = ["local", "symmetric", "collective"]
 CALLS = {
     "combine and dispatch": ("combine", "dispatch"),
     "dispatch and another exchange": ("dispatch", "exchange"),
 }
 
 
-@pytest.mark.parametrize("world", ["local", "symmetric"])
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("first, second", CALLS.values(), ids=CALLS)
 @pytest.mark.parametrize("before", [0, 3])
 def test_ranks_in_different_calls_are_named_at_once(world, first, second, before):
@@ -202,3 +204,53 @@ def test_ranks_in_different_calls_are_named_at_once(world, first, second, before
             f"rank {peer} waits in {other} {numbers[other]}, this rank in {own} {numbers[own]}: "
             "all ranks must issue the same calls in the same order"
         ) in text
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_two_objects_in_another_order_are_named_at_once(world):
+    """The objects that go on are not accused of the calls in which the others failed."""
+
+    def fn(ctx):
+        sizes = {"num_experts": EXPERTS, "top_k": TOP_K, "hidden": HIDDEN, "max_tokens": TOKENS}
+        first, second, third = (ExpertParallel(ctx.ep_group, **sizes, timeout=30.0) for _ in "123")
+        rounds(first)
+        rounds(second, 1)
+        swapped = (second, first) if ctx.rank == VICTIM else (first, second)
+        error, seconds = failure(swapped[0].dispatch, *batch(first.rank, 0))
+        assert seconds < 5
+        barrier(ctx, "failed")
+        rounds(third, 2)
+        for ep in (first, second):
+            ep.recover()
+            rounds(ep)
+        return str(error), error.ranks
+
+    here, there = "dispatch 5 of object 0", "dispatch 3 of object 1"
+    for rank, (text, ranks) in enumerate(harness.run_world(world, WORLD, fn)):
+        if rank == VICTIM:
+            here, there = there, here
+        (peer,) = ranks
+        assert (peer == VICTIM) == (rank != VICTIM)
+        assert f"rank {peer} waits in {there}, this rank in {here}: all ranks must issue" in text
+        if rank == VICTIM:
+            here, there = there, here
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_threads_of_a_rank_may_use_objects_in_any_order(world):
+    """One rank is late with the first object in one thread, the other in another."""
+
+    def fn(ctx):
+        sizes = {"num_experts": EXPERTS, "top_k": TOP_K, "hidden": HIDDEN, "max_tokens": TOKENS}
+        objects = [ExpertParallel(ctx.ep_group, **sizes, timeout=30.0) for _ in "12"]
+
+        def call(ep, seconds):
+            time.sleep(seconds)
+            rounds(ep)
+            return True
+
+        waits = (0.6, 0.0) if ctx.rank == VICTIM else (0.0, 0.6)
+        with ThreadPoolExecutor(2) as pool:
+            return all(pool.map(call, objects, waits))
+
+    assert harness.run_world(world, WORLD, fn) == [True] * WORLD

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -48,11 +49,12 @@ def connect(
     memory: Memory | None = None,
 ) -> list[RingProtocol]:
     """The protocol objects of all ranks, as a communicator makes them."""
-    memory = memory or LocalMemory()
+    memory, store = memory or LocalMemory(), dist.HashStore()
     own = [memory.allocate(control_bytes(in_flight)) for _ in range(world_size)]
     return [
         RingProtocol(
-            Group("test", rank, world_size, None, in_process=True),
+            Group("test", rank, world_size, store, in_process=True),
+            "test",
             memory,
             [memory.open(block.handle) for block in own],
             pids,
