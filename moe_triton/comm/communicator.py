@@ -32,6 +32,7 @@ from .rendezvous import Rendezvous
 from .ring_protocol import RingProtocol, control_bytes
 from .shm import MemfdMemory, PosixMemory
 from .single import SingleTransport
+from .symm_mem import SymmetricMemory
 from .symmetric import SymmetricTransport
 from .transport import Call, Transport, outside_autograd
 
@@ -325,7 +326,12 @@ class Communicator:
             pids,
             in_flight=self._in_flight,
             timeout=self._timeout,
+            device_memory=None if self.group.in_process else self._device_memory(),
         )
+
+    def _device_memory(self) -> SymmetricMemory:
+        explicit = self.choice != "auto"
+        return SymmetricMemory(self.group, explicit=explicit, timeout=self._timeout)
 
     def _share_control_blocks(
         self, op: str, memory: Memory

@@ -21,8 +21,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .polling import ranks_text
-from .rendezvous import _bounded as bounded
+from .polling import bounded, ranks_text
 
 GRACE = 0.5  # seconds to wait for the reports of others
 _STORE_LIMIT = 0.5  # seconds for one access to the store

@@ -7,7 +7,7 @@ import weakref
 
 import torch
 
-from .memory import HOST, Block
+from .memory import HOST, Block, Handle
 
 _next = itertools.count()
 _blocks: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()
@@ -29,7 +29,7 @@ class LocalMemory:
         block = _blocks[number] = Block(data, {"number": number}, flags)
         return block
 
-    def open(self, handle: dict[str, int | str]) -> Block:
+    def open(self, handle: Handle) -> Block:
         """The block behind a peer's handle."""
         block = _blocks.get(int(handle["number"]))
         if block is None:

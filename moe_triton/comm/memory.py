@@ -7,12 +7,13 @@ dictionaries that travel through the group's store or in handshakes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeAlias
 
 import torch
 
 HOST = torch.device("cpu")
+Handle: TypeAlias = "dict[str, int | str]"
 
 
 @dataclasses.dataclass
@@ -24,12 +25,14 @@ class Block:
         handle: for peers to open it.
         flags: [flag_bytes] uint8 in host memory for flags, or None where the data hold them.
         hide: removes the name or descriptor by which peers open the block; None once removed.
+        mapping: keeps the memory mapped, where the tensor does not.
     """
 
     data: torch.Tensor
-    handle: dict[str, int | str]
+    handle: Handle
     flags: torch.Tensor | None = None
     hide: Callable[[], None] | None = None
+    mapping: object = None
 
     def release(self) -> None:
         """Let no further peer open this block; views of it stay valid. Idempotent."""
@@ -39,7 +42,7 @@ class Block:
 
 
 class Memory(Protocol):
-    """A provider of blocks.
+    """A provider of blocks that are opened one by one, without their owners.
 
     Both methods raise ``OSError`` where the system refuses.
     """
@@ -53,6 +56,27 @@ class Memory(Protocol):
         """
         ...
 
-    def open(self, handle: dict[str, int | str]) -> Block:
+    def open(self, handle: Handle) -> Block:
         """A peer's block."""
+        ...
+
+
+class CollectiveMemory(Protocol):
+    """A provider whose blocks all ranks open together.
+
+    ``allocate`` and ``open_all`` raise ``OSError`` where the system refuses.
+    """
+
+    name: str
+
+    def serves(self, device: torch.device) -> bool:
+        """Whether blocks on ``device`` come from this provider."""
+        ...
+
+    def allocate(self, num_bytes: int, device: torch.device) -> Block:
+        """A zeroed block of this rank."""
+        ...
+
+    def open_all(self, own: Block, handles: Sequence[Handle]) -> list[Block]:
+        """The blocks of all ranks, in their order; blocks the host until all ranks call it."""
         ...

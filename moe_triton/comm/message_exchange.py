@@ -46,8 +46,7 @@ from ..layout import align
 from .failure_detection import FailureDetection, Verdict
 from .groups import Group
 from .memory import HOST
-from .polling import Backoff
-from .rendezvous import _bounded as bounded
+from .polling import Backoff, bounded
 from .wait_board import Deadlock, WaitBoard
 
 _Connection: TypeAlias = Any  # dist.ProcessGroup or a bare dist.ProcessGroupGloo

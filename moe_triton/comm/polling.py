@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 from . import futex
 
@@ -14,6 +16,8 @@ _YIELDS_ON_WORD = 5  # the same before sleeping on a word, where ranks share cor
 _FIRST_SLEEP, _LONGEST_SLEEP = 20e-6, 200e-6  # seconds
 _SLICE = 5e-3  # longest sleep on one word: the waiter also looks for aborts and dead peers
 _SPIN = 50e-6  # seconds
+
+T = TypeVar("T")
 
 
 def ranks_text(ranks: Sequence[int]) -> str:
@@ -71,3 +75,44 @@ class Backoff:
             os.sched_yield()
         elif not futex.wait(address, seen, min(self.remaining, _SLICE)):
             self.pause()
+
+
+class Background(Generic[T]):
+    """A call in a thread of its own, which its caller can leave behind.
+
+    Args:
+        call: may block for ever.
+        name: of the thread.
+    """
+
+    def __init__(self, call: Callable[[], T], name: str) -> None:
+        self._call = call
+        self._result: list[T] = []
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True, name=f"moe_triton {name}")
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._result.append(self._call())
+        except BaseException as error:  # noqa: BLE001 (raised again in the caller's thread)
+            self._error = error
+
+    def done(self, seconds: float = 0.0) -> bool:
+        """Whether the call has ended, or ends within ``seconds``."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def result(self) -> T:
+        """The result of a call that is done; raises its exception."""
+        if self._error is not None:
+            raise self._error
+        return self._result[0]
+
+
+def bounded(call: Callable[[], T], seconds: float) -> T:
+    """The result of ``call()``, or a ``TimeoutError`` if it does not return in time."""
+    background = Background(call, "rendezvous")
+    if not background.done(seconds):
+        raise TimeoutError(f"no answer after {seconds:g} s")
+    return background.result()

@@ -19,15 +19,13 @@ import dataclasses
 import json
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 
 from ..errors import PeerAbortError, PeerTimeoutError
 from .groups import Group
-from .polling import Backoff, ranks_text
-
-T = TypeVar("T")
+from .polling import Backoff, bounded, ranks_text
 
 _SLOWEST_POLL = 10e-3  # seconds; a store may be a file or a server
 _STORE_GRACE = 0.5  # seconds that a store may take to answer
@@ -90,7 +88,7 @@ class Rendezvous:
 
         # Without the store the peers cannot connect either.
         try:
-            self._call_id = _bounded(access, _STORE_GRACE)
+            self._call_id = bounded(access, _STORE_GRACE)
         except (TimeoutError, RuntimeError):
             timed_out.set()
 
@@ -115,7 +113,7 @@ class Rendezvous:
         """
         ranks = range(self._group.size)
         try:
-            later = _bounded(lambda: max(map(self._joins, ranks)), self._timeout + _STORE_GRACE)
+            later = bounded(lambda: max(map(self._joins, ranks)), self._timeout + _STORE_GRACE)
         except (TimeoutError, RuntimeError) as error:
             problem = f"the store of group {self._group.name!r} is gone: {error}"
             raise PeerTimeoutError(op, (), problem) from error
@@ -170,7 +168,7 @@ class Rendezvous:
         problem = ""
         cause: Exception | None = None
         try:
-            call_id = _bounded(access, self._timeout + _STORE_GRACE)
+            call_id = bounded(access, self._timeout + _STORE_GRACE)
         except TimeoutError as error:
             problem, cause = "the store does not answer: ", error
         except RuntimeError as error:
@@ -201,24 +199,3 @@ class Rendezvous:
             if late or rejected or len(records) == self._group.size:
                 break
             backoff.pause(_SLOWEST_POLL)
-
-
-def _bounded(access: Callable[[], T], seconds: float) -> T:
-    """The result of ``access()``, or a ``TimeoutError`` if it does not return in time."""
-    result: list[T] = []
-    failure: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            result.append(access())
-        except BaseException as error:  # noqa: BLE001 (raised again in the caller's thread)
-            failure.append(error)
-
-    thread = threading.Thread(target=run, daemon=True, name="moe_triton rendezvous")
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise TimeoutError(f"no answer after {seconds:g} s")
-    if failure:
-        raise failure[0]
-    return result[0]

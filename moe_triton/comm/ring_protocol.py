@@ -38,8 +38,8 @@ from ..errors import (
 )
 from . import atomics, futex
 from .groups import Group
-from .memory import HOST, Block, Memory
-from .polling import Backoff, ranks_text
+from .memory import HOST, Block, CollectiveMemory, Handle, Memory
+from .polling import Background, Backoff, ranks_text
 from .wait_board import Deadlock, WaitBoard
 from .window import PeerWindows, clear_flags, flag_bytes, num_slots, ring_bytes
 
@@ -102,12 +102,13 @@ class RingProtocol:
     Args:
         group: the group.
         name: of this object, equal on all ranks, of no other of the group.
-        memory: allocates and opens blocks.
+        memory: of the host; allocates and opens blocks.
         blocks: every rank's control block, ``control_bytes(in_flight)`` long.
         pids: every rank's process id, or None where the ranks are threads or in different PID
             namespaces.
         in_flight: f, setups that may run ahead of teardowns.
         timeout: of a wait, in seconds.
+        device_memory: provides the windows on devices that it serves, or None.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class RingProtocol:
         *,
         in_flight: int,
         timeout: float,
+        device_memory: CollectiveMemory | None = None,
     ) -> None:
         self.group = group
         self.rank, self.size = group.rank, group.size
@@ -131,6 +133,7 @@ class RingProtocol:
         self.broken: str | None = None
         self._retry: tuple[str, int] | None = None  # the wait that may be repeated
         self._memory = memory
+        self._device_memory = device_memory
         self._control = blocks
         self._pidfds = _open_pidfds(pids, self.rank)
         self._rings = {kind: Ring() for kind in KINDS}
@@ -500,8 +503,11 @@ class RingProtocol:
         """Allocate this rank's windows; their flags hold the epoch before ``epoch``."""
         num_bytes = ring_bytes(self.size, slot_bytes, self.in_flight)
         try:
-            flags = self.slots * flag_bytes(self.size)
-            own = self._memory.allocate(num_bytes, device, flags)
+            if collective := self._collective_memory(device):
+                own = collective.allocate(num_bytes, device)
+            else:
+                flags = self.slots * flag_bytes(self.size)
+                own = self._memory.allocate(num_bytes, device, flags)
         except (OSError, OverflowError, RuntimeError) as error:
             raise UnavailableError(
                 op,
@@ -511,6 +517,11 @@ class RingProtocol:
         # Zero would be ahead of epochs that have wrapped to negative numbers.
         clear_flags(own, self.size, self.slots, atomics.wrap(epoch - 1))
         return own
+
+    def _collective_memory(self, device: torch.device) -> CollectiveMemory | None:
+        """The provider that opens all ranks' windows on ``device`` at once, if there is one."""
+        memory = self._device_memory
+        return memory if memory is not None and memory.serves(device) else None
 
     # Handshakes.
 
@@ -574,11 +585,15 @@ class RingProtocol:
         try:
             texts = self._compare_arguments(kind, epoch, op, arguments)
             # After the comparison: a rank whose arguments differ has released its window.
+            handles = [json.loads(texts[rank])["window"] for rank in range(self.size)]
             try:
-                for rank in range(self.size):
-                    if rank != self.rank:
-                        handle = json.loads(texts[rank])["window"]
-                        blocks[rank] = self._open(kind, op, rank, handle)
+                if collective := self._collective_memory(own.data.device):
+                    opened = self._open_together(collective, kind, epoch, op, own, handles)
+                    blocks |= enumerate(opened)
+                else:
+                    for rank, handle in enumerate(handles):
+                        if rank != self.rank:
+                            blocks[rank] = self._open(kind, op, rank, handle)
                 self._post_handshake(kind, epoch, _OPENED, "", "")
             except UnavailableError as error:
                 self._post_handshake(kind, epoch, _ABORT, "", error.problem)
@@ -591,6 +606,37 @@ class RingProtocol:
             _release_blocks([own, *(blocks[rank] for rank in lost if rank in blocks)])
             raise
         return [blocks[rank] for rank in range(self.size)]
+
+    def _open_together(
+        self,
+        memory: CollectiveMemory,
+        kind: str,
+        epoch: int,
+        op: str,
+        own: Block,
+        handles: list[Handle],
+    ) -> list[Block]:
+        """``memory.open_all`` until it ends, a peer fails in it, or the time is up."""
+        opening = Background(lambda: memory.open_all(own, handles), f"{kind} windows")
+        ranks = [rank for rank in range(self.size) if rank != self.rank]
+        missing = {rank: self._handshake_address(rank, kind, epoch) + 4 for rank in ranks}  # status
+        for _ in self._polls(op, kind, epoch, missing):
+            if opening.done():
+                break
+            for rank in list(missing):
+                message = self._read_handshake(rank, kind, epoch)
+                assert message is not None
+                if message.status & _OPENED:
+                    del missing[rank]
+                elif message.status & _ABORT:
+                    raise UnavailableError(op, f"rank {rank} failed: {message.reason}")
+        problem = f"the {kind} windows of all ranks cannot be opened by rank {self.rank}: "
+        if not opening.done(self.timeout):
+            raise UnavailableError(op, f"{problem}not within {self.timeout:g} s")
+        try:
+            return opening.result()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UnavailableError(op, f"{problem}{error}") from error
 
     def _open(self, kind: str, op: str, rank: int, handle: dict[str, int | str]) -> Block:
         try:

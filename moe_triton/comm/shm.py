@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .memory import HOST, Block
+from .memory import HOST, Block, Handle
 
 _SHM = Path("/dev/shm")
 
@@ -51,10 +51,10 @@ class MemfdMemory:
         except BaseException:
             os.close(fd)
             raise
-        handle: dict[str, int | str] = {"pid": os.getpid(), "fd": fd, "label": label}
+        handle: Handle = {"pid": os.getpid(), "fd": fd, "label": label}
         return Block(data, handle | {"bytes": num_bytes}, hide=lambda: os.close(fd))
 
-    def open(self, handle: dict[str, int | str]) -> Block:
+    def open(self, handle: Handle) -> Block:
         """Map a peer's block; its label proves that the descriptor is still the same file."""
         path = f"/proc/{handle['pid']}/fd/{handle['fd']}"
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -85,10 +85,10 @@ class PosixMemory:
             raise
         finally:
             os.close(fd)
-        handle: dict[str, int | str] = {"path": str(path), "bytes": num_bytes}
+        handle: Handle = {"path": str(path), "bytes": num_bytes}
         return Block(data, handle, hide=lambda: path.unlink(missing_ok=True))
 
-    def open(self, handle: dict[str, int | str]) -> Block:
+    def open(self, handle: Handle) -> Block:
         """Map a peer's block; its release removes the name too, in case the peer has died."""
         path = Path(str(handle["path"]))
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)

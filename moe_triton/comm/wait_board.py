@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from .atomics import wrap
 from .groups import Group
-from .rendezvous import _bounded as bounded
+from .polling import bounded
 
 SAME = "all ranks must issue the same calls in the same order"
 _STORE_LIMIT = 0.5  # seconds for one access to the store

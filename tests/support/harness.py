@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import inspect
+import os
 import sys
 import threading
 import traceback
@@ -14,6 +15,7 @@ import cloudpickle
 import definition
 import definition_numbers
 import numpy as np
+import symmetric_memory
 import torch
 import torch.distributed as dist
 from definition import Group, Tokens
@@ -21,12 +23,15 @@ from definition import Group, Tokens
 from moe_triton import comm, testing
 from moe_triton.compat import torch_npu
 
-WORLDS = ("local", "symmetric", "collective")
+WORLDS: tuple[str, ...] = ("local", "symmetric", "collective")
+if os.environ.get("MOE_TRITON_TEST_PROFILE") == "full":
+    WORLDS += ("symm_mem",)  # over the stand-in; it takes as long as "symmetric"
 
 # Worker processes import the package, not the tests.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 cloudpickle.register_pickle_by_value(definition)
 cloudpickle.register_pickle_by_value(definition_numbers)
+cloudpickle.register_pickle_by_value(symmetric_memory)
 
 
 def run_world(
@@ -40,7 +45,8 @@ def run_world(
     """``fn(ctx)`` on every rank of a fresh group; its results in rank order.
 
     Args:
-        world: "local" (threads), or the transport of a world of processes.
+        world: "local" (threads), the transport of a world of processes, or "symm_mem": processes
+            whose windows come from torch's symmetric memory, for which a stand-in works.
         world_size: number of ranks in all.
         fn: called once on each rank.
         tp_world_size: ranks of a tensor-parallel group; ``ctx`` names both groups.
@@ -49,6 +55,8 @@ def run_world(
     if world == "local":
         return within(limit, lambda: testing.run_local(world_size, fn, tp_world_size=tp_world_size))
     cloudpickle.register_pickle_by_value(sys.modules[fn.__module__])
+    if world == "symm_mem":
+        world, fn = "symmetric", symmetric_memory.on_provider(fn)
     return within(
         limit,
         lambda: testing.run_processes(world_size, fn, tp_world_size=tp_world_size, transport=world),
