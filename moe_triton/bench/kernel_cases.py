@@ -22,7 +22,7 @@ from ..layout import DispatchHeader, Norm, RoutingPlan, RowFormat
 
 BF16, FP32 = torch.bfloat16, torch.float32
 EPSILON = 1e-6
-RANKS = 8  # that dispatch_send writes headers for, all in memory of this device
+RANKS = 8  # that stage_tokens writes headers for, all in memory of this device
 # RMSNorm sums squares in another order, and bf16 has 8 bits. Libraries differ in the last bits of
 # exp, so scores of gating differ too.
 CLOSE = {"y": 1.6e-2, "rstd": 1e-5, "scores": 2e-6}
@@ -57,7 +57,7 @@ FORMULAS = {
         "T * H * b, with a norm twice that"
     ),
     "gather_rows": "2 * n * (H * b + scale bytes), b bytes an element",
-    "dispatch_send": (
+    "stage_tokens": (
         "reads T * H * x.itemsize, writes T * stride, or T * (K + NS) * stride with smooth "
         "factors for each expert; headers of 4 * (1 + E) for each rank, and 4 or 8 for each slot"
     ),
@@ -285,7 +285,7 @@ def gather_rows(shape: Shape, tokens: int, device: torch.device, *, quant: str |
     return Case("gather_rows", quant or "bf16", shape, tokens, inputs, outputs, bind, num_bytes)
 
 
-def dispatch_send(shape: Shape, tokens: int, device: torch.device, *, quant: str | None) -> Case:
+def stage_tokens(shape: Shape, tokens: int, device: torch.device, *, quant: str | None) -> Case:
     fmt = RowFormat.quantized(quant, BF16, shape.hidden)
     ids, plan = routed(shape, tokens, device)
     inputs = {
@@ -317,18 +317,18 @@ def dispatch_send(shape: Shape, tokens: int, device: torch.device, *, quant: str
         layer = {"experts_per_rank": shape.experts // RANKS, "num_shared_ranks": 0}
 
         def call():
-            steps.dispatch_send(
+            steps.stage_tokens(
                 x, ids, weights, None, fmt, plan, window, headers, shared_targets=(), **layer
             )
             return outputs
 
         return call
 
-    num_bytes = dispatch_send_bytes(shape, tokens, fmt)
-    return Case("dispatch_send", quant or "bf16", shape, tokens, inputs, outputs, bind, num_bytes)
+    num_bytes = stage_tokens_bytes(shape, tokens, fmt)
+    return Case("stage_tokens", quant or "bf16", shape, tokens, inputs, outputs, bind, num_bytes)
 
 
-def dispatch_send_bytes(shape: Shape, tokens: int, fmt: RowFormat, ranks: int = RANKS) -> int:
+def stage_tokens_bytes(shape: Shape, tokens: int, fmt: RowFormat, ranks: int = RANKS) -> int:
     headers = ranks * 4 * (1 + shape.experts) + tokens * shape.top_k * 8
     return tokens * (shape.hidden * 2 + fmt.stride) + headers
 
@@ -359,8 +359,8 @@ KINDS: dict[str, Callable[[Shape, int, torch.device], Case]] = {
     "gather_quant group_e4m3": functools.partial(gather_quant, quant="group_e4m3"),
     "gather_quant mx_e4m3": functools.partial(gather_quant, quant="mx_e4m3"),
     "weighted_sum and norm": functools.partial(weighted_sum, normalised=True),
-    "dispatch_send int8": functools.partial(dispatch_send, quant="int8"),
-    "dispatch_send bf16": functools.partial(dispatch_send, quant=None),
+    "stage_tokens int8": functools.partial(stage_tokens, quant="int8"),
+    "stage_tokens bf16": functools.partial(stage_tokens, quant=None),
     "gather_rows int8": functools.partial(gather_rows, quant="int8"),
     "gather_rows bf16": functools.partial(gather_rows, quant=None),
     "top_k_gating": top_k_gating,

@@ -20,10 +20,10 @@ from ..layout import RowFormat
 from .kernel_cases import (
     BF16,
     Shape,
-    dispatch_send_bytes,
     gather_quant_bytes,
     numbers,
     row_bytes,
+    stage_tokens_bytes,
     weighted_sum_bytes,
 )
 
@@ -120,7 +120,7 @@ def layer_bytes(shape: Shape, tokens: int, world_size: int, quant: str | None) -
     if world_size == 1:
         return gather_quant_bytes(shape, tokens, fmt), returned
     packed = 2 * tokens * shape.top_k * row_bytes(fmt)
-    return world_size * (dispatch_send_bytes(shape, tokens, fmt, world_size) + packed), returned
+    return world_size * (stage_tokens_bytes(shape, tokens, fmt, world_size) + packed), returned
 
 
 def drawn(shape: Shape, tokens: int, device: torch.device, rank: int) -> tuple[torch.Tensor, ...]:

@@ -36,7 +36,7 @@ def write_tokens(
     """Plan this rank's tokens, write them into its rows and its headers; as ``plan_tokens``."""
     topology = call.config.topology
     plan, tokens = plan_tokens(call, tokens)
-    call.steps.dispatch_send(
+    call.steps.stage_tokens(
         tokens.x,
         tokens.expert_ids,
         tokens.weights,

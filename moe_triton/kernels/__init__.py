@@ -10,7 +10,6 @@ from __future__ import annotations
 
 if __name__ == "moe_triton.kernels":
     from .affine import quantize_affine
-    from .dispatch_send import dispatch_send
     from .expert_map import eplb_map, keep_experts
     from .finalize_routing import finalize_routing
     from .flags import wait_flags, write_flags
@@ -22,12 +21,12 @@ if __name__ == "moe_triton.kernels":
     from .recv_permutation import recv_permutation
     from .routing_plan import routing_plan
     from .row_index import combine_row_index, recv_row_index
+    from .stage_tokens import stage_tokens
     from .weighted_sum import add_rows, weighted_sum
 
     __all__ = [
         "add_rows",
         "combine_row_index",
-        "dispatch_send",
         "encode",
         "eplb_map",
         "finalize_routing",
@@ -39,6 +38,7 @@ if __name__ == "moe_triton.kernels":
         "recv_permutation",
         "recv_row_index",
         "routing_plan",
+        "stage_tokens",
         "top_k_gating",
         "wait_flags",
         "weighted_sum",

@@ -86,7 +86,7 @@ class _Guarded:
 
     def __init__(self, guard: _Guard, steps: Steps) -> None:
         self.routing_plan = guard(steps.routing_plan)
-        self.dispatch_send = guard(steps.dispatch_send)
+        self.stage_tokens = guard(steps.stage_tokens)
         self.recv_permutation = guard(steps.recv_permutation)
         self.recv_row_index = guard(steps.recv_row_index)
         self.local_permutation = guard(steps.local_permutation)

@@ -12,7 +12,6 @@ Source: the semantics of Ascend's ``npu_moe_distribute_*`` family.
 from __future__ import annotations
 
 from .affine import quantize_affine
-from .dispatch_send import dispatch_send
 from .expert_map import eplb_map, keep_experts
 from .finalize_routing import finalize_routing
 from .gather_quant import gather_quant
@@ -23,13 +22,13 @@ from .quantize import encode, quantize_mx, quantize_rows
 from .recv_permutation import recv_permutation
 from .routing_plan import routing_plan
 from .row_index import combine_row_index, recv_row_index
+from .stage_tokens import stage_tokens
 from .weighted_sum import accumulator, add_rows, weighted_sum
 
 __all__ = [
     "accumulator",
     "add_rows",
     "combine_row_index",
-    "dispatch_send",
     "encode",
     "eplb_map",
     "finalize_routing",
@@ -43,6 +42,7 @@ __all__ = [
     "recv_permutation",
     "recv_row_index",
     "routing_plan",
+    "stage_tokens",
     "top_k_gating",
     "weighted_sum",
     "zero_padding",

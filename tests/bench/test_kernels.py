@@ -58,7 +58,7 @@ def test_dry_run(tmp_path):
         "routing_plan",
         "gather_quant",
         "weighted_sum",
-        "dispatch_send",
+        "stage_tokens",
         "gather_rows",
         "top_k_gating",
     }
@@ -110,7 +110,7 @@ def test_bytes_of_deepseek():
     assert kernel_cases.weighted_sum_bytes(shape, tokens, normalised=False) == 9 * token_bytes
     assert kernel_cases.weighted_sum_bytes(shape, tokens, normalised=True) == 11 * token_bytes
     headers = 8 * 4 * 257 + rows * 8
-    sent = kernel_cases.dispatch_send_bytes(shape, tokens, fmt("int8"))
+    sent = kernel_cases.stage_tokens_bytes(shape, tokens, fmt("int8"))
     assert sent == token_bytes + tokens * 7184 + headers
     how = launch_config.PlanLaunch(False, 256, 16, 16, 1056, 4)
     assert kernel_cases.routing_plan_bytes(shape, tokens, how) == rows * 16 + 128 * 256 * 12

@@ -177,8 +177,8 @@ def _moves(kind: str, hidden: int) -> Iterator[tuple[str, Callable[[], object]]]
     plan = ref.routing_plan(ids, EXPERTS)
     for name, factors in (("int8", None), ("int8 with factors", smooth_scales)):
         yield (
-            f"dispatch_send {name}, {kind}",
-            lambda factors=factors: kernels.dispatch_send(
+            f"stage_tokens {name}, {kind}",
+            lambda factors=factors: kernels.stage_tokens(
                 x, ids, torch.ones(ids.shape), factors, fmt, plan, rows, headers,
                 experts_per_rank=EXPERTS // 8, shared_targets=[], num_shared_ranks=0,
             ),

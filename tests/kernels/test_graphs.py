@@ -91,7 +91,7 @@ def test_gather_quant(quant, captured, device):
             assert torch.equal(bits(one), bits(other))
 
 
-def test_dispatch_send_and_gather_rows(captured, device):
+def test_stage_tokens_and_gather_rows(captured, device):
     fmt = RowFormat.quantized("int8", BF16, H)
     x, ids = numbers(0, (T, H), 0, device, BF16), expert_ids(0, device)
     weights, index = torch.rand((T, K), device=device), torch.arange(T, device=device)
@@ -113,7 +113,7 @@ def test_dispatch_send_and_gather_rows(captured, device):
     def work(steps, rows, headers, gathered, scales):
         plan = steps.routing_plan(ids, E)
         sizes = {"experts_per_rank": E // W, "shared_targets": (), "num_shared_ranks": 0}
-        steps.dispatch_send(x, ids, weights, None, fmt, plan, rows, headers, **sizes)
+        steps.stage_tokens(x, ids, weights, None, fmt, plan, rows, headers, **sizes)
         steps.gather_rows(rows, index, fmt, gathered, scales)
 
     ours = outputs()

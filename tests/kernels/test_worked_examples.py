@@ -51,7 +51,7 @@ class Plane:
         self.num_slots = group.top_k + group.num_shared
         self.ids = [self.on_device(self.active_ids(mine)) for mine in tokens]
         self.headers = [[self.header() for _ in tokens] for _ in tokens]
-        self.rows = [self.dispatch_send(source) for source in range(group.world_size)]
+        self.rows = [self.stage_tokens(source) for source in range(group.world_size)]
         self.permutations = [
             kernels.recv_permutation(self.counts(rank)) for rank in range(group.world_size)
         ]
@@ -79,12 +79,12 @@ class Plane:
         numbers = [self.empty(size, dtype=torch.int32) for size in sizes]
         return DispatchHeader(*numbers, self.empty(slot_ids, dtype=torch.float32))
 
-    def dispatch_send(self, source):
+    def stage_tokens(self, source):
         """This rank's rows, and its header at every rank."""
         group, mine, ids = self.group, self.tokens[source], self.ids[source]
         smooth_scales = self.on_device(mine.scales)
         rows = self.empty(len(ids) * self.num_slots, self.fmt.stride, dtype=torch.uint8)
-        kernels.dispatch_send(
+        kernels.stage_tokens(
             self.floats(mine.x),
             ids,
             self.on_device(mine.weights),

@@ -10,7 +10,7 @@ from ..layout import NOWHERE, DispatchHeader, RoutingPlan, RowFormat
 from .quantize import encode
 
 
-def dispatch_send(
+def stage_tokens(
     x: torch.Tensor,
     expert_ids: torch.Tensor,
     weights: torch.Tensor | None,

@@ -71,7 +71,7 @@ def assert_same_send(
         headers = [
             header(num_experts, num_tokens * top_k + 1, weight_dtype, device) for _ in range(world)
         ]
-        module.dispatch_send(
+        module.stage_tokens(
             x,
             ids,
             weights if send_weights else None,
@@ -146,7 +146,7 @@ def test_slots_past_the_room_of_a_header_are_dropped(device):
     fmt = RowFormat.tight(torch.bfloat16, 8)
     sent = header(2, 3, torch.float32, device)
     room = [part[:2] for part in (sent.slot_ids, sent.weights)]
-    kernels.dispatch_send(
+    kernels.stage_tokens(
         torch.zeros((2, 8), dtype=torch.bfloat16, device=device),
         ids,
         torch.ones((2, 2), device=device),
@@ -171,7 +171,7 @@ def test_example(device):
     fmt = RowFormat.tight(torch.float32, 4)
     rows = torch.zeros((3, fmt.stride), dtype=torch.uint8, device=device)
     headers = [header(4, 2, torch.float32, device) for _ in range(3)]
-    kernels.dispatch_send(
+    kernels.stage_tokens(
         torch.arange(12.0, device=device).view(3, 4),
         ids,
         weights,
@@ -253,7 +253,7 @@ def test_rejects(change, message, device):
     }
     plan = RoutingPlan(*(torch.zeros(2, dtype=torch.int32, device=device) for _ in range(3)))
     with pytest.raises(MoeError, match=message):
-        kernels.dispatch_send(
+        kernels.stage_tokens(
             **moved,
             fmt=RowFormat(torch.float32, 4, 16),
             plan=plan,

@@ -12,7 +12,7 @@ tokens. Every program counts what comes before its part, so no program waits for
 Shapes: T tokens, K experts and NS shared experts of a token, H hidden size, E experts, W ranks.
 Bytes:  reads T * H * x.itemsize, writes T * stride, or T * (K + NS) * stride with smooth factors
         for each expert; headers of 4 * (1 + E) for each rank, and 4 or 8 for each slot.
-Source: ``moe_triton.ref.dispatch_send``.
+Source: ``moe_triton.ref.stage_tokens``.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _write_headers_kernel(
     tl.store(num_tokens_out, num_active, mask=first_part)
 
 
-def dispatch_send(
+def stage_tokens(
     x: torch.Tensor,
     expert_ids: torch.Tensor,
     weights: torch.Tensor | None,
@@ -138,13 +138,13 @@ def dispatch_send(
 ) -> None:
     """Write this rank's tokens into its own window, and its header into every rank's window.
 
-    Arguments as in ``ref.dispatch_send``.
+    Arguments as in ``ref.stage_tokens``.
 
     Raises:
         ArgumentTypeError: a wrong dtype.
         ArgumentValueError: a wrong shape, stride or device.
     """
-    op, device = "dispatch_send", x.device
+    op, device = "stage_tokens", x.device
     check_tensor(op, "expert_ids", expert_ids, dtypes=INDICES, shape=(len(x), None), device=device)
     if weights is not None:
         shape = tuple(expert_ids.shape)
@@ -220,7 +220,7 @@ def _table_of(
     records = [(*record, role) for record, role in zip(addresses, roles, strict=True)]
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise UnavailableError(
-            "dispatch_send",
+            "stage_tokens",
             "a graph capture cannot copy addresses of new windows to the device: before it, make "
             "the same calls once for every slot of the ring",
         )

@@ -1,0 +1,39 @@
+"""Data of the device steps: row formats, routing, and the memory of windows."""
+
+from __future__ import annotations
+
+from .routing import (
+    NOWHERE,
+    DispatchHeader,
+    LocalPermutation,
+    Norm,
+    RecvPermutation,
+    RecvRowIndex,
+    RoutingCopies,
+    RoutingPlan,
+    ZeroComputationExperts,
+)
+from .row_format import FLOAT8, QUANTS, Quant, RowFormat, align
+from .windows import ExchangeLayout, ReceivedRows, Ring, SlotPositions, Windows
+
+__all__ = [
+    "FLOAT8",
+    "NOWHERE",
+    "QUANTS",
+    "DispatchHeader",
+    "ExchangeLayout",
+    "LocalPermutation",
+    "Norm",
+    "Quant",
+    "ReceivedRows",
+    "RecvPermutation",
+    "RecvRowIndex",
+    "Ring",
+    "RoutingCopies",
+    "RoutingPlan",
+    "RowFormat",
+    "SlotPositions",
+    "Windows",
+    "ZeroComputationExperts",
+    "align",
+]
