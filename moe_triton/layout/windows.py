@@ -8,7 +8,8 @@ a ring of data slots; offsets are equal on all ranks.
                    shared experts) | weights [T, K] (if they travel) | rows [R] of a stride
                    combine: rows [A] of a stride        written by the owner, read by peers
     record         epoch, status, digest, extra; int32
-                   dispatch: extra = active tokens, numbers = rows for each of the E experts
+                   dispatch: extra = tokens, numbers = rows for each of the E experts, then the
+                   tokens that are active
                    combine:  extra = data slot of the rows, numbers = the first row of the source's
                              tokens for each local expert, then their number, [2, L]
 
@@ -166,7 +167,7 @@ class ExchangeLayout:
     @functools.cached_property
     def dispatch_number_bytes(self) -> int:
         """Bytes of the numbers of one source."""
-        return align(4 * self.num_experts)
+        return align(4 * (self.num_experts + 1))
 
     @functools.cached_property
     def positions_start(self) -> int:

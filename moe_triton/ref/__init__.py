@@ -11,7 +11,12 @@ Source: the semantics of Ascend's ``npu_moe_distribute_*`` family.
 
 from __future__ import annotations
 
+from ._windows import recv_records, send_record
 from .affine import quantize_affine
+from .combine_recv import combine_recv
+from .combine_send import combine_send
+from .dispatch_recv import dispatch_recv, dispatch_totals
+from .dispatch_send import dispatch_send
 from .expert_map import eplb_map, keep_experts
 from .finalize_routing import finalize_routing
 from .gather_quant import gather_quant
@@ -28,7 +33,12 @@ from .weighted_sum import accumulator, add_rows, weighted_sum
 __all__ = [
     "accumulator",
     "add_rows",
+    "combine_recv",
     "combine_row_index",
+    "combine_send",
+    "dispatch_recv",
+    "dispatch_send",
+    "dispatch_totals",
     "encode",
     "eplb_map",
     "finalize_routing",
@@ -40,8 +50,10 @@ __all__ = [
     "quantize_mx",
     "quantize_rows",
     "recv_permutation",
+    "recv_records",
     "recv_row_index",
     "routing_plan",
+    "send_record",
     "stage_tokens",
     "top_k_gating",
     "weighted_sum",

@@ -1,0 +1,241 @@
+"""Windows in host memory, as NumPy and PyTorch see them: records, numbers, rows.
+
+One tensor spans the windows of all ranks, so that a step reads and writes those of all peers at
+once; only the writes of numbers walk through the peers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from ..layout import RowFormat, Windows
+from ..layout.windows import (
+    ABORTED,
+    BROKEN,
+    DATA_SLOT,
+    DIGEST,
+    EPOCH,
+    KIND,
+    LATE,
+    MISMATCH,
+    OVERRUN,
+    PROBLEM_EPOCH,
+    PROBLEM_RANK,
+    RECEIVED,
+    RECORD_WORDS,
+    SEEN,
+    SENT,
+    SEVERITY,
+    SOFT,
+    STATUS,
+    WANTED,
+    WHAT,
+)
+
+_T = TypeVar("_T")
+_WORD = np.arange(RECORD_WORDS)
+
+
+def wrap(epoch: int) -> int:
+    """``epoch`` modulo 2**32, as a signed 32-bit integer."""
+    return (epoch + 2**31) % 2**32 - 2**31
+
+
+class HostWindows:
+    """Views of one rank's ``Windows``. Offsets in ``words`` are those of int32."""
+
+    def __init__(self, windows: Windows) -> None:
+        assert windows.span is not None
+        self.windows, self.ring, self.rank = windows, windows.ring, windows.rank
+        self.span = windows.span
+        self.bytes: np.ndarray = windows.span.numpy()
+        self.words = self.bytes[: len(self.bytes) // 4 * 4].view(np.int32)
+        self.offsets: np.ndarray = windows.bases.numpy() - windows.span.data_ptr()
+        self.own = int(self.offsets[self.rank])
+        self.state: np.ndarray = windows.state.numpy()
+        self.problem: np.ndarray = windows.problem.numpy()
+        self.notice: np.ndarray = windows.notice.numpy()
+        # Where this rank's records lie at each rank, and those of each rank at this one.
+        world = windows.world_size
+        self._sent_records = self.offsets // 4 + self.rank * RECORD_WORDS
+        self._received_records = self.own // 4 + np.arange(world) * RECORD_WORDS
+        self._sent_numbers = self.offsets // 4 + world * RECORD_WORDS
+        self._received_numbers = self.own // 4 + world * RECORD_WORDS
+
+    @property
+    def broken(self) -> bool:
+        """Whether no step does anything any more."""
+        return bool(self.problem[SEVERITY] >= BROKEN)
+
+    def next_epoch(self, half: int) -> int:
+        """The epoch that the next step of ``SENT`` or ``RECEIVED`` works on."""
+        return wrap(int(self.state[half]) + 1)
+
+    def control(self, epoch: int) -> int:
+        """Words before the control slot of an epoch."""
+        return (epoch & (self.ring.slots - 1)) * self.ring.control_bytes // 4
+
+    def data_slot(self, epoch: int) -> int:
+        """The data slot of a dispatch."""
+        return epoch & (self.ring.data_slots - 1)
+
+    def next_data_slot(self) -> int:
+        """The data slot of combine rows that are copied."""
+        return (int(self.state[DATA_SLOT]) + 1) & (self.ring.data_slots - 1)
+
+    def data(self, rank: int, slot: int, start: int, num_bytes: int) -> torch.Tensor:
+        """[num_bytes] uint8 of a rank's data slot."""
+        first = int(self.offsets[rank]) + self.ring.data_start(slot) + start
+        return self.span[first : first + num_bytes]
+
+    def rows(self, fmt: RowFormat) -> torch.Tensor:
+        """[N, stride] uint8: a row beginning every 16 bytes of the span."""
+        return self.cached(("rows", fmt), lambda: self._every_row(fmt.stride))
+
+    def _every_row(self, stride: int) -> torch.Tensor:
+        count = max((self.span.numel() - stride) // 16 + 1, 0)
+        return self.span.as_strided((count, stride), (16, 1))
+
+    def row_origins(self, slots: np.ndarray | int, start: int) -> np.ndarray:
+        """[W] int64 index in ``rows`` of each rank's first row in a data slot of its own."""
+        ring = self.ring
+        data = ring.slots * ring.control_bytes + slots * ring.data_bytes + start
+        return (self.offsets + data) // 16
+
+    def cached(self, key: tuple[Any, ...], make: Callable[[], _T]) -> _T:
+        """``make()``, once."""
+        views = self.windows.views
+        if key not in views:
+            views[key] = make()
+        return views[key]
+
+    # Sending.
+
+    def send(
+        self, epoch: int, numbers: np.ndarray | None, number_bytes: int, *, digest: int, extra: int,
+        status: int = 0,
+    ) -> None:  # fmt: skip
+        """Write this rank's records, publish them, and end the send.
+
+        Args:
+            epoch: of the records.
+            numbers: [N] for all ranks or [W, N], one row each, int32; or None.
+            number_bytes: from the numbers of one source to those of the next.
+            digest: of the arguments.
+            extra: word of the record.
+            status: of the record.
+        """
+        control = self.control(epoch)
+        if numbers is not None:
+            first = self._sent_numbers + (control + self.rank * number_bytes // 4)
+            width = numbers.shape[-1]
+            if numbers.ndim == 1:
+                for start in first.tolist():
+                    self.words[start : start + width] = numbers
+            else:
+                self.words[first[:, None] + np.arange(width)] = numbers
+        record = self._sent_records + control
+        self.words[record[:, None] + _WORD[1:]] = (status, digest, extra)
+        publish = self.windows.publish
+        assert publish is not None, "windows in host memory need a function that publishes"
+        publish(epoch)
+        self.state[SENT] = epoch
+
+    # Receiving.
+
+    def records(self, epoch: int, digest: int) -> np.ndarray | None:
+        """[W, 4] the records of an epoch, or None after a problem, which is reported."""
+        at = self._received_records + self.control(epoch)
+        records = self.words[at[:, None] + _WORD]
+        if (
+            (records[:, EPOCH] == epoch).all()
+            and not records[:, STATUS].any()
+            and (records[:, DIGEST] == digest).all()
+        ):
+            return records
+        self._report(records, epoch, digest)
+        return None
+
+    def _report(self, records: np.ndarray, epoch: int, digest: int) -> None:
+        """Keep the problem of the records, unless there is a worse one; the worst, lowest rank."""
+        ahead = (records[:, EPOCH].astype(np.int64) - epoch).astype(np.int32)
+        what = np.where(records[:, DIGEST] != digest, MISMATCH, 0)
+        what = np.where(records[:, STATUS] != 0, ABORTED, what)
+        what = np.where(ahead < 0, LATE, np.where(ahead > 0, OVERRUN, what))
+        worst, rank = int(what.max()), int(what.argmax())
+        severity = BROKEN if worst >= LATE or self.windows.hard else SOFT
+        if self.problem[SEVERITY] >= severity:
+            return
+        mismatch = worst == MISMATCH
+        self.problem[SEVERITY] = severity
+        self.problem[KIND] = self.windows.kind
+        self.problem[PROBLEM_EPOCH] = epoch
+        self.problem[PROBLEM_RANK] = rank
+        self.problem[SEEN] = records[rank, DIGEST if mismatch else EPOCH]
+        self.problem[WANTED] = digest if mismatch else epoch
+        self.problem[WHAT] = self.notice[0] = worst
+
+    def received(self, epoch: int) -> None:
+        """End the recv of an epoch, unless the group is broken."""
+        if not self.broken:
+            self.state[RECEIVED] = epoch
+
+    def numbers(self, epoch: int, number_bytes: int, first: int, count: int) -> np.ndarray:
+        """[W, count] numbers of all sources, from number ``first`` on."""
+        start = self._received_numbers + self.control(epoch) + first
+        at = start + np.arange(self.windows.world_size) * (number_bytes // 4)
+        return self.words[at[:, None] + np.arange(count)]
+
+
+def host(windows: Windows) -> HostWindows:
+    """The views of windows, made once."""
+    views = windows.views
+    if "host" not in views:
+        views["host"] = HostWindows(windows)
+    found: HostWindows = views["host"]
+    return found
+
+
+def send_record(windows: Windows, *, digest: int, status: int, extra: int = 0) -> None:
+    """Send every rank a record without data.
+
+    Does nothing in a broken group; the same holds for all steps of windows.
+
+    Args:
+        windows: of the kind.
+        digest: of the arguments, int32.
+        status: ``DATA`` or ``ABORT``.
+        extra: word of the record.
+    """
+    memory = host(windows)
+    if not memory.broken:
+        epoch = memory.next_epoch(SENT)
+        memory.send(epoch, None, 0, digest=digest, extra=extra, status=status)
+
+
+def recv_records(
+    windows: Windows,
+    *,
+    digest: int,
+    timeout: float,  # noqa: ARG001 - the host has waited
+    peek: bool = False,
+) -> None:
+    """Wait for the records of all ranks.
+
+    Args:
+        windows: of the kind; a problem is reported in ``windows.problem``.
+        digest: of the arguments, int32.
+        timeout: seconds to wait. Here the host has waited already: the records are read once.
+        peek: whether the epoch still has to be received.
+    """
+    memory = host(windows)
+    if memory.broken:
+        return
+    epoch = memory.next_epoch(RECEIVED)
+    memory.records(epoch, digest)
+    if not peek:
+        memory.received(epoch)

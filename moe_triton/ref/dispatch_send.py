@@ -1,0 +1,133 @@
+"""Send a rank's tokens: rows into its own window, a record to every rank."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ..layout import NOWHERE, ExchangeLayout, RoutingCopies, SlotPositions, Windows
+from ..layout.windows import SENT
+from ._windows import HostWindows, host
+from .quantize import encode
+
+
+def dispatch_send(
+    windows: Windows,
+    layout: ExchangeLayout,
+    x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    weights: torch.Tensor | None,
+    smooth_scales: torch.Tensor | None,
+    copies: RoutingCopies | None,
+    *,
+    digest: int,
+) -> SlotPositions:
+    """Write this rank's tokens into its window, and its record to every rank.
+
+    A token is written once, for all of its experts. With smooth factors for each expert the rows of
+    its slots differ, so each slot is written.
+
+    Args:
+        windows: of dispatch.
+        layout: of the call.
+        x: [T, H] fp16, bf16, fp32 or fp64 tokens.
+        expert_ids: [T, K] int32 or int64; ids outside [0, E) are not sent.
+        weights: [T, K] routing weights; required where the layout has weights.
+        smooth_scales: [1] or [H] fp32 factors of all slots, [NS + E, H] factors of each expert,
+            shared experts first; or None.
+        copies: outputs for copies of the routing, or None.
+        digest: of the arguments, int32.
+
+    Returns:
+        The positions of the slots; those of a broken group too, though nothing is sent then.
+    """
+    if copies is not None:
+        copies.expert_ids.copy_(expert_ids)
+        if copies.weights is not None and copies.weights_copy is not None:
+            copies.weights_copy.copy_(copies.weights)
+    num_experts, ids = layout.num_experts, expert_ids.numpy()
+    counts, positions = count_slots(ids.reshape(-1), num_experts)
+    num_active, active = 0, None
+    if layout.num_shared_experts:
+        active = active_positions(ids)
+        num_active = int((active != NOWHERE).sum())
+    sent = SlotPositions(
+        torch.from_numpy(counts[:num_experts]),
+        torch.from_numpy(positions),
+        None if active is None else torch.from_numpy(active),
+    )
+    memory = host(windows)
+    if memory.broken:
+        return sent
+    epoch = memory.next_epoch(SENT)
+    slot = memory.data_slot(epoch)
+    words, first = memory.words, (memory.own + memory.ring.data_start(slot)) // 4
+    words[first : first + ids.size] = ids.reshape(-1)
+    first += layout.positions_start // 4
+    words[first : first + ids.size] = positions
+    if active is not None:
+        first += layout.positions_start // 4
+        words[first : first + len(active)] = active
+    if layout.weight_dtype is not None:
+        assert weights is not None
+        start, size = layout.weights_start, weights.numel() * layout.weight_dtype.itemsize
+        area = memory.data(memory.rank, slot, start, size)
+        area.view(layout.weight_dtype).view(weights.shape).copy_(weights)
+    _write_rows(memory, layout, slot, x, expert_ids, smooth_scales)
+    counts[num_experts] = num_active
+    number_bytes = layout.dispatch_number_bytes
+    memory.send(epoch, counts, number_bytes, digest=digest, extra=len(x))
+    return sent
+
+
+def count_slots(ids: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Count the slots of each expert, and the earlier ones of each slot's expert.
+
+    Returns:
+        [E + 1] int32 counts, the last one of ids outside [0, E); [N] int32 positions, ``NOWHERE``
+        for these.
+    """
+    # Negative ids are large as unsigned integers.
+    expert = np.minimum(ids.view(f"u{ids.itemsize}"), num_experts).astype(np.int32)
+    counts = np.bincount(expert, minlength=num_experts + 1).astype(np.int32)
+    order = expert.argsort(kind="stable")
+    starts = counts.cumsum(dtype=np.int32)
+    starts -= counts
+    positions = np.empty(len(ids), np.int32)
+    positions[order] = np.arange(len(ids), dtype=np.int32) - starts[expert[order]]
+    positions[expert == num_experts] = NOWHERE
+    return counts, positions
+
+
+def active_positions(ids: np.ndarray) -> np.ndarray:
+    """[T] int32 active tokens before each one of [T, K] ids, ``NOWHERE`` for inactive ones."""
+    active = (ids != NOWHERE).any(1)
+    return np.where(active, active.cumsum() - 1, NOWHERE).astype(np.int32)
+
+
+def _write_rows(
+    memory: HostWindows,
+    layout: ExchangeLayout,
+    slot: int,
+    x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    smooth_scales: torch.Tensor | None,
+) -> None:
+    """Write the rows of the tokens, or of their slots."""
+    fmt, num_slots = layout.row_format, layout.rows_per_token
+    size = len(x) * num_slots * fmt.stride
+    rows = memory.data(memory.rank, slot, layout.rows_start, size).view(-1, fmt.stride)
+    if not layout.per_expert:
+        encode(x, fmt, rows, smooth_scales)
+        return
+    if smooth_scales is None or smooth_scales.dim() == 1:
+        encode(x.repeat_interleave(num_slots, 0), fmt, rows, smooth_scales)
+        return
+    top_k, num_shared = layout.top_k, layout.num_shared_experts
+    # Clamp: slots that are not sent get the factors of some expert.
+    expert = expert_ids.long().clamp(0, layout.num_experts - 1)
+    slots = rows.unflatten(0, (len(x), num_slots))
+    for k in range(top_k):
+        encode(x, fmt, slots[:, k], smooth_scales[num_shared + expert[:, k]])
+    for shared in range(num_shared):
+        encode(x, fmt, slots[:, top_k + shared], smooth_scales[shared])
