@@ -127,8 +127,8 @@ fi
 tests=(tests/kernels tests/test_device.py --ignore tests/kernels/test_compiled.py)
 if [[ $dry_run ]]; then
     part tests 120 "${safely[@]}" "${pytest[@]}" tests/kernels/test_routing_plan.py tests/kernels/test_recv_permutation.py
-    part kernels 120 "$python" bench/bench_kernels.py --dry-run --tokens 5 \
-        --out "$out/kernels.jsonl" "${bench_options[@]}"
+    part kernels 120 "$python" -m moe_triton bench kernels --dry-run --tokens 5 \
+        --json "$out/kernels.jsonl" "${bench_options[@]}"
     part graphs 60 "${safely[@]}" "${pytest[@]}" tests/kernels/test_graphs.py
     note "left out  memory checker: it needs a GPU"
 else
@@ -136,8 +136,8 @@ else
     # The time left by the tests, less the parts that follow.
     seconds=$((most_seconds - SECONDS - 190))
     ((seconds < 60)) && seconds=60
-    part kernels $((seconds + 40)) "$python" bench/bench_kernels.py --seconds "$seconds" \
-        --out "$out/kernels.jsonl" "${bench_options[@]}"
+    part kernels $((seconds + 40)) "$python" -m moe_triton bench kernels --seconds "$seconds" \
+        --json "$out/kernels.jsonl" "${bench_options[@]}"
     if has matplotlib; then
         part plot 30 "$python" -m moe_triton.bench.kernel_plot "$out/kernels.jsonl" "$out/kernels.png"
     fi

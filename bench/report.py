@@ -8,10 +8,11 @@ from moe_triton.bench.tables import (
     LOAD,
     OVERLAP,
     TRANSFORMERS,
+    TRANSPORT,
     TRANSPORT_COPIES,
     kernels,
+    present,
     table,
-    transport_table,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,10 +68,10 @@ def _copies():
     return (
         f"All runs of the README's table ({row['date']}, revision {row['revision']}). By hand is "
         "argsort, `all_to_all_single` of\ncounts, of rows, and back, over gloo; the ratios are "
-        "times faster than by hand.\n\n" + transport_table(rows) + "\n\n"
+        "times faster than by hand.\n\n" + table(rows, present(rows, TRANSPORT)) + "\n\n"
         "In the column `shm` the experts write to `output_rows`; in the next one combine copies "
         "their rows. The\nlast column is a plain copy of the rows that each rank gets delivered, "
-        "and its share of the time of `shm`.\n\n" + transport_table(rows, TRANSPORT_COPIES)
+        "and its share of the time of `shm`.\n\n" + table(rows, present(rows, TRANSPORT_COPIES))
     )
 
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
 from .. import kernels, ref, testing
 from ..kernels import launch_config
 from ..layout import DispatchHeader, Norm, RoutingPlan, RowFormat
+from .models import PRESETS, Shape
 
 BF16, FP32 = torch.bfloat16, torch.float32
 EPSILON = 1e-6
@@ -28,22 +28,7 @@ RANKS = 8  # that stage_tokens writes headers for, all in memory of this device
 CLOSE = {"y": 1.6e-2, "rstd": 1e-5, "scores": 2e-6}
 
 
-class Shape(NamedTuple):
-    """The mixture-of-experts layer of a model."""
-
-    model: str
-    hidden: int
-    experts: int
-    top_k: int
-
-
-SHAPES = (
-    Shape("DeepSeek-V3", 7168, 256, 8),
-    Shape("Qwen3-235B", 4096, 128, 8),
-    Shape("Kimi-K2", 7168, 384, 8),
-    Shape("gpt-oss-120b", 2880, 128, 4),
-    Shape("Mixtral-8x7B", 4096, 8, 2),
-)
+SHAPES = tuple(PRESETS.values())
 TINY = Shape("tiny", 128, 8, 2)
 
 FORMULAS = {

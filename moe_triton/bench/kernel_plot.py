@@ -1,16 +1,8 @@
-"""Plot results of bench_kernels: share of a copy's rate over tokens, one panel per kernel.
-
-    python -m moe_triton.bench.kernel_plot bench/results/<gpu>/kernels.jsonl [kernels.png]
-
-Needs matplotlib (extra ``bench``).
-"""
+"""The plot of ``bench kernels``: share of a copy's rate over tokens, one panel per kernel."""
 
 from __future__ import annotations
 
-import json
 import math
-import sys
-from pathlib import Path
 
 COLUMNS = 5
 TICKS = (1, 16, 256, 4096)
@@ -55,19 +47,3 @@ def plot(rows, path):
 def panel(row):
     """The title of a row's panel."""
     return row["kernel"] + (f", {row['world_size']} ranks" if row["world_size"] > 1 else "")
-
-
-def main():
-    source = Path(sys.argv[1])
-    target = sys.argv[2] if len(sys.argv) > 2 else source.with_suffix(".png")
-    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
-    if not any("share_of_copy" in row for row in rows):
-        sys.exit(f"{source} has no times to plot")
-    try:
-        plot(rows, target)
-    except ModuleNotFoundError as error:
-        sys.exit(f"{error}: plots need pip install 'moe_triton[bench]'")
-
-
-if __name__ == "__main__":
-    main()

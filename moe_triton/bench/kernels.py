@@ -9,7 +9,7 @@ Then follow whole dispatch and combine, of one rank and of 8 ranks that share th
 at 128 and 4096 tokens. The most important cases run first; ``--seconds`` limits the run, which
 reports how many cases it left out.
 
-    moe-triton bench kernels [--seconds 300] [--peers-from FOLDER] [--only TEXT] [--record]
+    moe-triton bench kernels [--seconds 300] [--peers-from FOLDER] [--only TEXT] [--plot a.svg]
     moe-triton bench kernels --dry-run    # a CPU: checks only, on tiny shapes, and no times
 """
 
@@ -28,7 +28,7 @@ import torch
 
 import moe_triton
 
-from . import results, tables
+from . import kernel_plot, output, results, tables
 
 TOKENS = (1, 8, 32, 128, 512, 2048, 4096, 16384)
 FIRST_TOKENS = (4096, 128)
@@ -46,6 +46,7 @@ TARGETS = {
 
 def run(options: argparse.Namespace) -> int:
     """Run the bench; returns 1 if a kernel is wrong."""
+    output.check_arguments(options)
     if options.dry_run:
         moe_triton.set_backend("interpret")
         # numpy warns about intended zeros and infinities.
@@ -62,6 +63,8 @@ def run(options: argparse.Namespace) -> int:
     cases = Run(options)
     cases.all()
     cases.summary()
+    if cases.rows and not options.dry_run:
+        cases.finish()
     return 1 if cases.wrong else 0
 
 
@@ -74,8 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peers-from", type=Path, help="folder with peers, see kernel_peers.py")
     parser.add_argument("--no-peers", action="store_true", help="time only our kernels")
     parser.add_argument("--dry-run", action="store_true", help="check on a CPU without timing")
-    parser.add_argument("--out", type=Path, help="JSON lines; in build/bench/<gpu> by default")
-    parser.add_argument("--record", action="store_true", help="into bench/results/<gpu>")
+    output.add_arguments(parser, plot="the share of a copy over tokens", record=True)
 
 
 def say(text):
@@ -95,12 +97,12 @@ class Run:
         self.start = time.monotonic()
         self.rows, self.wrong, self.left_out = [], [], 0
         self.timer = self.clocks = None
-        self.path = options.out
+        self.path = options.json
         if not options.dry_run:
             self.timer = gpu_timing.Timer(self.device)
             self.clocks = gpu_timing.Clocks(device_uuid(self.device))
             folder = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-            self.path = self.path or results.destination(f"{folder}/kernels", options.record)
+            self.folder = folder
         names = () if options.no_peers else kernel_peers.NAMES
         if options.dry_run:
             names = tuple(name for name in names if name == "pytorch")
@@ -217,6 +219,10 @@ class Run:
         if self.path:
             with self.path.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(self.rows[-1]) + "\n")
+
+    def finish(self):
+        """Draw, compare and record the results, which ``measure`` has written."""
+        output.finish(self.options, self.rows, kernel_plot.plot, record=f"{self.folder}/kernels")
 
     def summary(self):
         if self.options.dry_run:

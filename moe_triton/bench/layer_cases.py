@@ -19,13 +19,13 @@ from .. import ExpertParallel, ref, testing
 from ..layout import RowFormat
 from .kernel_cases import (
     BF16,
-    Shape,
     gather_quant_bytes,
     numbers,
     row_bytes,
     stage_tokens_bytes,
     weighted_sum_bytes,
 )
+from .models import Shape
 
 # Above this many rows per rank, max_recv_tokens is twice the mean: memory for the worst case would
 # fill the device. Eager calls then check for overflow.
@@ -155,9 +155,22 @@ def check(ranks: list[ExpertParallel], inputs: list[Any], quant: str | None) -> 
     for y, recv in zip(outputs, received, strict=True):
         y.copy_(recv.x[: len(y)])
     for (x, _, weights), out in zip(inputs, combine(ranks, received, outputs), strict=True):
-        codes = x if quant is None else ref.quantize_rows(x)[0]
-        total = torch.zeros(x.shape, device=x.device)
-        for k in range(weights.shape[1]):
-            total += codes.to(BF16).float() * weights[:, k, None]
-        if not torch.equal(out, total.to(BF16)):
-            raise AssertionError(f"{len(ranks)} ranks: sums differ from those computed directly")
+        check_sums(out, x, weights, quant)
+
+
+def check_sums(
+    out: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, quant: str | None
+) -> None:
+    """Raise unless ``out`` is the sum of the weighted codes of ``x``, in the order of the slots."""
+    codes = x
+    if quant is not None:
+        fmt = RowFormat.quantized(quant, BF16, x.shape[1])
+        codes = torch.empty(x.shape, dtype=fmt.dtype, device=x.device)
+        scales = torch.empty(fmt.scale_shape(len(x)), dtype=fmt.scale_dtype, device=x.device)
+        rows = torch.arange(len(x), device=x.device)[:, None]
+        ref.gather_quant(x, rows, fmt, None, None, codes, scales)
+    total = torch.zeros(x.shape, device=x.device)
+    for k in range(weights.shape[1]):
+        total += codes.to(BF16).float() * weights[:, k, None]
+    if not torch.equal(out, total.to(BF16)):
+        raise AssertionError("sums of combine differ from those computed directly")

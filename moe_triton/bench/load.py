@@ -10,7 +10,7 @@ replica by rank. Predictions are checked first against ids mapped by that operat
 drawn from the same law after the planned ones: top-8 of 256, 512 tokens per rank, so that no expert
 gets more than an eighth.
 
-    moe-triton bench load [--layers 3] [--plot bench/results/load.svg] [--record]
+    moe-triton bench load [--layers 3] [--plot load.svg]
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ import argparse
 import functools
 import statistics
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from .. import eplb, testing
 from ..compat.torch_npu import npu_moe_update_expert
-from . import results, tables
+from . import output, tables
 
 EXPERTS, TOP_K, TOKENS = 256, 8, 512
 SHAPES = ((8, 288), (16, 288), (32, 288), (64, 320))  # ranks, slots
@@ -38,26 +37,29 @@ PICTURE = {"exponent": 1.0, "ranks": 32}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this bench."""
     parser.add_argument("--layers", type=int, default=3, help="orders of the experts")
-    parser.add_argument("--out", type=Path, help="JSON lines; in build/bench by default")
-    parser.add_argument("--record", action="store_true", help="into bench/results")
-    parser.add_argument("--plot", type=Path, help="a picture of one case, .svg or .png")
+    output.add_arguments(parser, plot="one case", record=True)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the bench; returns the exit code."""
+    output.check_arguments(arguments)
     rows = []
-    for num_ranks, num_slots in SHAPES:
-        for exponent in EXPONENTS:
-            rows.append(measure(num_ranks, num_slots, exponent, arguments.layers))
-            print(tables.table(rows[-1:], tables.LOAD).splitlines()[-1], flush=True)
-    results.write(arguments.out or results.destination("load", arguments.record), rows)
-    print(tables.table(rows, tables.LOAD))
-    if arguments.plot:
-        ranks, slots = next(shape for shape in SHAPES if shape[0] == PICTURE["ranks"])
-        load = zipf(PICTURE["exponent"], layers=1)[0]
-        figure = eplb.plot_load(eplb.plan(load, num_ranks=ranks, num_slots=slots))
-        figure.savefig(arguments.plot, metadata={"Date": None})
+    with output.progress(len(SHAPES) * len(EXPONENTS)) as announce:
+        for num_ranks, num_slots in SHAPES:
+            for exponent in EXPONENTS:
+                announce(f"{num_ranks} ranks, {num_slots} slots, Zipf {exponent}")
+                rows.append(measure(num_ranks, num_slots, exponent, arguments.layers))
+    output.show(rows, tables.LOAD)
+    output.finish(arguments, rows, plot, record="load")
     return 0
+
+
+def plot(_, path):
+    """Draw one case."""
+    ranks, slots = next(shape for shape in SHAPES if shape[0] == PICTURE["ranks"])
+    load = zipf(PICTURE["exponent"], layers=1)[0]
+    figure = eplb.plot_load(eplb.plan(load, num_ranks=ranks, num_slots=slots))
+    figure.savefig(path, metadata={"Date": None})
 
 
 def measure(num_ranks, num_slots, exponent, layers):

@@ -12,7 +12,7 @@ A sample is one operation from a barrier on, and its time that of the slowest ra
 every result is compared with the sum computed directly. The time until the setups return shows that
 they do not wait.
 
-    moe-triton bench overlap [--world-size 2 4] [--late 0 10 40] [--samples 21] [--record]
+    moe-triton bench overlap [--world-size 2 4] [--late 0 10 40] [--samples 21]
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from __future__ import annotations
 import argparse
 import functools
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from .. import testing
 from ..compat import torch_npu
-from . import results, tables
+from . import output, results, tables
 
 WAYS = ("sequence", "overlap")
 OPERATIONS = ("dispatch", "combine")
@@ -41,12 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--world-size", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--late", type=float, nargs="+", default=[0, 10, 40], help="ms")
     parser.add_argument("--samples", type=int, default=21, help="of each way")
-    parser.add_argument("--out", type=Path, help="JSON lines; in build/bench by default")
-    parser.add_argument("--record", action="store_true", help="into bench/results")
+    output.add_arguments(parser, plot=None, record=True)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the bench; returns the exit code."""
+    output.check_arguments(arguments)
     rows = []
     for world in arguments.world_size:
         work = functools.partial(measure, late=arguments.late, samples=arguments.samples)
@@ -55,8 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
             for late in arguments.late:
                 row = summary(world, operation, late, ranks)
                 rows.append(row | {"samples": arguments.samples})
-    results.write(arguments.out or results.destination("overlap", arguments.record), rows)
-    print(tables.table(rows, tables.OVERLAP))
+    output.show(rows, tables.OVERLAP)
+    output.finish(arguments, rows, record="overlap")
     return 0
 
 

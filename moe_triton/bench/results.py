@@ -21,6 +21,10 @@ import moe_triton
 ROOT = Path(__file__).resolve().parents[2]
 
 
+class ResultsError(Exception):
+    """A file that should hold results and does not."""
+
+
 def machine() -> dict[str, Any]:
     """Device, versions and revision, part of every line of results."""
     return {
@@ -60,22 +64,45 @@ def _revision() -> str:
 
 
 def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for line in lines:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
 
 
-def destination(bench: str, record: bool) -> Path:
-    """Where results go: into the checkout only where they are meant to be committed."""
-    return (ROOT / "bench/results" if record else Path("build/bench")) / f"{bench}.jsonl"
+def recorded(bench: str) -> Path:
+    """The file of a checkout that holds the results of a bench.
+
+    Raises:
+        ResultsError: the package is not that of a checkout.
+    """
+    folder = ROOT / "bench/results"
+    if not folder.is_dir():
+        raise ResultsError(f"--record must be used in a checkout, got the package in {ROOT}")
+    return folder / f"{bench}.jsonl"
 
 
 def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON line per row, with the facts of the machine."""
+    """Write one JSON line per row."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    facts = machine()
-    path.write_text("".join(json.dumps({**row, **facts}) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines.
+
+    Raises:
+        ResultsError: there is no such file, or it holds something else.
+    """
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise ResultsError(f"{path} must hold JSON lines of a bench: {error}") from error
+    if not rows or not all(isinstance(row, dict) and "bench" in row for row in rows):
+        raise ResultsError(f"{path} must hold JSON lines of a bench, got other JSON or none")
+    return rows
 
 
 def slowest(seconds_of_ranks: Sequence[Sequence[float]]) -> tuple[float, float]:

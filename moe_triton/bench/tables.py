@@ -40,12 +40,12 @@ TRANSPORT_COPIES: Columns = {
 }
 
 
-def transport_table(rows: Sequence[Row], columns: Columns = TRANSPORT) -> str:
+def present(rows: Sequence[Row], columns: Columns) -> Columns:
     """The columns that the rows have values for; sizes only where they differ."""
     shown = {name: cell for name, cell in columns.items() if _has(rows[0], cell)}
     if len({shown["tokens, hidden"](row) for row in rows}) == 1:
         del shown["tokens, hidden"]
-    return table(rows, shown)
+    return shown
 
 
 def _has(row: Row, cell: Callable[[Row], object]) -> bool:

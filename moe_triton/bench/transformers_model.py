@@ -9,7 +9,7 @@ modules (exchange, experts, and waiting for slower ranks) is reported separately
 
 "prefill" has 128 tokens per rank, "decode" 8. Ours gets ``max_tokens``, as from serving engines.
 
-    moe-triton bench transformers [--world-size 2 4] [--samples 15] [--record]
+    moe-triton bench transformers [--world-size 2 4] [--samples 15]
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ import functools
 import tempfile
 import time
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from .. import testing
-from . import results, tables
+from . import extras, output, results, tables
 
 IMPLEMENTATIONS = ("all_to_all", "gloo", "windows")
 MODEL = {
@@ -43,12 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this bench."""
     parser.add_argument("--world-size", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--samples", type=int, default=15, help="of each implementation")
-    parser.add_argument("--out", type=Path, help="JSON lines; in build/bench by default")
-    parser.add_argument("--record", action="store_true", help="into bench/results")
+    output.add_arguments(parser, plot=None, record=True)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the bench; returns the exit code."""
+    output.check_arguments(arguments)
+    extras.require("transformers", "this bench", "transformers")
     quiet()
     rows = []
     with tempfile.TemporaryDirectory() as path:
@@ -67,8 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
                     ),
                     flush=True,
                 )
-    results.write(arguments.out or results.destination("transformers", arguments.record), rows)
-    print(tables.table(rows, tables.TRANSFORMERS))
+    output.show(rows, tables.TRANSFORMERS)
+    output.finish(arguments, rows, record="transformers")
     return 0
 
 

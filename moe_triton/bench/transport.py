@@ -10,7 +10,7 @@ both directions, by all ranks at once.
 The experts are left out: their outputs are taken to stand where ``output_rows`` says. "copied" is
 the same with outputs anywhere else, which combine must copy into its window.
 
-    moe-triton bench transport [--world-size 2 4 8] [--samples 15] [--record]
+    moe-triton bench transport [--world-size 2 4 8] [--samples 15]
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch.distributed as dist
 import moe_triton
 
 from .. import testing
-from . import results, tables
+from . import output, tables
 
 # Names in the results, and what ``ExpertParallel`` calls them.
 TRANSPORTS = {"shm": "shm", "collective": "collective"}
@@ -44,11 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this bench."""
     parser.add_argument("--world-size", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--samples", type=int, default=15, help="of each implementation")
-    parser.add_argument("--record", action="store_true", help="into bench/results")
+    output.add_arguments(parser, plot=None, record=True)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the bench; returns the exit code."""
+    output.check_arguments(arguments)
     rows = []
     for world in arguments.world_size:
         for quant, tokens, sizes in CASES:
@@ -67,8 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
                 f"load {load:.1f}",
                 flush=True,
             )
-    results.write(results.destination("transport", arguments.record), rows)
-    print(tables.transport_table(rows))
+    output.show(rows, tables.present(rows, tables.TRANSPORT))
+    output.finish(arguments, rows, record="transport")
     return 0
 
 

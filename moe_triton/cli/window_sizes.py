@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from ..ascend import required_buffsize_mb
 from ..ascend.op_names import DISPATCH
+from ..bench.models import PRESETS
 from ..layout import QUANTS
 from ..ops import window_bytes
 from .terminal import Terminal, positive, size
@@ -25,13 +26,7 @@ class Shape:
     hidden: int
 
 
-MODELS = {
-    "deepseek-v3": Shape(256, 8, 7168),
-    "kimi-k2": Shape(384, 8, 7168),
-    "qwen3-235b": Shape(128, 8, 4096),
-    "gpt-oss-120b": Shape(128, 4, 2880),
-    "mixtral": Shape(8, 2, 4096),
-}
+MODELS = {name: Shape(shape.experts, shape.top_k, shape.hidden) for name, shape in PRESETS.items()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -44,7 +44,7 @@ def test_dry_run(tmp_path):
     out = tmp_path / "kernels.jsonl"
     command = [sys.executable, "-m", "moe_triton", "bench", "kernels", "--dry-run"]
     done = subprocess.run(
-        [*command, "--tokens", "5", "--out", out],
+        [*command, "--tokens", "5", "--json", out],
         capture_output=True,
         text=True,
         timeout=240,
@@ -267,7 +267,7 @@ def test_a_run_with_times(cuda, monkeypatch, tmp_path, capsys):
     shapes = [kernel_cases.TINY._replace(model=model) for model in (kernels.FIRST_MODEL, "other")]
     monkeypatch.setattr(kernel_cases, "SHAPES", shapes)
     out = tmp_path / "kernels.jsonl"
-    options = parsed("--tokens", "1", "3", "--only", "quant bf16", "--out", str(out))
+    options = parsed("--tokens", "1", "3", "--only", "quant bf16", "--json", str(out))
     options.device = torch.device("cpu")
     monkeypatch.setattr(kernel_peers, "NAMES", ("pytorch",))
     run = kernels.Run(options)

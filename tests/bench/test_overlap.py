@@ -12,7 +12,7 @@ BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 def test_setups_do_not_wait_for_a_late_rank(tmp_path):
     out, late = tmp_path / "overlap.jsonl", 500
-    command = [sys.executable, BENCH / "bench_overlap.py", "--out", out, "--world-size", "2"]
+    command = [sys.executable, BENCH / "bench_overlap.py", "--json", out, "--world-size", "2"]
     done = subprocess.run(
         [*command, "--late", str(late), "--samples", "2"],
         capture_output=True,
