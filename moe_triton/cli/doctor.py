@@ -45,6 +45,7 @@ ENVIRONMENT: dict[str, str] = {
     "Triton is not imported yet",
     "WORLD_SIZE": "set by torchrun: above 1, ExpertParallel without a group raises until "
     "torch.distributed is initialised",
+    "LOCAL_RANK": "set by torchrun: the GPU of a rank of `moe-triton bench layer`",
     "HCCL_BUFFSIZE": "MB of a group's communication buffer on Ascend; the profiles a2, a3 and 950 "
     "check it where it is set",
     "HCCL_INTRA_PCIE_ENABLE": "1, together with HCCL_INTRA_ROCE_ENABLE=0: hierarchical algorithm "
