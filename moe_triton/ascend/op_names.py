@@ -25,6 +25,13 @@ TOKEN_PERMUTE = "npu_moe_token_permute"
 TOKEN_UNPERMUTE = "npu_moe_token_unpermute"
 TOKEN_PERMUTE_MAP = "npu_moe_token_permute_with_routing_map"
 TOKEN_UNPERMUTE_MAP = "npu_moe_token_unpermute_with_routing_map"
+DYNAMIC_QUANT = "npu_dynamic_quant"
+DYNAMIC_MX_QUANT = "npu_dynamic_mx_quant"
+SWIGLU = "npu_swiglu"
+SWIGLU_BACKWARD = "npu_swiglu_backward"
+RMS_NORM = "npu_rms_norm"
+RMS_NORM_BACKWARD = "npu_rms_norm_backward"
+GROUPED_MATMUL = "npu_grouped_matmul"
 
 FAMILIES = {
     DISPATCH: "v1",

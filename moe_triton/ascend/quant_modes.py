@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ from ..ops.quantization import E8M0, as_e8m0
 _NUMBERS = {
     1: torch.int8,
     258: torch.int8,
+    3: torch.int32,
+    259: torch.int32,
     5: torch.float16,
     257: torch.float16,
     6: torch.float32,
@@ -36,6 +39,8 @@ _UNSUPPORTED: dict[object, str] = {
     290: "HiFloat8",
     296: "fp4 (e2m1)",
     297: "fp4 (e1m2)",
+    16: "packed int4",
+    torch.quint4x2: "packed int4",
 }
 if hasattr(torch, "float4_e2m1fn_x2"):  # of torch 2.8
     _UNSUPPORTED |= {45: "fp4 (e2m1)", torch.float4_e2m1fn_x2: "fp4 (e2m1)"}
@@ -72,14 +77,24 @@ def dtype_number(kind: object) -> object:
     return known.get(kind, kind) if isinstance(kind, torch.dtype) else kind
 
 
-def named_dtype(op: str, argument: str, value: object) -> torch.dtype | None:
-    """The dtype of an argument that is a torch dtype or torch_npu's number of one.
+def named_dtype(
+    op: str, argument: str, value: object, allowed: Sequence[torch.dtype] | None = None
+) -> torch.dtype | None:
+    """The dtype of an argument that is a torch dtype or torch_npu's number of one; None of None.
 
     Raises:
-        ArgumentTypeError: any other value, or a format that this library does not support.
+        ArgumentTypeError: any other value, a format that this library does not support, or a dtype
+            that is not ``allowed``.
     """
     if value is None:
         return None
+    kind = _known_dtype(op, argument, value)
+    if allowed is not None and kind not in allowed:
+        raise ArgumentTypeError(op, argument, f"be one of {[*allowed]}", kind)
+    return kind
+
+
+def _known_dtype(op: str, argument: str, value: object) -> torch.dtype:
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         value = int(value)
     if isinstance(value, (int, torch.dtype)):
@@ -88,9 +103,18 @@ def named_dtype(op: str, argument: str, value: object) -> torch.dtype | None:
             raise ArgumentTypeError(op, argument, contract, f"{value}, {_UNSUPPORTED[value]}")
         kind = value if isinstance(value, torch.dtype) else _NUMBERS.get(value)
         if kind in _NUMBERS.values():
+            assert kind is not None
             return kind
-    contract = "be a torch dtype of 8 or 16 bits, or torch_npu's number of one"
+    contract = "be a torch dtype of 8 to 32 bits, or torch_npu's number of one"
     raise ArgumentTypeError(op, argument, contract, repr(value))
+
+
+def fake_dtype(value: object, default: torch.dtype) -> torch.dtype:
+    """The dtype that ``named_dtype`` finds, for fake outputs; ``default`` for None and errors."""
+    try:
+        return named_dtype("", "", value) or default
+    except ArgumentTypeError:
+        return default
 
 
 def stored_as(op: str, name: str, tensor: torch.Tensor, kind: torch.dtype | None) -> torch.Tensor:

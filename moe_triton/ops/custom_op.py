@@ -27,8 +27,9 @@ _KINDS: dict[str, Any] = {
 
 def _is(value: object, kind: str) -> bool:
     """Whether a value has a schema's type; the dispatcher takes other types, and converts them."""
-    if kind == "List[int]":
-        return isinstance(value, (list, tuple)) and all(_is(item, "int") for item in value)
+    if kind.startswith("List["):
+        item = kind.removeprefix("List[").removesuffix("]")
+        return isinstance(value, (list, tuple)) and all(_is(one, item) for one in value)
     if kind == "bool" or isinstance(value, bool):
         return isinstance(value, bool) and kind == "bool"
     return isinstance(value, _KINDS[kind])

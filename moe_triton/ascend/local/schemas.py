@@ -9,20 +9,31 @@ from __future__ import annotations
 from ...ops.custom_op import Function
 from ..op_names import (
     COMPUTE_EXPERT_TOKENS,
+    DYNAMIC_MX_QUANT,
+    DYNAMIC_QUANT,
     FINALIZE_ROUTING,
     GATING_TOP_K,
     GATING_TOP_K_SOFTMAX,
     GATING_TOP_K_SOFTMAX_V2,
+    GROUPED_MATMUL,
     INIT_ROUTING_V2,
     RE_ROUTING,
+    RMS_NORM,
+    RMS_NORM_BACKWARD,
+    SWIGLU,
+    SWIGLU_BACKWARD,
     TOKEN_PERMUTE,
     TOKEN_PERMUTE_MAP,
     TOKEN_UNPERMUTE,
     TOKEN_UNPERMUTE_MAP,
 )
 from . import backward, gating, init_routing, permute, routing_map
+from . import dynamic_quant as dynamic_quantisation
 from . import finalize_routing as finalizing
+from . import grouped_matmul as matmul
 from . import re_routing as rerouting
+from . import rms_norm as norm
+from . import swiglu as glu
 
 gating_top_k = Function(
     GATING_TOP_K,
@@ -136,4 +147,72 @@ finalize_routing = Function(
     outputs=finalizing.finalize_routing_outputs,
     backward=backward.finalize_backward,
     save=backward.save_finalize,
+)
+
+dynamic_quant = Function(
+    DYNAMIC_QUANT,
+    "Tensor x, *, Tensor? smooth_scales=None, Tensor? group_index=None, int? dst_type=None, "
+    'str quant_mode="pertoken", float dst_type_max=0.0',
+    "(Tensor y, Tensor scale)",
+    run=dynamic_quantisation.dynamic_quant,
+    outputs=dynamic_quantisation.dynamic_quant_outputs,
+)
+
+dynamic_mx_quant = Function(
+    DYNAMIC_MX_QUANT,
+    'Tensor x, *, int axis=-1, str round_mode="rint", int dst_type=296, int block_size=32, '
+    "int? scale_alg=0, float dst_type_max=0.0, float max_low_bound=0.0",
+    "(Tensor y, Tensor mxscale)",
+    run=dynamic_quantisation.dynamic_mx_quant,
+    outputs=dynamic_quantisation.dynamic_mx_quant_outputs,
+)
+
+swiglu = Function(
+    SWIGLU,
+    "Tensor x, int dim=-1",
+    "Tensor",
+    run=glu.swiglu,
+    outputs=glu.swiglu_outputs,
+    backward=glu.backward,
+    save=glu.save,
+)
+
+swiglu_backward = Function(
+    SWIGLU_BACKWARD,
+    "Tensor grad_output, Tensor x, int dim=-1",
+    "Tensor",
+    run=glu.swiglu_backward,
+    outputs=glu.swiglu_backward_outputs,
+)
+
+rms_norm = Function(
+    RMS_NORM,
+    "Tensor x, Tensor gamma, float epsilon=1e-06",
+    "(Tensor y, Tensor rstd)",
+    run=norm.rms_norm,
+    outputs=norm.rms_norm_outputs,
+    backward=norm.backward,
+    save=norm.save,
+)
+
+rms_norm_backward = Function(
+    RMS_NORM_BACKWARD,
+    "Tensor dy, Tensor x, Tensor gamma, Tensor rstd",
+    "(Tensor dx, Tensor dgamma)",
+    run=norm.rms_norm_backward,
+    outputs=norm.rms_norm_backward_outputs,
+)
+
+grouped_matmul = Function(
+    GROUPED_MATMUL,
+    "Tensor[] x, Tensor[] weight, *, Tensor[]? bias=None, Tensor[]? scale=None, "
+    "Tensor[]? offset=None, Tensor[]? antiquant_scale=None, Tensor[]? antiquant_offset=None, "
+    "Tensor[]? per_token_scale=None, Tensor? group_list=None, Tensor[]? activation_input=None, "
+    "Tensor[]? activation_quant_scale=None, Tensor[]? activation_quant_offset=None, "
+    "int? split_item=0, int? group_type=None, int? group_list_type=0, int? act_type=0, "
+    "int[]? tuning_config=None, int? output_dtype=None, int? x_dtype=None, "
+    "int? weight_dtype=None, int? scale_dtype=None, int? per_token_scale_dtype=None",
+    "Tensor[]",
+    run=matmul.grouped_matmul,
+    outputs=matmul.grouped_matmul_outputs,
 )

@@ -27,6 +27,13 @@ from .combine import (
     npu_moe_distribute_combine_v2,
 )
 from .dispatch import npu_moe_distribute_dispatch, npu_moe_distribute_dispatch_v2
+from .experts import (
+    npu_grouped_matmul,
+    npu_rms_norm,
+    npu_rms_norm_backward,
+    npu_swiglu,
+    npu_swiglu_backward,
+)
 from .gating import (
     npu_moe_gating_top_k,
     npu_moe_gating_top_k_softmax,
@@ -38,6 +45,7 @@ from .permute import (
     npu_moe_token_unpermute,
     npu_moe_token_unpermute_with_routing_map,
 )
+from .quantize import npu_dynamic_mx_quant, npu_dynamic_quant
 from .routing import (
     npu_moe_compute_expert_tokens,
     npu_moe_finalize_routing,
@@ -53,6 +61,9 @@ from .split_phase import (
 from .update_expert import npu_moe_update_expert
 
 __all__ = [
+    "npu_dynamic_mx_quant",
+    "npu_dynamic_quant",
+    "npu_grouped_matmul",
     "npu_moe_compute_expert_tokens",
     "npu_moe_distribute_combine",
     "npu_moe_distribute_combine_add_rms_norm",
@@ -74,4 +85,8 @@ __all__ = [
     "npu_moe_token_unpermute",
     "npu_moe_token_unpermute_with_routing_map",
     "npu_moe_update_expert",
+    "npu_rms_norm",
+    "npu_rms_norm_backward",
+    "npu_swiglu",
+    "npu_swiglu_backward",
 ]
