@@ -65,11 +65,7 @@ def recognise(
             flat, reference.diff(prepend=reference.new_zeros(1))
         ):
             return PREFIX_SUMS
-    if (
-        name == "expert_token_nums"
-        and world.op == op_names.DISPATCH_TEARDOWN
-        and found.numel() > 1
-    ):
+    if name == "expert_token_nums" and world.op == op_names.DISPATCH_TEARDOWN and found.numel() > 1:
         return NOT_FILLED
     if world.calls[rank].number("quant_mode") == 4 and found.dtype.itemsize == 1:
         differs = differing(found, expected)

@@ -152,9 +152,7 @@ def sum_hint(
     return ""
 
 
-def _hypotheses(
-    factors: dict[int, float], top_k: int
-) -> Iterator[tuple[str, dict[int, float]]]:
+def _hypotheses(factors: dict[int, float], top_k: int) -> Iterator[tuple[str, dict[int, float]]]:
     routed = sorted(slot for slot in factors if slot < top_k)
     for i, j in itertools.combinations(routed, 2):
         swapped = factors | {i: factors[j], j: factors[i]}

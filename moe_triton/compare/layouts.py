@@ -126,6 +126,4 @@ def _shared_rows(
     token = torch.cat([*tokens, torch.empty(0, dtype=torch.long)])
     sizes = torch.tensor([len(part) for part in tokens], dtype=torch.long)
     source = torch.tensor(sources, dtype=torch.long).repeat_interleave(sizes)
-    return Rows(
-        source, token, torch.full_like(token, slot), torch.full_like(token, -1 - shared)
-    )
+    return Rows(source, token, torch.full_like(token, slot), torch.full_like(token, -1 - shared))

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -86,23 +87,17 @@ def merged(parts: Iterable[Errors]) -> Errors:
     """The errors of several tensors together."""
     total = Errors()
     for part in parts:
-        total = Errors(
-            **{
-                field.name: _join(field.name, getattr(total, field.name), getattr(part, field.name))
-                for field in dataclasses.fields(Errors)
-            }
-        )
+        changes: dict[str, Any] = {}
+        for field in dataclasses.fields(Errors):
+            a, b = getattr(total, field.name), getattr(part, field.name)
+            if isinstance(a, tuple):
+                changes[field.name] = tuple(x + y for x, y in zip(a, b, strict=True))
+            elif field.name.startswith("ma"):
+                changes[field.name] = math.nan if math.isnan(a + b) else max(a, b)
+            else:
+                changes[field.name] = a + b
+        total = Errors(**changes)
     return total
-
-
-def _join(name: str, a: object, b: object) -> object:
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        return tuple(x + y for x, y in zip(a, b, strict=True))
-    assert isinstance(a, (int, float))
-    assert isinstance(b, (int, float))
-    if name.startswith("ma"):
-        return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
-    return a + b
 
 
 def differing(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ from .rules import Kind
 from .worlds import WorldCall
 
 _ASSIST = 3  # words of assist_info_for_combine that a row has
+_RECEIVED = "received rows only; the others are not written"
 _CODES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -186,10 +187,10 @@ def region(
     if is_dispatch(world.op):
         return _dispatch(world, geometry, rank, inputs, name, expected)
     if world.op == op_names.DISPATCH_SETUP:
-        return _dispatch_setup(geometry, rank, inputs, name, expected)
+        return _dispatch_setup(geometry, rank, inputs, name)
     if world.op == op_names.COMBINE_SETUP:
         return Region(undefined="opaque between setup and teardown")
-    return _combine(geometry, rank, name, expected)
+    return _combine(geometry, rank)
 
 
 def _dispatch(
@@ -212,7 +213,7 @@ def _dispatch(
         "experts": geometry.row_experts(rank),
     }
     size = len(expected[name])
-    beyond = f"the first {both} of {size} rows, which were received"
+    beyond = "" if both == size else _RECEIVED
     prequantized = inputs.tensor("scales") is not None and call.number("quant_mode") == 0
     if name == "expand_x":
         quantized = call.number("quant_mode") != 0
@@ -231,17 +232,21 @@ def _dispatch(
             width=_ASSIST,
             rows=n,
             name=lambda row: f"words {3 * row} to {3 * row + 2} of {row_name(row)}",
-            note=f"{_ASSIST} words of each of {n} rows of {size} words",
+            note=f"the first {_ASSIST} words for each received row",
         )
     if name in ("ep_recv_counts", "assist_info_for_combine"):
         return _counts(world, geometry, rank, name, expected)
     if name == "expand_idx":
         return _expand_idx(geometry, rank)
     if name == "expert_token_nums":
-        first = 0 if geometry.topology is None else geometry.topology.local_experts(rank // tp).start
+        first = (
+            0 if geometry.topology is None else geometry.topology.local_experts(rank // tp).start
+        )
         shared = geometry.topology is not None and geometry.topology.is_shared_rank(rank // tp)
         return Region(
-            name=lambda row: "the shared expert's rows" if shared else f"rows of expert {first + row}"
+            name=lambda row: (
+                "the shared expert's rows" if shared else f"rows of expert {first + row}"
+            )
         )
     if name == "tp_recv_counts":
         if tp != 2:
@@ -250,7 +255,7 @@ def _dispatch(
     if name == "expand_scales":
         if arguments.get("comm_alg") != "hierarchy" or inputs.tensor("expert_scales") is None:
             return Region(undefined='kernels write it with comm_alg="hierarchy" alone')
-        return Region(rows=n, name=geometry.row_name(rank), note=f"the first {n} of {size} rows")
+        return Region(rows=n, name=geometry.row_name(rank), note=_RECEIVED)
     raise AssertionError(name)
 
 
@@ -275,7 +280,7 @@ def _counts(
         return f"element {row} ({expert}, source rank {row % ep}{peer})"
 
     size = len(expected[name])
-    note = f"the first {n} of {size} words, the prefix sums" if size > n else ""
+    note = "the prefix sums; the words behind them are undefined" if size > n else ""
     return Region(width=1, rows=n, name=describe, note=note)
 
 
@@ -289,16 +294,16 @@ def _expand_idx(geometry: Geometry, rank: int) -> Region:
 
     def describe(row: int) -> str:
         slot = int(slots[row])
-        return f"element {slot} (token {slot // top_k}, slot {slot % top_k}, expert {int(ids[slot])})"
+        return (
+            f"element {slot} (token {slot // top_k}, slot {slot % top_k}, expert {int(ids[slot])})"
+        )
 
     slots = active.nonzero()[:, 0]
-    note = "" if bool(active.all()) else f"{len(slots)} active of {len(active)} slots"
+    note = "" if bool(active.all()) else "slots of the mask only"
     return Region(width=1, rows=slots, name=describe, note=note, experts=ids[slots])
 
 
-def _dispatch_setup(
-    geometry: Geometry, rank: int, inputs: RankInputs, name: str, expected: Tensors
-) -> Region:
+def _dispatch_setup(geometry: Geometry, rank: int, inputs: RankInputs, name: str) -> Region:
     if name == "comm_cmd_info":
         return Region(undefined="opaque between setup and teardown")
     if name == "expand_idx":
@@ -320,12 +325,12 @@ def _dispatch_setup(
         rows=slots,
         columns=x.shape[1],
         name=describe,
-        note=f"{x.shape[1]} of {expected[name].shape[1]} columns of the routed rows",
+        note="the routed rows of the mask, without scales and padding",
         experts=batch.ids.reshape(-1)[slots],
     )
 
 
-def _combine(geometry: Geometry, rank: int, name: str, expected: Tensors) -> Region:
+def _combine(geometry: Geometry, rank: int) -> Region:
     batch = geometry.batch(rank)
     if batch is None:
         return Region(Kind.VALUES, name=lambda row: f"token {row}")
@@ -336,7 +341,7 @@ def _combine(geometry: Geometry, rank: int, name: str, expected: Tensors) -> Reg
         token = int(tokens[row])
         return f"token {token} (experts {', '.join(map(str, ids[token].tolist()))})"
 
-    note = "" if len(tokens) == len(ids) else f"{len(tokens)} active of {len(ids)} tokens"
+    note = "" if len(tokens) == len(ids) else "tokens of the mask only; the others are not written"
     first = ids[tokens, 0] if ids.shape[1] else None
     return Region(Kind.VALUES, rows=tokens, name=describe, note=note, experts=first)
 
@@ -379,7 +384,7 @@ def _init_routing(inputs: RankInputs, name: str, size: int) -> Region:
     if len(chosen) == 2:
         kept = int(((ids >= chosen[0]) & (ids < chosen[1])).sum())
     rows = size if number("drop_pad_mode") else min(kept, size)
-    note = "" if rows == size else f"the first {rows} of {size} rows"
+    note = "" if rows == size else "rows of copies only; the others are not written"
     quant = number("quant_mode", -1)
     if name == "expert_token_cumsum_or_count":
         if not arguments.get("expert_tokens_num_flag"):

@@ -118,7 +118,9 @@ def _world(op: str, step: str, calls: list[RankCall], report: Report) -> WorldCa
         return None
     ((ep, tp),) = sizes
     if not 1 <= ep <= 4096 or tp not in (1, 2):
-        report(place, f"ep_world_size must be 1 to 4096 and tp_world_size at most 2, got {ep}, {tp}")
+        report(
+            place, f"ep_world_size must be 1 to 4096 and tp_world_size at most 2, got {ep}, {tp}"
+        )
         return None
     by_rank: dict[int, RankCall] = {}
     for call in calls:
@@ -162,8 +164,9 @@ def _with_setups(worlds: list[WorldCall], report: Report) -> list[WorldCall]:
             if not setups:
                 report(world.place, f"its {_SETUPS[world.op]} is missing")
                 continue
-            world = dataclasses.replace(world, setups=setups.pop(0).calls)
-        result.append(world)
+            result.append(dataclasses.replace(world, setups=setups.pop(0).calls))
+        else:
+            result.append(world)
     return result
 
 
