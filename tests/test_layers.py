@@ -37,6 +37,11 @@ ALLOWED = {
     "testing": {"comm", "errors", "ref", "topology"},
     "compat": {"ascend", "errors"},
     "integrations": {"errors", "expert_parallel", "ops"},
+    "record": {"ascend", "compat", "errors"},
+    "compare": {
+        *("ascend", "backend", "bench", "compat", "errors", "profile", "record", "testing"),
+        *("topology", ""),
+    },
     "emulate": {"ascend", "compat", "errors", "ops"},
     # A user of the package, who also times steps alone.
     "bench": {

@@ -1,4 +1,4 @@
-"""The command line: ``demo``, ``bench``, ``doctor`` and ``npu-run`` of ``moe-triton``."""
+"""The command line: ``moe-triton`` and its commands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import bench, demo, doctor, npu_run
+from . import bench, compare, demo, doctor, npu_run, record
 
 # Exit codes of shells for a program ended by a signal.
 _INTERRUPTED = 128 + 2
@@ -34,11 +34,26 @@ operators are those of moe_triton. Other operators raise an error with their nam
 emulation on stderr; if torch_npu can be imported, the script gets that instead. The exit status is
 the script's, and 1 if that is 0 but a process that it started through multiprocessing failed.
 """
+_COMPARE = """
+Run the calls of a dump from Ascend, or of a record from any machine, here on as many local ranks,
+and compare every output: an msprobe dump, converted kernel dumps (.npy), torch.save files that a
+YAML file names, or a record of moe-triton record. Only memory that the operators define is
+compared. Exit status 1 when something is out of its rule or could not be used, 2 when nothing could
+be compared.
+"""
+_RECORD = """
+Run an unmodified script and record its calls of the npu_moe_* operators, inputs and outputs, for
+moe-triton compare: on an NPU with torch_npu, under moe-triton npu-run -m moe_triton.record, or with
+moe_triton.compat.torch_npu anywhere. A folder per rank, bounded in size; torchrun and processes
+that the script starts are recorded too. The exit status is the script's.
+"""
 _COMMANDS = (
     (demo, "demo", "run an MoE layer over 8 processes and check it", _DEMO),
     (bench, "bench", "measure kernels, layers and transports", _BENCH),
     (doctor, "doctor", "report what works on this machine, and the size of windows", _DOCTOR),
     (npu_run, "npu-run", "run an Ascend script without an NPU", _NPU_RUN),
+    (compare, "compare", "compare results from Ascend with the same calls here", _COMPARE),
+    (record, "record", "record a script's calls of the operators", _RECORD),
 )
 
 
@@ -49,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments, by default those of the process.
 
     Returns:
-        The exit code: 0, or 1 if the demo finds an error; for npu-run the script's.
+        The exit code: 0, or 1 if the demo finds an error; for npu-run and record the
+        script's; for compare 1 out of rule, 2 nothing compared.
 
     Raises:
         SystemExit: with 0 after ``--help`` and ``--version``, with 2 for wrong arguments.

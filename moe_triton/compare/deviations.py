@@ -23,14 +23,14 @@ NOT_FILLED = "counts-not-filled"
 NOT_SATURATED = "mx-not-saturated"
 
 DEVIATIONS: dict[str, str] = {
-    CONTIGUOUS: "shared ranks keep their own tokens and get contiguous parts of the others', as the "
-    "A3 kernels of 2025 deal them out; newer ones take the source rank modulo S / NS. The results "
-    "of combine are the same",
+    CONTIGUOUS: "shared ranks keep their own tokens and get contiguous parts of the others', as "
+    "the A3 kernels of 2025 deal them out; newer ones take the source rank modulo S / NS. The "
+    "results of combine are the same",
     INVERSE: "dynamic_scales holds 127 / amax, by which rows were multiplied, as a formula of the "
     "API document has it; the operators return its reciprocal, by which rows are dequantised",
     PREFIX_SUMS: "prefix sums where counts were asked for, or counts where prefix sums were",
-    NOT_FILLED: "dispatch_teardown of A3 (2025) leaves expert_token_nums unwritten where a rank has "
-    "more than one expert",
+    NOT_FILLED: "dispatch_teardown of A3 (2025) leaves expert_token_nums unwritten where a rank "
+    "has more than one expert",
     NOT_SATURATED: "NaN or infinity where an MX code overflows: the kernels of 950 cast without "
     "saturation, where OCP MX and the CPU reference of CANN saturate",
 }
@@ -132,11 +132,9 @@ def contiguous_counts(geometry: Geometry, rank: int) -> torch.Tensor:
     topology = _topology(geometry)
     shared = topology.num_shared_ranks
     counts = []
-    for source, batch in enumerate(geometry.planes[0]):
-        part, dealer = rank, source
-        if source < shared:
-            part, dealer, batch = source, rank, geometry.planes[0][rank]
-        size = int(batch.tokens.sum())
+    for source in range(topology.world_size):
+        part, dealer = (source, rank) if source < shared else (rank, source)
+        size = int(geometry.planes[0][dealer].tokens.sum())
         start, stop = ((part + i + dealer) * size // shared for i in (0, 1))
         counts.append(stop - start)
     return torch.tensor(counts, dtype=torch.int32).cumsum(0).int()

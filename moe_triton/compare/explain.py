@@ -60,7 +60,7 @@ class Difference:
         return text + (f"; {self.hint}" if self.hint else "")
 
 
-def _number(value: float | int | bool) -> str:
+def _number(value: float | bool) -> str:
     return f"{value:.9g}" if isinstance(value, float) else str(value)
 
 
@@ -166,7 +166,7 @@ def _hypotheses(factors: dict[int, float], top_k: int) -> Iterator[tuple[str, di
     yield "without weights", dict.fromkeys(factors, 1.0)
     shared = [slot for slot in factors if slot >= top_k]
     if shared and routed:
-        first = factors | {slot: factors[routed[0]] for slot in shared}
+        first = factors | dict.fromkeys(shared, factors[routed[0]])
         yield "with the shared experts' rows weighted like slot 0", first
 
 

@@ -64,7 +64,7 @@ class Errors:
 
     @property
     def cosine(self) -> float:
-        """msprobe's Cosine: 1 for zeros on both sides, NaN for zeros on one."""
+        """Msprobe's Cosine: 1 for zeros on both sides, NaN for zeros on one."""
         xy, xx, yy = self.products
         eps = torch.finfo(torch.float64).eps
         if not self.elements or math.sqrt(xx) <= eps >= math.sqrt(yy):
@@ -176,7 +176,7 @@ def errors(found: torch.Tensor, expected: torch.Tensor) -> Errors:
 
 
 def _relative(x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """msprobe's relative error: floats of up to 32 bits in float32, integers in float64."""
+    """Msprobe's relative error: floats of up to 32 bits in float32, integers in float64."""
     kind = torch.float32 if dtype.is_floating_point and dtype.itemsize < 8 else torch.float64
     a, b = x.to(kind), y.to(kind)
     eps = torch.finfo(kind).eps

@@ -239,15 +239,7 @@ def _dispatch(
     if name == "expand_idx":
         return _expand_idx(geometry, rank)
     if name == "expert_token_nums":
-        first = (
-            0 if geometry.topology is None else geometry.topology.local_experts(rank // tp).start
-        )
-        shared = geometry.topology is not None and geometry.topology.is_shared_rank(rank // tp)
-        return Region(
-            name=lambda row: (
-                "the shared expert's rows" if shared else f"rows of expert {first + row}"
-            )
-        )
+        return _token_nums(geometry, rank)
     if name == "tp_recv_counts":
         if tp != 2:
             return Region(undefined="not written without tensor parallelism")
@@ -282,6 +274,14 @@ def _counts(
     size = len(expected[name])
     note = "the prefix sums; the words behind them are undefined" if size > n else ""
     return Region(width=1, rows=n, name=describe, note=note)
+
+
+def _token_nums(geometry: Geometry, rank: int) -> Region:
+    topology, ep_rank = geometry.topology, rank // geometry.world.tp_world
+    if topology is not None and topology.is_shared_rank(ep_rank):
+        return Region(name=lambda row: f"element {row} (the shared expert)")
+    first = 0 if topology is None else topology.local_experts(ep_rank).start
+    return Region(name=lambda row: f"element {row} (expert {first + row})")
 
 
 def _expand_idx(geometry: Geometry, rank: int) -> Region:
@@ -369,9 +369,9 @@ def _local(op: str, inputs: RankInputs, name: str, expected: Tensors) -> Region:
         return Region(name=lambda i: f"token {i}")
     if op == op_names.INIT_ROUTING_V2:
         return _init_routing(inputs, name, size)
-    if op == op_names.RE_ROUTING and name == "permute_per_token_scales":
-        if inputs.tensor("per_token_scales") is None:
-            return Region(undefined="not written without per_token_scales")
+    unscaled = op == op_names.RE_ROUTING and inputs.tensor("per_token_scales") is None
+    if unscaled and name == "permute_per_token_scales":
+        return Region(undefined="not written without per_token_scales")
     return row
 
 

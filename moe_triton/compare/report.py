@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -263,7 +264,7 @@ def _errors_json(errors: Errors) -> dict[str, Any]:
 def bin_names() -> list[str]:
     """Names of the bins of the ULP histogram."""
     names = ["0"]
-    for low, high in zip(ULP_BINS, ULP_BINS[1:], strict=False):
+    for low, high in itertools.pairwise(ULP_BINS):
         names.append(str(high) if high == low + 1 else f"{low + 1}-{high}")
     return [*names, f">{ULP_BINS[-1]}"]
 

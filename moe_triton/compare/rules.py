@@ -1,16 +1,12 @@
 """The rules by which an output is in order, and the standards that choose among them.
 
-=========  ==========================================================================================
-standard   rule of an output
-=========  ==========================================================================================
-cann       integers, counts, indices and moved rows: equal bits ("binary consistency"); quantised
-           codes: at most 1 apart, on less than 0.1 % of them; scales and sums: the community
-           standard, mean relative error < T and the largest < 10 T
-msprobe    the Result column of msprobe compare, for outputs whose inputs are equal: error where NaN
-           or infinity is on one side only or the one-thousandth ratio is below 0.6, warning where
-           Cosine is below 0.9
-exact      equal bits everywhere, to compare two machines that run this library
-=========  ==========================================================================================
+cann      integers, counts, indices and moved rows: equal bits ("binary consistency"); quantised
+          codes: at most 1 apart, on less than 0.1 % of them; scales and sums: the community
+          standard, mean relative error < T and the largest < 10 T
+msprobe   the Result column of msprobe compare, for outputs whose inputs are equal: error where NaN
+          or infinity is on one side only or the one-thousandth ratio is below 0.6, warning where
+          Cosine is below 0.9
+exact     equal bits everywhere, to compare two machines that run this library
 
 Source: the precision standards of Ascend/msprobe and CANN, as docs/comparing.md quotes them.
 """

@@ -121,8 +121,8 @@ class _Session:
             ranks = self._output(world, geometry, contiguous, inputs, found, broken, expected, name)
             if ranks is not None:
                 outputs.append(ranks)
-        for deviation in sorted({d for output in outputs for d in output.deviations}):
-            notes.append(f"{deviation}: {DEVIATIONS[deviation]}")
+        names = sorted({name for output in outputs for name in output.deviations})
+        notes += [f"{name}: {DEVIATIONS[name]}" for name in names]
         return dataclasses.replace(result, outputs=tuple(outputs), notes=tuple(notes))
 
     def _outputs(self, world: WorldCall) -> tuple[list[Tensors], list[dict[str, str]]]:
@@ -314,10 +314,9 @@ def _sizes(world: WorldCall, inputs: list[RankInputs]) -> str:
     if rows is not None and rows.dim() == 2:
         words.append(f"H {rows.shape[1]}")
     words += [f"K {first.shape[1]}", f"E {call.number('moe_expert_num')}"]
-    if call.number("shared_expert_rank_num"):
-        words.append(
-            f"{call.number('shared_expert_num', 1)} shared on {call.number('shared_expert_rank_num')}"
-        )
+    shared = call.number("shared_expert_rank_num")
+    if shared:
+        words.append(f"{call.number('shared_expert_num', 1)} shared on {shared}")
     for name in ("quant_mode", "comm_quant_mode"):
         if call.number(name):
             words.append(f"{name} {call.number(name)}")

@@ -4,8 +4,8 @@
     PATH/rank{R}/{number}.{op}.json                the call, written last
     PATH/rank{R}/{number}.{op}.safetensors         its tensors, as input.{name} and output.{name}
 
-Rows that were not received are not stored: the JSON file has the shape of the whole tensor, and they
-are read as zeros.
+Rows that were not received are not stored: the JSON file has the shape of the whole tensor, and
+they are read as zeros.
 """
 
 from __future__ import annotations
@@ -88,7 +88,10 @@ def write_call(
             if not isinstance(value, torch.Tensor):
                 description[section][name] = _plain(value)
                 continue
-            entry = {"dtype": str(value.dtype).removeprefix("torch."), "shape": [*value.shape]}
+            entry: dict[str, Any] = {
+                "dtype": str(value.dtype).removeprefix("torch."),
+                "shape": [*value.shape],
+            }
             kept = value[: rows[key]] if key in rows and value.dim() else value
             entry["rows"] = len(kept) if kept.dim() else 1
             kept = kept.detach().cpu().contiguous()
@@ -162,15 +165,12 @@ def _read_call(folder: Path, file: Path, value: Any) -> RankCall:
         raise FileError("compare", str(file), contract, "no arguments or outputs")
     data = file.with_suffix(".safetensors")
     arguments, outputs = (
-        {name: _value(data, file, entry) for name, entry in section.items()}
-        for section in sections
+        {name: _value(data, file, entry) for name, entry in section.items()} for section in sections
     )
     lacking = missing(op, arguments)
     arguments = {name: a for name, a in arguments.items() if name in signature(op).parameters}
     problem = f"the arguments {', '.join(lacking)} are missing" if lacking else ""
-    return RankCall(
-        op, file.stem, "", folder.name, arguments, outputs, problem=problem
-    )
+    return RankCall(op, file.stem, "", folder.name, arguments, outputs, problem=problem)
 
 
 def _value(data: Path, file: Path, entry: Any) -> Any:
@@ -205,7 +205,7 @@ def _read_tensor(
     try:
         with _library().safe_open(data, framework="pt") as file:
             stored = file.get_tensor(key)
-    except Exception as error:  # noqa: BLE001 - a hostile file can raise anything
+    except Exception as error:
         if isinstance(error, UnavailableError):
             raise
         text = (str(error).strip() or type(error).__name__).splitlines()[0]

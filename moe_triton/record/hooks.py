@@ -119,7 +119,9 @@ class Recorder:
             rank = dist.get_rank()
         elif is_collective(op) and "ep_rank_id" in arguments:
             pair = max(int(arguments.get("tp_world_size") or 0), 1)
-            rank = int(arguments["ep_rank_id"]) * pair + int(arguments.get("tp_rank_id") or 0) % pair
+            rank = (
+                int(arguments["ep_rank_id"]) * pair + int(arguments.get("tp_rank_id") or 0) % pair
+            )
         else:
             rank = int(os.environ.get("RANK", "0"))
         name = f"rank{rank}"
@@ -198,11 +200,12 @@ def _kept_rows(
     if dispatch:
         kept["output.dynamic_scales"] = rows
         kept["output.expand_scales"] = rows
-    return {
-        key: min(n, len(tensors[key.partition(".")[2]]))
-        for key, n in kept.items()
-        if isinstance(tensors.get(key.partition(".")[2]), torch.Tensor)
-    }
+    result = {}
+    for key, n in kept.items():
+        value = tensors.get(key.partition(".")[2])
+        if isinstance(value, torch.Tensor):
+            result[key] = min(n, len(value))
+    return result
 
 
 def _copied(value: Any) -> Any:

@@ -48,8 +48,10 @@ def read(path: Path, report: Callable[[str, str], None]) -> list[RankCall]:
         try:
             op = _op(place, entry)
             number = numbers[op] = numbers.get(op, -1) + 1
-            for rank in _ranks(place, entry):
-                result.append(_call(place, path.parent, entry, defaults, op, number, rank))
+            result += [
+                _call(place, path.parent, entry, defaults, op, number, rank)
+                for rank in _ranks(place, entry)
+            ]
         except FileError as error:
             report(place, str(error))
     return result

@@ -1,4 +1,4 @@
-"""Kernel dumps of acl ("adump") after conversion: ``{op_type}.{op_name}....{input|output}.{i}.npy``.
+"""Converted kernel dumps of acl ("adump"): ``{type}.{name}.{numbers}.{input|output}.{i}.npy``.
 
 ``msaccucmp convert`` and ``msprobe parse`` write one file for each tensor, in a folder for each
 device. They hold no attributes: sizes are taken from the tensors, and what these do not say from
@@ -117,9 +117,11 @@ def _read_call(
     names = _input_names(op, kind, inputs)
     arguments: dict[str, Any] = {}
     for i, argument in names.items():
-        arguments[argument] = _stored(files["input", i], inputs[i], argument == "x" or (
-            inputs[i].dtype == torch.float32 and argument in _IN_TOKEN_DTYPE
-        ))
+        arguments[argument] = _stored(
+            files["input", i],
+            inputs[i],
+            argument == "x" or (inputs[i].dtype == torch.float32 and argument in _IN_TOKEN_DTYPE),
+        )
     results = {
         OUTPUTS[op][i]: _stored(files["output", i], tensor, widened=True)
         for i, tensor in outputs.items()

@@ -97,7 +97,7 @@ def read_yaml(path: Path) -> Any:
 
     text = read_text(path, "be a YAML file")
     try:
-        return yaml.load(text, Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, Loader)
     except RecursionError:
         raise FileError("compare", str(path), "be a YAML file", "too deep a nesting") from None
     except (yaml.YAMLError, ValueError) as error:
@@ -146,14 +146,14 @@ def read_numpy(path: Path) -> torch.Tensor:
             major, _ = np.lib.format.read_magic(file)
             read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
             shape, _, dtype = read[major](file)
-        if dtype.hasobject or math.prod(shape) * dtype.itemsize > size:
-            raise FileError("compare", str(path), contract, f"{dtype} of shape {shape}, {size} B")
-        return _checked(path, torch.from_numpy(np.load(path, allow_pickle=False)), size)
-    except FileError:
-        raise
+        fits = not dtype.hasobject and math.prod(shape) * dtype.itemsize <= size
+        value = torch.from_numpy(np.load(path, allow_pickle=False)) if fits else None
     except Exception as error:  # noqa: BLE001 - a hostile file can raise anything
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileError("compare", str(path), contract, text[:200]) from None
+    if value is None:
+        raise FileError("compare", str(path), contract, f"{dtype} of shape {shape} in {size} bytes")
+    return _checked(path, value, size)
 
 
 def read_tensor(path: Path, key: str | None = None) -> torch.Tensor:

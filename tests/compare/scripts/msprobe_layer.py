@@ -31,10 +31,10 @@ def layer(number, rank, group):
     ids = torch.stack(
         [torch.randperm(EXPERTS, generator=generator)[:TOP_K] for _ in range(tokens)]
     ).int()
-    weights = torch.rand(tokens, TOP_K, generator=generator).softmax(1)
+    weights = (4 * torch.rand(tokens, TOP_K, generator=generator)).softmax(1)
     shared = {"shared_expert_num": 1, "shared_expert_rank_num": SHARED}
-    common = dict(group_ep=group, ep_world_size=RANKS, ep_rank_id=rank, moe_expert_num=EXPERTS)
-    common |= shared
+    common = {"group_ep": group, "ep_world_size": RANKS, "ep_rank_id": rank}
+    common |= {"moe_expert_num": EXPERTS, **shared}
     if number == 0:
         mask = torch.ones(tokens, TOP_K, dtype=torch.bool)
         mask[2, 1:] = False
@@ -42,13 +42,20 @@ def layer(number, rank, group):
         common["x_active_mask"] = mask.npu()
     else:
         common["global_bs"] = max(LAYERS[number]) * RANKS
+    smooth = None
+    if number == 1:
+        smooth = 0.5 + torch.rand(1 + EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(7))
+        smooth = smooth.npu()
     x, ids, weights = x.npu(), ids.npu(), weights.npu()
-    rows, scales, assist, _, counts, _, _ = torch_npu.npu_moe_distribute_dispatch_v2(
-        x, ids, quant_mode=2, **common
+    rows, scales, assist, per_expert, counts, _, _ = torch_npu.npu_moe_distribute_dispatch_v2(
+        x, ids, quant_mode=2, scales=smooth, **common
     )
     hidden = torch.zeros(rows.shape, dtype=torch.bfloat16)
     received = int(counts[-1])
-    hidden[:received] = (rows[:received].float() * scales[:received, None]).bfloat16()
+    # Each expert is another factor.
+    factors = 1 + rank + 0.25 * torch.arange(len(per_expert)).repeat_interleave(per_expert.cpu())
+    tokens = rows[:received].float() * scales[:received, None]
+    hidden[:received] = (tokens * factors[:, None]).bfloat16()
     torch_npu.npu_moe_distribute_combine_v2(hidden, ids, assist, counts, weights, **common)
 
 
