@@ -46,6 +46,7 @@ ENVIRONMENT: dict[str, str] = {
     "WORLD_SIZE": "set by torchrun: above 1, ExpertParallel without a group raises until "
     "torch.distributed is initialised",
     "LOCAL_RANK": "set by torchrun: the GPU of a rank of `moe-triton bench layer`",
+    "RANK": "set by torchrun: folder of a record whose calls do not say their rank",
     "HCCL_BUFFSIZE": "MB of a group's communication buffer on Ascend; the profiles a2, a3 and 950 "
     "check it where it is set",
     "HCCL_INTRA_PCIE_ENABLE": "1, together with HCCL_INTRA_ROCE_ENABLE=0: hierarchical algorithm "
