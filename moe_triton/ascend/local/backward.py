@@ -61,7 +61,7 @@ def _needs(ctx: Any, argument: int) -> bool:
     return argument < len(needed) and bool(needed[argument])
 
 
-def _positions(index: Tensor, repeats: int = 1) -> Tensor:
+def positions(index: Tensor, repeats: int = 1) -> Tensor:
     """0, 1, 2, ..., each ``repeats`` times, as long as ``index``: the token of each slot."""
     return torch.arange(len(index), device=index.device) // max(repeats, 1)
 
@@ -76,7 +76,7 @@ def save_permute(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 def permute_backward(ctx: Any, gradient: Tensor, _: Tensor) -> _Gradients:
     """Gradients of ``token_permute``: a token gets the sum over its permuted rows."""
     (position,) = ctx.saved_tensors
-    token = _positions(position, ctx.top_k)
+    token = positions(position, ctx.top_k)
     return add_terms(gradient, position, token, None, ctx.num_tokens), None, None, None
 
 
@@ -93,7 +93,7 @@ def save_unpermute(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  
 def unpermute_backward(ctx: Any, gradient: Tensor) -> _Gradients:
     """Gradients of ``token_unpermute``."""
     position, permuted, probs = ctx.saved_tensors
-    token = _positions(position, 1 if ctx.probs is None else ctx.probs[0][1])
+    token = positions(position, 1 if ctx.probs is None else ctx.probs[0][1])
     to_rows = to_probs = None
     if _needs(ctx, 0):
         weights = None if probs is None else probs.reshape(-1)
@@ -125,12 +125,16 @@ def permute_map_backward(
         to_tokens = add_terms(gradient, row, token, None, num_tokens)
     if probs_gradient is not None and _needs(ctx, 2):
         expert = _experts(position, routing_map, top_k, num_experts)
-        to_probs = _scatter_cells(probs_gradient[row.long()], token, expert, ctx.map_shape)
+        to_probs = scatter_cells(probs_gradient[row.long()], token, expert, ctx.map_shape)
     return to_tokens, None, to_probs, None, None
 
 
-def save_unpermute_map(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    """Save what ``unpermute_map_backward`` needs."""
+def save_unpermute_map(
+    ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor | None, ...]
+) -> None:
+    """Save what ``unpermute_map_backward`` needs; of several outputs only the first has one."""
+    if isinstance(output, tuple):
+        ctx.mark_non_differentiable(*(one for one in output[1:] if one is not None))
     permuted, position, shape, probs, routing_map, ctx.padded = inputs
     ctx.num_tokens, ctx.num_rows = shape[0], len(permuted)
     ctx.probs = None if probs is None else (probs.shape, probs.dtype)
@@ -143,7 +147,7 @@ def save_unpermute_map(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
     )
 
 
-def unpermute_map_backward(ctx: Any, gradient: Tensor) -> _Gradients:
+def unpermute_map_backward(ctx: Any, gradient: Tensor, *_: Tensor | None) -> _Gradients:
     """Gradients of ``token_unpermute_with_routing_map``."""
     position, permuted, probs, routing_map = ctx.saved_tensors
     top_k = len(position) // max(ctx.num_tokens, 1)
@@ -159,15 +163,15 @@ def unpermute_map_backward(ctx: Any, gradient: Tensor) -> _Gradients:
         shape, dtype = ctx.probs
         terms = dot_products(permuted, row, gradient, token, dtype)
         assert expert is not None
-        to_probs = _scatter_cells(terms, token, expert, shape)
+        to_probs = scatter_cells(terms, token, expert, shape)
     return to_rows, None, None, to_probs, None, None
 
 
 def _rows_and_tokens(position: Tensor, top_k: int, padded: bool) -> tuple[Tensor, Tensor]:
     """The row and the token of each term, from sorted_indices."""
     if padded:
-        return _positions(position), position
-    return position, _positions(position, top_k)
+        return positions(position), position
+    return position, positions(position, top_k)
 
 
 def _experts(position: Tensor, routing_map: Tensor | None, top_k: int, num_experts: int) -> Tensor:
@@ -177,7 +181,7 @@ def _experts(position: Tensor, routing_map: Tensor | None, top_k: int, num_exper
     return first_selected(routing_map, top_k).reshape(-1)
 
 
-def _scatter_cells(values: Tensor, token: Tensor, expert: Tensor, shape: torch.Size) -> Tensor:
+def scatter_cells(values: Tensor, token: Tensor, expert: Tensor, shape: torch.Size) -> Tensor:
     """[N, E] zeros with values [n] added to the cells (token, expert)."""
     flat = token.long() * shape[1] + expert
     return values.new_zeros(shape.numel()).index_add(0, flat, values).view(shape)
@@ -199,12 +203,52 @@ def init_routing_backward(ctx: Any, gradient: Tensor, *_: Tensor | None) -> _Gra
     row_idx, in_range = ctx.saved_tensors
     row = row_idx.long()
     if ctx.scattered:
-        row = torch.empty_like(row).scatter(0, row, _positions(row))
+        row = torch.empty_like(row).scatter(0, row, positions(row))
     num_tokens, hidden = ctx.sizes
-    token = _positions(row, len(row) // max(num_tokens, 1))
+    token = positions(row, len(row) // max(num_tokens, 1))
     row = row.where(in_range, -1)
     x = add_terms(gradient.reshape(-1, hidden), row, token, None, num_tokens)
     return x, *[None] * 14
+
+
+def save_gating(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Save what ``gating_backward`` needs; ids and scores have no gradient."""
+    x, *_, ctx.norm_type, _, ctx.scaling, ctx.epsilon = inputs
+    _, ids, scores = output
+    ctx.dtype = x.dtype
+    ctx.mark_non_differentiable(ids, scores)
+    ctx.save_for_backward(ids, scores)
+
+
+def gating_backward(ctx: Any, gradient: Tensor, *_: Tensor | None) -> _Gradients:
+    """Gradients of ``gating_top_k``: of x, through the scores of the chosen experts."""
+    ids, scores = ctx.saved_tensors
+    x = gating_gradient(scores, gradient, ids, ctx.norm_type, ctx.scaling, ctx.epsilon)
+    return x.to(ctx.dtype), *[None] * 12
+
+
+def gating_gradient(
+    scores: Tensor, gradient: Tensor, ids: Tensor, norm_type: int, scaling: float, epsilon: float
+) -> Tensor:
+    """[N, E] float32: the gradient of the logits, from that of the [N, K] weights.
+
+    Args:
+        scores: [N, E] float32, softmax (norm_type 0) or sigmoid (1) of the logits.
+        gradient: [N, K] of the weights of ``ids``.
+        ids: [N, K] the chosen experts.
+        norm_type: see there.
+        scaling: factor of the weights.
+        epsilon: added to the sum by which sigmoid scores are divided.
+    """
+    index, to_chosen = ids.long(), gradient.float() * scaling
+    if norm_type == 1:
+        chosen = scores.gather(1, index)
+        total = chosen.sum(1, keepdim=True) + epsilon
+        to_chosen = (to_chosen - (to_chosen * chosen).sum(1, keepdim=True) / total) / total
+    to_scores = torch.zeros_like(scores).scatter_add(1, index, to_chosen)
+    if norm_type == 1:
+        return to_scores * scores * (1 - scores)
+    return scores * (to_scores - (to_scores * scores).sum(1, keepdim=True))
 
 
 _ROWS, _SKIP1, _SKIP2, _BIAS, _SCALES = range(5)  # arguments of finalize_routing
@@ -231,7 +275,7 @@ def save_finalize(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  #
 def finalize_backward(ctx: Any, gradient: Tensor) -> _Gradients:
     """Gradients of ``finalize_routing``."""
     row, experts, scales, rows, bias = ctx.saved_tensors
-    token = _positions(row, ctx.top_k)
+    token = positions(row, ctx.top_k)
     expert = None if experts is None else experts.reshape(-1)
     weights = None if scales is None else scales.reshape(-1)
     gradients: list[Tensor | None] = [None] * 9

@@ -64,15 +64,16 @@ def init_routing_v2(
     row_idx_type: int = 0,
     x_dtype: int | None = None,
     zero_unwritten: bool = False,
+    op: str = OP,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gather tokens in the order of their experts, quantised or not.
 
-    ``zero_unwritten`` zeros the rows after the last one: garbage there times a zero gradient would
-    make the experts' weight gradients NaN.
+    ``op`` is for error messages. ``zero_unwritten`` zeros the rows after the last one: garbage
+    there times a zero gradient would make the experts' weight gradients NaN.
     """
-    checks.required(OP, x=x, expert_idx=expert_idx)
+    checks.required(op, x=x, expert_idx=expert_idx)
     checks.integers(
-        OP,
+        op,
         active_num=active_num,
         expert_capacity=expert_capacity,
         expert_num=expert_num,
@@ -81,39 +82,43 @@ def init_routing_v2(
         quant_mode=quant_mode,
         row_idx_type=row_idx_type,
     )
-    checks.flags(OP, expert_tokens_num_flag=expert_tokens_num_flag)
-    checks.integer_list(OP, "active_expert_range", active_expert_range)
-    _check_dtypes(x, expert_idx, scale, offset, quant_mode, x_dtype)
+    checks.flags(op, expert_tokens_num_flag=expert_tokens_num_flag)
+    checks.integer_list(op, "active_expert_range", active_expert_range)
+    _check_dtypes(op, x, expert_idx, scale, offset, quant_mode, x_dtype)
 
-    checks.shape(OP, "x", x, (None, None), "(N, H)", x.device)
-    checks.value(OP, "x", x.shape[1] > 0, "have columns", f"shape {tuple(x.shape)}")
-    checks.shape(OP, "expert_idx", expert_idx, (len(x), None), "(N, K)", x.device)
+    checks.shape(op, "x", x, (None, None), "(N, H)", x.device)
+    checks.value(op, "x", x.shape[1] > 0, "have columns", f"shape {tuple(x.shape)}")
+    checks.shape(op, "expert_idx", expert_idx, (len(x), None), "(N, K)", x.device)
     fits = expert_idx.shape[1] > 0
-    checks.value(OP, "expert_idx", fits, "have columns", f"shape {tuple(expert_idx.shape)}")
+    checks.value(op, "expert_idx", fits, "have columns", f"shape {tuple(expert_idx.shape)}")
     for name, number, most in (
         ("drop_pad_mode", drop_pad_mode, 1),
         ("expert_tokens_num_type", expert_tokens_num_type, 2),
         ("row_idx_type", row_idx_type, 1),
     ):
-        checks.value(OP, name, 0 <= number <= most, f"be in [0, {most}]", number)
+        checks.value(op, name, 0 <= number <= most, f"be in [0, {most}]", number)
     most = _MAX_EXPERTS[expert_tokens_num_type]
-    checks.value(OP, "expert_num", 1 <= expert_num <= most, f"be in [1, {most}]", expert_num)
+    checks.value(op, "expert_num", 1 <= expert_num <= most, f"be in [1, {most}]", expert_num)
     modes = [_NONE, _STATIC, _DYNAMIC] if drop_pad_mode else [*_MODES]
     contract = f"be in {modes}" + (" when drop_pad_mode is 1" if drop_pad_mode else "")
-    checks.value(OP, "quant_mode", quant_mode in modes, contract, quant_mode)
-    start, end = _check_range(active_expert_range, expert_num, drop_pad_mode)
+    checks.value(op, "quant_mode", quant_mode in modes, contract, quant_mode)
+    start, end = _check_range(op, active_expert_range, expert_num, drop_pad_mode)
     if drop_pad_mode:
         most = max(len(x), 1)
         fits = 1 <= expert_capacity <= most
-        checks.value(OP, "expert_capacity", fits, f"be in [1, N] = [1, {most}]", expert_capacity)
+        checks.value(op, "expert_capacity", fits, f"be in [1, N] = [1, {most}]", expert_capacity)
     else:
-        checks.value(OP, "active_num", active_num >= -1, "be at least -1", active_num)
-    _check_factors(x, scale, offset, quant_mode, end - start)
+        checks.value(op, "active_num", active_num >= -1, "be at least -1", active_num)
+    if len(x) == 0 and quant_mode == _DYNAMIC:
+        scale = None  # torch_npu does not look at the factors of no tokens
+    _check_factors(op, x, scale, offset, quant_mode, end - start)
 
     rows = _rows(x, expert_idx, active_num, expert_capacity, expert_num, drop_pad_mode, quant_mode)
     local_ids = expert_idx - start
     plan = steps_on(x.device).routing_plan(local_ids, end - start)
-    row, row_idx = _row_index(plan, local_ids, rows, row_idx_type)
+    row, row_idx = _row_index(plan, local_ids, rows)
+    if row_idx_type == 1 and not rows.padded:
+        row_idx = _scattered(expert_idx, start)
     expanded, scales = _new_outputs(x, scale, rows)
     if rows.padded or zero_unwritten:
         scales.view(torch.uint8).zero_()
@@ -168,6 +173,7 @@ def init_routing_v2_outputs(
 
 
 def _check_dtypes(
+    op: str,
     x: Tensor,
     expert_idx: Tensor,
     scale: Tensor | None,
@@ -176,51 +182,58 @@ def _check_dtypes(
     x_dtype: int | None,
 ) -> None:
     quantised = quant_mode != _NONE
-    checks.dtype(OP, "x", x, FLOATS if quantised else (*FLOATS, torch.int8))
-    checks.dtype(OP, "expert_idx", expert_idx, (torch.int32,))
-    checks.dtype(OP, "scale", scale, (torch.float32,))
-    checks.dtype(OP, "offset", offset, (torch.float32,))
-    kind = named_dtype(OP, "x_dtype", x_dtype)
+    checks.dtype(op, "x", x, FLOATS if quantised else (*FLOATS, torch.int8))
+    checks.dtype(op, "expert_idx", expert_idx, (torch.int32,))
+    checks.dtype(op, "scale", scale, (torch.float32,))
+    checks.dtype(op, "offset", offset, (torch.float32,))
+    kind = named_dtype(op, "x_dtype", x_dtype)
     if kind not in (None, x.dtype):
-        raise ArgumentTypeError(OP, "x_dtype", f"be that of x, {x.dtype}", kind)
+        raise ArgumentTypeError(op, "x_dtype", f"be that of x, {x.dtype}", kind)
 
 
-def _check_range(active: Sequence[int], num_experts: int, drop_pad: int) -> tuple[int, int]:
+def _check_range(
+    op: str, active: Sequence[int], num_experts: int, drop_pad: int
+) -> tuple[int, int]:
     """The range [start, end) of experts that get rows."""
     bounds = tuple(active) or (0, num_experts)
     fits = len(bounds) == 2 and 0 <= bounds[0] < bounds[1] <= num_experts
     contract = f"be empty, or [start, end] with 0 <= start < end <= expert_num = {num_experts}"
-    checks.value(OP, "active_expert_range", fits, contract, list(active))
+    checks.value(op, "active_expert_range", fits, contract, list(active))
     contract = f"be [0, {num_experts}] when drop_pad_mode is 1"
     full = not drop_pad or bounds == (0, num_experts)
-    checks.value(OP, "active_expert_range", full, contract, list(active))
+    checks.value(op, "active_expert_range", full, contract, list(active))
     return int(bounds[0]), int(bounds[1])
 
 
 def _check_factors(
-    x: Tensor, scale: Tensor | None, offset: Tensor | None, quant_mode: int, num_experts: int
+    op: str,
+    x: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    quant_mode: int,
+    num_experts: int,
 ) -> None:
     """Scale and offset have the shapes of their mode."""
     num_tokens, hidden = x.shape
     if quant_mode == _STATIC:
-        checks.value(OP, "scale", scale is not None, "be given when quant_mode is 0", None)
-        checks.value(OP, "offset", offset is not None, "be given when quant_mode is 0", None)
-        checks.shape(OP, "scale", scale, (1,), "(1,)", x.device)
-        checks.shape(OP, "offset", offset, (1,), "(1,)", x.device)
+        checks.value(op, "scale", scale is not None, "be given when quant_mode is 0", None)
+        checks.value(op, "offset", offset is not None, "be given when quant_mode is 0", None)
+        checks.shape(op, "scale", scale, (1,), "(1,)", x.device)
+        checks.shape(op, "offset", offset, (1,), "(1,)", x.device)
         return
     contract = "be None unless quant_mode is 0"
-    checks.value(OP, "offset", offset is None, contract, "a tensor")
+    checks.value(op, "offset", offset is None, contract, "a tensor")
     if scale is None:
         return
     if quant_mode == _NONE:
-        checks.shape(OP, "scale", scale, (num_tokens,), "(N,)", x.device)
+        checks.shape(op, "scale", scale, (num_tokens,), "(N,)", x.device)
     elif quant_mode == _DYNAMIC:
         single = scale.dim() == 2 and len(scale) == 1
         shape = (1 if single else num_experts, hidden)
-        checks.shape(OP, "scale", scale, shape, "(end - start, H) or (1, H)", x.device)
+        checks.shape(op, "scale", scale, shape, "(end - start, H) or (1, H)", x.device)
     else:
         contract = f"be None when quant_mode is {quant_mode}"
-        checks.value(OP, "scale", False, contract, "a tensor")
+        checks.value(op, "scale", False, contract, "a tensor")
 
 
 def _rows(
@@ -247,10 +260,8 @@ def _rows(
     return _ExpandedRows((min(active_num, num_slots) if active_num > 0 else num_slots,), fmt)
 
 
-def _row_index(
-    plan: RoutingPlan, local_ids: Tensor, rows: _ExpandedRows, row_idx_type: int
-) -> tuple[Tensor, Tensor]:
-    """[N * K] the row of each slot or ``NOWHERE``, and expanded_row_idx."""
+def _row_index(plan: RoutingPlan, local_ids: Tensor, rows: _ExpandedRows) -> tuple[Tensor, Tensor]:
+    """[N * K] the row of each slot or ``NOWHERE``, and the same with rows that are not kept."""
     absent = plan.position_in_expert == NOWHERE
     if rows.padded:
         capacity = rows.shape[1]
@@ -262,7 +273,17 @@ def _row_index(
     position[order.long()] = torch.arange(len(order), dtype=order.dtype, device=order.device)
     position = position.masked_fill(absent, NOWHERE)
     row = position.masked_fill(position >= rows.number, NOWHERE)
-    return row, order if row_idx_type == 1 else position
+    return row, position
+
+
+def _scattered(expert_idx: Tensor, start: int) -> Tensor:
+    """[N * K] slots in the order of their experts, those below ``start`` at the end.
+
+    torch_npu's own tests compare also the slots without rows, which its documents leave open.
+    """
+    ids = expert_idx.reshape(-1)
+    last = torch.iinfo(ids.dtype).max
+    return ids.masked_fill(ids < start, last).argsort(stable=True).int()
 
 
 def _expand(

@@ -13,9 +13,12 @@ from ..op_names import (
     DYNAMIC_QUANT,
     FINALIZE_ROUTING,
     GATING_TOP_K,
+    GATING_TOP_K_BACKWARD,
     GATING_TOP_K_SOFTMAX,
     GATING_TOP_K_SOFTMAX_V2,
     GROUPED_MATMUL,
+    INIT_ROUTING,
+    INIT_ROUTING_QUANT,
     INIT_ROUTING_V2,
     RE_ROUTING,
     RMS_NORM,
@@ -23,26 +26,43 @@ from ..op_names import (
     SWIGLU,
     SWIGLU_BACKWARD,
     TOKEN_PERMUTE,
+    TOKEN_PERMUTE_GRAD,
     TOKEN_PERMUTE_MAP,
+    TOKEN_PERMUTE_MAP_GRAD,
     TOKEN_UNPERMUTE,
+    TOKEN_UNPERMUTE_GRAD,
     TOKEN_UNPERMUTE_MAP,
+    TOKEN_UNPERMUTE_MAP_GRAD,
+    TOKEN_UNPERMUTE_MAP_INDEX,
 )
-from . import backward, gating, init_routing, permute, routing_map
+from . import backward, gating, gradients, init_routing_v1, permute, routing_map
 from . import dynamic_quant as dynamic_quantisation
 from . import finalize_routing as finalizing
 from . import grouped_matmul as matmul
+from . import init_routing as init_routing_latest
 from . import re_routing as rerouting
 from . import rms_norm as norm
 from . import swiglu as glu
 
 gating_top_k = Function(
     GATING_TOP_K,
-    "Tensor x, int k, *, Tensor? bias=None, Tensor? input_ids=None, Tensor? tid2eid=None, "
+    "Tensor x, int k, Tensor? bias=None, Tensor? input_ids=None, Tensor? tid2eid=None, "
     "int k_group=1, int group_count=1, int group_select_mode=0, int renorm=0, int norm_type=0, "
     "bool out_flag=False, float routed_scaling_factor=1.0, float eps=1e-20",
     "(Tensor y, Tensor expert_idx, Tensor out)",
     run=gating.gating_top_k,
     outputs=gating.gating_top_k_outputs,
+    backward=backward.gating_backward,
+    save=backward.save_gating,
+)
+
+gating_top_k_backward = Function(
+    GATING_TOP_K_BACKWARD,
+    "Tensor x_norm, Tensor grad_y, Tensor expert_idx, *, int renorm=0, int norm_type=0, "
+    "float routed_scaling_factor=1.0, float eps=1e-20",
+    "Tensor",
+    run=gradients.gating_top_k_backward,
+    outputs=gradients.gating_top_k_backward_outputs,
 )
 
 gating_top_k_softmax = Function(
@@ -104,6 +124,54 @@ token_unpermute_with_routing_map = Function(
     save=backward.save_unpermute_map,
 )
 
+token_permute_grad = Function(
+    TOKEN_PERMUTE_GRAD,
+    "Tensor tokens, Tensor grad_permuted_tokens, Tensor indices, Tensor sorted_indices, "
+    "bool padded_mode=False",
+    "Tensor",
+    run=gradients.token_permute_grad,
+    outputs=gradients.token_permute_grad_outputs,
+)
+
+token_unpermute_grad = Function(
+    TOKEN_UNPERMUTE_GRAD,
+    "Tensor permuted_tokens, Tensor grad_unpermuted_tokens, Tensor sorted_indices, "
+    "Tensor? probs=None, bool padded_mode=False, int[]? restore_shape=None",
+    "(Tensor permuted_tokens_grad, Tensor probs_grad)",
+    run=gradients.token_unpermute_grad,
+    outputs=gradients.token_unpermute_grad_outputs,
+)
+
+token_permute_with_routing_map_grad = Function(
+    TOKEN_PERMUTE_MAP_GRAD,
+    "Tensor permuted_token_out_grad, Tensor? probs_grad, Tensor sorted_indices, "
+    "Tensor routing_map, SymInt experts_num, SymInt tokens_num, bool drop_and_pad",
+    "(Tensor tokens_grad, Tensor probs_grad_out)",
+    run=gradients.token_permute_with_routing_map_grad,
+    outputs=gradients.token_permute_with_routing_map_grad_outputs,
+)
+
+token_unpermute_with_routing_map_index = Function(
+    TOKEN_UNPERMUTE_MAP_INDEX,
+    "Tensor permuted_tokens, Tensor sorted_indices, SymInt[] restore_shape, Tensor? probs=None, "
+    "Tensor? routing_map=None, bool drop_and_pad=False",
+    "(Tensor unpermuted_tokens, Tensor out_index, Tensor permuted_token_id, Tensor permute_probs)",
+    run=gradients.token_unpermute_with_routing_map_index,
+    outputs=gradients.token_unpermute_with_routing_map_index_outputs,
+    backward=backward.unpermute_map_backward,
+    save=backward.save_unpermute_map,
+)
+
+token_unpermute_with_routing_map_grad = Function(
+    TOKEN_UNPERMUTE_MAP_GRAD,
+    "Tensor unpermuted_tokens_grad, Tensor out_index, Tensor permuted_token_id, "
+    "Tensor? routing_map, Tensor? permuted_tokens, Tensor? probs, bool drop_and_pad, "
+    "SymInt[] restore_shape",
+    "(Tensor permuted_tokens_grad, Tensor probs_grad)",
+    run=gradients.token_unpermute_with_routing_map_grad,
+    outputs=gradients.token_unpermute_with_routing_map_grad_outputs,
+)
+
 re_routing = Function(
     RE_ROUTING,
     "Tensor tokens, Tensor expert_token_num_per_rank, *, Tensor? per_token_scales=None, "
@@ -122,6 +190,26 @@ compute_expert_tokens = Function(
     outputs=rerouting.compute_expert_tokens_outputs,
 )
 
+init_routing = Function(
+    INIT_ROUTING,
+    "Tensor x, Tensor row_idx, Tensor expert_idx, int active_num",
+    "(Tensor expanded_x, Tensor expanded_row_idx, Tensor expanded_expert_idx)",
+    run=init_routing_v1.init_routing,
+    outputs=init_routing_v1.init_routing_outputs,
+)
+
+init_routing_quant = Function(
+    INIT_ROUTING_QUANT,
+    "Tensor x, Tensor expert_idx, *, Tensor? scale=None, Tensor? offset=None, "
+    "int active_num=1024, int expert_capacity=0, int expert_num=256, int drop_pad_mode=0, "
+    "int expert_tokens_num_mode=0, bool expert_tokens_before_capacity_flag=False, "
+    "int quant_mode=1",
+    "(Tensor expanded_x, Tensor expanded_row_idx, Tensor expert_token_cumsum_or_count, "
+    "Tensor expert_tokens_before_capacity, Tensor expanded_scale)",
+    run=init_routing_v1.init_routing_quant,
+    outputs=init_routing_v1.init_routing_quant_outputs,
+)
+
 init_routing_v2 = Function(
     INIT_ROUTING_V2,
     "Tensor x, Tensor expert_idx, Tensor? scale=None, Tensor? offset=None, int active_num=-1, "
@@ -131,8 +219,8 @@ init_routing_v2 = Function(
     "bool zero_unwritten=False",
     "(Tensor expanded_x, Tensor expanded_row_idx, Tensor expert_token_cumsum_or_count, "
     "Tensor expanded_scale)",
-    run=init_routing.init_routing_v2,
-    outputs=init_routing.init_routing_v2_outputs,
+    run=init_routing_latest.init_routing_v2,
+    outputs=init_routing_latest.init_routing_v2_outputs,
     backward=backward.init_routing_backward,
     save=backward.save_init_routing,
 )

@@ -36,19 +36,27 @@ from .experts import (
 )
 from .gating import (
     npu_moe_gating_top_k,
+    npu_moe_gating_top_k_backward,
     npu_moe_gating_top_k_softmax,
     npu_moe_gating_top_k_softmax_v2,
 )
 from .permute import (
+    _npu_moe_token_unpermute_with_routing_map,
     npu_moe_token_permute,
+    npu_moe_token_permute_grad,
     npu_moe_token_permute_with_routing_map,
+    npu_moe_token_permute_with_routing_map_grad,
     npu_moe_token_unpermute,
+    npu_moe_token_unpermute_grad,
     npu_moe_token_unpermute_with_routing_map,
+    npu_moe_token_unpermute_with_routing_map_grad,
 )
 from .quantize import npu_dynamic_mx_quant, npu_dynamic_quant
 from .routing import (
     npu_moe_compute_expert_tokens,
     npu_moe_finalize_routing,
+    npu_moe_init_routing,
+    npu_moe_init_routing_quant,
     npu_moe_init_routing_v2,
     npu_moe_re_routing,
 )
@@ -61,6 +69,7 @@ from .split_phase import (
 from .update_expert import npu_moe_update_expert
 
 __all__ = [
+    "_npu_moe_token_unpermute_with_routing_map",
     "npu_dynamic_mx_quant",
     "npu_dynamic_quant",
     "npu_grouped_matmul",
@@ -76,14 +85,21 @@ __all__ = [
     "npu_moe_distribute_dispatch_v2",
     "npu_moe_finalize_routing",
     "npu_moe_gating_top_k",
+    "npu_moe_gating_top_k_backward",
     "npu_moe_gating_top_k_softmax",
     "npu_moe_gating_top_k_softmax_v2",
+    "npu_moe_init_routing",
+    "npu_moe_init_routing_quant",
     "npu_moe_init_routing_v2",
     "npu_moe_re_routing",
     "npu_moe_token_permute",
+    "npu_moe_token_permute_grad",
     "npu_moe_token_permute_with_routing_map",
+    "npu_moe_token_permute_with_routing_map_grad",
     "npu_moe_token_unpermute",
+    "npu_moe_token_unpermute_grad",
     "npu_moe_token_unpermute_with_routing_map",
+    "npu_moe_token_unpermute_with_routing_map_grad",
     "npu_moe_update_expert",
     "npu_rms_norm",
     "npu_rms_norm_backward",

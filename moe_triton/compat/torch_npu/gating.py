@@ -23,7 +23,7 @@ def npu_moe_gating_top_k(
     routed_scaling_factor: float = 1.0,
     eps: float = 1e-20,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose the k experts with the largest score + bias, from the best groups of experts.
+    """Choose the k experts with the largest score + bias, from the best groups; with gradients.
 
         p = softmax(x) or sigmoid(x);  s = p + bias;  y = p of the chosen, without bias
 
@@ -32,7 +32,8 @@ def npu_moe_gating_top_k(
     the groups (such as more than 2 experts each) are not imposed.
 
     Args:
-        x: (N, E) float16, bfloat16 or float32, E at most 2048.
+        x: (N, E) float16, bfloat16 or float32, E at most 2048. Gradients go to it, through the
+            scores of the chosen experts.
         k: from 1 to the experts of k_group groups.
         bias: (E,) of the dtype of x.
         input_ids: (N,) int32 or int64 rows of tid2eid, which choose instead of the scores.
@@ -57,6 +58,44 @@ def npu_moe_gating_top_k(
         ArgumentValueError: 561002, a shape or value; values in tensors are checked on the CPU.
     """
     return schemas.gating_top_k(**locals())
+
+
+def npu_moe_gating_top_k_backward(
+    x_norm: Tensor,
+    grad_y: Tensor,
+    expertIdx: Tensor,
+    *,
+    renorm: int = 0,
+    norm_type: int = 0,
+    routed_scaling_factor: float = 1.0,
+    eps: float = 1e-20,
+) -> Tensor:
+    """The gradient of the x of ``npu_moe_gating_top_k``, in float32 and rounded once.
+
+    Args:
+        x_norm: (N, E) float32, its output out: softmax or sigmoid of x.
+        grad_y: (N, K) float16, bfloat16 or float32, the gradient of its output y.
+        expertIdx: (N, K) int32, its output expert_idx.
+        renorm: 0.
+        norm_type: 0 softmax, 1 sigmoid.
+        routed_scaling_factor: as there.
+        eps: as there.
+
+    Returns:
+        (N, E) of the dtype of grad_y.
+
+    Raises:
+        The errors of ``npu_moe_gating_top_k``.
+    """
+    return schemas.gating_top_k_backward(
+        x_norm=x_norm,
+        grad_y=grad_y,
+        expert_idx=expertIdx,
+        renorm=renorm,
+        norm_type=norm_type,
+        routed_scaling_factor=routed_scaling_factor,
+        eps=eps,
+    )
 
 
 def npu_moe_gating_top_k_softmax(

@@ -1,5 +1,7 @@
 """Permute tokens into the order of their experts, and back; on one device, with gradients.
 
+The gradients are operators too, for callers that write their own autograd functions.
+
 Letters: N tokens, H hidden size, K experts of a token, E experts. float64 is accepted in addition
 to the dtypes of torch_npu.
 """
@@ -139,3 +141,160 @@ def npu_moe_token_unpermute_with_routing_map(
         The errors of ``npu_moe_token_permute``.
     """
     return schemas.token_unpermute_with_routing_map(**locals())
+
+
+def npu_moe_token_permute_grad(
+    tokens: Tensor,
+    grad_permuted_tokens: Tensor,
+    indices: Tensor,
+    sorted_indices: Tensor,
+    padded_mode: bool = False,
+) -> Tensor:
+    """The gradient of the tokens of ``npu_moe_token_permute``: the sums of their rows' gradients.
+
+    In float32 (float64 for float64), rounded once.
+
+    Args:
+        tokens: (N, H) as in permute; only shape and dtype matter.
+        grad_permuted_tokens: (rows, H) of the dtype of tokens.
+        indices: (N, K) or (N,) as in permute; only the shape matters.
+        sorted_indices: (N * K,) int32 from permute.
+        padded_mode: False.
+
+    Returns:
+        (N, H) of the dtype of tokens.
+
+    Raises:
+        The errors of ``npu_moe_token_permute``.
+    """
+    return schemas.token_permute_grad(**locals())
+
+
+def npu_moe_token_unpermute_grad(
+    permuted_tokens: Tensor,
+    grad_unpermuted_tokens: Tensor,
+    sorted_indices: Tensor,
+    probs: Tensor | None = None,
+    padded_mode: bool = False,
+    restore_shape: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of rows and weights of ``npu_moe_token_unpermute``.
+
+    In float32 (float64 for float64), each rounded once.
+
+    Args:
+        permuted_tokens: (rows, H) as in unpermute.
+        grad_unpermuted_tokens: (N, H) of its dtype.
+        sorted_indices: (N * K,) int32 as in unpermute.
+        probs: (N, K) as in unpermute.
+        padded_mode: False.
+        restore_shape: ignored.
+
+    Returns:
+        permuted_tokens_grad: (rows, H) of the dtype of permuted_tokens.
+        probs_grad: (N, K) of the dtype of probs; None without probs.
+
+    Raises:
+        The errors of ``npu_moe_token_permute``.
+    """
+    return schemas.token_unpermute_grad(**locals())
+
+
+def npu_moe_token_permute_with_routing_map_grad(
+    permuted_token_out_grad: Tensor,
+    probs_grad: Tensor | None,
+    sorted_indices: Tensor,
+    routing_map: Tensor,
+    experts_num: int,
+    tokens_num: int,
+    drop_and_pad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of tokens and probs of ``npu_moe_token_permute_with_routing_map``.
+
+    In float32 (float64 for float64), rounded once.
+
+    Args:
+        permuted_token_out_grad: (rows, H) float16, bfloat16, float32 or float64.
+        probs_grad: (rows,) the gradient of permuted_probs, or None.
+        sorted_indices: (rows,) int32 from permute.
+        routing_map: (N, E) bool or int8 as in permute.
+        experts_num: E.
+        tokens_num: N.
+        drop_and_pad: as in permute.
+
+    Returns:
+        tokens_grad: (N, H) of the dtype of permuted_token_out_grad.
+        probs_grad: (N, E) of the dtype of probs_grad; None without it.
+
+    Raises:
+        The errors of ``npu_moe_token_permute``.
+    """
+    return schemas.token_permute_with_routing_map_grad(**locals())
+
+
+def _npu_moe_token_unpermute_with_routing_map(
+    permuted_tokens: Tensor,
+    sorted_indices: Tensor,
+    restore_shape: Sequence[int],
+    *,
+    probs: Tensor | None = None,
+    routing_map: Tensor | None = None,
+    drop_and_pad: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """``npu_moe_token_unpermute_with_routing_map`` with what its gradient takes.
+
+    Args:
+        permuted_tokens: as there, with gradients.
+        sorted_indices: as there.
+        restore_shape: as there.
+        probs: as there, with gradients.
+        routing_map: as there.
+        drop_and_pad: as there.
+
+    Returns:
+        unpermuted_tokens: as there.
+        out_index: (rows,) int32, the rows in the order of their tokens; without drop_and_pad
+            sorted_indices, where torch_npu leaves it open.
+        permuted_token_id: (rows,) int32, the token of each of these.
+        permute_probs: (rows,) the probs of the rows, with drop_and_pad in the order of the rows,
+            otherwise in that of tokens and experts; without gradients, None without probs.
+
+    Raises:
+        The errors of ``npu_moe_token_permute``.
+    """
+    return schemas.token_unpermute_with_routing_map_index(**locals())
+
+
+def npu_moe_token_unpermute_with_routing_map_grad(
+    unpermuted_tokens_grad: Tensor,
+    out_index: Tensor,
+    permuted_token_id: Tensor,
+    routing_map: Tensor | None,
+    permuted_tokens: Tensor | None,
+    probs: Tensor | None,
+    drop_and_pad: bool,
+    restore_shape: Sequence[int],
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of rows and probs of ``npu_moe_token_unpermute_with_routing_map``.
+
+    In float32 (float64 for float64), each rounded once.
+
+    Args:
+        unpermuted_tokens_grad: (N, H) float16, bfloat16, float32 or float64.
+        out_index: (rows,) int32. With drop_and_pad from
+            ``_npu_moe_token_unpermute_with_routing_map``, otherwise sorted_indices.
+        permuted_token_id: the same; without drop_and_pad not used.
+        routing_map: (N, E) bool or int8, needed with probs, unless drop_and_pad.
+        permuted_tokens: (rows, H) as in unpermute, needed with probs.
+        probs: (N, E) as in unpermute.
+        drop_and_pad: as in unpermute.
+        restore_shape: (N, H).
+
+    Returns:
+        permuted_tokens_grad: (rows, H) of the dtype of unpermuted_tokens_grad.
+        probs_grad: (N, E) of the dtype of probs; None without probs.
+
+    Raises:
+        The errors of ``npu_moe_token_permute``.
+    """
+    return schemas.token_unpermute_with_routing_map_grad(**locals())

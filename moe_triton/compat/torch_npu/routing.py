@@ -14,6 +14,79 @@ from ...ascend.local import schemas
 from ...ascend.quant_modes import dtype_number
 
 
+def npu_moe_init_routing(
+    x: Tensor, row_idx: Tensor, expert_idx: Tensor, active_num: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Copy each token for each of its experts, in the order of their slots sorted by expert.
+
+        expanded_x[i] = x[row_idx.flatten()[order[i]] % N]
+
+    where order sorts expert_idx stably. Without gradients, as in torch_npu.
+
+    Args:
+        x: (N, H) float16, bfloat16, float32, or float64, an extension.
+        row_idx: (N, K) int32 distinct numbers of the slots, such as those of
+            ``npu_moe_gating_top_k_softmax``.
+        expert_idx: (N, K) int32.
+        active_num: the most tokens whose rows are kept.
+
+    Returns:
+        expanded_x: (min(N, active_num) * K, H) of the dtype of x.
+        expanded_row_idx: (N * K,) int32: the row of each number of row_idx.
+        expanded_expert_idx: (N * K,) int32, expert_idx sorted.
+
+    Raises:
+        The errors of ``npu_moe_re_routing``.
+    """
+    return schemas.init_routing(**locals())
+
+
+def npu_moe_init_routing_quant(
+    x: Tensor,
+    expert_idx: Tensor,
+    *,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
+    active_num: int = 1024,
+    expert_capacity: int = 0,
+    expert_num: int = 256,
+    drop_pad_mode: int = 0,
+    expert_tokens_num_mode: int = 0,
+    expert_tokens_before_capacity_flag: bool = False,
+    quant_mode: int = 1,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Copy each token for each of its experts, in the order of (expert, token), as int8.
+
+    The arithmetic is that of ``npu_moe_init_routing_v2``.
+
+    Args:
+        x: as in ``npu_moe_init_routing_v2``.
+        expert_idx: as there.
+        scale: quant_mode 0: (1,) float32. 1: (E, H) or (1, H) float32, or None.
+        offset: (1,) float32 for quant_mode 0, else None.
+        active_num: as there.
+        expert_capacity: as there.
+        expert_num: E.
+        drop_pad_mode: as there.
+        expert_tokens_num_mode: 0 no counts, 1 prefix sums, 2 counts.
+        expert_tokens_before_capacity_flag: whether counts are returned with drop_pad_mode 1.
+        quant_mode: 0 with scale and offset, 1 with a scale for each row.
+
+    Returns:
+        expanded_x: (rows, H) or (E, C, H) int8, as there.
+        expanded_row_idx: (N * K,) int32, the row of each copy, -1 without one.
+        expert_token_cumsum_or_count: (E,) int32; None with drop_pad_mode 1 or
+            expert_tokens_num_mode 0.
+        expert_tokens_before_capacity: (E,) int32 counts before any copy is dropped; None without
+            the flag, or with drop_pad_mode 0.
+        expanded_scale: float32, one for each row; None with quant_mode 0.
+
+    Raises:
+        The errors of ``npu_moe_re_routing``.
+    """
+    return schemas.init_routing_quant(**locals())
+
+
 def npu_moe_init_routing_v2(
     x: Tensor,
     expert_idx: Tensor,
@@ -65,8 +138,8 @@ def npu_moe_init_routing_v2(
             enabled (``torch.is_grad_enabled()``), so that they cannot make the gradients of the
             experts NaN; otherwise they are not written.
         expanded_row_idx: (N * K,) int32. Gather: the row of each copy, -1 without one; with
-            active_num also rows that are not there. Scatter: the copy of each row; the rest is
-            undefined.
+            active_num also rows that are not there. Scatter: the copy of each row, then those
+            without one, from experts after the range and before it, which torch_npu leaves open.
         expert_token_cumsum_or_count: int64, (end - start,), or (E, 2) pairs of the experts with
             copies, then zeros.
         expanded_scale: quant_mode -1 the given scales of the rows, 1 those by which rows were

@@ -260,6 +260,22 @@ def test_gradients(name, back_end):
     assert torch.autograd.gradgradcheck(call, wide)
 
 
+def test_slots_without_a_row_follow_in_scattered_indices(back_end):
+    """First those of experts after the range, then those before it."""
+    ids = torch.tensor([[0, 3], [1, 4], [2, 1]], dtype=int32)
+    _, index, *_ = init_routing(
+        X, ids, expert_num=5, active_expert_range=[1, 3], row_idx_type=1, expert_tokens_num_type=1
+    )
+    assert index.tolist() == [2, 5, 4, 1, 3, 0]
+
+
+def test_no_tokens_need_no_factors(back_end):
+    empty = torch.empty(0)
+    out, *_, scales = init_routing(X[:0], IDS[:0], scale=empty, expert_num=4, quant_mode=1)
+    assert out.shape == (0, 1)
+    assert scales.shape == (0,)
+
+
 @pytest.mark.parametrize("row_idx_type", [0, 1])
 def test_gradients_of_unwritten_rows_are_ignored(row_idx_type):
     """Experts 0 and 1 alone: token 1 has one of them, the others two."""
