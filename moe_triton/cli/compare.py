@@ -7,6 +7,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,10 @@ import torch
 
 from .. import backend, profile
 from ..compare import DEVIATIONS, STANDARDS, Report, Where, compare
+from ..compare.timing import TimingReport, compare_times
 from ..errors import MoeError
 from ..record.calls import FileError
+from .terminal import positive
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,6 +66,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="argument that kernel dumps do not hold, such as moe_expert_num=256; may be repeated",
     )
     parser.add_argument(
+        "--timing",
+        nargs="+",
+        metavar="FILE",
+        help="lay the times in files of Ascend's profilers, or in folders of them, beside those of "
+        "other systems: kernel_details.csv, op_summary_*.csv, op_statistic.csv, "
+        "communication.json, trace_view.json; PATH may be left out, or be the dump of the same run",
+    )
+    parser.add_argument("--ranks", type=positive, metavar="W", help="of the run of --timing")
+    parser.add_argument("--experts", type=positive, metavar="E", help="of the run of --timing")
+    parser.add_argument(
+        "--bench",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="results of moe-triton bench layer --json to show beside --timing; may be repeated",
+    )
+    parser.add_argument(
         "--all", action="store_true", help="show every call, also where many are in rule"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -72,14 +92,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compare; returns 0 in rule, 1 if something is out of its rule, 2 if nothing was compared."""
-    try:
-        from rich.console import Console
-    except ImportError:
-        print(
-            "moe-triton compare: rich is not installed: pip install 'moe_triton[compare]'",
-            file=sys.stderr,
-        )
+    absent = [name for name in ("rich", "yaml", "safetensors") if find_spec(name) is None]
+    if absent:
+        problem = f"{', '.join(absent)} must be installed: pip install 'moe_triton[compare]'"
+        print(f"moe-triton compare: {problem}", file=sys.stderr)
         return _NOT_COMPARED
+    from rich.console import Console
+
     try:
         return _run(arguments, Console(highlight=False, soft_wrap=False))
     except MoeError as error:
@@ -88,25 +107,41 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace, console: Console) -> int:
-    if arguments.path is None:
-        arguments.error("PATH must be given")
-    with _progress(arguments) as progress:
-        report = compare(
-            arguments.path,
-            standard=arguments.standard,
-            where=_where(arguments),
-            accept=arguments.accept,
-            settings=_settings(arguments.set),
-            progress=progress,
+    if arguments.path is None and not arguments.timing:
+        arguments.error("PATH or --timing must be given")
+    report = times = None
+    if arguments.path is not None:
+        with _progress(arguments) as progress:
+            report = compare(
+                arguments.path,
+                standard=arguments.standard,
+                where=_where(arguments),
+                accept=arguments.accept,
+                settings=_settings(arguments.set),
+                progress=progress,
+            )
+    if arguments.timing:
+        times = compare_times(
+            arguments.timing,
+            ranks=arguments.ranks or (None if report is None else report.ranks),
+            experts=arguments.experts or (None if report is None else report.experts),
+            bench=arguments.bench,
         )
-    _write(report, arguments)
+    _write(report, times, arguments)
     if arguments.json:
-        print(json.dumps(report.as_json(), indent=1, allow_nan=False))
+        value = {} if report is None else report.as_json()
+        value |= {} if times is None else {"timing": times.as_json()}
+        print(json.dumps(value, indent=1, allow_nan=False))
     else:
         from ..compare.terminal import render
+        from ..compare.timing import tables
 
-        render(report, console, everything=arguments.all)
-    return report.exit_code
+        if report is not None:
+            render(report, console, everything=arguments.all)
+        if times is not None:
+            tables.render(times, console)
+    codes = [part.exit_code for part in (report, times) if part is not None]
+    return max(codes, key=lambda code: (code == 1, code))
 
 
 def _where(arguments: argparse.Namespace) -> Where:
@@ -134,13 +169,20 @@ def _settings(texts: list[str]) -> dict[str, Any]:
     return settings
 
 
-def _write(report: Report, arguments: argparse.Namespace) -> None:
+def _write(
+    report: Report | None, times: TimingReport | None, arguments: argparse.Namespace
+) -> None:
     """Write the HTML page and the plots."""
     if not arguments.html and not arguments.plots:
         return
     from ..compare import html, plots
+    from ..compare.timing import tables
 
-    charts = plots.draw(report)
+    charts = {} if report is None else plots.draw(report)
+    body = [] if report is None else html.body(report, charts)
+    if times is not None:
+        body += tables.body(times)
+        charts |= tables.charts(times)
     try:
         if arguments.plots:
             folder = Path(arguments.plots)
@@ -148,7 +190,7 @@ def _write(report: Report, arguments: argparse.Namespace) -> None:
             for name, svg in charts.items():
                 (folder / f"{name}.svg").write_bytes(svg)
         if arguments.html:
-            Path(arguments.html).write_text(html.write(report, charts), encoding="utf-8")
+            Path(arguments.html).write_text(html.page("moe-triton compare", body), encoding="utf-8")
     except OSError as error:
         path = error.filename or arguments.html or arguments.plots
         contract = "be a file that can be written"

@@ -36,13 +36,13 @@ CAPTIONS = {
 }
 
 
-def page(title: str, body: Iterable[str]) -> str:
-    """A whole HTML file with a title and a body."""
+def page(title: str, parts: Iterable[str]) -> str:
+    """A whole HTML file with a title and the parts of its body."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n"
-        + "\n".join(body)
+        + "\n".join(parts)
         + f'\n<p class="dim">moe_triton {escape(__version__)}</p>\n</body></html>\n'
     )
 
@@ -50,7 +50,7 @@ def page(title: str, body: Iterable[str]) -> str:
 def picture(name: str, svg: bytes) -> str:
     """A chart as part of the page."""
     data = base64.b64encode(svg).decode()
-    caption = escape(CAPTIONS[name])
+    caption = escape(CAPTIONS[name.partition("-")[0]])
     return (
         f'<figure><img alt="{caption}" src="data:image/svg+xml;base64,{data}">'
         f"<figcaption>{caption}</figcaption></figure>"
@@ -71,25 +71,24 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]], text: Iterable[i
     return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
 
 
-def write(report: Report, charts: Mapping[str, bytes]) -> str:
-    """The page of a report with its charts."""
+def body(report: Report, charts: Mapping[str, bytes]) -> list[str]:
+    """The body of the page of a report with its charts."""
     style = "in-rule" if report.exit_code == 0 else "out-of-rule"
     about = (
         f"<p>{escape(report.source)}; calls run here on {escape(report.where)}; standard "
         f"<b>{escape(report.standard)}</b>.</p>"
     )
-    body = [
+    parts = [
         f"<h1>Comparison of <code>{escape(report.path)}</code></h1>",
         f"<p class={style}>{escape(conclusion(report).plain)}</p>",
         about,
     ]
     if report.problems:
-        body.append("<h2>Not usable</h2><ul>")
-        body += [f"<li><b>{escape(p)}</b>: {escape(text)}</li>" for p, text in report.problems]
-        body.append("</ul>")
-    body += [picture(name, svg) for name, svg in charts.items()]
-    body += [part for call in report.calls for part in _call(call)]
-    return page(f"Comparison of {report.path}", body)
+        items = (f"<li><b>{escape(p)}</b>: {escape(text)}</li>" for p, text in report.problems)
+        parts.append(f"<h2>Not usable</h2><ul>{''.join(items)}</ul>")
+    parts += [picture(name, svg) for name, svg in charts.items()]
+    parts += [part for call in report.calls for part in _call(call)]
+    return parts
 
 
 def _call(call: CallResult) -> Iterable[str]:

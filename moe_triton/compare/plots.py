@@ -128,7 +128,6 @@ def _ranks(report: Report) -> bytes | None:
                 elements[rank.rank][1] += rank.errors.elements - rank.errors.exact
             if rank.verdict >= Verdict.KNOWN:
                 wrong.add(rank.rank)
-                elements[rank.rank][0] += 0
     if not elements:
         return None
     order = sorted(elements)
@@ -144,3 +143,25 @@ def _ranks(report: Report) -> bytes | None:
     axes.set_ylim(0, max(*shares, 1.0) * 1.05)
     axes.set_xlabel("rank (red: with an output out of rule)")
     return _svg(figure, "ranks")
+
+
+def time_bars(rows: Sequence[tuple[str, float | None, float | None, bool]]) -> bytes | None:
+    """Bars of dispatch and combine, in microseconds.
+
+    Args:
+        rows: name, dispatch, combine, and whether the workload is that of the first row.
+    """
+    rows = [row for row in rows if row[1] or row[2]]
+    if not rows:
+        return None
+    figure, axes = _figure(8, 0.9 + 0.42 * len(rows))
+    for half, colour, offset in ((1, _GOOD, -0.2), (2, _BAD, 0.2)):
+        for i, row in enumerate(rows):
+            value = row[1] if half == 1 else row[2]
+            if value is not None:
+                axes.barh(i + offset, value, 0.38, color=colour, alpha=1.0 if row[3] else 0.4)
+                axes.text(value, i + offset, f" {value:g}", va="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), [row[0] for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("us: dispatch above (blue), combine below (red); pale: another workload")
+    return _svg(figure, "times")

@@ -134,6 +134,8 @@ class Report:
         calls: in the order of the dump.
         problems: (place, text) of what could not be used.
         accepted: names of deviations that count as in rule.
+        ranks: W of the first collective call, or None.
+        experts: E of that call, or None.
     """
 
     path: str
@@ -143,6 +145,8 @@ class Report:
     calls: tuple[CallResult, ...]
     problems: tuple[tuple[str, str], ...]
     accepted: tuple[str, ...] = ()
+    ranks: int | None = None
+    experts: int | None = None
 
     @property
     def outputs(self) -> list[OutputResult]:

@@ -82,6 +82,7 @@ def compare(
         tuple(results),
         tuple(problems),
         tuple(accept),
+        *_group_sizes(worlds),
     )
 
 
@@ -290,6 +291,14 @@ def _fitting(
             f"{tuple(reference.shape)}, got {tuple(tensor.shape)}"
         )
     return actual, ""
+
+
+def _group_sizes(worlds: list[WorldCall]) -> tuple[int | None, int | None]:
+    """W and E of the first collective call."""
+    for world in worlds:
+        if is_collective(world.op):
+            return world.ep_world, world.calls[0].number("moe_expert_num") or None
+    return None, None
 
 
 def _world_words(world: WorldCall) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from ..ascend import op_names
 from ..record.calls import RankCall
@@ -56,13 +56,8 @@ def group_calls(calls: Sequence[RankCall], report: Report) -> list[WorldCall]:
         report: called with a place and a problem where a world is incomplete or inconsistent.
     """
     by_number: dict[tuple[str, str, int], list[RankCall]] = defaultdict(list)
-    seen: dict[tuple[object, ...], int] = defaultdict(int)
-    for call in calls:
-        # Names count the calls of all groups; ranks of two groups may interleave them differently.
-        group = call.arguments.get("group_ep") if is_collective(call.op) else None
-        key = (call.step, call.rank, call.op, group)
-        by_number[call.step, call.op, seen[key]].append(call)
-        seen[key] += 1
+    for call, number in _numbered(calls):
+        by_number[call.step, call.op, number].append(call)
     worlds: list[WorldCall] = []
     for (step, op, _), members in by_number.items():
         if not is_collective(op):
@@ -75,13 +70,39 @@ def group_calls(calls: Sequence[RankCall], report: Report) -> list[WorldCall]:
     return _with_setups(worlds, report)
 
 
+def _numbered(calls: Sequence[RankCall]) -> Iterator[tuple[RankCall, int]]:
+    """Each call and its number, by which ranks are matched.
+
+    Dumps count the calls of all groups together, and ranks of two groups may interleave them
+    differently: then the calls of each group are counted. With one group the dump's own count
+    holds, which survives a call that is missing.
+    """
+    groups: dict[tuple[str, str, str], set[str | None]] = defaultdict(set)
+    for call in calls:
+        if call.group is not None:
+            groups[call.step, call.rank, call.op].add(call.group)
+    seen: dict[tuple[object, ...], int] = defaultdict(int)
+    for call in calls:
+        mine = groups[call.step, call.rank, call.op]
+        if len(mine) <= 1 and call.index is not None:
+            yield call, call.index
+            continue
+        # A broken call may not say its group.
+        key = (call.step, call.rank, call.op, call.group)
+        yield call, seen[key]
+        seen[key] += 1
+
+
 def _components(members: list[RankCall]) -> list[list[RankCall]]:
     """Ranks connected by the names of their groups; all, if only all of them are a world."""
     parts: list[tuple[set[object], list[RankCall]]] = []
+    known = {call.group for call in members} - {None}
     for call in members:
-        names: set[object] = {("ep", call.arguments.get("group_ep"))}
+        # A broken call may not say its group: it belongs to the only one, if there is one.
+        group = next(iter(known)) if call.group is None and len(known) == 1 else call.group
+        names: set[object] = {("ep", group)}
         if call.tp_world == 2:
-            names.add(("tp", call.arguments.get("group_tp")))
+            names.add(("tp", str(call.arguments.get("group_tp"))))
         joined = [call]
         for part in [part for part in parts if part[0] & names]:
             names |= part[0]
@@ -171,4 +192,4 @@ def _with_setups(worlds: list[WorldCall], report: Report) -> list[WorldCall]:
 
 
 def _group_key(world: WorldCall, op: str) -> tuple[object, ...]:
-    return world.step, op, world.calls[0].arguments.get("group_ep"), world.ep_world
+    return world.step, op, world.calls[0].group, world.ep_world

@@ -67,6 +67,7 @@ class RankCall:
         outputs: by name: ``StoredTensor``, or None where the operator returned None.
         notes: what the reader assumed or could not use.
         problem: why the call cannot be rebuilt, or "".
+        index: of the call among those of its operator on the rank, or None if unknown.
     """
 
     op: str
@@ -77,11 +78,18 @@ class RankCall:
     outputs: Mapping[str, StoredTensor | None]
     notes: tuple[str, ...] = ()
     problem: str = ""
+    index: int | None = None
 
     def number(self, name: str, default: int = 0) -> int:
         """An integer argument."""
         value = self.arguments.get(name)
-        return int(value) if isinstance(value, (int, float)) else default
+        return value if isinstance(value, int) else default
+
+    @property
+    def group(self) -> str | None:
+        """Name of the expert-parallel group, None if the call does not say it."""
+        name = self.arguments.get("group_ep")
+        return None if name is None else str(name)
 
     @property
     def ep_rank(self) -> int:

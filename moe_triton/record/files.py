@@ -62,6 +62,7 @@ def write_call(
     arguments: Mapping[str, Any],
     outputs: Mapping[str, torch.Tensor | None],
     rows: Mapping[str, int],
+    index: int,
 ) -> int:
     """Write one call.
 
@@ -72,13 +73,15 @@ def write_call(
         arguments: by name, tensors and plain values.
         outputs: by name.
         rows: how many leading rows of "input.x" or "output.x" to keep, by that name.
+        index: of the call among those of its operator on the rank, recorded or not.
 
     Returns:
         The bytes of the tensors.
     """
     library = _library()
     tensors: dict[str, torch.Tensor] = {}
-    description: dict[str, Any] = {"version": VERSION, "op": op, "arguments": {}, "outputs": {}}
+    description: dict[str, Any] = {"version": VERSION, "op": op, "index": index}
+    description |= {"arguments": {}, "outputs": {}}
     for kind, section, values in (
         ("input", "arguments", arguments),
         ("output", "outputs", outputs),
@@ -170,7 +173,17 @@ def _read_call(folder: Path, file: Path, value: Any) -> RankCall:
     lacking = missing(op, arguments)
     arguments = {name: a for name, a in arguments.items() if name in signature(op).parameters}
     problem = f"the arguments {', '.join(lacking)} are missing" if lacking else ""
-    return RankCall(op, file.stem, "", folder.name, arguments, outputs, problem=problem)
+    index = value.get("index")
+    return RankCall(
+        op,
+        file.stem,
+        "",
+        folder.name,
+        arguments,
+        outputs,
+        problem=problem,
+        index=index if isinstance(index, int) else None,
+    )
 
 
 def _value(data: Path, file: Path, entry: Any) -> Any:

@@ -99,8 +99,8 @@ class Recorder:
     ) -> Any:
         arguments, unknown = bind(op, args, kwargs)
         rank = self._rank(op, arguments)
-        number = rank.next(op, self._options)
-        if number is None:
+        numbers = rank.next(op, self._options)
+        if numbers is None:
             return function(*args, **kwargs)
         # performance_info is added to, and a caller may reuse its buffers.
         before = {k: _copied(v) for k, v in arguments.items()}
@@ -109,7 +109,7 @@ class Recorder:
         outputs = dict(zip(OUTPUTS[op], map(_copied, values), strict=False))
         before |= {k: str(v) for k, v in unknown.items() if v is not None}
         try:
-            rank.write(number, op, before, outputs, self._options)
+            rank.write(numbers, op, before, outputs, self._options)
         except OSError as error:
             rank.stop(f"cannot write: {error}")
         return results
@@ -141,8 +141,8 @@ class _Rank:
         self._bytes = 0
         self._stopped = False
 
-    def next(self, op: str, options: Options) -> int | None:
-        """Number of the next call, None if it is not recorded."""
+    def next(self, op: str, options: Options) -> tuple[int, int] | None:
+        """Numbers of the next call among the recorded and of its operator; None to leave out."""
         seen = self._seen.get(op, 0)
         self._seen[op] = seen + 1
         if self._stopped or not options.skip <= seen < options.skip + options.calls:
@@ -154,11 +154,11 @@ class _Rank:
                 self.stop(f"cannot write: {error}")
                 return None
         self._written += 1
-        return self._written - 1
+        return self._written - 1, seen
 
     def write(
         self,
-        number: int,
+        numbers: tuple[int, int],
         op: str,
         arguments: Mapping[str, Any],
         outputs: Mapping[str, torch.Tensor | None],
@@ -175,7 +175,9 @@ class _Rank:
         if self._bytes + size > options.max_bytes:
             self.stop(f"the next call of {size} bytes would exceed {options.max_bytes}")
             return
-        self._bytes += files.write_call(self._folder, number, op, arguments, outputs, rows)
+        self._bytes += files.write_call(
+            self._folder, numbers[0], op, arguments, outputs, rows, numbers[1]
+        )
 
     def stop(self, reason: str) -> None:
         """End the recording of this rank; the calls go on."""

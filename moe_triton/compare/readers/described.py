@@ -113,7 +113,9 @@ def _call(
     lacking = missing(op, arguments)
     problem = f"the arguments {', '.join(lacking)} are missing" if lacking else ""
     name, step = entry.get("name", f"{op}.{number}"), entry.get("step", "")
-    return RankCall(op, str(name), str(step), f"rank{rank}", arguments, results, problem=problem)
+    return RankCall(
+        op, str(name), str(step), f"rank{rank}", arguments, results, problem=problem, index=number
+    )
 
 
 def _plain(place: str, name: str, value: Any) -> Any:

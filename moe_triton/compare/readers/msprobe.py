@@ -7,6 +7,7 @@ Source: the dump instructions of Ascend/msprobe, and dumps that version 26.2.0 w
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -52,13 +53,13 @@ def read(path: Path, report: Callable[[str, str], None]) -> list[RankCall]:
         step = folder.parent.name if _STEP.fullmatch(folder.parent.name) else ""
         place = f"{step}/{folder.name}".lstrip("/")
         try:
-            calls += _read_rank(folder, step, report)
+            calls += _read_rank(folder, step)
         except FileError as error:
             report(place, str(error))
     return calls
 
 
-def _read_rank(folder: Path, step: str, report: Callable[[str, str], None]) -> list[RankCall]:
+def _read_rank(folder: Path, step: str) -> list[RankCall]:
     file = folder / DESCRIPTION
     description = read_json(file)
     data = description.get("data") if isinstance(description, dict) else None
@@ -73,23 +74,19 @@ def _read_rank(folder: Path, step: str, report: Callable[[str, str], None]) -> l
         match = _CALL.fullmatch(name)
         if match is None or match[1] not in OUTPUTS:
             continue
-        place = f"{step}/{folder.name}/{name}".lstrip("/")
-        if not isinstance(entry, dict):
-            report(place, f"the call must be an object, got {type(entry).__name__}")
-            continue
-        calls.append(_read_call(match[1], name, entry, folder, tensors, step, task))
+        call = RankCall(match[1], name, step, folder.name, {}, {}, index=int(match[2][:9]))
+        if isinstance(entry, dict):
+            calls.append(_read_call(call, entry, folder, tensors, task))
+        else:
+            problem = f"the call must be an object, got {type(entry).__name__}"
+            calls.append(dataclasses.replace(call, problem=problem))
     return calls
 
 
 def _read_call(
-    op: str,
-    name: str,
-    entry: dict[str, Any],
-    folder: Path,
-    tensors: Path,
-    step: str,
-    task: object,
+    call: RankCall, entry: dict[str, Any], folder: Path, tensors: Path, task: object
 ) -> RankCall:
+    op = call.op
     notes: list[str] = []
     value = _Values(folder, tensors, task)
     args, kwargs = entry.get("input_args") or [], entry.get("input_kwargs") or {}
@@ -129,7 +126,9 @@ def _read_call(
             "the dump holds statistics only, no tensors; dump again with "
             '"task": "tensor" in the configuration of msprobe'
         )
-    return RankCall(op, name, step, folder.name, arguments, results, tuple(notes), problem)
+    return dataclasses.replace(
+        call, arguments=arguments, outputs=results, notes=tuple(notes), problem=problem
+    )
 
 
 class _Values:

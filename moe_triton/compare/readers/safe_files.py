@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 
 from ...record.calls import FileError
 
-MAX_TEXT = 512 * 2**20  # bytes of a JSON, YAML or CSV file
+MAX_TEXT = 512 * 2**20  # bytes of a JSON or CSV file
+MAX_YAML = 4 * 2**20
 MAX_TENSOR = 16 * 2**30  # bytes of a tensor
 # A tensor may be larger than its file where its strides are 0.
 _SMALL = 64 * 2**20
@@ -95,6 +97,7 @@ def read_yaml(path: Path) -> Any:
                 raise yaml.YAMLError("aliases are not read")
             return super().compose_node(parent, index)
 
+    _size(path, MAX_YAML, "be a YAML file")
     text = read_text(path, "be a YAML file")
     try:
         return yaml.load(text, Loader)
@@ -124,7 +127,9 @@ def read_torch(path: Path, key: str | None = None) -> torch.Tensor:
     contract = "be a torch.save file with tensors only"
     size = _size(path, MAX_TENSOR, contract)
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about protocols that are refused anyway
+            value = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - a hostile file can raise anything
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileError("compare", str(path), contract, text[:200]) from None
