@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 
 from ..bench import (
+    host,
     kernels,
     layer,
     load,
@@ -23,6 +24,7 @@ _BENCHES = (
     (kernels, "kernels", "single kernels and layers of one device, beside a copy and peers"),
     (layer, "layer", "dispatch and combine of a model's layer, beside a copy and published rows"),
     (transport, "transport", "dispatch and combine between processes, beside by hand"),
+    (host, "host", "the time of the host alone, launches replaced by nothing"),
     (load, "load", "the balance of replicas of experts"),
     (overlap, "overlap", "split phases, with work between setup and teardown"),
     (transformers_model, "transformers", "a model of transformers, beside its own all_to_all"),
