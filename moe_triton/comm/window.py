@@ -102,7 +102,7 @@ class MoeConfig:
             return RowFormat.tight(self.dtype, self.hidden)
         return RowFormat.tight(torch.int8, self.hidden, "block8", self.dtype, RETURN_BLOCK)
 
-    @property
+    @functools.cached_property
     def weight_dtype(self) -> torch.dtype:
         """Of the routing weights: float32, for float64 float64."""
         return torch.promote_types(self.dtype, torch.float32)
@@ -113,6 +113,15 @@ class MoeConfig:
 
     def capacity(self, rank: int) -> int:
         """A: the most rows that ``rank`` receives, padding included."""
+        if rank not in self._capacities:
+            self._capacities[rank] = self._capacity(rank)
+        return self._capacities[rank]
+
+    @functools.cached_property
+    def _capacities(self) -> dict[int, int]:
+        return {}
+
+    def _capacity(self, rank: int) -> int:
         most = self.topology.capacity(rank, self.max_tokens, self.top_k)
         if self.max_rows is not None:
             most = min(most, self.max_rows)

@@ -88,6 +88,8 @@ class Exchange:
         self.dispatches: dict[int, Pending[DispatchInput]] = {}
         self.combines: dict[int, Pending[CombineInput]] = {}
         self._arguments = arguments
+        self._calls: dict[str, Call] = {}
+        self._dispatched, self._combined = checks.Signatures(), checks.Signatures()
         self._steps, self.device = steps, device
         self.load: torch.Tensor | None = None
         if count_load:
@@ -229,8 +231,11 @@ class Exchange:
             self._check_handle(op, handle)
             ids = handle.expert_ids
             plan, permutation = handle.numbering or self.numbering(ids, handle.recv_counts_cumsum)
-            self._check_y(op, y, len(permutation.source))
-            self.check_addend(addend, len(ids))
+            signature = self._combined.of(y, len(permutation.source), addend, len(ids))
+            if signature not in self._combined:
+                self._check_y(op, y, len(permutation.source))
+                self.check_addend(addend, len(ids))
+                self._combined.add(signature)
         except MoeError as error:
             self.communicator.abort_peers("combine", op, error)
             raise
@@ -348,7 +353,11 @@ class Exchange:
         return x, weights[:, : self.config.top_k, 0].contiguous()
 
     def _call(self, op: str, config: MoeConfig | None = None, **more: object) -> Call:
-        return Call(op, config or self.config, self._arguments | more, self._steps, self.device)
+        if config is not None or more:
+            return Call(op, config or self.config, self._arguments | more, self._steps, self.device)
+        if op not in self._calls:
+            self._calls[op] = Call(op, self.config, self._arguments, self._steps, self.device)
+        return self._calls[op]
 
     def _transport_of(self, op: str, owner: Transport) -> Transport:
         """The transport, if it is the one that sent an operation."""
@@ -363,6 +372,8 @@ class Exchange:
 
     def check_addend(self, addend: torch.Tensor | None, num_tokens: int) -> None:
         """``addend`` is None or [T, H] of the object's dtype."""
+        if addend is None:
+            return
         name, expected = "shared_expert_x", (num_tokens, self.config.hidden)
         checks.dtype(COMBINE, name, addend, (self.config.dtype,))
         checks.shape(COMBINE, name, addend, expected, "(T, H)", self.device)
@@ -388,6 +399,24 @@ class Exchange:
         topk_weights: torch.Tensor | None,
         scales: torch.Tensor | None,
     ) -> None:
+        signature = self._dispatched.of(x, topk_ids, topk_weights, scales)
+        if signature not in self._dispatched:
+            self._check_dispatch_metadata(op, x, topk_ids, topk_weights, scales)
+            self._dispatched.add(signature)
+        if self.device.type == "cpu":
+            active, num_experts = topk_ids != NOWHERE, self.config.topology.num_experts
+            checks.expert_ids(
+                op, "topk_ids", topk_ids, num_experts, active=active, otherwise=" or -1 for none"
+            )
+
+    def _check_dispatch_metadata(
+        self,
+        op: str,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        scales: torch.Tensor | None,
+    ) -> None:
         config, device = self.config, self.device
         checks.required(op, x=x, topk_ids=topk_ids)
         checks.dtype(op, "x", x, (config.dtype,))
@@ -404,8 +433,3 @@ class Exchange:
         if self._quant_gradient is not None:
             contract = f"be None with quant_gradient={self._quant_gradient!r}"
             checks.value(op, "scales", scales is None, contract, "factors")
-        if device.type == "cpu":
-            active, num_experts = topk_ids != NOWHERE, config.topology.num_experts
-            checks.expert_ids(
-                op, "topk_ids", topk_ids, num_experts, active=active, otherwise=" or -1 for none"
-            )

@@ -35,18 +35,31 @@ def check_tensor(
     """
     if tensor.dtype not in dtypes:
         raise ArgumentTypeError(op, name, f"be one of {[*dtypes]}", tensor.dtype)
-    fits = tensor.dim() == len(shape) and all(
-        wanted in (None, size) for wanted, size in zip(shape, tensor.shape, strict=True)
-    )
-    if not fits:
+    if not _has_shape(tensor, shape):
         wanted = ", ".join("*" if size is None else str(size) for size in shape)
         raise ArgumentValueError(op, name, f"have the shape ({wanted})", tuple(tensor.shape))
     if tensor.device != device:
         raise ArgumentValueError(op, name, f"be on {device}", tensor.device)
-    apart = tensor.numel() > 0 and tensor.shape[-1] > 1 and tensor.stride(-1) != 1
-    if apart and not strided_columns:
+    if not strided_columns and not _adjacent(tensor):
         contract = "be contiguous in its last dimension"
         raise ArgumentValueError(op, name, contract, f"strides {tensor.stride()}")
+
+
+def _has_shape(tensor: torch.Tensor, shape: tuple[int | None, ...]) -> bool:
+    actual = tensor.shape
+    if actual == shape:
+        return True
+    if len(actual) != len(shape):
+        return False
+    for size, wanted in zip(actual, shape, strict=True):
+        if wanted is not None and wanted != size:
+            return False
+    return True
+
+
+def _adjacent(tensor: torch.Tensor) -> bool:
+    """Whether the last dimension has stride 1, or no need of one."""
+    return tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 or tensor.numel() == 0
 
 
 def with_adjacent_columns(rows: torch.Tensor) -> torch.Tensor:

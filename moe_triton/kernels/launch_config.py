@@ -36,7 +36,7 @@ class Launch:
     num_warps: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # one object a device: launches are cached by it
 class Policy:
     """Limits of the tiles and grids of a device.
 
@@ -119,6 +119,17 @@ def policy(device: torch.device) -> Policy:
     return gpu_policy(processors, 64 if torch.version.hip else 32)
 
 
+# Triton's own are constexpr functions, whose every call on the host costs microseconds.
+def cdiv(number: int, divisor: int) -> int:
+    """``number / divisor``, rounded up."""
+    return -(-number // divisor)
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is at least ``number``, which is positive."""
+    return 1 << (number - 1).bit_length()
+
+
 def _num_warps(limits: Policy, num_elements: int) -> int:
     """Warps for a tile: 32 elements a lane, at most 256 lanes."""
     return max(min(num_elements // (32 * limits.lanes), 256 // limits.lanes), 1)
@@ -139,18 +150,22 @@ def tiles(device: torch.device, num_rows: int, width: int, *, indexed: bool = Fa
             a row.
         indexed: whether rows are addressed by an index.
     """
-    limits = policy(device)
-    block = min(triton.next_power_of_2(max(width, 1)), limits.block)
-    across = triton.cdiv(max(width, 1), block)
+    return _tiles(policy(device), num_rows, width, indexed)
+
+
+@functools.lru_cache(maxsize=4096)
+def _tiles(limits: Policy, num_rows: int, width: int, indexed: bool) -> Launch:
+    block = min(next_power_of_2(max(width, 1)), limits.block)
+    across = cdiv(max(width, 1), block)
     rows = 1
     while (
         (limits.gathers or not indexed)
         and rows < num_rows
         and 2 * rows * block <= limits.tile
-        and across * triton.cdiv(num_rows, 2 * rows) >= limits.busy
+        and across * cdiv(num_rows, 2 * rows) >= limits.busy
     ):
         rows *= 2
-    num_tiles = across * triton.cdiv(num_rows, rows)
+    num_tiles = across * cdiv(num_rows, rows)
     return Launch(
         num_programs=max(min(num_tiles, limits.num_programs), 1),
         rows=rows,
@@ -173,14 +188,18 @@ def token_tiles(
         width: elements of a row.
         whole_rows: whether one program walks a row, in steps if it is longer than a tile.
     """
-    limits = policy(device)
+    return _token_tiles(policy(device), num_tokens, width, whole_rows)
+
+
+@functools.lru_cache(maxsize=4096)
+def _token_tiles(limits: Policy, num_tokens: int, width: int, whole_rows: bool) -> Launch:
     if not limits.token_block:
-        return tiles(device, num_tokens, min(width, limits.block) if whole_rows else width)
+        return _tiles(limits, num_tokens, min(width, limits.block) if whole_rows else width, False)
     # A row that fits stays in registers; a longer one is read twice, in small steps.
     fits = whole_rows and width <= limits.block
     most = limits.block if fits else limits.token_block
-    block = min(triton.next_power_of_2(max(width, 1)), most)
-    num_tiles = num_tokens * (1 if whole_rows else triton.cdiv(width, block))
+    block = min(next_power_of_2(max(width, 1)), most)
+    num_tiles = num_tokens * (1 if whole_rows else cdiv(width, block))
     return Launch(
         num_programs=max(min(num_tiles, limits.num_programs), 1),
         rows=1,
@@ -191,10 +210,14 @@ def token_tiles(
 
 def one_program(device: torch.device, num_rows: int, width: int) -> Launch:
     """Tiles over [num_rows, width] numbers for one program that walks down the rows."""
-    limits = policy(device)
-    block = triton.next_power_of_2(max(width, 1))
+    return _one_program(policy(device), num_rows, width)
+
+
+@functools.lru_cache(maxsize=4096)
+def _one_program(limits: Policy, num_rows: int, width: int) -> Launch:
+    block = next_power_of_2(max(width, 1))
     # A few numbers a lane: sums along both axes take registers too.
-    rows = max(min(triton.next_power_of_2(max(num_rows, 1)), limits.tile // (4 * block)), 1)
+    rows = max(min(next_power_of_2(max(num_rows, 1)), limits.tile // (4 * block)), 1)
     return Launch(1, rows, block, _num_warps(limits, 4 * rows * block))
 
 
@@ -206,10 +229,14 @@ def line(device: torch.device, num_elements: int, *, others: int = 1) -> Launch:
         num_elements: numbers of the array.
         others: size of the grid's other dimension.
     """
-    limits = policy(device)
-    block = min(triton.next_power_of_2(max(num_elements, 1)), limits.line)
+    return _line(policy(device), num_elements, others)
+
+
+@functools.lru_cache(maxsize=4096)
+def _line(limits: Policy, num_elements: int, others: int) -> Launch:
+    block = min(next_power_of_2(max(num_elements, 1)), limits.line)
     most = max(limits.num_programs // max(others, 1), 1)
-    num_programs = max(min(triton.cdiv(num_elements, block), most), 1)
+    num_programs = max(min(cdiv(num_elements, block), most), 1)
     return Launch(num_programs, 1, block, _num_warps(limits, 8 * block))
 
 
@@ -239,7 +266,11 @@ def plan_launch(device: torch.device, num_slots: int) -> PlanLaunch:
 
     Comparing all with all costs the square of their number, a histogram two launches more.
     """
-    limits = policy(device)
+    return _plan_launch(policy(device), num_slots)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_launch(limits: Policy, num_slots: int) -> PlanLaunch:
     compare = num_slots <= limits.compared
     # Larger blocks compare more slots, smaller ones sum more histograms.
     own = limits.own if compare else limits.ranked * (1 if num_slots <= 2**16 else 2)

@@ -410,7 +410,7 @@ def encode_slots(
 
     group = min(fmt.block or hidden, hidden)
     num_groups = 1 if scales is None else scales.shape[1]
-    lanes = min(triton.next_power_of_2(group), launch_config.widest(x.device))
+    lanes = min(launch_config.next_power_of_2(group), launch_config.widest(x.device))
     indexed = index is not None or expert_ids is not None
     tiles = launch_config.tiles(x.device, num_tokens, num_groups * lanes, indexed=indexed)
     whole = lanes >= group

@@ -264,7 +264,7 @@ def _plan_by_comparison(
     copies: _Copies,
     shape: launch_config.PlanLaunch,
 ) -> None:
-    work = triton.cdiv(max(ids.numel(), num_experts, 1), shape.own)
+    work = launch_config.cdiv(max(ids.numel(), num_experts, 1), shape.own)
     _compare_kernel[(min(work, shape.num_programs),)](
         ids,
         *plan,

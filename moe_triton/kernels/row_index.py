@@ -319,7 +319,7 @@ def combine_row_index(
     num_shared = len(shared_ranks)
     row_index = torch.empty((num_tokens, top_k + num_shared), dtype=torch.int64, device=device)
     if row_index.numel():
-        slots = triton.next_power_of_2(top_k)
+        slots = launch_config.next_power_of_2(top_k)
         line = launch_config.line(device, num_tokens * slots)
         _combine_row_index_kernel[(line.num_programs,)](
             group_starts.contiguous(),

@@ -358,7 +358,7 @@ def weighted_sum(
         end,
         1.0 / hidden,
         epsilon,
-        1 if norm is not None else triton.cdiv(hidden, launch.block),
+        1 if norm is not None else -(-hidden // launch.block),
         SLOTS=index.shape[1],
         TOP_K=0 if columns is None else columns.shape[1],
         WIDE_ALPHA=alpha_1 is not None and alpha_1.dim() == 2,
