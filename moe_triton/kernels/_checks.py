@@ -47,12 +47,10 @@ def check_tensor(
 
 def _has_shape(tensor: torch.Tensor, shape: tuple[int | None, ...]) -> bool:
     actual = tensor.shape
-    if actual == shape:
-        return True
     if len(actual) != len(shape):
         return False
     for size, wanted in zip(actual, shape, strict=True):
-        if wanted is not None and wanted != size:
+        if wanted not in (None, size):
             return False
     return True
 

@@ -1,4 +1,4 @@
-"""``bench host``: nothing is launched, the device's path is taken, and the scale is checked first."""
+"""``bench host``: nothing is launched, the path is that of devices, the scale is checked."""
 
 from __future__ import annotations
 
