@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moe_triton import errors, profile
-from moe_triton.ascend.op_names import EPLB_UPDATE_EXPERT, FAMILIES, UPDATE_EXPERT
+from moe_triton.ascend.op_names import (
+    ALLTOALLV_GMM,
+    EPLB_UPDATE_EXPERT,
+    FAMILIES,
+    GMM_ALLTOALLV,
+    UPDATE_EXPERT,
+)
 from moe_triton.compat import aclnn, torch_npu
 from moe_triton.errors import MoeError
 from moe_triton.profile import buffers
@@ -355,7 +361,8 @@ def environment() -> str:
 def page() -> str:
     """The whole page."""
     distributed = [op for op in FAMILIES if op in torch_npu.__all__]
-    local = [op for op in torch_npu.__all__ if op not in FAMILIES]
+    exchanged = [ALLTOALLV_GMM, GMM_ALLTOALLV]
+    local = [op for op in torch_npu.__all__ if op not in {*FAMILIES, *exchanged}]
     letters = (inspect.getdoc(torch_npu) or "").partition("\n\n")[2].partition("\n\nEach ")[0]
     parts = [
         HEAD,
@@ -367,6 +374,8 @@ def page() -> str:
         f"## Buffers\n\n`{buffers.ENVIRONMENT}` times 2^20 must be at least\n\n{buffer_formulas()}",
         f"## Operators of experts on several ranks\n\n{letters.replace('``', '`')}\n\n{COLUMNS}",
         *("".join(operator(op)).rstrip() + "\n" for op in distributed),
+        "## Matrix products around an exchange\n",
+        *("".join(operator(op)).rstrip() + "\n" for op in exchanged),
         "## Operators on one device\n",
         *("".join(operator(op)).rstrip() + "\n" for op in local),
     ]

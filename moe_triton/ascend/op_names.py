@@ -39,7 +39,14 @@ SWIGLU = "npu_swiglu"
 SWIGLU_BACKWARD = "npu_swiglu_backward"
 RMS_NORM = "npu_rms_norm"
 RMS_NORM_BACKWARD = "npu_rms_norm_backward"
+SWIGLU_QUANT = "npu_swiglu_quant"
+DEQUANT_SWIGLU_QUANT = "npu_dequant_swiglu_quant"
 GROUPED_MATMUL = "npu_grouped_matmul"
+GROUPED_MATMUL_SWIGLU_QUANT = "npu_grouped_matmul_swiglu_quant"
+GROUPED_MATMUL_FINALIZE = "npu_grouped_matmul_finalize_routing"
+# Over a group, outside the families.
+ALLTOALLV_GMM = "npu_alltoallv_gmm"
+GMM_ALLTOALLV = "npu_gmm_alltoallv"
 
 FAMILIES = {
     DISPATCH: "v1",

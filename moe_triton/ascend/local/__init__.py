@@ -1,1 +1,1 @@
-"""Ascend's MoE operators of one device: gating, permutation, routing, re-routing."""
+"""Ascend's operators of one device: gating, permutation, routing, quantisation, experts."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...layout import FLOAT8, QUANTS, RowFormat
+from ...layout import FLOAT8, NOWHERE, QUANTS, RowFormat
 from ...ops import checks
 from ...ops.device_steps import steps_on
 from ..op_names import DYNAMIC_MX_QUANT, DYNAMIC_QUANT
@@ -26,25 +26,33 @@ def quantize_rows(
     dtype: torch.dtype,
     smooth_scales: Tensor | None = None,
     expert_ids: Tensor | None = None,
+    *,
+    divide: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Quantise [R, H] rows, each with a scale of its own.
 
     Args:
-        rows: of one of ``FLOATS``.
-        dtype: int8, by division, or a float8, by the reciprocal.
+        rows: floating point.
+        dtype: int8 or a float8.
         smooth_scales: [H] fp32 factors, [n, H] those of each expert, or None.
-        expert_ids: [R] the row of ``smooth_scales`` for each row, if it has rows.
+        expert_ids: [R] the row of ``smooth_scales`` for each row, if it has rows; a row whose id
+            is n becomes zeros, scale 0.
+        divide: whether int8 is the row divided by its scale; otherwise, and for a float8, the row
+            is multiplied by the reciprocal.
 
     Returns:
-        [R, H] of ``dtype``, and [R] fp32 scales, by which rows were divided.
+        [R, H] of ``dtype``, and [R] fp32 scales.
     """
-    scheme = "per_row_div" if dtype == torch.int8 else "per_row"
+    scheme = "per_row_div" if dtype == torch.int8 and divide else "per_row"
     fmt = RowFormat.tight(dtype, rows.shape[1], scheme)
-    out = rows.new_empty(rows.shape, dtype=dtype)
+    out = rows.new_zeros(rows.shape, dtype=torch.uint8).view(dtype)
     scales = rows.new_zeros(len(rows), dtype=torch.float32)
     if out.numel():
+        index = torch.arange(len(rows), device=rows.device)
+        if expert_ids is not None and smooth_scales is not None:
+            index = index.where(expert_ids < len(smooth_scales), NOWHERE)
         ids = None if expert_ids is None else expert_ids[:, None]
-        _encode(rows, fmt, out, scales, smooth_scales, ids)
+        _encode(rows, fmt, out, scales, index, smooth_scales, ids)
     return out, scales
 
 
@@ -58,7 +66,7 @@ def quantize_mx_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     out = rows.new_empty(rows.shape, dtype=dtype)
     scales = rows.new_empty(fmt.scale_shape(len(rows)), dtype=torch.uint8)
     if out.numel():
-        _encode(rows, fmt, out, scales)
+        _encode(rows, fmt, out, scales, torch.arange(len(rows), device=rows.device))
     return out, scales
 
 
@@ -180,14 +188,15 @@ def _encode(
     fmt: RowFormat,
     out: Tensor,
     scales: Tensor,
+    index: Tensor,
     smooth_scales: Tensor | None = None,
     ids: Tensor | None = None,
 ) -> None:
-    """Quantise rows in their order."""
+    """Quantise rows to those that ``index`` names."""
     if rows.stride(1) != 1:
         rows = rows.clone(memory_format=torch.contiguous_format)
-    index = torch.arange(len(rows), device=rows.device)[:, None]
-    steps_on(rows.device).gather_quant(rows, index, fmt, smooth_scales, ids, out, scales)
+    gather_quant = steps_on(rows.device).gather_quant
+    gather_quant(rows, index[:, None], fmt, smooth_scales, ids, out, scales)
 
 
 def _scale_shape(x: Tensor, quant_mode: str) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from ...ops.custom_op import Function
 from ..op_names import (
     COMPUTE_EXPERT_TOKENS,
+    DEQUANT_SWIGLU_QUANT,
     DYNAMIC_MX_QUANT,
     DYNAMIC_QUANT,
     FINALIZE_ROUTING,
@@ -17,6 +18,8 @@ from ..op_names import (
     GATING_TOP_K_SOFTMAX,
     GATING_TOP_K_SOFTMAX_V2,
     GROUPED_MATMUL,
+    GROUPED_MATMUL_FINALIZE,
+    GROUPED_MATMUL_SWIGLU_QUANT,
     INIT_ROUTING,
     INIT_ROUTING_QUANT,
     INIT_ROUTING_V2,
@@ -25,6 +28,7 @@ from ..op_names import (
     RMS_NORM_BACKWARD,
     SWIGLU,
     SWIGLU_BACKWARD,
+    SWIGLU_QUANT,
     TOKEN_PERMUTE,
     TOKEN_PERMUTE_GRAD,
     TOKEN_PERMUTE_MAP,
@@ -39,10 +43,12 @@ from . import backward, gating, gradients, init_routing_v1, permute, routing_map
 from . import dynamic_quant as dynamic_quantisation
 from . import finalize_routing as finalizing
 from . import grouped_matmul as matmul
+from . import grouped_matmul_fused as fused
 from . import init_routing as init_routing_latest
 from . import re_routing as rerouting
 from . import rms_norm as norm
 from . import swiglu as glu
+from . import swiglu_quant as glu_quant
 
 gating_top_k = Function(
     GATING_TOP_K,
@@ -303,4 +309,47 @@ grouped_matmul = Function(
     "Tensor[]",
     run=matmul.grouped_matmul,
     outputs=matmul.grouped_matmul_outputs,
+)
+
+swiglu_quant = Function(
+    SWIGLU_QUANT,
+    "Tensor x, *, Tensor? smooth_scales=None, Tensor? offsets=None, Tensor? group_index=None, "
+    "bool activate_left=False, int quant_mode=0, int group_list_type=0, int? dst_type=None",
+    "(Tensor out, Tensor scale)",
+    run=glu_quant.swiglu_quant,
+    outputs=glu_quant.swiglu_quant_outputs,
+)
+
+dequant_swiglu_quant = Function(
+    DEQUANT_SWIGLU_QUANT,
+    "Tensor x, *, Tensor? weight_scale=None, Tensor? activation_scale=None, Tensor? bias=None, "
+    "Tensor? quant_scale=None, Tensor? quant_offset=None, Tensor? group_index=None, "
+    "bool activate_left=False, int quant_mode=0, int? dst_type=None, int? round_mode=None, "
+    "int? activate_dim=None, int swiglu_mode=0, float clamp_limit=7.0, float glu_alpha=1.702, "
+    "float glu_bias=1.0",
+    "(Tensor out, Tensor scale)",
+    run=glu_quant.dequant_swiglu_quant,
+    outputs=glu_quant.swiglu_quant_outputs,
+)
+
+grouped_matmul_swiglu_quant = Function(
+    GROUPED_MATMUL_SWIGLU_QUANT,
+    "Tensor x, Tensor weight, Tensor group_list, Tensor weight_scale, Tensor x_scale, *, "
+    "Tensor? bias=None, Tensor? offset=None",
+    "(Tensor out, Tensor scale, Tensor out_offset)",
+    run=fused.grouped_matmul_swiglu_quant,
+    outputs=fused.grouped_matmul_swiglu_quant_outputs,
+)
+
+grouped_matmul_finalize_routing = Function(
+    GROUPED_MATMUL_FINALIZE,
+    "Tensor x, Tensor w, Tensor group_list, *, Tensor? scale=None, Tensor? bias=None, "
+    "Tensor? offset=None, Tensor? pertoken_scale=None, Tensor? shared_input=None, "
+    "Tensor? logit=None, Tensor? row_index=None, int? dtype=None, "
+    "float? shared_input_weight=1.0, int? shared_input_offset=0, int? output_bs=0, "
+    "int? group_list_type=1, int[]? tuning_config=None, int? x_dtype=None, int? w_dtype=None, "
+    "int? scale_dtype=None, int? pertoken_scale_dtype=None",
+    "Tensor",
+    run=fused.grouped_matmul_finalize_routing,
+    outputs=fused.grouped_matmul_finalize_routing_outputs,
 )

@@ -29,6 +29,8 @@ from .combine import (
 from .dispatch import npu_moe_distribute_dispatch, npu_moe_distribute_dispatch_v2
 from .experts import (
     npu_grouped_matmul,
+    npu_grouped_matmul_finalize_routing,
+    npu_grouped_matmul_swiglu_quant,
     npu_rms_norm,
     npu_rms_norm_backward,
     npu_swiglu,
@@ -40,6 +42,7 @@ from .gating import (
     npu_moe_gating_top_k_softmax,
     npu_moe_gating_top_k_softmax_v2,
 )
+from .grouped_matmul import npu_alltoallv_gmm, npu_gmm_alltoallv
 from .permute import (
     _npu_moe_token_unpermute_with_routing_map,
     npu_moe_token_permute,
@@ -51,7 +54,12 @@ from .permute import (
     npu_moe_token_unpermute_with_routing_map,
     npu_moe_token_unpermute_with_routing_map_grad,
 )
-from .quantize import npu_dynamic_mx_quant, npu_dynamic_quant
+from .quantize import (
+    npu_dequant_swiglu_quant,
+    npu_dynamic_mx_quant,
+    npu_dynamic_quant,
+    npu_swiglu_quant,
+)
 from .routing import (
     npu_moe_compute_expert_tokens,
     npu_moe_finalize_routing,
@@ -70,9 +78,14 @@ from .update_expert import npu_moe_update_expert
 
 __all__ = [
     "_npu_moe_token_unpermute_with_routing_map",
+    "npu_alltoallv_gmm",
+    "npu_dequant_swiglu_quant",
     "npu_dynamic_mx_quant",
     "npu_dynamic_quant",
+    "npu_gmm_alltoallv",
     "npu_grouped_matmul",
+    "npu_grouped_matmul_finalize_routing",
+    "npu_grouped_matmul_swiglu_quant",
     "npu_moe_compute_expert_tokens",
     "npu_moe_distribute_combine",
     "npu_moe_distribute_combine_add_rms_norm",
@@ -105,4 +118,5 @@ __all__ = [
     "npu_rms_norm_backward",
     "npu_swiglu",
     "npu_swiglu_backward",
+    "npu_swiglu_quant",
 ]

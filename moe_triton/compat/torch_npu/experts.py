@@ -180,3 +180,105 @@ def npu_grouped_matmul(
     for name in ("output", "x", "weight", "scale", "per_token_scale"):
         arguments[f"{name}_dtype"] = dtype_number(arguments[f"{name}_dtype"])
     return schemas.grouped_matmul(**arguments)
+
+
+def npu_grouped_matmul_swiglu_quant(
+    x: Tensor,
+    weight: Tensor,
+    group_list: Tensor,
+    weight_scale: Tensor,
+    x_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Multiply groups of int8 rows with their matrices, then swiglu, then quantise.
+
+        a, b = halves of (x @ weight_e) * weight_scale_e * x_scale;  s = silu(a) * b
+        scale = max |s| / 127;  out = round(s / scale)
+
+    Products are exact, the rest is in float32.
+
+    Args:
+        x: (M, K) int8.
+        weight: (E, K, N) int8, N even.
+        group_list: (E,) int64 prefix sums of rows. Rows after the last group become zeros, which
+            torch_npu does not write.
+        weight_scale: (E, N) float32, float16 or bfloat16.
+        x_scale: (M,) float32.
+        bias: None.
+        offset: None.
+
+    Returns:
+        out: (M, N / 2) int8.
+        scale: (M,) float32.
+        out_offset: () float32, 0, which torch_npu does not write.
+
+    Raises:
+        The errors of ``npu_swiglu``; values in tensors are checked on the CPU.
+    """
+    return schemas.grouped_matmul_swiglu_quant(**locals())
+
+
+def npu_grouped_matmul_finalize_routing(
+    x: Tensor,
+    w: Tensor,
+    group_list: Tensor,
+    *,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    offset: Tensor | None = None,
+    pertoken_scale: Tensor | None = None,
+    shared_input: Tensor | None = None,
+    logit: Tensor | None = None,
+    row_index: Tensor | None = None,
+    dtype: torch.dtype | int | None = None,
+    shared_input_weight: float | None = 1.0,
+    shared_input_offset: int | None = 0,
+    output_bs: int | None = 0,
+    group_list_type: int | None = 1,
+    tuning_config: Sequence[int] | None = None,
+    x_dtype: int | torch.dtype | None = None,
+    w_dtype: int | torch.dtype | None = None,
+    scale_dtype: int | torch.dtype | None = None,
+    pertoken_scale_dtype: int | torch.dtype | None = None,
+) -> Tensor:
+    """Multiply groups of int8 rows with their matrices and sum the rows of each token.
+
+        out[row_index[i]] += logit[i] * (x[i] @ w_e) * scale_e * pertoken_scale[i]
+        out[shared_input_offset + j] += shared_input_weight * shared_input[j]
+
+    Products are exact, the rest is in float32, in the order of the rows on the CPU.
+
+    Args:
+        x: (M, K) int8.
+        w: (E, K, N) int8 in the plain format. Packed int4 is refused.
+        group_list: (E,) int64 counts or prefix sums of rows; rows after the last group add nothing.
+        scale: (E, N) float32 or bfloat16.
+        bias: None, as it goes with int4.
+        offset: None, likewise.
+        pertoken_scale: (M,) float32, or None for 1.
+        shared_input: (B, N) bfloat16 rows of the shared experts, or None.
+        logit: (M,) float32 weights of the rows, or None for 1.
+        row_index: (M,) int32 or int64, the token of each row.
+        dtype: float32 or None.
+        shared_input_weight: factor of shared_input.
+        shared_input_offset: the token of its first row.
+        output_bs: number of tokens; 0 for M.
+        group_list_type: 1 counts, 0 prefix sums.
+        tuning_config: ignored.
+        x_dtype: None.
+        w_dtype: None.
+        scale_dtype: None.
+        pertoken_scale_dtype: None.
+
+    Returns:
+        (output_bs, N) float32.
+
+    Raises:
+        The errors of ``npu_swiglu``; values in tensors are checked on the CPU.
+    """
+    arguments = locals()
+    for name in ("dtype", "x_dtype", "w_dtype", "scale_dtype", "pertoken_scale_dtype"):
+        arguments[name] = dtype_number(arguments[name])
+    return schemas.grouped_matmul_finalize_routing(**arguments)
