@@ -3,11 +3,14 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
-PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+PIP := python -m pip install --disable-pip-version-check
+PIP_INSTALL := $(BIN)/$(PIP) -c constraints.txt
 SPEC := pyproject.toml constraints.txt
 # The compiler of triton-ascend, whose module is called triton too: an environment of its own, which
 # finds everything else in the one beside it.
 ASCEND := $(VENV)/ascend
+# vLLM and SGLang need other versions of transformers and of much else: an environment each.
+ENGINES := $(VENV)/vllm $(VENV)/sglang
 
 # Tests of ops that also run on the Triton kernels, in Triton's interpreter.
 INTERPRETED := tests/test_expert_parallel_rows.py \
@@ -25,11 +28,11 @@ QUICK := tests/profile tests/eplb tests/kernels $(addprefix tests/test_,layers.p
 	topology.py errors.py load.py fixed_shapes.py expert_parallel.py expert_parallel_rows.py \
 	docs.py readme.py) tests/bench/test_report.py --ignore=tests/kernels/test_compiled.py
 
-.PHONY: help demo test test-quick test-full mutants lint pages docs clean
+.PHONY: help demo test test-quick test-full test-engines mutants lint pages docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.test ## a MoE layer over 8 processes, checked against the dense layer
 	$(BIN)/moe-triton demo
@@ -45,6 +48,9 @@ test-full: $(VENV)/.test $(ASCEND)/.tried ## the tests and long runs; rewrites d
 	MOE_TRITON_TEST_PROFILE=full $(BIN)/pytest -m "full or not full" -o faulthandler_timeout=3600 \
 		--evidence=docs/evidence/test-full.md $(PYTEST_ARGS)
 	$(if $(PYTEST_ARGS),,MOE_TRITON_BACKEND=interpret $(BIN)/pytest $(INTERPRETED_FULL))
+
+test-engines: $(VENV)/.test $(addsuffix /.ready,$(ENGINES)) ## vLLM and SGLang themselves, about 12 minutes on two cores
+	$(BIN)/pytest -m engines tests/engines $(PYTEST_ARGS)
 
 mutants: $(VENV)/.test ## break the kernels one change at a time; rewrites docs/evidence/mutants.md
 	$(BIN)/python tests/support/mutate.py --evidence=docs/evidence/mutants.md
@@ -82,9 +88,17 @@ $(VENV)/.docs: $(SPEC) | $(VENV)/.test
 # Where there is no wheel of it, the test that needs it says so and is skipped.
 $(ASCEND)/.tried: constraints-ascend.txt | $(VENV)/.test
 	$(BIN)/python -m venv $(ASCEND)
-	$(ASCEND)/bin/python -m pip install --disable-pip-version-check --no-deps -r $< \
+	$(ASCEND)/bin/$(PIP) --no-deps -r $< \
 		&& $(BIN)/python tests/support/triton_ascend_env.py $(ASCEND) \
 		|| echo "triton-ascend cannot be installed here"
+	@touch $@
+
+# The lists are complete, so that nothing is resolved; the engine's own wheel is pinned by its hash.
+$(VENV)/%/.ready: tests/engines/%.txt tests/engines/%-wheel.txt pyproject.toml | $(BIN)/python
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/$(PIP) --no-deps --require-hashes -r tests/engines/$*-wheel.txt
+	$(@D)/bin/$(PIP) --no-deps -r tests/engines/$*.txt
+	$(@D)/bin/$(PIP) --no-deps -e .
 	@touch $@
 
 $(BIN)/python:

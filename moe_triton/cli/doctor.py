@@ -62,6 +62,8 @@ ENVIRONMENT: dict[str, str] = {
     "MOE_TRITON_NPU_DEVICES": "set by npu-run: number of NPUs",
     "MOE_TRITON_NPU_FAILURES": "set by npu-run: file in which processes name failed children",
     "MOE_TRITON_RECORD": "set by moe-triton record: what its processes record, as JSON",
+    "MOE_TRITON_VLLM": "1: vLLM's expert-parallel layers go through this library",
+    "MOE_TRITON_SGLANG": "1: SGLang's expert-parallel layers go through this library",
     "MOE_TRITON_TEST_PROFILE": "tests: default, or full for 500 examples a property",
     "MOE_TRITON_ASCEND": "tests: environment with triton-ascend; by default .venv/ascend",
     "MOE_TRITON_REVISION": "benches: revision to record where there is no git checkout",

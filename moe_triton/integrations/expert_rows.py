@@ -24,12 +24,16 @@ class Options:
 
     Attributes:
         quant: None, or "int8" to send rows quantised per row.
-        max_tokens: most tokens that a rank passes to one call. None: the ranks agree on it before
-            every call by a small all-reduce, and windows grow when needed.
+        max_tokens: most tokens that a rank passes to one call. None: each call says it, or the
+            ranks agree on it by a small all-reduce; windows grow when needed.
         transport: a name of ``comm.TRANSPORTS``, as for ``ExpertParallel``.
         timeout: limit in seconds of each wait for peers.
         quant_gradient: None, or "straight_through", as for ``ExpertParallel``: without it a
             backward pass that reaches tokens sent quantised raises.
+        exact: True for as many rows as arrive, whose number the host reads. False for the most
+            that can arrive, which a device can capture: rows after the last one are garbage, and
+            have expert -1.
+        in_flight: dispatches, and combines, that may be set up before the first is torn down.
     """
 
     quant: QuantName | None = None
@@ -37,6 +41,8 @@ class Options:
     transport: TransportName = "auto"
     timeout: float = 30.0
     quant_gradient: QuantGradient | None = None
+    exact: bool = True
+    in_flight: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +50,13 @@ class ExpertRows:
     """Rows for the experts of this rank.
 
     Attributes:
-        x: [R, H] of the tokens' dtype, dequantised if sent as int8. R is at least 1: a rank that
-            receives no token has one row of zeros for expert 0, which changes no result, spares
-            the experts empty inputs and keeps them in the backward pass.
-        experts: [R] int64, the local expert of each row, ascending.
+        x: [R, H] of the tokens' dtype, or as they were sent with ``keep_quantized``. R is at least
+            1: a rank that receives no token has one row of zeros for expert 0, which changes no
+            result, spares the experts empty inputs and keeps them in the backward pass.
+        experts: [R] int64, the local expert of each row, ascending; with ``exact=False`` -1 for
+            the rows after the last one.
         weights: [R] routing weights of the rows, in the dtype passed to dispatch; or None.
+        scales: [R] or [R, groups] float32 of quantised rows, with ``keep_quantized``; or None.
         layer: the ``ExpertParallel`` that dispatched the rows and combines them.
         dispatched: its result.
     """
@@ -56,6 +64,7 @@ class ExpertRows:
     x: torch.Tensor
     experts: torch.Tensor
     weights: torch.Tensor | None
+    scales: torch.Tensor | None
     layer: ExpertParallel
     dispatched: Dispatched
 
@@ -91,7 +100,7 @@ class SumsPending:
 
 
 class ExpertExchange:
-    """Dispatch and combine for tokens of any shape; counts are exact.
+    """Dispatch and combine for tokens of any shape.
 
     Expert e is on rank ``e // (num_experts / ranks)`` of the group. All ranks issue the same calls
     in the same order; a rank without tokens passes zero rows. Exact counts need the host: under
@@ -107,11 +116,16 @@ class ExpertExchange:
         self.group = group
         self._num_experts = num_experts
         self._options = options
-        # (hidden, top_k, dtype) -> the layer and the max_tokens of its windows.
-        self._layers: dict[tuple[int, int, torch.dtype], tuple[ExpertParallel, int]] = {}
+        # (hidden, top_k, dtype, bucket) -> the layer and the max_tokens of its windows.
+        self._layers: dict[tuple[int, int, torch.dtype, int], tuple[ExpertParallel, int]] = {}
 
     def dispatch(
-        self, x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor | None = None,
+        *,
+        max_tokens: int | None = None,
     ) -> ExpertRows:
         """Send each token to the ranks of its experts.
 
@@ -120,14 +134,22 @@ class ExpertExchange:
             expert_ids: [T, K] int32 or int64 in [0, E), distinct within a row; -1 for a slot that
                 goes nowhere.
             weights: [T, K] of any float dtype, applied by the experts or by ``combine``; or None.
+            max_tokens: most tokens that any rank passes to this call, the same on all ranks, where
+                the engine knows it; it spares the all-reduce.
 
         Raises:
             MoeError: as ``ExpertParallel.dispatch``.
         """
-        return self.dispatch_teardown(self.dispatch_setup(x, expert_ids, weights))
+        pending = self.dispatch_setup(x, expert_ids, weights, max_tokens=max_tokens)
+        return self.dispatch_teardown(pending)
 
     def dispatch_setup(
-        self, x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor | None = None,
+        *,
+        max_tokens: int | None = None,
     ) -> ExpertRowsPending:
         """Send the tokens; compute that needs no rows can run before the teardown.
 
@@ -135,11 +157,12 @@ class ExpertExchange:
             x: as in ``dispatch``.
             expert_ids: as in ``dispatch``.
             weights: as in ``dispatch``.
+            max_tokens: as in ``dispatch``.
 
         Raises:
             The errors of ``dispatch``.
         """
-        layer = self._layer(x, expert_ids.shape[1])
+        layer = self._layer(x, expert_ids, max_tokens)
         wide = torch.promote_types(x.dtype, torch.float32)
         operation = layer.dispatch_setup(
             x, expert_ids, None if weights is None else weights.to(wide)
@@ -148,31 +171,48 @@ class ExpertExchange:
             layer, operation, x.dtype, None if weights is None else weights.dtype
         )
 
-    def dispatch_teardown(self, pending: ExpertRowsPending) -> ExpertRows:
+    def dispatch_teardown(
+        self, pending: ExpertRowsPending, *, keep_quantized: bool = False
+    ) -> ExpertRows:
         """Wait for all ranks' tokens and return this rank's rows.
 
         Args:
             pending: from ``dispatch_setup``.
+            keep_quantized: return quantised rows as they were sent, with their scales.
 
         Raises:
             The errors of ``dispatch``.
         """
         layer = pending.layer
         dispatched = layer.dispatch_teardown(pending.operation)
-        x, weights = dispatched.x, dispatched.weights
-        if dispatched.scales is not None:
-            x = dispatched.dequantized(pending.dtype)
-        experts = torch.repeat_interleave(
-            torch.arange(layer.num_local_experts, device=x.device),
-            dispatched.tokens_per_expert,
-            output_size=len(x),
-        )
+        x, weights, scales = dispatched.x, dispatched.weights, dispatched.scales
+        if scales is not None and not keep_quantized:
+            x, scales = dispatched.dequantized(pending.dtype), None
+        experts = self._experts(layer, dispatched)
         if weights is not None:
             weights = weights.to(pending.weight_dtype)
         if len(x) == 0:
-            x, experts = pad(x, (0, 0, 0, 1)), pad(experts, (0, 1))
+            experts = pad(experts, (0, 1))
             weights = None if weights is None else pad(weights, (0, 1))
-        return ExpertRows(x, experts, weights, layer, dispatched)
+            if scales is None:
+                x = pad(x, (0, 0, 0, 1))
+            else:  # codes have no gradient, and pad takes no float8
+                x, scales = x.new_zeros(1, *x.shape[1:]), scales.new_zeros(1, *scales.shape[1:])
+        return ExpertRows(x, experts, weights, scales, layer, dispatched)
+
+    def _experts(self, layer: ExpertParallel, dispatched: Dispatched) -> torch.Tensor:
+        """[R] the local expert of each row."""
+        num_rows, device = len(dispatched.x), dispatched.x.device
+        if self._options.exact:
+            experts = torch.arange(layer.num_local_experts, device=device)
+            counts = dispatched.tokens_per_expert
+            return torch.repeat_interleave(experts, counts, output_size=num_rows)
+        experts = torch.searchsorted(
+            dispatched.offsets,
+            torch.arange(num_rows, dtype=torch.int32, device=device),
+            right=True,
+        )
+        return torch.where(experts < layer.num_local_experts, experts, -1)
 
     def combine(self, y: torch.Tensor, rows: ExpertRows, *, weighted: bool = False) -> torch.Tensor:
         """Send the experts' rows back and return each token's weighted sum.
@@ -229,39 +269,49 @@ class ExpertExchange:
             layer.close()
         self._layers.clear()
 
-    def _layer(self, x: torch.Tensor, top_k: int) -> ExpertParallel:
+    def _layer(
+        self, x: torch.Tensor, expert_ids: torch.Tensor, max_tokens: int | None
+    ) -> ExpertParallel:
         """The layer for tokens of this shape, with windows for the largest rank's tokens."""
-        key = (x.shape[1], top_k, x.dtype)
-        needed = self._max_tokens(x)
-        layer, max_tokens = self._layers.get(key, (None, 0))
+        # A tensor without dimensions makes a size of 0, which the layer refuses on all ranks.
+        hidden = x.shape[-1] if x.dim() else 0
+        top_k = expert_ids.shape[-1] if expert_ids.dim() else 0
+        needed = self._max_tokens(x, max_tokens)
+        # Without exact counts the windows' size is that of the experts' input.
+        key = hidden, top_k, x.dtype, 0 if self._options.exact else needed
+        layer, room = self._layers.get(key, (None, 0))
         # transport is None after comm.close_all().
-        if layer is None or layer.transport is None or max_tokens < needed:
+        if layer is None or layer.transport is None or room < needed:
             # Keep the smaller layer open: a backward pass may still need it.
             layer = ExpertParallel(
                 self.group,
                 num_experts=self._num_experts,
                 top_k=top_k,
-                hidden=x.shape[1],
+                hidden=hidden,
                 max_tokens=needed,
                 dtype=x.dtype,
                 quant=self._options.quant,
                 quant_gradient=self._options.quant_gradient,
-                exact=True,
+                exact=self._options.exact,
+                in_flight=self._options.in_flight,
                 timeout=self._options.timeout,
                 transport=self._options.transport,
+                device=x.device,
             )
             self._layers[key] = layer, needed
         return layer
 
-    def _max_tokens(self, x: torch.Tensor) -> int:
+    def _max_tokens(self, x: torch.Tensor, max_tokens: int | None) -> int:
         """Tokens per rank that the windows must hold, the same on all ranks."""
         if self._options.max_tokens is not None:
             return self._options.max_tokens
-        most = torch.tensor(len(x), device=x.device)
-        if self.group is not None and self.group.size() > 1:
-            dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
+        if max_tokens is None:
+            most = torch.tensor(len(x) if x.dim() else 0, device=x.device)
+            if self.group is not None and self.group.size() > 1:
+                dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
+            max_tokens = int(most)
         # Powers of two: a sequence that grows token by token rarely needs new windows.
-        return 1 << max(int(most) - 1, 0).bit_length()
+        return 1 << max(max_tokens - 1, 0).bit_length()
 
 
 _exchanges: dict[tuple[str, int, Options], ExpertExchange] = {}

@@ -1,8 +1,4 @@
-"""transformers: four model families over expert-parallel ranks, compared with unmodified models.
-
-The checkpoints are tiny and random, with a spread of weights that makes logits differ: with
-transformers' own initialisation they are too flat to have a clear maximum.
-"""
+"""transformers: four model families over expert-parallel ranks, compared with unmodified models."""
 
 from __future__ import annotations
 
@@ -13,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import checkpoints
 import harness
 import pytest
 import torch
@@ -27,51 +24,8 @@ TRANSPORTS = ("symmetric", "collective")  # windows in shared memory, gloo
 DTYPES = (torch.float32, torch.bfloat16)
 BATCH, PROMPT, NEW = 4, 10, 8  # prompts, their tokens, tokens to generate
 
-_SIZES = {
-    "vocab_size": 160,
-    "hidden_size": 128,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 64,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
-_GROUPED = {
-    "moe_intermediate_size": 64,
-    "n_routed_experts": 16,
-    "num_experts_per_tok": 4,
-    "n_group": 4,
-    "topk_group": 2,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-}
-FAMILIES = {
-    "qwen3_moe": {
-        "head_dim": 32,
-        "moe_intermediate_size": 64,
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "norm_topk_prob": True,
-    },
-    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
-    "deepseek_v3": _GROUPED
-    | {
-        "q_lora_rank": 48,
-        "kv_lora_rank": 32,
-        "qk_rope_head_dim": 16,
-        "qk_nope_head_dim": 32,
-        "v_head_dim": 32,
-    },
-    "glm4_moe": _GROUPED | {"head_dim": 32},
-}
-
 full = pytest.mark.full
-families = pytest.mark.parametrize("family", FAMILIES)
+families = pytest.mark.parametrize("family", checkpoints.FAMILIES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).partition(".")[2])
 hooks = pytest.mark.parametrize("hook", ["ep_implementation", "experts_implementation"])
 transports = pytest.mark.parametrize("transport", TRANSPORTS)
@@ -96,18 +50,7 @@ def checkpoint(tmp_path_factory):
     @functools.cache
     def write(family):
         path = tmp_path_factory.mktemp(family)
-        config = transformers.AutoConfig.for_model(family, **_SIZES, **FAMILIES[family])
-        model = transformers.AutoModelForCausalLM.from_config(config)
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-                if name.endswith("e_score_correction_bias"):
-                    tensor.normal_(std=0.05, generator=generator)
-                elif name.endswith("embed_tokens.weight"):
-                    tensor.normal_(std=0.2, generator=generator)
-                elif tensor.dim() > 1:
-                    tensor.normal_(std=tensor.shape[-1] ** -0.5, generator=generator)
-        model.save_pretrained(path)
+        checkpoints.write(family, path)
         return path
 
     quiet()
@@ -137,7 +80,7 @@ def load(path, dtype, hook=None, name="moe_triton", *, layout="fsdp"):
 def prompts(ranks=1, rank=0):
     """[BATCH / ranks, PROMPT] this rank's share."""
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(1, _SIZES["vocab_size"], (BATCH, PROMPT), generator=generator)
+    ids = torch.randint(1, checkpoints.VOCABULARY, (BATCH, PROMPT), generator=generator)
     return ids[rank::ranks]
 
 
@@ -260,7 +203,7 @@ def check_gradients(got, expected, allowed):
 
 # In bf16 transformers' exchange and ours round different rows.
 GRADIENTS = [
-    *((family, "fsdp", torch.float32, 1e-6) for family in FAMILIES),
+    *((family, "fsdp", torch.float32, 1e-6) for family in checkpoints.FAMILIES),
     ("qwen3_moe", "tp", torch.float32, 1e-6),
     ("qwen3_moe", "fsdp", torch.bfloat16, 4e-2),
     ("mixtral", "fsdp", torch.bfloat16, 4e-2),

@@ -1,0 +1,184 @@
+"""vLLM itself: expert-parallel ranks generate what one process of stock vLLM does.
+
+Stock vLLM has no exchange for expert-parallel ranks on CPUs, so what runs here is this library's.
+"""
+
+from __future__ import annotations
+
+import random
+import subprocess
+
+import engine_jobs
+import pytest
+
+pytestmark = [pytest.mark.engines, pytest.mark.usefixtures("engine")]
+
+FAMILIES = ("qwen3_moe", "mixtral", "glm4_moe")
+DTYPES = ("float32", "bfloat16")
+PROMPTS = engine_jobs.prompts(8)
+ON = {"MOE_TRITON_VLLM": "1"}
+# Products of matrices depend on the number of rows; those of tensor parallelism are other sums.
+ALLOWED = 2e-6
+ALLOWED_TENSOR_PARALLEL = 4e-6
+
+_draw = random.Random(7)
+MANY = engine_jobs.prompts(200, seed=3, longest=60)
+MANY_TOKENS = [_draw.randint(1, 12) for _ in MANY]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return engine_jobs.python("vllm")
+
+
+def case(name, path, prompts, tokens=8, **options):
+    """A case of a job; ``tokens`` for all prompts, or for each."""
+    if isinstance(tokens, int):
+        tokens = [[tokens] * len(part) for part in prompts]
+    return {
+        "name": name,
+        "prompts": prompts,
+        "tokens": tokens,
+        "engine": {"model": path, **options},
+    }
+
+
+def run(engine, folder, ranks, cases, **environment):
+    script = engine_jobs.FOLDER / "vllm_rank.py"
+    job = {"cases": cases, "port": engine_jobs.free_ports()}
+    return engine_jobs.run([engine, script], ranks, job, folder, **environment)
+
+
+@pytest.fixture(scope="module")
+def stock(engine, checkpoint, tmp_path_factory):
+    """Outputs of one process without this library, by case."""
+    cases = [
+        case(f"{family} {dtype}", checkpoint(family), [PROMPTS], dtype=dtype)
+        for family in FAMILIES
+        for dtype in DTYPES
+    ]
+    cases.append(case("many", checkpoint("qwen3_moe"), [MANY], [MANY_TOKENS], max_num_seqs=32))
+    results = run(engine, tmp_path_factory.mktemp("stock"), 1, cases)
+    return {name: engine_jobs.merged(ranks) for name, ranks in results.items()}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(engine, checkpoint, tmp_path_factory):
+    """Results of two ranks, by case."""
+    path, options = checkpoint("qwen3_moe"), {"enable_expert_parallel": True}
+    cases = [
+        case(
+            f"{family} {dtype}",
+            checkpoint(family),
+            engine_jobs.split(PROMPTS, 2),
+            dtype=dtype,
+            **options,
+        )
+        for family in FAMILIES
+        for dtype in DTYPES
+    ]
+    cases += [
+        case("idle", path, [PROMPTS, []], **options),
+        case("uneven", path, [PROMPTS[:1], PROMPTS[1:]], **options),
+        case("single", path, [[], PROMPTS[:1]], **options),
+        # Room for about two of four sequences of up to 28 tokens, in blocks of 16.
+        case(
+            "preempted",
+            path,
+            engine_jobs.split(PROMPTS, 2),
+            block_size=16,
+            num_gpu_blocks_override=6,
+            disable_log_stats=False,
+            **options,
+        ),
+        case(
+            "many",
+            path,
+            engine_jobs.split(MANY, 2),
+            engine_jobs.split(MANY_TOKENS, 2),
+            max_num_seqs=32,
+            **options,
+        ),
+    ]
+    return run(engine, tmp_path_factory.mktemp("two"), 2, cases, **ON)
+
+
+def check(actual, expected, allowed=None):
+    assert engine_jobs.tokens(actual) == engine_jobs.tokens(expected)
+    if allowed is not None:
+        assert engine_jobs.logprob_difference(actual, expected) <= allowed
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_ranks_generate_what_one_process_does(stock, two_ranks, family, dtype):
+    name = f"{family} {dtype}"
+    allowed = ALLOWED if dtype == "float32" else None
+    check(engine_jobs.merged(two_ranks[name]), stock[name], allowed)
+
+
+def test_idle_rank(stock, two_ranks):
+    check(two_ranks["idle"][0]["outputs"], stock["qwen3_moe float32"], ALLOWED)
+
+
+def test_uneven_batches(stock, two_ranks):
+    first, second = two_ranks["uneven"]
+    check(first["outputs"] + second["outputs"], stock["qwen3_moe float32"], ALLOWED)
+
+
+def test_batch_of_one(stock, two_ranks):
+    check(two_ranks["single"][1]["outputs"], stock["qwen3_moe float32"][:1], ALLOWED)
+
+
+def test_preempted_sequences(stock, two_ranks):
+    results = two_ranks["preempted"]
+    assert sum(result["preemptions"] for result in results) > 0
+    check(engine_jobs.merged(results), stock["qwen3_moe float32"], ALLOWED)
+
+
+def test_200_requests_of_random_length(stock, two_ranks):
+    actual = engine_jobs.merged(two_ranks["many"])
+    assert [len(output["tokens"]) for output in actual] == MANY_TOKENS
+    check(actual, stock["many"], ALLOWED)
+
+
+def test_four_ranks(engine, stock, checkpoint, tmp_path):
+    cases = [
+        case(family, checkpoint(family), engine_jobs.split(PROMPTS, 4), enable_expert_parallel=True)
+        for family in FAMILIES
+    ]
+    results = run(engine, tmp_path, 4, cases, **ON)
+    for family in FAMILIES:
+        check(engine_jobs.merged(results[family]), stock[f"{family} float32"], ALLOWED)
+
+
+def test_tensor_parallel_ranks(engine, stock, checkpoint, tmp_path):
+    """TP 2 x DP 2: Qwen3-MoE is sequence-parallel there, in the others TP ranks share tokens."""
+    cases = [
+        case(
+            family,
+            checkpoint(family),
+            engine_jobs.split(PROMPTS, 2),
+            tensor_parallel_size=2,
+            distributed_executor_backend="mp",
+            enable_expert_parallel=True,
+        )
+        for family in FAMILIES
+    ]
+    results = run(engine, tmp_path, 2, cases, **ON)
+    for family in FAMILIES:
+        actual = engine_jobs.merged(results[family])
+        check(actual, stock[f"{family} float32"], ALLOWED_TENSOR_PARALLEL)
+
+
+def test_triton_kernels_interpreted(engine, stock, checkpoint, tmp_path):
+    path = checkpoint("qwen3_moe")
+    cases = [case("one", path, engine_jobs.split(PROMPTS, 2), enable_expert_parallel=True)]
+    results = run(engine, tmp_path, 2, cases, MOE_TRITON_BACKEND="interpret", **ON)
+    check(engine_jobs.merged(results["one"]), stock["qwen3_moe float32"], ALLOWED)
+
+
+def test_plug_in_changes_nothing_when_not_asked(engine):
+    """vLLM calls it, and what it would replace is as it was; with the variable it is replaced."""
+    script = engine_jobs.FOLDER / "vllm_classes.py"
+    subprocess.run([engine, script], check=True, timeout=300)

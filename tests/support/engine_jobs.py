@@ -1,0 +1,104 @@
+"""Run engines in their own environments, and compare what they generate."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[1] / "engines"
+LIMIT = 900  # seconds for a job
+
+
+def python(engine: str) -> Path:
+    """The interpreter of an engine's environment; skips the test where there is none."""
+    path = Path(sys.prefix, engine, "bin/python")
+    if not path.exists():
+        pytest.skip(f"{engine} is not installed: `make test-engines` does")
+    return path
+
+
+def prompts(count: int, seed: int = 0, longest: int = 20) -> list[list[int]]:
+    """Random token ids, 4 to ``longest`` in each prompt."""
+    draw = random.Random(seed)
+    return [
+        [draw.randrange(1, checkpoints.VOCABULARY) for _ in range(draw.randint(4, longest))]
+        for _ in range(count)
+    ]
+
+
+def split(requests: list[Any], ranks: int) -> list[list[Any]]:
+    """Requests as the ranks take them in turn."""
+    return [requests[rank::ranks] for rank in range(ranks)]
+
+
+def run(
+    command: list[Any], ranks: int, job: dict[str, Any], folder: Path, **environment: str
+) -> dict[str, list[dict[str, Any]]]:
+    """Run ``command JOB RANK`` for all ranks; the results of each case in rank order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "job.json"
+    path.write_text(json.dumps(job | {"ranks": ranks, "folder": str(folder)}), encoding="utf-8")
+    logs = [folder / f"log.{rank}" for rank in range(ranks)]
+    processes = []
+    for rank, log in enumerate(logs):
+        with log.open("w", encoding="utf-8") as file:
+            processes.append(
+                subprocess.Popen(
+                    [*map(str, command), str(path), str(rank)],
+                    env={**os.environ, **environment},
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    try:
+        codes = [process.wait(LIMIT) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    tails = "\n".join(log.read_text(encoding="utf-8")[-3000:] for log in logs)
+    assert codes == [0] * ranks, tails
+    return {
+        case["name"]: [
+            json.loads((folder / f"{case['name']}.{rank}.json").read_text(encoding="utf-8"))
+            for rank in range(ranks)
+        ]
+        for case in job["cases"]
+    }
+
+
+def free_ports() -> int:
+    """The first of a range of ports, of which one is free and the others hopefully."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return min(listener.getsockname()[1], 60000)
+
+
+def merged(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The outputs of all ranks in the order in which ``split`` took the requests."""
+    ranks = len(results)
+    total = sum(len(result["outputs"]) for result in results)
+    return [results[n % ranks]["outputs"][n // ranks] for n in range(total)]
+
+
+def tokens(outputs: list[dict[str, Any]]) -> list[list[int]]:
+    """The tokens of each output."""
+    return [output["tokens"] for output in outputs]
+
+
+def logprob_difference(actual: list[dict[str, Any]], expected: list[dict[str, Any]]) -> float:
+    """The largest difference of a log-probability that both have."""
+    return max(
+        abs(step[token] - other[token])
+        for output, reference in zip(actual, expected, strict=True)
+        for step, other in zip(output["logprobs"], reference["logprobs"], strict=True)
+        for token in step.keys() & other.keys()
+    )
