@@ -21,7 +21,17 @@ pytestmark = pytest.mark.skipif(
 )
 DEVICE = torch.device("cuda", 0)
 E, K, H, MAX_TOKENS = 16, 4, 256, 24
-QUANTS = (None, "int8", "e4m3", "e5m2", "group_e4m3", "group_e5m2", "mx_e4m3", "mx_e5m2")
+QUANTS = (
+    None,
+    "int8",
+    "e4m3",
+    "e5m2",
+    "group_e4m3",
+    "group_e5m2",
+    "pow2_e4m3",
+    "mx_e4m3",
+    "mx_e5m2",
+)
 
 
 @pytest.fixture(autouse=True)

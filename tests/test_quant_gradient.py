@@ -13,7 +13,16 @@ from trained_layer import TrainedLayer, apply_experts, assert_gradients, dense_g
 
 from moe_triton import ArgumentValueError, ExpertParallel, UnavailableError, testing
 
-QUANTS = ["int8", "e4m3", "e5m2", "group_e4m3", "group_e5m2", "mx_e4m3", "mx_e5m2"]
+QUANTS = [
+    "int8",
+    "e4m3",
+    "e5m2",
+    "group_e4m3",
+    "group_e5m2",
+    "pow2_e4m3",
+    "mx_e4m3",
+    "mx_e5m2",
+]
 LAYER = TrainedLayer(tokens=(3, 2), dtype=torch.float32)
 STRAIGHT = {"quant_gradient": "straight_through"}
 REFUSED = r"dispatch x\.detach\(\), or construct the object with quant_gradient"

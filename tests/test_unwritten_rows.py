@@ -12,7 +12,16 @@ from trained_layer import TrainedLayer, apply_experts, dense_gradients
 
 from moe_triton import ExpertParallel, testing
 
-QUANTS = ["int8", "e4m3", "e5m2", "group_e4m3", "group_e5m2", "mx_e4m3", "mx_e5m2"]
+QUANTS = [
+    "int8",
+    "e4m3",
+    "e5m2",
+    "group_e4m3",
+    "group_e5m2",
+    "pow2_e4m3",
+    "mx_e4m3",
+    "mx_e5m2",
+]
 LAYERS = {
     "a token a rank": TrainedLayer(tokens=(1, 1)),
     "aligned": TrainedLayer(tokens=(3, 2), options=(("alignment", 4),)),

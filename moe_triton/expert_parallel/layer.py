@@ -60,8 +60,8 @@ class ExpertParallel:
         dtype: torch.bfloat16, float16, float32, or float64 to check gradients with.
         quant: None, or how rows are quantised before they are sent: "int8", "e4m3" and "e5m2" with
             a scale per row, "group_e4m3" and "group_e5m2" with one for every 128 elements,
-            "mx_e4m3" and "mx_e5m2" with a power of two for every 32, "int8_static" with factors
-            that each dispatch is given.
+            "pow2_e4m3" with a power of two for every 128, "mx_e4m3" and "mx_e5m2" with one for
+            every 32, "int8_static" with factors that each dispatch is given.
         quant_gradient: None, or "straight_through": the gradient of ``Dispatched.dequantized`` goes
             to the tokens as if they had been sent unquantised. Rows dequantised by other means have
             none. Not with "int8_static", and dispatch then takes no ``scales``.

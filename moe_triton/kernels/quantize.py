@@ -5,6 +5,7 @@
     per_row      factor = MAX / max |x|;  code = round(x * factor);  scale = 1 / factor
     per_row_div  scale = max |x| / 127;  code = round(x / scale)
     group        per_row for every G elements of a row
+    group_pow2   scale = 2 ** max(ceil(log2(max |x| / MAX)), -126);  code = round(x / scale)
     mx           scale = 2 ** (largest exponent - EMAX);  code = saturate(x / scale); 32 elements
     block8       s = max |x| * (1 / 127);  code = int8(fp16(x / s));  scale = s in 16 bits
 
@@ -56,6 +57,7 @@ _SCHEMES: dict[str, tuple[tuple[torch.dtype, ...], bool, bool]] = {
     "per_row": (tuple(_PAYLOADS), True, True),
     "per_row_div": ((torch.int8,), True, True),
     "group": (tuple(_PAYLOADS), True, True),
+    "group_pow2": (FLOAT8, True, True),
     "mx": (FLOAT8, True, False),
     "block8": ((torch.int8,), True, False),
 }
@@ -88,7 +90,7 @@ def _block8_codes(t, divisor):
 @triton.jit
 def _quantize(t, factor, SCHEME: tl.constexpr, MAX: tl.constexpr, MANTISSA: tl.constexpr):
     """[R, G, L] fp32 to codes, with the [R, G, 1] factor of ``_factor_and_scale``."""
-    if SCHEME == "per_row" or SCHEME == "group":
+    if SCHEME == "per_row" or SCHEME == "group" or SCHEME == "group_pow2":
         codes = _scaled_codes(t, factor, MANTISSA)
     elif SCHEME == "per_row_div":
         codes = int8_code(tl.div_rn(t, tl.broadcast_to(factor, t.shape)), -127.0)
@@ -107,6 +109,18 @@ def _inverse_scale(amax, MAX: tl.constexpr):
     # A row of zeros, or nearly, overflows: zeros, scale 0. The comparison drops NaN too.
     factor = tl.where(inverse < float("inf"), inverse, 0.0)
     scale = tl.div_rn(tl.full(amax.shape, 1.0, tl.float32), inverse)
+    return factor, scale
+
+
+@triton.jit
+def _pow2_scale(amax, MAX: tl.constexpr):
+    """1 / scale to multiply by, and amax / MAX rounded up to a power of two; NaN for inf or NaN."""
+    exact = tl.div_rn(amax, tl.full(amax.shape, MAX, tl.float32))
+    # Adding all mantissa bits but one carries into the exponent unless the mantissa is 0.
+    exponent = tl.maximum((exact.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23, 1)
+    bad = (exact != exact) | (exact == float("inf"))
+    factor = tl.where(bad, 0x7FC00000, (254 - exponent) << 23).to(tl.float32, bitcast=True)
+    scale = tl.where(bad, 0x7FC00000, exponent << 23).to(tl.float32, bitcast=True)
     return factor, scale
 
 
@@ -131,6 +145,8 @@ def _factor_and_scale(largest, SCHEME: tl.constexpr, MAX: tl.constexpr, MANTISSA
     amax = largest.to(tl.float32, bitcast=True)
     if SCHEME == "per_row" or SCHEME == "group":
         factor, scale = _inverse_scale(amax, MAX)
+    elif SCHEME == "group_pow2":
+        factor, scale = _pow2_scale(amax, MAX)
     elif SCHEME == "per_row_div":
         factor = tl.div_rn(amax, tl.full(amax.shape, MAX, tl.float32))
         scale = factor

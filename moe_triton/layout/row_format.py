@@ -36,6 +36,7 @@ QUANTS = {
     "e5m2": Quant("per_row", torch.float8_e5m2),
     "group_e4m3": Quant("group", torch.float8_e4m3fn, block=128),
     "group_e5m2": Quant("group", torch.float8_e5m2, block=128),
+    "pow2_e4m3": Quant("group_pow2", torch.float8_e4m3fn, block=128),
     "mx_e4m3": Quant("mx", torch.float8_e4m3fn, torch.uint8, 32),
     "mx_e5m2": Quant("mx", torch.float8_e5m2, torch.uint8, 32),
 }
@@ -54,8 +55,9 @@ class RowFormat(NamedTuple):
         hidden: H.
         stride: bytes from row to row, a multiple of 16.
         scheme: quantisation of the payload: "none"; "static" with the caller's factors; "per_row",
-            "group" and "mx" with scales made from the row; "per_row_div" as "per_row", but divides
-            the row by its scale; "block8" divides too, for combine.
+            "group" and "mx" with scales made from the row; "group_pow2" as "group", with scales
+            rounded up to powers of two; "per_row_div" as "per_row", but divides the row by its
+            scale; "block8" divides too, for combine.
         scale_offset: byte offset of the first scale, a multiple of 16, or None.
         scale_dtype: of the scales.
         block: elements that share a scale, or 0 where the whole row has one.

@@ -22,6 +22,7 @@ QuantName = Literal[
     "e5m2",
     "group_e4m3",
     "group_e5m2",
+    "pow2_e4m3",
     "mx_e4m3",
     "mx_e5m2",
 ]

@@ -72,7 +72,7 @@ def check_factors(
         checks.value(op, "scales", scales is not None, contract, None)
     if scales is None:
         return
-    has_factors = scheme in ("static", "per_row", "group")
+    has_factors = scheme in ("static", "per_row", "group", "group_pow2")
     contract = f"be None where rows are {quant or 'unquantised'}"
     checks.value(op, "scales", has_factors, contract, tuple(scales.shape))
     if scheme == "static" and scales.dim() == 1:

@@ -88,6 +88,41 @@ def quantize_groups(
     return q, scale
 
 
+def quantize_groups_pow2(
+    x: torch.Tensor,
+    group: int,
+    smooth_scales: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``quantize_groups`` with scales rounded up to powers of two, as DeepEP's rounded scales are.
+
+        t = x * smooth;  scale = 2 ** max(ceil(log2(max |t| / MAX)), -126);  q = round(t / scale)
+
+    Returns:
+        q: [R, H] of ``dtype``; NaN in a group with inf or NaN.
+        scale: [R, ceil(H / group)] fp32; NaN for such a group.
+    """
+    num_rows, hidden = x.shape
+    num_groups = -(-hidden // group)
+    q = torch.empty_like(x, dtype=dtype)
+    scale = x.new_empty((num_rows, num_groups), dtype=torch.float32)
+    for rows in blocks(num_rows, hidden):
+        t = x[rows].float()
+        if (factors := _factors_of(smooth_scales, rows)) is not None:
+            t = t * factors
+        grouped = _in_groups(t, group)
+        amax = grouped.abs().amax(dim=2)
+        exact = amax / torch.full_like(amax, LARGEST[dtype])
+        # Adding all mantissa bits but one carries into the exponent unless the mantissa is 0.
+        exponent = ((exact.view(torch.int32) + 0x7FFFFF) >> 23).clamp_(min=1)
+        bad = ~torch.isfinite(exact)
+        scale[rows] = (exponent << 23).view(torch.float32).masked_fill_(bad, float("nan"))
+        factor = ((254 - exponent) << 23).view(torch.float32).masked_fill_(bad, float("nan"))
+        values = (grouped * factor[..., None]).flatten(1)[:, :hidden]
+        q[rows] = values
+    return q, scale
+
+
 def _in_groups(x: torch.Tensor, group: int) -> torch.Tensor:
     """[R, H] -> [R, ceil(H / group), group], zeros after the end."""
     missing = -x.shape[1] % group
@@ -249,6 +284,8 @@ def _quantize(
         return q, scale[:, None]
     if fmt.scheme == "group":
         return quantize_groups(x, fmt.block, smooth_scales, fmt.dtype)
+    if fmt.scheme == "group_pow2":
+        return quantize_groups_pow2(x, fmt.block, smooth_scales, fmt.dtype)
     if fmt.scheme == "mx":
         assert fmt.dtype in FLOAT8
         return quantize_mx(x, fmt.dtype)

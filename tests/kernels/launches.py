@@ -38,6 +38,7 @@ def formats(hidden: int) -> dict[str, RowFormat]:
     for name, dtype in (("e4m3", E4M3), ("e5m2", E5M2)):
         formats[name] = tight(dtype, hidden, "per_row")
         formats[f"group {name}"] = tight(dtype, hidden, "group", block=128)
+        formats[f"group_pow2 {name}"] = tight(dtype, hidden, "group_pow2", block=128)
         formats[f"mx {name}"] = tight(dtype, hidden, "mx", torch.uint8, 32)
     return formats
 

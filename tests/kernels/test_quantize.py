@@ -86,6 +86,8 @@ SCHEMES = {
     "per_row_div": (torch.int8, "per_row_div"),
     "mx e4m3": (E4M3, "mx", torch.uint8, 32),
     "mx e5m2": (E5M2, "mx", torch.uint8, 32),
+    "group_pow2 e4m3": (E4M3, "group_pow2", torch.float32, 128),
+    "group_pow2 e5m2": (E5M2, "group_pow2", torch.float32, 128),
 }
 
 
@@ -181,11 +183,24 @@ def test_every_half_converts_to_float8(dtype, device):
     group=st.integers(1, 300),
     dtype=st.sampled_from(PAYLOADS),
     x_dtype=st.sampled_from(FLOATS),
+    pow2=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_groups_of_any_size(num_rows, hidden, group, dtype, x_dtype, seed, device):
+def test_groups_of_any_size(num_rows, hidden, group, dtype, x_dtype, pow2, seed, device):
     x = tokens(num_rows, hidden, x_dtype, device, seed)
-    check(x, tight(dtype, hidden, "group", block=group))
+    scheme = "group_pow2" if pow2 and dtype != torch.int8 else "group"
+    check(x, tight(dtype, hidden, scheme, block=group))
+
+
+def test_rounded_scales_of_every_exponent(device):
+    """amax / 448 on both sides of each power of two, subnormal and infinite ones among them."""
+    exponents = torch.arange(1, 255, dtype=torch.int32)
+    top = (exponents << 23).view(torch.float32) * 1.75  # 448 = 1.75 * 2 ** 8
+    below, above = (top.view(torch.int32) + step for step in (-1, 1))
+    largest = torch.cat([top, below.view(torch.float32), above.view(torch.float32)])
+    x = (largest[:, None] * torch.linspace(-1, 1, 33)).to(device)
+    for dtype in (E4M3, E5M2):
+        check(x, tight(dtype, 33, "group_pow2", block=128))
 
 
 def test_strided_tokens(device):
@@ -267,8 +282,9 @@ def test_worked_example_of_block8(dtype, steps, device):
         (tight(E5M2, 64, "mx", torch.uint8, 32), [114, 0], "79 fb 69 55 74 70"),
         (tight(E4M3, 64, "group", block=128), [0.0167410708963871], "79 fe 59 32 6f 67"),
         (tight(E5M2, 64, "group", block=128), [0.00013078961637802422], "79 fb 68 55 73 6f"),
+        (tight(E4M3, 64, "group_pow2", block=128), [2.0**-5], "72 f7 52 2a 68 60"),
     ],
-    ids=["mx e4m3", "mx e5m2", "group e4m3", "group e5m2"],
+    ids=["mx e4m3", "mx e5m2", "group e4m3", "group e5m2", "group_pow2 e4m3"],
 )
 def test_worked_example_of_float8(fmt, scales, codes, steps, device):
     row = [5, -7.5, 0.30078125, 0.010009765625, 2, 1] + [0] * 58
