@@ -35,7 +35,7 @@ ALLOWED = {
     "expert_parallel": {"comm", "errors", "layout", "ops"},
     "ascend": {"comm", "errors", "layout", "ops", "profile", "ref", "topology"},
     "testing": {"comm", "errors", "ref", "topology"},
-    "compat": {"ascend", "errors"},
+    "compat": {"ascend", "comm", "errors", "layout", "ops"},
     "integrations": {"errors", "expert_parallel", "ops"},
     "record": {"ascend", "compat", "errors"},
     "compare": {

@@ -1,1 +1,1 @@
-"""Other libraries' names and argument orders for this library's ops: translation, no logic."""
+"""Other libraries' names, argument orders and layouts for this library's ops."""
