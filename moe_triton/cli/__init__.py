@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import bench, compare, demo, doctor, npu_run, record
+from . import bench, compare, deep_ep_run, demo, doctor, npu_run, record
 
 # Exit codes of shells for a program ended by a signal.
 _INTERRUPTED = 128 + 2
@@ -47,11 +47,18 @@ moe-triton compare: on an NPU with torch_npu, under moe-triton npu-run -m moe_tr
 moe_triton.compat.torch_npu anywhere. A folder per rank, bounded in size; torchrun and processes
 that the script starts are recorded too. The exit status is the script's.
 """
+_DEEP_EP_RUN = """
+Run an unmodified script that imports deep_ep, the package of DeepEP, without it: the script and its
+children import moe_triton.compat.deep_ep under that name, which works on CPUs too. Reports it on
+stderr; if deep_ep can be imported, the script gets that instead. The exit status is that of
+npu-run.
+"""
 _COMMANDS = (
     (demo, "demo", "run an MoE layer over 8 processes and check it", _DEMO),
     (bench, "bench", "measure kernels, layers and transports", _BENCH),
     (doctor, "doctor", "report what works on this machine, and the size of windows", _DOCTOR),
     (npu_run, "npu-run", "run an Ascend script without an NPU", _NPU_RUN),
+    (deep_ep_run, "deep-ep-run", "run a script that imports deep_ep", _DEEP_EP_RUN),
     (compare, "compare", "compare results from Ascend with the same calls here", _COMPARE),
     (record, "record", "record a script's calls of the operators", _RECORD),
 )
@@ -64,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments, by default those of the process.
 
     Returns:
-        The exit code: 0, or 1 if the demo finds an error; for npu-run and record the
-        script's; for compare 1 out of rule, 2 nothing compared.
+        The exit code: 0, or 1 if the demo finds an error; for npu-run, deep-ep-run
+        and record the script's; for compare 1 out of rule, 2 nothing compared.
 
     Raises:
         SystemExit: with 0 after ``--help`` and ``--version``, with 2 for wrong arguments.

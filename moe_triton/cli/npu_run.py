@@ -6,6 +6,7 @@ import argparse
 
 from .. import backend
 from ..emulate import bootstrap
+from .script import add_script, command
 from .terminal import positive
 
 DEVICES = 16
@@ -20,15 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"number of emulated NPUs (default: {DEVICES})",
     )
-    parser.add_argument("-m", action="store_true", dest="module", help="SCRIPT is a module's name")
-    parser.add_argument("script", metavar="SCRIPT", help="the script")
-    parser.add_argument(
-        "arguments", metavar="ARGS", nargs=argparse.REMAINDER, help="arguments of the script"
-    )
+    add_script(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the script; returns the exit status of ``bootstrap.run``."""
     host = "cuda" if backend.unavailable_because("cuda") is None else "cpu"
-    command = [*(["-m"] if arguments.module else []), arguments.script, *arguments.arguments]
-    return bootstrap.run(command, host=host, devices=arguments.devices)
+    standins = bootstrap.npu_standins(host=host, devices=arguments.devices)
+    return bootstrap.run(command(arguments), standins)

@@ -1,76 +1,116 @@
-"""Start a script with the stand-ins on its path, and wait for its end."""
+"""Start a script with stand-ins on its path, and wait for its end."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import settings
 
-STANDINS = Path(__file__).with_name("standins")
+_STANDINS = Path(__file__).with_name("standins")
+NPU_STANDINS = _STANDINS / "npu"
+DEEP_EP_STANDIN = _STANDINS / "deep_ep"
 
 
-def _installed() -> tuple[str | None, str | None]:
-    """The path of the real torch_npu, and why it cannot be imported; None for each if not."""
-    spec = importlib.util.find_spec("torch_npu")
-    if spec is None or spec.origin is None or STANDINS in Path(spec.origin).parents:
-        return None, None
-    probe = [sys.executable, "-c", "import torch_npu"]
-    result = subprocess.run(probe, capture_output=True, text=True, check=False)
-    lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
-    return spec.origin, lines[-1] if result.returncode else None
+@dataclasses.dataclass(frozen=True)
+class Standins:
+    """Packages that replace missing ones in a script and its children.
+
+    Attributes:
+        command: of ``moe-triton``, for messages.
+        folder: that holds them.
+        package: the one whose real counterpart makes them superfluous.
+        notice: what is said of them on stderr.
+        environment: further variables for the script.
+    """
+
+    command: str
+    folder: Path
+    package: str
+    notice: str
+    environment: Mapping[str, str]
+
+    def report(self, text: str) -> None:
+        """Say something on stderr."""
+        sys.stderr.write(f"moe-triton {self.command}: {text}\n")
+        sys.stderr.flush()
+
+    def installed(self) -> tuple[str | None, str | None]:
+        """The path of the real package, and why it cannot be imported; None for each if not."""
+        spec = importlib.util.find_spec(self.package)
+        if spec is None or spec.origin is None or self.folder in Path(spec.origin).parents:
+            return None, None
+        probe = [sys.executable, "-c", f"import {self.package}"]
+        result = subprocess.run(probe, capture_output=True, text=True, check=False)
+        lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
+        return spec.origin, lines[-1] if result.returncode else None
 
 
-def _report(text: str) -> None:
-    sys.stderr.write(f"moe-triton npu-run: {text}\n")
-    sys.stderr.flush()
+def npu_standins(*, host: str, devices: int) -> Standins:
+    """Those of ``npu-run``: torch_npu and torchair.
+
+    Args:
+        host: the device that replaces the NPUs, "cpu" or "cuda".
+        devices: number of NPUs.
+    """
+    return Standins(
+        "npu-run",
+        NPU_STANDINS,
+        "torch_npu",
+        f"no NPU here: torch_npu and torchair are stand-ins, {devices} NPUs on the {host} device",
+        {settings.HOST: host, settings.DEVICES: str(devices)},
+    )
 
 
-def run(arguments: Sequence[str], *, host: str, devices: int) -> int:
-    """Run Python with the stand-ins, unless the real torch_npu can be imported.
+def deep_ep_standin() -> Standins:
+    """That of ``deep-ep-run``: deep_ep."""
+    notice = "deep_ep is that of moe_triton"
+    return Standins("deep-ep-run", DEEP_EP_STANDIN, "deep_ep", notice, {})
+
+
+def run(arguments: Sequence[str], standins: Standins, *, replace: bool = False) -> int:
+    """Run Python with the stand-ins, unless the real package can be imported.
 
     Reports on stderr which of the two it does.
 
     Args:
         arguments: of Python: a script or ``-m`` and a module, and its arguments.
-        host: the device that replaces the NPUs, "cpu" or "cuda".
-        devices: number of NPUs.
+        standins: for the script and its children.
+        replace: use them also where the real package can be imported.
 
     Returns:
         The exit status of the script, or 128 + the signal that ended it; 1 instead of 0 if
         processes that the script started through multiprocessing failed.
     """
     environment = dict(os.environ)
-    origin, cause = _installed()
-    if origin is not None and cause is None:
-        _report(f"torch_npu is installed ({origin}); nothing is emulated")
+    origin, cause = standins.installed()
+    if origin is not None and cause is None and not replace:
+        standins.report(f"{standins.package} is installed ({origin}); nothing is emulated")
         return _supervise(arguments, environment)
-    if origin is not None:
-        _report(f"torch_npu ({origin}) cannot be imported: {cause}")
-        # torch itself would import it to load its device.
+    if cause is not None:
+        standins.report(f"{standins.package} ({origin}) cannot be imported: {cause}")
+        # torch itself would import a device's package to load the device.
         environment["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-    _report(
-        f"no NPU here: torch_npu and torchair are stand-ins, {devices} NPUs on the {host} device"
-    )
-    path = [str(STANDINS), *filter(None, [environment.get("PYTHONPATH")])]
+    standins.report(standins.notice)
+    path = [str(standins.folder), *filter(None, [environment.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(path)
-    environment[settings.HOST] = host
-    environment[settings.DEVICES] = str(devices)
-    with tempfile.TemporaryDirectory(prefix="moe_triton-npu-run-") as folder:
+    environment.update(standins.environment)
+    with tempfile.TemporaryDirectory(prefix=f"moe_triton-{standins.command}-") as folder:
         failures = Path(folder) / "failures"
         failures.touch()
         environment[settings.FAILURES] = str(failures)
         status = _supervise(arguments, environment)
         reports = failures.read_text(encoding="utf-8").splitlines()
     for report in reports:
-        _report(report)
+        standins.report(report)
     return status or int(bool(reports))
 
 

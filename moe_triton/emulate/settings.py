@@ -1,4 +1,4 @@
-"""Environment variables that ``npu-run`` sets for its child processes."""
+"""Environment variables that ``npu-run`` and ``deep-ep-run`` set for their child processes."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import os
 
 HOST = "MOE_TRITON_NPU_HOST"  # the device that replaces the NPUs: cpu or cuda
 DEVICES = "MOE_TRITON_NPU_DEVICES"  # number of NPUs
-FAILURES = "MOE_TRITON_NPU_FAILURES"  # file to which processes append failed children
+FAILURES = "MOE_TRITON_RUN_FAILURES"  # file to which processes append failed children
 
 
-def check_started_by_npu_run(package: str) -> None:
-    """Refuse to import a stand-in outside npu-run.
+def check_started_by(command: str, package: str) -> None:
+    """Refuse to import a stand-in outside the command that puts it on the path.
 
     Raises:
-        ImportError: no ancestor of this process is ``moe-triton npu-run``.
+        ImportError: no ancestor of this process is ``moe-triton`` with such a command.
     """
     if FAILURES not in os.environ:
         raise ImportError(
-            f"this {package} is a stand-in for machines without NPUs; it works only in scripts "
-            "started by `moe-triton npu-run`",
+            f"this {package} is a stand-in; it works only in scripts started by "
+            f"`moe-triton {command}`",
             name=package,
         )

@@ -151,7 +151,7 @@ def test_a_torch_npu_that_cannot_be_imported_is_replaced(npu_run, tmp_path, monk
     cause = f"torch_npu ({path}) cannot be imported: ImportError: libascendcl.so: not found"
     assert run.err == f"moe-triton npu-run: {cause}\n{NOTICE}"
     origin, autoload, search = run.out.splitlines()
-    assert origin == str(bootstrap.STANDINS / "torch_npu" / "__init__.py")
+    assert origin == str(bootstrap.NPU_STANDINS / "torch_npu" / "__init__.py")
     assert autoload == "0"
     assert str(path.parents[1]) in search
 
@@ -165,7 +165,7 @@ print(sys.path)
 
 
 def test_the_standins_are_not_taken_for_the_real_one(npu_run, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(bootstrap.STANDINS)
+    monkeypatch.syspath_prepend(bootstrap.NPU_STANDINS)
     run = npu_run(script(tmp_path, _SHOW_IMPORTS))
     assert run.err == NOTICE
     assert run.out.splitlines()[1] == "None"
@@ -197,7 +197,7 @@ for package in ("torch_npu", "torchair"):
 
 
 def test_the_standins_refuse_other_processes(tmp_path):
-    path = os.pathsep.join([str(bootstrap.STANDINS), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(bootstrap.NPU_STANDINS), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(
         [sys.executable, "-c", _REFUSED],
         env=os.environ | {"PYTHONPATH": path},

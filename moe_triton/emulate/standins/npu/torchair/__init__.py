@@ -12,7 +12,7 @@ from moe_triton.emulate import settings, torch_npu_ops
 
 from .configs.compiler_config import CompilerConfig
 
-settings.check_started_by_npu_run(__name__)
+settings.check_started_by("npu-run", __name__)
 
 __all__ = ["CompilerConfig", "get_npu_backend", "patch_for_hcom"]
 

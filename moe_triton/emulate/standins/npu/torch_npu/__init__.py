@@ -8,7 +8,7 @@ import torch
 
 from moe_triton.emulate import children, device, hccl, settings, torch_npu_ops
 
-settings.check_started_by_npu_run(__name__)
+settings.check_started_by("npu-run", __name__)
 
 from . import npu  # noqa: E402 - not before the check
 
