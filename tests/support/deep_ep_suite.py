@@ -65,7 +65,8 @@ def init_dist(local_rank: int, num_local_ranks: int, seed: int = 0) -> tuple:
 
 def dist_print(text: str = "", once_in_node: bool = False) -> None:
     if not once_in_node or dist.get_rank() == 0:
-        print(text, flush=True)
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
     dist.barrier()
 
 
@@ -95,7 +96,13 @@ def all_to_all_single(output, input, *args, **kwargs):  # noqa: A002 - torch's n
     return _all_to_all_single(raw(output), raw(input), *args, **kwargs)
 
 
+def all_gather_into_tensor(output, input, *args, **kwargs):  # noqa: A002 - torch's name
+    """torch's, also where the output stacks the inputs, which gloo refuses."""
+    return _all_gather_into_tensor(output.view(-1, *input.shape[1:]), input, *args, **kwargs)
+
+
 _all_to_all_single = dist.all_to_all_single
+_all_gather_into_tensor = dist.all_gather_into_tensor
 
 
 def _module(name: str, values: dict[str, Any]) -> None:
@@ -110,6 +117,7 @@ def prepare(checkout: Path) -> None:
     OnCpu().__enter__()
     torch.cuda.synchronize = lambda *_: None
     dist.all_to_all_single = all_to_all_single
+    dist.all_gather_into_tensor = all_gather_into_tensor
     import deep_ep.utils  # noqa: F401 - puts the package there
 
     seed = {"get_global_seed": lambda: _seeds["global"]}

@@ -16,7 +16,7 @@ from .arguments import Tokens, biases, check_num_experts, check_rows, check_topk
 from .config import NUM_SMS, TIMEOUT, Config, low_latency_bytes, unavailable
 from .events import EventHandle, EventOverlap, wait_for
 from .low_latency import LowLatency, LowLatencyHandle
-from .transfer import RowExchange, ordered_sum, take
+from .transfer import RowExchange, as_bytes, ordered_sum, take
 
 _DISPATCH = "deep_ep.Buffer.dispatch"
 _COMBINE = "deep_ep.Buffer.combine"
@@ -270,10 +270,10 @@ class Buffer:
             columns = [tokens] if scales is None else [tokens, scales]
             wait_for(op, "previous_event", previous_event)
             if handle is not None:
+                handle = _checked_handle(op, handle, self.group_size, len(tokens))
                 given = topk_idx is not None or topk_weights is not None
                 contract = "be None with a handle"
                 checks.value(op, "topk_idx", not given, contract, "a tensor")
-                handle = _checked_handle(op, handle, self.group_size, len(tokens))
             else:
                 self._check_layout(
                     op, tokens, num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert
@@ -619,8 +619,7 @@ def _tokens(columns: list[torch.Tensor], scales: torch.Tensor | None) -> Tokens:
 def _extended(rows: torch.Tensor, num_rows: int, value: float | None = None) -> torch.Tensor:
     """``rows`` with more after them, unwritten or of one value."""
     longer = rows.new_empty((num_rows, *rows.shape[1:]))
-    raw, old = longer.view(torch.uint8), rows.view(torch.uint8)
-    raw[: len(rows)] = old
+    as_bytes(longer)[: len(rows)] = as_bytes(rows)
     if value is not None:
         longer[len(rows) :] = value
     return longer

@@ -20,7 +20,7 @@ from . import routing
 from .arguments import Tokens, biases, check_num_experts, check_rows, check_topk, split_tokens
 from .config import NUM_SMS, TIMEOUT, low_latency_bytes, unavailable
 from .events import EventHandle, EventOverlap, wait_for
-from .transfer import RowExchange, gather_or_zero, gather_rows, ordered_sum, take
+from .transfer import RowExchange, as_bytes, gather_or_zero, gather_rows, ordered_sum, take
 
 _METADATA = 2  # columns of recv_src_metadata before the expanded rows
 _SCALE_ALIGNMENT = 16  # bytes, of a column of scales
@@ -830,8 +830,5 @@ def _placed(
     shape = (size, *rows.shape[1:])
     out = rows.new_zeros(shape) if zero else rows.new_empty(shape)
     # torch cannot index every float8: use its bytes.
-    raw = out.view(size, -1).view(torch.uint8) if size else out
-    data = rows.reshape(len(rows), -1).view(torch.uint8)
-    if len(index):
-        raw[index] = data[source]
+    as_bytes(out)[index] = as_bytes(rows.contiguous())[source]
     return out

@@ -7,6 +7,7 @@ a host, torch.distributed between hosts.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -66,17 +67,17 @@ class RowExchange:
             The received rows [R, ...] of each column, by (source, position), and their number from
             each rank.
         """
-        parts = [column.detach().contiguous().flatten(1) for column in columns]
-        rows = [part.view(torch.uint8) for part in parts]
+        rows = [as_bytes(column.detach().contiguous()) for column in columns]
         packed = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
         received = self._communicator.transport(op).all_to_all_v(op, packed, counts)
         row_bytes = packed.shape[1]
         data = torch.cat(received).view(-1, row_bytes)
-        widths = [row.shape[1] for row in rows]
-        unpacked = [
-            part.contiguous().view(column.dtype).view(-1, *column.shape[1:])
-            for part, column in zip(data.split(widths, 1), columns, strict=True)
-        ]
+        unpacked = [column.new_empty((len(data), *column.shape[1:])) for column in columns]
+        for column, part in zip(
+            unpacked, data.split([row.shape[1] for row in rows], 1), strict=True
+        ):
+            # A copy: in the packed rows elements need not be aligned.
+            as_bytes(column).copy_(part)
         return unpacked, [part.numel() // row_bytes for part in received]
 
     def barrier(self, op: str) -> None:
@@ -88,6 +89,14 @@ class RowExchange:
         comm.close_communicator(self._communicator)
 
 
+def as_bytes(rows: torch.Tensor) -> torch.Tensor:
+    """[N, ...] -> [N, bytes of a row] uint8, a view of a contiguous tensor."""
+    columns = math.prod(rows.shape[1:])
+    if rows.numel() == 0:  # any strides count as contiguous
+        return rows.new_empty((len(rows), columns * rows.itemsize), dtype=torch.uint8)
+    return rows.view(len(rows), columns).view(torch.uint8)
+
+
 def take(columns: Sequence[torch.Tensor], order: SendOrder) -> list[torch.Tensor]:
     """The rows of [T, ...] tensors in the order in which they are sent."""
     return [gather_rows(column, order.tokens) for column in columns]
@@ -96,8 +105,9 @@ def take(columns: Sequence[torch.Tensor], order: SendOrder) -> list[torch.Tensor
 def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """``x[index]`` for any dtype: torch cannot index every float8."""
     x = x.detach().contiguous()
-    raw = x.view(torch.uint8).index_select(0, index)
-    return raw.view(x.dtype)
+    rows = x.new_empty((len(index), *x.shape[1:]))
+    torch.index_select(as_bytes(x), 0, index, out=as_bytes(rows))
+    return rows
 
 
 def ordered_sum(
