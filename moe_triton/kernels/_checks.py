@@ -49,7 +49,7 @@ def _has_shape(tensor: torch.Tensor, shape: tuple[int | None, ...]) -> bool:
     actual = tensor.shape
     if len(actual) != len(shape):
         return False
-    for size, wanted in zip(actual, shape, strict=True):  # noqa: SIM110 - runs in every launch, and a generator is slower
+    for size, wanted in zip(actual, shape, strict=True):  # noqa: SIM110 - faster than a generator
         if wanted not in (None, size):
             return False
     return True
