@@ -39,83 +39,6 @@ _T = TypeVar("_T")
 _Input = TypeVar("_Input")
 
 
-class WindowSteps(Protocol):
-    """The device steps of windows; ``moe_triton.ref`` defines what each computes."""
-
-    def dispatch_send(
-        self,
-        windows: Windows,
-        layout: ExchangeLayout,
-        x: Tensor,
-        expert_ids: Tensor,
-        weights: Tensor | None,
-        smooth_scales: Tensor | None,
-        copies: RoutingCopies | None,
-        /,
-        *,
-        digest: int,
-    ) -> SlotPositions:
-        """Write this rank's tokens into its window, and its record to every rank."""
-
-    def dispatch_totals(
-        self, windows: Windows, layout: ExchangeLayout, /, *, digest: int, timeout: float
-    ) -> Tensor:
-        """Wait for all ranks' records; count the rows that each rank receives."""
-
-    def dispatch_recv(
-        self,
-        windows: Windows,
-        layout: ExchangeLayout,
-        num_rows: int,
-        load: Tensor | None,
-        /,
-        *,
-        totals_dtype: torch.dtype,
-        digest: int,
-        timeout: float,
-    ) -> ReceivedRows:
-        """Wait for all ranks' records and gather the rows for this rank."""
-
-    def combine_send(
-        self,
-        windows: Windows,
-        layout: ExchangeLayout,
-        y: Tensor | None,
-        group_starts: Tensor,
-        count: Tensor | None,
-        /,
-        *,
-        digest: int,
-    ) -> None:
-        """Write the experts' rows into this rank's window, and its record to every rank."""
-
-    def combine_recv(
-        self,
-        windows: Windows,
-        layout: ExchangeLayout,
-        expert_ids: Tensor,
-        positions: SlotPositions,
-        weights: Tensor | None,
-        zero_computation: ZeroComputationExperts | None,
-        addend: Tensor | None,
-        out: Tensor,
-        norm: Norm | None,
-        /,
-        *,
-        digest: int,
-        timeout: float,
-    ) -> None:
-        """Wait for all ranks' records and sum the rows of each token from the windows."""
-
-    def send_record(self, windows: Windows, /, *, digest: int, status: int, extra: int = 0) -> None:
-        """Write this rank's record to every rank, without data."""
-
-    def recv_records(
-        self, windows: Windows, /, *, digest: int, timeout: float, peek: bool = False
-    ) -> None:
-        """Wait for all ranks' records."""
-
-
 class DeviceSteps(Protocol):
     """The device steps of a transport; ``moe_triton.ref`` defines what each computes.
 
@@ -241,6 +164,79 @@ class DeviceSteps(Protocol):
 
     def add_rows(self, own: Tensor, peer: Tensor, out: Tensor, /) -> None:
         """Add two halves of a row that two ranks hold."""
+
+    def dispatch_send(
+        self,
+        windows: Windows,
+        layout: ExchangeLayout,
+        x: Tensor,
+        expert_ids: Tensor,
+        weights: Tensor | None,
+        smooth_scales: Tensor | None,
+        copies: RoutingCopies | None,
+        /,
+        *,
+        digest: int,
+    ) -> SlotPositions:
+        """Write this rank's tokens into its window, and its record to every rank."""
+
+    def dispatch_totals(
+        self, windows: Windows, layout: ExchangeLayout, /, *, digest: int, timeout: float
+    ) -> Tensor:
+        """Wait for all ranks' records; count the rows that each rank receives."""
+
+    def dispatch_recv(
+        self,
+        windows: Windows,
+        layout: ExchangeLayout,
+        num_rows: int,
+        load: Tensor | None,
+        /,
+        *,
+        totals_dtype: torch.dtype,
+        digest: int,
+        timeout: float,
+    ) -> ReceivedRows:
+        """Wait for all ranks' records and gather the rows for this rank."""
+
+    def combine_send(
+        self,
+        windows: Windows,
+        layout: ExchangeLayout,
+        y: Tensor | None,
+        group_starts: Tensor,
+        count: Tensor | None,
+        /,
+        *,
+        digest: int,
+    ) -> None:
+        """Write the experts' rows into this rank's window, and its record to every rank."""
+
+    def combine_recv(
+        self,
+        windows: Windows,
+        layout: ExchangeLayout,
+        expert_ids: Tensor,
+        positions: SlotPositions,
+        weights: Tensor | None,
+        zero_computation: ZeroComputationExperts | None,
+        addend: Tensor | None,
+        out: Tensor,
+        norm: Norm | None,
+        /,
+        *,
+        digest: int,
+        timeout: float,
+    ) -> None:
+        """Wait for all ranks' records and sum the rows of each token from the windows."""
+
+    def send_record(self, windows: Windows, /, *, digest: int, status: int, extra: int = 0) -> None:
+        """Write this rank's record to every rank, without data."""
+
+    def recv_records(
+        self, windows: Windows, /, *, digest: int, timeout: float, peek: bool = False
+    ) -> None:
+        """Wait for all ranks' records."""
 
     def weighted_sum(
         self,

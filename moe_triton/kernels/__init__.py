@@ -10,6 +10,10 @@ from __future__ import annotations
 
 if __name__ == "moe_triton.kernels":
     from .affine import quantize_affine
+    from .combine_recv import combine_recv
+    from .combine_send import combine_send
+    from .dispatch_recv import dispatch_recv, dispatch_totals
+    from .dispatch_send import dispatch_send
     from .expert_map import eplb_map, keep_experts
     from .finalize_routing import finalize_routing
     from .flags import wait_flags, write_flags
@@ -18,6 +22,7 @@ if __name__ == "moe_triton.kernels":
     from .gating import top_k_gating
     from .local_permutation import local_permutation
     from .quantize import encode
+    from .records import recv_records, send_record
     from .recv_permutation import recv_permutation
     from .routing_plan import routing_plan
     from .row_index import combine_row_index, recv_row_index
@@ -26,7 +31,12 @@ if __name__ == "moe_triton.kernels":
 
     __all__ = [
         "add_rows",
+        "combine_recv",
         "combine_row_index",
+        "combine_send",
+        "dispatch_recv",
+        "dispatch_send",
+        "dispatch_totals",
         "encode",
         "eplb_map",
         "finalize_routing",
@@ -36,8 +46,10 @@ if __name__ == "moe_triton.kernels":
         "local_permutation",
         "quantize_affine",
         "recv_permutation",
+        "recv_records",
         "recv_row_index",
         "routing_plan",
+        "send_record",
         "stage_tokens",
         "top_k_gating",
         "wait_flags",

@@ -13,6 +13,17 @@ import triton.language as tl
 
 # Integers to move in place of elements of as many bytes, so that no conversion changes them.
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+TRITON_DTYPES = {
+    torch.uint8: tl.uint8,
+    torch.int8: tl.int8,
+    torch.int16: tl.int16,
+    torch.int32: tl.int32,
+    torch.int64: tl.int64,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
 # The bits of a NaN are above those of infinity.
 INFINITY_BITS = tl.constexpr(0x7F800000)
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -209,32 +210,17 @@ def _destination(index_ptr, first_token, slot, num_slots, num_rows, num_tokens, 
     return row
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_tokens",
-        "num_rows",
-        "hidden_units",
-        "group_units",
-        "num_groups",
-        "num_slots",
-        "top_k",
-        "num_experts",
-        "x_units",
-        "out_units",
-        "scale_stride",
-    ]
-)
-def _encode_kernel(
-    x_ptr,  # [T, H] fp16 | bf16 | fp32 | fp64, for the scheme "none" integers as wide
-    smooth_scales_ptr,  # [1], [H], [T, H] or [NS + E, H] fp32, or None
-    expert_ids_ptr,  # [T, K] int32 | int64 where each slot has smooth factors of its own, or None
-    index_ptr,  # [T, S] int32 | int64 rows of out, negative for none; None for row t * S + slot
-    count_ptr,  # [1] int32 tokens to write, or None for T
-    out_ptr,  # [A, H] int8 | uint8 codes, or integers as wide as x
-    scale_ptr,  # [A, C] fp32 | bf16 | fp16 | uint8, or None
+@triton.jit
+def encode_tiles(
+    x_ptr,
+    smooth_scales_ptr,
+    expert_ids_ptr,
+    index_ptr,
+    count_ptr,
+    out_ptr,
+    scale_ptr,
     num_tokens,
     num_rows,
-    # Sizes and strides of elements count UNITs: the compiler sees how wide an access may be.
     hidden_units,
     group_units,
     num_groups,
@@ -244,22 +230,20 @@ def _encode_kernel(
     x_units,
     out_units,
     scale_stride,
+    program,
+    num_programs,
     SCHEME: tl.constexpr,
     MAX: tl.constexpr,
     MANTISSA: tl.constexpr,
-    FACTORS: tl.constexpr,  # "none" | "one" | "row" for all tokens | "rows"
+    FACTORS: tl.constexpr,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,  # of a tile
-    LANES: tl.constexpr,  # elements of a group that a tile holds
-    ADJACENT: tl.constexpr,  # the columns of a tile are consecutive
-    WHOLE: tl.constexpr,  # a tile holds whole groups
-):
-    """Write the codes and scales of each token to the rows of its slots.
-
-    Example: "per_row_div" to int8, x [[127, 1], [254, -2]], index [[3, -1], [0, 2]], num_rows 4:
-        out [[127, -1], untouched, [127, -1], [127, 1]], scale [2, untouched, 2, 1].
-    """
+    GROUPS: tl.constexpr,
+    LANES: tl.constexpr,
+    ADJACENT: tl.constexpr,
+    WHOLE: tl.constexpr,
+) -> None:
+    """The tiles of one program, of ``num_programs`` that share the work of ``_encode_kernel``."""
     BLOCK: tl.constexpr = GROUPS * LANES
     SCALED: tl.constexpr = scale_ptr is not None
     PER_SLOT: tl.constexpr = expert_ids_ptr is not None
@@ -269,7 +253,7 @@ def _encode_kernel(
     lanes = tl.arange(0, BLOCK)
     if count_ptr is not None:
         num_tokens = tl.minimum(num_tokens, tl.load(count_ptr))
-    for tile in range(tl.program_id(0), tl.cdiv(num_tokens, ROWS) * across, tl.num_programs(0)):
+    for tile in range(program, tl.cdiv(num_tokens, ROWS) * across, num_programs):
         first_token = (tile // across) * ROWS
         token = first_token.to(tl.int64) + tl.arange(0, ROWS)
         active = token < num_tokens
@@ -344,6 +328,91 @@ def _encode_kernel(
                         tl.store(scale_ptr + scale_at, scale, mask=is_row & is_scale)
 
 
+@triton.jit(
+    do_not_specialize=[
+        "num_tokens",
+        "num_rows",
+        "hidden_units",
+        "group_units",
+        "num_groups",
+        "num_slots",
+        "top_k",
+        "num_experts",
+        "x_units",
+        "out_units",
+        "scale_stride",
+    ]
+)
+def _encode_kernel(
+    x_ptr,  # [T, H] fp16 | bf16 | fp32 | fp64, for the scheme "none" integers as wide
+    smooth_scales_ptr,  # [1], [H], [T, H] or [NS + E, H] fp32, or None
+    expert_ids_ptr,  # [T, K] int32 | int64 where each slot has smooth factors of its own, or None
+    index_ptr,  # [T, S] int32 | int64 rows of out, negative for none; None for row t * S + slot
+    count_ptr,  # [1] int32 tokens to write, or None for T
+    out_ptr,  # [A, H] int8 | uint8 codes, or integers as wide as x
+    scale_ptr,  # [A, C] fp32 | bf16 | fp16 | uint8, or None
+    num_tokens,
+    num_rows,
+    # Sizes and strides of elements count UNITs: the compiler sees how wide an access may be.
+    hidden_units,
+    group_units,
+    num_groups,
+    num_slots,
+    top_k,
+    num_experts,
+    x_units,
+    out_units,
+    scale_stride,
+    SCHEME: tl.constexpr,
+    MAX: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    FACTORS: tl.constexpr,  # "none" | "one" | "row" for all tokens | "rows"
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,  # of a tile
+    LANES: tl.constexpr,  # elements of a group that a tile holds
+    ADJACENT: tl.constexpr,  # the columns of a tile are consecutive
+    WHOLE: tl.constexpr,  # a tile holds whole groups
+):
+    """Write the codes and scales of each token to the rows of its slots.
+
+    Example: "per_row_div" to int8, x [[127, 1], [254, -2]], index [[3, -1], [0, 2]], num_rows 4:
+        out [[127, -1], untouched, [127, -1], [127, 1]], scale [2, untouched, 2, 1].
+    """
+    encode_tiles(
+        x_ptr,
+        smooth_scales_ptr,
+        expert_ids_ptr,
+        index_ptr,
+        count_ptr,
+        out_ptr,
+        scale_ptr,
+        num_tokens,
+        num_rows,
+        hidden_units,
+        group_units,
+        num_groups,
+        num_slots,
+        top_k,
+        num_experts,
+        x_units,
+        out_units,
+        scale_stride,
+        tl.program_id(0),
+        tl.num_programs(0),
+        SCHEME,
+        MAX,
+        MANTISSA,
+        FACTORS,
+        UNIT,
+        ROWS,
+        GROUPS,
+        LANES,
+        ADJACENT,
+        WHOLE,
+    )
+
+
 def encode(
     x: torch.Tensor,
     fmt: RowFormat,
@@ -399,15 +468,76 @@ def encode_slots(
         num_slots: S.
         count: [1] int32 on the device: only this many tokens are written; None for all T.
     """
-    num_tokens, hidden = x.shape
-    _check_rows(op, x, fmt, out, scales, smooth_scales, expert_ids is not None)
+    check_encode(op, x, fmt, smooth_scales, expert_ids is not None)
+    _check_outputs(op, x, fmt, out, scales)
     if count is not None:
         check_tensor(op, "count", count, dtypes=(torch.int32,), shape=(1,), device=x.device)
-    if num_tokens == 0 or num_slots == 0 or out.numel() == 0:
+    if len(x) == 0 or num_slots == 0 or out.numel() == 0:
         return
+    launch = encode_launch(
+        x, fmt, smooth_scales, expert_ids, num_slots, out.stride(0),
+        0 if scales is None else scales.stride(0), indexed=index is not None,
+    )  # fmt: skip
+    _encode_kernel[(launch.num_programs,)](
+        launch.x,
+        launch.smooth_scales,
+        launch.expert_ids,
+        None if index is None else index.contiguous(),
+        count,
+        out.view(launch.out_dtype),
+        scales,
+        len(x),
+        len(out),
+        *launch.sizes,
+        **launch.constants,
+        num_warps=launch.num_warps,
+        enable_fp_fusion=False,
+    )
+
+
+class EncodeLaunch(NamedTuple):
+    """Arguments of ``encode_tiles``, and its launch.
+
+    Attributes:
+        x: the tokens, their columns adjacent, as integers for the scheme "none".
+        smooth_scales: the factors that the scheme uses, or None.
+        expert_ids: [T, K] where each slot has factors of its own, or None.
+        out_dtype: of the codes as the kernel writes them.
+        sizes: the integers after ``num_rows``.
+        constants: the constexprs.
+        num_programs: size of the grid.
+        num_warps: of a program.
+    """
+
+    x: torch.Tensor
+    smooth_scales: torch.Tensor | None
+    expert_ids: torch.Tensor | None
+    out_dtype: torch.dtype
+    sizes: tuple[int, ...]
+    constants: dict[str, Any]
+    num_programs: int
+    num_warps: int
+
+
+def encode_launch(
+    x: torch.Tensor,
+    fmt: RowFormat,
+    smooth_scales: torch.Tensor | None,
+    expert_ids: torch.Tensor | None,
+    num_slots: int,
+    out_stride: int,
+    scale_stride: int,
+    *,
+    indexed: bool = False,
+) -> EncodeLaunch:
+    """The launch that encodes [T, H] tokens; arguments as in ``encode_slots``.
+
+    ``out_stride`` counts elements of the payload, ``scale_stride`` scales.
+    """
+    num_tokens, hidden = x.shape
     # The rows of a tensor may lie apart, its columns may not.
     x = x if x.stride(1) == 1 else x.contiguous()
-    _, _, takes_factors = _SCHEMES[fmt.scheme]
+    _, scaled, takes_factors = _SCHEMES[fmt.scheme]
     factors = "none"
     if smooth_scales is None or not takes_factors:
         smooth_scales = expert_ids = None
@@ -418,66 +548,49 @@ def encode_slots(
     top_k = 0 if expert_ids is None else expert_ids.shape[1]
     num_experts = 0 if smooth_scales is None else len(smooth_scales) - (num_slots - top_k)
     maximum, mantissa = _PAYLOADS.get(fmt.dtype, (0.0, 0))
+    out_dtype = torch.uint8 if mantissa else fmt.dtype
     if fmt.scheme == "none":
-        words = WORDS[x.element_size()]
-        x, out = x.view(words), out.view(words)
-    elif mantissa:
-        out = out.view(torch.uint8)
+        out_dtype = WORDS[x.element_size()]
+        x = x.view(out_dtype)
 
     group = min(fmt.block or hidden, hidden)
-    num_groups = 1 if scales is None else scales.shape[1]
+    num_groups = fmt.num_scales if scaled else 1
     lanes = min(launch_config.next_power_of_2(group), launch_config.widest(x.device))
-    indexed = index is not None or expert_ids is not None
+    indexed = indexed or expert_ids is not None
     tiles = launch_config.tiles(x.device, num_tokens, num_groups * lanes, indexed=indexed)
     whole = lanes >= group
     adjacent = num_groups == 1 or lanes <= group
     # Where groups fill their lanes the kernel needs no other size of them.
     step = 0 if whole and adjacent else group
-    unit = math.gcd(16, hidden, step, x.stride(0), out.stride(0))
-    _encode_kernel[(tiles.num_programs,)](
-        x,
-        smooth_scales,
-        None if expert_ids is None else expert_ids.contiguous(),
-        None if index is None else index.contiguous(),
-        count,
-        out,
-        scales,
-        num_tokens,
-        len(out),
-        hidden // unit,
-        step // unit,
-        num_groups,
-        num_slots,
-        top_k,
-        num_experts,
-        x.stride(0) // unit,
-        out.stride(0) // unit,
-        0 if scales is None else scales.stride(0),
-        SCHEME=fmt.scheme,
-        MAX=maximum,
-        MANTISSA=mantissa,
-        FACTORS=factors,
-        UNIT=unit,
-        ROWS=tiles.rows,
-        GROUPS=tiles.block // lanes,
-        LANES=lanes,
-        ADJACENT=adjacent,
-        WHOLE=whole,
-        # Making a float8 takes more registers than a lane of that many elements has.
-        num_warps=tiles.num_warps * (2 if mantissa else 1),
-        enable_fp_fusion=False,
+    unit = math.gcd(16, hidden, step, x.stride(0), out_stride)
+    sizes = (
+        hidden // unit, step // unit, num_groups, num_slots, top_k, num_experts,
+        x.stride(0) // unit, out_stride // unit, scale_stride,
+    )  # fmt: skip
+    constants = {
+        "SCHEME": fmt.scheme,
+        "MAX": maximum,
+        "MANTISSA": mantissa,
+        "FACTORS": factors,
+        "UNIT": unit,
+        "ROWS": tiles.rows,
+        "GROUPS": tiles.block // lanes,
+        "LANES": lanes,
+        "ADJACENT": adjacent,
+        "WHOLE": whole,
+    }
+    # Making a float8 takes more registers than a lane of that many elements has.
+    num_warps = tiles.num_warps * (2 if mantissa else 1)
+    contiguous_ids = None if expert_ids is None else expert_ids.contiguous()
+    return EncodeLaunch(
+        x, smooth_scales, contiguous_ids, out_dtype, sizes, constants, tiles.num_programs, num_warps
     )
 
 
-def _check_rows(
-    op: str,
-    x: torch.Tensor,
-    fmt: RowFormat,
-    out: torch.Tensor,
-    scales: torch.Tensor | None,
-    smooth_scales: torch.Tensor | None,
-    per_slot: bool,
+def check_encode(
+    op: str, x: torch.Tensor, fmt: RowFormat, smooth_scales: torch.Tensor | None, per_slot: bool
 ) -> None:
+    """Check tokens and smooth factors; with ``per_slot`` these are [NS + E, H]."""
     if fmt.scheme not in _SCHEMES:
         raise ArgumentValueError(op, "fmt", f"have a scheme of {[*_SCHEMES]}", repr(fmt.scheme))
     payloads, scaled, _ = _SCHEMES[fmt.scheme]
@@ -491,18 +604,25 @@ def _check_rows(
     if fmt.scheme == "static" and smooth_scales is None:
         contract = "hold the factors of the scheme 'static'"
         raise MissingArgumentError(op, "smooth_scales", contract, None)
-    if (scales is not None) != scaled:
-        contract = f"be {'a tensor' if scaled else 'None'} for the scheme {fmt.scheme!r}"
-        raise ArgumentValueError(op, "scales", contract, scales if scales is None else "a tensor")
-    if scales is not None and columns == 0:
+    if scaled and columns == 0:
         raise ArgumentValueError(op, "x", "have columns to make scales from", tuple(x.shape))
-    check("out", out, dtypes=(fmt.dtype,), shape=(None, columns), strided_columns=False)
-    if scales is not None:
-        shape: tuple[int | None, ...] = (len(out), fmt.num_scales)
-        check("scales", scales, dtypes=(fmt.scale_dtype,), shape=shape, strided_columns=False)
     if smooth_scales is not None:
+        shape: tuple[int | None, ...]
         if smooth_scales.dim() != 1 or per_slot:
             shape = (None if per_slot else len(x), columns)
         else:
             shape = (1,) if smooth_scales.numel() == 1 else (columns,)
         check("smooth_scales", smooth_scales, dtypes=(torch.float32,), shape=shape)
+
+
+def _check_outputs(
+    op: str, x: torch.Tensor, fmt: RowFormat, out: torch.Tensor, scales: torch.Tensor | None
+) -> None:
+    check = functools.partial(check_tensor, op, device=x.device, strided_columns=False)
+    scaled = _SCHEMES[fmt.scheme][1]
+    if (scales is not None) != scaled:
+        contract = f"be {'a tensor' if scaled else 'None'} for the scheme {fmt.scheme!r}"
+        raise ArgumentValueError(op, "scales", contract, scales if scales is None else "a tensor")
+    check("out", out, dtypes=(fmt.dtype,), shape=(None, x.shape[1]))
+    if scales is not None:
+        check("scales", scales, dtypes=(fmt.scale_dtype,), shape=(len(out), fmt.num_scales))

@@ -33,7 +33,7 @@ _Copies: TypeAlias = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tenso
 
 
 @triton.jit
-def _experts(expert_ids_ptr, slot_id, num_slots, num_experts):
+def experts_of(expert_ids_ptr, slot_id, num_slots, num_experts) -> tl.tensor:
     """Experts of slots; E for slots that are not sent and past the end."""
     expert = tl.load(expert_ids_ptr + slot_id, mask=slot_id < num_slots, other=-1)
     sent = (expert >= 0) & (expert < num_experts)
@@ -41,7 +41,9 @@ def _experts(expert_ids_ptr, slot_id, num_slots, num_experts):
 
 
 @triton.jit
-def _copy_routing(expert_ids_ptr, ids_copy_ptr, weights_ptr, weights_copy_ptr, slot_id, inside):
+def copy_routing(
+    expert_ids_ptr, ids_copy_ptr, weights_ptr, weights_copy_ptr, slot_id, inside
+) -> None:
     """Copy expert ids and weights of slots to the outputs that are not None."""
     if ids_copy_ptr is not None:
         expert = tl.load(expert_ids_ptr + slot_id, mask=inside, other=_NOWHERE)
@@ -49,6 +51,45 @@ def _copy_routing(expert_ids_ptr, ids_copy_ptr, weights_ptr, weights_copy_ptr, s
     if weights_ptr is not None:
         weight = tl.load(weights_ptr + slot_id, mask=inside, other=0.0)
         tl.store(weights_copy_ptr + slot_id, weight, mask=inside)
+
+
+@triton.jit
+def compare_slots(
+    expert_ids_ptr, slot_id, expert, num_slots, num_experts, OWN: tl.constexpr, OTHERS: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Earlier slots with the same expert as [OWN] slots, and all slots with a lower one."""
+    earlier = tl.zeros([OWN], tl.int32)
+    lower = tl.zeros([OWN], tl.int32)
+    for begin in range(0, num_slots, OTHERS):
+        other_id = begin + tl.arange(0, OTHERS)
+        other = experts_of(expert_ids_ptr, other_id, num_slots, num_experts)
+        is_earlier = other_id[None, :] < slot_id[:, None]
+        same = (other[None, :] == expert[:, None]) & is_earlier
+        earlier += tl.sum(same.to(tl.int32), axis=1)
+        lower += tl.sum((other[None, :] < expert[:, None]).to(tl.int32), axis=1)
+    return earlier, lower
+
+
+@triton.jit
+def count_experts(
+    expert_ids_ptr,
+    counts_ptr,
+    num_slots,
+    num_experts,
+    program,
+    num_programs,
+    OWN: tl.constexpr,
+    OTHERS: tl.constexpr,
+) -> None:
+    """Count the slots of the experts of one program, of ``num_programs`` that share them."""
+    for own in range(program * OWN, num_experts, num_programs * OWN):
+        expert = own + tl.arange(0, OWN)
+        count = tl.zeros([OWN], tl.int32)
+        for begin in range(0, num_slots, OTHERS):
+            slot_id = begin + tl.arange(0, OTHERS)
+            other = experts_of(expert_ids_ptr, slot_id, num_slots, num_experts)
+            count += tl.sum((other[None, :] == expert[:, None]).to(tl.int32), axis=1)
+        tl.store(counts_ptr + expert, count, mask=expert < num_experts)
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_experts"])
@@ -73,29 +114,19 @@ def _compare_kernel(
     """
     for own in range(tl.program_id(0) * OWN, num_slots, tl.num_programs(0) * OWN):
         slot_id = own + tl.arange(0, OWN)
-        expert = _experts(expert_ids_ptr, slot_id, num_slots, num_experts)
-        earlier = tl.zeros([OWN], tl.int32)
-        lower = tl.zeros([OWN], tl.int32)
-        for begin in range(0, num_slots, OTHERS):
-            other_id = begin + tl.arange(0, OTHERS)
-            other = _experts(expert_ids_ptr, other_id, num_slots, num_experts)
-            is_earlier = other_id[None, :] < slot_id[:, None]
-            same = (other[None, :] == expert[:, None]) & is_earlier
-            earlier += tl.sum(same.to(tl.int32), axis=1)
-            lower += tl.sum((other[None, :] < expert[:, None]).to(tl.int32), axis=1)
+        expert = experts_of(expert_ids_ptr, slot_id, num_slots, num_experts)
+        earlier, lower = compare_slots(
+            expert_ids_ptr, slot_id, expert, num_slots, num_experts, OWN, OTHERS
+        )
         inside = slot_id < num_slots
-        _copy_routing(expert_ids_ptr, ids_copy_ptr, weights_ptr, weights_copy_ptr, slot_id, inside)
+        copy_routing(expert_ids_ptr, ids_copy_ptr, weights_ptr, weights_copy_ptr, slot_id, inside)
         rank = tl.where(expert < num_experts, earlier, _NOWHERE)
         tl.store(position_in_expert_ptr + slot_id, rank, mask=inside)
         tl.store(sorted_slot_ids_ptr + lower + earlier, slot_id, mask=inside)
-    for own in range(tl.program_id(0) * OWN, num_experts, tl.num_programs(0) * OWN):
-        expert = own + tl.arange(0, OWN)
-        count = tl.zeros([OWN], tl.int32)
-        for begin in range(0, num_slots, OTHERS):
-            slot_id = begin + tl.arange(0, OTHERS)
-            other = _experts(expert_ids_ptr, slot_id, num_slots, num_experts)
-            count += tl.sum((other[None, :] == expert[:, None]).to(tl.int32), axis=1)
-        tl.store(counts_ptr + expert, count, mask=expert < num_experts)
+    count_experts(
+        expert_ids_ptr, counts_ptr, num_slots, num_experts, tl.program_id(0), tl.num_programs(0),
+        OWN, OTHERS,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_experts", "num_blocks"])
@@ -117,7 +148,7 @@ def _histogram_kernel(
     for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
         slot_id = block * BLOCK + tl.arange(0, BLOCK)
         # The histogram of Triton 3.2 has no mask: slots past the end count in the last bin.
-        expert = _experts(expert_ids_ptr, slot_id, num_slots, num_experts)
+        expert = experts_of(expert_ids_ptr, slot_id, num_slots, num_experts)
         bins = tl.arange(0, BINS)
         tl.store(
             histogram_ptr + block * row_size + bins,
@@ -198,12 +229,12 @@ def _rank_kernel(
     for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
         slot_id = block * BLOCK + tl.arange(0, BLOCK)
         inside = slot_id < num_slots
-        _copy_routing(expert_ids_ptr, ids_copy_ptr, weights_ptr, weights_copy_ptr, slot_id, inside)
-        expert = _experts(expert_ids_ptr, slot_id, num_slots, num_experts)
+        copy_routing(expert_ids_ptr, ids_copy_ptr, weights_ptr, weights_copy_ptr, slot_id, inside)
+        expert = experts_of(expert_ids_ptr, slot_id, num_slots, num_experts)
         earlier = tl.zeros([BLOCK], tl.int32)
         for begin in range(0, BLOCK, OTHERS):
             other_id = block * BLOCK + begin + tl.arange(0, OTHERS)
-            other = _experts(expert_ids_ptr, other_id, num_slots, num_experts)
+            other = experts_of(expert_ids_ptr, other_id, num_slots, num_experts)
             is_earlier = other_id[None, :] < slot_id[:, None]
             same = (other[None, :] == expert[:, None]) & is_earlier
             earlier += tl.sum(same.to(tl.int32), axis=1)

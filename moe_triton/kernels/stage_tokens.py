@@ -28,12 +28,12 @@ from ..errors import ArgumentValueError, UnavailableError
 from ..layout import NOWHERE, DispatchHeader, RoutingPlan, RowFormat
 from . import launch_config
 from ._checks import FLOATS, INDICES, check_tensor
+from ._common import TRITON_DTYPES
 from .quantize import encode_slots, split_rows
 
 _NO_ROLE = tl.constexpr(-(2**31))  # of a rank whose shared expert serves other ranks
 _TABLE_COLUMNS = tl.constexpr(5)
 _NOWHERE = tl.constexpr(NOWHERE)
-_TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 @triton.jit(
@@ -179,7 +179,7 @@ def stage_tokens(
         num_experts,
         experts_per_rank,
         headers[0].slot_ids.numel(),
-        WEIGHT=None if weight_dtype is None else _TRITON_DTYPES[weight_dtype],
+        WEIGHT=None if weight_dtype is None else TRITON_DTYPES[weight_dtype],
         BLOCK=line.block,
         TOKENS=max(line.block // slots, 1),
         SLOTS=slots,

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,6 +29,7 @@ from ..errors import ArgumentTypeError, ArgumentValueError, MissingArgumentError
 from ..layout import Norm, RowFormat, ZeroComputationExperts
 from ._checks import FLOATS, INDICES, check_tensor, with_adjacent_columns
 from ._common import from_float32, narrow, to_float32, widen
+from ._windows import EXTRA, RECORD_BYTES
 from .launch_config import tiles, token_tiles
 
 # Optional parts of the sum are functions that the kernel calls under a constexpr condition, as a
@@ -35,7 +37,7 @@ from .launch_config import tiles, token_tiles
 
 
 @triton.jit
-def _tile_columns(SCHEME: tl.constexpr, GROUP: tl.constexpr, BLOCK_H: tl.constexpr):
+def tile_columns(SCHEME: tl.constexpr, GROUP: tl.constexpr, BLOCK_H: tl.constexpr) -> tl.tensor:
     """Columns of a tile: [BLOCK_H], or [BLOCK_H / GROUP, GROUP] so that a scale meets its group."""
     if SCHEME == "block8":
         cols = tl.arange(0, BLOCK_H // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -46,7 +48,7 @@ def _tile_columns(SCHEME: tl.constexpr, GROUP: tl.constexpr, BLOCK_H: tl.constex
 
 
 @triton.jit
-def _tile_tokens(first, SCHEME: tl.constexpr, BLOCK_T: tl.constexpr):
+def tile_tokens(first, SCHEME: tl.constexpr, BLOCK_T: tl.constexpr) -> tl.tensor:
     """Tokens of a tile, int32, shaped to meet its columns.
 
     One token is a scalar, and so is the address of its row: hardware that copies whole rows needs
@@ -62,30 +64,26 @@ def _tile_tokens(first, SCHEME: tl.constexpr, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def _load_row(
-    rows_ptr,
-    scales_ptr,
-    distance,  # of the row from the first one, in units
+def load_row(
+    row_ptr,
+    scales_ptr,  # of the row, or None
     present,  # whether the slot has a row
     start,
     here,  # the columns from start
     hidden,
     SCHEME: tl.constexpr,
     GROUP: tl.constexpr,
-    UNIT: tl.constexpr,
-    SCALES_UNIT: tl.constexpr,
     BLOCK_H: tl.constexpr,
     DTYPE: tl.constexpr,
     ACC: tl.constexpr,
-):
+) -> tl.tensor:
     """Part of a row, decoded, in ACC; zeros where the slot has no row."""
-    # Products with a constant show the compiler how rows are aligned.
-    x = tl.load(rows_ptr + distance * UNIT + here, mask=present & (here < hidden), other=0)
+    x = tl.load(row_ptr + here, mask=present & (here < hidden), other=0)
     x = widen(x, ACC)
     if SCHEME == "block8":
         group = start // GROUP + tl.arange(0, BLOCK_H // GROUP)[:, None]
         mask = present & (group * GROUP < hidden)
-        scale = tl.load(scales_ptr + distance * SCALES_UNIT + group, mask=mask, other=0.0)
+        scale = tl.load(scales_ptr + group, mask=mask, other=0.0)
         x = widen(narrow(x * widen(scale, ACC), DTYPE), ACC)
     return x
 
@@ -164,6 +162,234 @@ def _store_normed(y_ptr, gamma_ptr, total, rstd, here, hidden, inside, DTYPE: tl
     tl.store(y_ptr, narrow(scaled * to_float32(gamma), DTYPE), mask=inside)
 
 
+@triton.jit
+def window_row(
+    k: tl.constexpr,  # slot
+    token,
+    active,
+    ids_ptr,
+    positions_ptr,
+    active_ptr,
+    bases_ptr,
+    control,
+    world,
+    number_bytes,
+    data_start,
+    data_bytes,
+    row_bytes,
+    scale_offset,
+    local,
+    num_shared_ranks,
+    first_shared_rank,
+    replicas,
+    capacity,
+    shared_capacity,
+    ROUTED: tl.constexpr,
+    SCHEME: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    DTYPE: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Pointers to the row of a slot in its holder's window and to its scales; whether it has one.
+
+    Args:
+        k: the slot; those from ROUTED on are of shared experts.
+        token: scalar or block of tokens.
+        active: whether they are.
+        ids_ptr: [T, K] expert ids.
+        positions_ptr: [T * K] ``SlotPositions.position_in_expert``.
+        active_ptr: [T] ``SlotPositions.active_position``, or None.
+        bases_ptr: [W] addresses of the windows.
+        control: address of the own control slot.
+        world: W.
+        number_bytes: from the numbers of one holder to those of the next.
+        data_start: bytes before the first data slot.
+        data_bytes: from one data slot to the next.
+        row_bytes: from row to row.
+        scale_offset: bytes from a row to its scales.
+        local: L.
+        num_shared_ranks: S.
+        first_shared_rank: the rank of this rank's first shared expert.
+        replicas: ranks of one shared expert.
+        capacity: rows of a rank with routed experts; slots past them were dropped.
+        shared_capacity: likewise, with a shared expert.
+        ROUTED: K.
+        SCHEME: of the rows.
+        BLOCK_T: tokens.
+        DTYPE: of the sum.
+    """
+    if k < ROUTED:
+        at = token * ROUTED + k
+        position = tl.load(positions_ptr + at, mask=active, other=-1)
+        present = position >= 0
+        expert = tl.load(ids_ptr + at, mask=present, other=0).to(tl.int32)
+        holder = num_shared_ranks + expert // local
+        number = expert % local
+        room = capacity
+    else:
+        position = tl.load(active_ptr + token, mask=active, other=-1)
+        present = position >= 0
+        holder = first_shared_rank + (k - ROUTED) * replicas + tl.zeros_like(position)
+        number = tl.zeros_like(position)
+        room = shared_capacity
+    numbers = control + world * RECORD_BYTES + holder.to(tl.int64) * number_bytes
+    numbers = numbers.to(tl.pointer_type(tl.int32))
+    row = tl.load(numbers + number, mask=present, other=0) + position
+    record = (control + holder.to(tl.int64) * RECORD_BYTES).to(tl.pointer_type(tl.int32))
+    slot = tl.load(record + EXTRA, mask=present, other=0)
+    present = present & (row < room)
+    address = tl.load(bases_ptr + holder, mask=present, other=0) + data_start
+    address += slot.to(tl.int64) * data_bytes + row.to(tl.int64) * row_bytes
+    if SCHEME == "block8":
+        row_ptr = address.to(tl.pointer_type(tl.int8))
+    else:
+        row_ptr = address.to(tl.pointer_type(DTYPE))
+    scales_ptr = (address + scale_offset).to(tl.pointer_type(DTYPE))
+    if BLOCK_T == 1:
+        row_ptr = tl.multiple_of(row_ptr, 16)
+        scales_ptr = tl.multiple_of(scales_ptr, 16)
+    return row_ptr, scales_ptr, present
+
+
+@triton.jit
+def sum_rows(
+    rows_ptr,
+    scales_ptr,
+    index_ptr,
+    weights_ptr,
+    ids_ptr,
+    tokens_ptr,
+    alpha_1_ptr,
+    alpha_2_ptr,
+    value_ptr,
+    addend_ptr,
+    out_ptr,
+    residual_ptr,
+    gamma_ptr,
+    y_ptr,
+    rstd_ptr,
+    num_tokens,
+    num_rows,
+    hidden,
+    row_step,
+    tokens_stride,
+    addend_stride,
+    out_stride,
+    residual_stride,
+    y_stride,
+    first_copy,
+    first_constant,
+    end,
+    one_by_hidden,
+    epsilon,
+    across,
+    # Of ``window_row``; unused without ROUTED.
+    positions_ptr,
+    active_ptr,
+    bases_ptr,
+    control,
+    world,
+    number_bytes,
+    data_start,
+    data_bytes,
+    row_bytes,
+    scale_offset,
+    local,
+    num_shared_ranks,
+    first_shared_rank,
+    replicas,
+    capacity,
+    shared_capacity,
+    SLOTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    WIDE_ALPHA: tl.constexpr,
+    SCHEME: tl.constexpr,
+    GROUP: tl.constexpr,
+    UNIT: tl.constexpr,
+    SCALES_UNIT: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PASSES: tl.constexpr,
+    ROUTED: tl.constexpr,  # K where rows lie in windows, or None
+) -> None:
+    """The sums of ``_weighted_sum_kernel``, of rows in windows or at an index."""
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    NORM: tl.constexpr = gamma_ptr is not None
+    cols = tile_columns(SCHEME, GROUP, BLOCK_H)
+    num_tiles = tl.cdiv(num_tokens, BLOCK_T) * across
+    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        number = tile_tokens(tile // across * BLOCK_T, SCHEME, BLOCK_T)
+        active = number < num_tokens
+        token = number.to(tl.int64)
+        if PASSES == 2:
+            squares = tl.zeros((active & (cols < hidden)).shape, ACC)
+
+        # The second pass makes the sums again rather than keep a row of any length.
+        for phase in tl.static_range(PASSES):
+            if phase == 1:
+                rstd = _store_rstd(
+                    rstd_ptr + token, squares, active, one_by_hidden, epsilon, BLOCK_T
+                )
+            for start in range(tile % across * BLOCK_H, hidden, across * BLOCK_H):
+                here = start + cols
+                inside = active & (here < hidden)
+                total = tl.zeros(inside.shape, ACC)
+                if tokens_ptr is not None:
+                    own = tl.load(tokens_ptr + token * tokens_stride + here, mask=inside, other=0.0)
+                    own = widen(own, ACC)
+                # Unrolled, so that several rows of a token are in flight at a time.
+                for k in tl.static_range(SLOTS):
+                    if ROUTED is not None:
+                        row_ptr, row_scales_ptr, present = window_row(
+                            k, token, active, ids_ptr, positions_ptr, active_ptr, bases_ptr,
+                            control, world, number_bytes, data_start, data_bytes, row_bytes,
+                            scale_offset, local, num_shared_ranks, first_shared_rank, replicas,
+                            capacity, shared_capacity, ROUTED, SCHEME, BLOCK_T, DTYPE,
+                        )  # fmt: skip
+                    else:
+                        row = tl.load(index_ptr + token * SLOTS + k, mask=active, other=-1)
+                        tl.device_assert(row < num_rows, "index out of range")
+                        present = row >= 0
+                        # Products with a constant show the compiler how rows are aligned.
+                        row_ptr = rows_ptr + row * row_step * UNIT
+                        row_scales_ptr = scales_ptr
+                        if SCHEME == "block8":
+                            row_scales_ptr = scales_ptr + row * row_step * SCALES_UNIT
+                    term = load_row(
+                        row_ptr, row_scales_ptr, present, start, here, hidden, SCHEME, GROUP,
+                        BLOCK_H, DTYPE, ACC,
+                    )  # fmt: skip
+                    if k < TOP_K:
+                        if tokens_ptr is not None:
+                            expert = tl.load(ids_ptr + token * TOP_K + k, mask=active, other=-1)
+                            term, present = _zero_computation_term(
+                                term, present, expert, own, here, alpha_1_ptr, alpha_2_ptr,
+                                value_ptr, hidden, first_copy, first_constant, end, WIDE_ALPHA, ACC,
+                            )  # fmt: skip
+                        if weights_ptr is not None:
+                            # Load 0 for a slot without a term: its weight may be NaN.
+                            weight_ptr = weights_ptr + token * TOP_K + k
+                            term = term * tl.load(weight_ptr, mask=present, other=0.0).to(ACC)
+                    total = total + term
+                total = _plus_row(total, addend_ptr, token * addend_stride + here, inside, ACC)
+                total = _plus_row(total, residual_ptr, token * residual_stride + here, inside, ACC)
+                if NORM and phase == 0:
+                    if PASSES == 2:
+                        squares = squares + _squares(total, inside)
+                    else:
+                        part = _squares(total, inside)
+                        rstd = _store_rstd(
+                            rstd_ptr + token, part, active, one_by_hidden, epsilon, BLOCK_T
+                        )
+                if phase == PASSES - 1:
+                    # In the last pass only: out may be the residual or the addend.
+                    out = out_ptr + token * out_stride + here
+                    tl.store(out, narrow(total, DTYPE), mask=inside)
+                    if NORM:
+                        y = y_ptr + token * y_stride + here
+                        _store_normed(y, gamma_ptr, total, rstd, here, hidden, inside, DTYPE)
+
+
 @triton.jit(
     do_not_specialize=[
         "num_tokens",
@@ -225,68 +451,14 @@ def _weighted_sum_kernel(
     Example: rows [[1, 2], [3, 4], [5, 6]], index [[0, 2], [1, -1], [-1, -1]],
         weights [[1, 2], [0.5, 8], [1, 1]]: out [[11, 14], [1.5, 2], [0, 0]].
     """
-    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    NORM: tl.constexpr = gamma_ptr is not None
-    cols = _tile_columns(SCHEME, GROUP, BLOCK_H)
-    num_tiles = tl.cdiv(num_tokens, BLOCK_T) * across
-    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        number = _tile_tokens(tile // across * BLOCK_T, SCHEME, BLOCK_T)
-        active = number < num_tokens
-        token = number.to(tl.int64)
-        if PASSES == 2:
-            squares = tl.zeros((active & (cols < hidden)).shape, ACC)
-
-        # The second pass makes the sums again rather than keep a row of any length.
-        for phase in tl.static_range(PASSES):
-            if phase == 1:
-                rstd = _store_rstd(
-                    rstd_ptr + token, squares, active, one_by_hidden, epsilon, BLOCK_T
-                )
-            for start in range(tile % across * BLOCK_H, hidden, across * BLOCK_H):
-                here = start + cols
-                inside = active & (here < hidden)
-                total = tl.zeros(inside.shape, ACC)
-                if ids_ptr is not None:
-                    own = tl.load(tokens_ptr + token * tokens_stride + here, mask=inside, other=0.0)
-                    own = widen(own, ACC)
-                # Unrolled, so that several rows of a token are in flight at a time.
-                for k in tl.static_range(SLOTS):
-                    row = tl.load(index_ptr + token * SLOTS + k, mask=active, other=-1)
-                    tl.device_assert(row < num_rows, "index out of range")
-                    present = row >= 0
-                    term = _load_row(
-                        rows_ptr, scales_ptr, row * row_step, present, start, here, hidden,
-                        SCHEME, GROUP, UNIT, SCALES_UNIT, BLOCK_H, DTYPE, ACC,
-                    )  # fmt: skip
-                    if k < TOP_K:
-                        if ids_ptr is not None:
-                            expert = tl.load(ids_ptr + token * TOP_K + k, mask=active, other=-1)
-                            term, present = _zero_computation_term(
-                                term, present, expert, own, here, alpha_1_ptr, alpha_2_ptr,
-                                value_ptr, hidden, first_copy, first_constant, end, WIDE_ALPHA, ACC,
-                            )  # fmt: skip
-                        if weights_ptr is not None:
-                            # Load 0 for a slot without a term: its weight may be NaN.
-                            weight_ptr = weights_ptr + token * TOP_K + k
-                            term = term * tl.load(weight_ptr, mask=present, other=0.0).to(ACC)
-                    total = total + term
-                total = _plus_row(total, addend_ptr, token * addend_stride + here, inside, ACC)
-                total = _plus_row(total, residual_ptr, token * residual_stride + here, inside, ACC)
-                if NORM and phase == 0:
-                    if PASSES == 2:
-                        squares = squares + _squares(total, inside)
-                    else:
-                        part = _squares(total, inside)
-                        rstd = _store_rstd(
-                            rstd_ptr + token, part, active, one_by_hidden, epsilon, BLOCK_T
-                        )
-                if phase == PASSES - 1:
-                    # In the last pass only: out may be the residual or the addend.
-                    out = out_ptr + token * out_stride + here
-                    tl.store(out, narrow(total, DTYPE), mask=inside)
-                    if NORM:
-                        y = y_ptr + token * y_stride + here
-                        _store_normed(y, gamma_ptr, total, rstd, here, hidden, inside, DTYPE)
+    sum_rows(
+        rows_ptr, scales_ptr, index_ptr, weights_ptr, ids_ptr, tokens_ptr, alpha_1_ptr,
+        alpha_2_ptr, value_ptr, addend_ptr, out_ptr, residual_ptr, gamma_ptr, y_ptr, rstd_ptr,
+        num_tokens, num_rows, hidden, row_step, tokens_stride, addend_stride, out_stride,
+        residual_stride, y_stride, first_copy, first_constant, end, one_by_hidden, epsilon,
+        across, None, None, None, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, SLOTS, TOP_K,
+        WIDE_ALPHA, SCHEME, GROUP, UNIT, SCALES_UNIT, ACC, BLOCK_T, BLOCK_H, PASSES, None,
+    )  # fmt: skip
 
 
 def weighted_sum(
@@ -310,7 +482,7 @@ def weighted_sum(
     """
     op = "weighted_sum"
     _check_rows(op, rows, index, fmt, out)
-    _check_terms(op, index, weights, zero_computation, addend, out, norm)
+    check_terms(op, index.shape[1], weights, zero_computation, addend, out, norm)
     num_tokens, hidden = out.shape
     if out.numel() == 0:
         return
@@ -318,6 +490,54 @@ def weighted_sum(
     payload = fmt.payload(rows)
     scales = fmt.scales(rows) if fmt.scheme == "block8" else None
     align = math.gcd(rows.stride(0), 16)
+    launch = sum_launch(fmt, index.shape[1], weights, zero_computation, addend, out, norm)
+    _weighted_sum_kernel[(launch.num_programs,)](
+        payload,
+        scales,
+        index.contiguous(),
+        *launch.tensors,
+        num_tokens,
+        len(rows),
+        hidden,
+        rows.stride(0) // align,
+        *launch.sizes,
+        UNIT=align // payload.itemsize,
+        SCALES_UNIT=0 if scales is None else align // scales.itemsize,
+        **launch.constants,
+        num_warps=launch.num_warps,
+        enable_fp_fusion=False,
+    )
+
+
+class SumLaunch(NamedTuple):
+    """Arguments of ``sum_rows``, and its launch.
+
+    Attributes:
+        tensors: those from the weights to rstd.
+        sizes: the numbers from the stride of the tokens on.
+        constants: the constexprs, but for the units of rows.
+        num_programs: size of the grid.
+        num_warps: of a program.
+    """
+
+    tensors: tuple[torch.Tensor | None, ...]
+    sizes: tuple[int | float, ...]
+    constants: dict[str, Any]
+    num_programs: int
+    num_warps: int
+
+
+def sum_launch(
+    fmt: RowFormat,
+    num_slots: int,
+    weights: torch.Tensor | None,
+    zero_computation: ZeroComputationExperts | None,
+    addend: torch.Tensor | None,
+    out: torch.Tensor,
+    norm: Norm | None,
+) -> SumLaunch:
+    """The launch that sums ``num_slots`` rows of each token; arguments as in ``weighted_sum``."""
+    num_tokens, hidden = out.shape
     ids = tokens = alpha_1 = alpha_2 = value = None
     first_copy = first_constant = end = 0
     if zero_computation is not None and zero_computation.tokens is not None:
@@ -328,51 +548,31 @@ def weighted_sum(
     tokens, addend, residual = map(_with_adjacent_columns, (tokens, addend, residual))
     columns = weights if weights is not None else ids
     launch = token_tiles(out.device, num_tokens, hidden, whole_rows=norm is not None)
-    _weighted_sum_kernel[(launch.num_programs,)](
-        payload,
-        scales,
-        index.contiguous(),
-        _contiguous(weights),
-        ids,
-        tokens,
-        alpha_1,
-        alpha_2,
-        value,
-        addend,
-        out,
-        residual,
-        gamma,
-        y,
-        rstd,
-        num_tokens,
-        len(rows),
-        hidden,
-        rows.stride(0) // align,
-        _row_stride(tokens),
-        _row_stride(addend),
-        _row_stride(out),
-        _row_stride(residual),
-        _row_stride(y),
-        first_copy,
-        first_constant,
-        end,
-        1.0 / hidden,
-        epsilon,
-        1 if norm is not None else -(-hidden // launch.block),
-        SLOTS=index.shape[1],
-        TOP_K=0 if columns is None else columns.shape[1],
-        WIDE_ALPHA=alpha_1 is not None and alpha_1.dim() == 2,
-        SCHEME=fmt.scheme,
-        GROUP=0 if scales is None else fmt.block,
-        UNIT=align // payload.itemsize,
-        SCALES_UNIT=0 if scales is None else align // scales.itemsize,
-        ACC=tl.float64 if out.dtype == torch.float64 else tl.float32,
-        BLOCK_T=launch.rows,
-        BLOCK_H=launch.block,
-        PASSES=2 if norm is not None and hidden > launch.block else 1,
-        num_warps=launch.num_warps,
-        enable_fp_fusion=False,
-    )
+    strided = (tokens, addend, out, residual, y)
+    across = 1 if norm is not None else -(-hidden // launch.block)
+    return SumLaunch(
+        (
+            _contiguous(weights), ids, tokens, alpha_1, alpha_2, value, addend, out, residual,
+            gamma, y, rstd,
+        ),
+        (
+            *map(_row_stride, strided), first_copy, first_constant, end, 1.0 / max(hidden, 1),
+            epsilon, across,
+        ),
+        {
+            "SLOTS": num_slots,
+            "TOP_K": 0 if columns is None else columns.shape[1],
+            "WIDE_ALPHA": alpha_1 is not None and alpha_1.dim() == 2,
+            "SCHEME": fmt.scheme,
+            "GROUP": fmt.block if fmt.scheme == "block8" else 0,
+            "ACC": tl.float64 if out.dtype == torch.float64 else tl.float32,
+            "BLOCK_T": launch.rows,
+            "BLOCK_H": launch.block,
+            "PASSES": 2 if norm is not None and hidden > launch.block else 1,
+        },
+        launch.num_programs,
+        launch.num_warps,
+    )  # fmt: skip
 
 
 def _contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -397,25 +597,32 @@ def _check_rows(
     check("index", index, dtypes=(torch.int64,), shape=(len(out), None))
     if fmt.hidden != out.shape[1]:
         raise ArgumentValueError(op, "out", f"have {fmt.hidden} columns", tuple(out.shape))
-    if fmt.scheme == "none":
-        if fmt.dtype != out.dtype:
-            raise ArgumentTypeError(op, "out", f"be of the rows' dtype {fmt.dtype}", out.dtype)
-    elif fmt.scheme != "block8":
+    if fmt.scheme == "none" and fmt.dtype != out.dtype:
+        raise ArgumentTypeError(op, "out", f"be of the rows' dtype {fmt.dtype}", out.dtype)
+    check_row_format(op, fmt)
+
+
+def check_row_format(op: str, fmt: RowFormat) -> None:
+    """Raise unless rows of a format can be summed."""
+    if fmt.scheme not in ("none", "block8"):
         raise ArgumentValueError(op, "fmt", 'be of scheme "none" or "block8"', repr(fmt.scheme))
-    elif fmt.block < 1 or fmt.block & (fmt.block - 1) or fmt.hidden % fmt.block:
+    if fmt.scheme == "block8" and (
+        fmt.block < 1 or fmt.block & (fmt.block - 1) or fmt.hidden % fmt.block
+    ):
         contract = f"have blocks of a power of two that divides {fmt.hidden} columns"
         raise ArgumentValueError(op, "fmt", contract, fmt.block)
 
 
-def _check_terms(
+def check_terms(
     op: str,
-    index: torch.Tensor,
+    num_slots: int,
     weights: torch.Tensor | None,
     zero_computation: ZeroComputationExperts | None,
     addend: torch.Tensor | None,
     out: torch.Tensor,
     norm: Norm | None,
 ) -> None:
+    """Check the terms of sums of ``num_slots`` rows; arguments as in ``weighted_sum``."""
     dtype, (num_tokens, hidden) = out.dtype, out.shape
     check = functools.partial(check_tensor, op, device=out.device)
     top_k = None
@@ -423,12 +630,12 @@ def _check_terms(
         dtypes = (torch.float32, torch.promote_types(dtype, torch.float32))
         check("weights", weights, dtypes=dtypes, shape=(num_tokens, None))
         top_k = weights.shape[1]
-        _check_columns(op, "weights", weights, index)
+        _check_columns(op, "weights", weights, num_slots)
     full_rows: dict[str, torch.Tensor | None] = {"addend": addend}
     if zero_computation is not None:
         ids, name = zero_computation.expert_ids, "zero_computation.expert_ids"
         check(name, ids, dtypes=INDICES, shape=(num_tokens, top_k))
-        _check_columns(op, name, ids, index)
+        _check_columns(op, name, ids, num_slots)
         full_rows["zero_computation.tokens"] = zero_computation.tokens
         if zero_computation.value is not None:
             _check_constants(op, zero_computation, out)
@@ -447,10 +654,9 @@ def _check_terms(
             check(name, rows, dtypes=(dtype,), shape=shape, strided_columns=strided)
 
 
-def _check_columns(op: str, name: str, tensor: torch.Tensor, index: torch.Tensor) -> None:
-    slots = index.shape[1]
-    if tensor.shape[1] > slots:
-        contract = f"have at most {slots} columns, as index has"
+def _check_columns(op: str, name: str, tensor: torch.Tensor, num_slots: int) -> None:
+    if tensor.shape[1] > num_slots:
+        contract = f"have at most {num_slots} columns, one for each slot"
         raise ArgumentValueError(op, name, contract, tuple(tensor.shape))
 
 

@@ -42,8 +42,9 @@ RECORD_BYTES = 4 * RECORD_WORDS
 DATA, ABORT = 0, 1
 
 #: Words of a rank's state of a kind, in memory of its own: epochs of the last send and the last
-#: recv, programs of either that have ended, and the data slot of the last combine.
-SENT, RECEIVED, SENDERS_DONE, RECEIVERS_DONE, DATA_SLOT = range(5)
+#: recv, programs of either that have ended, the data slot of the last combine, and active tokens of
+#: the last dispatch, which a kernel's programs hand on.
+SENT, RECEIVED, SENDERS_DONE, RECEIVERS_DONE, DATA_SLOT, NUM_ACTIVE = range(6)
 STATE_WORDS = 8
 
 #: Words of a problem. Its epoch and rank are those of the record; seen and wanted are epochs, or

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 
 import hypothesis
 import hypothesis.strategies as st
@@ -11,14 +10,8 @@ import pytest
 import torch
 from lockstep_windows import Case, Group
 
-from moe_triton import ref
+from moe_triton import kernels, ref
 from moe_triton.layout import QUANTS
-
-
-@pytest.fixture(params=["ref"])
-def steps(request):
-    return importlib.import_module(f"moe_triton.{request.param}")
-
 
 CASES = [
     pytest.param(Case(), id="usual"),
@@ -86,7 +79,7 @@ def cases(draw):
     return dataclasses.replace(case, per_expert=factors and draw(st.booleans()))
 
 
-@pytest.mark.parametrize("steps", [ref], ids=["ref"])
+@pytest.mark.parametrize("steps", [ref, kernels], ids=["ref", "kernels"])
 @hypothesis.given(case=cases(), slots=st.sampled_from([2, 4]))
 def test_any_case(steps, case, slots, device):
     group = Group(case, device, slots=slots, data_slots=slots // 2)
