@@ -243,10 +243,15 @@ def check_windows(op: str, windows: Windows, device: torch.device) -> None:
         raise ArgumentValueError(op, "windows.ring", contract, (control, data))
 
 
+def clock_of(device: torch.device) -> str | None:
+    """The clock of a device, or None where Triton reads none."""
+    if device.type != "cuda":
+        return None
+    return "memrealtime" if torch.version.hip else "globaltimer"
+
+
 def wait_arguments(windows: Windows, timeout: float) -> tuple[int, int, str | None]:
     """Severity of an abort, patience and clock of ``wait_records``."""
-    name = None
-    if windows.bases.is_cuda:
-        name = "memrealtime" if torch.version.hip else "globaltimer"
+    name = clock_of(windows.bases.device)
     severity = words.BROKEN if windows.hard else words.SOFT
     return severity, int(timeout * _TICKS_PER_SECOND[name]), name

@@ -78,11 +78,17 @@ def _load_counts(
 @triton.jit
 def _copy_row(
     row, present, dest, x_ptr, width_units, x_units, WORD: tl.constexpr, UNIT: tl.constexpr,
-    SLOTS: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, SLOTS: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Load [ROWS] rows and store each for [ROWS, SLOTS] destinations, negative for none."""
+    """Load [ROWS] rows and store each for [ROWS, SLOTS] destinations, negative for none.
+
+    The address of one row is a scalar, those of several are [ROWS, 1].
+    """
     slot = tl.arange(0, SLOTS)[None, :]
-    source = tl.multiple_of(row.to(tl.pointer_type(WORD)), [16, 16])
+    if ROWS == 1:
+        source = pointer(row, WORD)
+    else:
+        source = tl.multiple_of(row.to(tl.pointer_type(WORD)), [16, 16])
     width = width_units * UNIT
     for begin in range(0, width, BLOCK):
         col = begin + tl.arange(0, BLOCK)[None, :]
@@ -262,7 +268,7 @@ def _dispatch_recv_kernel(
 
                     row_data = data + rows_start
                     for part in tl.static_range(TOP if PER_SLOT else 1):
-                        token_row = token.to(tl.int64)
+                        token_row = first_token.to(tl.int64) if ROWS == 1 else token.to(tl.int64)
                         target = dest
                         if PER_SLOT:
                             token_row = token_row * num_slots + slot_base + part
@@ -270,13 +276,13 @@ def _dispatch_recv_kernel(
                         row = row_data + token_row * row_bytes
                         present = tl.max(target, axis=1, keep_dims=True) >= 0
                         _copy_row(
-                            row, present, target, x_ptr, width_units, x_units, WORD, UNIT, SLOTS,
-                            TOP, BLOCK,
+                            row, present, target, x_ptr, width_units, x_units, WORD, UNIT, ROWS,
+                            SLOTS, TOP, BLOCK,
                         )  # fmt: skip
                         if SCALE is not None:
                             _copy_row(
                                 row + scale_offset, present, target, scale_ptr, num_scales,
-                                num_scales, SCALE, 1, SLOTS, TOP, SCALES,
+                                num_scales, SCALE, 1, ROWS, SLOTS, TOP, SCALES,
                             )  # fmt: skip
 
             if PADDED:

@@ -7,18 +7,22 @@ must be 128 bits wide.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import torch
 
 from moe_triton import kernels, ref
-from moe_triton.kernels import flags
 from moe_triton.layout import (
     NOWHERE,
     DispatchHeader,
+    ExchangeLayout,
     Norm,
+    Ring,
     RoutingCopies,
     RowFormat,
+    SlotPositions,
+    Windows,
     ZeroComputationExperts,
 )
 
@@ -51,7 +55,8 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     yield from _sums("wide", HIDDEN)
     yield from _sums("odd", 33)
     yield from _experts()
-    yield from _flags()
+    yield from _windows()
+    yield from _shared_windows()
 
 
 def _ids(tokens: int = TOKENS) -> torch.Tensor:
@@ -274,23 +279,136 @@ def _experts() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "keep", lambda: kernels.keep_experts(weights, weights[0], None)
 
 
-def _flags() -> Iterator[tuple[str, Callable[[], object]]]:
-    addresses = torch.zeros(8, dtype=torch.int64)
-    epoch, problem = torch.zeros(1, dtype=torch.int32), torch.zeros(6, dtype=torch.int32)
-    ring = {"slots": 2, "slot_bytes": 4096, "digest": 1}
-    yield "flags write", lambda: kernels.write_flags(addresses, epoch, problem, status=0, **ring)
-    records = torch.zeros((8, 4), dtype=torch.int32)
-    # Launched directly: wait_flags reads the clock of CUDA tensors only.
+def _windows() -> Iterator[tuple[str, Callable[[], object]]]:
+    """The steps over windows of 8 ranks, for rank 1."""
+    rows = {"wide": HIDDEN, "odd": 33}
+    for name, kind in (("int8", "wide"), ("int8", "odd"), ("group e4m3 with factors", "aligned")):
+        hidden = rows.get(kind, HIDDEN)
+        x, ids, weights = torch.zeros((TOKENS, hidden), dtype=BF16), _ids(), torch.ones(1, TOP_K)
+        per_expert = name.endswith("factors")
+        factors = torch.ones((EXPERTS, hidden)) if per_expert else None
+        fmt = formats(hidden)[name.removesuffix(" with factors")]
+        layout = _layout(fmt, RowFormat.tight(BF16, hidden), per_expert=per_expert)
+        windows = _opened(layout.dispatch_ring(2))
+        yield (
+            f"windows dispatch_send {name}, {kind}",
+            lambda windows=windows, layout=layout, x=x, factors=factors: kernels.dispatch_send(
+                windows, layout, x, ids, weights.expand(ids.shape), factors, _copies(TOKENS),
+                digest=1,
+            ),
+        )  # fmt: skip
+        yield (
+            f"windows dispatch_recv {name}, {kind}",
+            lambda windows=windows, layout=layout: kernels.dispatch_recv(
+                windows, layout, 512, None, totals_dtype=torch.int64, digest=1, timeout=1.0
+            ),
+        )
+    positions = SlotPositions(ids[0], ids.view(-1))
+    for name, kind, what in (
+        ("bf16", "wide", ""),
+        ("bf16", "aligned", " and norm"),
+        ("bf16", "aligned", " apart"),
+        ("bf16", "odd", ""),
+        ("block8", "aligned", ""),
+    ):
+        hidden = rows.get(kind, HIDDEN)
+        fmt = RowFormat.tight(BF16, hidden)
+        if name == "block8":
+            fmt = RowFormat.tight(INT8, hidden, "block8", BF16, 8)
+        x = torch.zeros((TOKENS, hidden), dtype=BF16)
+        layout = _layout(formats(hidden)["int8"], fmt)
+        windows = _opened(layout.combine_ring(2))
+        group_starts = torch.zeros((EXPERTS // 8, 9), dtype=torch.int32)
+        if not what:
+            yield (
+                f"windows combine_send {name}, {kind}",
+                lambda windows=windows, layout=layout, x=x, group_starts=group_starts: (
+                    kernels.combine_send(
+                        windows, layout, x, group_starts, group_starts[0, :1], digest=1
+                    )
+                ),
+            )
+        norm = Norm(x, x[0], 1e-6, torch.zeros_like(x), torch.zeros(TOKENS))
+        result, factors, epilogue = (
+            x,
+            weights.expand(ids.shape),
+            norm if what == " and norm" else None,
+        )
+        if what == " apart":
+            result, factors = torch.zeros((TOKENS, TOP_K, hidden), dtype=BF16), None
+        yield (
+            f"windows combine_recv {name}{what}, {kind}",
+            lambda windows=windows, layout=layout, result=result, factors=factors,
+            epilogue=epilogue: kernels.combine_recv(
+                windows, layout, ids, positions, factors, None, None, result, epilogue,
+                digest=1, timeout=1.0,
+            ),
+        )  # fmt: skip
+
+
+def _shared_windows() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Shared experts, many tokens, and what does not depend on the format of rows."""
+    fmt = formats(HIDDEN)["int8"]
+    layout = dataclasses.replace(
+        _layout(fmt, RowFormat.tight(BF16, HIDDEN), max_tokens=4096),
+        experts_per_rank=64,
+        num_shared_experts=1,
+        num_shared_ranks=4,
+        shared_capacity=4096,
+        alignment=128,
+    )
+    x, ids = torch.zeros((4096, HIDDEN), dtype=BF16), _ids(4096)
+    weights = torch.ones(ids.shape)
+    for rank in (1, 5):
+        windows = _opened(layout.dispatch_ring(2), rank)
+        yield (
+            f"windows dispatch_recv of rank {rank}",
+            lambda windows=windows: kernels.dispatch_recv(
+                windows, layout, 512, None, totals_dtype=torch.int64, digest=1, timeout=1.0
+            ),
+        )
     yield (
-        "clock",
-        lambda: flags._wait_flags_kernel[(1,)](
-            addresses, epoch, problem, records, addresses.clone(), 8, 2, 4096, 1, 0, 10**9,
-            CLOCK=True, num_warps=1,
-        ),
-    )  # fmt: skip
-    yield (
-        "flags wait",
-        lambda: kernels.wait_flags(
-            addresses, epoch, problem, records, addresses.clone(), operation=0, timeout=1.0, **ring
+        "windows dispatch_send after a plan",
+        lambda: kernels.dispatch_send(
+            windows, layout, x, ids, weights, None, _copies(4096), digest=1
         ),
     )
+    yield (
+        "windows dispatch_totals",
+        lambda: kernels.dispatch_totals(windows, layout, digest=1, timeout=1.0),
+    )
+    positions = SlotPositions(ids[0], ids.view(-1))
+    combine = _opened(layout.combine_ring(2))
+    yield (
+        "windows combine_recv of shared experts",
+        lambda: kernels.combine_recv(
+            combine, layout, ids, positions, weights, None, None, torch.zeros_like(x), None,
+            digest=1, timeout=1.0,
+        ),
+    )  # fmt: skip
+    yield "windows record", lambda: kernels.send_record(windows, digest=1, status=1)
+    yield "windows wait", lambda: kernels.recv_records(windows, digest=1, timeout=1.0)
+
+
+def _layout(
+    fmt: RowFormat, returned: RowFormat, *, per_expert: bool = False, max_tokens: int = TOKENS
+) -> ExchangeLayout:
+    return ExchangeLayout(
+        world_size=8,
+        num_experts=EXPERTS,
+        experts_per_rank=EXPERTS // 8,
+        top_k=TOP_K,
+        max_tokens=max_tokens,
+        row_format=fmt,
+        return_format=returned,
+        capacity=max_tokens * TOP_K,
+        per_expert=per_expert,
+        weight_dtype=torch.float32,
+    )
+
+
+def _opened(ring: Ring, rank: int = 1) -> Windows:
+    """Windows without memory."""
+    words = torch.zeros(32, dtype=torch.int32)
+    bases = torch.zeros(8, dtype=torch.int64)
+    return Windows(0, rank, ring, bases, words[:8], words[8:16], words[16:17])

