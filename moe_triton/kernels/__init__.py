@@ -1,9 +1,9 @@
 """Triton kernels, one step per file: tensors in, tensors out.
 
-Kernel files take no ranks, process groups, back ends or environment variables. Each launcher but
-those of ``flags`` has the name of its step in ``moe_triton.ref``, in a file of the same name:
-``ref`` defines the result, the kernel computes the same bits. Launchers check what keeps memory
-safe: dtypes, shapes, strides and devices.
+Kernel files take no process groups, back ends or environment variables. Each launcher has the name
+of its step in ``moe_triton.ref``, in a file of the same name: ``ref`` defines the result, the
+kernel computes the same bits. Launchers check what keeps memory safe: dtypes, shapes, strides and
+devices.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ if __name__ == "moe_triton.kernels":
     from .dispatch_send import dispatch_send
     from .expert_map import eplb_map, keep_experts
     from .finalize_routing import finalize_routing
-    from .flags import wait_flags, write_flags
     from .gather_quant import gather_quant
     from .gather_rows import gather_rows, zero_padding
     from .gating import top_k_gating
@@ -52,9 +51,7 @@ if __name__ == "moe_triton.kernels":
         "send_record",
         "stage_tokens",
         "top_k_gating",
-        "wait_flags",
         "weighted_sum",
-        "write_flags",
         "zero_padding",
     ]
 else:

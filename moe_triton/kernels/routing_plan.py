@@ -48,7 +48,7 @@ def copy_routing(
     if ids_copy_ptr is not None:
         expert = tl.load(expert_ids_ptr + slot_id, mask=inside, other=_NOWHERE)
         tl.store(ids_copy_ptr + slot_id, expert.to(tl.int32), mask=inside)
-    if weights_ptr is not None:
+    if weights_copy_ptr is not None:
         weight = tl.load(weights_ptr + slot_id, mask=inside, other=0.0)
         tl.store(weights_copy_ptr + slot_id, weight, mask=inside)
 

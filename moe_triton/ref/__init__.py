@@ -11,7 +11,6 @@ Source: the semantics of Ascend's ``npu_moe_distribute_*`` family.
 
 from __future__ import annotations
 
-from ._windows import recv_records, send_record
 from .affine import quantize_affine
 from .combine_recv import combine_recv
 from .combine_send import combine_send
@@ -24,6 +23,7 @@ from .gather_rows import gather_rows, zero_padding
 from .gating import top_k_gating
 from .local_permutation import local_permutation
 from .quantize import encode, quantize_mx, quantize_rows
+from .records import recv_records, send_record
 from .recv_permutation import recv_permutation
 from .routing_plan import routing_plan
 from .row_index import combine_row_index, recv_row_index

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from moe_triton.kernels import _windows, launch_config
+from moe_triton.kernels import launch_config
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -121,7 +121,7 @@ def main() -> None:
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(launch_config, "policy", return_value=policy),
-        mock.patch.object(_windows, "clock_of", return_value=clock),
+        mock.patch("moe_triton.kernels._windows.clock_of", return_value=clock),
     ):
         for case, call in launches():
             if wanted not in case:

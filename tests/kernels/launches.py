@@ -282,9 +282,10 @@ def _experts() -> Iterator[tuple[str, Callable[[], object]]]:
 def _windows() -> Iterator[tuple[str, Callable[[], object]]]:
     """The steps over windows of 8 ranks, for rank 1."""
     rows = {"wide": HIDDEN, "odd": 33}
+    ids, weights = _ids(), torch.ones((TOKENS, TOP_K))
     for name, kind in (("int8", "wide"), ("int8", "odd"), ("group e4m3 with factors", "aligned")):
         hidden = rows.get(kind, HIDDEN)
-        x, ids, weights = torch.zeros((TOKENS, hidden), dtype=BF16), _ids(), torch.ones(1, TOP_K)
+        x = torch.zeros((TOKENS, hidden), dtype=BF16)
         per_expert = name.endswith("factors")
         factors = torch.ones((EXPERTS, hidden)) if per_expert else None
         fmt = formats(hidden)[name.removesuffix(" with factors")]
@@ -293,7 +294,7 @@ def _windows() -> Iterator[tuple[str, Callable[[], object]]]:
         yield (
             f"windows dispatch_send {name}, {kind}",
             lambda windows=windows, layout=layout, x=x, factors=factors: kernels.dispatch_send(
-                windows, layout, x, ids, weights.expand(ids.shape), factors, _copies(TOKENS),
+                windows, layout, x, ids, weights, factors, _copies(TOKENS),
                 digest=1,
             ),
         )  # fmt: skip
@@ -331,7 +332,7 @@ def _windows() -> Iterator[tuple[str, Callable[[], object]]]:
         norm = Norm(x, x[0], 1e-6, torch.zeros_like(x), torch.zeros(TOKENS))
         result, factors, epilogue = (
             x,
-            weights.expand(ids.shape),
+            weights,
             norm if what == " and norm" else None,
         )
         if what == " apart":

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lockstep_windows import DIGEST, Case, Group
 
 from moe_triton import kernels, ref
-from moe_triton.kernels import flags
 from moe_triton.layout import NOWHERE, DispatchHeader, Norm, RowFormat
+from moe_triton.layout.windows import RECEIVED, SENT
 
 BF16 = torch.bfloat16
 T, K, E, H, W = 37, 4, 24, 128, 3
@@ -191,31 +192,29 @@ def test_gating_replicas_and_kept_slots(captured, device):
             assert torch.equal(results[name], expected[name]), name
 
 
-def test_flags_move_through_the_ring(captured, device):
-    slots, slot_bytes, ranks = 4, 256, 2
-    ring = {"slots": slots, "slot_bytes": slot_bytes, "digest": 7}
-    window = torch.zeros((slots, slot_bytes // 4), dtype=torch.int32, device=device)
-    record = 4 * flags.RECORD_WORDS
-    addresses = [window.data_ptr() + rank * record for rank in range(ranks)]
-    addresses = torch.tensor(addresses, device=device)
-    epoch = torch.tensor([2**31 - 4], dtype=torch.int32, device=device)  # wraps around on its way
-    problem = torch.zeros(flags.PROBLEM_WORDS, dtype=torch.int32, device=device)
-    records = torch.zeros((ranks, flags.RECORD_WORDS), dtype=torch.int32, device=device)
-    waited = torch.zeros(ranks, dtype=torch.int64, device=device)
+def test_rounds_move_through_the_ring(captured, device):
+    """The epoch, and so the slot, comes from device memory; it wraps around on its way."""
+    group = Group(Case(world_size=2, max_tokens=4), device, slots=4, epoch=2**31 - 4)
+    dispatch, layout, tokens = group.windows["dispatch"], group.layout, group.draw()
+    received = {}
 
     def exchange():
-        epoch.add_(1)
-        # Here one window receives the records of both ranks.
-        kernels.write_flags(addresses, epoch, problem, status=0, **ring)
-        kernels.wait_flags(
-            addresses, epoch, problem, records, waited, operation=0, timeout=5.0, **ring
-        )
+        for windows, mine in zip(dispatch, tokens, strict=True):
+            kernels.dispatch_send(
+                windows, layout, mine.x, mine.ids, mine.weights, None, None, digest=DIGEST
+            )
+        for windows in dispatch:
+            received[windows.rank] = kernels.dispatch_recv(
+                windows, layout, 24, None, totals_dtype=torch.int64, digest=DIGEST, timeout=5.0
+            )
 
     replay = captured(exchange)
-    before = int(epoch)
-    for step in range(1, 3 * slots):
+    before = int(dispatch[0].state[SENT])
+    for step in range(1, 7):
+        for mine in tokens:
+            mine.x.neg_()
         replay()
         wanted = (before + step + 2**31) % 2**32 - 2**31
-        assert problem.tolist() == [0] * flags.PROBLEM_WORDS
-        assert records[:, 0].tolist() == [wanted] * ranks
-        assert window[wanted % slots, :: flags.RECORD_WORDS][:ranks].tolist() == [wanted] * ranks
+        for windows in dispatch:
+            assert windows.state[[SENT, RECEIVED]].tolist() == [wanted] * 2
+            group.check_received(received[windows.rank], tokens, windows.rank, 24)
