@@ -20,6 +20,7 @@ import triton.language as tl
 
 from ..errors import ArgumentTypeError, ArgumentValueError
 from ..layout import ExchangeLayout, Norm, SlotPositions, Windows, ZeroComputationExperts
+from . import launch_config
 from ._checks import FLOATS, INDICES, check_tensor
 from ._common import narrow
 from ._windows import (
@@ -264,7 +265,7 @@ def combine_recv(
         ROUTED=layout.top_k,
         APART=apart,
         CLOCK=clock,
-        BLOCK_W=triton.next_power_of_2(windows.world_size),
+        BLOCK_W=launch_config.next_power_of_2(windows.world_size),
         **launch.constants,
         num_warps=launch.num_warps,
         enable_fp_fusion=False,

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from ..layout import ExchangeLayout, Windows
+from . import launch_config
 from ._checks import check_tensor
 from ._common import TRITON_DTYPES
 from ._windows import (
@@ -194,8 +195,8 @@ def combine_send(
         fmt.scale_offset or 0,
         OUT=TRITON_DTYPES[launch.out_dtype],
         SCALE=TRITON_DTYPES[fmt.scale_dtype] if has_scales else None,
-        LOCAL=triton.next_power_of_2(local),
-        BLOCK_W=triton.next_power_of_2(world),
+        LOCAL=launch_config.next_power_of_2(local),
+        BLOCK_W=launch_config.next_power_of_2(world),
         **launch.constants,
         num_warps=launch.num_warps,
         enable_fp_fusion=False,

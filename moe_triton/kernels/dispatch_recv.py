@@ -432,12 +432,12 @@ def dispatch_recv(
         SCALE=None if scale_word is None else TRITON_DTYPES[scale_word],
         UNIT=unit,
         TOP=top,
-        SLOTS=triton.next_power_of_2(top),
-        LOCAL=triton.next_power_of_2(local),
-        WORLD=triton.next_power_of_2(world),
+        SLOTS=launch_config.next_power_of_2(top),
+        LOCAL=launch_config.next_power_of_2(local),
+        WORLD=launch_config.next_power_of_2(world),
         ROWS=tiles.rows,
         BLOCK=tiles.block,
-        SCALES=triton.next_power_of_2(fmt.num_scales),
+        SCALES=launch_config.next_power_of_2(fmt.num_scales),
         LINE=line.block,
         CLOCK=clock,
         num_warps=tiles.num_warps,
@@ -481,7 +481,7 @@ def _dispatch_totals_kernel(
 ):
     """Count the rows of every rank, then those of this one with padding.
 
-    Example: of ``_dispatch_recv_kernel``, alignment 4, rank 0: [4, 2, 8].
+    Example: of ``_dispatch_recv_kernel``, rank 0: [4, 2, 4].
     """
     peer = tl.arange(0, WORLD)
     tl.store(totals_ptr + peer, tl.zeros([WORLD], tl.int32), mask=peer < world)
@@ -547,8 +547,8 @@ def dispatch_totals(
         layout.num_shared_ranks,
         layout.shared_replicas,
         layout.alignment,
-        LOCAL=triton.next_power_of_2(layout.experts_per_rank),
-        WORLD=triton.next_power_of_2(world),
+        LOCAL=launch_config.next_power_of_2(layout.experts_per_rank),
+        WORLD=launch_config.next_power_of_2(world),
         CLOCK=clock,
     )
     return totals

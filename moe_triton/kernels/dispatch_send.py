@@ -96,7 +96,7 @@ def active_positions(expert_ids: torch.Tensor) -> torch.Tensor:
 
 def _token_block(expert_ids: torch.Tensor) -> tuple[int, int, int]:
     """Tokens, slots and warps of a block of ``_store_active_positions``."""
-    slots = triton.next_power_of_2(expert_ids.shape[1])
+    slots = launch_config.next_power_of_2(expert_ids.shape[1])
     line = launch_config.line(expert_ids.device, expert_ids.shape[0] * slots)
     return max(line.block // slots, 1), slots, line.num_warps
 
@@ -363,8 +363,8 @@ def dispatch_send(
         OTHERS=plan.others,
         TOKENS=tokens,
         TOKEN_SLOTS=token_slots,
-        BLOCK_E=min(triton.next_power_of_2(num_experts), launch_config.widest(device)),
-        BLOCK_W=triton.next_power_of_2(windows.world_size),
+        BLOCK_E=min(launch_config.next_power_of_2(num_experts), launch_config.widest(device)),
+        BLOCK_W=launch_config.next_power_of_2(windows.world_size),
         **launch.constants,
         num_warps=max(launch.num_warps, plan.num_warps, token_warps),
         enable_fp_fusion=False,

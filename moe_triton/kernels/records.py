@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ..layout import Windows
+from . import launch_config
 from ._windows import (
     RECEIVED,
     SENT,
@@ -74,7 +75,7 @@ def send_record(windows: Windows, *, digest: int, status: int, extra: int = 0) -
         status,
         digest,
         extra,
-        BLOCK_W=triton.next_power_of_2(windows.world_size),
+        BLOCK_W=launch_config.next_power_of_2(windows.world_size),
         num_warps=1,
     )
 
@@ -140,6 +141,6 @@ def recv_records(windows: Windows, *, digest: int, timeout: float, peek: bool = 
         patience,
         PEEK=peek,
         CLOCK=clock,
-        BLOCK_W=triton.next_power_of_2(windows.world_size),
+        BLOCK_W=launch_config.next_power_of_2(windows.world_size),
         num_warps=1,
     )

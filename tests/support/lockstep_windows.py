@@ -410,6 +410,30 @@ class Group:
             for windows in self.windows[kind]:
                 assert not windows.problem.any()
 
+    def exchanged(self, steps: Any, number: int = 0) -> tuple[list, list, list]:
+        """Tokens of all ranks, and what their dispatch returns where they are sent and received."""
+        tokens, dispatch, layout = self.draw(number), self.windows["dispatch"], self.layout
+        positions = [
+            steps.dispatch_send(
+                windows, layout, mine.x, mine.ids, mine.weights, None, None, digest=DIGEST
+            )
+            for windows, mine in zip(dispatch, tokens, strict=True)
+        ]
+        received = [
+            steps.dispatch_recv(
+                windows, layout, layout.capacity, None,
+                totals_dtype=torch.int64, digest=DIGEST, timeout=0,
+            )
+            for windows in dispatch
+        ]  # fmt: skip
+        return tokens, positions, received
+
+    def returned(self, steps: Any, received: list) -> None:
+        """All ranks send back what they received."""
+        for windows, rows in zip(self.windows["combine"], received, strict=True):
+            starts, count = rows.group_starts, rows.offsets[-1:]
+            steps.combine_send(windows, self.layout, rows.x, starts, count, digest=DIGEST)
+
     def _check_combine(self, steps, rank, mine, positions, orders, outputs, tokens) -> None:
         case, layout = self.case, self.layout
         combine = self.windows["combine"][rank]

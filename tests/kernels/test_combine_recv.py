@@ -1,0 +1,21 @@
+"""Rows that come back; the sums are compared in test_window_steps.py."""
+
+from __future__ import annotations
+
+import torch
+from lockstep_windows import DIGEST, Case, Group
+
+
+def test_rows_apart(steps, device):
+    """Each row comes back from where it went; slots without a row are zeros."""
+    group = Group(Case(with_weights=False), device)
+    tokens, positions, received = group.exchanged(steps)
+    group.returned(steps, received)
+    for windows, mine, places in zip(group.windows["combine"], tokens, positions, strict=True):
+        out = torch.full((*mine.ids.shape, 40), torch.nan, dtype=mine.x.dtype, device=device)
+        steps.combine_recv(
+            windows, group.layout, mine.ids, places._replace(active_position=None), None, None,
+            None, out, None, digest=DIGEST, timeout=0,
+        )  # fmt: skip
+        sent = (mine.ids >= 0) & (mine.ids < group.case.num_experts)
+        assert torch.equal(out, mine.x[:, None] * sent[:, :, None])
