@@ -43,6 +43,7 @@ SWIGLU_QUANT = "npu_swiglu_quant"
 DEQUANT_SWIGLU_QUANT = "npu_dequant_swiglu_quant"
 GROUPED_MATMUL = "npu_grouped_matmul"
 GROUPED_MATMUL_SWIGLU_QUANT = "npu_grouped_matmul_swiglu_quant"
+GROUPED_MATMUL_SWIGLU_QUANT_V2 = "npu_grouped_matmul_swiglu_quant_v2"
 GROUPED_MATMUL_FINALIZE = "npu_grouped_matmul_finalize_routing"
 # Over a group, outside the families.
 ALLTOALLV_GMM = "npu_alltoallv_gmm"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ArgumentTypeError
-from ...layout import NOWHERE, RoutingPlan, RowFormat
+from ...layout import FLOAT8, NOWHERE, RoutingPlan, RowFormat
 from ...ops import checks
 from ...ops.device_steps import steps_on
 from ...ops.quantization import E8M0
@@ -123,11 +123,12 @@ def init_routing_v2(
     if rows.padded or zero_unwritten:
         scales.view(torch.uint8).zero_()
     if rows.padded:
-        expanded.zero_()
+        expanded.view(torch.uint8).zero_()
     elif zero_unwritten:
         index = torch.arange(rows.number, device=x.device)
         index = index.where(index < plan.counts.sum(), NOWHERE)
-        steps_on(x.device).zero_padding(expanded, index)
+        as_moved = expanded.view(torch.int8) if x.dtype in FLOAT8 else expanded
+        steps_on(x.device).zero_padding(as_moved, index)
     _expand(x, row.view(expert_idx.shape), local_ids, scale, offset, rows, expanded, scales)
     token_counts = _token_counts(plan.counts, start, expert_num, expert_tokens_num_type)
     return expanded.view(*rows.shape, rows.fmt.hidden), row_idx, token_counts, scales
@@ -182,9 +183,10 @@ def _check_dtypes(
     x_dtype: int | None,
 ) -> None:
     quantised = quant_mode != _NONE
-    checks.dtype(op, "x", x, FLOATS if quantised else (*FLOATS, torch.int8))
+    checks.dtype(op, "x", x, FLOATS if quantised else (*FLOATS, torch.int8, *FLOAT8))
     checks.dtype(op, "expert_idx", expert_idx, (torch.int32,))
-    checks.dtype(op, "scale", scale, (torch.float32,))
+    mx = (E8M0, torch.uint8) if x.dtype in FLOAT8 else ()
+    checks.dtype(op, "scale", scale, (torch.float32, *mx))
     checks.dtype(op, "offset", offset, (torch.float32,))
     kind = named_dtype(op, "x_dtype", x_dtype)
     if kind not in (None, x.dtype):
@@ -226,7 +228,10 @@ def _check_factors(
     if scale is None:
         return
     if quant_mode == _NONE:
-        checks.shape(op, "scale", scale, (num_tokens,), "(N,)", x.device)
+        shape: tuple[int | None, ...] = (num_tokens,)
+        if scale.dtype != torch.float32:
+            shape += (None,) * (scale.dim() - 1)
+        checks.shape(op, "scale", scale, shape, "(N,)", x.device)
     elif quant_mode == _DYNAMIC:
         single = scale.dim() == 2 and len(scale) == 1
         shape = (1 if single else num_experts, hidden)
@@ -298,6 +303,10 @@ def _expand(
 ) -> None:
     """Write the rows that ``index`` [N, K] names, and their scales."""
     fmt = rows.fmt
+    if x.dtype in FLOAT8:
+        # They move as bytes, since not every device step knows them.
+        x, expanded = x.view(torch.int8), expanded.view(torch.int8)
+        fmt = RowFormat.tight(torch.int8, fmt.hidden)
     if fmt.scheme == "static":
         # All rows of a token have the same codes, so quantise before the gather.
         assert scale is not None
@@ -314,8 +323,12 @@ def _expand(
     if rows.fmt.scheme == "none" and scale is not None:
         # A slot without a row writes its scale behind the last one.
         flat = index.reshape(-1).long()
-        extended = torch.cat([scales, scales[:1].new_zeros(1)])
-        extended[flat.where(flat != NOWHERE, rows.number)] = scale.repeat_interleave(index.shape[1])
+        if scale.dtype != torch.float32:
+            scale, scales = scale.view(torch.uint8), scales.view(torch.uint8)
+        extended = torch.cat([scales, scales.new_zeros((1, *scales.shape[1:]))])
+        extended[flat.where(flat != NOWHERE, rows.number)] = scale.repeat_interleave(
+            index.shape[1], dim=0
+        )
         scales.copy_(extended[:-1])
 
 
@@ -325,6 +338,8 @@ def _new_outputs(x: Tensor, scale: Tensor | None, rows: _ExpandedRows) -> tuple[
     expanded = x.new_empty((rows.number, fmt.hidden), dtype=fmt.dtype)
     if fmt.scheme == "static" or (fmt.scheme == "none" and scale is None):
         return expanded, x.new_zeros(rows.number, dtype=torch.float32)
+    if fmt.scheme == "none" and scale is not None and scale.dtype != torch.float32:
+        return expanded, scale.new_empty((rows.number, *scale.shape[1:]))
     scales = x.new_empty(fmt.scale_shape(rows.number), dtype=fmt.scale_dtype)
     return expanded, scales.view(E8M0) if fmt.scheme == "mx" else scales
 

@@ -20,6 +20,7 @@ from ..op_names import (
     GROUPED_MATMUL,
     GROUPED_MATMUL_FINALIZE,
     GROUPED_MATMUL_SWIGLU_QUANT,
+    GROUPED_MATMUL_SWIGLU_QUANT_V2,
     INIT_ROUTING,
     INIT_ROUTING_QUANT,
     INIT_ROUTING_V2,
@@ -339,6 +340,18 @@ grouped_matmul_swiglu_quant = Function(
     "(Tensor out, Tensor scale, Tensor out_offset)",
     run=fused.grouped_matmul_swiglu_quant,
     outputs=fused.grouped_matmul_swiglu_quant_outputs,
+)
+
+grouped_matmul_swiglu_quant_v2 = Function(
+    GROUPED_MATMUL_SWIGLU_QUANT_V2,
+    "Tensor x, Tensor[] weight, Tensor[] weight_scale, Tensor x_scale, Tensor group_list, *, "
+    "Tensor? smooth_scale=None, Tensor[]? weight_assist_matrix=None, Tensor? bias=None, "
+    "int? dequant_mode=0, int? dequant_dtype=0, int? quant_mode=0, int? quant_dtype=1, "
+    "int? group_list_type=0, int[]? tuning_config=None, int? x_dtype=None, "
+    "int? weight_dtype=None, int? weight_scale_dtype=None, int? x_scale_dtype=None",
+    "(Tensor output, Tensor output_scale)",
+    run=fused.grouped_matmul_swiglu_quant_v2,
+    outputs=fused.grouped_matmul_swiglu_quant_v2_outputs,
 )
 
 grouped_matmul_finalize_routing = Function(

@@ -220,6 +220,69 @@ def npu_grouped_matmul_swiglu_quant(
     return schemas.grouped_matmul_swiglu_quant(**locals())
 
 
+def npu_grouped_matmul_swiglu_quant_v2(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    weight_scale: Sequence[Tensor],
+    x_scale: Tensor,
+    group_list: Tensor,
+    *,
+    smooth_scale: Tensor | None = None,
+    weight_assist_matrix: Sequence[Tensor] | None = None,
+    bias: Tensor | None = None,
+    dequant_mode: int | None = 0,
+    dequant_dtype: int | torch.dtype | None = 0,
+    quant_mode: int | None = 0,
+    quant_dtype: int | torch.dtype | None = 1,
+    group_list_type: int | None = 0,
+    tuning_config: Sequence[int] | None = None,
+    x_dtype: int | torch.dtype | None = None,
+    weight_dtype: int | torch.dtype | None = None,
+    weight_scale_dtype: int | torch.dtype | None = None,
+    x_scale_dtype: int | torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Multiply groups of quantised rows with their matrices, then swiglu, then quantise.
+
+    As ``npu_grouped_matmul_swiglu_quant``, also for float8 rows, and for rows with a power of two
+    for every 32 elements (MX).
+
+    Args:
+        x: (M, K) int8, float8_e4m3fn or float8_e5m2; for MX a float8.
+        weight: a list of one (E, K, N) tensor, int8 with int8 x, otherwise a float8; N even. int4
+            and fp4 are refused.
+        weight_scale: a list of one tensor: (E, N) float32, float16 or bfloat16; for MX
+            (E, ceil(K / 64), N, 2) float8_e8m0fnu.
+        x_scale: (M,) float32; for MX (M, ceil(K / 64), 2) float8_e8m0fnu.
+        group_list: (E,) int64. Rows after the last group become zeros, which torch_npu does not
+            write.
+        smooth_scale: None, as it goes with int4.
+        weight_assist_matrix: None, likewise.
+        bias: None.
+        dequant_mode: 0 scales of rows and columns, 2 MX.
+        dequant_dtype: to which products are rounded before swiglu: float16, bfloat16, or float32,
+            which the documents' defaults 0 and 1 are here too.
+        quant_mode: 0 a scale of each row, 2 MX.
+        quant_dtype: int8, also as 0, float8_e4m3fn or float8_e5m2; for MX a float8.
+        group_list_type: 0 prefix sums, 1 counts.
+        tuning_config: ignored.
+        x_dtype: None, or the dtype of x, which may come as bytes.
+        weight_dtype: the same of weight.
+        weight_scale_dtype: None, or float8_e8m0fnu for bytes.
+        x_scale_dtype: the same.
+
+    Returns:
+        output: (M, N / 2) of quant_dtype.
+        output_scale: (M,) float32; for MX (M, ceil(N / 128), 2) float8_e8m0fnu.
+
+    Raises:
+        The errors of ``npu_swiglu``; values in tensors are checked on the CPU.
+    """
+    arguments = locals()
+    for name in ("dequant", "quant", "x", "weight", "weight_scale", "x_scale"):
+        arguments[f"{name}_dtype"] = dtype_number(arguments[f"{name}_dtype"])
+    return schemas.grouped_matmul_swiglu_quant_v2(**arguments)
+
+
 def npu_grouped_matmul_finalize_routing(
     x: Tensor,
     w: Tensor,

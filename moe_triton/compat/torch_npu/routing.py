@@ -109,10 +109,11 @@ def npu_moe_init_routing_v2(
     With drop_pad_mode every expert has expert_capacity rows: its first tokens, then zeros.
 
     Args:
-        x: (N, H) float16, bfloat16, float32, or float64, an extension; int8 unless
-            quantised. Without quantisation gradients go to it.
+        x: (N, H) float16, bfloat16, float32, or float64, an extension; with quant_mode -1 also
+            int8, float8_e4m3fn or float8_e5m2. Without quantisation gradients go to it.
         expert_idx: (N, K) int32. Ids outside active_expert_range have no row.
-        scale: float32. quant_mode -1: (N,), copied like the tokens. 0: (1,). 1: factors of the
+        scale: float32. quant_mode -1: (N,), copied like the tokens; with float8 tokens also
+            (N, ...) float8_e8m0fnu, or uint8 that stands for it. 0: (1,). 1: factors of the
             tokens, (end - start, H) by expert or (1, H) for all, or None. 2 and 3: None.
         offset: (1,) float32 for quant_mode 0, else None.
         active_num: the most rows of expanded_x; -1 or 0 for all.
@@ -142,10 +143,10 @@ def npu_moe_init_routing_v2(
             without one, from experts after the range and before it, which torch_npu leaves open.
         expert_token_cumsum_or_count: int64, (end - start,), or (E, 2) pairs of the experts with
             copies, then zeros.
-        expanded_scale: quant_mode -1 the given scales of the rows, 1 those by which rows were
-            divided, (rows,) or (E * C,) float32, 0 for padding; 2 and 3 (rows, ceil(H / 32)
-            rounded up to an even number) float8_e8m0fnu. Else (rows,) or (E * C,) float32
-            zeros, which torch_npu does not write.
+        expanded_scale: quant_mode -1 the given scales of the rows, of their dtype. 1 those by which
+            rows were divided, (rows,) or (E * C,) float32, 0 for padding. 2 and 3 (rows,
+            ceil(H / 32) rounded up to an even number) float8_e8m0fnu. Else (rows,) or (E * C,)
+            float32 zeros, which torch_npu does not write.
 
     Raises:
         The errors of ``npu_moe_re_routing``.

@@ -260,6 +260,29 @@ def test_gradients(name, back_end):
     assert torch.autograd.gradgradcheck(call, wide)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("scale_dtype", [None, torch.float32, torch.float8_e8m0fnu, torch.uint8])
+@pytest.mark.parametrize("padded", [False, True])
+def test_quantised_tokens_keep_their_scales(back_end, dtype, scale_dtype, padded):
+    x = torch.randint(0, 100, (3, 5), dtype=torch.uint8).view(dtype)
+    scale = None
+    if scale_dtype == torch.float32:
+        scale = torch.rand(3)
+    elif scale_dtype is not None:
+        scale = torch.randint(0, 255, (3, 2, 2), dtype=torch.uint8).view(scale_dtype)
+    options = {"drop_pad_mode": 1, "expert_capacity": 2} if padded else {}
+    out, index, _, scales = init_routing(x, IDS, scale=scale, expert_num=4, **options)
+    token = torch.arange(6) // 2
+    assert out.dtype == dtype
+    kept = index >= 0
+    rows = out.view(torch.uint8).flatten(0, -2)[index[kept].long()]
+    assert torch.equal(rows, x.view(torch.uint8)[token[kept]])
+    if scale is not None:
+        assert scales.dtype == scale_dtype
+        moved = scales.view(torch.uint8).view(len(scales), -1)[index[kept].long()]
+        assert torch.equal(moved, scale.view(torch.uint8).view(3, -1)[token[kept]])
+
+
 def test_slots_without_a_row_follow_in_scattered_indices(back_end):
     """First those of experts after the range, then those before it."""
     ids = torch.tensor([[0, 3], [1, 4], [2, 1]], dtype=int32)
