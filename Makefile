@@ -11,6 +11,8 @@ SPEC := pyproject.toml constraints.txt
 ASCEND := $(VENV)/ascend
 # vLLM and SGLang need other versions of transformers and of much else: an environment each.
 ENGINES := $(VENV)/vllm $(VENV)/sglang
+# msprobe brings much that nothing else needs.
+MSPROBE := $(VENV)/msprobe
 
 # Tests of ops that also run on the Triton kernels, in Triton's interpreter.
 INTERPRETED := tests/test_expert_parallel_rows.py \
@@ -44,7 +46,7 @@ test: $(VENV)/.test $(ASCEND)/.tried ## the tests, about 15 minutes on two cores
 test-quick: $(VENV)/.test ## a part of the tests, under 3 minutes on two cores
 	$(BIN)/pytest $(QUICK) $(PYTEST_ARGS)
 
-test-full: $(VENV)/.test $(ASCEND)/.tried ## the tests and long runs; rewrites docs/evidence/test-full.md
+test-full: $(VENV)/.test $(ASCEND)/.tried $(MSPROBE)/.tried ## the tests and long runs; rewrites docs/evidence/test-full.md
 	MOE_TRITON_TEST_PROFILE=full $(BIN)/pytest -m "full or not full" -o faulthandler_timeout=3600 \
 		--evidence=docs/evidence/test-full.md $(PYTEST_ARGS)
 	$(if $(PYTEST_ARGS),,MOE_TRITON_BACKEND=interpret $(BIN)/pytest $(INTERPRETED_FULL))
@@ -99,6 +101,13 @@ $(VENV)/%/.ready: tests/engines/%.txt tests/engines/%-wheel.txt pyproject.toml |
 	$(@D)/bin/$(PIP) --no-deps --require-hashes -r tests/engines/$*-wheel.txt
 	$(@D)/bin/$(PIP) --no-deps -r tests/engines/$*.txt
 	$(@D)/bin/$(PIP) --no-deps -e .
+	@touch $@
+
+$(MSPROBE)/.tried: constraints-msprobe.txt | $(VENV)/.test
+	$(BIN)/python -m venv $(MSPROBE)
+	$(MSPROBE)/bin/python -m pip install --disable-pip-version-check --no-deps -r $< \
+		&& $(BIN)/python tests/support/triton_ascend_env.py $(MSPROBE) \
+		|| echo "msprobe cannot be installed here"
 	@touch $@
 
 $(BIN)/python:

@@ -66,6 +66,7 @@ ENVIRONMENT: dict[str, str] = {
     "MOE_TRITON_SGLANG": "1: SGLang's expert-parallel layers go through this library",
     "MOE_TRITON_TEST_PROFILE": "tests: default, or full for 500 examples a property",
     "MOE_TRITON_ASCEND": "tests: environment with triton-ascend; by default .venv/ascend",
+    "MOE_TRITON_MSPROBE": "tests: environment with msprobe; by default .venv/msprobe",
     "MOE_TRITON_REVISION": "benches: revision to record where there is no git checkout",
 }
 

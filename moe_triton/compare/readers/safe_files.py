@@ -18,6 +18,7 @@ from ...record.calls import FileError
 
 MAX_TEXT = 512 * 2**20  # bytes of a JSON or CSV file
 MAX_YAML = 4 * 2**20
+_MOST_NESTING = 50
 MAX_TENSOR = 16 * 2**30  # bytes of a tensor
 # A tensor may be larger than its file where its strides are 0.
 _SMALL = 64 * 2**20
@@ -99,6 +100,8 @@ def read_yaml(path: Path) -> Any:
 
     _size(path, MAX_YAML, "be a YAML file")
     text = read_text(path, "be a YAML file")
+    if _nesting(text) > _MOST_NESTING:
+        raise FileError("compare", str(path), "be a YAML file", "too deep a nesting")
     try:
         return yaml.load(text, Loader)
     except RecursionError:
@@ -106,6 +109,16 @@ def read_yaml(path: Path) -> Any:
     except (yaml.YAMLError, ValueError) as error:
         text = " ".join(str(error).split())
         raise FileError("compare", str(path), "be a YAML file", text) from error
+
+
+def _nesting(text: str) -> int:
+    """An upper bound of the nesting of YAML, whose parser takes long for a deep one."""
+    depth = deepest = 0
+    for char in text:
+        depth += char in "[{"
+        depth -= char in "]}" and depth > 0
+        deepest = max(deepest, depth)
+    return max([deepest, *(line.count("- ") for line in text.splitlines())])
 
 
 def _checked(path: Path, value: Any, size: int) -> torch.Tensor:
