@@ -136,10 +136,16 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         from ..compare.terminal import render
         from ..compare.timing import tables
 
-        if report is not None:
-            render(report, console, everything=arguments.all)
-        if times is not None:
-            tables.render(times, console)
+        with console.capture() as captured:
+            if report is not None:
+                render(report, console, everything=arguments.all)
+            if times is not None:
+                tables.render(times, console)
+        text = captured.get()
+        if not console.is_terminal:
+            # rich fills cells with spaces, which a file need not hold.
+            text = "\n".join(line.rstrip() for line in text.split("\n"))
+        print(text, end="")
     codes = [part.exit_code for part in (report, times) if part is not None]
     return max(codes, key=lambda code: (code == 1, code))
 

@@ -84,7 +84,7 @@ def _steps(report: Report) -> bytes | None:
         axes.bar(positions, bins, width, label=name)
     axes.set_yscale("symlog", linthresh=1)
     axes.set_ylim(bottom=0)
-    axes.set_xticks(range(len(bin_names())), bin_names())
+    axes.set_xticks(range(len(bin_names())), bin_names(), fontsize=8)
     axes.set_xlabel("distance from the expected value, in codes (int8) or ULP (floats)")
     axes.set_ylabel("elements")
     axes.legend(frameon=False, labelcolor=_GREY)
@@ -160,7 +160,7 @@ def time_bars(rows: Sequence[tuple[str, float | None, float | None, bool]]) -> b
             value = row[1] if half == 1 else row[2]
             if value is not None:
                 axes.barh(i + offset, value, 0.38, color=colour, alpha=1.0 if row[3] else 0.4)
-                axes.text(value, i + offset, f" {value:g}", va="center", fontsize=8)
+                axes.text(value, i + offset, f" {value:g}", va="center", fontsize=8, color=_GREY)
     axes.set_yticks(range(len(rows)), [row[0] for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("us: dispatch above (blue), combine below (red); pale: another workload")

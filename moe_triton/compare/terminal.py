@@ -86,20 +86,21 @@ def _call(call: CallResult, width: int) -> RenderableType:
     compared = [o for o in call.outputs if o.verdict is not Verdict.UNDEFINED]
     if compared:
         parts.append(_table(compared, width))
+    for output in compared:
+        lines = output.lines
+        # What has a name is explained below, once.
+        most = 1 if output.verdict is Verdict.KNOWN else _MOST_LINES
+        style = STYLES[output.verdict] if output.verdict > Verdict.IN_RULE else ""
+        parts += [_item(f"{output.name}: {line}", style) for line in lines[:most]]
+        if len(lines) > most:
+            parts.append(_item(f"{output.name}: and on {len(lines) - most} more ranks"))
+        if output.verdict in (Verdict.WARNING, Verdict.OUT_OF_RULE) and output.rule:
+            parts.append(_item(f"{output.name}: the rule is {output.rule}", "dim"))
     left_out: dict[str, list[str]] = defaultdict(list)
     for output in call.outputs:
         if output.note:
             left_out[output.note].append(output.name)
-    for note, names in left_out.items():
-        parts.append(_item(f"{', '.join(names)}: {note}", "dim"))
-    for output in compared:
-        lines = output.lines
-        style = STYLES[output.verdict] if output.verdict > Verdict.IN_RULE else ""
-        parts += [_item(f"{output.name}: {line}", style) for line in lines[:_MOST_LINES]]
-        if len(lines) > _MOST_LINES:
-            parts.append(_item(f"{output.name}: and on {len(lines) - _MOST_LINES} more ranks"))
-        if output.verdict >= Verdict.WARNING:
-            parts.append(_item(f"{output.name}: the rule is {output.rule}", "dim"))
+    parts += [_item(f"{', '.join(names)}: {note}", "dim") for note, names in left_out.items()]
     parts += [_item(note) for note in call.notes]
     return Group(*parts)
 
@@ -112,7 +113,7 @@ def _table(outputs: list[OutputResult], width: int) -> Table:
     columns += ["1 apart", "max step"] if wide else []
     columns += ["Cosine", "MaxAbsErr"]
     columns += ["MaxRelErr"] if width >= 90 else []
-    columns += ["<0.001", "<0.005"] if wide else ["<0.001"] if width >= 80 else []
+    columns += ["<0.001", "<0.005"] if wide else ["<0.001"] if width >= 90 else []
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)

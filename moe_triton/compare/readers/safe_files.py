@@ -135,6 +135,12 @@ def _checked(path: Path, value: Any, size: int) -> torch.Tensor:
     return value.detach()
 
 
+def _brief(error: Exception) -> str:
+    """The first sentence of an error of a library."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return text.partition(". ")[0][:200]
+
+
 def read_torch(path: Path, key: str | None = None) -> torch.Tensor:
     """The tensor of a ``torch.save`` file, or the one under ``key`` of the dictionary in it."""
     contract = "be a torch.save file with tensors only"
@@ -144,8 +150,7 @@ def read_torch(path: Path, key: str | None = None) -> torch.Tensor:
             warnings.simplefilter("ignore")  # about protocols that are refused anyway
             value = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - a hostile file can raise anything
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FileError("compare", str(path), contract, text[:200]) from None
+        raise FileError("compare", str(path), contract, _brief(error)) from None
     if key is not None:
         if not isinstance(value, dict) or key not in value:
             keys = [str(name)[:40] for name in value][:20] if isinstance(value, dict) else value
@@ -167,8 +172,7 @@ def read_numpy(path: Path) -> torch.Tensor:
         fits = not dtype.hasobject and math.prod(shape) * dtype.itemsize <= size
         value = torch.from_numpy(np.load(path, allow_pickle=False)) if fits else None
     except Exception as error:  # noqa: BLE001 - a hostile file can raise anything
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FileError("compare", str(path), contract, text[:200]) from None
+        raise FileError("compare", str(path), contract, _brief(error)) from None
     if value is None:
         raise FileError("compare", str(path), contract, f"{dtype} of shape {shape} in {size} bytes")
     return _checked(path, value, size)

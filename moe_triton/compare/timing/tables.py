@@ -82,6 +82,7 @@ def _measured(report: TimingReport, width: int) -> Table:
 
 def _differs(row: Beside) -> str:
     parts = [*row.differs, *(f"{name} not known" for name in row.unknown)]
+    parts += [row.note] if row.note and not parts[2:] else []
     return "; ".join(parts) if parts else "same workload"
 
 
@@ -161,6 +162,7 @@ def times_chart(report: TimingReport, workload: tuple[int, int, int]) -> bytes |
     halves = {m.phase: m.fastest for m in mine}
     bars.append(("measured", halves.get("dispatch"), halves.get("combine"), True))
     for row in report.workloads[workload]:
-        name = row.system + (f" ({'; '.join(row.differs)})" if row.differs else "")
+        special = "; ".join([*row.differs, *filter(None, [row.note])])
+        name = f"{row.system} ({special})" if special else row.system
         bars.append((name, row.dispatch_us, row.combine_us, not row.differs))
     return plots.time_bars(bars)
