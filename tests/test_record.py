@@ -207,6 +207,56 @@ def test_an_unmodified_script_and_its_processes(tmp_path):
     assert [call.op for call in report.calls] == [DISPATCH, COMBINE]
 
 
+def special(ctx):
+    """A rank without tokens, prefix sums, and an addend, by version 1."""
+    tokens = 3 * ctx.rank
+    x = testing.tokens(tokens, 16, torch.float16, seed=1)
+    ids = testing.routing_uniform(tokens, 4, 2, seed=1)
+    common = {"group_ep": ctx.ep_group, "ep_world_size": 2, "ep_rank_id": ctx.rank}
+    common |= {"moe_expert_num": 4, "global_bs": 6}
+    out = torch_npu.npu_moe_distribute_dispatch(x, ids, expert_token_nums_type=0, **common)
+    torch_npu.npu_moe_distribute_combine(
+        out[0], ids, out[2], out[4], torch.rand(tokens, 2), shared_expert_x=x, **common
+    )
+
+
+def pairs(ctx):
+    """Tensor parallelism."""
+    x = testing.tokens(3, 16, torch.bfloat16, seed=ctx.rank)
+    ids = testing.routing_uniform(3, 2, 1, seed=ctx.rank)
+    common = {"group_ep": ctx.ep_group, "ep_world_size": 2, "ep_rank_id": ctx.ep_rank}
+    common |= {"moe_expert_num": 2, "group_tp": ctx.tp_group}
+    common |= {"tp_world_size": 2, "tp_rank_id": ctx.tp_rank}
+    out = torch_npu.npu_moe_distribute_dispatch_v2(x, ids, quant_mode=2, **common)
+    rows = out[0].bfloat16()
+    torch_npu.npu_moe_distribute_combine_v2(
+        rows, ids, out[2], out[4], torch.rand(3, 1), tp_send_counts=out[5], **common
+    )
+
+
+def split(ctx):
+    """Two phases; the teardown of the dump gets the setup that is run here."""
+    x = testing.tokens(3, 64, torch.bfloat16, seed=ctx.rank)
+    ids = testing.routing_uniform(3, 8, 2, seed=ctx.rank)
+    common = (ctx.ep_group, 2, ctx.rank, 8)
+    y, index, command = torch_npu.npu_moe_distribute_dispatch_setup(x, ids, *common, quant_mode=2)
+    out = torch_npu.npu_moe_distribute_dispatch_teardown(x, y, ids, command, *common, quant_mode=2)
+    rows = torch.ones(out[0].shape, dtype=torch.bfloat16)
+    sent, command = torch_npu.npu_moe_distribute_combine_setup(rows, ids, out[2], *common)
+    torch_npu.npu_moe_distribute_combine_teardown(
+        rows, sent, ids, index, torch.rand(3, 2), command, *common
+    )
+
+
+@pytest.mark.parametrize("fn, tp, calls", [(special, 1, 2), (pairs, 2, 2), (split, 1, 4)])
+def test_other_members_of_the_family(tmp_path, fn, tp, calls):
+    with record(tmp_path):
+        testing.run_local(2 * tp, fn, tp_world_size=tp)
+    report = compare(tmp_path, standard="exact")
+    assert (report.exit_code, report.problems) == (0, ())
+    assert [call.problem for call in report.calls] == [""] * calls
+
+
 def test_operators_of_one_device(tmp_path):
     logits = torch.randn(6, 8)
     with record(tmp_path):

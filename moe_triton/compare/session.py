@@ -94,7 +94,16 @@ class _Session:
     report: Callable[[str, str], None]
 
     def compare_call(self, world: WorldCall) -> CallResult:
-        """Run a call and compare its outputs."""
+        """Run a call and compare its outputs; what cannot be run says why."""
+        try:
+            return self._compare_call(world)
+        except Exception as error:  # noqa: BLE001 - torch can raise anything for a hostile dump
+            text = str(error).partition("\n")[0]
+            problem = f"its arguments fit no call: {type(error).__name__}: {text}"
+            words = _world_words(world)
+            return CallResult(world.op, world.name, world.step, words, "", problem=problem)
+
+    def _compare_call(self, world: WorldCall) -> CallResult:
         notes = [*dict.fromkeys(note for call in world.calls for note in call.notes)]
         result = CallResult(
             world.op, world.name, world.step, _world_words(world), "", notes=tuple(notes)
@@ -217,7 +226,8 @@ class _Session:
         measured = errors(actual, reference)
         judgement = judge(self.standard, part.kind, reference.dtype, measured)
         difference = first_difference(rank, call.rank, part, actual, reference)
-        differs = differing(actual, reference).reshape(len(actual), -1).any(1)
+        # Not reshape: a rank may have no rows.
+        differs = differing(actual, reference)[..., None].flatten(1).any(1)
         by_expert = {}
         if part.experts is not None and len(part.experts) == len(differs):
             for expert in part.experts.unique().tolist():
