@@ -127,7 +127,6 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
             experts=arguments.experts or (None if report is None else report.experts),
             bench=arguments.bench,
         )
-    _write(report, times, arguments)
     if arguments.json:
         value = {} if report is None else report.as_json()
         value |= {} if times is None else {"timing": times.as_json()}
@@ -146,6 +145,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
             # rich fills cells with spaces, which a file need not hold.
             text = "\n".join(line.rstrip() for line in text.split("\n"))
         print(text, end="")
+    _write(report, times, arguments)
     codes = [part.exit_code for part in (report, times) if part is not None]
     return max(codes, key=lambda code: (code == 1, code))
 

@@ -13,7 +13,7 @@ from .operators import OUTPUTS
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def _size(text: str) -> int:
+def size(text: str) -> int:
     """Parse bytes such as 512M."""
     unit = _UNITS.get(text[-1:].upper(), 1)
     number = float(text[:-1] if unit > 1 else text)
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-bytes",
-        type=_size,
+        type=size,
         default="2G",
         metavar="SIZE",
         help="record at most this much on a rank (2G)",

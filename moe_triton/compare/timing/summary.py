@@ -20,7 +20,7 @@ from ...record.calls import FileError
 from .files import Times, find, read, read_bench
 
 VERSION = 1
-_MOST_OTHERS = 8  # published rows of other workloads that are shown
+_MOST_OTHERS = 8  # published rows of other workloads that are shown, one of each system
 _BYTES = {"int8": 1, "fp8": 1, "hif8": 1, "bf16": 2, "fp16": 2}
 
 
@@ -255,8 +255,15 @@ def _beside(sizes: Mapping[str, int], cases: list[dict[str, Any]]) -> tuple[Besi
     near = [row for row in rows if row.hidden == sizes["hidden"] and row.top_k == sizes["top_k"]]
     others = [_published(row, sizes) for row in near if row.dispatch_us or row.combine_us]
     same = [row for row in others if not row.differs]
-    different = sorted((row for row in others if row.differs), key=lambda row: len(row.differs))
-    return (*sorted(own, key=lambda row: len(row.differs)), *same, *different[:_MOST_OTHERS])
+    different: dict[tuple[str, str], Beside] = {}  # the nearest row of each system
+    for row in sorted(others, key=lambda row: len(row.differs)):
+        if row.differs:
+            different.setdefault((row.system, row.hardware), row)
+    return (
+        *sorted(own, key=lambda row: len(row.differs)),
+        *same,
+        *[*different.values()][:_MOST_OTHERS],
+    )
 
 
 def _published(row: PublishedRow, sizes: Mapping[str, int]) -> Beside:
