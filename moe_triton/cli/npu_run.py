@@ -21,6 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"number of emulated NPUs (default: {DEVICES})",
     )
+    parser.add_argument(
+        "--list-missing",
+        action="store_true",
+        help="run on at names of torch_npu that are not emulated, and list them at the end, with "
+        "the lines that asked for them",
+    )
     add_script(parser)
 
 
@@ -28,4 +34,4 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the script; returns the exit status of ``bootstrap.run``."""
     host = "cuda" if backend.unavailable_because("cuda") is None else "cpu"
     standins = bootstrap.npu_standins(host=host, devices=arguments.devices)
-    return bootstrap.run(command(arguments), standins)
+    return bootstrap.run(command(arguments), standins, list_missing=arguments.list_missing)

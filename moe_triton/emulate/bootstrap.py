@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import settings
+from . import missing, settings
 
 _STANDINS = Path(__file__).with_name("standins")
 NPU_STANDINS = _STANDINS / "npu"
@@ -76,7 +76,13 @@ def deep_ep_standin() -> Standins:
     return Standins("deep-ep-run", DEEP_EP_STANDIN, "deep_ep", notice, {})
 
 
-def run(arguments: Sequence[str], standins: Standins, *, replace: bool = False) -> int:
+def run(
+    arguments: Sequence[str],
+    standins: Standins,
+    *,
+    replace: bool = False,
+    list_missing: bool = False,
+) -> int:
     """Run Python with the stand-ins, unless the real package can be imported.
 
     Reports on stderr which of the two it does.
@@ -85,6 +91,7 @@ def run(arguments: Sequence[str], standins: Standins, *, replace: bool = False) 
         arguments: of Python: a script or ``-m`` and a module, and its arguments.
         standins: for the script and its children.
         replace: use them also where the real package can be imported.
+        list_missing: run on at names that are not emulated, and report them at the end.
 
     Returns:
         The exit status of the script, or 128 + the signal that ended it; 1 instead of 0 if
@@ -104,13 +111,20 @@ def run(arguments: Sequence[str], standins: Standins, *, replace: bool = False) 
     environment["PYTHONPATH"] = os.pathsep.join(path)
     environment.update(standins.environment)
     with tempfile.TemporaryDirectory(prefix=f"moe_triton-{standins.command}-") as folder:
-        failures = Path(folder) / "failures"
-        failures.touch()
+        failures, names = Path(folder) / "failures", Path(folder) / "missing"
+        for file in (failures, names):
+            file.touch()
         environment[settings.FAILURES] = str(failures)
+        if list_missing:
+            environment[settings.MISSING] = str(names)
         status = _supervise(arguments, environment)
         reports = failures.read_text(encoding="utf-8").splitlines()
+        asked_for = missing.report(names.read_text(encoding="utf-8"))
     for report in reports:
         standins.report(report)
+    if list_missing:
+        standins.report(f"{len(asked_for)} names were asked for that are not emulated")
+        sys.stderr.writelines(f"  {line}\n" for line in asked_for)
     return status or int(bool(reports))
 
 

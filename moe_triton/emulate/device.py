@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from . import settings
 
 HOST = torch.device(os.environ.get(settings.HOST, "cpu"))
+NAMES = {"npu"}  # of devices that are NPUs; transfer_to_npu adds cuda
 _COPIES = HOST.type == "cpu"  # a move between the CPU and an NPU copies
 _kernels = torch.library.Library("aten", "IMPL")  # its kernels go when it does
 
@@ -27,10 +28,10 @@ def on_host(value: Any) -> Any:
     """The host device for an NPU device or its name; any other value as it is."""
     if isinstance(value, str):
         name, _, index = value.partition(":")
-        if name != "npu" or (index and not index.isdigit()):
+        if name not in NAMES or (index and not index.isdigit()):
             return value
         value = torch.device(value)
-    if not isinstance(value, torch.device) or value.type != "npu":
+    if not isinstance(value, torch.device) or value.type not in NAMES:
         return value
     if _COPIES or value.index is None:
         return HOST
@@ -122,6 +123,15 @@ def _start_with_mode(start: Any) -> Any:
     return start_thread
 
 
+def _autocast_on_host(start: Any) -> Any:
+    """``torch.autocast.__init__`` with the host for NPUs."""
+
+    def init(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
+        start(self, HOST.type if device_type in NAMES else device_type, *args, **kwargs)
+
+    return init
+
+
 def _host() -> torch.device:
     return HOST
 
@@ -158,4 +168,5 @@ def install(runtime: ModuleType) -> None:
     torch.accelerator.is_available = lambda: False
     torch._C._get_accelerator = _host  # type: ignore[assignment]
     threading.Thread.start = _start_with_mode(threading.Thread.start)  # type: ignore[method-assign]
+    torch.autocast.__init__ = _autocast_on_host(torch.autocast.__init__)  # type: ignore[method-assign]
     NpuIsHost().__enter__()

@@ -6,6 +6,7 @@ import os
 
 HOST = "MOE_TRITON_NPU_HOST"  # the device that replaces the NPUs: cpu or cuda
 DEVICES = "MOE_TRITON_NPU_DEVICES"  # number of NPUs
+MISSING = "MOE_TRITON_NPU_MISSING"  # file to which processes append names that are missing
 FAILURES = "MOE_TRITON_RUN_FAILURES"  # file to which processes append failed children
 
 

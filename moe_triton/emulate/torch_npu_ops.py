@@ -1,43 +1,37 @@
-"""Names of torch_npu: operators of ``moe_triton.compat``, dtypes, and errors for all others."""
+"""Names of torch_npu: operators of ``moe_triton.compat``, and the dtype constants."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from ..compat import torch_npu
-from ..errors import UnavailableError
+from . import formats, missing
 from .barrier import npu_distribute_barrier
 
-
-class NotEmulatedError(UnavailableError, AttributeError):
-    """A name of torch_npu or torchair that has no stand-in.
-
-    Also an ``AttributeError``, so that ``hasattr`` is False.
-    """
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name, "is not emulated by moe-triton npu-run")
+# Functions that libraries import wherever torch_npu is there, whether or not they call them.
+_REFUSED = ("npu_fusion_attention",)
 
 
-def not_emulated(module: str, name: str) -> NoReturn:
-    """Refuse a name that a stand-in module lacks.
+def _refused(name: str) -> Callable[..., Any]:
+    def function(*_: object, **__: object) -> Any:
+        return missing.refuse_call(f"torch_npu.{name}")
 
-    Raises:
-        NotEmulatedError: with the full name.
-        AttributeError: for dunder names, which Python itself looks up.
-    """
-    if name.startswith("__"):
-        raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    raise NotEmulatedError(f"{module}.{name}")
+    function.__name__ = name
+    function.__doc__ = "Refused: not emulated."
+    return function
 
 
 OPERATORS: dict[str, Callable[..., Any]] = {
     "_npu_distribute_barrier": npu_distribute_barrier,
+    "npu_format_cast": formats.npu_format_cast,
+    "npu_format_cast_": formats.npu_format_cast_,
+    "get_npu_format": formats.get_npu_format,
     **{name: getattr(torch_npu, name) for name in torch_npu.__all__ if name.startswith("npu_")},
+    **{name: _refused(name) for name in _REFUSED},
 }
 
 
@@ -75,6 +69,8 @@ DTYPES = {
     }.items()
 }
 
+NAMES: dict[str, Any] = {**OPERATORS, **DTYPES, "Format": formats.Format}
+
 
 def _with_overload(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` with itself as the overload ``default``, like an operator of torch.ops."""
@@ -94,7 +90,7 @@ class _Namespace(torch._ops._OpNamespace):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            not_emulated("torch.ops.npu", name)
+            return missing.not_emulated("torch.ops.npu", name)
 
 
 def install() -> None:

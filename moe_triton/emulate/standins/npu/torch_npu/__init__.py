@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any
 
 import torch
 
-from moe_triton.emulate import children, device, hccl, settings, torch_npu_ops
+from moe_triton.emulate import children, device, hccl, missing, settings, torch_npu_ops
 
 settings.check_started_by("npu-run", __name__)
 
@@ -18,8 +18,11 @@ device.install(npu)
 hccl.install()
 torch_npu_ops.install()
 children.install()
-globals().update(torch_npu_ops.DTYPES | torch_npu_ops.OPERATORS)
+missing.install()
+globals().update(torch_npu_ops.NAMES)
+
+from . import _C, contrib, profiler, utils  # noqa: E402 - they need the names above
 
 
-def __getattr__(name: str) -> NoReturn:
-    torch_npu_ops.not_emulated("torch_npu", name)
+def __getattr__(name: str) -> Any:
+    return missing.not_emulated("torch_npu", name)

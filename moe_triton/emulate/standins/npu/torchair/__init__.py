@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 # Import the compiler here, so that a parent does it once for all ranks that it forks.
 import torch._dynamo
 
-from moe_triton.emulate import settings, torch_npu_ops
+from moe_triton.emulate import missing, settings
 
 from .configs.compiler_config import CompilerConfig
 
@@ -35,5 +35,5 @@ def patch_for_hcom() -> None:
     """Do nothing: collectives need no patch."""
 
 
-def __getattr__(name: str) -> NoReturn:
-    torch_npu_ops.not_emulated("torchair", name)
+def __getattr__(name: str) -> Any:
+    return missing.not_emulated("torchair", name)

@@ -9,12 +9,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from moe_triton.emulate import torch_npu_ops
+from moe_triton.emulate.formats import Format, npu_format_cast_
 
 Test = TypeVar("Test")
-
-# NPU storage formats: -1 keeps the tensor's, 2 is ND.
-_PLAIN = (-1, 2)
 
 
 def get_npu_device() -> str:
@@ -31,22 +28,18 @@ def create_common_tensor(
     """The same uniform random tensor on the host and on a device.
 
     Args:
-        item: numpy dtype, layout (-1 or 2), shape.
+        item: numpy dtype, storage format (-1 for ND), shape.
         minValue: smallest.
         maxValue: largest.
         device: of the second tensor, by default that of the tests.
 
     Returns:
         The tensor on the host, and on the device.
-
-    Raises:
-        NotEmulatedError: another layout.
     """
-    dtype, layout, shape = item
-    if layout not in _PLAIN:
-        torch_npu_ops.not_emulated("torch_npu", "npu_format_cast")
+    dtype, storage_format, shape = item
     host = torch.from_numpy(np.random.uniform(minValue, maxValue, shape).astype(dtype))
-    return host, host.to(device or get_npu_device())
+    copy = host.to(device or get_npu_device())
+    return host, npu_format_cast_(copy, Format.ND if storage_format == -1 else storage_format)
 
 
 def SupportedDevices(names: Sequence[str]) -> Callable[[Test], Test]:
