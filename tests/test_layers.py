@@ -42,7 +42,7 @@ ALLOWED = {
         *("ascend", "backend", "bench", "compat", "errors", "profile", "record", "testing"),
         *("topology", ""),
     },
-    "emulate": {"ascend", "compat", "errors", "ops"},
+    "emulate": {"ascend", "compat", "errors", "ops", "profile"},
     # A user of the package, who also times steps alone.
     "bench": {
         "",

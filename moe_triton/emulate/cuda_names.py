@@ -39,10 +39,10 @@ def install() -> None:
     for name in npu.__all__:
         if not name.startswith("_"):
             setattr(torch.cuda, name, getattr(npu, name))
-    torch.cuda.amp.autocast = npu.amp.autocast
-    torch.cuda.amp.GradScaler = npu.amp.GradScaler
+    torch.cuda.amp.autocast = npu.amp.autocast  # type: ignore[misc]
+    torch.cuda.amp.GradScaler = npu.amp.GradScaler  # type: ignore[misc]
     Tensor.cuda = Tensor.npu  # type: ignore[attr-defined,method-assign]
-    Tensor.is_cuda = Tensor.is_npu  # type: ignore[attr-defined,misc]
+    Tensor.is_cuda = Tensor.is_npu  # type: ignore[attr-defined]
     torch.nn.Module.cuda = torch.nn.Module.npu  # type: ignore[attr-defined,method-assign]
     for name in ("init_process_group", "new_group"):
         wrapped = _with_hccl(getattr(dist, name))

@@ -21,6 +21,23 @@ from . import settings
 HOST = torch.device(os.environ.get(settings.HOST, "cpu"))
 NAMES = {"npu"}  # of devices that are NPUs; transfer_to_npu adds cuda
 _COPIES = HOST.type == "cpu"  # a move between the CPU and an NPU copies
+# Functions of torch.accelerator, by the name that they have in torch.npu. torch's own ask for a
+# device of its C++ runtime.
+_ACCELERATOR = {
+    "current_device_idx": "current_device",
+    "current_device_index": "current_device",
+    "set_device_idx": "set_device",
+    "set_device_index": "set_device",
+    "get_memory_info": "mem_get_info",
+    **{
+        name: name
+        for name in (
+            *("device_count", "current_stream", "set_stream", "synchronize", "empty_cache"),
+            *("memory_stats", "memory_allocated", "memory_reserved", "reset_peak_memory_stats"),
+            *("max_memory_allocated", "max_memory_reserved"),
+        )
+    },
+}
 _kernels = torch.library.Library("aten", "IMPL")  # its kernels go when it does
 
 
@@ -166,6 +183,8 @@ def install(runtime: ModuleType) -> None:
     torch.serialization.register_package(15, lambda _: None, _load)
     # torch takes a renamed back end for an accelerator, and would ask it for streams and devices.
     torch.accelerator.is_available = lambda: False
+    for name, its_name in _ACCELERATOR.items():
+        setattr(torch.accelerator, name, getattr(runtime, its_name))
     torch._C._get_accelerator = _host  # type: ignore[assignment]
     threading.Thread.start = _start_with_mode(threading.Thread.start)  # type: ignore[method-assign]
     torch.autocast.__init__ = _autocast_on_host(torch.autocast.__init__)  # type: ignore[method-assign]

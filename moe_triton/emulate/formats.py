@@ -8,7 +8,6 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import ArgumentValueError

@@ -91,12 +91,6 @@ class Placeholder:
             raise AttributeError(name)
         return self
 
-    def __call__(self, *_: object, **__: object) -> Placeholder:
-        return self
-
-    def __enter__(self) -> Placeholder:
-        return self
-
     def __exit__(self, *_: object) -> None:
         pass
 
@@ -126,7 +120,7 @@ class Placeholder:
         return next(x for x in flat if isinstance(x, Placeholder))
 
 
-def _same(self: Placeholder, *_: object) -> Placeholder:
+def _same(self: Placeholder, *_: object, **__: object) -> Placeholder:
     return self
 
 
@@ -134,10 +128,15 @@ def _unknown(self: Placeholder) -> Any:
     raise NotEmulatedError(self._name)
 
 
-_BINARY = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()
-for _name in [*_BINARY, *(f"r{name}" for name in _BINARY)]:
-    setattr(Placeholder, f"__{_name}__", _same)
-for _name in "neg invert abs getitem setitem eq ne lt le gt ge".split():
+_BINARY = (
+    *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"),
+    *("and", "or", "xor", "lshift", "rshift"),
+)
+_OTHERS = (
+    *("call", "enter", "getitem", "setitem", "neg", "invert", "abs"),
+    *("eq", "ne", "lt", "le", "gt", "ge"),
+)
+for _name in (*_BINARY, *(f"r{name}" for name in _BINARY), *_OTHERS):
     setattr(Placeholder, f"__{_name}__", _same)
 for _name in ("float", "int", "index", "len"):
     setattr(Placeholder, f"__{_name}__", _unknown)

@@ -11,6 +11,7 @@ import torch
 from ..compat import torch_npu
 from . import formats, missing
 from .barrier import npu_distribute_barrier
+from .runtime_errors import raising_runtime_errors
 
 # Functions that libraries import wherever torch_npu is there, whether or not they call them.
 _REFUSED = ("npu_fusion_attention",)
@@ -30,7 +31,11 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "npu_format_cast": formats.npu_format_cast,
     "npu_format_cast_": formats.npu_format_cast_,
     "get_npu_format": formats.get_npu_format,
-    **{name: getattr(torch_npu, name) for name in torch_npu.__all__ if name.startswith("npu_")},
+    **{
+        name: raising_runtime_errors(getattr(torch_npu, name))
+        for name in torch_npu.__all__
+        if name.startswith(("npu_", "_npu_"))
+    },
     **{name: _refused(name) for name in _REFUSED},
 }
 

@@ -21,6 +21,8 @@ def _rendezvous_port(port, monkeypatch):
         ("v2.py", 2),
         ("split_phase.py", 2),
         ("local_ops.py", 1),
+        ("all_to_all_layer.py", 2),
+        ("cuda_program.py", 1),
     ],
     ids=lambda value: value,
 )
@@ -37,6 +39,7 @@ def test_script(npu_run, port, script, ranks):
     [
         pytest.param("unittest_operator.py", r"Ran 3 tests .* OK \(skipped=1\)", id="operator"),
         pytest.param("unittest_device.py", r"Ran \d\d tests .* OK\n$", id="device"),
+        pytest.param("unittest_standins.py", r"Ran \d\d tests .* OK\n$", id="standins"),
     ],
 )
 def test_unittest(npu_run, script, outcome):
@@ -44,3 +47,21 @@ def test_unittest(npu_run, script, outcome):
     assert run.status == 0, run.err
     text = " ".join(run.err.split()) + "\n"
     assert re.search(outcome, text), run.err
+
+
+_IMPORTS = """
+import accelerate
+import transformers
+from transformers import Qwen3MoeForCausalLM, Trainer
+print(transformers.utils.is_torch_npu_available(), accelerate.utils.is_npu_available())
+"""
+
+
+def test_libraries_that_look_for_torch_npu_can_be_imported(npu_run, tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    path = tmp_path / "script.py"
+    path.write_text(_IMPORTS)
+    run = npu_run("--list-missing", path)
+    assert (run.status, run.out) == (0, "True True\n"), run.err
+    assert "0 names were asked for" in run.err

@@ -166,16 +166,16 @@ class TestDevice(TestCase):
 
     def test_names_that_are_not_emulated(self):
         for call, name in (
-            (lambda: torch_npu.npu_swiglu(torch.ones(2)), "torch_npu.npu_swiglu"),
-            (lambda: torch.ops.npu.npu_swiglu(torch.ones(2)), "torch.ops.npu.npu_swiglu"),
-            (lambda: torch.npu.mem_get_info, "torch.npu.mem_get_info"),
+            (lambda: torch_npu.npu_absent(torch.ones(2)), "torch_npu.npu_absent"),
+            (lambda: torch.ops.npu.npu_absent(torch.ones(2)), "torch.ops.npu.npu_absent"),
+            (lambda: torch.npu.stop_device, "torch.npu.stop_device"),
             (lambda: torchair.dynamo_export, "torchair.dynamo_export"),
         ):
             with self.assertRaisesRegex(RuntimeError, f"^{name}: is not emulated"):
                 call()
-        assert not hasattr(torch_npu, "npu_swiglu")
-        with self.assertRaisesRegex(ImportError, "npu_swiglu"):
-            from torch_npu import npu_swiglu  # noqa: F401 - it has to fail
+        assert not hasattr(torch_npu, "npu_absent")
+        with self.assertRaisesRegex(ImportError, "npu_absent"):
+            from torch_npu import npu_absent  # noqa: F401 - it has to fail
 
     def test_operators(self):
         for name in ("npu_moe_distribute_dispatch", "_npu_distribute_barrier"):

@@ -12,6 +12,8 @@ settings.check_started_by("npu-run", __name__)
 
 from . import npu  # noqa: E402 - not before the check
 
+__all__ = ["_C", "contrib", "npu", "profiler", "utils"]
+
 __version__ = torch.__version__.partition("+")[0] + "+moe_triton"
 
 device.install(npu)

@@ -144,7 +144,7 @@ class profile(torch.profiler.profile):
             super().export_chrome_trace(str(path))
             return trace.convert(path)
 
-    def export_chrome_trace(self, output_path: str | Path) -> None:
+    def export_chrome_trace(self, output_path: str | Path) -> None:  # type: ignore[override]
         """Write the trace as JSON, a list of events."""
         Path(output_path).write_text(json.dumps(self._events()), encoding="utf-8")
 

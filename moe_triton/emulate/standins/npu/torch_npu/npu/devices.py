@@ -121,7 +121,7 @@ def is_bf16_supported() -> bool:
 
 
 def get_amp_supported_dtype() -> list[torch.dtype]:
-    """dtypes of autocast."""
+    """The dtypes of autocast."""
     return [torch.float16, torch.bfloat16, torch.float32]
 
 

@@ -18,7 +18,6 @@ default_generators = (
 )
 
 
-
 def manual_seed(seed: int) -> None:
     """Seed the generator of the host device."""
     if _ON_CUDA:

@@ -22,7 +22,6 @@ _ON_CUDA = HOST.type == "cuda"
 _thread = threading.local()
 
 
-
 def synchronize(device: Any = None) -> None:
     """Wait for all work on a device."""
     index_of(device)
@@ -126,5 +125,3 @@ def stream(stream: Any) -> Iterator[None]:
         yield
     finally:
         set_stream(before)
-
-

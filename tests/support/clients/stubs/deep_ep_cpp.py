@@ -1,4 +1,4 @@
-"""The names of sgl-kernel-npu's extension module, for its modes that use torch_npu instead of it."""
+"""The names of sgl-kernel-npu's extension module, for its modes that use torch_npu instead."""
 
 
 class Config:
