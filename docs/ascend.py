@@ -20,6 +20,7 @@ from moe_triton.ascend.op_names import (
     UPDATE_EXPERT,
 )
 from moe_triton.compat import aclnn, torch_npu
+from moe_triton.emulate import coverage
 from moe_triton.errors import MoeError
 from moe_triton.profile import buffers
 from moe_triton.profile.limits import Limits, is_combine, rules, words
@@ -108,6 +109,16 @@ STATUSES = """\
 An operator of torch_npu raises an exception with the status as its `code`. A function of
 `moe_triton.compat.aclnn` returns the status, and `aclnn_last_error()` returns its text. 0 is
 ACLNN_SUCCESS.
+"""
+
+EMULATED = """\
+[npu-run](npu-run.md) lets programs import torch_npu where there is no NPU. The operators on this
+page are emulated exactly, within what their sections say. Names around them:
+"""
+
+NOT_EMULATED = """\
+Every other name of torch_npu and torchair raises an error with its name. `npu-run --list-missing`
+lists those that a program asks for.
 """
 
 TWO_PHASES = """\
@@ -358,6 +369,21 @@ def environment() -> str:
     )
 
 
+def emulated() -> str:
+    """How far npu-run emulates other names, a table for each extent."""
+    extents = {
+        "exactly": coverage.EXACTLY,
+        "in part": coverage.IN_PART,
+        "not at all": coverage.NOT_AT_ALL,
+    }
+    rows = [
+        f"| {', '.join(f'`{name}`' for name in entry.names)} | {extent} | {entry.note} |"
+        for extent, entries in extents.items()
+        for entry in entries
+    ]
+    return "\n".join(["| name | emulated | how |", "| --- | --- | --- |", *rows]) + "\n"
+
+
 def page() -> str:
     """The whole page."""
     distributed = [op for op in FAMILIES if op in torch_npu.__all__]
@@ -370,6 +396,7 @@ def page() -> str:
         PORTABLE,
         f"## Statuses\n\n{STATUSES}\n{statuses()}",
         f"## The C interface\n\n{TWO_PHASES}\n{two_phases()}",
+        f"## What npu-run emulates\n\n{EMULATED}\n{emulated()}\n{NOT_EMULATED}",
         f"## The environment\n\n{environment()}",
         f"## Buffers\n\n`{buffers.ENVIRONMENT}` times 2^20 must be at least\n\n{buffer_formulas()}",
         f"## Operators of experts on several ranks\n\n{letters.replace('``', '`')}\n\n{COLUMNS}",

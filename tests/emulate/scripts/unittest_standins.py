@@ -8,12 +8,14 @@ import tempfile
 
 import torch
 import torch_npu
+import torchair
 from torch_npu._C._distributed_c10d import ProcessGroupHCCL
 from torch_npu.testing.common_utils import create_common_tensor
 from torch_npu.testing.testcase import TestCase, run_tests
 from torch_npu.utils import collect_env, register_asd_hook
 
 import moe_triton
+from moe_triton.emulate import coverage
 
 NZ = 29
 
@@ -149,6 +151,30 @@ class TestStandIns(TestCase):
             name = module.__name__.replace("torch_npu.npu", r"torch\.npu")
             with self.assertRaisesRegex(RuntimeError, rf"^{name}\.absent: is not emulated"):
                 module.absent  # noqa: B018 - asking for it is the test
+
+
+class TestCoverage(TestCase):
+    """The table of docs/ascend.md."""
+
+    def value(self, name):
+        """What a program gets that writes the name, after the imports that it needs."""
+        package, *attributes = name.split(".")
+        value = {"torch": torch, "torch_npu": torch_npu, "torchair": torchair}[package]
+        for attribute in attributes:
+            value = getattr(value, attribute)
+        return value
+
+    def test_names_exist(self):
+        for entry in (*coverage.EXACTLY, *coverage.IN_PART):
+            for name in entry.names:
+                if name != "torch_npu.contrib.transfer_to_npu":  # its import changes the process
+                    assert self.value(name) is not None
+
+    def test_refused_names_raise_when_called(self):
+        for entry in coverage.NOT_AT_ALL:
+            for name in entry.names:
+                with self.assertRaisesRegex(RuntimeError, f"^{name}: is not emulated"):
+                    self.value(name)()
 
 
 class TestProfiler(TestCase):

@@ -80,7 +80,8 @@ def close(actual, wanted, tolerance):
     assert bool((error <= tolerance).all()), f"relative error {error.max().item():.4f}"
 
 
-TOLERANCE = {"NONE": 0.02, "W8A8": 0.03, "W4A8": 0.03}  # float8 has 3 bits of mantissa: 0.08
+# Relative to the largest value of a row. float8 rounds to 1/16, and MX scales clip up to 1/8.
+TOLERANCE = {"NONE": 0.02, "W8A8": 0.03, "W4A8": 0.03, "W8A8FP": 0.08}
 
 
 class Client:
@@ -185,7 +186,7 @@ class Client:
         actual = self.run_dispatcher(name, quantisation, layer).float()
         if name == "AllGather":
             dist.all_reduce(actual)
-        close(actual[active], wanted[active], TOLERANCE.get(quantisation, 0.08))
+        close(actual[active], wanted[active], TOLERANCE.get(quantisation, 0.14))
 
     def moe_method(self, name):
         """The communication method with its dispatcher; prepare and finalize belong to vLLM."""
