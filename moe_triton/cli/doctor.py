@@ -60,6 +60,7 @@ ENVIRONMENT: dict[str, str] = {
     "torch_npu",
     "MOE_TRITON_NPU_HOST": "set by npu-run: device that stands for the NPUs, cpu or cuda",
     "MOE_TRITON_NPU_DEVICES": "set by npu-run: number of NPUs",
+    "MOE_TRITON_NPU_MISSING": "set by npu-run --list-missing: file of missing names",
     "MOE_TRITON_RUN_FAILURES": "set by npu-run and deep-ep-run: file of failed children",
     "MOE_TRITON_RECORD": "set by moe-triton record: what its processes record, as JSON",
     "MOE_TRITON_VLLM": "1: vLLM's expert-parallel layers go through this library",
