@@ -16,6 +16,7 @@ processes is refused.
 from __future__ import annotations
 
 import ctypes
+import platform
 import threading
 from collections.abc import Callable
 
@@ -53,6 +54,9 @@ def _locked_fetch_add(address: int, value: int) -> int:
 #: fetch_add(address, value) -> old value; acquire-release, not sequentially consistent: readers may
 #: see the flags of different writers in different orders.
 fetch_add = _native or _locked_fetch_add
+
+#: Whether the processor lets no load pass an earlier one, so that every load acquires.
+LOADS_ACQUIRE = platform.machine() in ("x86_64", "AMD64")
 
 #: Whether ``fetch_add`` orders memory between processes too.
 BETWEEN_PROCESSES = _native is not None

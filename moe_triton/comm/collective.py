@@ -57,7 +57,7 @@ class CollectiveTransport:
         self._rank, self._size = group.rank, group.size
 
     @outside_autograd
-    def prepare(self, call: Call, kind: str, slot_bytes: int) -> None:  # noqa: ARG002
+    def prepare(self, call: Call, kind: str) -> None:
         """Compare the arguments; buffers come with the calls."""
         epoch = self._exchange.begin(kind, call.op, call.device)
         self._exchange.start(kind, epoch, self._compose(call, kind, epoch, [0] * self._size))

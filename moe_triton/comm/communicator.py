@@ -65,7 +65,7 @@ class Communicator:
         self._process_group_used = False
         self._rendezvous_failure: str | None = None  # why the last rendezvous failed
         self._closed = False
-        self._prepared: Sequence[tuple[Call, str, int]] = ()
+        self._prepared: Sequence[tuple[Call, str]] = ()
 
     @property
     def transport_name(self) -> str | None:
@@ -92,13 +92,13 @@ class Communicator:
                 raise
         return self._connected
 
-    def prepare(self, calls: Sequence[tuple[Call, str, int]]) -> None:
+    def prepare(self, calls: Sequence[tuple[Call, str]]) -> None:
         """Connect all ranks, compare arguments and allocate windows.
 
         Must be the first call; ``recover()`` repeats it.
 
         Args:
-            calls: future calls, each with its kind and the bytes of its slot.
+            calls: future calls, each with its kind.
 
         Raises:
             ArgumentMismatchError: the ranks' arguments differ.
@@ -237,8 +237,8 @@ class Communicator:
         return collective.CollectiveTransport(self.group, exchange)
 
     def _prepare_on(self, transport: Transport) -> None:
-        for call, kind, slot_bytes in self._prepared:
-            transport.prepare(call, kind, slot_bytes)
+        for call, kind in self._prepared:
+            transport.prepare(call, kind)
 
     def _prepare_windows(
         self, op: str, memory: Memory, transport: SymmetricTransport, causes: list[str]

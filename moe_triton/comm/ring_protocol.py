@@ -1,14 +1,19 @@
 """One rank's side of the window protocol: rings of slots, flags, handshakes and failures.
 
 Every rank issues the same sequence of operations. Operation number i of a kind, its *epoch*, uses
-slot i % slots of that kind's windows, and each rank writes exactly one flag record per epoch to
-every peer: after its data, or as an *abort*. A wait that an abort ends early leaves the epoch
-*undrained*: all of its flags have to arrive before the slot is used again.
+slot i % slots of that kind's windows. The device steps write a record per epoch to every peer, and
+the kernels on a device wait for these. Where the host can wait, for ranks on the CPU and for those
+of one process, it does, before the launch: each rank also has a *flag* per epoch in its control
+block, which its peers read, and which says that the send has been issued.
 
-Each rank also posts a *handshake* message for every call in a control block that its peers read:
-the arguments that must agree, or the reason for its abort. Peers read these messages for a new
-configuration and after an abort. New windows take a second handshake, so that either all ranks use
-them or none. The control block begins with a word that says whether the rank has left the group.
+A rank that cannot take part sends an *abort* in place of data. Every epoch has both halves on every
+rank: one that ended early, by an abort or by the error of a peer, is *owed* its receive step, which
+follows before the next epoch of the kind is received or its slot is used again.
+
+Each rank also posts a *handshake* message for every call in its control block: the arguments that
+must agree, or the reason for its abort. Peers read these messages for a new configuration and after
+an abort. New windows take a second handshake, so that either all ranks use them or none. The
+control block begins with a word that says whether the rank has left the group.
 """
 
 from __future__ import annotations
@@ -23,8 +28,9 @@ import time
 import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from ..errors import (
@@ -36,55 +42,86 @@ from ..errors import (
     SequenceError,
     UnavailableError,
 )
+from ..layout import Ring
+from ..layout.windows import (
+    ABORT,
+    DATA,
+    KIND,
+    LATE,
+    PROBLEM_EPOCH,
+    PROBLEM_RANK,
+    PROBLEM_WORDS,
+    WHAT,
+)
 from . import atomics, futex
 from .groups import Group
 from .memory import HOST, Block, CollectiveMemory, Handle, Memory
 from .polling import Background, Backoff, ranks_text
+from .transport import WindowSteps
 from .wait_board import Deadlock, WaitBoard
-from .window import PeerWindows, clear_flags, flag_bytes, num_slots, ring_bytes
+from .window import PeerWindows, host_span, num_slots, union
 
 KINDS = ("dispatch", "combine", "gather", "exchange")
-_DATA, _ABORT = 0, 1
 _OPENED = 2  # only in handshakes, where a later status keeps this bit
 
+# A flag: epoch, status, digest of the arguments, stream of the device.
+_FLAG_WORDS = 4
+_FLAG_BYTES = 4 * _FLAG_WORDS
 # A handshake: epoch, status, bytes of text, bytes of reason; then the text; then the reason.
 _ENTRY_BYTES, _TEXT, _REASON = 4096, 16, 3072
-# Before the first handshake: whether the rank has left; the kind's number, from 1, and the epoch
-# of the operation in which it waits, or 0.
-_HEAD_BYTES = 16
+_HEAD_BYTES = 16  # before the flags: whether the rank has left
 _LIVENESS_INTERVAL = 10e-3  # seconds between checks for dead peers
 _BOARD_INTERVAL = 0.1  # seconds between checks for peers in other calls
 
 
-@dataclasses.dataclass(frozen=True)
+class Agreement(NamedTuple):
+    """The arguments of a call, equal on all ranks.
+
+    Attributes:
+        text: JSON of the names and values.
+        digest: CRC-32 of the text, which travels with every flag and record.
+    """
+
+    text: str
+    digest: int
+
+
+@dataclasses.dataclass
 class EpochState:
     """An epoch between setup and teardown.
 
     Attributes:
-        digest: CRC-32 of the arguments, which travels with every flag.
-        windows: of all ranks, None until the handshake.
+        digest: of the arguments.
+        windows: of all ranks, None until the handshake or where there are none yet.
+        steps: of its call.
+        after_combine: the last combine, if it was over before this epoch began; else None.
+        slot_was_free: whether the data slot that this epoch claimed was free; None for no claim.
     """
 
     digest: int = 0
     windows: PeerWindows | None = None
+    steps: WindowSteps | None = None
+    after_combine: int | None = None
+    slot_was_free: bool | None = None
 
 
 @dataclasses.dataclass
-class Ring:
+class KindState:
     """The windows and counters of one kind of operation.
 
     Attributes:
         last: the epoch of the last setup. Teardowns follow in order, from the oldest in flight.
         windows: all ranks' windows, None until the first call that needs them.
+        steps: of the last call that used the windows.
         in_flight: epochs set up and not yet torn down, oldest first.
-        undrained: epochs that ended before all of their flags arrived, with their windows; None
-            where windows did not exist yet, so that handshakes stand for flags.
+        owed: epochs that ended early and are owed their receive step, oldest first.
     """
 
     last: int = 0
     windows: PeerWindows | None = None
+    steps: WindowSteps | None = None
     in_flight: dict[int, EpochState] = dataclasses.field(default_factory=dict)
-    undrained: dict[int, PeerWindows | None] = dataclasses.field(default_factory=dict)
+    owed: dict[int, EpochState] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +173,18 @@ class RingProtocol:
         self._device_memory = device_memory
         self._control = blocks
         self._pidfds = _open_pidfds(pids, self.rank)
-        self._rings = {kind: Ring() for kind in KINDS}
+        self._kinds = {kind: KindState() for kind in KINDS}
+        self._agreements: dict[tuple[object, ...], Agreement] = {}
+        # Control blocks of all ranks: their words, and where the flags of each rank begin.
+        self._span = host_span([block.data for block in blocks])
+        words: np.ndarray = self._span.numpy()
+        self._words = words[: len(words) // 4 * 4].view(np.int32)
+        starts = [block.data.data_ptr() - self._span.data_ptr() for block in blocks]
+        first = (np.array(starts) + _HEAD_BYTES) // 4
+        self._flags = first[:, None] + np.arange(_FLAG_WORDS)
+        self._problems: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        # Whether no peer reads slot 0 of the combine windows any more.
+        self._combine_slot_free = True
         self._board = WaitBoard(group, name, self)
         self._agreed: set[tuple[str, str]] = set()
         # A dropped object leaves too: it holds descriptors, and peers may wait for it.
@@ -146,31 +194,32 @@ class RingProtocol:
 
     def last_epochs(self) -> Mapping[str, int]:
         """The epoch of the last operation of each kind that this rank has begun."""
-        return {kind: ring.last for kind, ring in self._rings.items()}
+        return {kind: state.last for kind, state in self._kinds.items()}
 
     def close(self) -> None:
         """Leave the group and release the memory; peers keep their mappings."""
         # The mappings go with the last view of them.
-        self._rings = {}
+        self._kinds = {kind: KindState() for kind in KINDS}
         self._leave()
 
-    # The life of an operation: acquire, handshake, signal, wait, release. The caller writes its
-    # data before signal, and reads that of the peers before release.
+    # The life of an operation: acquire, handshake, signal, wait, release. The caller launches its
+    # send step before signal, and its receive step before release.
 
     def acquire(self, kind: str, op: str) -> int:
         """Take the next epoch of ``kind`` and with it a slot of the ring."""
         self.raise_if_broken(op)
-        ring = self._rings[kind]
-        if self._is_full(ring):
+        state = self._kinds[kind]
+        if self._is_full(state):
             raise SequenceError.too_many(op, kind, self.in_flight)
-        epoch = atomics.wrap(ring.last + 1)
-        undrained_epoch = atomics.wrap(epoch - self.in_flight)
-        if undrained_epoch in ring.undrained:
-            self._drain(kind, undrained_epoch, op)
-            del ring.undrained[undrained_epoch]
+        epoch = atomics.wrap(state.last + 1)
+        if atomics.wrap(epoch - self.in_flight) in state.owed:
+            self._drain(kind, op, atomics.wrap(epoch - self.in_flight))
         self._board.begin()
-        ring.last = epoch
-        ring.in_flight[epoch] = EpochState()
+        state.last = epoch
+        combine = self._kinds["combine"]
+        state.in_flight[epoch] = EpochState(
+            after_combine=None if combine.in_flight else combine.last
+        )
         return epoch
 
     def handshake(
@@ -179,9 +228,10 @@ class RingProtocol:
         epoch: int,
         op: str,
         arguments: Mapping[str, Any],
-        slot_bytes: int,
+        ring: Ring,
+        steps: WindowSteps | None,
         device: torch.device = HOST,
-    ) -> PeerWindows:
+    ) -> tuple[PeerWindows, int]:
         """Post this call's arguments; where they are new, compare those of all ranks.
 
         Args:
@@ -189,11 +239,12 @@ class RingProtocol:
             epoch: of this call.
             op: for error messages.
             arguments: names and printable values that must be equal on all ranks.
-            slot_bytes: size of a slot; windows that are smaller are replaced.
+            ring: what the call needs; windows that are smaller are replaced.
+            steps: of the call; None for a kind without records, for which hosts wait.
             device: of the windows' memory.
 
         Returns:
-            The windows of all ranks.
+            The windows of all ranks, and the digest of the arguments.
 
         Raises:
             ArgumentMismatchError: the ranks' arguments differ.
@@ -201,53 +252,72 @@ class RingProtocol:
             PeerTimeoutError: peers did not call.
             UnavailableError: a rank cannot allocate its windows, or open those of a peer.
         """
-        ring = self._rings[kind]
-        if device.type != "cpu":
-            arguments = {**arguments, "device": device.type}
-        known = (kind, json.dumps(arguments))
-        text = f'{{"arguments": {known[1]}}}'
-        own: Block | None = None
-        if ring.windows is None or not ring.windows.serves(slot_bytes, device):
-            own = self._allocate(kind, epoch, op, slot_bytes, device)
-            text = json.dumps({"arguments": arguments, "window": own.handle})
-        self._post_handshake(kind, epoch, _DATA, text, "")
+        state = self._kinds[kind]
+        agreement = self._agreement(arguments, device)
+        known = (kind, agreement.text)
+        windows, own = state.windows, None
+        text = agreement.text
+        if windows is None or not windows.serves(ring, device):
+            if windows is not None:
+                ring = union(ring, windows.ring)
+            own = self._allocate(kind, epoch, op, ring, device)
+            text = json.dumps({**json.loads(text), "window": own.handle})
+        self._post_handshake(kind, epoch, DATA, text, "")
         if own is not None:
-            blocks = self._exchange_windows(kind, epoch, op, arguments, own)
-            ring.windows = PeerWindows(blocks, self.slots)
+            blocks = self._exchange_windows(kind, epoch, op, agreement.text, own)
+            problem, notice = self._problem(own.data.device)
+            windows = state.windows = PeerWindows(
+                blocks,
+                ring,
+                self.rank,
+                kind=KINDS.index(kind),
+                epoch=atomics.wrap(epoch - 1),
+                problem=problem,
+                notice=notice,
+                hard=not self.host_waits(device),
+            )
             # All ranks have opened all of them. Each rank removes all names, so that none is left
             # if a rank dies.
             _release_blocks(blocks)
         elif known not in self._agreed:
-            self._compare_arguments(kind, epoch, op, arguments)
+            self._compare_arguments(kind, epoch, op, agreement.text)
         self._agreed.add(known)
-        assert ring.windows is not None
-        digest = atomics.wrap(zlib.crc32(known[1].encode()))
-        ring.in_flight[epoch] = EpochState(digest, ring.windows)
-        return ring.windows
+        assert windows is not None
+        operation = state.in_flight[epoch]
+        operation.digest, operation.windows = agreement.digest, windows
+        operation.steps = state.steps = steps
+        return windows, agreement.digest
 
-    def signal(self, kind: str, epoch: int, status: int = _DATA) -> None:
-        """Write this rank's flag of ``epoch`` to every rank; releases what it wrote before."""
-        ring = self._rings[kind]
-        operation = ring.in_flight[epoch]
-        # A call that failed before its handshake aborts in the windows that its peers use.
-        windows = operation.windows or ring.windows
-        if windows is None:
-            return
-        # Each rank starts with its neighbour, so that not all of them serve rank 0 first.
-        for step in range(self.size):
-            owner = (self.rank + 1 + step) % self.size
-            address = windows.flag_address(owner, self.slot(epoch), self.rank)
-            words = _words(address)
-            words[1], words[2], words[3] = status, operation.digest, windows.stream()
-            atomics.store_release(address, epoch)
-            if owner != self.rank:
-                futex.wake(address)
+    def _agreement(self, arguments: Mapping[str, Any], device: torch.device) -> Agreement:
+        key = (*arguments.items(), device.type)
+        if key not in self._agreements:
+            if device.type != "cpu":
+                arguments = {**arguments, "device": device.type}
+            text = json.dumps({"arguments": arguments})
+            digest = atomics.wrap(zlib.crc32(text.encode()))
+            self._agreements[key] = Agreement(text, digest)
+        return self._agreements[key]
+
+    def signal(self, kind: str, epoch: int, status: int = DATA) -> None:
+        """Write this rank's flag of ``epoch``; releases what it wrote before."""
+        operation = self._kinds[kind].in_flight[epoch]
+        address = self._flag_address(self.rank, kind, epoch)
+        words = _words(address)
+        words[1], words[2], words[3] = status, operation.digest, _stream(operation.windows)
+        atomics.store_release(address, epoch)
+        futex.wake(address)
+
+    def host_waits(self, device: torch.device) -> bool:
+        """Whether the host waits for the peers before it launches a receive step on ``device``."""
+        return self.group.in_process or device.type == "cpu"
 
     def wait(self, kind: str, epoch: int, op: str) -> list[float]:
         """Wait for all ranks' flags of ``epoch``, the oldest operation in flight.
 
+        Where the host does not wait, this only checks the order, and kernels wait.
+
         Returns:
-            Seconds until each rank's flag arrived.
+            Seconds until each rank's flag arrived; empty where the host does not wait.
 
         Raises:
             PeerAbortError, ArgumentMismatchError: a peer could not take part; the epoch is over.
@@ -255,24 +325,54 @@ class RingProtocol:
             SequenceError: not the oldest operation; or ranks that share a device used different
                 streams, and the epoch is over.
         """
-        ring = self._rings[kind]
-        if next(iter(ring.in_flight), None) != epoch:
-            oldest = next(iter(ring.in_flight), None)
+        state = self._kinds[kind]
+        oldest = next(iter(state.in_flight), None)
+        if oldest != epoch:
             raise SequenceError.out_of_order(op, kind, epoch, oldest)
-        windows = ring.in_flight[epoch].windows
-        assert windows is not None
-        waited, aborted = self._wait_flags(kind, epoch, op, windows)
-        if self._retry == (kind, epoch):
-            self.broken = self._retry = None
-        if aborted:
-            # The culprit's own abort names the cause; these ranks aborted because of it.
-            self.release(kind, epoch)
-            raise PeerAbortError(op, aborted[0], "its call failed for a reason of another rank")
+        operation = state.in_flight[epoch]
+        assert operation.windows is not None
+        if state.owed:
+            self._drain(kind, op, atomics.wrap(epoch - 1))
+        waited: list[float] = []
+        if self.host_waits(operation.windows.device):
+            waited, aborted = self._wait_flags(kind, epoch, op, operation)
+            if self._retry == (kind, epoch):
+                self.broken = self._retry = None
+            if aborted:
+                # The culprit's own abort names the cause; these ranks aborted because of it.
+                self.owe(kind, epoch, read=False)
+                raise PeerAbortError(op, aborted[0], "its call failed for a reason of another rank")
+        # A whole dispatch since the last combine: its records followed the peers' teardowns.
+        if kind == "dispatch" and operation.after_combine == self._kinds["combine"].last:
+            self._combine_slot_free = True
         return waited
 
+    def kernel_timeout(self, device: torch.device) -> float:
+        """Seconds that a receive step may wait on ``device``."""
+        return 0.0 if self.host_waits(device) else self.timeout
+
     def release(self, kind: str, epoch: int) -> None:
-        """Release the slot of a consumed operation."""
-        del self._rings[kind].in_flight[epoch]
+        """End an operation whose receive step has been launched."""
+        del self._kinds[kind].in_flight[epoch]
+
+    def owe(self, kind: str, epoch: int, *, read: bool = True) -> None:
+        """End an operation whose receive step has not been launched.
+
+        Args:
+            kind: of operation.
+            epoch: of the operation.
+            read: whether peers may read this rank's rows of it.
+        """
+        state = self._kinds[kind]
+        operation = state.owed[epoch] = state.in_flight.pop(epoch)
+        if operation.windows is None:
+            operation.windows, operation.steps = state.windows, state.steps
+        if not read and operation.slot_was_free is not None:
+            self._combine_slot_free = operation.slot_was_free
+        windows = operation.windows
+        if windows is not None and not self.host_waits(windows.device):
+            self._receive_nothing(operation)
+            del state.owed[epoch]
 
     def abort(self, kind: str, epoch: int, error: BaseException) -> None:
         """Take part in ``epoch`` without data, because of ``error``."""
@@ -280,27 +380,44 @@ class RingProtocol:
             return  # the group is broken
         if not isinstance(error, (PeerAbortError, ArgumentMismatchError)):
             reason = error.problem if isinstance(error, MoeError) else repr(error)
-            self._post_handshake(kind, epoch, _ABORT, "", reason)
-        self.signal(kind, epoch, _ABORT)
-        self._end_undrained(kind, epoch)
+            self._post_handshake(kind, epoch, ABORT, "", reason)
+        state = self._kinds[kind]
+        operation = state.in_flight[epoch]
+        # A call that failed before its handshake aborts in the windows that its peers use.
+        windows, steps = operation.windows or state.windows, operation.steps or state.steps
+        if windows is not None and steps is not None:
+            steps.send_record(windows.steps, digest=operation.digest, status=ABORT)
+        self.signal(kind, epoch, ABORT)
+        self.owe(kind, epoch, read=False)
 
     def abort_peers(self, kind: str, op: str, error: MoeError) -> None:
         """Take the next epoch and abort it, because this rank rejects the call."""
-        if self.broken is None and not self._is_full(self._rings[kind]):
+        if self.broken is None and not self._is_full(self._kinds[kind]):
             self.abort(kind, self.acquire(kind, op), error)
 
-    def next_slot(self, kind: str) -> tuple[PeerWindows, int] | None:
-        """The windows and the slot of the next operation, if the slot may be written already."""
-        ring = self._rings[kind]
-        epoch = atomics.wrap(ring.last + 1)
-        undrained = atomics.wrap(epoch - self.in_flight) in ring.undrained
-        if ring.windows is None or undrained or self._is_full(ring):
-            return None
-        return ring.windows, self.slot(epoch)
+    @property
+    def combine_slot_free(self) -> bool:
+        """Whether the next combine may write to slot 0.
+
+        A whole dispatch lies between the last combine and now, on every rank: ranks issue the same
+        halves in the same order.
+        """
+        return self._combine_slot_free
+
+    def claim_combine_slot(self, epoch: int) -> None:
+        """Note that a combine sends rows."""
+        self._kinds["combine"].in_flight[epoch].slot_was_free = self._combine_slot_free
+        self._combine_slot_free = False
+
+    def borrowable_windows(self) -> PeerWindows | None:
+        """The combine windows, if rows for the next combine may be written to slot 0 already."""
+        state = self._kinds["combine"]
+        free = self._combine_slot_free and not state.in_flight
+        return state.windows if free else None
 
     def window_bytes(self, kind: str) -> int:
-        """Bytes of this rank's windows of ``kind``, all slots and flags included."""
-        windows = self._rings[kind].windows
+        """Bytes of this rank's windows of ``kind``, all slots and records included."""
+        windows = self._kinds[kind].windows
         return 0 if windows is None else windows.blocks[self.rank].data.numel()
 
     def slot(self, epoch: int) -> int:
@@ -308,7 +425,10 @@ class RingProtocol:
         return epoch % self.slots
 
     def raise_if_broken(self, op: str) -> None:
-        """Raise ``BrokenGroupError`` when an earlier wait timed out."""
+        """Raise ``BrokenGroupError`` when an earlier wait timed out, on the host or a device."""
+        for problem, notice in self._problems.values():
+            if self.broken is None and int(notice):
+                self._raise_problem(op, problem.tolist())
         if self.broken is not None:
             raise BrokenGroupError(
                 op,
@@ -316,85 +436,160 @@ class RingProtocol:
                 "call recover() on all ranks",
             )
 
-    def _is_full(self, ring: Ring) -> bool:
+    def _raise_problem(self, op: str, words: list[int]) -> None:
+        """Raise what a kernel that waited has reported."""
+        kind, epoch, rank = KINDS[words[KIND]], words[PROBLEM_EPOCH], words[PROBLEM_RANK]
+        if words[WHAT] == LATE:
+            problem = f"rank {rank} did not come within {self.timeout:g} s ({kind} {epoch})"
+            self._raise_timeout(op, (rank,), problem, None)
+        self.broken = f"rank {rank} sent no data ({kind} {epoch})"
+        message = self._read_handshake(rank, kind, epoch)
+        if message is not None and message.status & ABORT:
+            raise PeerAbortError(op, rank, message.reason)
+        own = self._read_handshake(self.rank, kind, epoch)
+        if message is not None and own is not None:
+            error = _mismatch(op, own.text, message.text, rank)
+            if error is not None:
+                raise error
+
+    def _problem(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """[PROBLEM_WORDS] int32 on a device and [1] in host memory, for all kinds."""
+        if device not in self._problems:
+            pinned = device.type == "cuda"
+            self._problems[device] = (
+                torch.zeros(PROBLEM_WORDS, dtype=torch.int32, device=device),
+                torch.zeros(1, dtype=torch.int32, pin_memory=pinned),
+            )
+        return self._problems[device]
+
+    def _is_full(self, state: KindState) -> bool:
         """Whether the next setup has to wait for a teardown."""
         # Compare epochs, not their number: an epoch that ended early still holds its slot.
-        oldest = next(iter(ring.in_flight), None)
-        return oldest is not None and atomics.wrap(ring.last + 1 - oldest) >= self.in_flight
+        oldest = next(iter(state.in_flight), None)
+        return oldest is not None and atomics.wrap(state.last + 1 - oldest) >= self.in_flight
+
+    def _drain(self, kind: str, op: str, last: int) -> None:
+        """Launch the receive steps owed to epochs up to ``last``, once all flags are there."""
+        state = self._kinds[kind]
+        while (epoch := next(iter(state.owed), None)) is not None:
+            if atomics.wrap(epoch - last) > 0:
+                break
+            for _ in self._poll_flags(kind, op, epoch):
+                pass
+            self._receive_nothing(state.owed[epoch])
+            del state.owed[epoch]
+
+    def _receive_nothing(self, operation: EpochState) -> None:
+        windows, steps = operation.windows, operation.steps
+        if windows is None or steps is None:
+            return  # handshakes stood for records
+        timeout = self.kernel_timeout(windows.device)
+        steps.recv_records(windows.steps, digest=operation.digest, timeout=timeout)
+        if not windows.steps.hard:
+            # The host knows about aborts, and has raised.
+            windows.steps.problem.zero_()
+            windows.steps.notice.zero_()
 
     # Flags.
 
-    def _end_undrained(self, kind: str, epoch: int) -> None:
-        ring = self._rings[kind]
-        ring.undrained[epoch] = ring.in_flight[epoch].windows or ring.windows
-        self.release(kind, epoch)
+    def _flag_address(self, rank: int, kind: str, epoch: int) -> int:
+        index = KINDS.index(kind) * self.slots + self.slot(epoch)
+        return self._control[rank].data.data_ptr() + _HEAD_BYTES + index * _FLAG_BYTES
 
-    def _drain(self, kind: str, epoch: int, op: str) -> None:
-        """Wait for the remaining flags of an epoch that ended early on this rank."""
-        windows, slot = self._rings[kind].undrained[epoch], self.slot(epoch)
-        addresses = {
-            source: self._handshake_address(source, kind, epoch)
-            if windows is None
-            else windows.flag_address(self.rank, slot, source)
-            for source in range(self.size)
-        }
-        for _ in self._poll_flags(kind, op, epoch, addresses):
-            pass
+    def _read_flags(self, kind: str, epoch: int) -> np.ndarray:
+        """[W, 4] the flags of all ranks in the slot of ``epoch``."""
+        index = KINDS.index(kind) * self.slots + self.slot(epoch)
+        return self._words[self._flags + index * _FLAG_WORDS]
 
     def _wait_flags(
-        self, kind: str, epoch: int, op: str, windows: PeerWindows
+        self, kind: str, epoch: int, op: str, operation: EpochState
     ) -> tuple[list[float], list[int]]:
         """Wait for all flags of ``epoch``; raise on an abort whose cause is known.
 
         Returns:
             Seconds until each flag arrived, and the ranks whose flag is an abort.
         """
-        slot, digest = self.slot(epoch), self._rings[kind].in_flight[epoch].digest
-        addresses = {
-            source: windows.flag_address(self.rank, slot, source) for source in range(self.size)
-        }
         aborted: list[int] = []
         waited = [0.0] * self.size
-        stream = windows.stream()
         start = time.monotonic()
-        for source in self._poll_flags(kind, op, epoch, addresses, retry=(kind, epoch)):
+        expected = (epoch, DATA, operation.digest, _stream(operation.windows))
+
+        def check(source: int) -> None:
+            flag = tuple(_words(self._flag_address(source, kind, epoch)))
+            if flag != expected and source not in aborted:
+                aborted.extend(self._check_flag(kind, epoch, op, source, flag, expected))
+
+        present = self._read_flags(kind, epoch)[:, 0] == epoch
+        if not present.all():
+            for source in present.nonzero()[0].tolist():
+                atomics.load_acquire(self._flag_address(source, kind, epoch))
+                check(source)
+        for source in self._poll_flags(kind, op, epoch, retry=(kind, epoch)):
             waited[source] = time.monotonic() - start
-            words = _words(addresses[source])
-            if words[1] == _ABORT:
-                aborted.append(source)
-            if words[1] == _ABORT or words[2] != digest:
-                self._raise_abort_cause(kind, epoch, op, source)
-            elif words[3] != stream:
-                self._end_undrained(kind, epoch)
-                raise SequenceError(
-                    op,
-                    "ranks that share a device must issue their operations on one stream, but "
-                    f"rank {source} used another than rank {self.rank}",
-                )
+            check(source)
+        if not (self._read_flags(kind, epoch) == expected).all():
+            for source in range(self.size):
+                check(source)
         return waited, aborted
 
-    def _poll_flags(
+    def _check_flag(
         self,
         kind: str,
-        op: str,
         epoch: int,
-        addresses: dict[int, int],
-        retry: tuple[str, int] | None = None,
+        op: str,
+        source: int,
+        flag: tuple[int, ...],
+        expected: tuple[int, ...],
+    ) -> list[int]:
+        """Raise the cause of an unexpected flag, or return its rank if it is an abort."""
+        if flag[1] == ABORT or flag[2] != expected[2]:
+            self._raise_abort_cause(kind, epoch, op, source)
+        elif flag[3] != expected[3]:
+            self.owe(kind, epoch)
+            raise SequenceError(
+                op,
+                "ranks that share a device must issue their operations on one stream, but "
+                f"rank {source} used another than rank {self.rank}",
+            )
+        return [source] if flag[1] == ABORT else []
+
+    def _poll_flags(
+        self, kind: str, op: str, epoch: int, retry: tuple[str, int] | None = None
     ) -> Iterator[int]:
-        """Yield each rank when ``epoch`` appears at its address."""
-        missing = dict(addresses)
+        """Yield each rank that was missing at first, when its flag of ``epoch`` appears.
+
+        With none missing nothing is yielded, and peers' earlier writes are visible all the same.
+        """
+        ahead = self._read_flags(kind, epoch)[:, 0] - np.int32(epoch)
+        arrived = ahead >= 0
+        if not atomics.LOADS_ACQUIRE:
+            for source in arrived.nonzero()[0].tolist():
+                atomics.load_acquire(self._flag_address(source, kind, epoch))
+        if ahead.any():
+            for source in (ahead > 0).nonzero()[0].tolist():
+                self._raise_overrun(op, source, atomics.wrap(epoch + int(ahead[source])), epoch)
+            late = (~arrived).nonzero()[0].tolist()
+            yield from self._poll_missing(kind, op, epoch, late, retry)
+
+    def _poll_missing(
+        self, kind: str, op: str, epoch: int, late: list[int], retry: tuple[str, int] | None
+    ) -> Iterator[int]:
+        missing = {source: self._flag_address(source, kind, epoch) for source in late}
         for _ in self._polls(op, kind, epoch, missing, retry):
             for source, address in list(missing.items()):
                 if atomics.wrap(atomics.load_relaxed(address) - epoch) < 0:
                     continue
                 seen = atomics.load_acquire(address)
                 if atomics.wrap(seen - epoch) > 0:
-                    # The ranks' epochs differ for good: another wait cannot repair this.
-                    self.broken = f"rank {source} is at operation {seen}, this rank at {epoch}"
-                    self._retry = None
-                    self.raise_if_broken(op)
+                    self._raise_overrun(op, source, seen, epoch)
                 del missing[source]
                 yield source
+
+    def _raise_overrun(self, op: str, source: int, seen: int, epoch: int) -> None:
+        """The ranks' epochs differ for good: another wait cannot repair this."""
+        self.broken = f"rank {source} is at operation {seen}, this rank at {epoch}"
+        self._retry = None
+        self.raise_if_broken(op)
 
     def _raise_abort_cause(self, kind: str, epoch: int, op: str, source: int) -> None:
         """Raise the reason of the abort of ``source``, if ``source`` caused it."""
@@ -402,14 +597,14 @@ class RingProtocol:
         if message is None:
             return
         error: MoeError | None = None
-        if message.status & _ABORT:
+        if message.status & ABORT:
             error = PeerAbortError(op, source, message.reason)
         else:
             own = self._read_handshake(self.rank, kind, epoch)
             assert own is not None
             error = _mismatch(op, own.text, message.text, source)
         if error is not None:
-            self._end_undrained(kind, epoch)
+            self.owe(kind, epoch, read=False)
             raise error
 
     def _polls(
@@ -497,25 +692,25 @@ class RingProtocol:
         self.broken = problem
         raise PeerTimeoutError(op, ranks, f"{problem}, in group {self.group.name!r}")
 
-    def _allocate(
-        self, kind: str, epoch: int, op: str, slot_bytes: int, device: torch.device
-    ) -> Block:
-        """Allocate this rank's windows; their flags hold the epoch before ``epoch``."""
-        num_bytes = ring_bytes(self.size, slot_bytes, self.in_flight)
+    def _allocate(self, kind: str, epoch: int, op: str, ring: Ring, device: torch.device) -> Block:
+        """Allocate this rank's windows; their records hold the epoch before ``epoch``."""
         try:
             if collective := self._collective_memory(device):
-                own = collective.allocate(num_bytes, device)
+                own = collective.allocate(ring.num_bytes, device)
             else:
-                flags = self.slots * flag_bytes(self.size)
-                own = self._memory.allocate(num_bytes, device, flags)
+                own = self._memory.allocate(ring.num_bytes, device)
         except (OSError, OverflowError, RuntimeError) as error:
             raise UnavailableError(
                 op,
-                f"the {kind} windows of rank {self.rank}, {self.slots} slots of {slot_bytes} bytes "
-                f"and {self.size} flags, {num_bytes} bytes in all, cannot be allocated: {error}",
+                f"the {kind} windows of rank {self.rank}, {ring.data_slots} slots of "
+                f"{ring.data_bytes} bytes and {ring.slots} of {ring.control_bytes} bytes, "
+                f"{ring.num_bytes} bytes in all, cannot be allocated: {error}",
             ) from error
         # Zero would be ahead of epochs that have wrapped to negative numbers.
-        clear_flags(own, self.size, self.slots, atomics.wrap(epoch - 1))
+        ring.clear(own.data, self.size, atomics.wrap(epoch - 1))
+        if device.type != "cpu":
+            # Peers may write as soon as they hear of the memory.
+            torch.get_device_module(device).current_stream(device).synchronize()
         return own
 
     def _collective_memory(self, device: torch.device) -> CollectiveMemory | None:
@@ -527,7 +722,8 @@ class RingProtocol:
 
     def _handshake_address(self, rank: int, kind: str, epoch: int) -> int:
         index = KINDS.index(kind) * self.slots + self.slot(epoch)
-        return self._control[rank].data.data_ptr() + _HEAD_BYTES + index * _ENTRY_BYTES
+        entries = _HEAD_BYTES + len(KINDS) * self.slots * _FLAG_BYTES
+        return self._control[rank].data.data_ptr() + entries + index * _ENTRY_BYTES
 
     def _post_handshake(self, kind: str, epoch: int, status: int, text: str, reason: str) -> None:
         """Write this rank's message about ``epoch``; an earlier text for the epoch stays."""
@@ -553,11 +749,8 @@ class RingProtocol:
         reason = ctypes.string_at(address + _REASON, words[3]).decode(errors="replace")
         return Handshake(status, text, reason)
 
-    def _compare_arguments(
-        self, kind: str, epoch: int, op: str, arguments: Mapping[str, Any]
-    ) -> dict[int, str]:
+    def _compare_arguments(self, kind: str, epoch: int, op: str, own: str) -> dict[int, str]:
         """Wait for all handshakes of ``epoch`` and compare; returns their texts by rank."""
-        own = json.dumps({"arguments": arguments})
         missing = {rank: self._handshake_address(rank, kind, epoch) for rank in range(self.size)}
         texts: dict[int, str] = {}
         for _ in self._polls(op, kind, epoch, missing):
@@ -577,15 +770,17 @@ class RingProtocol:
         return texts
 
     def _exchange_windows(
-        self, kind: str, epoch: int, op: str, arguments: Mapping[str, Any], own: Block
+        self, kind: str, epoch: int, op: str, agreed: str, own: Block
     ) -> list[Block]:
         """Open all ranks' new windows; return once every rank has opened them all."""
         blocks = {self.rank: own}
         failure: UnavailableError | None = None
         try:
-            texts = self._compare_arguments(kind, epoch, op, arguments)
+            texts = self._compare_arguments(kind, epoch, op, agreed)
             # After the comparison: a rank whose arguments differ has released its window.
-            handles = [json.loads(texts[rank])["window"] for rank in range(self.size)]
+            handles = [json.loads(texts[rank]).get("window") for rank in range(self.size)]
+            if None in handles:
+                self._raise_other_order(op, kind, handles.index(None))
             try:
                 if collective := self._collective_memory(own.data.device):
                     opened = self._open_together(collective, kind, epoch, op, own, handles)
@@ -596,7 +791,7 @@ class RingProtocol:
                             blocks[rank] = self._open(kind, op, rank, handle)
                 self._post_handshake(kind, epoch, _OPENED, "", "")
             except UnavailableError as error:
-                self._post_handshake(kind, epoch, _ABORT, "", error.problem)
+                self._post_handshake(kind, epoch, ABORT, "", error.problem)
                 failure = error
             self._await_opened(kind, epoch, op, failure)
         except BaseException as error:
@@ -606,6 +801,13 @@ class RingProtocol:
             _release_blocks([own, *(blocks[rank] for rank in lost if rank in blocks)])
             raise
         return [blocks[rank] for rank in range(self.size)]
+
+    def _raise_other_order(self, op: str, kind: str, rank: int) -> None:
+        raise SequenceError(
+            op,
+            "all ranks must issue the same halves of operations in the same order, but rank "
+            f"{rank} needs no larger {kind} windows where rank {self.rank} does",
+        )
 
     def _open_together(
         self,
@@ -628,7 +830,7 @@ class RingProtocol:
                 assert message is not None
                 if message.status & _OPENED:
                     del missing[rank]
-                elif message.status & _ABORT:
+                elif message.status & ABORT:
                     raise UnavailableError(op, f"rank {rank} failed: {message.reason}")
         problem = f"the {kind} windows of all ranks cannot be opened by rank {self.rank}: "
         if not opening.done(self.timeout):
@@ -664,7 +866,7 @@ class RingProtocol:
             for rank in list(missing):
                 message = self._read_handshake(rank, kind, epoch)
                 assert message is not None
-                if message.status == _DATA:
+                if message.status == DATA:
                     continue
                 del missing[rank]
                 # A rank that has opened them may fail afterwards; its flag reports that.
@@ -688,7 +890,7 @@ def _leave(own: Block, pidfds: dict[int, int], pid: int) -> None:
 
 def control_bytes(in_flight: int) -> int:
     """Size of a control block."""
-    return _HEAD_BYTES + len(KINDS) * num_slots(in_flight) * _ENTRY_BYTES
+    return _HEAD_BYTES + len(KINDS) * num_slots(in_flight) * (_FLAG_BYTES + _ENTRY_BYTES)
 
 
 def _mismatch(op: str, own_text: str, peer_text: str, rank: int) -> ArgumentMismatchError | None:
@@ -706,8 +908,18 @@ def _release_blocks(blocks: Iterable[Block]) -> None:
             stack.callback(block.release)
 
 
+def _stream(windows: PeerWindows | None) -> int:
+    """32 bits of the stream on which this thread uses the windows; 0 for host memory.
+
+    A stream runs work in the order of issue, so a flag may stand for issued work.
+    """
+    if windows is None or windows.device.type != "cuda":
+        return 0
+    return atomics.wrap(torch.cuda.current_stream(windows.device).cuda_stream)
+
+
 def _words(address: int) -> ctypes.Array[ctypes.c_int32]:
-    """The four words of a flag record or of the head of a handshake."""
+    """The four words of a flag or of the head of a handshake."""
     return (ctypes.c_int32 * 4).from_address(address)
 
 

@@ -3,53 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from ..errors import ReceiveOverflowError, RoutingMismatchError
-from ..layout import NOWHERE, DispatchHeader, RecvPermutation, RoutingCopies, RoutingPlan, RowFormat
-from ..topology import Topology
+from ..errors import ReceiveOverflowError
+from ..layout import NOWHERE, RecvPermutation, RoutingCopies, RoutingPlan, RowFormat
 from .transport import Call, CombineEpilogue, CombineInput, DispatchInput, Received, Traffic
 from .window import MoeConfig
 
 
-def plan_tokens(call: Call, tokens: DispatchInput) -> tuple[RoutingPlan, DispatchInput]:
-    """Plan this rank's tokens; the input comes back with its own ids and weights where it asks."""
-    ids, weights, num_experts = tokens.expert_ids, tokens.weights, call.config.topology.num_experts
+def copies_of(tokens: DispatchInput) -> tuple[RoutingCopies | None, DispatchInput]:
+    """Outputs for copies of the routing, where the input asks; and the input with the copies."""
+    ids, weights = tokens.expert_ids, tokens.weights
     if not tokens.copy_routing:
-        return call.steps.routing_plan(ids, num_experts), tokens
+        return None, tokens
     own_ids = torch.empty(ids.shape, dtype=torch.int32, device=ids.device)
     own_weights = None
     if weights is not None:
         own_weights = torch.empty(ids.shape, dtype=weights.dtype, device=ids.device)
-    plan = call.steps.routing_plan(ids, num_experts, RoutingCopies(own_ids, weights, own_weights))
     own = dataclasses.replace(tokens, expert_ids=own_ids, weights=own_weights, copy_routing=False)
-    return plan, own
+    return RoutingCopies(own_ids, weights, own_weights), own
 
 
-def write_tokens(
-    call: Call, rank: int, tokens: DispatchInput, rows: torch.Tensor, headers: list[DispatchHeader]
-) -> tuple[RoutingPlan, DispatchInput]:
-    """Plan this rank's tokens, write them into its rows and its headers; as ``plan_tokens``."""
-    topology = call.config.topology
-    plan, tokens = plan_tokens(call, tokens)
-    call.steps.stage_tokens(
-        tokens.x,
-        tokens.expert_ids,
-        tokens.weights,
-        tokens.smooth_scales,
-        call.config.row_format,
-        plan,
-        rows,
-        headers,
-        experts_per_rank=topology.experts_per_rank,
-        shared_targets=topology.shared_ranks_of(rank),
-        num_shared_ranks=topology.num_shared_ranks,
-    )
-    return plan, tokens
+def plan_tokens(call: Call, tokens: DispatchInput) -> tuple[RoutingPlan, DispatchInput]:
+    """Plan this rank's tokens; the input comes back with its own ids and weights where it asks."""
+    copies, own = copies_of(tokens)
+    num_experts = call.config.topology.num_experts
+    return call.steps.routing_plan(tokens.expert_ids, num_experts, copies), own
 
 
 def traffic(config: MoeConfig, tokens: DispatchInput) -> Traffic:
@@ -66,23 +48,6 @@ def traffic(config: MoeConfig, tokens: DispatchInput) -> Traffic:
     return Traffic(
         sent + shared, slot_ids - sent, (sent + shared) * stride, (slot_ids - sent) * stride
     )
-
-
-def received_counts(config: MoeConfig, rank: int, headers: DispatchHeader) -> torch.Tensor:
-    """[L, W] int32 rows for each local expert of ``rank`` from each source."""
-    topology = config.topology
-    if not topology.is_shared_rank(rank):
-        local = topology.local_experts(rank)
-        return headers.counts[:, local.start : local.stop].T.contiguous()
-    return headers.num_tokens.T * _serves(topology, rank, headers.counts.device)
-
-
-# Cached for good: graphs that replay kernels which read it do not keep it alive.
-@functools.cache
-def _serves(topology: Topology, rank: int, device: torch.device) -> torch.Tensor:
-    """[1, W] int32, 1 for each source whose tokens a shared rank serves."""
-    serves = [[topology.serves(rank, source) for source in range(topology.world_size)]]
-    return torch.tensor(serves, dtype=torch.int32, device=device)
 
 
 def capacity_of(call: Call, rank: int, tokens: DispatchInput) -> int | None:
@@ -206,64 +171,3 @@ def as_rows(
     rows = torch.empty((len(y), fmt.stride), dtype=torch.uint8, device=y.device)
     call.steps.encode(y, fmt, rows, count=count)
     return rows
-
-
-def check_returns(call: Call, rank: int, outputs: CombineInput, group_starts: torch.Tensor) -> None:
-    """Raise unless every rank returns as many rows as ``rank`` sent it, expert by expert.
-
-    Args:
-        call: the call.
-        rank: this rank, the source of the tokens.
-        outputs: its input to combine.
-        group_starts: [W, L, W + 1] of every rank, as in ``RecvPermutation``.
-    """
-    if call.fixed_shapes:
-        return
-    topology = call.config.topology
-    local, first = topology.experts_per_rank, topology.num_shared_ranks
-    counts = group_starts.diff(dim=2)
-    returned = counts[first:, :, rank].reshape(-1)
-    wrong = (returned != outputs.plan.counts).nonzero()
-    if len(wrong):
-        expert = int(wrong[0])
-        sent, got = int(outputs.plan.counts[expert]), int(returned[expert])
-        raise RoutingMismatchError(call.op, first + expert // local, f"expert {expert}", sent, got)
-    tokens = int((outputs.expert_ids != NOWHERE).any(1).sum())
-    for shared, holder in enumerate(topology.shared_ranks_of(rank)):
-        got = int(counts[holder, 0, rank])
-        if got != tokens:
-            raise RoutingMismatchError(call.op, holder, f"shared expert {shared}", tokens, got)
-
-
-def returned_rows(
-    call: Call,
-    rank: int,
-    outputs: CombineInput,
-    group_starts: torch.Tensor,
-    origins: torch.Tensor,
-    step: int,
-) -> torch.Tensor:
-    """[T, K + NS] int64 index of each token's combine rows.
-
-    Args:
-        call: the call.
-        rank: this rank, the source of the tokens.
-        outputs: its input to combine.
-        group_starts: [W, L, W + 1] of every rank, as in ``RecvPermutation``.
-        origins: [W] int64 index of each rank's first row.
-        step: indices from one row to the next.
-    """
-    config, topology = call.config, call.config.topology
-    return call.steps.combine_row_index(
-        group_starts,
-        outputs.plan,
-        outputs.expert_ids,
-        rank=rank,
-        num_shared_ranks=topology.num_shared_ranks,
-        shared_ranks=topology.shared_ranks_of(rank),
-        origins=origins,
-        step=step,
-        # The first rank has the capacity of all shared ranks, the last that of all others.
-        capacity=config.capacity(topology.world_size - 1),
-        shared_capacity=config.capacity(0),
-    )

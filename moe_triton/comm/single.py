@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 
 from ..errors import MoeError, SequenceError
+from ..layout import RoutingPlan
 from .packing import write_packed
 from .row_exchange import (
     as_rows,
@@ -17,7 +18,6 @@ from .row_exchange import (
     new_rows,
     padded,
     plan_tokens,
-    returned_rows,
     row_count,
 )
 from .transport import (
@@ -49,7 +49,7 @@ class SingleTransport:
         self._origins: dict[torch.device, torch.Tensor] = {}
 
     @outside_autograd
-    def prepare(self, call: Call, kind: str, slot_bytes: int) -> None:
+    def prepare(self, call: Call, kind: str) -> None:
         """Nothing to allocate or to compare."""
 
     @phase("dispatch send")
@@ -125,8 +125,18 @@ class SingleTransport:
         count = row_count(call, recv_permutation)
         fmt = call.config.return_format
         rows = as_rows(call, outputs.y[: len(recv_permutation.source)], count, fmt)
-        group_starts = recv_permutation.group_starts[None]
-        index = returned_rows(call, 0, outputs, group_starts, self._origin(rows.device), 1)
+        config = call.config
+        index = call.steps.combine_row_index(
+            recv_permutation.group_starts[None],
+            cast("RoutingPlan", outputs.plan),  # that of this rank, or of its handle
+            outputs.expert_ids,
+            rank=0,
+            num_shared_ranks=0,
+            shared_ranks=(),
+            origins=self._origin(rows.device),
+            capacity=config.capacity(0),
+            shared_capacity=config.capacity(0),
+        )
         return finish_rows(call, outputs, rows, index, finish)
 
     def _origin(self, device: torch.device) -> torch.Tensor:

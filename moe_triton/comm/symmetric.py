@@ -1,30 +1,24 @@
-"""Dispatch and combine over shared memory: ranks write rows, signal with flags, and peers read.
+"""Dispatch and combine over windows: ranks write their own rows, and their peers read them.
 
-The memory may be that of a device on which all ranks of a process work in one stream. There a flag
-says that the writes have been issued; the reads are issued after them.
+The memory may be that of the host, or of a device on which all ranks of a process work in one
+stream, or of the devices of several processes. ``ring_protocol`` says who waits for whom.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
-from ..errors import ArgumentValueError, MoeError
-from ..layout import RoutingPlan
+from ..errors import ArgumentValueError, MoeError, ReceiveOverflowError, RoutingMismatchError
+from ..layout import NOWHERE, ReceivedRows, RecvPermutation, SlotPositions
+from ..layout.windows import DATA, RECORD_BYTES
+from .memory import HOST
 from .packing import write_packed
 from .ring_protocol import RingProtocol
-from .row_exchange import (
-    check_overflow,
-    check_returns,
-    finish_rows,
-    receive,
-    received_counts,
-    returned_rows,
-    row_count,
-    write_tokens,
-)
+from .row_exchange import copies_of
 from .transport import (
     Call,
     CombineEpilogue,
@@ -36,21 +30,29 @@ from .transport import (
     phase,
     profiled,
 )
-from .window import MoeConfig, PeerWindows, header_of
+from .window import MoeConfig, PeerWindows, bytes_ring
 
 _T = TypeVar("_T")
 _Input = TypeVar("_Input")
 
 
-class _Dispatched(NamedTuple):
-    """State of a dispatch between its phases."""
+@dataclasses.dataclass(frozen=True)
+class _Sent:
+    """State of an operation between its phases.
 
-    plan: RoutingPlan
+    Attributes:
+        windows: of all ranks.
+        digest: of the arguments.
+        positions: of the slots of a dispatch.
+    """
+
     windows: PeerWindows
+    digest: int
+    positions: SlotPositions | None = None
 
 
 class SymmetricTransport:
-    """The transport "local" or "shm": windows that all ranks of the group read and write."""
+    """The transport "local" or "shm": windows that all ranks of the group read."""
 
     def __init__(self, protocol: RingProtocol) -> None:
         self.name = "local" if protocol.group.in_process else "shm"
@@ -59,223 +61,307 @@ class SymmetricTransport:
         self._rank = protocol.rank
 
     @outside_autograd
-    def prepare(self, call: Call, kind: str, slot_bytes: int) -> None:
+    def prepare(self, call: Call, kind: str) -> None:
         """Allocate the windows of ``kind`` by an operation without data."""
-        epoch = self._protocol.acquire(kind, call.op)
+        protocol, op = self._protocol, call.op
+        ring = call.config.ring(kind, protocol.in_flight)
+        epoch = protocol.acquire(kind, op)
         try:
-            self._protocol.handshake(kind, epoch, call.op, call.arguments, slot_bytes, call.device)
+            windows, digest = protocol.handshake(
+                kind, epoch, op, call.arguments, ring, call.steps, call.device
+            )
+            call.steps.send_record(windows.steps, digest=digest, status=DATA)
         except BaseException as error:
-            self._protocol.abort(kind, epoch, error)
+            protocol.abort(kind, epoch, error)
             raise
-        self._protocol.signal(kind, epoch)
-        self._protocol.wait(kind, epoch, call.op)
-        self._protocol.release(kind, epoch)
+        protocol.signal(kind, epoch)
+        protocol.wait(kind, epoch, op)
+        timeout = protocol.kernel_timeout(windows.device)
+        call.steps.recv_records(windows.steps, digest=digest, timeout=timeout)
+        protocol.release(kind, epoch)
 
     @phase("dispatch send")
     def dispatch_send(self, call: Call, tokens: DispatchInput) -> Pending[DispatchInput]:
-        """Write the tokens and their headers; waits for peers only while arguments are new."""
-        protocol, layout = self._protocol, call.config.dispatch
+        """Write the tokens and a record; waits for peers only while arguments are new."""
+        protocol, config = self._protocol, call.config
         epoch = protocol.acquire("dispatch", call.op)
-        slot = protocol.slot(epoch)
         try:
-            windows = protocol.handshake(
-                "dispatch", epoch, call.op, call.arguments, layout.num_bytes, call.device
+            windows, digest = protocol.handshake(
+                "dispatch",
+                epoch,
+                call.op,
+                call.arguments,
+                config.ring("dispatch", protocol.in_flight),
+                call.steps,
+                call.device,
             )
-            headers = [
-                header_of(windows.view(owner, slot, layout, layout.headers), self._rank)
-                for owner in range(protocol.size)
-            ]
-            rows = windows.view(self._rank, slot, layout, layout.rows)
-            plan, tokens = write_tokens(call, self._rank, tokens, rows, headers)
+            copies, own = copies_of(tokens)
+            positions = call.steps.dispatch_send(
+                windows.steps,
+                config.layout,
+                tokens.x,
+                tokens.expert_ids,
+                tokens.weights if config.with_weights else None,
+                tokens.smooth_scales,
+                copies,
+                digest=digest,
+            )
         except BaseException as error:
             protocol.abort("dispatch", epoch, error)
             raise
         protocol.signal("dispatch", epoch)
-        return Pending(self, call, tokens, epoch, _Dispatched(plan, windows))
+        return Pending(self, call, own, epoch, _Sent(windows, digest, positions))
 
     @phase("dispatch recv")
     def dispatch_recv(self, pending: Pending[DispatchInput]) -> Received:
         """Wait for all ranks' tokens and gather those for this rank."""
-        protocol, call, layout = self._protocol, pending.call, pending.call.config.dispatch
-        assert isinstance(pending.state, _Dispatched)
-        plan, windows = pending.state
-        self._wait("dispatch", pending)
-        slot, stride = protocol.slot(pending.epoch), call.config.row_format.stride
+        protocol, call, sent = self._protocol, pending.call, self._wait("dispatch", pending)
         try:
-            headers = windows.view(self._rank, slot, layout, layout.headers)
-            global_rows = windows.global_rows(slot, layout.rows_start, stride)
-            config, rank = call.config, self._rank
-            check_overflow(call, lambda rank: received_counts(config, rank, headers))
-            counts = received_counts(config, rank, headers)
-            lists = headers.slot_ids, headers.weights
-            tokens, rows = pending.data, global_rows._asdict()
-            return receive(call, rank, tokens, plan, counts, *lists, **rows)
-        finally:
-            protocol.release("dispatch", pending.epoch)
+            rows = self._receive_rows(call, pending.data, sent)
+        except BaseException:
+            protocol.owe("dispatch", pending.epoch)
+            raise
+        protocol.release("dispatch", pending.epoch)
+        assert sent.positions is not None
+        return _received(call, rows, sent.positions)
+
+    def _receive_rows(self, call: Call, tokens: DispatchInput, sent: _Sent) -> ReceivedRows:
+        windows, layout = sent.windows.steps, call.config.layout
+        timeout = self._protocol.kernel_timeout(sent.windows.device)
+        num_rows, limit = tokens.num_rows, call.config.max_rows
+        if num_rows is None or (limit is not None and not _capturing(call.device)):
+            totals = call.steps.dispatch_totals(
+                windows, layout, digest=sent.digest, timeout=timeout
+            ).tolist()
+            _check_overflow(call, totals[:-1])
+            num_rows = totals[-1] if num_rows is None else num_rows
+        return call.steps.dispatch_recv(
+            windows,
+            layout,
+            num_rows,
+            tokens.load,
+            totals_dtype=tokens.totals_dtype,
+            digest=sent.digest,
+            timeout=timeout,
+        )
 
     @phase("combine send")
-    def combine_send(self, call: Call, outputs: CombineInput) -> Pending[CombineInput]:
-        """Write the experts' rows, unless they are in the window already, and the group starts."""
-        protocol, layout = self._protocol, call.config.combine
+    def combine_send(self, call: Call, inputs: CombineInput) -> Pending[CombineInput]:
+        """Write the experts' rows, unless they are in the window already, and a record."""
+        protocol, config = self._protocol, call.config
         epoch = protocol.acquire("combine", call.op)
-        slot = protocol.slot(epoch)
         try:
-            windows = protocol.handshake(
-                "combine", epoch, call.op, call.arguments, layout.num_bytes, call.device
+            in_a_row = not protocol.combine_slot_free
+            windows, digest = protocol.handshake(
+                "combine",
+                epoch,
+                call.op,
+                call.arguments,
+                config.ring("combine", protocol.in_flight, in_a_row=in_a_row),
+                call.steps,
+                call.device,
             )
-            rows = windows.view(self._rank, slot, layout, layout.rows)
-            self._put_rows(call, windows, rows, outputs)
-            group_starts = outputs.recv_permutation.group_starts
-            windows.view(self._rank, slot, layout, layout.group_starts)[: len(group_starts)] = (
-                group_starts
+            y = self._rows_to_send(call, windows, inputs)
+            protocol.claim_combine_slot(epoch)
+            permutation = inputs.recv_permutation
+            call.steps.combine_send(
+                windows.steps,
+                config.layout,
+                y,
+                permutation.group_starts,
+                permutation.offsets[-1:] if call.fixed_shapes else None,
+                digest=digest,
             )
         except BaseException as error:
             protocol.abort("combine", epoch, error)
             raise
         protocol.signal("combine", epoch)
-        return Pending(self, call, outputs, epoch, windows)
+        return Pending(self, call, inputs, epoch, _Sent(windows, digest))
 
-    def _put_rows(
-        self, call: Call, windows: PeerWindows, rows: torch.Tensor, outputs: CombineInput
-    ) -> None:
-        """Write the experts' rows into the window, unless they have been written there."""
-        y = outputs.y[: outputs.recv_permutation.source.numel()]
-        in_window = windows.holds(self._rank, y)
-        if in_window and not outputs.borrowed:
+    def _rows_to_send(
+        self, call: Call, windows: PeerWindows, inputs: CombineInput
+    ) -> torch.Tensor | None:
+        """[n, H] rows to copy into the window; None where they have been written there."""
+        y = inputs.y[: inputs.recv_permutation.source.numel()]
+        if not windows.holds(self._rank, y):
+            return y
+        if not inputs.borrowed:
             contract = "not be output_rows() from before another combine, which voids them"
             raise ArgumentValueError(call.op, "y", contract, "other rows of the window")
-        fmt = call.config.return_format
-        place = fmt.payload(rows)
-        if in_window and (y.data_ptr(), y.stride()) == (place.data_ptr(), place.stride()):
-            return
-        # Elsewhere in the window, source and target might overlap.
-        count = row_count(call, outputs.recv_permutation)
-        call.steps.encode(y.clone() if in_window else y, fmt, rows[: len(y)], count=count)
+        place = call.config.layout.output_rows(windows.steps, len(y))
+        if (y.data_ptr(), y.stride()) == (place.data_ptr(), place.stride()):
+            return None
+        return y.clone()  # source and target might overlap
 
     @phase("combine recv")
-    def combine_recv(self, pending: Pending[CombineInput], finish: CombineEpilogue) -> torch.Tensor:
+    def combine_recv(
+        self, pending: Pending[CombineInput], epilogue: CombineEpilogue
+    ) -> torch.Tensor:
         """Wait for all ranks' rows and compute each token's weighted sum from their windows."""
-        protocol, call, layout = self._protocol, pending.call, pending.call.config.combine
-        windows = pending.state
-        assert isinstance(windows, PeerWindows)
-        self._wait("combine", pending)
-        slot, outputs = protocol.slot(pending.epoch), pending.data
+        protocol, call, sent = self._protocol, pending.call, self._wait("combine", pending)
+        inputs, config = pending.data, call.config
+        ids, plan = inputs.expert_ids, inputs.plan
+        shape = (len(ids), config.num_slots) if epilogue.apart else (len(ids),)
         try:
-            group_starts = torch.stack(
-                [
-                    windows.view(owner, slot, layout, layout.group_starts)
-                    for owner in range(protocol.size)
-                ]
+            if not call.fixed_shapes:
+                self._check_returns(call, inputs, sent, pending.epoch)
+            out = inputs.y.new_empty((*shape, config.hidden))
+            call.steps.combine_recv(
+                sent.windows.steps,
+                config.layout,
+                ids,
+                SlotPositions(plan.counts, plan.position_in_expert),
+                None if epilogue.apart else inputs.weights,
+                None if epilogue.apart else epilogue.special,
+                None if epilogue.apart else epilogue.addend,
+                out,
+                None if epilogue.apart else epilogue.norm,
+                digest=sent.digest,
+                timeout=protocol.kernel_timeout(sent.windows.device),
             )
-            check_returns(call, self._rank, outputs, group_starts)
-            stride = call.config.return_format.stride
-            rows, origins, step = windows.global_rows(slot, layout.rows_start, stride)
-            index = returned_rows(call, self._rank, outputs, group_starts, origins, step)
-            return finish_rows(call, outputs, rows, index, finish)
-        finally:
-            protocol.release("combine", pending.epoch)
+        except BaseException:
+            protocol.owe("combine", pending.epoch)
+            raise
+        protocol.release("combine", pending.epoch)
+        return out
+
+    def _check_returns(self, call: Call, inputs: CombineInput, sent: _Sent, epoch: int) -> None:
+        """Raise unless every rank returns as many rows as this one sent it, expert by expert."""
+        windows, layout = sent.windows, call.config.layout
+        world, local = layout.world_size, layout.experts_per_rank
+        start = windows.ring.record(epoch, 0) + world * RECORD_BYTES
+        data = windows.blocks[self._rank].data[start : start + world * layout.combine_number_bytes]
+        counts = data.view(torch.int32).view(world, -1)[:, local : 2 * local]
+        first = layout.num_shared_ranks
+        returned, sent_counts = counts[first:].reshape(-1), inputs.plan.counts
+        if not torch.equal(returned, sent_counts):
+            expert = int((returned != sent_counts).nonzero()[0])
+            raise RoutingMismatchError(
+                call.op,
+                first + expert // local,
+                f"expert {expert}",
+                int(sent_counts[expert]),
+                int(returned[expert]),
+            )
+        if layout.num_shared_experts:
+            tokens = int((inputs.expert_ids != NOWHERE).any(1).sum())
+            for shared, holder in enumerate(layout.shared_ranks_of(self._rank)):
+                got = int(counts[holder, 0])
+                if got != tokens:
+                    target = f"shared expert {shared}"
+                    raise RoutingMismatchError(call.op, holder, target, tokens, got)
 
     @phase("gather send")
     def all_gather_send(
         self, call: Call, parts: Sequence[torch.Tensor], num_bytes: int
     ) -> Pending[None]:
         """Write the parts into this rank's window."""
-        protocol = self._protocol
-        epoch = protocol.acquire("gather", call.op)
-        slot = protocol.slot(epoch)
-        try:
-            windows = protocol.handshake(
-                "gather", epoch, call.op, call.arguments, num_bytes, call.device
-            )
-            write_packed(windows.data(self._rank, slot), parts)
-        except BaseException as error:
-            protocol.abort("gather", epoch, error)
-            raise
-        protocol.signal("gather", epoch)
-        return Pending(self, call, None, epoch, windows)
+        arguments, device = call.arguments, call.device
+        epoch, sent = self._send_bytes(call.op, "gather", arguments, num_bytes, parts, device)
+        return Pending(self, call, None, epoch, sent)
 
     @phase("gather recv")
     def all_gather_recv(
         self, pending: Pending[None], consume: Callable[[list[torch.Tensor]], _T]
     ) -> _T:
         """Wait for all ranks and read their windows."""
-        protocol, windows = self._protocol, pending.state
-        assert isinstance(windows, PeerWindows)
-        self._wait("gather", pending)
-        slot = protocol.slot(pending.epoch)
-        try:
-            return consume([windows.data(owner, slot) for owner in range(protocol.size)])
-        finally:
-            protocol.release("gather", pending.epoch)
+        sent = self._wait("gather", pending)
+        return self._read_bytes("gather", pending.epoch, sent.windows, consume)
 
-    def _wait(self, kind: str, pending: Pending[_Input]) -> None:
+    def _send_bytes(
+        self,
+        op: str,
+        kind: str,
+        arguments: Mapping[str, object],
+        num_bytes: int,
+        parts: Sequence[torch.Tensor],
+        device: torch.device,
+    ) -> tuple[int, _Sent]:
+        """Write parts into this rank's slot of ``num_bytes``; returns the epoch."""
+        protocol = self._protocol
+        ring = bytes_ring(protocol.size, num_bytes, protocol.in_flight)
+        epoch = protocol.acquire(kind, op)
+        try:
+            windows, digest = protocol.handshake(kind, epoch, op, arguments, ring, None, device)
+            write_packed(windows.data(self._rank, protocol.slot(epoch)), parts)
+        except BaseException as error:
+            protocol.abort(kind, epoch, error)
+            raise
+        protocol.signal(kind, epoch)
+        return epoch, _Sent(windows, digest)
+
+    def _read_bytes(
+        self,
+        kind: str,
+        epoch: int,
+        windows: PeerWindows,
+        consume: Callable[[list[torch.Tensor]], _T],
+    ) -> _T:
+        """``consume`` of the slots of all ranks, after the wait."""
+        slot = self._protocol.slot(epoch)
+        try:
+            return consume([windows.data(owner, slot) for owner in range(self._protocol.size)])
+        finally:
+            self._protocol.release(kind, epoch)
+
+    def _wait(self, kind: str, pending: Pending[_Input]) -> _Sent:
+        sent = pending.state
+        assert isinstance(sent, _Sent)
         with profiled(pending.call.op, f"{kind} wait", self.group_name):
             pending.waited = self._protocol.wait(kind, pending.epoch, pending.call.op)
+        return sent
 
     @outside_autograd
     def output_rows(self, config: MoeConfig, num_rows: int) -> torch.Tensor | None:
-        """The next combine's slot, so that experts can write their rows in place."""
-        layout, fmt = config.combine, config.return_format
-        free = self._protocol.next_slot("combine")
-        if free is None or fmt.scale_offset is not None:
+        """Rows of the next combine's slot, so that experts can write them in place."""
+        windows = self._protocol.borrowable_windows()
+        needed = config.ring("combine", self._protocol.in_flight)
+        if windows is None or config.return_format.scale_offset is not None:
             return None
-        windows, slot = free
-        rows: torch.Tensor = windows.view(self._rank, slot, layout, layout.rows)
-        return fmt.payload(rows)[:num_rows]
+        if not windows.serves(needed, windows.device):
+            return None
+        return config.layout.output_rows(windows.steps, num_rows)
 
     @outside_autograd
     def all_to_all_v(self, op: str, x: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
         """Exchange counts through one operation, then rows through a second."""
-        row_bytes = x.shape[1]
-        table = torch.tensor(counts, dtype=torch.int64, device=x.device).view(torch.uint8)
-        sizes = [8 * self._protocol.size] * self._protocol.size
+        row_bytes, world, rank = x.shape[1], self._protocol.size, self._rank
         arguments = {"op": op, "row_bytes": row_bytes}
-        all_counts = torch.stack(
-            self._exchange(op, arguments, [table] * self._protocol.size, sizes, sizes[0])
-        )
-        matrix = all_counts.view(torch.int64)
-        largest = int(matrix.max()) * row_bytes
+        table = torch.tensor(counts, dtype=torch.int64)
+
+        def read_counts(slots: list[torch.Tensor]) -> torch.Tensor:
+            return torch.stack([slot[: 8 * world] for slot in slots]).view(torch.int64)
+
+        matrix = self._exchange(op, arguments, 8 * world, table, HOST, read_counts)
+        largest = int(matrix.sum(1).max()) * row_bytes
         # A power of two, so that windows grow only a few times.
         capacity = 1 << max(largest - 1, 4095).bit_length()
-        parts = [part.reshape(-1) for part in x.split(counts)]
-        received = [int(rows) * row_bytes for rows in matrix[:, self._rank]]
-        arguments = {**arguments, "capacity": capacity}
-        return self._exchange(op, arguments, parts, received, capacity)
+        sizes = (matrix[:, rank] * row_bytes).tolist()
+        ends = (matrix.cumsum(1)[:, rank] * row_bytes).tolist()
+
+        def read_rows(slots: list[torch.Tensor]) -> list[torch.Tensor]:
+            rows = zip(slots, ends, sizes, strict=True)
+            return [slot[end - size : end].clone() for slot, end, size in rows]
+
+        arguments["capacity"] = capacity
+        return self._exchange(op, arguments, capacity, x.reshape(-1), x.device, read_rows)
 
     def _exchange(
         self,
         op: str,
-        arguments: dict[str, object],
-        parts: list[torch.Tensor],
-        sizes: list[int],
-        capacity: int,
-    ) -> list[torch.Tensor]:
-        """Send ``parts[r]`` to rank r; return the ``sizes[r]`` bytes received from each rank r."""
-        protocol = self._protocol
-        epoch = protocol.acquire("exchange", op)
-        try:
-            num_bytes, device = protocol.size * capacity, parts[0].device
-            windows = protocol.handshake("exchange", epoch, op, arguments, num_bytes, device)
-            slot = protocol.slot(epoch)
-            for rank, part in enumerate(parts):
-                start = self._rank * capacity
-                windows.data(rank, slot)[start : start + part.numel()] = part
-        except BaseException as error:
-            protocol.abort("exchange", epoch, error)
-            raise
-        protocol.signal("exchange", epoch)
-        protocol.wait("exchange", epoch, op)
-        own = windows.data(self._rank, slot)
-        try:
-            return [
-                own[rank * capacity : rank * capacity + size].clone()
-                for rank, size in enumerate(sizes)
-            ]
-        finally:
-            protocol.release("exchange", epoch)
+        arguments: Mapping[str, object],
+        num_bytes: int,
+        part: torch.Tensor,
+        device: torch.device,
+        read: Callable[[list[torch.Tensor]], _T],
+    ) -> _T:
+        """Show ``part`` to all ranks; ``read`` gets theirs."""
+        epoch, sent = self._send_bytes(op, "exchange", arguments, num_bytes, [part], device)
+        self._protocol.wait("exchange", epoch, op)
+        return self._read_bytes("exchange", epoch, sent.windows, read)
 
     def window_bytes(self, kind: str) -> int:
-        """Bytes of this rank's windows, all slots and flags included."""
+        """Bytes of this rank's windows, all slots and records included."""
         return self._protocol.window_bytes(kind)
 
     def abort_peers(self, kind: str, op: str, error: MoeError) -> None:
@@ -289,3 +375,37 @@ class SymmetricTransport:
     def close(self) -> None:
         """Release the windows."""
         self._protocol.close()
+
+
+def _capturing(device: torch.device) -> bool:
+    """Whether a graph captures the calls, which the host then cannot ask for counts."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _check_overflow(call: Call, totals: list[int]) -> None:
+    """Raise on every rank alike when any rank receives more rows than the call allows."""
+    limit = call.config.max_rows
+    if limit is not None:
+        for rank, rows in enumerate(totals):
+            if rows > limit:
+                raise ReceiveOverflowError(call.op, rank, rows, limit)
+
+
+def _received(call: Call, rows: ReceivedRows, positions: SlotPositions) -> Received:
+    source, slot_ids = rows.source, rows.slot_ids
+    if not call.fixed_shapes:
+        n = int(rows.offsets[-1])
+        source, slot_ids = source[:n], slot_ids[:n]
+    permutation = RecvPermutation(
+        source, None, rows.recv_counts_cumsum, rows.offsets, rows.group_starts
+    )
+    return Received(
+        rows.x,
+        rows.scales,
+        rows.weights,
+        rows.counts,
+        permutation,
+        slot_ids,
+        rows.totals,
+        positions,
+    )

@@ -39,7 +39,84 @@ _T = TypeVar("_T")
 _Input = TypeVar("_Input")
 
 
-class DeviceSteps(Protocol):
+class WindowSteps(Protocol):
+    """The device steps of windows; ``moe_triton.ref`` defines what each computes."""
+
+    def dispatch_send(
+        self,
+        windows: Windows,
+        layout: ExchangeLayout,
+        x: Tensor,
+        expert_ids: Tensor,
+        weights: Tensor | None,
+        smooth_scales: Tensor | None,
+        copies: RoutingCopies | None,
+        /,
+        *,
+        digest: int,
+    ) -> SlotPositions:
+        """Write this rank's tokens into its window, and its record to every rank."""
+
+    def dispatch_totals(
+        self, windows: Windows, layout: ExchangeLayout, /, *, digest: int, timeout: float
+    ) -> Tensor:
+        """Wait for all ranks' records; count the rows that each rank receives."""
+
+    def dispatch_recv(
+        self,
+        windows: Windows,
+        layout: ExchangeLayout,
+        num_rows: int,
+        load: Tensor | None,
+        /,
+        *,
+        totals_dtype: torch.dtype,
+        digest: int,
+        timeout: float,
+    ) -> ReceivedRows:
+        """Wait for all ranks' records and gather the rows for this rank."""
+
+    def combine_send(
+        self,
+        windows: Windows,
+        layout: ExchangeLayout,
+        y: Tensor | None,
+        group_starts: Tensor,
+        count: Tensor | None,
+        /,
+        *,
+        digest: int,
+    ) -> None:
+        """Write the experts' rows into this rank's window, and its record to every rank."""
+
+    def combine_recv(
+        self,
+        windows: Windows,
+        layout: ExchangeLayout,
+        expert_ids: Tensor,
+        positions: SlotPositions,
+        weights: Tensor | None,
+        zero_computation: ZeroComputationExperts | None,
+        addend: Tensor | None,
+        out: Tensor,
+        norm: Norm | None,
+        /,
+        *,
+        digest: int,
+        timeout: float,
+    ) -> None:
+        """Wait for all ranks' records and sum the rows of each token from the windows."""
+
+    def send_record(self, windows: Windows, /, *, digest: int, status: int, extra: int = 0) -> None:
+        """Write this rank's record to every rank, without data."""
+
+    def recv_records(
+        self, windows: Windows, /, *, digest: int, timeout: float, peek: bool = False
+    ) -> None:
+        """Wait for all ranks' records."""
+
+
+class DeviceSteps(WindowSteps, Protocol):
     """The device steps of a transport; ``moe_triton.ref`` defines what each computes.
 
     ``gather_rows`` and ``weighted_sum`` gather from one tensor by index. That tensor spans the
@@ -165,79 +242,6 @@ class DeviceSteps(Protocol):
     def add_rows(self, own: Tensor, peer: Tensor, out: Tensor, /) -> None:
         """Add two halves of a row that two ranks hold."""
 
-    def dispatch_send(
-        self,
-        windows: Windows,
-        layout: ExchangeLayout,
-        x: Tensor,
-        expert_ids: Tensor,
-        weights: Tensor | None,
-        smooth_scales: Tensor | None,
-        copies: RoutingCopies | None,
-        /,
-        *,
-        digest: int,
-    ) -> SlotPositions:
-        """Write this rank's tokens into its window, and its record to every rank."""
-
-    def dispatch_totals(
-        self, windows: Windows, layout: ExchangeLayout, /, *, digest: int, timeout: float
-    ) -> Tensor:
-        """Wait for all ranks' records; count the rows that each rank receives."""
-
-    def dispatch_recv(
-        self,
-        windows: Windows,
-        layout: ExchangeLayout,
-        num_rows: int,
-        load: Tensor | None,
-        /,
-        *,
-        totals_dtype: torch.dtype,
-        digest: int,
-        timeout: float,
-    ) -> ReceivedRows:
-        """Wait for all ranks' records and gather the rows for this rank."""
-
-    def combine_send(
-        self,
-        windows: Windows,
-        layout: ExchangeLayout,
-        y: Tensor | None,
-        group_starts: Tensor,
-        count: Tensor | None,
-        /,
-        *,
-        digest: int,
-    ) -> None:
-        """Write the experts' rows into this rank's window, and its record to every rank."""
-
-    def combine_recv(
-        self,
-        windows: Windows,
-        layout: ExchangeLayout,
-        expert_ids: Tensor,
-        positions: SlotPositions,
-        weights: Tensor | None,
-        zero_computation: ZeroComputationExperts | None,
-        addend: Tensor | None,
-        out: Tensor,
-        norm: Norm | None,
-        /,
-        *,
-        digest: int,
-        timeout: float,
-    ) -> None:
-        """Wait for all ranks' records and sum the rows of each token from the windows."""
-
-    def send_record(self, windows: Windows, /, *, digest: int, status: int, extra: int = 0) -> None:
-        """Write this rank's record to every rank, without data."""
-
-    def recv_records(
-        self, windows: Windows, /, *, digest: int, timeout: float, peek: bool = False
-    ) -> None:
-        """Wait for all ranks' records."""
-
     def weighted_sum(
         self,
         rows: Tensor,
@@ -344,7 +348,7 @@ class Received:
         recv_permutation: the numbering of the n rows.
         slot_ids: [n] int32 slot of each row in its source, token * (K + NS) + slot.
         totals: [L] rows of each local expert, without padding.
-        plan: of this rank's own tokens.
+        plan: of this rank's own tokens, or their positions alone.
     """
 
     x: Tensor
@@ -354,7 +358,7 @@ class Received:
     recv_permutation: RecvPermutation
     slot_ids: Tensor
     totals: Tensor
-    plan: RoutingPlan
+    plan: RoutingPlan | SlotPositions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,7 +369,7 @@ class CombineInput:
         y: [A, H] expert outputs in the order of dispatch.
         recv_permutation: dispatch's numbering of the rows.
         expert_ids: [T, K] int32 of this rank's tokens.
-        plan: their plan.
+        plan: their plan, or their positions alone.
         weights: [T, K] of the configuration's ``weight_dtype``, or None for all 1.
         borrowed: y may be the zero-copy combine buffer, which ``output_rows`` returned since the
             last combine.
@@ -374,7 +378,7 @@ class CombineInput:
     y: Tensor
     recv_permutation: RecvPermutation
     expert_ids: Tensor
-    plan: RoutingPlan
+    plan: RoutingPlan | SlotPositions
     weights: Tensor | None
     borrowed: bool = False
 
@@ -473,7 +477,7 @@ class Transport(Protocol):
     name: str
     group_name: str
 
-    def prepare(self, call: Call, kind: str, slot_bytes: int, /) -> None:
+    def prepare(self, call: Call, kind: str, /) -> None:
         """Compare the arguments and allocate the windows of ``kind``, on all ranks together."""
 
     def dispatch_send(self, call: Call, tokens: DispatchInput, /) -> Pending[DispatchInput]:

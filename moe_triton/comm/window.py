@@ -1,20 +1,15 @@
-"""Windows, memory that all ranks of a group can access: layout, size and the ring of slots.
+"""Windows, memory of each rank that all ranks of a group read: sizes, slots and addresses.
 
-Each rank has a window for each kind of operation, split into ``slots`` equal parts that operations
-use in turn. A slot begins with one flag record per source, four int32 words (epoch, status, digest
-of the arguments, stream of the device), followed by the data of the kind. Windows in device memory
-have their flags in host memory; the flag area of the slot is then unused.
-
-    dispatch   [W] headers (token count, counts[E], slot_ids[C], weights[C]); [R] rows
-    combine    [L, W + 1] the first row of each (local expert, source); [A] rows
-    gather     bytes, one part for all ranks
-    exchange   [W] bytes, one part for each rank
-
-The sources write flags and everything with one part per source; the owner writes rows and group
-starts, and the peers read them. In host memory a load from a peer's window costs as much as one
-from the own window (measured on one memory node), so a row is written once, in its owner's window,
-and every rank that needs it gathers it from there. A combine window is therefore as large as the
+``layout/windows.py`` says what lies where in a window. Here is how many slots a window has, and how
+one rank sees the windows of all ranks. A row is written once, in its owner's window, and every rank
+that needs it gathers it from there: in host memory a load from a peer's window costs as much as one
+from the own window (measured on one memory node). A combine window is therefore as large as the
 most rows a rank can receive; the system commits its pages as rows are written.
+
+Kinds without device steps of their own lay bytes into the data slots:
+
+    gather     one part for all ranks
+    exchange   [W] int64 rows for each rank, then the rows, in the order of the ranks
 """
 
 from __future__ import annotations
@@ -22,21 +17,16 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
-from ..layout import DispatchHeader, RowFormat, align
+from ..layout import ExchangeLayout, Ring, RowFormat, Windows, align
+from ..layout.windows import RECEIVED, RECORD_BYTES, SENT, STATE_WORDS
 from ..topology import Topology
-from . import atomics
 from .memory import Block
 
-FLAG_WORDS = 4
-FLAG_BYTES = 4 * FLAG_WORDS
 RETURN_BLOCK = 8  # elements that share a scale in quantised combine rows
-_MAX_VIEWS = 1024  # views cached by PeerWindows
 
 
 def num_slots(in_flight: int) -> int:
@@ -47,6 +37,15 @@ def num_slots(in_flight: int) -> int:
     of two, so that slot = epoch % slots stays correct when the 32-bit epoch wraps.
     """
     return 2 << (in_flight - 1).bit_length()
+
+
+def combine_slots(in_flight: int, *, in_a_row: bool = False) -> int:
+    """Data slots of combine: one where a whole dispatch lies between any two combines.
+
+    The records of that dispatch followed the peers' teardowns of the last combine, which nobody
+    reads any more. Several operations in flight, or combines ``in_a_row``, take a ring.
+    """
+    return 1 if in_flight == 1 and not in_a_row else num_slots(in_flight)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,122 +127,45 @@ class MoeConfig:
         return most + self.topology.num_local_experts(rank) * (self.alignment - 1)
 
     @functools.cached_property
-    def dispatch(self) -> DispatchLayout:
-        """Layout of a dispatch slot."""
-        return DispatchLayout(self)
-
-    @functools.cached_property
-    def combine(self) -> CombineLayout:
-        """Layout of a combine slot."""
-        return CombineLayout(self)
-
-
-@dataclasses.dataclass(frozen=True)
-class DispatchLayout:
-    """Byte layout of a dispatch slot behind the flags."""
-
-    config: MoeConfig
-
-    @functools.cached_property
-    def header_bytes(self) -> int:
-        """Size of one source's header."""
-        config = self.config
-        weight_bytes = config.weight_dtype.itemsize if config.with_weights else 0
-        return self._weights_start + align(config.max_slot_ids * weight_bytes)
-
-    @functools.cached_property
-    def _weights_start(self) -> int:
-        config = self.config
-        return align(4 * (4 + config.topology.num_experts + config.max_slot_ids))
-
-    @functools.cached_property
-    def num_rows(self) -> int:
-        """R: rows that a rank writes."""
-        config = self.config
-        return config.max_tokens * (config.num_slots if config.per_expert else 1)
-
-    @property
-    def rows_start(self) -> int:
-        """Bytes before the rows."""
-        return self.config.topology.world_size * self.header_bytes
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of a slot without its flags."""
-        return self.rows_start + self.num_rows * self.config.row_format.stride
-
-    def headers(self, data: torch.Tensor) -> DispatchHeader:
-        """The headers of all sources, stacked, in the slot whose bytes begin with ``data``."""
-        config = self.config
-        records = data[: self.rows_start].view(config.topology.world_size, self.header_bytes)
-        words = records[:, : self._weights_start].view(torch.int32)
-        slot_ids = 4 + config.topology.num_experts
-        weights = None
-        if config.with_weights:
-            weights = records[:, self._weights_start :].view(config.weight_dtype)
-            weights = weights[:, : config.max_slot_ids]
-        return DispatchHeader(
-            num_tokens=words[:, :1],
-            counts=words[:, 4:slot_ids],
-            slot_ids=words[:, slot_ids : slot_ids + config.max_slot_ids],
-            weights=weights,
+    def layout(self) -> ExchangeLayout:
+        """What the device steps of windows take."""
+        topology = self.topology
+        shared = topology.num_shared_ranks
+        return ExchangeLayout(
+            world_size=topology.world_size,
+            num_experts=topology.num_experts,
+            experts_per_rank=topology.experts_per_rank,
+            top_k=self.top_k,
+            max_tokens=self.max_tokens,
+            row_format=self.row_format,
+            return_format=self.return_format,
+            # The first rank has the capacity of all shared ranks, the last that of all others.
+            capacity=self.capacity(topology.world_size - 1),
+            shared_capacity=self.capacity(0) if shared else 0,
+            num_shared_experts=topology.num_shared_experts,
+            num_shared_ranks=shared,
+            alignment=self.alignment,
+            per_expert=self.per_expert,
+            weight_dtype=self.weight_dtype if self.with_weights else None,
         )
 
-    def rows(self, data: torch.Tensor) -> torch.Tensor:
-        """[R, stride] uint8 rows of the slot whose bytes begin with ``data``."""
-        rows = data[self.rows_start : self.num_bytes]
-        return rows.view(self.num_rows, self.config.row_format.stride)
-
-
-def header_of(headers: DispatchHeader, source: int) -> DispatchHeader:
-    """One source's header."""
-    weights = None if headers.weights is None else headers.weights[source]
-    return DispatchHeader(
-        headers.num_tokens[source], headers.counts[source], headers.slot_ids[source], weights
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class CombineLayout:
-    """Byte layout of a combine slot behind the flags."""
-
-    config: MoeConfig
-
-    @functools.cached_property
-    def groups(self) -> tuple[int, int]:
-        """(L, W + 1): row groups by (local expert, source), and the padding of each expert."""
-        topology = self.config.topology
-        return topology.experts_per_rank, topology.world_size + 1
-
-    @functools.cached_property
-    def num_rows(self) -> int:
-        """A: the most rows of any rank."""
-        config = self.config
-        return max(config.capacity(0), config.capacity(config.topology.world_size - 1))
-
-    @property
-    def rows_start(self) -> int:
-        """Bytes before the rows."""
-        return align(4 * math.prod(self.groups))
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of a slot without its flags."""
-        return self.rows_start + self.num_rows * self.config.return_format.stride
-
-    def group_starts(self, data: torch.Tensor) -> torch.Tensor:
-        """[L, W + 1] int32 first rows of the slot whose bytes begin with ``data``."""
-        return data[: 4 * math.prod(self.groups)].view(torch.int32).view(self.groups)
-
-    def rows(self, data: torch.Tensor) -> torch.Tensor:
-        """[A, stride] uint8 rows of the slot whose bytes begin with ``data``."""
-        rows = data[self.rows_start : self.num_bytes]
-        return rows.view(self.num_rows, self.config.return_format.stride)
+    def ring(self, kind: str, in_flight: int, *, in_a_row: bool = False) -> Ring:
+        """The ring of "dispatch" or "combine"; for ``in_a_row`` see ``combine_slots``."""
+        slots = num_slots(in_flight)
+        if kind == "dispatch":
+            return self.layout.dispatch_ring(slots)
+        return self.layout.combine_ring(slots, combine_slots(in_flight, in_a_row=in_a_row))
 
 
 @dataclasses.dataclass(frozen=True)
 class WindowBytes:
-    """Bytes of one rank's windows, ring and flags included."""
+    """Bytes of one rank's windows, ring and records included.
+
+    Attributes:
+        dispatch: of dispatch.
+        combine: of combine; twice as much from the first combine on that follows another without a
+            dispatch between them.
+    """
 
     dispatch: int
     combine: int
@@ -254,16 +176,6 @@ class WindowBytes:
         return self.dispatch + self.combine
 
 
-def flag_bytes(world_size: int) -> int:
-    """Bytes of the flags of one slot."""
-    return align(world_size * FLAG_BYTES)
-
-
-def ring_bytes(world_size: int, slot_bytes: int, in_flight: int) -> int:
-    """Bytes of a ring whose slots hold ``slot_bytes`` behind their flags."""
-    return num_slots(in_flight) * (flag_bytes(world_size) + align(slot_bytes))
-
-
 def window_bytes(config: MoeConfig, *, in_flight: int = 1) -> WindowBytes:
     """Window memory of each rank for dispatch and combine.
 
@@ -271,157 +183,115 @@ def window_bytes(config: MoeConfig, *, in_flight: int = 1) -> WindowBytes:
         config: the sizes.
         in_flight: setups that may run ahead of teardowns.
     """
-    world = config.topology.world_size
-    return WindowBytes(
-        ring_bytes(world, config.dispatch.num_bytes, in_flight),
-        ring_bytes(world, config.combine.num_bytes, in_flight),
-    )
+    rings = (config.ring(kind, in_flight) for kind in ("dispatch", "combine"))
+    return WindowBytes(*(ring.num_bytes for ring in rings))
 
 
-def clear_flags(block: Block, world_size: int, slots: int, epoch: int) -> None:
-    """Set all flags of new windows to a past epoch."""
-    flags = block.data if block.flags is None else block.flags
-    words = flags.view(torch.int32).view(slots, -1)[:, : world_size * FLAG_WORDS]
-    words[:, ::FLAG_WORDS] = epoch
+def bytes_ring(world_size: int, num_bytes: int, in_flight: int) -> Ring:
+    """A ring whose data slots hold ``num_bytes``."""
+    slots = num_slots(in_flight)
+    return Ring(slots, world_size * RECORD_BYTES, slots, align(num_bytes))
 
 
-class GlobalRows(NamedTuple):
-    """The rows of all ranks' windows as one tensor.
+def union(first: Ring, second: Ring) -> Ring:
+    """The smallest ring that serves the calls of both."""
+    return Ring(*map(max, zip(first, second, strict=True)))
 
-    Attributes:
-        rows: [N, stride] uint8, a row beginning every 16 bytes from the lowest window to the
-            highest, in the memory of the host or of one device. It spans foreign memory between
-            the windows, which no index names.
-        origins: [W] int64 index of each rank's first row.
-        step: indices from one row of a rank to its next.
+
+def host_span(blocks: list[torch.Tensor]) -> torch.Tensor:
+    """uint8 host memory from the lowest block to the end of the highest.
+
+    It spans foreign memory between the blocks, which nobody may access, and keeps none of them.
     """
-
-    rows: torch.Tensor
-    origins: torch.Tensor
-    step: int
-
-
-def _memory_at(address: int, num_bytes: int, device: torch.device) -> torch.Tensor:
-    """[num_bytes] uint8 at an address; the caller may read only mapped parts of it.
-
-    Raises:
-        NotImplementedError: PyTorch cannot wrap addresses of this device.
-    """
-    if device.type == "cpu":
-        memory = (ctypes.c_uint8 * num_bytes).from_address(address)
-        return torch.frombuffer(memory, dtype=torch.uint8)
-    if device.type != "cuda":
-        raise NotImplementedError(f"tensors over addresses of {device}")
-    return torch.as_tensor(_CudaArray(address, num_bytes), device=device)
-
-
-class _CudaArray:
-    """Device memory under the CUDA array interface, which ROCm shares."""
-
-    def __init__(self, address: int, num_bytes: int) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (num_bytes,),
-            "typestr": "|u1",
-            "data": (address, False),
-            "version": 3,
-        }
+    lowest = min(block.data_ptr() for block in blocks)
+    highest = max(block.data_ptr() + block.numel() for block in blocks)
+    memory = (ctypes.c_uint8 * (highest - lowest)).from_address(lowest)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 class PeerWindows:
     """The windows of all ranks for one kind of operation, as this rank has mapped them.
 
     Calls of different sizes share the memory: each lays its own layout over the slots.
+
+    Args:
+        blocks: of all ranks, alike.
+        ring: of each block.
+        rank: this rank.
+        kind: number of the kind.
+        epoch: the last one before these windows.
+        problem: [PROBLEM_WORDS] int32 on their device, shared by the kinds.
+        notice: [1] int32 in host memory.
+        hard: an abort breaks the group.
+
+    Attributes:
+        steps: the windows as device steps take them.
     """
 
-    def __init__(self, blocks: list[Block], slots: int) -> None:
+    def __init__(
+        self,
+        blocks: list[Block],
+        ring: Ring,
+        rank: int,
+        *,
+        kind: int,
+        epoch: int,
+        problem: torch.Tensor,
+        notice: torch.Tensor,
+        hard: bool,
+    ) -> None:
         self.blocks = blocks
-        self.slots = slots
-        self.stride = blocks[0].data.numel() // slots
-        self._flags = flag_bytes(len(blocks))
-        self._base = [block.data.data_ptr() for block in blocks]
-        # Address of each rank's first flag record, and bytes between those of its slots.
-        self._flag_records = [
-            (block.data.data_ptr(), self.stride)
-            if block.flags is None
-            else (block.flags.data_ptr(), self._flags)
-            for block in blocks
-        ]
-        self._views: dict[tuple[object, ...], Any] = {}
-        # In units of 16 bytes from the lowest window; equal for every slot.
-        lowest = min(self._base)
-        self._origins = torch.tensor(
-            [(base - lowest) // 16 for base in self._base], device=blocks[0].data.device
+        device = blocks[rank].data.device
+        state = torch.zeros(STATE_WORDS, dtype=torch.int32, device=device)
+        state[[SENT, RECEIVED]] = epoch
+        addresses = [block.data.data_ptr() for block in blocks]
+        self.steps = Windows(
+            kind=kind,
+            rank=rank,
+            ring=ring,
+            bases=torch.tensor(addresses, dtype=torch.int64, device=device),
+            state=state,
+            problem=problem,
+            notice=notice,
+            own=blocks[rank].data,
+            hard=hard,
         )
+        if device.type == "cpu":
+            self.steps.span = host_span([block.data for block in blocks])
+            words = self.steps.span.numpy()
+            self._words = words[: len(words) // 4 * 4].view(np.int32)
+            offsets = np.array(addresses) - self.steps.span.data_ptr()
+            self._records = (offsets + RECORD_BYTES * rank) // 4
+            self.steps.publish = self._publish
+
+    def _publish(self, epoch: int) -> None:
+        """Store the epoch in this rank's records; ``RingProtocol.signal`` releases it."""
+        slot = epoch & (self.steps.ring.slots - 1)
+        self._words[self._records + slot * (self.steps.ring.control_bytes // 4)] = epoch
 
     @property
-    def capacity(self) -> int:
-        """Bytes of a slot behind its flags."""
-        return self.stride - self._flags
+    def ring(self) -> Ring:
+        """Of each block."""
+        return self.steps.ring
 
-    def serves(self, slot_bytes: int, device: torch.device) -> bool:
-        """Whether slots hold ``slot_bytes`` in the memory of ``device``."""
-        own = self.blocks[0].data.device
+    @property
+    def device(self) -> torch.device:
+        """Of the memory."""
+        return self.steps.bases.device
+
+    def serves(self, ring: Ring, device: torch.device) -> bool:
+        """Whether calls made for ``ring`` fit, in the memory of ``device``."""
+        own = self.device
         # "cuda" without an index is the device that was current.
         same = own.type == device.type and device.index in (None, own.index)
-        return same and slot_bytes <= self.capacity
-
-    def stream(self) -> int:
-        """32 bits of the stream on which this thread uses the windows; 0 for host memory.
-
-        A stream runs work in the order of issue, so a flag may stand for issued work.
-        """
-        device = self.blocks[0].data.device
-        if device.type != "cuda":
-            return 0
-        return atomics.wrap(torch.cuda.current_stream(device).cuda_stream)
-
-    def flag_address(self, owner: int, slot: int, source: int) -> int:
-        """Address of the flag record of ``source`` in the window of ``owner``."""
-        base, stride = self._flag_records[owner]
-        return base + slot * stride + source * FLAG_BYTES
+        return same and self.ring.holds(ring)
 
     def data(self, owner: int, slot: int) -> torch.Tensor:
-        """The bytes of a slot behind its flags."""
-        start = slot * self.stride
-        return self.blocks[owner].data[start + self._flags : start + self.stride]
+        """The bytes of a data slot."""
+        start = self.ring.data_start(slot)
+        return self.blocks[owner].data[start : start + self.ring.data_bytes]
 
     def holds(self, owner: int, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies in the window of ``owner``."""
-        offset = tensor.data_ptr() - self._base[owner]
-        return 0 <= offset < self.slots * self.stride
-
-    def view(
-        self, owner: int, slot: int, layout: object, make: Callable[[torch.Tensor], Any]
-    ) -> Any:
-        """``make`` applied to a slot's bytes; cached, as each view costs microseconds."""
-        key = (owner, slot, layout, make.__name__)
-        return self._cached(key, lambda: make(self.data(owner, slot)))
-
-    def global_rows(self, slot: int, start: int, stride: int) -> GlobalRows:
-        """All ranks' rows of a slot.
-
-        Args:
-            slot: of the ring.
-            start: bytes before the first row, behind the flags.
-            stride: bytes from row to row, a multiple of 16.
-        """
-        return self._cached(
-            (slot, start, stride), lambda: self._make_global_rows(slot, start, stride)
-        )
-
-    def _make_global_rows(self, slot: int, start: int, stride: int) -> GlobalRows:
-        first = slot * self.stride + self._flags + start
-        ends = [
-            base + block.data.numel() for base, block in zip(self._base, self.blocks, strict=True)
-        ]
-        lowest, highest = min(self._base) + first, max(ends)
-        memory = _memory_at(lowest, highest - lowest, self.blocks[0].data.device)
-        count = max((highest - lowest - stride) // 16 + 1, 0)
-        return GlobalRows(memory.as_strided((count, stride), (16, 1)), self._origins, stride // 16)
-
-    def _cached(self, key: tuple[object, ...], make: Callable[[], Any]) -> Any:
-        if key not in self._views:
-            if len(self._views) >= _MAX_VIEWS:
-                self._views.clear()
-            self._views[key] = make()
-        return self._views[key]
+        block = self.blocks[owner].data
+        return 0 <= tensor.data_ptr() - block.data_ptr() < block.numel()

@@ -105,12 +105,7 @@ class Exchange:
     def open(self) -> None:
         """Rendezvous: compare the ranks' arguments and allocate the windows."""
         call = self._call(OP)
-        self.communicator.prepare(
-            [
-                (call, "dispatch", self.config.dispatch.num_bytes),
-                (call, "combine", self.config.combine.num_bytes),
-            ]
-        )
+        self.communicator.prepare([(call, "dispatch"), (call, "combine")])
 
     def forget_pending(self) -> None:
         """Drop all operations in flight and all borrowed buffers."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..comm import CombineInput, DispatchInput, Pending
-from ..layout import RecvPermutation, RoutingPlan
+from ..layout import RecvPermutation, RoutingPlan, SlotPositions
 from ..ops import quantization
 
 
@@ -54,7 +54,7 @@ class Handle:
     weights: torch.Tensor | None
     row_weights: torch.Tensor
     recv_counts_cumsum: torch.Tensor
-    numbering: tuple[RoutingPlan, RecvPermutation] | None
+    numbering: tuple[RoutingPlan | SlotPositions, RecvPermutation] | None
     owner: str
 
     def unweighted(self) -> Handle:

@@ -74,7 +74,7 @@ class RecvPermutation(NamedTuple):
     Attributes:
         source: [n] int64 rank that sent the row.
         index_in_source: [n] int64 its index in that source's ``DispatchHeader.slot_ids``; 0 for
-            rows past the last expert, unused for padding.
+            rows past the last expert, unused for padding; None for rows that came through windows.
         recv_counts_cumsum: [L*W] inclusive prefix sums of the counts, without padding: Ascend's
             ep_recv_counts.
         offsets: [L] end of each local expert's rows, padding included.
@@ -82,7 +82,7 @@ class RecvPermutation(NamedTuple):
     """
 
     source: torch.Tensor
-    index_in_source: torch.Tensor
+    index_in_source: torch.Tensor | None
     recv_counts_cumsum: torch.Tensor
     offsets: torch.Tensor
     group_starts: torch.Tensor

@@ -85,6 +85,13 @@ class _Guarded:
     """``steps``, each behind a guard."""
 
     def __init__(self, guard: _Guard, steps: Steps) -> None:
+        self.dispatch_send = guard(steps.dispatch_send)
+        self.dispatch_totals = guard(steps.dispatch_totals)
+        self.dispatch_recv = guard(steps.dispatch_recv)
+        self.combine_send = guard(steps.combine_send)
+        self.combine_recv = guard(steps.combine_recv)
+        self.send_record = guard(steps.send_record)
+        self.recv_records = guard(steps.recv_records)
         self.routing_plan = guard(steps.routing_plan)
         self.stage_tokens = guard(steps.stage_tokens)
         self.dispatch_send = guard(steps.dispatch_send)

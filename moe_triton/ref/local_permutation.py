@@ -32,6 +32,7 @@ def local_permutation(
     permutation = recv_permutation(plan.counts[:, None], alignment, capacity)
     if load is not None:
         load += plan.counts
+    assert permutation.index_in_source is not None
     real = (permutation.source != NOWHERE).nonzero()[:, 0]
     sorted_ids = plan.sorted_slot_ids[permutation.index_in_source[real]].long()
     slot_ids = plan.sorted_slot_ids.new_full((len(permutation.source),), NOWHERE)

@@ -44,6 +44,7 @@ def recv_row_index(
     permutation = recv_permutation(counts, alignment, capacity)
     if load is not None:
         load += counts.sum(1)
+    assert permutation.index_in_source is not None
     real = permutation.source != NOWHERE
     source = permutation.source.where(real, 0)
     index_in_source = permutation.index_in_source.where(real, 0)

@@ -38,7 +38,7 @@ def round_trip(ep: ExpertParallel) -> None:
 
 def provider_of(ep: ExpertParallel) -> str:
     """The provider of the dispatch windows."""
-    windows = ep._exchange.communicator._connected._protocol._rings["dispatch"].windows
+    windows = ep._exchange.communicator._connected._protocol._kinds["dispatch"].windows
     return "symm_mem" if windows.blocks[0].mapping is not None else "shm"
 
 

@@ -79,6 +79,7 @@ def _permutation(counts: Tensor, num_rows: int) -> Tensor:
     if counts.numel() == 0:
         return counts.new_empty(0, dtype=torch.int64)
     permutation = steps_on(counts.device).recv_permutation(counts.T.contiguous(), capacity=num_rows)
+    assert permutation.index_in_source is not None
     per_rank = counts.sum(1)
     starts = per_rank.cumsum(0) - per_rank
     index = starts[permutation.source.clamp(min=0)] + permutation.index_in_source
