@@ -28,6 +28,7 @@ from moe_triton import (
     PeerTimeoutError,
     SequenceError,
     UnavailableError,
+    ref,
 )
 from moe_triton.comm import ring_protocol
 from moe_triton.comm.groups import Group
@@ -35,6 +36,8 @@ from moe_triton.comm.local import LocalMemory
 from moe_triton.comm.memory import Memory
 from moe_triton.comm.ring_protocol import RingProtocol, control_bytes
 from moe_triton.comm.shm import PosixMemory
+from moe_triton.comm.window import bytes_ring
+from moe_triton.layout.windows import DATA, RECEIVED
 
 OP = "test_op"
 PAYLOAD = 16  # bytes from each rank to each rank
@@ -70,18 +73,21 @@ def payload(source: int, target: int, number: int) -> torch.Tensor:
     return torch.tensor([source, target, number, ~number], dtype=torch.int32).view(torch.uint8)
 
 
-def setup(
-    protocol: RingProtocol, number: int = 0, *, kind="exchange", slot_bytes=None, **arguments
-):
-    """Send ``payload(.., number)`` to all ranks, as the transports do; returns the epoch."""
-    needed = protocol.size * PAYLOAD
+def handshake(protocol: RingProtocol, kind: str, epoch: int, slot_bytes: int = 0, **arguments):
+    """The handshake of a call with room for ``payload`` or for ``slot_bytes``."""
+    ring = bytes_ring(protocol.size, slot_bytes or protocol.size * PAYLOAD, protocol.in_flight)
+    return protocol.handshake(kind, epoch, OP, arguments, ring, ref)
+
+
+def setup(protocol: RingProtocol, number: int = 0, *, kind="exchange", slot_bytes=0, **arguments):
+    """Show ``payload(.., number)`` to all ranks, as the transports do; returns the epoch."""
     epoch = protocol.acquire(kind, OP)
     try:
-        windows = protocol.handshake(kind, epoch, OP, arguments, slot_bytes or needed)
-        for target in range(protocol.size):
-            start = protocol.rank * PAYLOAD
-            data = windows.data(target, protocol.slot(epoch))
-            data[start : start + PAYLOAD] = payload(protocol.rank, target, number)
+        windows, digest = handshake(protocol, kind, epoch, slot_bytes, **arguments)
+        parts = [payload(protocol.rank, target, number) for target in range(protocol.size)]
+        slot = windows.data(protocol.rank, protocol.slot(epoch))
+        slot[: protocol.size * PAYLOAD] = torch.cat(parts)
+        ref.send_record(windows.steps, digest=digest, status=DATA)
     except BaseException as error:
         protocol.abort(kind, epoch, error)
         raise
@@ -90,14 +96,21 @@ def setup(
 
 
 def teardown(protocol: RingProtocol, epoch: int, number: int = 0, *, kind="exchange") -> None:
-    """Wait, and assert that all payloads are there."""
-    ring = protocol._rings[kind]
-    windows = ring.in_flight[epoch].windows if epoch in ring.in_flight else None
+    """Wait, and assert that all payloads and records are there."""
+    state = protocol._kinds[kind]
+    operation = state.in_flight.get(epoch)
     protocol.wait(kind, epoch, OP)
-    data = windows.data(protocol.rank, protocol.slot(epoch))[: protocol.size * PAYLOAD].clone()
+    windows, slot, start = operation.windows, protocol.slot(epoch), protocol.rank * PAYLOAD
+    data = [
+        windows.data(source, slot)[start : start + PAYLOAD].clone()
+        for source in range(protocol.size)
+    ]
+    ref.recv_records(windows.steps, digest=operation.digest, timeout=0.0)
+    assert not windows.steps.problem.any()
+    assert windows.steps.state[RECEIVED] == epoch
     protocol.release(kind, epoch)
     expected = [payload(source, protocol.rank, number) for source in range(protocol.size)]
-    assert torch.equal(data, torch.cat(expected))
+    assert torch.equal(torch.cat(data), torch.cat(expected))
 
 
 def exchange(protocol: RingProtocol, number: int = 0, **options) -> None:
@@ -277,10 +290,13 @@ def test_a_setup_that_timed_out_cannot_be_repeated():
 
 
 def begin_at(protocols: list[RingProtocol], epoch: int) -> None:
-    """Let the rings of all ranks continue as if ``epoch`` had been the last operation."""
+    """Let all ranks continue as if ``epoch`` had been the last operation, in every slot."""
     for protocol in protocols:
-        for ring in protocol._rings.values():
-            ring.last = epoch
+        for kind, state in protocol._kinds.items():
+            state.last = epoch
+            for slot in range(protocol.slots):
+                address = protocol._flag_address(protocol.rank, kind, slot)
+                ctypes.c_int32.from_address(address).value = epoch
 
 
 WRAPS = pytest.mark.parametrize("start", [2**31 - 4, -4], ids=["to negative", "through zero"])
@@ -402,7 +418,7 @@ def test_windows_that_one_rank_cannot_open(with_window, in_flight):
     memory = protocols[1]._memory
     protocols[1]._memory = Hooked(memory, refuse_to_open)
     for _ in range(3):
-        before = [protocol._rings["exchange"].windows for protocol in protocols]
+        before = [protocol._kinds["exchange"].windows for protocol in protocols]
         began = time.monotonic()
         results = together(protocols, lambda c: exchange(c, slot_bytes=4096))
         assert time.monotonic() - began < 5
@@ -413,7 +429,7 @@ def test_windows_that_one_rank_cannot_open(with_window, in_flight):
             assert isinstance(results[rank], PeerAbortError)
             assert results[rank].rank == 1
             assert "Too many open files" in results[rank].reason
-        assert [protocol._rings["exchange"].windows for protocol in protocols] == before
+        assert [protocol._kinds["exchange"].windows for protocol in protocols] == before
         if with_window:
             assert together(protocols, exchange) == [None] * 3
     protocols[1]._memory = memory
@@ -455,7 +471,7 @@ def test_a_rank_that_fails_after_all_have_opened_the_windows():
         if protocol.rank != 0:
             return exchange(protocol)
         epoch = protocol.acquire("exchange", OP)
-        protocol.handshake("exchange", epoch, OP, {}, 3 * PAYLOAD)
+        handshake(protocol, "exchange", epoch)
         protocol.abort("exchange", epoch, ZeroDivisionError("in the middle"))
         failed.set()
         return None
@@ -570,29 +586,78 @@ def test_the_process_of_a_peer_that_is_already_gone():
     assert error_of(exchange, protocols[0]).ranks == (1,)
 
 
-def test_the_next_slot():
-    """None where the setup would have to wait."""
-    first, second = protocols = agreed(2, in_flight=2)
-    assert first.next_slot("combine") is None  # no windows yet
-    for number in range(5):
-        pending = []
-        for _ in range(2):
-            for protocol in protocols:
-                windows, slot = protocol.next_slot("exchange")
-                epoch = setup(protocol, number)
-                assert slot == protocol.slot(epoch)
-                assert windows is protocol._rings["exchange"].in_flight[epoch].windows
-                pending.append((protocol, epoch))
-        assert first.next_slot("exchange") is None  # the oldest is not torn down
-        for protocol, epoch in pending:
-            teardown(protocol, epoch, number)
-    first.abort_peers("exchange", OP, MoeError(OP, "wrong"))
-    assert first.next_slot("exchange") is not None
-    first.abort_peers("exchange", OP, MoeError(OP, "wrong"))
-    assert first.next_slot("exchange") is None  # the first of the two is undrained
-    for _ in range(2):
-        error_of(exchange, second)
-    assert together(protocols, exchange) == [None, None]
+def combine(protocols: list[RingProtocol], number: int, *, aborting: bool = False) -> None:
+    """A combine of all ranks, one after the other; rank 1 may abort it."""
+    epochs = []
+    for protocol in protocols:
+        if aborting and protocol.rank == 1:
+            protocol.abort_peers("combine", OP, MoeError(OP, "wrong"))
+            continue
+        epochs.append((protocol, setup(protocol, number, kind="combine")))
+        protocol.claim_combine_slot(epochs[-1][1])
+    for protocol, epoch in epochs:
+        if aborting:
+            assert isinstance(error_of(teardown, protocol, epoch, kind="combine"), PeerAbortError)
+        else:
+            teardown(protocol, epoch, number, kind="combine")
+
+
+def free(protocols: list[RingProtocol]) -> bool:
+    """Whether the data slot of combine is free, on all ranks alike."""
+    (answer,) = {protocol.combine_slot_free for protocol in protocols}
+    return answer
+
+
+def test_when_the_combine_slot_is_free():
+    """After a whole dispatch that all ranks began after their last combine."""
+    protocols = agreed(2)
+    for kind in ("dispatch", "combine"):
+        assert together(protocols, lambda c, k=kind: exchange(c, kind=k)) == [None, None]
+    assert free(protocols)  # nothing has claimed it
+    combine(protocols, 1)
+    assert not free(protocols)
+    exchanges = [setup(protocol, 2, kind="dispatch") for protocol in protocols]
+    assert not free(protocols)  # not torn down
+    for protocol, epoch in zip(protocols, exchanges, strict=True):
+        teardown(protocol, epoch, 2, kind="dispatch")
+    assert free(protocols)
+    combine(protocols, 3, aborting=True)
+    assert free(protocols)  # nobody reads rows of an aborted combine
+    combine(protocols, 4)
+    combine(protocols, 5, aborting=True)
+    assert not free(protocols)  # those of the one before
+
+
+def test_a_dispatch_that_began_before_the_combine_ended_frees_nothing():
+    first, second = protocols = agreed(2)
+    for kind in ("dispatch", "combine"):
+        assert together(protocols, lambda c, k=kind: exchange(c, kind=k)) == [None, None]
+    combines = [setup(protocol, 1, kind="combine") for protocol in protocols]
+    for protocol, epoch in zip(protocols, combines, strict=True):
+        protocol.claim_combine_slot(epoch)
+        assert protocol.borrowable_windows() is None
+    dispatches = [setup(protocol, 2, kind="dispatch") for protocol in protocols]
+    for protocol, epoch in zip(protocols, combines, strict=True):
+        teardown(protocol, epoch, 1, kind="combine")
+    for protocol, epoch in zip(protocols, dispatches, strict=True):
+        teardown(protocol, epoch, 2, kind="dispatch")
+    assert not free(protocols)
+    assert first.borrowable_windows() is second.borrowable_windows() is None
+    assert together(protocols, lambda c: exchange(c, kind="dispatch")) == [None, None]
+    assert free(protocols)
+    assert first.borrowable_windows() is first._kinds["combine"].windows
+
+
+def test_an_aborted_dispatch_frees_nothing():
+    """Its culprit has not seen the flags of its peers."""
+    protocols = agreed(2)
+    for kind in ("dispatch", "combine"):
+        assert together(protocols, lambda c, k=kind: exchange(c, kind=k)) == [None, None]
+    combine(protocols, 1)
+    epoch = setup(protocols[0], 2, kind="dispatch")
+    protocols[1].abort_peers("dispatch", OP, MoeError(OP, "wrong"))
+    assert isinstance(error_of(teardown, protocols[0], epoch, kind="dispatch"), PeerAbortError)
+    assert not free(protocols)
 
 
 def test_an_overrun_is_an_error():
@@ -600,8 +665,7 @@ def test_an_overrun_is_an_error():
     first, second = agreed(2)
     epoch = setup(first, 1)
     setup(second, 1)
-    windows = first._rings["exchange"].windows
-    flag = windows.flag_address(0, first.slot(epoch), 1)
+    flag = first._flag_address(1, "exchange", epoch)
     ctypes.c_int32.from_address(flag).value = epoch + first.slots
     error = error_of(teardown, first, epoch, 1)
     assert isinstance(error, BrokenGroupError)
@@ -713,7 +777,7 @@ def run_step(protocol: RingProtocol, number: int, step: Step) -> None:
         return
     epoch = protocol.acquire(step.kind, OP)
     try:
-        protocol.handshake(step.kind, epoch, OP, {"word": word}, slot_bytes)
+        handshake(protocol, step.kind, epoch, slot_bytes, word=word)
         _ = 1 / 0
     except BaseException as error:
         protocol.abort(step.kind, epoch, error)
