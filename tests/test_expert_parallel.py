@@ -268,7 +268,8 @@ def test_a_combine_buffer_is_void_after_another_combine(world):
             y = run_experts(ep, received, numbers, layer.dtype)
             assert torch.equal(ep.combine(y, received.handle), layer.dense(inputs, None))
             try:
-                ep.combine(rows, other.handle)
+                actual = ep.combine(rows, other.handle)
+                assert torch.equal(actual, layer.dense(layer.inputs(ctx.rank, seed=1), None))
                 text = None
             except MoeError as error:
                 text = str(error)

@@ -24,6 +24,7 @@ from moe_triton import (
     window_bytes,
 )
 from moe_triton.comm.local import LocalMemory
+from moe_triton.comm.ring_protocol import control_bytes
 from moe_triton.layout import QUANTS
 from moe_triton.ops.layer_config import QuantName
 
@@ -212,7 +213,7 @@ def test_window_bytes(name, in_flight):
         results = run_world("local", layer.world, build)
     assert results == results[:1] * layer.world
     windows = [results[0].dispatch, results[0].combine] * layer.world
-    control = [4 * 4096 * (2, 4, 8)[in_flight - 1] + 16] * layer.world
+    control = [control_bytes(in_flight)] * layer.world
     assert sorted(taken) == sorted(windows + control)
     if layer.max_recv_tokens is None:
         options = layer.options()

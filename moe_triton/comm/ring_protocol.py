@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..errors import (
     ArgumentMismatchError,
@@ -133,6 +134,23 @@ class Handshake:
     reason: str
 
 
+class _MemoryOf:
+    """The memory of a tensor, which others may free."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._storage = StorageWeakRef(tensor.untyped_storage())
+        self._range = range(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
+
+    @property
+    def is_freed(self) -> bool:
+        """Whether no tensor has it any more."""
+        return self._storage.expired()
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies in it; it must not be freed."""
+        return tensor.data_ptr() in self._range
+
+
 class RingProtocol:
     """One rank of a group that shares windows.
 
@@ -185,6 +203,7 @@ class RingProtocol:
         self._problems: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         # Whether no peer reads slot 0 of the combine windows any more.
         self._combine_slot_free = True
+        self._retired: list[_MemoryOf] = []  # combine windows that callers may hold rows of
         self._board = WaitBoard(group, name, self)
         self._agreed: set[tuple[str, str]] = set()
         # A dropped object leaves too: it holds descriptors, and peers may wait for it.
@@ -265,6 +284,8 @@ class RingProtocol:
         self._post_handshake(kind, epoch, DATA, text, "")
         if own is not None:
             blocks = self._exchange_windows(kind, epoch, op, agreement.text, own)
+            if kind == "combine" and state.windows is not None:
+                self._retired.append(_MemoryOf(state.windows.blocks[self.rank].data))
             problem, notice = self._problem(own.data.device)
             windows = state.windows = PeerWindows(
                 blocks,
@@ -414,6 +435,14 @@ class RingProtocol:
         state = self._kinds["combine"]
         free = self._combine_slot_free and not state.in_flight
         return state.windows if free else None
+
+    def in_combine_window(self, rows: torch.Tensor) -> bool:
+        """Whether rows lie in this rank's combine window, or in one that was replaced by it."""
+        windows = self._kinds["combine"].windows
+        self._retired = [memory for memory in self._retired if not memory.is_freed]
+        return (windows is not None and windows.holds(self.rank, rows)) or any(
+            memory.holds(rows) for memory in self._retired
+        )
 
     def window_bytes(self, kind: str) -> int:
         """Bytes of this rank's windows of ``kind``, all slots and records included."""

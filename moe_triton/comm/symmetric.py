@@ -151,6 +151,7 @@ class SymmetricTransport:
         protocol, config = self._protocol, call.config
         epoch = protocol.acquire("combine", call.op)
         try:
+            self._check_rows(call, inputs)
             in_a_row = not protocol.combine_slot_free
             windows, digest = protocol.handshake(
                 "combine",
@@ -178,6 +179,12 @@ class SymmetricTransport:
         protocol.signal("combine", epoch)
         return Pending(self, call, inputs, epoch, _Sent(windows, digest))
 
+    def _check_rows(self, call: Call, inputs: CombineInput) -> None:
+        """Refuse rows that the combine after their ``output_rows`` has overwritten."""
+        if not inputs.borrowed and self._protocol.in_combine_window(inputs.y):
+            contract = "not be output_rows() from before another combine, which voids them"
+            raise ArgumentValueError(call.op, "y", contract, "other rows of the window")
+
     def _rows_to_send(
         self, call: Call, windows: PeerWindows, inputs: CombineInput
     ) -> torch.Tensor | None:
@@ -185,9 +192,6 @@ class SymmetricTransport:
         y = inputs.y[: inputs.recv_permutation.source.numel()]
         if not windows.holds(self._rank, y):
             return y
-        if not inputs.borrowed:
-            contract = "not be output_rows() from before another combine, which voids them"
-            raise ArgumentValueError(call.op, "y", contract, "other rows of the window")
         place = call.config.layout.output_rows(windows.steps, len(y))
         if (y.data_ptr(), y.stride()) == (place.data_ptr(), place.stride()):
             return None
