@@ -255,7 +255,7 @@ def test_ranks_in_different_calls():
         cpu = torch.device("cpu")
         call = Call("test", config, {}, steps_on(cpu), cpu)
         with pytest.raises(PeerTimeoutError) as caught:
-            transport.prepare(call, ("dispatch", "combine")[ctx.rank], 0)
+            transport.prepare(call, ("dispatch", "combine")[ctx.rank])
         comm.close_communicator(communicator)
         return caught.value.ranks, str(caught.value)
 
