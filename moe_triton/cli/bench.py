@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 
 from ..bench import (
+    device,
     host,
     kernels,
     layer,
@@ -26,6 +27,7 @@ _BENCHES = (
     (transport, "transport", "dispatch and combine between processes, beside by hand"),
     (host, "host", "the time of the host alone, launches replaced by nothing"),
     (load, "load", "the balance of replicas of experts"),
+    (device, "device", "whether windows between processes work on a device"),
     (overlap, "overlap", "split phases, with work between setup and teardown"),
     (transformers_model, "transformers", "a model of transformers, beside its own all_to_all"),
 )
