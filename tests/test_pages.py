@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)```\n", re.MULTILINE)
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
 # Programs that blocks run; other commands install or build. Those of examples/ run in
-# test_examples.py, and the demo in test_cli.py.
+# test_examples.py, the demo in test_cli.py, and the benches in tests/bench.
 PROGRAMS = {
     "python": [sys.executable],
     # Into files: ranks that share a pipe write into each other's lines.
@@ -36,7 +36,7 @@ PROGRAMS = {
     ],
     "moe-triton": [sys.executable, "-m", "moe_triton"],
 }
-ELSEWHERE = ("examples/", "bench/", "docs/", "tests/", "demo")
+ELSEWHERE = ("examples/", "bench", "docs/", "tests/", "demo")
 
 
 class Block(NamedTuple):
