@@ -52,7 +52,7 @@ test-full: $(VENV)/.test $(ASCEND)/.tried $(MSPROBE)/.tried ## the tests and lon
 	$(if $(PYTEST_ARGS),,MOE_TRITON_BACKEND=interpret $(BIN)/pytest $(INTERPRETED_FULL))
 
 test-engines: $(VENV)/.test $(addsuffix /.ready,$(ENGINES)) ## vLLM and SGLang themselves, about 12 minutes on two cores
-	$(BIN)/pytest -m engines tests/engines $(PYTEST_ARGS)
+	$(BIN)/pytest -m engines -o faulthandler_timeout=1200 tests/engines $(PYTEST_ARGS)
 
 mutants: $(VENV)/.test ## break the kernels one change at a time; rewrites docs/evidence/mutants.md
 	$(BIN)/python tests/support/mutate.py --evidence=docs/evidence/mutants.md

@@ -56,6 +56,15 @@ def _has(row: Row, cell: Callable[[Row], object]) -> bool:
     return True
 
 
+VLLM: Columns = {
+    "ranks": lambda row: row["world_size"],
+    "batch": lambda row: row["batch"],
+    "tokens/s": lambda row: f"{row['tokens_per_second']:.0f}",
+    "MoE layers": lambda row: f"{row['layers_share']:.0%}",
+    "dispatch and combine, of the layers": lambda row: f"{row['exchange_share']:.0%}",
+}
+
+
 TRANSFORMERS: Columns = {
     "ranks": lambda row: row["world_size"],
     "step": lambda row: f"{row['batch']}, {row['tokens']} tokens a rank",

@@ -17,6 +17,7 @@ from ..bench import (
     published,
     transformers_model,
     transport,
+    vllm_serving,
 )
 from ..bench.extras import MissingPackageError
 from ..bench.results import ResultsError
@@ -30,6 +31,7 @@ _BENCHES = (
     (device, "device", "whether windows between processes work on a device"),
     (overlap, "overlap", "split phases, with work between setup and teardown"),
     (transformers_model, "transformers", "a model of transformers, beside its own all_to_all"),
+    (vllm_serving, "vllm", "vLLM on CPUs, one process and expert-parallel ranks"),
 )
 _ABOUT = """
 Rows of other systems, as published. Compare rows of one workload only, and times before bandwidths:
