@@ -192,7 +192,9 @@ def test_tensor_parallel_ranks(engine, stock, checkpoint, tmp_path):
 def test_triton_kernels_interpreted(engine, stock, checkpoint, tmp_path):
     path = checkpoint("qwen3_moe")
     cases = [case("one", path, engine_jobs.split(PROMPTS, 2), enable_expert_parallel=True)]
-    results = run(engine, tmp_path, 2, cases, MOE_TRITON_BACKEND="interpret", **ON)
+    results = run(
+        engine, tmp_path, 2, cases, MOE_TRITON_BACKEND="interpret", TRITON_INTERPRET="1", **ON
+    )
     check(engine_jobs.merged(results["one"]), stock["qwen3_moe float32"], ALLOWED)
 
 
