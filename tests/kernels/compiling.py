@@ -78,8 +78,8 @@ def facts(compiled) -> dict:
         # A rounded division has five fma, and ends in one v_div_fixup.
         "fma": len(re.findall(r"\bv_(?:pk_)?(?:fma|fmac|mad)_f32", text))
         - 5 * len(re.findall(r"\bv_div_fixup_f32", text)),
-        # Counted in registers of 4 bytes.
-        "spills": 4 * sum(map(int, re.findall(r"spill_count: *(\d+)", text))),
+        # Registers of 4 bytes. Scalar registers spill to lanes of vector registers, not to memory.
+        "spills": 4 * sum(map(int, re.findall(r"vgpr_spill_count: *(\d+)", text))),
         "approximate": [],  # unknown: a rounded division begins with an approximate one
         "order": re.findall(r"s_barrier|buffer_wbl2.*|buffer_inv.*", text),
         "text": text,
