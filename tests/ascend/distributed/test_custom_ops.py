@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from moe_triton import comm, testing
-from moe_triton.ascend.distributed import schemas
+from moe_triton.ascend.distributed import grouped_matmul, schemas
 from moe_triton.ascend.local import schemas as local_schemas
 from moe_triton.compat import torch_npu
 from moe_triton.errors import ArgumentTypeError, ArgumentValueError, PeerAbortError
@@ -28,9 +28,11 @@ from moe_triton.ops.custom_op import Function, Operator
 pytestmark = compilers.MARKS
 
 NAMES = torch_npu.__all__
+# Names of torch_npu's that a schema cannot have, or spells as the others do.
+IN_SCHEMAS = {"input": "x", "self": "x", "expertIdx": "expert_idx"}
 REGISTERED = [
     one
-    for module in (schemas, local_schemas)
+    for module in (schemas, local_schemas, grouped_matmul)
     for one in vars(module).values()
     if isinstance(one, (Operator, Function))
 ]
@@ -123,7 +125,7 @@ def test_the_schema_is_the_public_signature(name):
     schema = getattr(torch.ops.moe_triton, name).default._schema
     parameters = inspect.signature(getattr(torch_npu, name), eval_str=True).parameters
     kinds = {"Tensor": torch.Tensor, "int": int, "float": float, "str": str, "bool": bool}
-    kinds["List[int]"] = Sequence[int]
+    kinds |= {"List[int]": Sequence[int], "List[Tensor]": Sequence[torch.Tensor]}
     kinds |= {f"Optional[{kind}]": python | None for kind, python in kinds.items()}
     operator = next(one for one in REGISTERED if one._name == f"moe_triton::{name}")
     arguments = [*schema.arguments]
@@ -134,11 +136,15 @@ def test_the_schema_is_the_public_signature(name):
         assert arguments.pop().name == "zero_unwritten"
     # What has gradients has no tensors by keyword only.
     by_keyword = not getattr(operator, "_has_gradients", False)
-    assert [argument.name for argument in arguments] == [*parameters]
+    names = [argument.name for argument in arguments]
+    assert names == [IN_SCHEMAS.get(parameter, parameter) for parameter in parameters]
     for argument, parameter in zip(arguments, parameters.values(), strict=True):
         annotation = parameter.annotation
         if torch.dtype in typing.get_args(annotation):  # goes by its number
-            annotation = int | None
+            optional = type(None) in typing.get_args(annotation)
+            annotation = int | None if optional else int
+        if annotation == torch.Tensor | Sequence[int] | None:  # numbers travel as a tensor
+            annotation = torch.Tensor | None
         assert kinds[str(argument.type)] == annotation
         keyword_only = parameter.kind is inspect.Parameter.KEYWORD_ONLY
         assert argument.kwarg_only == (keyword_only and by_keyword)
