@@ -359,7 +359,7 @@ def test_doctor_warns(capsys, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "required: {demo,bench,doctor,npu-run}"),
+        ([], "required: {demo,bench,doctor,npu-run,deep-ep-run,compare,record}"),
         (["dance"], "invalid choice: 'dance'"),
         (["demo", "--world-size", "0"], "argument --world-size: must be at least 1, got 0"),
         (["demo", "--tokens", "many"], "argument --tokens: invalid positive value: 'many'"),
