@@ -78,13 +78,15 @@ def examine(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         problem = _problem(shape, arguments.world_size)
         if problem and requested:
             arguments.error(problem)
+        limit = arguments.max_recv_tokens
         windows.append(
             {
                 "model": name,
                 **sizes,
-                "max_recv_tokens": arguments.max_recv_tokens,
+                "max_recv_tokens": limit,
                 "problem": problem,
-                "bytes": {} if problem else _window_bytes(sizes, arguments),
+                "bytes": {} if problem else _window_bytes(sizes, arguments, limit),
+                "even_share_bytes": {} if problem else _twice_an_even_share(sizes, arguments),
                 "hccl_buffsize_mb": {} if problem else _ascend_buffers(sizes),
             }
         )
@@ -99,15 +101,22 @@ def _problem(shape: Shape, world_size: int) -> str | None:
     return None
 
 
+def _twice_an_even_share(sizes: dict[str, Any], arguments: argparse.Namespace) -> dict[str, int]:
+    """Total bytes by format if no rank may receive more than twice an even share of the rows."""
+    limit = 2 * sizes["max_tokens"] * sizes["top_k"]
+    windows = _window_bytes(sizes, arguments, limit)
+    return {quant: numbers["total"] for quant, numbers in windows.items()}
+
+
 def _window_bytes(
-    sizes: dict[str, Any], arguments: argparse.Namespace
+    sizes: dict[str, Any], arguments: argparse.Namespace, limit: int | None
 ) -> dict[str, dict[str, int]]:
     windows = {}
     chosen = {None: _DEFAULT, "all": _QUANTS}.get(arguments.quant, (arguments.quant,))
     for quant in chosen:
         size_of = window_bytes(
             **sizes,
-            max_recv_tokens=arguments.max_recv_tokens,
+            max_recv_tokens=limit,
             quant=cast("Any", None if quant == "none" else quant),
         )
         windows[quant] = {name: getattr(size_of, name) for name in ("dispatch", "combine", "total")}
@@ -140,3 +149,10 @@ def show(terminal: Terminal, windows: list[dict[str, Any]]) -> None:
     if limits != {None}:
         sized = f"max_recv_tokens = {limits.pop()}"
     terminal.line(f"  sized for {sized}; pages are allocated on use")
+    first = next((window for window in windows if window["bytes"]), None)
+    if first is not None and first["max_recv_tokens"] is None:
+        limit = 2 * first["max_tokens"] * first["top_k"]
+        quant, total = next(iter(first["even_share_bytes"].items()))
+        worst = size(first["bytes"][quant]["total"])
+        terminal.line(f"  --max-recv-tokens {limit}, twice an even share, takes {size(total)}")
+        terminal.line(f"  in place of {worst} for {first['model']}, {_QUANTS[quant]}")
