@@ -397,7 +397,7 @@ def test_wrong_arguments(capsys, arguments, message):
         (["--version"], f"moe_triton {moe_triton.__version__}"),
         (["--help"], "run an MoE layer over 8 processes and check it"),
         (["demo", "--help"], "The last line begins with OK"),
-        (["doctor", "--help"], "deepseek-v3, kimi-k2"),
+        (["doctor", "--help"], "deepseek-v3, qwen3-235b, kimi-k2"),
         (["npu-run", "--help"], "The exit status is the script's, and 1 if that is 0 but"),
     ],
 )

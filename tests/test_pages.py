@@ -113,7 +113,8 @@ def test_python(page):
 
 def commands(block: Block) -> list[list[str]]:
     """The commands of a block that are run here, as words."""
-    lines = [shlex.split(line, comments=True) for line in block.text.splitlines()]
+    joined = block.text.replace("\\\n", " ")
+    lines = [shlex.split(line, comments=True) for line in joined.splitlines()]
     return [
         words
         for words in lines
