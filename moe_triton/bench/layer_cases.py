@@ -78,6 +78,8 @@ def layer(
             max_tokens=tokens,
             quant=cast("Any", quant),
             max_recv_tokens=limit,
+            # Combines in a row take a ring of slots, which one thread for all ranks cannot grow.
+            in_flight=2 if world_size > 1 else 1,
             device=ctx.device,
         )
 
@@ -120,7 +122,10 @@ def layer_bytes(shape: Shape, tokens: int, world_size: int, quant: str | None) -
     if world_size == 1:
         return gather_quant_bytes(shape, tokens, fmt), returned
     packed = 2 * tokens * shape.top_k * row_bytes(fmt)
-    return world_size * (stage_tokens_bytes(shape, tokens, fmt, world_size) + packed), returned
+    sent = world_size * (stage_tokens_bytes(shape, tokens, fmt, world_size) + packed)
+    # Combines in a row copy the experts' rows into the windows.
+    copied = 2 * tokens * shape.top_k * row_bytes(RowFormat.tight(BF16, shape.hidden))
+    return sent, returned + world_size * copied
 
 
 def drawn(shape: Shape, tokens: int, device: torch.device, rank: int) -> tuple[torch.Tensor, ...]:
@@ -139,7 +144,7 @@ def dispatch(ranks: list[ExpertParallel], inputs: list[tuple[torch.Tensor, ...]]
 def combine(
     ranks: list[ExpertParallel], received: list[Any], rows: list[Any] | None
 ) -> list[torch.Tensor]:
-    """Combine the experts' outputs ``rows``; None for the contents of the output rows."""
+    """Combine the experts' outputs ``rows``; None for whatever the output rows hold."""
     if rows is None:
         rows = [ep.output_rows(recv.handle) for ep, recv in zip(ranks, received, strict=True)]
     pending = [

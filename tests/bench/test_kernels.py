@@ -125,7 +125,7 @@ def test_bytes_of_whole_layers():
     packed = 2 * tokens * 8 * (7168 + 4)
     assert layer_cases.layer_bytes(shape, tokens, 4, "int8") == (
         4 * (pushed + packed),
-        4 * 9 * tokens * row,
+        4 * (9 + 2 * 8) * tokens * row,
     )
 
 

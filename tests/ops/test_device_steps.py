@@ -16,11 +16,12 @@ import torch
 
 from moe_triton import backend, kernels, ref
 from moe_triton.comm import DeviceSteps
+from moe_triton.comm.transport import WindowSteps
 from moe_triton.ops import device_steps, steps_on
 
 NAMES = [
     name
-    for protocol in (DeviceSteps, device_steps.Steps)
+    for protocol in (WindowSteps, DeviceSteps, device_steps.Steps)
     for name in vars(protocol)
     if not name.startswith("_")
 ]
