@@ -709,7 +709,9 @@ class RingProtocol:
             return True
         if rank not in self._pidfds:
             return False
-        return bool(select.select([self._pidfds[rank]], [], [], 0)[0])
+        ended = select.poll()  # select() takes no descriptor above 1023
+        ended.register(self._pidfds[rank], select.POLLIN)
+        return bool(ended.poll(0))
 
     def _raise_timeout(
         self, op: str, ranks: tuple[int, ...], problem: str, retry: tuple[str, int] | None

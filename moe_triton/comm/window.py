@@ -209,6 +209,18 @@ def host_span(blocks: list[torch.Tensor]) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
+def _publish(words: np.ndarray, records: np.ndarray, ring: Ring, epoch: int) -> None:
+    """Store the epoch in a rank's records; ``RingProtocol.signal`` releases it.
+
+    Args:
+        words: int32 of the memory that spans all windows.
+        records: [W] index of the rank's record in the first slot of each window.
+        ring: of each window.
+        epoch: that has been sent.
+    """
+    words[records + (epoch & (ring.slots - 1)) * (ring.control_bytes // 4)] = epoch
+
+
 class PeerWindows:
     """The windows of all ranks for one kind of operation, as this rank has mapped them.
 
@@ -258,16 +270,12 @@ class PeerWindows:
         )
         if device.type == "cpu":
             self.steps.span = host_span([block.data for block in blocks])
-            words = self.steps.span.numpy()
-            self._words = words[: len(words) // 4 * 4].view(np.int32)
+            span = self.steps.span.numpy()
+            words = span[: len(span) // 4 * 4].view(np.int32)
             offsets = np.array(addresses) - self.steps.span.data_ptr()
-            self._records = (offsets + RECORD_BYTES * rank) // 4
-            self.steps.publish = self._publish
-
-    def _publish(self, epoch: int) -> None:
-        """Store the epoch in this rank's records; ``RingProtocol.signal`` releases it."""
-        slot = epoch & (self.steps.ring.slots - 1)
-        self._words[self._records + slot * (self.steps.ring.control_bytes // 4)] = epoch
+            records = (offsets + RECORD_BYTES * rank) // 4
+            # No method of this object: it would keep itself, and so the memory, alive.
+            self.steps.publish = functools.partial(_publish, words, records, ring)
 
     @property
     def ring(self) -> Ring:

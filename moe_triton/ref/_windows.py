@@ -50,7 +50,10 @@ class HostWindows:
 
     def __init__(self, windows: Windows) -> None:
         assert windows.span is not None
-        self.windows, self.ring, self.rank = windows, windows.ring, windows.rank
+        assert windows.publish is not None, "windows in host memory need a function that publishes"
+        # Not the windows themselves, which keep these views: a cycle would keep the memory, too.
+        self.ring, self.rank, self._publish = windows.ring, windows.rank, windows.publish
+        self._kind, self._hard, self._views = windows.kind, windows.hard, dict[Any, Any]()
         self.span = windows.span
         self.bytes: np.ndarray = windows.span.numpy()
         self.words = self.bytes[: len(self.bytes) // 4 * 4].view(np.int32)
@@ -60,7 +63,7 @@ class HostWindows:
         self.problem: np.ndarray = windows.problem.numpy()
         self.notice: np.ndarray = windows.notice.numpy()
         # Where this rank's records lie at each rank, and those of each rank at this one.
-        world = windows.world_size
+        self._world_size = world = windows.world_size
         self._sent_records = self.offsets // 4 + self.rank * RECORD_WORDS
         self._received_records = self.own // 4 + np.arange(world) * RECORD_WORDS
         self._sent_numbers = self.offsets // 4 + world * RECORD_WORDS
@@ -108,10 +111,10 @@ class HostWindows:
 
     def cached(self, key: tuple[Any, ...], make: Callable[[], _T]) -> _T:
         """``make()``, once."""
-        views = self.windows.views
-        if key not in views:
-            views[key] = make()
-        return views[key]
+        if key not in self._views:
+            self._views[key] = make()
+        found: _T = self._views[key]
+        return found
 
     # Sending.
 
@@ -140,9 +143,7 @@ class HostWindows:
                 self.words[first[:, None] + np.arange(width)] = numbers
         record = self._sent_records + control
         self.words[record[:, None] + _WORD[1:]] = (status, digest, extra)
-        publish = self.windows.publish
-        assert publish is not None, "windows in host memory need a function that publishes"
-        publish(epoch)
+        self._publish(epoch)
         self.state[SENT] = epoch
 
     # Receiving.
@@ -167,12 +168,12 @@ class HostWindows:
         what = np.where(records[:, STATUS] != 0, ABORTED, what)
         what = np.where(ahead < 0, LATE, np.where(ahead > 0, OVERRUN, what))
         worst, rank = int(what.max()), int(what.argmax())
-        severity = BROKEN if worst >= LATE or self.windows.hard else SOFT
+        severity = BROKEN if worst >= LATE or self._hard else SOFT
         if self.problem[SEVERITY] >= severity:
             return
         mismatch = worst == MISMATCH
         self.problem[SEVERITY] = severity
-        self.problem[KIND] = self.windows.kind
+        self.problem[KIND] = self._kind
         self.problem[PROBLEM_EPOCH] = epoch
         self.problem[PROBLEM_RANK] = rank
         self.problem[SEEN] = records[rank, DIGEST if mismatch else EPOCH]
@@ -187,7 +188,7 @@ class HostWindows:
     def numbers(self, epoch: int, number_bytes: int, first: int, count: int) -> np.ndarray:
         """[W, count] numbers of all sources, from number ``first`` on."""
         start = self._received_numbers + self.control(epoch) + first
-        at = start + np.arange(self.windows.world_size) * (number_bytes // 4)
+        at = start + np.arange(self._world_size) * (number_bytes // 4)
         return self.words[at[:, None] + np.arange(count)]
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -215,3 +218,25 @@ def test_an_aborted_combine_keeps_the_next_output_rows():
             assert torch.equal(ep.combine_teardown(pending), x)
 
     testing.run_local(4, fn)
+
+
+def test_a_dropped_object_frees_its_windows_at_once():
+    """Descriptors and memory would pile up until the garbage collector finds a cycle."""
+
+    def fn(ctx):
+        sizes = {"num_experts": 4, "top_k": 2, "hidden": 16, "max_tokens": 4}
+        ep = ExpertParallel(ctx.ep_group, **sizes)
+        x, ids = torch.ones(4, 16).bfloat16(), torch.tensor([[0, 3], [1, 2], [2, 0], [3, 1]])
+        received = ep.dispatch(x, ids, torch.ones(4, 2))
+        ep.combine(received.x, received.handle)
+        protocol = ep._exchange.communicator.transport("test")._protocol
+        windows = [protocol._kinds[kind].windows for kind in ("dispatch", "combine")]
+        windows = [weakref.ref(found) for found in windows]
+        del ep, received, protocol
+        return [found() for found in windows]
+
+    gc.disable()
+    try:
+        assert testing.run_local(2, fn) == [[None] * 2] * 2
+    finally:
+        gc.enable()
