@@ -91,7 +91,7 @@ def _block8_codes(t, divisor):
 @triton.jit
 def _quantize(t, factor, SCHEME: tl.constexpr, MAX: tl.constexpr, MANTISSA: tl.constexpr):
     """[R, G, L] fp32 to codes, with the [R, G, 1] factor of ``_factor_and_scale``."""
-    if SCHEME == "per_row" or SCHEME == "group" or SCHEME == "group_pow2":
+    if (SCHEME == "per_row" or SCHEME == "group") or SCHEME == "group_pow2":
         codes = _scaled_codes(t, factor, MANTISSA)
     elif SCHEME == "per_row_div":
         codes = int8_code(tl.div_rn(t, tl.broadcast_to(factor, t.shape)), -127.0)
