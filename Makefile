@@ -16,11 +16,10 @@ MSPROBE := $(VENV)/msprobe
 
 # Tests of ops that also run on the Triton kernels, in Triton's interpreter.
 INTERPRETED := tests/test_expert_parallel_rows.py \
+	tests/ascend/distributed/test_quant_modes.py
+INTERPRETED_FULL := $(INTERPRETED) tests/test_fixed_shapes.py \
 	$(wildcard tests/ascend/distributed/test_hypothesis_*.py) \
 	tests/ascend/distributed/test_combine_add_rms_norm.py \
-	tests/ascend/distributed/test_quant_modes.py \
-	tests/test_fixed_shapes.py
-INTERPRETED_FULL := $(INTERPRETED) \
 	$(addprefix tests/test_expert_parallel,.py _errors.py _lifecycle.py) \
 	$(addprefix tests/ascend/distributed/test_,resolutions.py split_phase.py torch_npu.py torch_npu_v2.py) \
 	tests/ascend/local/test_update_expert.py
@@ -39,7 +38,7 @@ help: ## list the targets
 demo: $(VENV)/.test ## a MoE layer over 8 processes, checked against the dense layer
 	$(BIN)/moe-triton demo
 
-test: $(VENV)/.test $(ASCEND)/.tried ## the tests, about 15 minutes on two cores
+test: $(VENV)/.test $(ASCEND)/.tried ## the tests, about 30 minutes on two cores
 	$(BIN)/pytest $(PYTEST_ARGS)
 	$(if $(PYTEST_ARGS),,MOE_TRITON_BACKEND=interpret $(BIN)/pytest $(INTERPRETED))
 
