@@ -60,6 +60,11 @@ def _adjacent(tensor: torch.Tensor) -> bool:
     return tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 or tensor.numel() == 0
 
 
+def with_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor whose first element can be read, as NPUs do for masked lanes."""
+    return tensor if tensor.numel() else tensor.new_zeros(1)
+
+
 def with_adjacent_columns(rows: torch.Tensor) -> torch.Tensor:
     """[.., H] rows, copied if the stride of their columns is not 1."""
     return rows if rows.shape[-1] <= 1 or rows.stride(-1) == 1 else rows.contiguous()

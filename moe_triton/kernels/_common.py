@@ -81,16 +81,20 @@ def magnitude_bits(x):
 
 @triton.jit
 def int8_code(y, LOWEST: tl.constexpr):
-    """Clamp fp32 to [LOWEST, 127] and round half to even, as int8; NaN becomes 0."""
+    """Clamp fp32 to [LOWEST, 127] and round half to even; NaN becomes 0.
+
+    The code is the lowest byte of an int32: NPUs narrow a tile of two dimensions in less memory
+    than one of three.
+    """
     y = tl.where(y == y, y, 0.0)
     y = tl.minimum(tl.maximum(y, LOWEST), 127.0)
     # Adding 1.5 * 2**23 leaves the rounded integer in the lowest bits of the sum.
-    return (y + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+    return (y + 12582912.0).to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def float8_code(y, MANTISSA: tl.constexpr):
-    """Round fp32 half to even to e4m3fn (MANTISSA 3) or e5m2 (2), as uint8.
+    """Round fp32 half to even to e4m3fn (MANTISSA 3) or e5m2 (2), as the byte in an int32.
 
     |y| must be NaN, or above the largest value by a rounding error at most.
     """
@@ -107,7 +111,19 @@ def float8_code(y, MANTISSA: tl.constexpr):
     small = (tl.abs(y) + magic).to(tl.int32, bitcast=True) - magic_bits
     code = tl.where(most < ((127 + MIN_EXPONENT) << 23), small, normal)
     code = tl.where(most > INFINITY_BITS, 0x7F, code)
-    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+    return code | ((bits >> 24) & 0x80)
+
+
+@triton.jit
+def divide(x, divisor):
+    """``x // divisor`` of int32 vectors that are not negative, exactly.
+
+    A 910B divides vectors in fp32, which rounds numbers from 2**24 on: the first quotient may be a
+    little off, and what remains is small.
+    """
+    quotient = x // divisor
+    quotient += (x - quotient * divisor) // divisor
+    return quotient - (x - quotient * divisor < 0).to(tl.int32)
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from ..errors import ArgumentValueError
 from ..layout import NOWHERE
 from . import launch_config
 from ._checks import check_tensor
+from ._common import divide
 
 _NOWHERE = tl.constexpr(NOWHERE)
 UNLIMITED = 2**31 - 1
@@ -61,7 +62,7 @@ def _groups_kernel(
         at = expert[:, None] * by_expert + source[None, :] * by_source
         counts = tl.load(counts_ptr + at, mask=mask, other=0)
         rows = tl.sum(counts, axis=1)
-        padded = (rows + alignment - 1) // alignment * alignment
+        padded = divide(rows + alignment - 1, alignment) * alignment
         within = tl.cumsum(counts, axis=1)
         row_ends = num_rows + tl.cumsum(rows, axis=0)
         offsets = num_padded + tl.cumsum(padded, axis=0)
@@ -106,13 +107,13 @@ def find_row(row, num_rows, group_starts_ptr, first_index_ptr, num_groups, world
     low = tl.zeros_like(row)
     high = tl.zeros_like(row) + num_groups
     for _ in range(steps):
-        middle = (low + high) // 2
+        middle = (low + high) >> 1
         at_or_before = tl.load(group_starts_ptr + middle, mask=present, other=0) <= row
         low = tl.where(at_or_before, middle, low)
         high = tl.where(at_or_before, high, middle)
     within = row - tl.load(group_starts_ptr + low, mask=present, other=0)
     index_in_source = tl.load(first_index_ptr + low, mask=present, other=0) + within
-    source = low % (world + 1)
+    source = low - divide(low, world + 1) * (world + 1)
     source = tl.where(present & (source < world), source, _NOWHERE)
     return source, tl.where(present, index_in_source, 0)
 

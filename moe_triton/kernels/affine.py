@@ -50,7 +50,8 @@ def _affine_kernel(
         mask = (row < num_rows) & (col < hidden)
         x = to_float32(tl.load(x_ptr + row * x_stride + col, mask=mask, other=0.0))
         total = _through_half(_through_half(_through_half(x) * scale) + offset)
-        tl.store(q_ptr + row * hidden + col, int8_code(total, -128.0), mask=mask)
+        codes = int8_code(total, -128.0).to(tl.int8)
+        tl.store(q_ptr + row * hidden + col, codes, mask=mask)
 
 
 def quantize_affine(x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from ..errors import ArgumentValueError
 from ._checks import FLOATS, INDICES, check_tensor
+from ._common import divide
 from .launch_config import tiles
 
 
@@ -49,8 +50,10 @@ def _eplb_map_kernel(
         count = tl.load(row_ptr, mask=mask, other=1)
         tl.device_assert((count >= 1) & (count < num_columns), "number of replicas out of range")
         if BY_TOKEN:
-            number = (slot_id // top_k) % count
+            token = divide(slot_id, top_k)
+            number = token - divide(token, count) * count
         else:
+            # Exact in fp32, in which a 910B divides: these are ranks.
             number = rank // ((world_size + count - 1) // count)
         physical = tl.load(row_ptr + 1 + number, mask=mask, other=0)
         tl.store(out_ptr + slot_id, physical.to(out_ptr.dtype.element_ty), mask=mask)

@@ -6,7 +6,8 @@ walk their tiles in strides of the number of programs, so any of these choices i
 
     GPU          a tile fits the registers of 8 warps with 4 loads of 16 bytes a lane in flight;
                  tall tiles of short rows only where they still keep all processors busy
-    NPU          the same tiles, one program for each vector core
+    NPU          a tile and what is made of it fit the unified buffer twice, as the next tile is
+                 loaded meanwhile; one program for each vector core
     interpreter  a tile costs about a millisecond of any size: as large as fits the caches
 """
 
@@ -26,7 +27,7 @@ class Launch:
     Attributes:
         num_programs: size of the grid, at least 1.
         rows: rows of a tile, a power of two.
-        block: elements of a tile's row, a power of two.
+        block: elements of a tile's row, a power of two, also for rows without elements.
         num_warps: of a program; for GPUs.
     """
 
@@ -52,7 +53,9 @@ class Policy:
         compared: maximum slots of a plan that are compared all with all.
         own: slots of a program that are compared with others.
         ranked: slots of a block in a plan of more slots.
+        comparisons: maximum slots of a block times those that they are compared with at a time.
         gathers: whether a tile can gather rows from anywhere; else an indexed row is a tile.
+        least: minimum elements of a block; masks cut what is past the end.
     """
 
     tile: int
@@ -65,7 +68,9 @@ class Policy:
     compared: int
     own: int
     ranked: int
+    comparisons: int
     gathers: bool = True
+    least: int = 1
 
 
 # Two programs: with one, tests would never stride from tile to tile.
@@ -80,6 +85,7 @@ INTERPRETER = Policy(
     compared=256,
     own=128,
     ranked=512,
+    comparisons=2**16,
 )
 
 
@@ -96,13 +102,26 @@ def gpu_policy(processors: int, lanes: int) -> Policy:
         compared=4096,
         own=16,
         ranked=256,
+        comparisons=2**12,
     )
 
 
 def npu_policy(cores: int) -> Policy:
-    """For an NPU by its number of vector cores."""
-    gpu = gpu_policy(cores, 32)
-    return dataclasses.replace(gpu, num_programs=cores, busy=cores, gathers=False)
+    """For an NPU by its number of vector cores: 40 of a 910B3 and B4, 48 of a 910B1, B2 and A3.
+
+    Codes of a row with factors take 60 bytes an element, and 192 KB must hold them. A block of one
+    element makes triton-ascend 3.2 fail.
+    """
+    return dataclasses.replace(
+        gpu_policy(cores, 32),
+        tile=2**11,
+        block=2**11,
+        num_programs=cores,
+        busy=cores,
+        token_block=2**11,
+        gathers=False,
+        least=16,
+    )
 
 
 @functools.lru_cache(maxsize=64)
@@ -155,7 +174,7 @@ def tiles(device: torch.device, num_rows: int, width: int, *, indexed: bool = Fa
 
 @functools.lru_cache(maxsize=4096)
 def _tiles(limits: Policy, num_rows: int, width: int, indexed: bool) -> Launch:
-    block = min(next_power_of_2(max(width, 1)), limits.block)
+    block = min(next_power_of_2(max(width, limits.least)), limits.block)
     across = cdiv(max(width, 1), block)
     rows = 1
     while (
@@ -198,7 +217,7 @@ def _token_tiles(limits: Policy, num_tokens: int, width: int, whole_rows: bool) 
     # A row that fits stays in registers; a longer one is read twice, in small steps.
     fits = whole_rows and width <= limits.block
     most = limits.block if fits else limits.token_block
-    block = min(next_power_of_2(max(width, 1)), most)
+    block = min(next_power_of_2(max(width, limits.least)), most)
     num_tiles = num_tokens * (1 if whole_rows else cdiv(width, block))
     return Launch(
         num_programs=max(min(num_tiles, limits.num_programs), 1),
@@ -215,7 +234,7 @@ def one_program(device: torch.device, num_rows: int, width: int) -> Launch:
 
 @functools.lru_cache(maxsize=4096)
 def _one_program(limits: Policy, num_rows: int, width: int) -> Launch:
-    block = next_power_of_2(max(width, 1))
+    block = next_power_of_2(max(width, limits.least))
     # A few numbers a lane: sums along both axes take registers too.
     rows = max(min(next_power_of_2(max(num_rows, 1)), limits.tile // (4 * block)), 1)
     return Launch(1, rows, block, _num_warps(limits, 4 * rows * block))
@@ -234,7 +253,7 @@ def line(device: torch.device, num_elements: int, *, others: int = 1) -> Launch:
 
 @functools.lru_cache(maxsize=4096)
 def _line(limits: Policy, num_elements: int, others: int) -> Launch:
-    block = min(next_power_of_2(max(num_elements, 1)), limits.line)
+    block = min(next_power_of_2(max(num_elements, limits.least)), limits.line)
     most = max(limits.num_programs // max(others, 1), 1)
     num_programs = max(min(cdiv(num_elements, block), most), 1)
     return Launch(num_programs, 1, block, _num_warps(limits, 8 * block))
@@ -274,7 +293,8 @@ def _plan_launch(limits: Policy, num_slots: int) -> PlanLaunch:
     compare = num_slots <= limits.compared
     # Larger blocks compare more slots, smaller ones sum more histograms.
     own = limits.own if compare else limits.ranked * (1 if num_slots <= 2**16 else 2)
-    others = 128 if compare else limits.tile // (2 * own)
+    others = 128 if compare else limits.comparisons // own
     # A few comparisons a lane: each takes a predicate register.
     warps = _num_warps(limits, 4 * own * others)
-    return PlanLaunch(compare, own, others, limits.tile // 512, limits.num_programs, warps)
+    experts = max(limits.tile // 512, 16)
+    return PlanLaunch(compare, own, others, experts, limits.num_programs, warps)

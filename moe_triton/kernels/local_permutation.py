@@ -19,7 +19,7 @@ import triton.language as tl
 from ..errors import ArgumentValueError
 from ..layout import NOWHERE, LocalPermutation, RecvPermutation, RoutingPlan
 from . import launch_config
-from ._checks import FLOATS, INDICES, check_tensor
+from ._checks import FLOATS, INDICES, check_tensor, with_memory
 from ._groups import check_load, find_row, sum_groups
 
 _NOWHERE = tl.constexpr(NOWHERE)
@@ -124,12 +124,15 @@ def _aligned_permutation_kernel(
             row, num_rows, group_starts_ptr, first_index_ptr, num_groups, 1, steps
         )
         real = inside & (source >= 0)
-        slot_id = tl.load(sorted_slot_ids_ptr + index, mask=real, other=_NOWHERE)
+        # NPUs load masked lanes, too: what these read must exist.
+        slot_at = sorted_slot_ids_ptr + tl.where(real, index, 0)
+        slot_id = tl.load(slot_at, mask=real, other=_NOWHERE)
         tl.store(source_ptr + row, source.to(tl.int64), mask=inside)
         tl.store(index_in_source_ptr + row, index.to(tl.int64), mask=inside)
         tl.store(slot_ids_ptr + row, slot_id, mask=inside)
         if weights_ptr is not None:
-            weight = tl.load(weights_ptr + slot_id, mask=real, other=0.0)
+            weight_at = weights_ptr + tl.maximum(slot_id, 0)
+            weight = tl.load(weight_at, mask=real, other=0.0)
             tl.store(row_weights_ptr + row, weight, mask=inside)
     for begin in range(tl.program_id(0) * BLOCK, num_slots, tl.num_programs(0) * BLOCK):
         slot_id = begin + tl.arange(0, BLOCK)
@@ -165,7 +168,7 @@ def local_permutation(
     check_tensor(op, "expert_ids", expert_ids, dtypes=INDICES, shape=(None, None), device=device)
     if weights is not None:
         check_tensor(op, "weights", weights, dtypes=FLOATS, shape=shape, device=device)
-        weights = weights.contiguous()
+        weights = with_memory(weights.contiguous())
     if alignment < 1:
         raise ArgumentValueError(op, "alignment", "be at least 1", alignment)
     totals = torch.empty(len(plan.counts), dtype=totals_dtype, device=device)
@@ -237,7 +240,7 @@ def _aligned(
         groups.offsets,
         expert_ids.contiguous(),
         plan.position_in_expert,
-        plan.sorted_slot_ids,
+        with_memory(plan.sorted_slot_ids),
         weights,
         *rows,
         groups.group_starts.numel(),

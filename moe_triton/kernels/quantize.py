@@ -66,7 +66,7 @@ _SCHEMES: dict[str, tuple[tuple[torch.dtype, ...], bool, bool]] = {
 
 @triton.jit
 def _scaled_codes(t, factor, MANTISSA: tl.constexpr):
-    """Codes of t * factor, as int8 or float8."""
+    """Codes of t * factor, of int8 or float8, in an int32."""
     if MANTISSA == 0:  # noqa: SIM108 - only one of them is compiled
         codes = int8_code(t * factor, -127.0)
     else:
@@ -78,19 +78,19 @@ def _scaled_codes(t, factor, MANTISSA: tl.constexpr):
 def _mx_codes(t, factor, MAX: tl.constexpr, MANTISSA: tl.constexpr):
     """Saturated float8 codes of t * factor; NaN where the factor is NaN."""
     y = tl.minimum(tl.maximum(t * factor, -MAX), MAX)
-    return tl.where(factor != factor, 0x7F, float8_code(y, MANTISSA).to(tl.int32)).to(tl.uint8)
+    return tl.where(factor != factor, 0x7F, float8_code(y, MANTISSA))
 
 
 @triton.jit
 def _block8_codes(t, divisor):
-    """int8 codes of t / divisor, rounded to fp16 first; a divisor that lost bits passes 127."""
+    """Codes of t / divisor, rounded to fp16 first; a divisor that lost bits passes 127."""
     y = tl.div_rn(t, tl.broadcast_to(divisor, t.shape))
     return int8_code(y.to(tl.float16).to(tl.float32), -127.0)
 
 
 @triton.jit
 def _quantize(t, factor, SCHEME: tl.constexpr, MAX: tl.constexpr, MANTISSA: tl.constexpr):
-    """[R, G, L] fp32 to codes, with the [R, G, 1] factor of ``_factor_and_scale``."""
+    """[R, G, L] fp32 to codes in int32, with the [R, G, 1] factor of ``_factor_and_scale``."""
     if (SCHEME == "per_row" or SCHEME == "group") or SCHEME == "group_pow2":
         codes = _scaled_codes(t, factor, MANTISSA)
     elif SCHEME == "per_row_div":
@@ -161,13 +161,29 @@ def _factor_and_scale(largest, SCHEME: tl.constexpr, MAX: tl.constexpr, MANTISSA
 
 
 @triton.jit
-def _smoothed(x, smooth_scales_ptr, smooth_at, mask, FACTORS: tl.constexpr):
-    """Tokens times their smooth factors, as fp32."""
+def _smoothed(x, smooth_scales_ptr, row_start, cols, active, inside, FACTORS: tl.constexpr):
+    """Tokens times their smooth factors, as fp32.
+
+    Args:
+        x: [R, L] of the tokens.
+        smooth_scales_ptr: the factors.
+        row_start: [R] elements before the factors of each token, used with "rows".
+        cols: [L] columns.
+        active: [R] mask of x.
+        inside: [L] mask of x.
+        FACTORS: as in ``_encode_kernel``.
+    """
     t = to_float32(x)
     if FACTORS == "one":
         t = t * tl.load(smooth_scales_ptr)
-    elif FACTORS == "row" or FACTORS == "rows":
-        t = t * tl.load(smooth_scales_ptr + smooth_at, mask=mask, other=0.0)
+    elif FACTORS == "row":
+        # A pointer for each column, once: triton-ascend has no stride of 0 between rows.
+        factors = tl.load(smooth_scales_ptr + cols, mask=inside, other=0.0)
+        t = t * factors[None, :]
+    elif FACTORS == "rows":
+        at = row_start[:, None] + cols[None, :]
+        mask = active[:, None] & inside[None, :]
+        t = t * tl.load(smooth_scales_ptr + at, mask=mask, other=0.0)
     else:
         tl.static_assert(FACTORS == "none", "unknown shape of smooth factors")
     return t
@@ -180,10 +196,9 @@ def _largest(t, ROWS: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def _step_mask(active, start, lanes, cols, group, hidden):
-    """Mask of the step from ``start`` through groups longer than a tile."""
-    in_group = (start + lanes < group) & (start + cols < hidden)
-    return active[:, None] & in_group[None, :]
+def _in_step(start, lanes, cols, group, hidden):
+    """Mask of the columns of the step from ``start`` through groups longer than a tile."""
+    return (start + lanes < group) & (start + cols < hidden)
 
 
 @triton.jit
@@ -261,10 +276,12 @@ def encode_tiles(
         groups = first + tl.arange(0, GROUPS)
         if ADJACENT:
             cols = first * (LANES if WHOLE else group) + lanes
-            mask = active[:, None] & (cols < hidden)[None, :]
+            inside = cols < hidden
         else:
-            cols = (first + lanes // LANES) * group + lanes % LANES
-            mask = active[:, None] & ((cols < hidden) & (lanes % LANES < group))[None, :]
+            # LANES is a power of two. NPUs walk a remainder element by element.
+            cols = (first + lanes // LANES) * group + (lanes & (LANES - 1))
+            inside = (cols < hidden) & ((lanes & (LANES - 1)) < group)
+        mask = active[:, None] & inside[None, :]
         x_at = (token * x_units * UNIT)[:, None] + cols[None, :]
         if WHOLE:
             x = tl.load(x_ptr + x_at, mask=mask, other=0)
@@ -277,21 +294,22 @@ def encode_tiles(
                     expert_ids_ptr, first_token, own, num_slots, top_k, num_experts, num_tokens,
                     ROWS,
                 )  # fmt: skip
-            if FACTORS != "rows":
-                smooth_row = tl.zeros_like(smooth_row)
-            smooth_at = (smooth_row * hidden_units * UNIT)[:, None] + cols[None, :]
+            row_start = smooth_row * hidden_units * UNIT
 
             if SCALED:
                 if WHOLE:
-                    t = _smoothed(x, smooth_scales_ptr, smooth_at, mask, FACTORS)
+                    t = _smoothed(x, smooth_scales_ptr, row_start, cols, active, inside, FACTORS)
                     largest = _largest(t, ROWS, GROUPS, LANES)
                 else:
                     largest = tl.zeros([ROWS, GROUPS], tl.int32)
                     for start in range(0, group, LANES):
-                        part_mask = _step_mask(active, start, lanes, cols, group, hidden)
+                        in_step = _in_step(start, lanes, cols, group, hidden)
+                        part_mask = active[:, None] & in_step[None, :]
                         part = tl.load(x_ptr + x_at + start, mask=part_mask, other=0)
-                        at = smooth_at + start
-                        part = _smoothed(part, smooth_scales_ptr, at, part_mask, FACTORS)
+                        part = _smoothed(
+                            part, smooth_scales_ptr, row_start, start + cols, active, in_step,
+                            FACTORS,
+                        )  # fmt: skip
                         largest = tl.maximum(largest, _largest(part, ROWS, GROUPS, LANES))
                 factor, scale = _factor_and_scale(largest, SCHEME, MAX, MANTISSA)
                 if SCHEME != "mx":
@@ -299,22 +317,25 @@ def encode_tiles(
 
             for start in range(0, LANES if WHOLE else group, LANES):
                 if WHOLE:
-                    part_mask = mask
+                    in_step, part_mask = inside, mask
                     part = x
                 else:
-                    part_mask = _step_mask(active, start, lanes, cols, group, hidden)
+                    in_step = _in_step(start, lanes, cols, group, hidden)
+                    part_mask = active[:, None] & in_step[None, :]
                     part = tl.load(x_ptr + x_at + start, mask=part_mask, other=0)
                 if SCHEME == "none":
                     codes = part
                 else:
-                    at = smooth_at + start
-                    part = _smoothed(part, smooth_scales_ptr, at, part_mask, FACTORS)
+                    part = _smoothed(
+                        part, smooth_scales_ptr, row_start, start + cols, active, in_step, FACTORS
+                    )
                     if SCHEME == "static":
                         codes = int8_code(part, -128.0)
                     else:
                         grouped = tl.reshape(part, [ROWS, GROUPS, LANES])
                         grouped = _quantize(grouped, factor[:, :, None], SCHEME, MAX, MANTISSA)
                         codes = tl.reshape(grouped, [ROWS, BLOCK])
+                    codes = codes.to(out_ptr.dtype.element_ty)
                 for slot in range(own, own + 1 if PER_SLOT else num_slots):
                     row = _destination(
                         index_ptr, first_token, slot, num_slots, num_rows, num_tokens, ROWS

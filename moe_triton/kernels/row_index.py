@@ -25,7 +25,8 @@ import triton.language as tl
 from ..errors import ArgumentValueError, MissingArgumentError
 from ..layout import NOWHERE, RecvPermutation, RecvRowIndex, RoutingPlan
 from . import launch_config
-from ._checks import FLOATS, INDICES, check_tensor
+from ._checks import FLOATS, INDICES, check_tensor, with_memory
+from ._common import divide
 from ._groups import UNLIMITED, find_row, sum_groups
 
 _NOWHERE = tl.constexpr(NOWHERE)
@@ -88,17 +89,19 @@ def _recv_row_index_kernel(
         )
         # Clamp: duplicate expert ids of a token must not overflow the slot ids of its source.
         real = inside & (source >= 0) & (index < num_slot_ids)
-        source, index = source.to(tl.int64), index.to(tl.int64)
+        tl.store(source_ptr + row, source.to(tl.int64), mask=inside)
+        tl.store(index_in_source_ptr + row, index.to(tl.int64), mask=inside)
+        # NPUs load masked lanes, too: what these read must exist.
+        source = tl.where(real, source, 0).to(tl.int64)
+        index = tl.where(real, index, 0)
         sent_at = slot_ids_ptr + source * slot_ids_stride + index
         slot_id = tl.load(sent_at, mask=real, other=_NOWHERE)
-        sent = slot_id // slots_per_row
+        sent = divide(tl.maximum(slot_id, 0), slots_per_row)
         if table_ptr is not None:
             address = tl.load(table_ptr + source * table_stride + sent, mask=real, other=0)
         else:
             origin = tl.load(origins_ptr + source, mask=real, other=0)
             address = origin + sent.to(tl.int64) * row_step
-        tl.store(source_ptr + row, source, mask=inside)
-        tl.store(index_in_source_ptr + row, index, mask=inside)
         tl.store(row_slot_ids_ptr + row, slot_id, mask=inside)
         tl.store(row_index_ptr + row, tl.where(real, address, _NOWHERE), mask=inside)
         if weights_ptr is not None:
@@ -159,8 +162,8 @@ def recv_row_index(
             groups.group_starts,
             groups.first_index,
             groups.offsets,
-            slot_ids,
-            weights,
+            with_memory(slot_ids),
+            None if weights is None else with_memory(weights),
             origins,
             table,
             source,
@@ -251,9 +254,11 @@ def _combine_row_index_kernel(
         slot_id = (token * top_k)[:, None] + slot[None, :]
         position = tl.load(position_in_expert_ptr + slot_id, mask=inside, other=_NOWHERE)
         sent = position != _NOWHERE
-        expert = tl.load(expert_ids_ptr + slot_id, mask=sent, other=0).to(tl.int64)
-        owner = num_shared_ranks + expert // local
-        group = owner * rank_stride + expert % local * (world + 1) + rank
+        expert = tl.load(expert_ids_ptr + slot_id, mask=sent, other=0).to(tl.int32)
+        holder = divide(expert, local)
+        owner = num_shared_ranks + holder
+        number = expert - holder * local
+        group = owner.to(tl.int64) * rank_stride + number * (world + 1) + rank
         row = tl.load(group_starts_ptr + group, mask=sent, other=0) + position
         sent = sent & (row < capacity)
         address = tl.load(origins_ptr + owner, mask=sent, other=0)

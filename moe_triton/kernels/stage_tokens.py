@@ -28,7 +28,7 @@ from ..errors import ArgumentValueError, UnavailableError
 from ..layout import NOWHERE, DispatchHeader, RoutingPlan, RowFormat
 from . import launch_config
 from ._checks import FLOATS, INDICES, check_tensor
-from ._common import TRITON_DTYPES
+from ._common import TRITON_DTYPES, divide
 from .quantize import encode_slots, split_rows
 
 _NO_ROLE = tl.constexpr(-(2**31))  # of a rank whose shared expert serves other ranks
@@ -97,7 +97,8 @@ def _write_headers_kernel(
         mask = position < count
         slot_id = tl.load(sorted_slot_ids_ptr + start + position, mask=mask, other=0)
         # t * K + k becomes t * (K + NS) + k.
-        tl.store(slot_ids_out + position, slot_id + slot_id // top_k * num_shared, mask=mask)
+        shared_before = divide(slot_id, top_k) * num_shared
+        tl.store(slot_ids_out + position, slot_id + shared_before, mask=mask)
         if WEIGHT is not None and weights_ptr is not None:
             weight = tl.load(weights_ptr + slot_id, mask=mask, other=0.0)
             tl.store(weights_out + position, weight.to(WEIGHT), mask=mask)

@@ -92,6 +92,35 @@ def test_an_indexed_row_is_a_tile_without_gather(monkeypatch):
 
 
 @pytest.fixture
+def npu(monkeypatch):
+    """An NPU of 40 vector cores, whatever device is asked for."""
+    limits = launch_config.npu_policy(40)
+    monkeypatch.setattr(launch_config, "policy", lambda device: limits)
+    return torch.device("cpu")
+
+
+def test_tiles_of_an_npu_fit_its_buffer_twice(npu):
+    for tile in (
+        launch_config.tiles(npu, 10**6, 7168),
+        launch_config.tiles(npu, 10**6, 64),
+        launch_config.token_tiles(npu, 4096, 7168),
+        launch_config.token_tiles(npu, 4096, 7168, whole_rows=True),
+        launch_config.one_program(npu, 10**6, 64),
+        launch_config.line(npu, 10**6),
+    ):
+        assert tile.rows * tile.block <= 2048
+        assert tile.num_programs <= 40
+
+
+@pytest.mark.parametrize("size", [0, 1, 5])
+def test_an_npu_has_no_tiny_blocks(size, npu):
+    assert launch_config.tiles(npu, size, size).block == 16
+    assert launch_config.token_tiles(npu, size, size).block == 16
+    assert launch_config.one_program(npu, size, size).block == 16
+    assert launch_config.line(npu, size).block == 16
+
+
+@pytest.fixture
 def policies(monkeypatch):
     """Devices of other kinds, as torch and Triton would describe them."""
 
