@@ -1,9 +1,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+# Tests that run side by side; those with many ranks take more cores than one.
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 PIP := python -m pip install --disable-pip-version-check
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal
 PIP_INSTALL := $(BIN)/$(PIP) -c constraints.txt
 SPEC := pyproject.toml constraints.txt
 # The compiler of triton-ascend, whose module is called triton too: an environment of its own, which
@@ -39,16 +42,16 @@ demo: $(VENV)/.test ## a MoE layer over 8 processes, checked against the dense l
 	$(BIN)/moe-triton demo
 
 test: $(VENV)/.test $(ASCEND)/.tried ## the tests, about 30 minutes on two cores
-	$(BIN)/pytest $(PYTEST_ARGS)
-	$(if $(PYTEST_ARGS),,MOE_TRITON_BACKEND=interpret $(BIN)/pytest $(INTERPRETED))
+	$(PYTEST) $(PYTEST_ARGS)
+	$(if $(PYTEST_ARGS),,MOE_TRITON_BACKEND=interpret $(PYTEST) $(INTERPRETED))
 
 test-quick: $(VENV)/.test ## a part of the tests, under 3 minutes on two cores
-	$(BIN)/pytest $(QUICK) $(PYTEST_ARGS)
+	$(PYTEST) $(QUICK) $(PYTEST_ARGS)
 
 test-full: $(VENV)/.test $(ASCEND)/.tried $(MSPROBE)/.tried ## the tests and long runs; rewrites docs/evidence/test-full.md
-	MOE_TRITON_TEST_PROFILE=full $(BIN)/pytest -m "full or not full" -o faulthandler_timeout=3600 \
+	MOE_TRITON_TEST_PROFILE=full $(PYTEST) -m "full or not full" -o faulthandler_timeout=3600 \
 		--evidence=docs/evidence/test-full.md $(PYTEST_ARGS)
-	$(if $(PYTEST_ARGS),,MOE_TRITON_BACKEND=interpret $(BIN)/pytest $(INTERPRETED_FULL))
+	$(if $(PYTEST_ARGS),,MOE_TRITON_BACKEND=interpret $(PYTEST) $(INTERPRETED_FULL))
 
 test-engines: $(VENV)/.test $(addsuffix /.ready,$(ENGINES)) ## vLLM and SGLang themselves, about 12 minutes on two cores
 	$(BIN)/pytest -m engines -o faulthandler_timeout=1200 tests/engines $(PYTEST_ARGS)

@@ -107,6 +107,9 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
+_EVIDENCE = "evidence"  # the property of a test's report that holds a record
+
+
 class Evidence:
     """Collects results of the run and records of tests, for a page to be committed."""
 
@@ -124,6 +127,10 @@ class Evidence:
         if report.when == "call" or report.outcome != "passed":
             # A failing teardown follows a passed call, and is one more failure.
             self.outcomes[file][report.outcome] += 1
+        if report.when == "teardown":
+            for key, record in report.user_properties:
+                if key == _EVIDENCE:
+                    self.records[record[0]].append(record[1])
         if report.skipped:
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
             self.skipped.append((report.nodeid, str(reason)))
@@ -155,7 +162,7 @@ class Evidence:
         if self.skipped:
             lines += ["", "## Skipped", "", *(f"- `{node}`: {why}" for node, why in self.skipped)]
         for name, texts in sorted(self.records.items()):
-            lines += ["", f"## {name}", "", "\n\n".join(texts)]
+            lines += ["", f"## {name}", "", "\n\n".join(sorted(texts))]
         return "\n".join(lines) + "\n"
 
 
@@ -191,20 +198,19 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if path := config.getoption("--evidence"):
+    path = config.getoption("--evidence")
+    if path and not hasattr(config, "workerinput"):  # a worker of xdist reports to the main process
         config.pluginmanager.register(Evidence(path), "moe_triton-evidence")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def record_evidence(request):
     """``record_evidence(name, text)`` adds Markdown to the page of ``--evidence``, under a heading.
 
-    Texts of one name keep their order. Without the option they are dropped.
+    Without the option it is dropped.
     """
-    evidence = request.config.pluginmanager.get_plugin("moe_triton-evidence")
 
     def record(name: str, text: str) -> None:
-        if evidence is not None:
-            evidence.records[name].append(text)
+        request.node.user_properties.append((_EVIDENCE, (name, text)))
 
     return record

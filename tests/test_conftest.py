@@ -77,10 +77,12 @@ def test_bad():
 """
 
 
-def test_evidence_page(tmp_path):
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_evidence_page(tmp_path, workers):
     (tmp_path / "test_page.py").write_text(_PAGE_TEST, encoding="utf-8")
+    page_args = ["--evidence", "sub/page.md", "-n", workers]
     subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "--evidence", "sub/page.md"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "conftest", *page_args],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": HELPERS},
         capture_output=True,
