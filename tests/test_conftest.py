@@ -62,6 +62,9 @@ def test_memory_for_others_is_not_poisoned(tmp_path):
 
 TESTS = Path(__file__).parent
 HELPERS = os.pathsep.join([str(TESTS), str(TESTS / "support")])
+# A run of its own, whoever runs this file.
+ALONE = {**os.environ, "PYTHONPATH": HELPERS}
+ALONE.pop("PYTEST_XDIST_WORKER", None)
 
 _PAGE_TEST = """
 import pytest
@@ -84,7 +87,7 @@ def test_evidence_page(tmp_path, workers):
     subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "conftest", *page_args],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": HELPERS},
+        env=ALONE,
         capture_output=True,
         check=False,
     )
@@ -116,7 +119,7 @@ def test_a_lost_device_ends_the_run(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "conftest"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": HELPERS},
+        env=ALONE,
         capture_output=True,
         text=True,
         check=False,

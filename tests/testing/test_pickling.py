@@ -71,12 +71,15 @@ def test_only_what_cannot_be_imported_travels_by_value(tmp_path, monkeypatch):
     assert pickling._importable(threading)
 
 
-def test_a_lambda_needs_cloudpickle(monkeypatch):
+def test_a_lambda_needs_cloudpickle(tmp_path, monkeypatch):
+    path = tmp_path / "unknown.py"
+    path.write_text("def named():\n    return 1\n\nunnamed = lambda: 1\n")
+    module = load_module(path, "unknown", monkeypatch)
     monkeypatch.setattr(pickling, "cloudpickle", None)
     fn, args = pickling.load(pickling.dump_call(moe_triton.testing.weights, (2, 2)))
     assert fn is moe_triton.testing.weights
     assert args == (2, 2)
-    for local in (lambda: 1, module_level):
+    for local in (module.unnamed, module.named):
         with pytest.raises(TypeError, match="imported by name as long as cloudpickle is not"):
             pickling.dump_call(local, ())
 
