@@ -275,7 +275,8 @@ def test_doctor_json(capsys):
     assert facts["devices"][0]["kind"] == "cpu"
     assert facts["backends"]["cpu"] == {"works": True, "cause": None}
     collectives = {f"collective ({backend})" for backend in ("gloo", "nccl", "hccl")}
-    assert set(facts["transports"]) == {"local", "shm (memfd)", "shm (posix)"} | collectives
+    windows = {"local", "shm (memfd)", "shm (posix)", "symm_mem"}
+    assert set(facts["transports"]) == windows | collectives
     for answer in (*facts["backends"].values(), *facts["transports"].values()):
         assert answer["works"] == (answer["cause"] is None)
     (window,) = facts["windows"]

@@ -23,8 +23,8 @@ from moe_triton import (
     comm,
     window_bytes,
 )
+from moe_triton.comm.control_blocks import control_bytes
 from moe_triton.comm.local import LocalMemory
-from moe_triton.comm.ring_protocol import control_bytes
 from moe_triton.layout import QUANTS
 from moe_triton.ops.layer_config import QuantName
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from .. import __version__, backend
-from ..comm import atomics
+from ..comm import atomics, symm_mem
 from ..comm.local import LocalMemory
 from ..comm.memory import Memory
 from ..comm.shm import MemfdMemory, PosixMemory
@@ -173,6 +173,7 @@ def _transports() -> dict[str, str | None]:
         "local": _memory_problem(LocalMemory()),
         "shm (memfd)": between_processes or _memory_problem(MemfdMemory()),
         "shm (posix)": between_processes or _memory_problem(PosixMemory()),
+        "symm_mem": symm_mem.unavailable_because(),
         "collective (gloo)": _gloo_problem(),
         "collective (nccl)": _nccl_problem(),
         "collective (hccl)": backend.unavailable_because("npu"),
@@ -299,6 +300,7 @@ def _transport_notes(limits: dict[str, int | None]) -> dict[str, str]:
         "local": "threads of one process",
         "shm (memfd)": memfd,
         "shm (posix)": posix,
+        "symm_mem": "processes of one host with a GPU each; not yet tested",
         "collective (gloo)": "any processes, through torch.distributed",
         "collective (nccl)": "any processes, through torch.distributed; not yet tested",
         "collective (hccl)": "any processes, through torch.distributed; not yet tested",

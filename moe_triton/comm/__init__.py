@@ -6,7 +6,7 @@ Knows nothing of back ends: the device steps come in as a table with each call.
 from __future__ import annotations
 
 if __name__ == "moe_triton.comm":
-    from .all_to_all import all_to_all_v
+    from .all_to_all import all_to_all_v, exchange_call
     from .collective import only_on_device
     from .communicator import Communicator
     from .groups import (
@@ -70,6 +70,7 @@ if __name__ == "moe_triton.comm":
         "close_all",
         "close_communicator",
         "default_communicator",
+        "exchange_call",
         "fixed_shapes",
         "only_on_device",
         "open_communicator",

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
 
 from ..errors import ArgumentTypeError, ArgumentValueError, MoeError
+from ..topology import Topology
 from .groups import resolve
 from .registry import default_communicator
+from .transport import Call, DeviceSteps
+from .window import MoeConfig
 
 _OP = "all_to_all_v"
+
+_FindSteps: TypeAlias = "Callable[[torch.device], DeviceSteps]"
+_find_steps: _FindSteps | None = None
+
+
+def use_steps(find: _FindSteps) -> None:
+    """Set who knows the steps on a device: this package does not know the back ends."""
+    global _find_steps
+    _find_steps = find
 
 
 def all_to_all_v(
@@ -48,9 +61,17 @@ def all_to_all_v(
         raise
     row_bytes = math.prod(x.shape[1:]) * x.itemsize
     raw = x.contiguous().reshape(-1).view(torch.uint8).view(len(x), row_bytes)
-    received = communicator.transport(_OP).all_to_all_v(_OP, raw, counts)
+    assert _find_steps is not None
+    call = exchange_call(_OP, own.size, _find_steps(x.device), x.device)
+    received = communicator.transport(_OP, call, "exchange").all_to_all_v(call, raw, counts)
     rows = torch.cat(received).view(x.dtype).reshape(-1, *x.shape[1:])
     return rows, [part.numel() // row_bytes for part in received]
+
+
+def exchange_call(op: str, world_size: int, steps: DeviceSteps, device: torch.device) -> Call:
+    """The call of an all-to-all-v; sizes and formats of rows come with ``x``."""
+    config = MoeConfig(Topology(world_size, world_size), 1, 1, 1)
+    return Call(op, config, {}, steps, device)
 
 
 def _check(x: torch.Tensor, send_counts: Sequence[int] | torch.Tensor, world: int) -> list[int]:

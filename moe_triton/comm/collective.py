@@ -313,8 +313,14 @@ class CollectiveTransport:
         """Return None: rows have to be sorted before they are sent, wherever they lie."""
 
     @outside_autograd
-    def all_to_all_v(self, op: str, x: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
+    def all_to_all_v(
+        self,
+        call: Call,
+        x: torch.Tensor,
+        counts: list[int],
+    ) -> list[torch.Tensor]:
         """Send rows; the results are valid until the next call."""
+        op = call.op
         epoch = self._exchange.begin("exchange", op, x.device)
         arguments = {"op": op, "row_bytes": x.shape[1]}
         sizes = [count * x.shape[1] for count in counts]

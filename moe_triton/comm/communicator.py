@@ -24,12 +24,13 @@ from ..errors import (
     UnavailableError,
 )
 from . import atomics, collective
+from .control_blocks import control_bytes
 from .groups import Group
 from .local import LocalMemory
 from .memory import Block, Memory
 from .message_exchange import MessageExchange
 from .rendezvous import Rendezvous
-from .ring_protocol import RingProtocol, control_bytes
+from .ring_protocol import RingProtocol
 from .shm import MemfdMemory, PosixMemory
 from .single import SingleTransport
 from .symm_mem import SymmetricMemory
@@ -69,12 +70,18 @@ class Communicator:
 
     @property
     def transport_name(self) -> str | None:
-        """One of "single", "local", "shm" and "collective"; None before the rendezvous."""
+        """One of "single", "local", "shm", "symm_mem", "collective"; None before the rendezvous."""
         return None if self._connected is None else self._connected.name
 
     @outside_autograd
-    def transport(self, op: str) -> Transport:
+    def transport(self, op: str, call: Call | None = None, kind: str = "dispatch") -> Transport:
         """The transport; the first call connects all ranks.
+
+        Args:
+            op: for error messages.
+            call: that the transport is for; its device decides between transports, as ``prepare``
+                does.
+            kind: of that operation.
 
         Raises:
             PeerTimeoutError: ranks did not come.
@@ -85,6 +92,8 @@ class Communicator:
         """
         self._raise_if_lost(op)
         if self._connected is None:
+            if call is not None and call.device.type != "cpu" and not self._prepared:
+                self._prepared = [(call, kind)]
             try:
                 self._connected = self._connect(op)
             except PeerTimeoutError as error:
@@ -131,7 +140,8 @@ class Communicator:
         more, and the next call finds the group broken.
         """
         if self._connected is not None:
-            with contextlib.suppress(PeerTimeoutError, BrokenGroupError):
+            # A device may report now what broke the group, and has told the peers.
+            with contextlib.suppress(PeerTimeoutError, BrokenGroupError, PeerAbortError):
                 self._connected.abort_peers(kind, op, error)
         elif self._rendezvous is not None and self._rendezvous_failure is None and not self._closed:
             self._rendezvous.abort_peers(error.problem)
@@ -199,14 +209,17 @@ class Communicator:
                 symmetric = SymmetricTransport(protocol)
                 with contextlib.ExitStack() as unless_used:
                     unless_used.callback(symmetric.close)
-                    if self._prepare_windows(op, memory, symmetric, causes):
+                    provider = self._device_provider() or memory.name
+                    if self._prepare_windows(op, provider, symmetric, causes):
                         unless_used.pop_all()
                         ranks = "threads of one process"
                         if not self.group.in_process:
-                            ranks = f"processes that share memory by {memory.name}"
+                            ranks = f"processes that share memory by {provider}"
                         reasons = [f"{self.choice!r} was asked for, the ranks are {ranks}", *causes]
                         self._log_choice(symmetric.name, "; ".join(reasons))
                         return symmetric
+                if provider != memory.name:
+                    break  # another control block would not change the device
         if self.choice not in ("auto", "collective") or self.group.process_group is None:
             cause = "; ".join(causes) or "the group has no torch process group"
             raise UnavailableError(op, f"transport {self.choice!r} cannot work here: {cause}")
@@ -241,13 +254,13 @@ class Communicator:
             transport.prepare(call, kind)
 
     def _prepare_windows(
-        self, op: str, memory: Memory, transport: SymmetricTransport, causes: list[str]
+        self, op: str, provider: str, transport: SymmetricTransport, causes: list[str]
     ) -> bool:
         """Allocate windows, or add to ``causes`` why a rank could not."""
         if not self._prepared:
             return True
         assert self._rendezvous is not None
-        step = f"{memory.name} windows"
+        step = f"{provider} windows"
         try:
             self._prepare_on(transport)
         except (UnavailableError, PeerAbortError, ArgumentMismatchError) as error:
@@ -261,7 +274,7 @@ class Communicator:
             records = self._rendezvous.exchange(op, step, {"failure": "", "cause": ""})
         reasons = [r["cause"] for r in records if r["failure"] == "UnavailableError"]
         if reasons:
-            causes.append(f"{memory.name}: {reasons[0]}")
+            causes.append(f"{provider}: {reasons[0]}")
         return not reasons
 
     def _own_info(self) -> dict[str, Any]:
@@ -328,6 +341,13 @@ class Communicator:
             timeout=self._timeout,
             device_memory=None if self.group.in_process else self._device_memory(),
         )
+
+    def _device_provider(self) -> str | None:
+        """The provider of the windows of calls known beforehand, if all ranks open them at once."""
+        if self.group.in_process or not self._prepared:
+            return None
+        memory = self._device_memory()
+        return memory.name if memory.serves(self._prepared[0][0].device) else None
 
     def _device_memory(self) -> SymmetricMemory:
         explicit = self.choice != "auto"

@@ -18,9 +18,9 @@ from ..errors import ArgumentNameError, ArgumentTypeError, ArgumentValueError
 
 TransportName = Literal["auto", "single", "symmetric", "local", "shm", "collective"]
 #: What ``transport=`` accepts: "single" (one rank alone), "local" (windows between threads of one
-#: process), "shm" (windows between processes of one host), "symmetric" (whichever of the two fits
-#: the group), "collective" (torch.distributed), or "auto" for the first of these that works. A
-#: group of one rank takes "single" whatever the name.
+#: process), "shm" (windows between processes of one host), "symmetric" (windows in whichever memory
+#: fits the group and the device), "collective" (torch.distributed), or "auto" for the first of
+#: these that works. A group of one rank takes "single" whatever the name.
 TRANSPORTS: tuple[TransportName, ...] = get_args(TransportName)
 
 

@@ -18,15 +18,14 @@ class LocalMemory:
 
     name = "local"
 
-    def allocate(self, num_bytes: int, device: torch.device = HOST, flag_bytes: int = 0) -> Block:
+    def allocate(self, num_bytes: int, device: torch.device = HOST) -> Block:
         """A zeroed block; it lives as long as a rank references it."""
         data = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         if device.type != "cpu":
             # The zeros must come before writes on another stream.
             torch.get_device_module(device).current_stream(device).synchronize()
-        flags = torch.zeros(flag_bytes, dtype=torch.uint8) if flag_bytes else None
         number = next(_next)
-        block = _blocks[number] = Block(data, {"number": number}, flags)
+        block = _blocks[number] = Block(data, {"number": number})
         return block
 
     def open(self, handle: Handle) -> Block:

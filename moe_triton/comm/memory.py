@@ -23,14 +23,12 @@ class Block:
     Attributes:
         data: [num_bytes] uint8, initially zero.
         handle: for peers to open it.
-        flags: [flag_bytes] uint8 in host memory for flags, or None where the data hold them.
         hide: removes the name or descriptor by which peers open the block; None once removed.
         mapping: keeps the memory mapped, where the tensor does not.
     """
 
     data: torch.Tensor
     handle: Handle
-    flags: torch.Tensor | None = None
     hide: Callable[[], None] | None = None
     mapping: object = None
 
@@ -49,11 +47,8 @@ class Memory(Protocol):
 
     name: str
 
-    def allocate(self, num_bytes: int, device: torch.device = HOST, flag_bytes: int = 0) -> Block:
-        """A zeroed block of this rank; ``OSError`` for a device that the provider cannot serve.
-
-        A provider of host memory may place the flags in the data.
-        """
+    def allocate(self, num_bytes: int, device: torch.device = HOST) -> Block:
+        """A zeroed block of this rank; ``OSError`` for a device that the provider cannot serve."""
         ...
 
     def open(self, handle: Handle) -> Block:

@@ -47,6 +47,7 @@ from .failure_detection import FailureDetection, Verdict
 from .groups import Group
 from .memory import HOST
 from .polling import Backoff, bounded
+from .transport import capturing
 from .wait_board import Deadlock, WaitBoard
 
 _Connection: TypeAlias = Any  # dist.ProcessGroup or a bare dist.ProcessGroupGloo
@@ -243,7 +244,7 @@ class MessageExchange:
             UnavailableError: a graph is being captured.
         """
         self.raise_if_broken(op)
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if capturing(device):
             problem = "a graph cannot capture the collective transport, whose sizes the host reads"
             raise UnavailableError(op, f"{problem}; use windows, or no graph")
         if self._is_full(kind):

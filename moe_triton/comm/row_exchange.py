@@ -10,7 +10,15 @@ import torch
 
 from ..errors import ReceiveOverflowError
 from ..layout import NOWHERE, RecvPermutation, RoutingCopies, RoutingPlan, RowFormat
-from .transport import Call, CombineEpilogue, CombineInput, DispatchInput, Received, Traffic
+from .transport import (
+    Call,
+    CombineEpilogue,
+    CombineInput,
+    DispatchInput,
+    Received,
+    Traffic,
+    capturing,
+)
 from .window import MoeConfig
 
 
@@ -135,7 +143,7 @@ def check_overflow(call: Call, counts_of: Callable[[int], torch.Tensor]) -> None
     A captured graph cannot be asked: it leaves out rows without room.
     """
     limit = call.config.max_rows
-    if limit is None or (call.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    if limit is None or capturing(call.device):
         return
     totals = [counts_of(rank).sum() for rank in range(call.config.topology.world_size)]
     for rank, rows in enumerate(torch.stack(totals).tolist()):

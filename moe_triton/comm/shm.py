@@ -40,7 +40,7 @@ class MemfdMemory:
 
     name = "memfd"
 
-    def allocate(self, num_bytes: int, device: torch.device = HOST, flag_bytes: int = 0) -> Block:  # noqa: ARG002
+    def allocate(self, num_bytes: int, device: torch.device = HOST) -> Block:
         """A zeroed block; pages are committed when they are first written."""
         _check_host(device)
         label = f"moe_triton-{secrets.token_hex(8)}"
@@ -71,7 +71,7 @@ class PosixMemory:
 
     name = "posix"
 
-    def allocate(self, num_bytes: int, device: torch.device = HOST, flag_bytes: int = 0) -> Block:  # noqa: ARG002
+    def allocate(self, num_bytes: int, device: torch.device = HOST) -> Block:
         """A zeroed block with a unique name, which ``release`` removes."""
         _check_host(device)
         path = _SHM / f"moe_triton-{secrets.token_hex(8)}"

@@ -184,7 +184,7 @@ class SingleTransport:
     @outside_autograd
     def all_to_all_v(
         self,
-        op: str,  # noqa: ARG002
+        call: Call,  # noqa: ARG002
         x: torch.Tensor,
         counts: list[int],  # noqa: ARG002
     ) -> list[torch.Tensor]:

@@ -81,9 +81,9 @@ class SymmetricMemory:
         self._explicit = explicit
         self._timeout = timeout
 
-    def serves(self, device: torch.device) -> bool:  # noqa: ARG002
-        """False for all, until flags lie in device memory; torch has none of hosts."""
-        return False
+    def serves(self, device: torch.device) -> bool:
+        """Whether windows on ``device`` come from here; ``allocate`` says why they cannot."""
+        return device.type == "cuda"  # ROCm devices, too
 
     def allocate(self, num_bytes: int, device: torch.device) -> Block:
         """A zeroed block of this rank."""

@@ -1,7 +1,7 @@
 """Dispatch and combine over windows: ranks write their own rows, and their peers read them.
 
-The memory may be that of the host, or of a device on which all ranks of a process work in one
-stream, or of the devices of several processes. ``ring_protocol`` says who waits for whom.
+The memory may be that of the host, of a device on which all ranks of a process work, or of the
+devices of several processes. ``ring_protocol`` says who waits for whom.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch
 from ..errors import ArgumentValueError, MoeError, ReceiveOverflowError, RoutingMismatchError
 from ..layout import NOWHERE, ReceivedRows, RecvPermutation, SlotPositions
 from ..layout.windows import DATA, RECORD_BYTES
-from .memory import HOST
 from .packing import write_packed
 from .ring_protocol import RingProtocol
 from .row_exchange import copies_of
@@ -26,6 +25,8 @@ from .transport import (
     DispatchInput,
     Pending,
     Received,
+    WindowSteps,
+    capturing,
     outside_autograd,
     phase,
     profiled,
@@ -44,27 +45,36 @@ class _Sent:
         windows: of all ranks.
         digest: of the arguments.
         positions: of the slots of a dispatch.
+        records: the steps that wait for bytes on a device; None where the host waits.
     """
 
     windows: PeerWindows
     digest: int
     positions: SlotPositions | None = None
+    records: WindowSteps | None = None
 
 
 class SymmetricTransport:
-    """The transport "local" or "shm": windows that all ranks of the group read."""
+    """The transport "local", "shm" or "symm_mem": windows that all ranks of the group read."""
 
     def __init__(self, protocol: RingProtocol) -> None:
-        self.name = "local" if protocol.group.in_process else "shm"
         self.group_name = protocol.group.name
         self._protocol = protocol
         self._rank = protocol.rank
+
+    @property
+    def name(self) -> str:
+        """Where the windows are."""
+        return self._protocol.memory_name
 
     @outside_autograd
     def prepare(self, call: Call, kind: str) -> None:
         """Allocate the windows of ``kind`` by an operation without data."""
         protocol, op = self._protocol, call.op
-        ring = call.config.ring(kind, protocol.in_flight)
+        if kind in ("gather", "exchange"):
+            ring = bytes_ring(protocol.size, 0, protocol.in_flight)
+        else:
+            ring = call.config.ring(kind, protocol.in_flight)
         epoch = protocol.acquire(kind, op)
         try:
             windows, digest = protocol.handshake(
@@ -129,10 +139,11 @@ class SymmetricTransport:
         windows, layout = sent.windows.steps, call.config.layout
         timeout = self._protocol.kernel_timeout(sent.windows.device)
         num_rows, limit = tokens.num_rows, call.config.max_rows
-        if num_rows is None or (limit is not None and not _capturing(call.device)):
+        if num_rows is None or (limit is not None and not capturing(call.device)):
             totals = call.steps.dispatch_totals(
                 windows, layout, digest=sent.digest, timeout=timeout
             ).tolist()
+            self._protocol.raise_if_broken(call.op)
             _check_overflow(call, totals[:-1])
             num_rows = totals[-1] if num_rows is None else num_rows
         return call.steps.dispatch_recv(
@@ -260,8 +271,7 @@ class SymmetricTransport:
         self, call: Call, parts: Sequence[torch.Tensor], num_bytes: int
     ) -> Pending[None]:
         """Write the parts into this rank's window."""
-        arguments, device = call.arguments, call.device
-        epoch, sent = self._send_bytes(call.op, "gather", arguments, num_bytes, parts, device)
+        epoch, sent = self._send_bytes(call, "gather", call.arguments, num_bytes, parts)
         return Pending(self, call, None, epoch, sent)
 
     @phase("gather recv")
@@ -270,43 +280,54 @@ class SymmetricTransport:
     ) -> _T:
         """Wait for all ranks and read their windows."""
         sent = self._wait("gather", pending)
-        return self._read_bytes("gather", pending.epoch, sent.windows, consume)
+        return self._read_bytes(pending.call.op, "gather", pending.epoch, sent, consume)
 
     def _send_bytes(
         self,
-        op: str,
+        call: Call,
         kind: str,
         arguments: Mapping[str, object],
         num_bytes: int,
         parts: Sequence[torch.Tensor],
-        device: torch.device,
     ) -> tuple[int, _Sent]:
         """Write parts into this rank's slot of ``num_bytes``; returns the epoch."""
-        protocol = self._protocol
+        protocol, op, device = self._protocol, call.op, call.device
+        records = None if protocol.host_waits(device) else call.steps
         ring = bytes_ring(protocol.size, num_bytes, protocol.in_flight)
         epoch = protocol.acquire(kind, op)
         try:
-            windows, digest = protocol.handshake(kind, epoch, op, arguments, ring, None, device)
+            windows, digest = protocol.handshake(kind, epoch, op, arguments, ring, records, device)
             write_packed(windows.data(self._rank, protocol.slot(epoch)), parts)
+            if records is not None:
+                records.send_record(windows.steps, digest=digest, status=DATA)
         except BaseException as error:
             protocol.abort(kind, epoch, error)
             raise
         protocol.signal(kind, epoch)
-        return epoch, _Sent(windows, digest)
+        return epoch, _Sent(windows, digest, records=records)
 
     def _read_bytes(
         self,
+        op: str,
         kind: str,
         epoch: int,
-        windows: PeerWindows,
+        sent: _Sent,
         consume: Callable[[list[torch.Tensor]], _T],
     ) -> _T:
-        """``consume`` of the slots of all ranks, after the wait."""
-        slot = self._protocol.slot(epoch)
+        """``consume`` of the slots of all ranks, after the wait.
+
+        The sizes of what they hold are read by the host, which therefore waits for a device.
+        """
+        protocol, windows = self._protocol, sent.windows
+        slot, ranks = protocol.slot(epoch), range(protocol.size)
         try:
-            return consume([windows.data(owner, slot) for owner in range(self._protocol.size)])
+            if sent.records is not None:
+                timeout = protocol.kernel_timeout(windows.device)
+                sent.records.recv_records(windows.steps, digest=sent.digest, timeout=timeout)
+                protocol.synchronize(op, windows.device)
+            return consume([windows.data(owner, slot) for owner in ranks])
         finally:
-            self._protocol.release(kind, epoch)
+            protocol.release(kind, epoch)
 
     def _wait(self, kind: str, pending: Pending[_Input]) -> _Sent:
         sent = pending.state
@@ -327,16 +348,16 @@ class SymmetricTransport:
         return config.layout.output_rows(windows.steps, num_rows)
 
     @outside_autograd
-    def all_to_all_v(self, op: str, x: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
+    def all_to_all_v(self, call: Call, x: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
         """Exchange counts through one operation, then rows through a second."""
         row_bytes, world, rank = x.shape[1], self._protocol.size, self._rank
-        arguments = {"op": op, "row_bytes": row_bytes}
+        arguments: dict[str, object] = {"op": call.op, "row_bytes": row_bytes}
         table = torch.tensor(counts, dtype=torch.int64)
 
         def read_counts(slots: list[torch.Tensor]) -> torch.Tensor:
-            return torch.stack([slot[: 8 * world] for slot in slots]).view(torch.int64)
+            return torch.stack([slot[: 8 * world] for slot in slots]).view(torch.int64).cpu()
 
-        matrix = self._exchange(op, arguments, 8 * world, table, HOST, read_counts)
+        matrix = self._exchange(call, arguments, 8 * world, table, read_counts)
         largest = int(matrix.sum(1).max()) * row_bytes
         # A power of two, so that windows grow only a few times.
         capacity = 1 << max(largest - 1, 4095).bit_length()
@@ -348,21 +369,20 @@ class SymmetricTransport:
             return [slot[end - size : end].clone() for slot, end, size in rows]
 
         arguments["capacity"] = capacity
-        return self._exchange(op, arguments, capacity, x.reshape(-1), x.device, read_rows)
+        return self._exchange(call, arguments, capacity, x.reshape(-1), read_rows)
 
     def _exchange(
         self,
-        op: str,
+        call: Call,
         arguments: Mapping[str, object],
         num_bytes: int,
         part: torch.Tensor,
-        device: torch.device,
         read: Callable[[list[torch.Tensor]], _T],
     ) -> _T:
         """Show ``part`` to all ranks; ``read`` gets theirs."""
-        epoch, sent = self._send_bytes(op, "exchange", arguments, num_bytes, [part], device)
-        self._protocol.wait("exchange", epoch, op)
-        return self._read_bytes("exchange", epoch, sent.windows, read)
+        epoch, sent = self._send_bytes(call, "exchange", arguments, num_bytes, [part])
+        self._protocol.wait("exchange", epoch, call.op)
+        return self._read_bytes(call.op, "exchange", epoch, sent, read)
 
     def window_bytes(self, kind: str) -> int:
         """Bytes of this rank's windows, all slots and records included."""
@@ -379,11 +399,6 @@ class SymmetricTransport:
     def close(self) -> None:
         """Release the windows."""
         self._protocol.close()
-
-
-def _capturing(device: torch.device) -> bool:
-    """Whether a graph captures the calls, which the host then cannot ask for counts."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _check_overflow(call: Call, totals: list[int]) -> None:

@@ -266,6 +266,11 @@ def fixed_shapes(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether a graph captures the calls, which the host then cannot ask for counts."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 @dataclasses.dataclass(frozen=True)
 class Call:
     """Name, sizes and device steps of one operation.
@@ -474,8 +479,12 @@ def profiled(op: str, name: str, group: str) -> contextlib.AbstractContextManage
 class Transport(Protocol):
     """One rank's end of a group. Every rank issues the same sequence of operations."""
 
-    name: str
     group_name: str
+
+    @property
+    def name(self) -> str:
+        """Of the transport, as in logs."""
+        ...
 
     def prepare(self, call: Call, kind: str, /) -> None:
         """Compare the arguments and allocate the windows of ``kind``, on all ranks together."""
@@ -508,7 +517,7 @@ class Transport(Protocol):
         None where the transport has none.
         """
 
-    def all_to_all_v(self, op: str, x: Tensor, counts: list[int], /) -> list[Tensor]:
+    def all_to_all_v(self, call: Call, x: Tensor, counts: list[int], /) -> list[Tensor]:
         """Send consecutive rows of [N, B] uint8 ``x``; return the rows from each rank."""
 
     def window_bytes(self, kind: str, /) -> int:

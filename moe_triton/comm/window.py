@@ -276,6 +276,9 @@ class PeerWindows:
             records = (offsets + RECORD_BYTES * rank) // 4
             # No method of this object: it would keep itself, and so the memory, alive.
             self.steps.publish = functools.partial(_publish, words, records, ring)
+        else:
+            # Calls may use another stream than the one that has written the state.
+            torch.get_device_module(device).current_stream(device).synchronize()
 
     @property
     def ring(self) -> Ring:

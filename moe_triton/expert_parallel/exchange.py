@@ -182,7 +182,7 @@ class Exchange:
             own = own.new_zeros(topology.experts_per_rank)
         rows = own.view(torch.uint8).repeat(topology.world_size, 1)
         counts = [1] * topology.world_size
-        loads = self.communicator.transport(op).all_to_all_v(op, rows, counts)
+        loads = self.communicator.transport(op).all_to_all_v(self._call(op), rows, counts)
         return torch.cat(loads[topology.num_shared_ranks :]).view(torch.int64).flatten()
 
     # Combine.

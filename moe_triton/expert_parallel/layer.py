@@ -78,8 +78,9 @@ class ExpertParallel:
         in_flight: dispatches, and combines, that may be set up before the first is torn down.
         timeout: seconds any wait for peers may take.
         transport: "single" (one rank alone), "local" (windows between threads of one process),
-            "shm" (windows between processes of one host), "symmetric" (whichever of the two fits),
-            "collective" (torch.distributed), or "auto" for the first of these that works.
+            "shm" (windows between processes of one host), "symmetric" (windows in whichever memory
+            fits the group and the device), "collective" (torch.distributed), or "auto" for the
+            first of these that works.
         rank: this rank, needed for an in-process group whose thread is not bound to one.
         device: of the tensors of all calls. None stands for the accelerator where the process
             group sends only its tensors, as NCCL's does, and else for torch's default device.
@@ -229,7 +230,7 @@ class ExpertParallel:
 
     @property
     def transport(self) -> str | None:
-        """One of "single", "local", "shm" and "collective"; None after ``close()``."""
+        """One of "single", "local", "shm", "symm_mem", "collective"; None after ``close()``."""
         return self._exchange.communicator.transport_name
 
     @property

@@ -312,8 +312,17 @@ def _dispatch_recv_kernel(
                     zeros = tl.zeros([LINE], row_weights_ptr.dtype.element_ty)
                     tl.store(row_weights_ptr + at, zeros, mask=at < num_rows)
     if program == 0 and not fine:
+        # Work that is already queued behind this call finds no rows.
         expert = tl.arange(0, LOCAL)
-        tl.store(offsets_ptr + expert, tl.zeros([LOCAL], tl.int32), mask=expert < local)
+        none = tl.zeros([LOCAL], tl.int32)
+        tl.store(offsets_ptr + expert, none, mask=expert < local)
+        none = none.to(totals_ptr.dtype.element_ty)
+        tl.store(totals_ptr + expert, none, mask=expert < local)
+        for pair in range(0, local * world, LINE):
+            at = pair + tl.arange(0, LINE)
+            zeros = tl.zeros([LINE], tl.int32)
+            tl.store(counts_ptr + at, zeros, mask=at < local * world)
+            tl.store(recv_counts_cumsum_ptr + at, zeros, mask=at < local * world)
     end_recv(state_ptr, problem_ptr)
 
 

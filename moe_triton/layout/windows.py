@@ -285,8 +285,8 @@ class SlotPositions(NamedTuple):
 class ReceivedRows(NamedTuple):
     """The output of ``dispatch_recv``, in the order of ``RecvPermutation``.
 
-    Rows after the n-th are untouched; so is everything but ``offsets`` after a problem, which makes
-    ``offsets`` zeros.
+    Rows after the n-th are untouched. After a problem the counts, their sums, ``offsets`` and
+    ``totals`` are zeros, and everything else is untouched.
 
     Attributes:
         x: [num_rows, H] payload; padding is zero.

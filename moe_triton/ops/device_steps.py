@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import ref
 from ..backend import get_backend
 from ..comm import DeviceSteps
+from ..comm.all_to_all import use_steps
 from .compile_once import compile_once
 
 _P = ParamSpec("_P")
@@ -75,6 +76,9 @@ def steps_on(device: torch.device) -> Steps:
     if backend == "cpu":
         return ref
     return _interpreted_steps() if backend == "interpret" else _launched_steps(device)
+
+
+use_steps(steps_on)
 
 
 class _Guard(Protocol):

@@ -269,9 +269,9 @@ def _void(
         weights,
         empty(room, dtype=torch.int64),
         empty(room, dtype=torch.int32),
-        empty((local, world), dtype=torch.int32),
-        empty(local * world, dtype=torch.int32),
+        torch.zeros((local, world), dtype=torch.int32),
+        torch.zeros(local * world, dtype=torch.int32),
         torch.zeros(local, dtype=torch.int32),
         empty((local, world + 1), dtype=torch.int32),
-        empty(local, dtype=totals_dtype),
+        torch.zeros(local, dtype=totals_dtype),
     )

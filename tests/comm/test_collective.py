@@ -30,6 +30,8 @@ from moe_triton.topology import Topology
 
 WORLD = 3
 
+CALL = comm.exchange_call("test", WORLD, steps_on(torch.device("cpu")), torch.device("cpu"))
+
 
 def shout(rank: int, number: int = 0) -> torch.Tensor:
     """One row for each rank: where it comes from, where it goes, which exchange it is."""
@@ -207,7 +209,7 @@ def test_a_rank_that_is_late_breaks_the_group_until_recover():
         def call(number):
             transport = communicator.transport("test")
             rows = shout(ctx.rank, number).view(torch.uint8)
-            received = transport.all_to_all_v("test", rows, [1] * WORLD)
+            received = transport.all_to_all_v(CALL, rows, [1] * WORLD)
             return torch.cat(received).view(torch.int64).view(-1, 3).tolist()
 
         seen = [call(0)]
@@ -276,7 +278,7 @@ def test_what_a_closed_object_has_sent_is_nobody_elses():
             )
             transport = communicator.transport("test")
             rows = shout(ctx.rank, number).view(torch.uint8)
-            received = transport.all_to_all_v("test", rows, [1] * WORLD)
+            received = transport.all_to_all_v(CALL, rows, [1] * WORLD)
             actual = torch.cat(received).view(torch.int64).view(-1, 3).tolist()
             assert actual == delivered(ctx.rank, number)
             if ctx.rank == number:

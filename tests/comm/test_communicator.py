@@ -23,7 +23,7 @@ from moe_triton import (
     comm,
 )
 from moe_triton.comm import registry
-from moe_triton.comm.ring_protocol import control_bytes
+from moe_triton.comm.control_blocks import control_bytes
 from moe_triton.comm.shm import MemfdMemory, PosixMemory
 
 OP = "test_op"
@@ -241,7 +241,7 @@ def test_one_rank_has_no_room_for_windows(lacking, choice, provider, texts, brok
                 with make(ctx, **options) as ep:
                     actual = ep.transport
                     if actual == "shm":
-                        actual = ep._exchange.communicator._connected._protocol._memory.name
+                        actual = ep._exchange.communicator._connected._protocol._opener.memory.name
                     assert actual == provider
         assert time.monotonic() - began < 10
         with make(ctx) as ep:
@@ -342,7 +342,7 @@ def test_a_forked_child_does_not_leave_for_its_parent():
                     os._exit(0)
                 assert os.waitpid(child, 0)[1] == 0
             barrier(ctx, "forked")
-            assert not ep._exchange.communicator._connected._protocol._is_gone(1)
+            assert not ep._exchange.communicator._connected._protocol._control.is_gone(1)
             round_trip(ep)
 
     harness.run_world("symmetric", 2, fn)

@@ -29,6 +29,7 @@ from moe_triton import (
     comm,
     testing,
 )
+from moe_triton.comm.control_blocks import ControlBlocks
 from moe_triton.comm.message_exchange import MessageExchange
 from moe_triton.comm.rendezvous import Rendezvous
 from moe_triton.comm.ring_protocol import RingProtocol
@@ -129,15 +130,15 @@ def arm(owner, name: str, applies, number: int) -> None:
     setattr(owner, name, wrapper)
 
 
-# Where a rank is lost: the method of RingProtocol that it no longer calls.
+# Where a rank is lost: the method that it no longer calls.
 POINTS = {
-    "before its handshake": ("_post_handshake", lambda kind, *_: kind == "dispatch"),
-    "before its flags of dispatch": ("signal", lambda kind, *_: kind == "dispatch"),
-    "after its flags of dispatch": ("wait", lambda kind, *_: kind == "dispatch"),
-    "before its slot is free": ("release", lambda kind, *_: kind == "dispatch"),
-    "before combine": ("acquire", lambda kind, *_: kind == "combine"),
-    "before its flags of combine": ("signal", lambda kind, *_: kind == "combine"),
-    "after its flags of combine": ("wait", lambda kind, *_: kind == "combine"),
+    "before its handshake": (ControlBlocks, "post_handshake", lambda kind, *_: kind == "dispatch"),
+    "before its flags of dispatch": (RingProtocol, "signal", lambda kind, *_: kind == "dispatch"),
+    "after its flags of dispatch": (RingProtocol, "wait", lambda kind, *_: kind == "dispatch"),
+    "before its slot is free": (RingProtocol, "release", lambda kind, *_: kind == "dispatch"),
+    "before combine": (RingProtocol, "acquire", lambda kind, *_: kind == "combine"),
+    "before its flags of combine": (RingProtocol, "signal", lambda kind, *_: kind == "combine"),
+    "after its flags of combine": (RingProtocol, "wait", lambda kind, *_: kind == "combine"),
 }
 
 
@@ -192,7 +193,7 @@ def serve(ctx, point, number):
         for seed in range(3):
             layer(ep, seed)
         if ctx.rank == VICTIM:
-            arm(RingProtocol, *POINTS[point], number)
+            arm(*POINTS[point], number)
         actual = rounds_until_a_loss(ctx, ep)
         recover(ep)
         for seed in range(5):

@@ -30,11 +30,12 @@ from moe_triton import (
     UnavailableError,
     ref,
 )
-from moe_triton.comm import ring_protocol
+from moe_triton.comm import window_opener
+from moe_triton.comm.control_blocks import ControlBlocks, control_bytes
 from moe_triton.comm.groups import Group
 from moe_triton.comm.local import LocalMemory
 from moe_triton.comm.memory import Memory
-from moe_triton.comm.ring_protocol import RingProtocol, control_bytes
+from moe_triton.comm.ring_protocol import RingProtocol
 from moe_triton.comm.shm import PosixMemory
 from moe_triton.comm.window import bytes_ring
 from moe_triton.layout.windows import DATA, RECEIVED
@@ -228,25 +229,25 @@ def test_a_rank_whose_peer_aborted_releases_its_new_window():
 def test_a_flag_set_at_the_last_moment_counts(new, monkeypatch):
     """A peer sends its last flag and dies, or this rank is stopped while it waits."""
     first, second = agreed(2)
-    monkeypatch.setattr("moe_triton.comm.ring_protocol._LIVENESS_INTERVAL", 0.0)
+    monkeypatch.setattr("moe_triton.comm.peer_wait._LIVENESS_INTERVAL", 0.0)
 
     options = {"word": "new"} if new else {}
     epoch = 2
     sent = threading.Thread(target=lambda: exchange(second, 1, **options))
     asked = []
 
-    def sends_and_dies(protocol, rank):
-        if protocol is second or asked:
+    def sends_and_dies(control, rank):
+        if control is second._control or asked:
             return False
         asked.append(rank)
         sent.start()
-        while new and second._read_handshake(1, "exchange", epoch) is None:
+        while new and second._control.handshake(1, "exchange", epoch) is None:
             time.sleep(1e-3)  # until the peer has posted its handshake
         if not new:
             sent.join(10)
         return True
 
-    monkeypatch.setattr(RingProtocol, "_is_gone", sends_and_dies)
+    monkeypatch.setattr(ControlBlocks, "is_gone", sends_and_dies)
     exchange(first, 1, **options)
     assert asked == [1]
     sent.join(10)
@@ -295,7 +296,7 @@ def begin_at(protocols: list[RingProtocol], epoch: int) -> None:
         for kind, state in protocol._kinds.items():
             state.last = epoch
             for slot in range(protocol.slots):
-                address = protocol._flag_address(protocol.rank, kind, slot)
+                address = protocol._control.flag_address(protocol.rank, kind, slot)
                 ctypes.c_int32.from_address(address).value = epoch
 
 
@@ -358,11 +359,11 @@ def test_memory_that_cannot_be_allocated(monkeypatch):
     allocate = LocalMemory.allocate
 
     def refuse(memory, *sizes):
-        if memory is protocols[1]._memory:
+        if memory is protocols[1]._opener.memory:
             raise OSError(28, "No space left on device")
         return allocate(memory, *sizes)
 
-    protocols[1]._memory = LocalMemory()
+    protocols[1]._opener.memory = LocalMemory()
     monkeypatch.setattr(LocalMemory, "allocate", refuse)
     results = together(protocols, lambda c: exchange(c, slot_bytes=4096))
     assert isinstance(results[1], UnavailableError)
@@ -415,8 +416,8 @@ def named_files() -> set[str]:
 def test_windows_that_one_rank_cannot_open(with_window, in_flight):
     """No rank uses them, all learn the reason at once, and a later call can open them."""
     protocols = (agreed if with_window else connect)(3, in_flight=in_flight, timeout=20)
-    memory = protocols[1]._memory
-    protocols[1]._memory = Hooked(memory, refuse_to_open)
+    memory = protocols[1]._opener.memory
+    protocols[1]._opener.memory = Hooked(memory, refuse_to_open)
     for _ in range(3):
         before = [protocol._kinds["exchange"].windows for protocol in protocols]
         began = time.monotonic()
@@ -432,7 +433,7 @@ def test_windows_that_one_rank_cannot_open(with_window, in_flight):
         assert [protocol._kinds["exchange"].windows for protocol in protocols] == before
         if with_window:
             assert together(protocols, exchange) == [None] * 3
-    protocols[1]._memory = memory
+    protocols[1]._opener.memory = memory
     assert together(protocols, lambda c: exchange(c, slot_bytes=4096)) == [None] * 3
     assert together(protocols, lambda c: exchange(c, 1)) == [None] * 3
 
@@ -443,12 +444,12 @@ def test_windows_whose_owner_has_freed_them():
     allocate = LocalMemory.allocate
 
     def allocate_and_forget(*sizes):
-        block = allocate(protocols[1]._memory, *sizes)
+        block = allocate(protocols[1]._opener.memory, *sizes)
         block.handle["number"] = -1
         return block
 
-    protocols[1]._memory = Hooked(protocols[1]._memory, lambda: None)
-    protocols[1]._memory.allocate = allocate_and_forget
+    protocols[1]._opener.memory = Hooked(protocols[1]._opener.memory, lambda: None)
+    protocols[1]._opener.memory.allocate = allocate_and_forget
     results = together(protocols, exchange)
     assert isinstance(results[0], UnavailableError)
     assert isinstance(results[0].__cause__, FileNotFoundError)
@@ -459,13 +460,13 @@ def test_a_rank_that_fails_after_all_have_opened_the_windows():
     """Ranks that poll later must count it as one that has opened them."""
     protocols = connect(3)
     failed = threading.Event()
-    look = protocols[2]._await_opened
+    look = protocols[2]._opener._await_opened
 
     def look_late(*args):
         assert failed.wait(10)
         return look(*args)
 
-    protocols[2]._await_opened = look_late
+    protocols[2]._opener._await_opened = look_late
 
     def run(protocol):
         if protocol.rank != 0:
@@ -488,7 +489,7 @@ def test_new_windows_lose_their_names_within_the_call():
     before = named_files()
     protocols = connect(3, memory=PosixMemory())
     for protocol in protocols:
-        for block in protocol._control:
+        for block in protocol._control.blocks:
             block.release()
     epochs = together(protocols, setup)
     assert named_files() == before
@@ -500,7 +501,7 @@ def test_a_rank_that_fails_leaves_the_names_of_its_peers():
     """A third rank may be about to open them; its error must not depend on timing."""
     protocols = connect(3, memory=PosixMemory())
     for protocol in protocols:
-        for block in protocol._control:
+        for block in protocol._control.blocks:
             block.release()
     before, refused = named_files(), threading.Event()
 
@@ -512,8 +513,8 @@ def test_a_rank_that_fails_leaves_the_names_of_its_peers():
         assert refused.wait(10)
         time.sleep(0.1)
 
-    protocols[1]._memory = Hooked(protocols[1]._memory, refuse_and_tell)
-    protocols[2]._memory = Hooked(protocols[2]._memory, open_late)
+    protocols[1]._opener.memory = Hooked(protocols[1]._opener.memory, refuse_and_tell)
+    protocols[2]._opener.memory = Hooked(protocols[2]._opener.memory, open_late)
     results = together(protocols, exchange)
     assert isinstance(results[1], UnavailableError)
     for rank in (0, 2):
@@ -525,11 +526,11 @@ def test_a_rank_that_fails_leaves_the_names_of_its_peers():
 def test_peers_remove_the_names_of_a_lost_rank():
     protocols = connect(2, memory=PosixMemory(), timeout=0.3)
     for protocol in protocols:
-        for block in protocol._control:
+        for block in protocol._control.blocks:
             block.release()
     before, over = named_files(), threading.Event()
-    stalled = Hooked(protocols[1]._memory, lambda: over.wait(10))
-    protocols[1]._memory = stalled
+    stalled = Hooked(protocols[1]._opener.memory, lambda: over.wait(10))
+    protocols[1]._opener.memory = stalled
     thread = threading.Thread(target=lambda: error_of(exchange, protocols[1]), daemon=True)
     thread.start()
     assert error_of(exchange, protocols[0]).ranks == (1,)
@@ -540,16 +541,16 @@ def test_peers_remove_the_names_of_a_lost_rank():
 
 def test_a_failed_release_does_not_stop_the_others():
     first, second = connect(2)
-    blocks, released = first._control, []
+    blocks, released = first._control.blocks, []
 
     def refuse():
         raise PermissionError(1, "not permitted")
 
     blocks[0].hide, blocks[1].hide = lambda: released.append(0), refuse
     with pytest.raises(PermissionError):
-        ring_protocol._release_blocks(blocks)
+        window_opener.release_blocks(blocks)
     assert released == [0]
-    first._pidfds.update({0: os.open(os.devnull, os.O_RDONLY), 1: -1})
+    first._control._pidfds.update({0: os.open(os.devnull, os.O_RDONLY), 1: -1})
     with pytest.raises(OSError, match="Bad file descriptor"):
         first.close()
     first.close()
@@ -665,7 +666,7 @@ def test_an_overrun_is_an_error():
     first, second = agreed(2)
     epoch = setup(first, 1)
     setup(second, 1)
-    flag = first._flag_address(1, "exchange", epoch)
+    flag = first._control.flag_address(1, "exchange", epoch)
     ctypes.c_int32.from_address(flag).value = epoch + first.slots
     error = error_of(teardown, first, epoch, 1)
     assert isinstance(error, BrokenGroupError)

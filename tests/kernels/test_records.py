@@ -24,6 +24,10 @@ from moe_triton.layout.windows import (
 MOMENT = 1e-5  # seconds; the interpreter looks ten times
 
 
+# Of a receive that found a problem: work that is queued behind it finds no rows.
+ZERO = ("counts", "recv_counts_cumsum", "offsets", "totals")
+
+
 @pytest.fixture
 def opened(device):
     def make(**options):
@@ -133,7 +137,7 @@ def test_after_a_soft_problem_the_next_round_is_right(steps, device):
         received = steps.dispatch_recv(
             windows, group.layout, 4, None, totals_dtype=torch.int64, digest=DIGEST, timeout=0
         )
-        assert not received.offsets.any()
+        assert not any(getattr(received, name).any() for name in ZERO)
         assert windows.problem[WHAT] == ABORTED
         windows.problem.zero_()
     group.round(steps, 1)
@@ -154,7 +158,7 @@ def test_nothing_moves_in_a_broken_group(steps, device):
     received = steps.dispatch_recv(
         dispatch, layout, 4, None, totals_dtype=torch.int64, digest=DIGEST, timeout=1.0
     )
-    assert not received.offsets.any()
+    assert not any(getattr(received, name).any() for name in ZERO)
     assert not steps.dispatch_totals(dispatch, layout, digest=DIGEST, timeout=1.0).any()
     starts = torch.zeros_like(received.group_starts)
     steps.combine_send(combine, layout, mine.x, starts, None, digest=DIGEST)

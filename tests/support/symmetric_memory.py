@@ -18,9 +18,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_triton.comm import symm_mem
+from moe_triton import backend, comm
+from moe_triton.comm import symm_mem, transport
 from moe_triton.comm.memory import Block
+from moe_triton.comm.ring_protocol import RingProtocol
 from moe_triton.comm.shm import MemfdMemory
+
+_LOOKS = 2**20  # that the interpreter takes for a second
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +119,27 @@ def installed(
         patch.setattr(symm_mem, "_finds_device", lambda: True)
         patch.setattr(symm_mem.SymmetricMemory, "serves", lambda self, device: True)
         yield
+
+
+@contextlib.contextmanager
+def asynchronous(looks: int = 500) -> Iterator[None]:
+    """As on devices: no host waits or reads counts, and interpreted kernels poll for their peers.
+
+    Must be entered in a process before it imports Triton.
+
+    Args:
+        looks: that stand for a second; one takes the interpreter about a millisecond.
+    """
+    backend.set_backend("interpret")
+    with installed(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RingProtocol, "host_waits", lambda self, device: self.group.in_process)
+        for module in (comm, transport):
+            patch.setattr(module, "fixed_shapes", lambda device: True)
+        patch.setattr(RingProtocol, "kernel_timeout", lambda self, _: self.timeout * looks / _LOOKS)
+        try:
+            yield
+        finally:
+            backend.set_backend(None)
 
 
 def on_provider(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -294,7 +294,7 @@ def distribute_combine(op: str, arguments: GroupArguments, **others: Any) -> Com
         with groups.abort_peers_on_error(op, "combine"):
             tp_call = Call(op, config, combine.agreed | {"ep_rank_id": rank}, steps, device)
             y = add_halves(groups.tp, tp_call, y, own, count, combine.capacity)
-    transport = groups.ep.transport(op)
+    transport = groups.ep.transport(op, call, "combine")
     pending = transport.combine_send(
         call, CombineInput(y, recv_permutation, ids, plan, combine.weights)
     )

@@ -228,7 +228,7 @@ def distribute_dispatch(
     topology, elastic = dispatch.topology, dispatch.elastic
     rank, capacity = groups.group.rank, dispatch.capacity
     with groups.abort_peers_on_error(op, None, tp=True):
-        transport = groups.ep.transport(op)
+        transport = groups.ep.transport(op, call)
         pending = transport.dispatch_send(call, dispatch.inputs)
         received = dispatch.outputs(transport.dispatch_recv(pending))
 

@@ -111,7 +111,7 @@ def dispatch_setup(
         topology, inputs = dispatch.topology, dispatch.inputs
         plan = dispatch.call.steps.routing_plan(inputs.expert_ids, topology.num_experts)
         y = _messages(dispatch)
-    pending = groups.ep.transport(op).dispatch_send(dispatch.call, inputs)
+    pending = groups.ep.transport(op, dispatch.call).dispatch_send(dispatch.call, inputs)
     repeated = _repeated(arguments, expert_ids, modes=modes, x=x, y=y)
     first = start(groups.ep, "dispatch", op, PendingOp(pending, repeated, dispatch))
     records = len(y) + topology.world_size * topology.experts_per_rank
@@ -289,7 +289,7 @@ def combine_setup(
     agreed = arguments.agreed(op, expand_x, "expand_x", expert_ids)
     agreed |= {"comm_quant_mode": int(comm_quant_mode)}
     call = Call(op, config, agreed, steps, expand_x.device)
-    pending = groups.ep.transport(op).combine_send(
+    pending = groups.ep.transport(op, call, "combine").combine_send(
         call, CombineInput(expand_x, recv_permutation, expert_ids, plan, None)
     )
     sent = _sent_rows(pending, expand_x, capacity)

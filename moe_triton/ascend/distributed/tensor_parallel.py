@@ -62,7 +62,7 @@ def share_received(
             scales[own : own + count] = reader.take(shape, scales.dtype)
         return PeerRows(count, peer_ends)
 
-    transport = communicator.transport(call.op)
+    transport = communicator.transport(call.op, call, "gather")
     pending = transport.all_gather_send(call, parts, comm.packed_bytes(sizes))
     return transport.all_gather_recv(pending, consume)
 
@@ -96,7 +96,7 @@ def add_halves(
             raise RoutingMismatchError(call.op, peer, "the TP pair", own, returned)
         call.steps.add_rows(y[:own], reader.take((own, hidden), y.dtype), total)
 
-    transport = communicator.transport(call.op)
+    transport = communicator.transport(call.op, call, "gather")
     parts = [torch.tensor([count], dtype=torch.int32), y[own : own + count]]
     num_bytes = comm.packed_bytes([4, capacity * hidden * y.element_size()])
     pending = transport.all_gather_send(call, parts, num_bytes)

@@ -242,7 +242,7 @@ class LowLatency:
             call = _call(op, config, x.device, quant=str(quant), ue8m0=use_ue8m0)
             rows = config.capacity(0) if call.fixed_shapes else None
             tokens = DispatchInput(x, ids, x.new_ones(ids.shape, dtype=torch.float32), None, rows)
-            return self._communicator.transport(op).dispatch_send(call, tokens)
+            return self._communicator.transport(op, call).dispatch_send(call, tokens)
 
         pending = self._without_lost_ranks(send)
         rows_per_expert, hidden = max_tokens * world, x.shape[1]
@@ -396,7 +396,7 @@ class LowLatency:
             rows = x.flatten(0, 1).index_select(0, places)
             plan = call.steps.routing_plan(ids, config.topology.num_experts)
             inputs = CombineInput(rows, permutation, ids, plan, weights)
-            return self._communicator.transport(op).combine_send(call, inputs)
+            return self._communicator.transport(op, call, "combine").combine_send(call, inputs)
 
         pending = self._without_lost_ranks(send)
 

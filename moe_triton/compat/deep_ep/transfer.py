@@ -69,7 +69,9 @@ class RowExchange:
         """
         rows = [as_bytes(column.detach().contiguous()) for column in columns]
         packed = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
-        received = self._communicator.transport(op).all_to_all_v(op, packed, counts)
+        call = comm.exchange_call(op, self.size, steps_on(packed.device), packed.device)
+        transport = self._communicator.transport(op, call, _KIND)
+        received = transport.all_to_all_v(call, packed, counts)
         row_bytes = packed.shape[1]
         data = torch.cat(received).view(-1, row_bytes)
         unpacked = [column.new_empty((len(data), *column.shape[1:])) for column in columns]
