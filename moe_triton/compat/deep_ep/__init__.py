@@ -18,7 +18,9 @@ from __future__ import annotations
 from . import utils
 from .buffer import Buffer
 from .config import Config, topk_idx_t
-from .elastic import ElasticBuffer, EPBuffer, EPHandle
+from .elastic import ElasticBuffer
+from .ep_buffer import EPBuffer
+from .handle import EPHandle
 from .install import install
 from .utils import EventHandle, EventOverlap, get_logical_domain_size, get_physical_domain_size
 

@@ -11,7 +11,9 @@ from importlib.machinery import ModuleSpec
 from ...errors import UnavailableError
 from .buffer import Buffer
 from .config import Config, topk_idx_t
-from .elastic import ElasticBuffer, EPBuffer, EPHandle
+from .elastic import ElasticBuffer
+from .ep_buffer import EPBuffer
+from .handle import EPHandle
 from .utils import EventHandle, EventOverlap, get_logical_domain_size, get_physical_domain_size
 
 NAME = "deep_ep"
