@@ -13,7 +13,9 @@ SPEC := pyproject.toml constraints.txt
 # finds everything else in the one beside it.
 ASCEND := $(VENV)/ascend
 # vLLM and SGLang need other versions of transformers and of much else: an environment each.
-ENGINES := $(VENV)/vllm $(VENV)/sglang
+# Megatron-Core finds what it needs in the main one.
+ENGINES := vllm megatron
+ENGINES_FULL := $(ENGINES) sglang
 # msprobe brings much that nothing else needs.
 MSPROBE := $(VENV)/msprobe
 
@@ -32,7 +34,10 @@ QUICK := tests/profile tests/eplb tests/kernels $(addprefix tests/test_,layers.p
 	topology.py errors.py load.py fixed_shapes.py expert_parallel.py expert_parallel_rows.py \
 	docs.py readme.py) tests/bench/test_report.py --ignore=tests/kernels/test_compiled.py
 
-.PHONY: help demo test test-quick test-full test-engines mutants lint pages docs clean
+# A job has a limit of its own.
+ENGINE_TESTS = -o faulthandler_timeout=1200 tests/engines $(PYTEST_ARGS)
+
+.PHONY: help demo test test-quick test-full test-engines test-engines-full mutants lint pages docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -53,8 +58,11 @@ test-full: $(VENV)/.test $(ASCEND)/.tried $(MSPROBE)/.tried ## the tests and lon
 		--evidence=docs/evidence/test-full.md $(PYTEST_ARGS)
 	$(if $(PYTEST_ARGS),,MOE_TRITON_BACKEND=interpret $(PYTEST) $(INTERPRETED_FULL))
 
-test-engines: $(VENV)/.test $(addsuffix /.ready,$(ENGINES)) ## vLLM and SGLang themselves, about 12 minutes on two cores
-	$(BIN)/pytest -m engines -o faulthandler_timeout=1200 tests/engines $(PYTEST_ARGS)
+test-engines: $(VENV)/.test $(ENGINES:%=$(VENV)/%/.ready) ## vLLM itself and clients of DeepEP, about 5 minutes on two cores
+	$(BIN)/pytest -m "engines and not full" $(ENGINE_TESTS)
+
+test-engines-full: $(VENV)/.test $(ENGINES_FULL:%=$(VENV)/%/.ready) ## all engines, models and sizes
+	$(BIN)/pytest -m engines $(ENGINE_TESTS)
 
 mutants: $(VENV)/.test ## break the kernels one change at a time; rewrites docs/evidence/mutants.md
 	$(BIN)/python tests/support/mutate.py --evidence=docs/evidence/mutants.md
@@ -103,6 +111,13 @@ $(VENV)/%/.ready: tests/engines/%.txt tests/engines/%-wheel.txt pyproject.toml |
 	$(@D)/bin/$(PIP) --no-deps --require-hashes -r tests/engines/$*-wheel.txt
 	$(@D)/bin/$(PIP) --no-deps -r tests/engines/$*.txt
 	$(@D)/bin/$(PIP) --no-deps -e .
+	@touch $@
+
+$(VENV)/megatron/.ready: tests/engines/megatron-wheel.txt pyproject.toml | $(VENV)/.test
+	$(BIN)/python -m venv $(@D)
+	$(@D)/bin/$(PIP) --no-deps --require-hashes -r $<
+	$(@D)/bin/$(PIP) --no-deps -e .
+	$(BIN)/python tests/support/triton_ascend_env.py $(@D)
 	@touch $@
 
 $(MSPROBE)/.tried: constraints-msprobe.txt | $(VENV)/.test

@@ -280,6 +280,30 @@ def test_a_wrong_combine_raises_on_all_ranks():
     run(world, work)
 
 
+def test_the_handle_of_another_group_raises_on_all_ranks():
+    alone, world, handles = draw(1, most=4, seed=11), draw(2, most=4, seed=11), []
+
+    def dispatch_alone(ctx, batch):
+        buffer = make("v2", ctx, alone)
+        handles.append(buffer.dispatch(batch.x, batch.ids, num_experts=alone.num_experts)[3])
+
+    def work(ctx, batch):
+        buffer = make("v2", ctx, world)
+        x, *_, handle, _ = buffer.dispatch(batch.x, batch.ids, num_experts=world.num_experts)
+        for call, rows in (("combine", x), ("dispatch", batch.x)):
+            if ctx.rank == 0:
+                match = r"handle must come from a dispatch between 2 ranks, got one between 1"
+                with pytest.raises(ArgumentError, match=match):
+                    getattr(buffer, call)(rows, handle=handles[0])
+            else:
+                with pytest.raises(PeerAbortError, match="rank 0 rejected this call"):
+                    getattr(buffer, call)(rows, handle=handle)
+        buffer.combine(x, handle)
+
+    run(alone, dispatch_alone)
+    run(world, work)
+
+
 def test_what_is_not_available_says_so():
     world = draw(1)
 

@@ -1,6 +1,7 @@
 """DeepEP's own test scripts, unmodified, over this interface.
 
-They need a checkout of DeepEP 2.1 (commit dd758caf), and take minutes each:
+They need a checkout of DeepEP 2.1 (commit dd758caf) or, for ``ep``, 2.5 (1a1ffbac), and take
+minutes each; tests of scripts that the checkout does not have are skipped:
 
     MOE_TRITON_DEEPEP_SUITE=<checkout> pytest tests/compat/deep_ep/test_suite.py
 """
@@ -24,17 +25,20 @@ pytestmark = pytest.mark.skipif(
 
 LOW_LATENCY = ("legacy/test_low_latency.py", "--num-tokens", "16", "--hidden", "1024")
 INTRANODE = ("legacy/test_intranode.py", "--num-tokens", "64", "--hidden", "256")
+EP = ("ep/test_ep.py", "--num-tokens", "16", "--hidden", "128", "--skip-perf-test")
 ELASTIC = ("elastic/test_ep.py", "--num-tokens", "16", "--hidden", "128", "--skip-perf-test")
 
 
 def run(capfd, ranks, script, *arguments):
     assert CHECKOUT is not None
+    path = Path(CHECKOUT) / "tests" / script
+    if not path.exists():
+        pytest.skip(f"the checkout has no {script}")
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MASTER_PORT", str(port))
-        path = Path(CHECKOUT) / "tests" / script
         sizes = ["--num-processes", str(ranks), "--num-experts", str(max(8, 2 * ranks))]
         command = ["deep-ep-run", str(HARNESS), CHECKOUT, str(path), *sizes, "--num-topk", "3"]
         status = main([*command, *arguments])
@@ -67,3 +71,10 @@ def test_elastic(capfd, ranks):
 @pytest.mark.parametrize("option", ["--do-cpu-sync", "--allow-multiple-reduction"])
 def test_elastic_without(capfd, option):
     assert run(capfd, 2, *ELASTIC, option, "0").count("> Testing with") == 144
+
+
+@pytest.mark.parametrize("deferred, cases", [("1", 36), ("0", 72)])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_ep(capfd, ranks, deferred, cases):
+    options = ("--masked-ratio", "0.2", "--deterministic", "--defer-epilogue", deferred)
+    assert run(capfd, ranks, *EP, *options).count("> Testing with") == cases

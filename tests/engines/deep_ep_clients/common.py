@@ -1,22 +1,30 @@
-"""What a rank of each client needs: a gloo group, the module deep_ep, and a batch of tokens."""
+"""What a rank of each client needs: a gloo group, the module deep_ep, and a batch of tokens.
+
+    python CLIENT.py JOB RANK
+
+JOB is a JSON file with "ranks" and "port".
+"""
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from moe_triton.compat import deep_ep
 
-RANK, WORLD, PORT = map(int, sys.argv[1:4])
+_JOB = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+RANK, WORLD = int(sys.argv[2]), _JOB["ranks"]
 LOCAL, TOP_K = 3, 2
 EXPERTS = LOCAL * WORLD
 
 
 def start() -> dist.ProcessGroup:
     torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{PORT}"
+    address = f"tcp://127.0.0.1:{_JOB['port']}"
     dist.init_process_group("gloo", init_method=address, rank=RANK, world_size=WORLD)
     deep_ep.install()
     group = dist.group.WORLD

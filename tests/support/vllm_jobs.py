@@ -1,0 +1,52 @@
+"""Jobs for vLLM: cases of expert-parallel ranks, and of one process to compare them with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import engine_jobs
+
+ON = {"MOE_TRITON_VLLM": "1"}
+SPREAD = {"enable_expert_parallel": True}
+PROMPTS = engine_jobs.prompts(8)
+# A product of matrices depends on the number of its rows by a few units in the last place. Stock
+# vLLM's own log-probabilities change by as much with the batch.
+ALLOWED = 2e-6
+
+
+def case(
+    name: str, path: str, prompts: list[Any], tokens: int | list[Any] = 8, **options: Any
+) -> dict[str, Any]:
+    """A case of a job.
+
+    Args:
+        name: of the case.
+        path: of the checkpoint.
+        prompts: for each rank its prompts.
+        tokens: to generate for all prompts, or for each.
+        options: of ``vllm.LLM``.
+    """
+    if isinstance(tokens, int):
+        tokens = [[tokens] * len(part) for part in prompts]
+    return {
+        "name": name,
+        "prompts": prompts,
+        "tokens": tokens,
+        "engine": {"model": path, **options},
+    }
+
+
+def run(
+    engine: Path, folder: Path, ranks: int, cases: list[dict[str, Any]], **environment: str
+) -> dict[str, list[dict[str, Any]]]:
+    """The results of each case in rank order."""
+    script = engine_jobs.FOLDER / "vllm_rank.py"
+    job = {"cases": cases, "port": engine_jobs.free_ports()}
+    return engine_jobs.run([engine, script], ranks, job, folder, **environment)
+
+
+def check(actual: list[Any], expected: list[Any], allowed: float = ALLOWED) -> None:
+    """The same tokens, and log-probabilities that differ by no more than ``allowed``."""
+    assert engine_jobs.tokens(actual) == engine_jobs.tokens(expected)
+    assert engine_jobs.logprob_difference(actual, expected) <= allowed
