@@ -13,7 +13,8 @@ experts that run the router themselves.
 
 Between router and experts, vLLM calls ``prepare`` and ``finalize``. Rows are copies of a token for
 one expert each, so the experts see K = 1 and weight 1, and the weights are applied when rows are
-back. On CPUs the experts get local ids and as many rows as arrived. On devices they get vLLM's ids
+back; for float32 on CPUs with the roundings of vLLM's own kernel, so that results are equal to the
+bit. On CPUs the experts get local ids and as many rows as arrived. On devices they get vLLM's ids
 and the most rows that can arrive, those after the last one with the id of an expert of another
 rank, so that the layer can be captured.
 
@@ -181,6 +182,8 @@ class PrepareFinalize:
         self._placement: Placement | None = None
         self._exchange: ExpertExchange | None = None
         self._rows: ExpertRows | None = None
+        # [T, K] float32 if copies return one by one, to be summed here.
+        self._weights: torch.Tensor | None = None
 
     # What vLLM asks.
 
@@ -254,12 +257,18 @@ class PrepareFinalize:
         if apply_router_weight_on_input:
             a1 = a1 * topk_weights.to(a1.dtype)
         weights = None if apply_router_weight_on_input else topk_weights
+        ids, most = topk_ids, _max_tokens()
+        self._weights = None
+        if self._exact and a1.dtype == torch.float32 and weights is not None:
+            # Each copy is a token of its own, so that combine returns it alone.
+            self._weights, top_k = weights, ids.shape[-1]
+            a1 = a1.repeat_interleave(top_k, dim=0)
+            ids, weights = ids.reshape(-1, 1), weights.reshape(-1, 1)
+            most = None if most is None else most * top_k
         quant = None if defer_input_quant else _quant_in_flight(quant_config)
         placement = self._placement_for(num_experts, expert_map, a1.device)
         exchange = self._exchange_for(placement, quant)
-        pending = exchange.dispatch_setup(
-            a1, placement.slots_of(topk_ids), weights, max_tokens=_max_tokens()
-        )
+        pending = exchange.dispatch_setup(a1, placement.slots_of(ids), weights, max_tokens=most)
 
         def receive() -> tuple[Any, ...]:
             rows = exchange.dispatch_teardown(pending, keep_quantized=True)
@@ -270,10 +279,10 @@ class PrepareFinalize:
                 scales = scales.view(len(x), -1)
             elif not defer_input_quant and quant_config.quant_dtype is not None:
                 x, scales = _quantize(rows, quant_config)
-            ids = rows.experts if self._exact else placement.experts_of(rows.experts)
-            ids = ids.to(topk_ids.dtype)[:, None]
-            ones = torch.ones_like(ids, dtype=torch.float32)
-            return x, scales, _counts(rows), ids, ones
+            experts = rows.experts if self._exact else placement.experts_of(rows.experts)
+            experts = experts.to(topk_ids.dtype)[:, None]
+            ones = torch.ones_like(experts, dtype=torch.float32)
+            return x, scales, _counts(rows), experts, ones
 
         return receive
 
@@ -301,12 +310,14 @@ class PrepareFinalize:
         exchange, rows = self._exchange, self._rows
         assert exchange is not None, "finalize follows prepare"
         assert rows is not None, "finalize follows prepare"
-        self._rows = None
+        self._rows, weights = None, self._weights
         y = fused_expert_output.view(-1, output.shape[1])
-        pending = exchange.combine_setup(y, rows)
+        pending = exchange.combine_setup(y, rows, weighted=weights is not None)
 
         def receive() -> None:
             sums, part = exchange.combine_teardown(pending), self._part_of(len(output))
+            if weights is not None:
+                sums = _sum_as_vllm(sums.view(*weights.shape, sums.shape[1]), weights)
             if len(sums) < len(output):
                 output.zero_()
             output[part] = sums
@@ -409,6 +420,17 @@ def _quantize(rows: ExpertRows, quant_config: Any) -> tuple[torch.Tensor, torch.
         is_scale_swizzled=quant_config.is_scale_swizzled,
         mx_alignment=quant_config.mx_alignment,
     )
+
+
+def _sum_as_vllm(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Weighted sums [T, H] of rows [T, K, H] in float32, rounded as in vLLM's kernel for CPUs.
+
+    It adds the slots in order and fuses each product with its sum, as ``addcmul`` does.
+    """
+    sums = rows[:, 0] * weights[:, :1]
+    for slot in range(1, rows.shape[1]):
+        sums = torch.addcmul(sums, rows[:, slot], weights[:, slot, None])
+    return sums
 
 
 def _counts(rows: ExpertRows) -> Any:

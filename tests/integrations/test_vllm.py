@@ -155,7 +155,10 @@ def test_layer_is_the_dense_one_wherever_experts_are(maps, exact, world):
 
 
 def test_the_engine_says_the_most_tokens_of_a_rank():
-    """No all-reduce then: a rank with more tokens is refused, and its peer hears of it."""
+    """No all-reduce then: a rank with more tokens is refused, and its peer hears of it.
+
+    In float32 each of the two copies of a token counts.
+    """
 
     def work(ctx):
         stand_in(max_tokens=4)
@@ -168,7 +171,7 @@ def test_the_engine_says_the_most_tokens_of_a_rank():
         return describe(error)
 
     first, second = on_ranks(work)
-    assert "x must have at most max_tokens = 4 rows, got shape (9, 128)" in second["text"]
+    assert "x must have at most max_tokens = 8 rows, got shape (18, 128)" in second["text"]
     assert first["types"][0] == "PeerAbortError"
 
 
@@ -180,6 +183,23 @@ def test_ranks_that_share_tokens_send_a_part_each():
             output, *_ = run_layer(adaptor, LINEAR, x, ids, weights)
             dist.all_reduce(output)
             torch.testing.assert_close(output, dense(x, ids, weights))
+
+    on_ranks(work)
+
+
+def test_float32_is_summed_as_in_the_kernel_of_vllm():
+    """Slot by slot, each product fused with its sum; tests/engines compares with vLLM itself."""
+
+    def work(ctx):
+        adaptor = integration.PrepareFinalize(RANKS)
+        x, ids, weights = inputs(40, ctx.rank)
+        output, *_ = run_layer(adaptor, LINEAR, x, ids, weights)
+        terms = [x * factor(ids[:, slot, None]) for slot in range(TOP_K)]
+        expected = terms[0] * weights[:, :1]
+        unfused = expected + terms[1] * weights[:, 1:]
+        expected = (expected.double() + terms[1].double() * weights[:, 1:].double()).float()
+        assert torch.equal(output, expected)
+        assert not torch.equal(unfused, expected)
 
     on_ranks(work)
 
