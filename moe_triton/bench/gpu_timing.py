@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -40,6 +41,7 @@ class Time:
 
     @classmethod
     def of(cls, microseconds: Sequence[float]) -> Time:
+        """Of the samples."""
         quartiles = statistics.quantiles(microseconds, n=4)
         return cls(statistics.median(microseconds), quartiles[2] - quartiles[0], len(microseconds))
 
@@ -47,7 +49,9 @@ class Time:
 class Timer:
     """Times calls on the current CUDA or ROCm device; ``cuda`` is ``torch.cuda``, or a test's."""
 
-    def __init__(self, device: torch.device, cuda=torch.cuda, seconds: float = SECONDS) -> None:
+    def __init__(
+        self, device: torch.device, cuda: Any = torch.cuda, seconds: float = SECONDS
+    ) -> None:
         self.device, self.cuda, self.seconds = device, cuda, seconds
         self.cache_bytes = int(cuda.get_device_properties(device).L2_cache_size)
         # Reading it takes longer than most launches, so the host runs ahead.
@@ -170,7 +174,7 @@ class Clocks:
         return self._last[1]
 
 
-def _from_nvml(pynvml, handle) -> dict[str, float]:
+def _from_nvml(pynvml: Any, handle: Any) -> dict[str, float]:
     return {
         "sm_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
         "memory_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),

@@ -12,13 +12,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 
 from .. import kernels, ref, testing
 from ..kernels import launch_config
 from ..layout import DispatchHeader, Norm, RoutingPlan, RowFormat
-from .models import PRESETS, Shape
+from .models import Shape
 
 BF16, FP32 = torch.bfloat16, torch.float32
 EPSILON = 1e-6
@@ -28,7 +29,6 @@ RANKS = 8  # that stage_tokens writes headers for, all in memory of this device
 CLOSE = {"y": 1.6e-2, "rstd": 1e-5, "scores": 2e-6}
 
 
-SHAPES = tuple(PRESETS.values())
 TINY = Shape("tiny", 128, 8, 2)
 
 FORMULAS = {
@@ -50,6 +50,7 @@ FORMULAS = {
 }
 
 Tensors = dict[str, torch.Tensor]
+Call = Callable[[], Tensors]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +76,14 @@ class Case:
     tokens: int
     inputs: Tensors
     outputs: Callable[[], Tensors]
-    bind: Callable[..., Callable[[], Tensors]]
+    bind: Callable[[Any, Tensors, Tensors], Call]
     num_bytes: int
 
     world_size = 1
 
     @property
     def name(self) -> str:
+        """Kernel and variant."""
         return f"{self.kernel} {self.variant}".strip()
 
     def sets(self, count: int) -> list[tuple[Tensors, Tensors]]:
@@ -141,11 +143,14 @@ def row_index(plan: RoutingPlan, shape: Shape) -> torch.Tensor:
 
 
 def row_bytes(fmt: RowFormat) -> int:
+    """Bytes of a row and its scales."""
     scales = 0 if fmt.scale_offset is None else fmt.num_scales * fmt.scale_dtype.itemsize
     return fmt.hidden * fmt.dtype.itemsize + scales
 
 
-def numbers(shape: tuple[int, ...], device: torch.device, dtype=BF16) -> torch.Tensor:
+def numbers(
+    shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = BF16
+) -> torch.Tensor:
     """Standard normal, made on the device: a CPU takes seconds for the largest cases."""
     generator = torch.Generator(device).manual_seed(0)
     return torch.randn(shape, generator=generator, device=device, dtype=dtype)
@@ -160,16 +165,18 @@ def _rows(fmt: RowFormat, count: int, device: torch.device) -> Tensors:
 
 
 def routing_plan(shape: Shape, tokens: int, device: torch.device) -> Case:
+    """The plan of all slots."""
     ids, _ = routed(shape, tokens, device)
     num_bytes = routing_plan_bytes(shape, tokens, launch_config.plan_launch(device, ids.numel()))
 
-    def bind(steps, inputs, _):
-        return lambda: steps.routing_plan(inputs["ids"], shape.experts)._asdict()
+    def bind(steps: Any, inputs: Tensors, _: Tensors) -> Call:
+        return lambda: cast("Tensors", steps.routing_plan(inputs["ids"], shape.experts)._asdict())
 
     return Case("routing_plan", "", shape, tokens, {"ids": ids}, dict, bind, num_bytes)
 
 
 def routing_plan_bytes(shape: Shape, tokens: int, how: launch_config.PlanLaunch) -> int:
+    """Bytes by the formula of the launch that is chosen."""
     positions = tokens * shape.top_k
     if how.compare:
         programs = min(-(-max(positions, shape.experts) // how.own), how.num_programs)
@@ -178,12 +185,13 @@ def routing_plan_bytes(shape: Shape, tokens: int, how: launch_config.PlanLaunch)
 
 
 def gather_quant(shape: Shape, tokens: int, device: torch.device, *, quant: str | None) -> Case:
+    """Rows for the experts from tokens, quantised on the way."""
     fmt = RowFormat.quantized(quant, BF16, shape.hidden)
     ids, plan = routed(shape, tokens, device)
     x = numbers((tokens, shape.hidden), device)
     inputs = {"x": x, "index": row_index(plan, shape)}
 
-    def bind(steps, inputs, outputs):
+    def bind(steps: Any, inputs: Tensors, outputs: Tensors) -> Call:
         x, index, rows, scales = (
             inputs["x"],
             inputs["index"],
@@ -191,7 +199,7 @@ def gather_quant(shape: Shape, tokens: int, device: torch.device, *, quant: str 
             outputs.get("scales"),
         )
 
-        def call():
+        def call() -> Tensors:
             steps.gather_quant(x, index, fmt, None, None, rows, scales)
             return outputs
 
@@ -203,10 +211,12 @@ def gather_quant(shape: Shape, tokens: int, device: torch.device, *, quant: str 
 
 
 def gather_quant_bytes(shape: Shape, tokens: int, fmt: RowFormat) -> int:
+    """Bytes by the formula."""
     return tokens * shape.hidden * 2 + tokens * shape.top_k * row_bytes(fmt)
 
 
 def weighted_sum(shape: Shape, tokens: int, device: torch.device, *, normalised: bool) -> Case:
+    """The sum of combine, with the residual and RMSNorm behind it if ``normalised``."""
     fmt = RowFormat.tight(BF16, shape.hidden)
     ids, plan = routed(shape, tokens, device)
     inputs = {
@@ -218,7 +228,7 @@ def weighted_sum(shape: Shape, tokens: int, device: torch.device, *, normalised:
         inputs["residual"] = numbers((tokens, shape.hidden), device)
         inputs["gamma"] = numbers((shape.hidden,), device)
 
-    def outputs():
+    def outputs() -> Tensors:
         size = (tokens, shape.hidden)
         tensors = {"out": _poisoned(size, BF16, device)}
         if normalised:
@@ -228,13 +238,13 @@ def weighted_sum(shape: Shape, tokens: int, device: torch.device, *, normalised:
             )
         return tensors
 
-    def bind(steps, inputs, outputs):
+    def bind(steps: Any, inputs: Tensors, outputs: Tensors) -> Call:
         rows, index, weights = inputs["rows"].view(torch.uint8), inputs["index"], inputs["weights"]
         norm = None
         if normalised:
             norm = Norm(inputs["residual"], inputs["gamma"], EPSILON, outputs["y"], outputs["rstd"])
 
-        def call():
+        def call() -> Tensors:
             steps.weighted_sum(rows, index, fmt, weights, None, None, outputs["out"], norm)
             return outputs
 
@@ -246,20 +256,22 @@ def weighted_sum(shape: Shape, tokens: int, device: torch.device, *, normalised:
 
 
 def weighted_sum_bytes(shape: Shape, tokens: int, *, normalised: bool) -> int:
+    """Bytes by the formula."""
     return tokens * (shape.top_k + (3 if normalised else 1)) * shape.hidden * 2
 
 
 def gather_rows(shape: Shape, tokens: int, device: torch.device, *, quant: str | None) -> Case:
+    """Rows for the experts from a window."""
     fmt = RowFormat.quantized(quant, BF16, shape.hidden)
     ids, plan = routed(shape, tokens, device)
     window = torch.zeros((tokens, fmt.stride), dtype=torch.uint8, device=device)
     ref.encode(numbers((tokens, shape.hidden), device), fmt, window)
     inputs = {"window": window, "index": plan.sorted_slot_ids.long() // shape.top_k}
 
-    def bind(steps, inputs, outputs):
+    def bind(steps: Any, inputs: Tensors, outputs: Tensors) -> Call:
         window, index, rows = inputs["window"], inputs["index"], outputs["rows"]
 
-        def call():
+        def call() -> Tensors:
             steps.gather_rows(window, index, fmt, rows, outputs.get("scales"))
             return outputs
 
@@ -271,6 +283,7 @@ def gather_rows(shape: Shape, tokens: int, device: torch.device, *, quant: str |
 
 
 def stage_tokens(shape: Shape, tokens: int, device: torch.device, *, quant: str | None) -> Case:
+    """Tokens into a window, with the headers of ``RANKS`` peers."""
     fmt = RowFormat.quantized(quant, BF16, shape.hidden)
     ids, plan = routed(shape, tokens, device)
     inputs = {
@@ -286,7 +299,7 @@ def stage_tokens(shape: Shape, tokens: int, device: torch.device, *, quant: str 
         "weights": ids.numel(),
     }
 
-    def outputs():
+    def outputs() -> Tensors:
         # Zeros, not poison: memory between rows and after the slot ids stays untouched.
         tensors = {"window": torch.zeros((tokens, fmt.stride), dtype=torch.uint8, device=device)}
         for name, size in sizes.items():
@@ -294,14 +307,14 @@ def stage_tokens(shape: Shape, tokens: int, device: torch.device, *, quant: str 
             tensors[name] = torch.zeros((RANKS, size), dtype=dtype, device=device)
         return tensors
 
-    def bind(steps, inputs, outputs):
+    def bind(steps: Any, inputs: Tensors, outputs: Tensors) -> Call:
         parts = [outputs[name].unbind(0) for name in DispatchHeader._fields]
         headers = [DispatchHeader(*of_rank) for of_rank in zip(*parts, strict=True)]
         plan = RoutingPlan(*(inputs[name] for name in RoutingPlan._fields))
         x, ids, weights, window = inputs["x"], inputs["ids"], inputs["weights"], outputs["window"]
         layer = {"experts_per_rank": shape.experts // RANKS, "num_shared_ranks": 0}
 
-        def call():
+        def call() -> Tensors:
             steps.stage_tokens(
                 x, ids, weights, None, fmt, plan, window, headers, shared_targets=(), **layer
             )
@@ -314,17 +327,19 @@ def stage_tokens(shape: Shape, tokens: int, device: torch.device, *, quant: str 
 
 
 def stage_tokens_bytes(shape: Shape, tokens: int, fmt: RowFormat, ranks: int = RANKS) -> int:
+    """Bytes by the formula, all slots named."""
     headers = ranks * 4 * (1 + shape.experts) + tokens * shape.top_k * 8
     return tokens * (shape.hidden * 2 + fmt.stride) + headers
 
 
 def top_k_gating(shape: Shape, tokens: int, device: torch.device) -> Case:
+    """Softmax and top-k of router logits."""
     logits = numbers((tokens, shape.experts), device, FP32)
 
-    def bind(steps, inputs, _):
+    def bind(steps: Any, inputs: Tensors, _: Tensors) -> Call:
         logits = inputs["logits"]
 
-        def call():
+        def call() -> Tensors:
             weights, ids, scores = steps.top_k_gating(logits, shape.top_k)
             return {"weights": weights, "ids": ids, "scores": scores}
 

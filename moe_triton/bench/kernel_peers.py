@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from .kernel_cases import EPSILON, Case, Tensors, routed, row_index
+from .kernel_cases import EPSILON, Call, Case, Tensors, routed, row_index
 
 NAMES = ("pytorch", "torch.compile", "transformer_engine", "triton_kernels")
 PAYLOADS = {
@@ -37,7 +37,8 @@ PAYLOADS = {
 }
 GROUP = 128
 
-Bind = Callable[[Tensors, Tensors], Callable[[], Tensors]]
+Bind = Callable[[Tensors, Tensors], Call]
+Prepare = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class Peers:
@@ -52,7 +53,7 @@ class Peers:
         self._found: dict[str, Callable[[Case], Bind | None]] = {}
         if folder is not None:
             sys.path.append(str(folder))
-        make = {
+        make: dict[str, Callable[[], Callable[[Case], Bind | None]]] = {
             "pytorch": lambda: functools.partial(_pytorch, prepare=lambda function: function),
             "torch.compile": lambda: functools.partial(_pytorch, prepare=_compiled),
             "transformer_engine": lambda: functools.partial(
@@ -95,13 +96,13 @@ def check(case: Case, actual: Tensors, ours: Tensors) -> None:
                 raise AssertionError(f"{name} differs by up to {most}")
 
 
-def _compiled(function):
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     # The number of tokens varies as in serving; each format and model compiles its own code.
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(function, dynamic=True)
 
 
-def _pytorch(case: Case, *, prepare: Callable[..., Any]) -> Bind | None:
+def _pytorch(case: Case, *, prepare: Prepare) -> Bind | None:
     if case.kernel == "routing_plan":
         return functools.partial(_torch_plan, case, prepare(_plan))
     if case.kernel == "gather_quant" and case.variant == "bf16":
@@ -115,12 +116,14 @@ def _pytorch(case: Case, *, prepare: Callable[..., Any]) -> Bind | None:
     return None
 
 
-def _short_group(case):
+def _short_group(case: Case) -> bool:
     """Whether rows end with a shorter group, which a reshape cannot express."""
     return case.variant.startswith("group") and case.shape.hidden % GROUP > 0
 
 
-def _plan(ids, ones, experts):
+def _plan(
+    ids: torch.Tensor, ones: torch.Tensor, experts: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     flat = ids.reshape(-1).long()
     order = torch.argsort(flat, stable=True)
     counts = torch.zeros(experts, dtype=torch.int32, device=ids.device)
@@ -130,33 +133,35 @@ def _plan(ids, ones, experts):
     return counts, position - start[flat], order
 
 
-def _torch_plan(case, function, inputs, _):
+def _torch_plan(case: Case, function: Callable[..., Any], inputs: Tensors, _: Tensors) -> Call:
     ids = inputs["ids"]
     ones = torch.ones(ids.numel(), dtype=torch.int32, device=ids.device)
 
-    def call():
+    def call() -> Tensors:
         names = ("counts", "position_in_expert", "sorted_slot_ids")
         return dict(zip(names, function(ids, ones, case.shape.experts), strict=True))
 
     return call
 
 
-def _tokens_of_rows(case, device):
+def _tokens_of_rows(case: Case, device: torch.device) -> torch.Tensor:
     """[n] int64 token of each row."""
     return routed(case.shape, case.tokens, device)[1].sorted_slot_ids.long() // case.shape.top_k
 
 
-def _select(x, token):
+def _select(x: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
     return x.index_select(0, token)
 
 
-def _torch_gather(case, function, inputs, _):
+def _torch_gather(case: Case, function: Callable[..., Any], inputs: Tensors, _: Tensors) -> Call:
     x = inputs["x"]
     token = _tokens_of_rows(case, x.device)
     return lambda: {"rows": function(x, token)}
 
 
-def _select_quantised(x, token, group, dtype, largest):
+def _select_quantised(
+    x: torch.Tensor, token: torch.Tensor, group: int, dtype: torch.dtype, largest: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise each token once, then gather codes and scales."""
     grouped = x.float().unflatten(1, (-1, group))
     scale = grouped.abs().amax(dim=2, keepdim=True) / largest
@@ -166,35 +171,45 @@ def _select_quantised(x, token, group, dtype, largest):
     return codes.index_select(0, token), scale[..., 0].index_select(0, token)
 
 
-def _torch_gather_quant(case, function, inputs, outputs):
+def _torch_gather_quant(
+    case: Case, function: Callable[..., Any], inputs: Tensors, outputs: Tensors
+) -> Call:
     x = inputs["x"]
     dtype, largest = PAYLOADS[case.variant]
     token = _tokens_of_rows(case, x.device)
     group = GROUP if case.variant.startswith("group") else case.shape.hidden
 
-    def call():
+    def call() -> Tensors:
         codes, scales = function(x, token, group, dtype, largest)
         return {"rows": codes.view(dtype), "scales": scales.view_as(outputs["scales"])}
 
     return call
 
 
-def _add(rows, token, row_weights, zeros):
+def _add(
+    rows: torch.Tensor, token: torch.Tensor, row_weights: torch.Tensor, zeros: torch.Tensor
+) -> torch.Tensor:
     return zeros.clone().index_add_(0, token, rows.float() * row_weights).to(rows.dtype)
 
 
-def _gather_add(rows, index, weights):
+def _gather_add(rows: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return (rows[index].float() * weights[..., None]).sum(1).to(rows.dtype)
 
 
-def _gather_add_norm(rows, index, weights, residual, gamma):
+def _gather_add_norm(
+    rows: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    residual: torch.Tensor,
+    gamma: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     total = (rows[index].float() * weights[..., None]).sum(1) + residual.float()
     rstd = torch.rsqrt(total.square().mean(1, keepdim=True) + EPSILON)
     scaled = (total * rstd).to(rows.dtype)
     return total.to(rows.dtype), scaled * gamma, rstd[:, 0]
 
 
-def _torch_weighted_sum(case, prepare, inputs, _):
+def _torch_weighted_sum(case: Case, prepare: Prepare, inputs: Tensors, _: Tensors) -> Call:
     rows, index, weights = inputs["rows"], inputs["index"], inputs["weights"]
     if case.variant:
         function, given = prepare(_gather_add_norm), (inputs["residual"], inputs["gamma"])
@@ -210,16 +225,16 @@ def _torch_weighted_sum(case, prepare, inputs, _):
     return lambda: {"out": _add(rows, token, row_weights, zeros)}
 
 
-def _gate(logits, top_k):
+def _gate(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     scores = torch.softmax(logits, dim=1)
     weights, ids = scores.topk(top_k, dim=1)
     return weights, ids, scores
 
 
-def _torch_gating(case, function, inputs, _):
+def _torch_gating(case: Case, function: Callable[..., Any], inputs: Tensors, _: Tensors) -> Call:
     logits = inputs["logits"]
 
-    def call():
+    def call() -> Tensors:
         weights, _, scores = function(logits, case.shape.top_k)
         return {"weights": weights, "scores": scores}
 
@@ -245,7 +260,7 @@ def _transformer_engine(module: types.ModuleType, case: Case) -> Bind | None:
     return None
 
 
-def _permutation(module, case, inputs, _):
+def _permutation(module: types.ModuleType, case: Case, inputs: Tensors, _: Tensors) -> Call:
     tokens, hidden, experts = case.tokens, case.shape.hidden, case.shape.experts
     device = next(iter(inputs.values())).device
     ids = routed(case.shape, tokens, device)[0].long()
@@ -271,18 +286,18 @@ def _permutation(module, case, inputs, _):
     return lambda: {"out": unpermute(inputs["rows"])[0]}
 
 
-def _of_one_argument(function, **given):
+def _of_one_argument(function: Callable[..., Any], **given: Any) -> Callable[..., Any]:
     """``function`` of one argument, all others None unless given; versions differ in them."""
     names = list(inspect.signature(function).parameters)[1:]
     return functools.partial(function, **{name: given.get(name) for name in names})
 
 
-def _triton_kernels(top_k, case: Case) -> Bind | None:
+def _triton_kernels(top_k: Callable[..., Any], case: Case) -> Bind | None:
     if case.kernel != "top_k_gating":
         return None
 
-    def bind(inputs, _):
-        def call():
+    def bind(inputs: Tensors, _: Tensors) -> Call:
+        def call() -> Tensors:
             found = top_k(inputs["logits"], case.shape.top_k)
             return {"chosen": found.indx if hasattr(found, "indx") else found[1]}
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from .tables import Row
 
 COLUMNS = 5
 TICKS = (1, 16, 256, 4096)
 
 
-def plot(rows, path):
+def plot(rows: Sequence[Row], path: Path) -> None:
     """Write the figure of our kernels; the suffix of ``path`` is the format."""
     from matplotlib.figure import Figure
 
@@ -44,6 +48,6 @@ def plot(rows, path):
     figure.savefig(path)
 
 
-def panel(row):
+def panel(row: Row) -> str:
     """The title of a row's panel."""
     return row["kernel"] + (f", {row['world_size']} ranks" if row["world_size"] > 1 else "")

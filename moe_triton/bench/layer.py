@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import datetime as dt
 import functools
 import os
 import statistics
@@ -36,13 +35,12 @@ import moe_triton
 
 from .. import testing
 from ..layout import QUANTS, RowFormat
-from . import extras, models, output, published, results, tables
+from . import extras, models, output, published, ranks, results, tables
 from .models import Shape
 
 # Those that need no factors.
 FORMATS = ("bf16", *(quant for quant in QUANTS if quant != "int8_static"))
 HALVES = ("dispatch", "combine")
-_TIMEOUT = 300.0  # seconds; many ranks may share few cores
 _MOST_ROUNDS = 20  # of a sample
 
 
@@ -120,7 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the bench; returns the exit code."""
     output.check_arguments(arguments)
     device = _device(arguments.device)
-    with _torchrun(device) as context:
+    with ranks.torchrun(device) as context:
         leading = context is None or context.rank == 0
         cases = _cases(arguments, context.world_size if context else arguments.ranks)
         rows = []
@@ -150,37 +148,13 @@ def _silent() -> Iterator[Any]:
     yield lambda _: None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Context:
-    """A rank, as ``testing.RankContext`` has it."""
-
-    rank: int
-    world_size: int
-    ep_group: Any
-    device: torch.device
-
-
-@contextlib.contextmanager
-def _torchrun(device: torch.device) -> Iterator[_Context | None]:
-    """This rank of torchrun's group, or None where there is none."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        yield None
-        return
-    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=dt.timedelta(seconds=_TIMEOUT))
-    try:
-        yield _Context(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, device)
-    finally:
-        dist.destroy_process_group()
-
-
-def _cases(arguments: argparse.Namespace, ranks: int) -> list[Case]:
+def _cases(arguments: argparse.Namespace, world: int) -> list[Case]:
     quick = arguments.quick
     return [
         Case(
             shape,
             tokens,
-            ranks,
+            world,
             None if quant == "bf16" else quant,
             arguments.backend,
             arguments.transport,
@@ -193,20 +167,18 @@ def _cases(arguments: argparse.Namespace, ranks: int) -> list[Case]:
     ]
 
 
-def _measured(case: Case, device: torch.device, context: _Context | None) -> dict[str, Any]:
+def _measured(case: Case, device: torch.device, context: ranks.Rank | None) -> dict[str, Any]:
     if device.type == "cuda" and context is None:
         return _on_one_device(case, device)
     if context is not None:
-        own = measure(context, case)
-        ranks: list[Any] = [None] * case.ranks
-        dist.all_gather_object(ranks, own)
+        measured = ranks.gathered(measure(context, case))
     elif case.ranks == 1:
-        ranks = [measure(_Context(0, 1, None, device), case)]
+        measured = [measure(ranks.Rank(0, 1, None, device), case)]
     else:
         if case.backend is not None:
             moe_triton.set_backend(case.backend)  # sets the environment of the processes
-        ranks = testing.run_processes(case.ranks, functools.partial(measure, case=case))
-    return _row(case, ranks)
+        measured = testing.run_processes(case.ranks, functools.partial(measure, case=case))
+    return _row(case, measured)
 
 
 def measure(ctx: Any, case: Case) -> Measured:
@@ -226,7 +198,7 @@ def measure(ctx: Any, case: Case) -> Measured:
         quant=cast("Any", case.quant),
         exact=device.type == "cpu",
         transport=cast("Any", case.transport),
-        timeout=_TIMEOUT,
+        timeout=ranks.TIMEOUT,
         device=device,
     ) as ep:
         return _time(ctx, ep, case, inputs)
@@ -309,21 +281,21 @@ def _time(ctx: Any, ep: moe_triton.ExpertParallel, case: Case, inputs: Any) -> M
 
 
 def _host_group(ctx: Any) -> Any:
-    return ctx.ep_group if isinstance(ctx, _Context) else None
+    return ctx.ep_group if isinstance(ctx, ranks.Rank) else None
 
 
-def _row(case: Case, ranks: Sequence[Measured]) -> dict[str, Any]:
+def _row(case: Case, measured: Sequence[Measured]) -> dict[str, Any]:
     """Medians over samples of the slowest rank; bytes are the mean over ranks."""
-    row = _sizes(case) | {"backend": ranks[0].backend, "transport": ranks[0].transport}
+    row = _sizes(case) | {"backend": measured[0].backend, "transport": measured[0].transport}
     row["samples"] = case.samples
     for half in HALVES:
         for name in (half, f"copy_{half}"):
-            slowest, spread = results.slowest([rank.seconds[name] for rank in ranks])
+            slowest, spread = results.slowest([rank.seconds[name] for rank in measured])
             row[f"{name}_us"], row[f"{name}_iqr_us"] = slowest * 1e3, spread * 1e3
-        row[f"{half}_bytes"] = statistics.mean(rank.row_bytes[half] for rank in ranks)
+        row[f"{half}_bytes"] = statistics.mean(rank.row_bytes[half] for rank in measured)
         row[f"{half}_gb_s"] = row[f"{half}_bytes"] / row[f"{half}_us"] / 1e3
         row[f"{half}_share_of_copy"] = row[f"copy_{half}_us"] / row[f"{half}_us"]
-        row[f"{half}_launches"] = ranks[0].launches[half]
+        row[f"{half}_launches"] = measured[0].launches[half]
     return row
 
 

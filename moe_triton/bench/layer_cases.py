@@ -68,7 +68,7 @@ def layer(
     limited = world_size > 1 and most > MOST_ROWS
     limit = 2 * tokens * shape.top_k if limited else None
 
-    def make(ctx) -> ExpertParallel:
+    def make(ctx: testing.RankContext) -> ExpertParallel:
         return ExpertParallel(
             ctx.ep_group,
             rank=ctx.ep_rank,
@@ -137,6 +137,7 @@ def drawn(shape: Shape, tokens: int, device: torch.device, rank: int) -> tuple[t
 
 @torch.no_grad()  # else rows after the last one are zeroed, for training
 def dispatch(ranks: list[ExpertParallel], inputs: list[tuple[torch.Tensor, ...]]) -> list[Any]:
+    """Dispatch the inputs of all ranks: every setup, then every teardown."""
     pending = [ep.dispatch_setup(*values) for ep, values in zip(ranks, inputs, strict=True)]
     return [ep.dispatch_teardown(sent) for ep, sent in zip(ranks, pending, strict=True)]
 

@@ -19,6 +19,9 @@ import argparse
 import functools
 import statistics
 import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def plot(_, path):
+def plot(_: Sequence[tables.Row], path: Path) -> None:
     """Draw one case."""
     ranks, slots = next(shape for shape in SHAPES if shape[0] == PICTURE["ranks"])
     load = zipf(PICTURE["exponent"], layers=1)[0]
@@ -62,18 +65,18 @@ def plot(_, path):
     figure.savefig(path, metadata={"Date": None})
 
 
-def measure(num_ranks, num_slots, exponent, layers):
+def measure(num_ranks: int, num_slots: int, exponent: float, layers: int) -> dict[str, Any]:
     """Balances and CPU time of one shape and exponent."""
     load = zipf(exponent, layers)
-    sizes = {"num_ranks": num_ranks, "num_slots": num_slots}
+    sizes: dict[str, Any] = {"num_ranks": num_ranks, "num_slots": num_slots}
     planners = {
         "plan": functools.partial(eplb.plan, **sizes),
         "plan_by_token": functools.partial(eplb.plan, **sizes, balance_mode=BY_TOKEN),
         "greedy": functools.partial(eplb.plan_greedy, **sizes),
         "greedy_equal_parts": functools.partial(eplb.plan_greedy, **sizes, balance_mode=BY_TOKEN),
     }
-    seconds = {name: [] for name in planners}
-    plans = {name: [] for name in planners}
+    seconds: dict[str, list[float]] = {name: [] for name in planners}
+    plans: dict[str, list[eplb.Plan]] = {name: [] for name in planners}
     for layer in load:
         for name, planner in planners.items():
             start = time.process_time()
@@ -81,7 +84,7 @@ def measure(num_ranks, num_slots, exponent, layers):
             seconds[name].append(time.process_time() - start)
     check(load[0], plans["plan"][0])
     check(load[0], plans["greedy"][0])
-    row = {
+    row: dict[str, Any] = {
         "bench": "load",
         "experts": EXPERTS,
         "ranks": num_ranks,
@@ -97,18 +100,19 @@ def measure(num_ranks, num_slots, exponent, layers):
     return row | unseen(num_ranks, num_slots, exponent)
 
 
-def zipf(exponent, layers):
+def zipf(exponent: float, layers: int) -> torch.Tensor:
     """[layers, E], popularity ``rank ** -exponent`` with ranks drawn per layer."""
     popularity = np.arange(1, EXPERTS + 1) ** -exponent
     draws = np.random.default_rng(0)
     return torch.from_numpy(np.stack([draws.permutation(popularity) for _ in range(layers)]))
 
 
-def worst(balances):
+def worst(balances: Iterable[Any]) -> float:
+    """The largest balance of the layers."""
     return max(map(float, balances))
 
 
-def least(load, num_ranks, num_slots):
+def least(load: torch.Tensor, num_ranks: int, num_slots: int) -> float:
     """A lower bound of the balance of any table that is read by rank.
 
     The hottest expert has at most 1 + redundant replicas; its parts are W-ths of its load. If no
@@ -125,7 +129,7 @@ def least(load, num_ranks, num_slots):
     return max(1.0, min(one_part, two_parts))
 
 
-def check(load, plan):
+def check(load: torch.Tensor, plan: eplb.Plan) -> None:
     """Ids mapped by the operator, equal on all ranks, give the predicted load."""
     rows = (load / load.sum() * 10_000).round().long()
     ids = torch.repeat_interleave(torch.arange(EXPERTS, dtype=torch.int32), rows)[:, None]
@@ -139,7 +143,7 @@ def check(load, plan):
     torch.testing.assert_close(received.double(), expected, rtol=1e-9, atol=0)
 
 
-def receive(ids, plan):
+def receive(ids: Sequence[torch.Tensor], plan: eplb.Plan) -> torch.Tensor:
     """[W], the rows that each rank receives if each sends ``ids[rank]``."""
     received = torch.zeros(plan.num_ranks, dtype=torch.int64)
     for rank, expert_ids in enumerate(ids):
@@ -150,11 +154,11 @@ def receive(ids, plan):
     return received
 
 
-def unseen(num_ranks, num_slots, exponent):
+def unseen(num_ranks: int, num_slots: int, exponent: float) -> dict[str, float]:
     """Balances of ids drawn after those that are planned for."""
     order = torch.randperm(EXPERTS, generator=torch.Generator().manual_seed(0)).int()
 
-    def batch(first):
+    def batch(first: int) -> list[torch.Tensor]:
         draws = (
             testing.routing_zipf(TOKENS, EXPERTS, TOP_K, seed=first + rank, exponent=exponent)
             for rank in range(num_ranks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -31,16 +32,26 @@ PRESETS = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that choose shapes."""
+def add_arguments(
+    parser: argparse.ArgumentParser,
+    default: Sequence[str] = ("deepseek-v3",),
+    otherwise: str = "",
+) -> None:
+    """Add the options that choose shapes.
+
+    Args:
+        parser: of the bench.
+        default: the models without an option.
+        otherwise: what the bench has without an option, to be printed in place of ``default``.
+    """
     add = parser.add_argument_group("shapes").add_argument
     add(
         "--preset",
         nargs="+",
         choices=PRESETS,
-        default=["deepseek-v3"],
+        default=[*default],
         metavar="NAME",
-        help=f"models: {', '.join(PRESETS)} (default: deepseek-v3)",
+        help=f"models: {', '.join(PRESETS)} (default: {otherwise or ', '.join(default)})",
     )
     add("--hidden", type=int, metavar="H", help="hidden size, instead of the models'")
     add("--experts", type=int, metavar="E", help="routed experts, instead of the models'")
@@ -48,11 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen(arguments: argparse.Namespace) -> list[Shape]:
-    """The shapes that the options choose; one called "custom" where a size is given."""
+    """The shapes that the options choose, one called "custom" where a size is given."""
     sizes = {
         name: value
         for name in ("hidden", "experts", "top_k")
         if (value := getattr(arguments, name)) is not None
     }
     shapes = [PRESETS[name] for name in arguments.preset]
-    return [shapes[0]._replace(model="custom", **sizes)] if sizes else shapes
+    base = shapes[0] if shapes else PRESETS["deepseek-v3"]
+    return [base._replace(model="custom", **sizes)] if sizes else shapes

@@ -18,13 +18,16 @@ import argparse
 import functools
 import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from .. import testing
-from . import extras, output, results, tables
+from . import bars, extras, output, results, tables
 
 IMPLEMENTATIONS = ("all_to_all", "gloo", "windows")
 MODEL = {
@@ -37,12 +40,15 @@ MODEL = {
 BATCHES = {"prefill": (1, 128), "decode": (8, 1)}  # sequences, and new tokens of each
 WARM_UP = 2
 
+# Of a rank: (seconds of a forward, of its experts) by batch, implementation and sample.
+Times = dict[str, dict[str, list[tuple[float, float]]]]
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this bench."""
     parser.add_argument("--world-size", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--samples", type=int, default=15, help="of each implementation")
-    output.add_arguments(parser, plot=None, record=True)
+    output.add_arguments(parser, plot="times of a forward", record=True)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -68,18 +74,26 @@ def run(arguments: argparse.Namespace) -> int:
                     flush=True,
                 )
     output.show(rows, tables.TRANSFORMERS)
-    output.finish(arguments, rows, record="transformers")
+    output.finish(arguments, rows, plot, record="transformers")
     return 0
 
 
-def quiet():
+def plot(rows: Sequence[tables.Row], path: Path) -> None:
+    """Draw the time of a forward, by implementation."""
+    cases = [f"{row['batch']}, {row['world_size']} ranks" for row in rows]
+    ways = {name: [row[f"{name}_ms"] for row in rows] for name in IMPLEMENTATIONS}
+    bars.draw(path, cases, ways, "milliseconds", f"a forward of Qwen3-MoE, {rows[0]['device']}")
+
+
+def quiet() -> None:
+    """Keep transformers from printing warnings and bars."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
 
-def write_checkpoint(path):
+def write_checkpoint(path: str) -> None:
     """Write random weights, spread so that routing and logits differ."""
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
@@ -101,7 +115,7 @@ def write_checkpoint(path):
     model.save_pretrained(path)
 
 
-def measure(ctx, *, path, samples):
+def measure(ctx: testing.RankContext, *, path: str, samples: int) -> Times:
     """On a rank: seconds of a forward and of its experts, per batch, implementation and sample."""
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
@@ -113,7 +127,8 @@ def measure(ctx, *, path, samples):
     integration.register("gloo", transport="collective", max_tokens=most)
     integration.register("windows", transport="symmetric", max_tokens=most)
     whole = AutoModelForCausalLM.from_pretrained(path)
-    models, clocks = {}, {}
+    models: dict[str, Any] = {}
+    clocks: dict[str, list[float]] = {}
     for name in IMPLEMENTATIONS:
         config = DistributedConfig(
             fsdp_size=ctx.world_size, ep_size=ctx.world_size, ep_implementation=name
@@ -121,7 +136,7 @@ def measure(ctx, *, path, samples):
         models[name] = AutoModelForCausalLM.from_pretrained(path, distributed_config=config)
         clocks[name] = watch(models[name])
 
-    times = {}
+    times: Times = {}
     with torch.no_grad():
         for batch, shape in BATCHES.items():
             ids = torch.randint(whole.config.vocab_size, shape)
@@ -138,7 +153,7 @@ def measure(ctx, *, path, samples):
     return times
 
 
-def forward(model, ids, clock):
+def forward(model: Any, ids: torch.Tensor, clock: list[float]) -> tuple[float, float]:
     """Seconds of a forward, and of its experts."""
     clock.clear()
     dist.barrier()
@@ -147,12 +162,12 @@ def forward(model, ids, clock):
     return time.perf_counter() - start, sum(clock)
 
 
-def watch(model):
+def watch(model: Any) -> list[float]:
     """A list to which every experts module of ``model`` appends the seconds of its calls."""
-    clock = []
+    clock: list[float] = []
 
-    def timed(forward):
-        def call(*args):
+    def timed(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
             start = time.perf_counter()
             out = forward(*args)
             clock.append(time.perf_counter() - start)
@@ -165,15 +180,17 @@ def watch(model):
     return clock
 
 
-def check(name, logits, expected):
+def check(name: str, logits: torch.Tensor, expected: torch.Tensor) -> None:
     """Most tokens must agree; in bf16, routing ties may break differently for some."""
     error = (logits - expected).abs().amax(dim=-1) / expected.std()
     assert error.median() < 0.05, f"{name}: logits are off by {error.median():.3f} deviations"
 
 
-def summary(world, batch, ranks):
+def summary(
+    world: int, batch: str, ranks: Sequence[Mapping[str, Sequence[tuple[float, float]]]]
+) -> dict[str, Any]:
     """Medians over samples of the slowest rank, in milliseconds."""
-    row = {"bench": "transformers", "world_size": world, "batch": batch, **MODEL}
+    row: dict[str, Any] = {"bench": "transformers", "world_size": world, "batch": batch, **MODEL}
     row["transformers"] = version("transformers")
     row["tokens"] = BATCHES[batch][0] * BATCHES[batch][1]
     for name in IMPLEMENTATIONS:

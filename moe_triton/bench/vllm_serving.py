@@ -20,15 +20,21 @@ import socket
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from . import extras, output, tables, transformers_model
+from . import bars, extras, output, tables, transformers_model
 
 SEQUENCES = 8  # of each rank
 BATCHES = {"prefill": (96, 1), "decode": (4, 32)}  # tokens of a prompt, new tokens
 LIMIT = 1800  # seconds
+
+# Of a rank by batch: its tokens, and (seconds, of the layers, of the exchange) of each sample.
+Measured = Mapping[str, Mapping[str, Any]]
 SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -45,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this bench."""
     parser.add_argument("--world-size", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--samples", type=int, default=5, help="of each batch")
-    output.add_arguments(parser, plot=None)
+    output.add_arguments(parser, plot="tokens per second")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -66,11 +72,22 @@ def run(arguments: argparse.Namespace) -> int:
                 assert rank["decode"]["tokens"] == expected, "the ranks generate other tokens"
             rows += [summary(world, batch, ranks) for batch in BATCHES]
     output.show(rows, tables.VLLM)
-    output.finish(arguments, rows)
+    output.finish(arguments, rows, plot)
     return 0
 
 
-def serve(path, world, samples):
+def plot(rows: Sequence[tables.Row], path: Path) -> None:
+    """Draw the tokens per second of all ranks."""
+    worlds = list(dict.fromkeys(row["world_size"] for row in rows))
+    ways = {
+        batch: [row["tokens_per_second"] for row in rows if row["batch"] == batch]
+        for batch in BATCHES
+    }
+    cases = [f"{world} rank" + ("s" if world > 1 else "") for world in worlds]
+    bars.draw(path, cases, ways, "tokens per second", f"vLLM, {rows[0]['device']}")
+
+
+def serve(path: str, world: int, samples: int) -> list[Measured]:
     """The measurements of each rank."""
     context = multiprocessing.get_context("spawn")
     barrier, queue = context.Barrier(world), context.Queue()
@@ -89,7 +106,9 @@ def serve(path, world, samples):
     return ranks
 
 
-def measure(path, rank, world, port, samples, barrier, queue):
+def measure(
+    path: str, rank: int, world: int, port: int, samples: int, barrier: Any, queue: Any
+) -> None:
     """On a rank: for each batch its tokens, and seconds of each sample, its layers and exchange."""
     if world > 1:
         os.environ |= {
@@ -139,16 +158,16 @@ def measure(path, rank, world, port, samples, barrier, queue):
     os._exit(0)
 
 
-def watch():
+def watch() -> dict[str, list[float]]:
     """Lists to which the MoE layers, and their exchange, append the seconds of their calls."""
     from vllm.model_executor.layers.fused_moe import modular_kernel
 
     from ..integrations.vllm import PrepareFinalize
 
-    clocks = {"layers": [], "exchange": []}
+    clocks: dict[str, list[float]] = {"layers": [], "exchange": []}
 
-    def timed(clock, function):
-        def call(*args, **kwargs):
+    def timed(clock: list[float], function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             out = function(*args, **kwargs)
             clock.append(time.perf_counter() - start)
@@ -163,7 +182,7 @@ def watch():
     return clocks
 
 
-def summary(world, batch, ranks):
+def summary(world: int, batch: str, ranks: Sequence[Measured]) -> dict[str, Any]:
     """Tokens per second of all ranks by the slowest, in the median sample."""
     length, new = BATCHES[batch]
     samples = list(zip(*(rank[batch]["times"] for rank in ranks), strict=True))

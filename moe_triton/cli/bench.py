@@ -15,6 +15,7 @@ from ..bench import (
     output,
     overlap,
     published,
+    ranks,
     transformers_model,
     transport,
     vllm_serving,
@@ -33,6 +34,8 @@ _BENCHES = (
     (transformers_model, "transformers", "a model of transformers, beside its own all_to_all"),
     (vllm_serving, "vllm", "vLLM on CPUs, one process and expert-parallel ranks"),
 )
+# Benches whose ranks can be those of torchrun; the others are one process, or start their own.
+_TORCHRUN = (layer, transport)
 _ABOUT = """
 Rows of other systems, as published. Compare rows of one workload only, and times before bandwidths:
 each project counts bytes in its own way. "?" is what a source does not say.
@@ -54,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(bench)
-        bench.set_defaults(bench=module.run, error=bench.error)
+        bench.set_defaults(bench=module.run, error=bench.error, torchrun=module in _TORCHRUN)
     parser.set_defaults(bench=None)
 
 
@@ -66,6 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.bench is None:
         arguments.error("a bench is required, or --published")
+    if not arguments.torchrun and (world := ranks.of_torchrun()) > 1:
+        arguments.error(f"must run without torchrun, got WORLD_SIZE={world}")
     try:
         code: int = arguments.bench(arguments)
     except (MissingPackageError, ResultsError) as error:

@@ -21,6 +21,7 @@ from moe_triton.bench import (
     kernel_plot,
     kernels,
     layer_cases,
+    models,
     results,
     tables,
 )
@@ -92,7 +93,7 @@ def test_formulas_are_those_of_the_docstrings():
 
 def test_bytes_of_deepseek():
     """4096 tokens of 7168, top-8 of 256, by hand."""
-    shape, tokens = kernel_cases.SHAPES[0], 4096
+    shape, tokens = models.PRESETS["deepseek-v3"], 4096
     rows, token_bytes = 4096 * 8, 4096 * 7168 * 2
 
     def fmt(quant):
@@ -119,7 +120,7 @@ def test_bytes_of_deepseek():
 
 
 def test_bytes_of_whole_layers():
-    shape, tokens, row = kernel_cases.SHAPES[0], 128, 7168 * 2
+    shape, tokens, row = models.PRESETS["deepseek-v3"], 128, 7168 * 2
     assert layer_cases.layer_bytes(shape, tokens, 1, None) == (9 * tokens * row, 9 * tokens * row)
     pushed = tokens * (row + 7184) + 4 * 4 * 257 + tokens * 8 * 8
     packed = 2 * tokens * 8 * (7168 + 4)
@@ -265,7 +266,7 @@ def test_a_run_with_times(cuda, monkeypatch, tmp_path, capsys):
     kind = "gather_quant bf16"
     monkeypatch.setattr(kernel_cases, "KINDS", {kind: kernel_cases.KINDS[kind]})
     shapes = [kernel_cases.TINY._replace(model=model) for model in (kernels.FIRST_MODEL, "other")]
-    monkeypatch.setattr(kernel_cases, "SHAPES", shapes)
+    monkeypatch.setattr(models, "chosen", lambda _: shapes)
     out = tmp_path / "kernels.jsonl"
     options = parsed("--tokens", "1", "3", "--only", "quant bf16", "--json", str(out))
     options.device = torch.device("cpu")

@@ -133,10 +133,10 @@ def test_torchrun(tmp_path):
 COUNT = """
 import torch
 import moe_triton
-from moe_triton.bench import launches, models, layer
+from moe_triton.bench import launches, models, layer, ranks
 moe_triton.set_backend("interpret")
 case = layer.Case(models.Shape("tiny", 32, 4, 2), 2, 1, None, "interpret", "auto", 2, 0.01)
-measured = layer.measure(layer._Context(0, 1, None, torch.device("cpu")), case)
+measured = layer.measure(ranks.Rank(0, 1, None, torch.device("cpu")), case)
 print(measured.backend, measured.launches)
 with launches.counted(replaced=True) as count:
     from moe_triton import kernels
