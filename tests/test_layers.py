@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ast
 import graphlib
-import shutil
 import subprocess
 import sys
-import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -317,19 +315,3 @@ assert seconds < 3, f"took {seconds} s"
 def test_importing_does_no_work(tmp_path):
     result = python(_IMPORT_CHECK, tmp_path)
     assert result.returncode == 0, result.stderr
-
-
-@pytest.mark.full
-def test_wheel_holds_the_package_only(tmp_path):
-    """The links at the root must not become top-level packages of whoever installs this."""
-    tree = tmp_path / "tree"
-    ignore = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, tree, symlinks=True, ignore=ignore)
-    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*pip, "-w", tmp_path, tree], check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"moe_triton"}
-    assert "moe_triton/py.typed" in names
-    missing = {str(path.relative_to(ROOT)) for path in sources(PACKAGE)} - set(names)
-    assert not missing

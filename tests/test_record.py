@@ -18,8 +18,6 @@ from moe_triton.compare import Verdict, compare
 from moe_triton.compat import torch_npu
 from moe_triton.record import record
 
-SCRIPT = Path(__file__).parent / "compare" / "scripts" / "layer.py"
-
 
 def layer(ctx, dump=None, tokens=4):
     """Dispatch and combine: the calls of the dump of msprobe, or of random tokens."""

@@ -59,7 +59,8 @@ def conclusion(report: Report) -> Text:
     if not outputs:
         return Text("NOTHING COMPARED  no output of this family could be compared", "bold red")
     calls = sum(any(o.verdict > Verdict.UNDEFINED for o in call.outputs) for call in report.calls)
-    words = f"{len(outputs)} outputs of {calls} calls: {count(o.verdict for o in outputs)}"
+    words = f"{_number(len(outputs), 'output')} of {_number(calls, 'call')}"
+    words += f": {count(o.verdict for o in outputs)}"
     lost = len(report.problems) + sum(bool(call.problem) for call in report.calls)
     if lost:
         words += f"; {lost} {'part' if lost == 1 else 'parts'} of the dump could not be used"
@@ -67,6 +68,10 @@ def conclusion(report: Report) -> Text:
         return Text(f"OK  {words}", "bold green")
     bad = any(output.verdict >= Verdict.KNOWN for output in outputs)
     return Text(f"{'OUT OF RULE' if bad else 'INCOMPLETE'}  {words}", "bold red")
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}" + ("s" if count != 1 else "")
 
 
 def _item(text: str, style: str = "") -> RenderableType:
