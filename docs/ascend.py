@@ -82,8 +82,8 @@ With every profile:
   or repeated in a row, masks with gaps, and metadata of dispatch that combine gets back changed.
 - An error is raised on all ranks when ranks disagree, a rank refuses its call, or a rank is
   missing.
-- Outputs of the operators that communicate have no gradients. Each warns once where inputs require
-  them.
+- Outputs of the operators that communicate have no gradients. Each warns once where inputs of an
+  eager call require them; compiled calls do not warn.
 
 ## Without effect, and not supported
 

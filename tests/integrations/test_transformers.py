@@ -360,6 +360,31 @@ def test_compiled_model_breaks_its_graph_at_the_experts(checkpoint):
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
+@full
+@transports
+def test_compiled_ranks_break_their_graphs_at_the_exchange(checkpoint, transport):
+    """The hook of ranks that hold a part of the experts: forward and backward as in eager mode."""
+    path = checkpoint("qwen3_moe")
+
+    def work(ctx):
+        torch._dynamo.reset()
+        integration.register()
+        ids = prompts(ctx.world_size, ctx.rank)
+        expected = gradients(load(path, torch.float32, "ep_implementation"), ids)
+        model = load(path, torch.float32, "ep_implementation")
+        compiled = torch.compile(model, backend="aot_eager")
+        loss = compiled(ids, labels=ids).loss
+        loss.backward()
+        got = {
+            name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None
+        }
+        check_gradients((loss.item(), got), expected, 3e-6)
+        integration.close_exchanges()
+        torch._dynamo.reset()
+
+    harness.run_world(transport, 2, work, limit=600.0)
+
+
 def test_registering_again_changes_nothing_and_names_have_options_of_their_own():
     from transformers.distributed.expert_parallel import EPImplementationInterface
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS

@@ -165,7 +165,8 @@ def read_numpy(path: Path) -> torch.Tensor:
     contract = "be a .npy file with numbers only"
     size = _size(path, MAX_TENSOR, contract)
     try:
-        with path.open("rb") as file:
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the parser, about text that is no header
             major, _ = np.lib.format.read_magic(file)
             read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
             shape, _, dtype = read[major](file)
