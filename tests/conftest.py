@@ -125,7 +125,6 @@ class Evidence:
         file = report.nodeid.partition("::")[0]
         self.seconds[file] += report.duration
         if report.when == "call" or report.outcome != "passed":
-            # A failing teardown follows a passed call, and is one more failure.
             self.outcomes[file][report.outcome] += 1
         if report.when == "teardown":
             for key, record in report.user_properties:
@@ -136,10 +135,16 @@ class Evidence:
             self.skipped.append((report.nodeid, str(reason)))
 
     def pytest_sessionfinish(self, exitstatus):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(self.page(int(exitstatus)), encoding="utf-8")
+        """Write the page of a green run; one that failed leaves the page alone, to be repeated."""
+        if exitstatus == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(self.page(), encoding="utf-8")
 
-    def page(self, exitstatus: int) -> str:
+    def pytest_terminal_summary(self, terminalreporter, exitstatus):
+        if exitstatus != 0:
+            terminalreporter.write_line(f"{self.path} is not written: the run failed")
+
+    def page(self) -> str:
         total = sum(self.outcomes.values(), collections.Counter())
         lines = [
             "# Full test run",
@@ -147,17 +152,16 @@ class Evidence:
             "Written by `pytest --evidence`, which is what `make test-full` runs.",
             "",
             f"- {_counts(total)} in {time.monotonic() - self.start:.0f} s",
-            f"- exit status {exitstatus}, test profile {PROFILE}, {time.strftime('%Y-%m-%d')}",
+            f"- test profile {PROFILE}, {time.strftime('%Y-%m-%d')}",
             *(f"- {fact}" for fact in provenance.environment()),
             "",
-            "| file | passed | failed | skipped | seconds |",
-            "| --- | ---: | ---: | ---: | ---: |",
+            "| file | passed | skipped | seconds |",
+            "| --- | ---: | ---: | ---: |",
         ]
         for file in sorted(self.outcomes):
             count = self.outcomes[file]
             lines.append(
-                f"| {file} | {count['passed']} | {count['failed']} | {count['skipped']} "
-                f"| {self.seconds[file]:.1f} |"
+                f"| {file} | {count['passed']} | {count['skipped']} | {self.seconds[file]:.1f} |"
             )
         if self.skipped:
             lines += ["", "## Skipped", "", *(f"- `{node}`: {why}" for node, why in self.skipped)]
@@ -167,7 +171,7 @@ class Evidence:
 
 
 def _counts(count) -> str:
-    return ", ".join(f"{count[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))
+    return ", ".join(f"{count[outcome]} {outcome}" for outcome in ("passed", "skipped"))
 
 
 def pytest_runtest_teardown(item):

@@ -67,7 +67,7 @@ ALONE = {**os.environ, "PYTHONPATH": HELPERS}
 ALONE.pop("PYTEST_XDIST_WORKER", None)
 
 _PAGE_TEST = """
-import pytest
+import os, pytest
 
 def test_good(record_evidence):
     record_evidence("rounds", "2000 rounds were exact")
@@ -75,26 +75,36 @@ def test_good(record_evidence):
 def test_skipped():
     pytest.skip("no device")
 
-def test_bad():
-    raise ValueError
+def test_sometimes():
+    assert "BAD" not in os.environ
 """
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_evidence_page(tmp_path, workers):
+    """Written by green runs only: a run that failed is repeated."""
     (tmp_path / "test_page.py").write_text(_PAGE_TEST, encoding="utf-8")
+    path = tmp_path / "sub" / "page.md"
     page_args = ["--evidence", "sub/page.md", "-n", workers]
-    subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "conftest", *page_args],
-        cwd=tmp_path,
-        env=ALONE,
-        capture_output=True,
-        check=False,
-    )
-    page = (tmp_path / "sub" / "page.md").read_text(encoding="utf-8")
-    assert "- 1 passed, 1 failed, 1 skipped in " in page
-    assert "exit status 1" in page
-    assert "\n| test_page.py | 1 | 1 | 1 | " in page
+
+    def run(**environment):
+        return subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "conftest", *page_args],
+            cwd=tmp_path,
+            env={**ALONE, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    failed = run(BAD="1")
+    assert failed.returncode == 1
+    assert "page.md is not written: the run failed" in failed.stdout
+    assert not path.exists()
+    run()
+    page = path.read_text(encoding="utf-8")
+    assert "- 2 passed, 1 skipped in " in page
+    assert "\n| test_page.py | 2 | 1 | " in page
     assert "- `test_page.py::test_skipped`: Skipped: no device" in page
     assert "\n## rounds\n\n2000 rounds were exact\n" in page
     assert f"torch {torch.__version__}" in page

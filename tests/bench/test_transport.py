@@ -6,6 +6,7 @@ import argparse
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from moe_triton.bench import transport
 from moe_triton.cli import main
 
+RESULTS = Path(__file__).resolve().parents[2] / "bench/results"
 SMALL = ["--hidden", "64", "--experts", "8", "--top-k", "2", "--tokens", "3", "--samples", "2"]
 
 
@@ -38,6 +40,7 @@ def test_options_choose_shapes():
 def test_a_run_with_a_plot_and_another_beside_it(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="plots are an extra")
     path, picture = tmp_path / "transport.jsonl", tmp_path / "transport.svg"
+    recorded = {file: file.read_bytes() for file in RESULTS.rglob("*") if file.is_file()}
     command = ["bench", "transport", "--world-size", "2", *SMALL]
     assert main([*command, "--json", str(path), "--plot", str(picture)]) == 0
     (row,) = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
@@ -47,6 +50,8 @@ def test_a_run_with_a_plot_and_another_beside_it(tmp_path, capsys):
     capsys.readouterr()
     assert main([*command, "--compare", str(path)]) == 0
     assert "shm_ms" in capsys.readouterr().out
+    # Without --record the results that are committed stay.
+    assert recorded == {file: file.read_bytes() for file in RESULTS.rglob("*") if file.is_file()}
 
 
 def test_wrong_sums_are_not_timed():
