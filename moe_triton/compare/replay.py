@@ -20,6 +20,10 @@ from .worlds import WorldCall
 
 Tensors = dict[str, torch.Tensor]
 
+# Of outputs here; real layers are far below.
+_MOST_EXPERTS = 2**16
+_MOST_BYTES = 2**35
+
 # What a setup here returns replaces what the setup of the dump returned: it is opaque.
 _OPAQUE = {
     op_names.DISPATCH_TEARDOWN: ("y", "comm_cmd_info"),
@@ -102,6 +106,49 @@ def check_product(world: WorldCall, inputs: list[RankInputs], where: Where) -> s
     finally:
         profile.set_profile(before)
     return ""
+
+
+def too_large(world: WorldCall, inputs: list[RankInputs]) -> str:
+    """Why the sizes that a dump names could exhaust this machine, or "".
+
+    Outputs have room for them whatever the dump itself holds.
+    """
+    for call in inputs:
+        number = call.call.number
+        experts = max(number("moe_expert_num"), number("expert_num"), number("num_experts"))
+        if experts > _MOST_EXPERTS:
+            return f"the experts must be at most {_MOST_EXPERTS} to be run here, got {experts}"
+    rows, hidden = _most_rows(world, inputs), max(map(_hidden, inputs), default=1)
+    if rows * hidden * 2 > _MOST_BYTES:
+        return (
+            f"the rows of a rank must fit in {_MOST_BYTES} bytes to be run here, got up to {rows} "
+            f"rows of {hidden}"
+        )
+    return ""
+
+
+def _hidden(rank: RankInputs) -> int:
+    tensors = (rank.tensor(name) for name in ("x", "expand_x", "tokens", "permuted_tokens"))
+    return max((t.shape[-1] for t in tensors if t is not None and t.dim()), default=1)
+
+
+def _most_rows(world: WorldCall, inputs: list[RankInputs]) -> int:
+    """Rows that an output may have, by the arguments alone."""
+    if is_collective(world.op):
+        ids = [
+            i for rank in inputs if (i := rank.tensor("expert_ids")) is not None and i.dim() == 2
+        ]
+        tokens = max(map(len, ids), default=0) * world.ep_world
+        top_k = max((i.shape[1] for i in ids), default=1)
+        return max(tokens, *(call.number("global_bs") for call in world.calls)) * max(top_k, 1)
+    most = 0
+    for rank in inputs:
+        number, shape = rank.call.number, rank.arguments.get("restore_shape")
+        padded = number("expert_num") * number("expert_capacity")
+        most = max(most, padded, number("active_num"), number("num_out_tokens"))
+        if isinstance(shape, list) and all(isinstance(size, int) for size in shape):
+            most = max(most, *shape[:1])
+    return most
 
 
 def run(world: WorldCall, inputs: list[RankInputs], where: Where) -> list[Tensors]:

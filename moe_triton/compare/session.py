@@ -16,7 +16,7 @@ from .explain import explains_sums, first_difference, sum_hint
 from .metrics import differing, errors
 from .outputs import Geometry, Region, region
 from .readers import read
-from .replay import RankInputs, Tensors, Where, check_product, run
+from .replay import RankInputs, Tensors, Where, check_product, run, too_large
 from .report import CallResult, OutputResult, RankResult, Report
 from .rules import STANDARDS, Standard, Verdict, judge
 from .worlds import WorldCall, group_calls
@@ -111,6 +111,8 @@ class _Session:
         try:
             inputs = [RankInputs.load(call) for call in world.calls]
             result = dataclasses.replace(result, sizes=_sizes(world, inputs))
+            if problem := too_large(world, inputs):
+                return dataclasses.replace(result, problem=problem)
             geometry = Geometry.of(world, inputs) if is_collective(world.op) else None
             forbidden = check_product(world, inputs, self.where)
             if forbidden:

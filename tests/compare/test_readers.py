@@ -143,6 +143,33 @@ def test_hostile_entries(dump, capsys, change):
     assert len(whole) >= (2 if "group_ep" in str(change) else 3)
 
 
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        (
+            "moe_expert_num",
+            2**27,
+            "the experts must be at most 65536 to be run here, got 134217728",
+        ),
+        ("global_bs", 2**30, "must fit in 34359738368 bytes to be run here, got up to"),
+        ("global_bs", 2**70, "must fit in 34359738368 bytes to be run here, got up to"),
+    ],
+)
+def test_sizes_that_would_exhaust_the_machine(dump, name, value, words):
+    """Refused before anything of that size is allocated."""
+
+    def edit(calls):
+        arguments = calls[f"NPU.{DISPATCH}.0.forward"]["input_kwargs"]
+        arguments[name] = {"type": "int", "value": value}
+
+    for rank in range(4):
+        dump.edit_json(rank, edit)
+    report = compare(dump.path)
+    assert report.exit_code == 1
+    (problem,) = (call.problem for call in report.calls if call.problem)
+    assert words in problem
+
+
 @pytest.mark.parametrize("path", ["missing", "empty", "text"])
 def test_nothing_to_read(tmp_path, capsys, path):
     (tmp_path / "empty").mkdir()
