@@ -4,7 +4,7 @@ One rank: rows of experts are in (expert, token) order, and every slot is sent. 
 the formula of the kernel's docstring, which ``FORMULAS`` repeats; a test compares the two.
 
 Letters: T tokens, H hidden size, E experts, K experts per token, S slots of a token, n rows,
-b bytes of an element, W ranks, N = T * K.
+b bytes of an element, N = T * K.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ import torch
 
 from .. import kernels, ref, testing
 from ..kernels import launch_config
-from ..layout import DispatchHeader, Norm, RoutingPlan, RowFormat
+from ..layout import Norm, RoutingPlan, RowFormat
 from .models import Shape
 
 BF16, FP32 = torch.bfloat16, torch.float32
 EPSILON = 1e-6
-RANKS = 8  # that stage_tokens writes headers for, all in memory of this device
 # RMSNorm sums squares in another order, and bf16 has 8 bits. Libraries differ in the last bits of
 # exp, so scores of gating differ too.
 CLOSE = {"y": 1.6e-2, "rstd": 1e-5, "scores": 2e-6}
@@ -42,10 +41,6 @@ FORMULAS = {
         "T * H * b, with a norm twice that"
     ),
     "gather_rows": "2 * n * (H * b + scale bytes), b bytes an element",
-    "stage_tokens": (
-        "reads T * H * x.itemsize, writes T * stride, or T * (K + NS) * stride with smooth "
-        "factors for each expert; headers of 4 * (1 + E) for each rank, and 4 or 8 for each slot"
-    ),
     "top_k_gating": "gating reads and writes T * E numbers",
 }
 
@@ -282,56 +277,6 @@ def gather_rows(shape: Shape, tokens: int, device: torch.device, *, quant: str |
     return Case("gather_rows", quant or "bf16", shape, tokens, inputs, outputs, bind, num_bytes)
 
 
-def stage_tokens(shape: Shape, tokens: int, device: torch.device, *, quant: str | None) -> Case:
-    """Tokens into a window, with the headers of ``RANKS`` peers."""
-    fmt = RowFormat.quantized(quant, BF16, shape.hidden)
-    ids, plan = routed(shape, tokens, device)
-    inputs = {
-        "x": numbers((tokens, shape.hidden), device),
-        "ids": ids,
-        "weights": testing.weights(tokens, shape.top_k).to(device),
-        **plan._asdict(),
-    }
-    sizes = {
-        "num_tokens": 1,
-        "counts": shape.experts,
-        "slot_ids": ids.numel(),
-        "weights": ids.numel(),
-    }
-
-    def outputs() -> Tensors:
-        # Zeros, not poison: memory between rows and after the slot ids stays untouched.
-        tensors = {"window": torch.zeros((tokens, fmt.stride), dtype=torch.uint8, device=device)}
-        for name, size in sizes.items():
-            dtype = FP32 if name == "weights" else torch.int32
-            tensors[name] = torch.zeros((RANKS, size), dtype=dtype, device=device)
-        return tensors
-
-    def bind(steps: Any, inputs: Tensors, outputs: Tensors) -> Call:
-        parts = [outputs[name].unbind(0) for name in DispatchHeader._fields]
-        headers = [DispatchHeader(*of_rank) for of_rank in zip(*parts, strict=True)]
-        plan = RoutingPlan(*(inputs[name] for name in RoutingPlan._fields))
-        x, ids, weights, window = inputs["x"], inputs["ids"], inputs["weights"], outputs["window"]
-        layer = {"experts_per_rank": shape.experts // RANKS, "num_shared_ranks": 0}
-
-        def call() -> Tensors:
-            steps.stage_tokens(
-                x, ids, weights, None, fmt, plan, window, headers, shared_targets=(), **layer
-            )
-            return outputs
-
-        return call
-
-    num_bytes = stage_tokens_bytes(shape, tokens, fmt)
-    return Case("stage_tokens", quant or "bf16", shape, tokens, inputs, outputs, bind, num_bytes)
-
-
-def stage_tokens_bytes(shape: Shape, tokens: int, fmt: RowFormat, ranks: int = RANKS) -> int:
-    """Bytes by the formula, all slots named."""
-    headers = ranks * 4 * (1 + shape.experts) + tokens * shape.top_k * 8
-    return tokens * (shape.hidden * 2 + fmt.stride) + headers
-
-
 def top_k_gating(shape: Shape, tokens: int, device: torch.device) -> Case:
     """Softmax and top-k of router logits."""
     logits = numbers((tokens, shape.experts), device, FP32)
@@ -359,8 +304,6 @@ KINDS: dict[str, Callable[[Shape, int, torch.device], Case]] = {
     "gather_quant group_e4m3": functools.partial(gather_quant, quant="group_e4m3"),
     "gather_quant mx_e4m3": functools.partial(gather_quant, quant="mx_e4m3"),
     "weighted_sum and norm": functools.partial(weighted_sum, normalised=True),
-    "stage_tokens int8": functools.partial(stage_tokens, quant="int8"),
-    "stage_tokens bf16": functools.partial(stage_tokens, quant=None),
     "gather_rows int8": functools.partial(gather_rows, quant="int8"),
     "gather_rows bf16": functools.partial(gather_rows, quant=None),
     "top_k_gating": top_k_gating,

@@ -22,7 +22,6 @@ from .kernel_cases import (
     gather_quant_bytes,
     numbers,
     row_bytes,
-    stage_tokens_bytes,
     weighted_sum_bytes,
 )
 from .models import Shape
@@ -122,7 +121,8 @@ def layer_bytes(shape: Shape, tokens: int, world_size: int, quant: str | None) -
     if world_size == 1:
         return gather_quant_bytes(shape, tokens, fmt), returned
     packed = 2 * tokens * shape.top_k * row_bytes(fmt)
-    sent = world_size * (stage_tokens_bytes(shape, tokens, fmt, world_size) + packed)
+    routing = tokens * shape.top_k * 16 + world_size * (16 + 4 * (1 + shape.experts))
+    sent = world_size * (tokens * (shape.hidden * 2 + fmt.stride) + routing + packed)
     # Combines in a row copy the experts' rows into the windows.
     copied = 2 * tokens * shape.top_k * row_bytes(RowFormat.tight(BF16, shape.hidden))
     return sent, returned + world_size * copied

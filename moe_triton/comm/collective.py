@@ -216,7 +216,7 @@ class CollectiveTransport:
             pairs[:, :, 0].contiguous(),
             weights,
             messages.rows(stride),
-            table=table,
+            table,
         )
 
     @phase("combine send")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -90,7 +89,7 @@ def receive(
     slot_ids: torch.Tensor,
     weights: torch.Tensor | None,
     rows: torch.Tensor,
-    **where: Any,
+    table: torch.Tensor,
 ) -> Received:
     """Gather the rows that all ranks sent into the outputs of dispatch.
 
@@ -103,19 +102,19 @@ def receive(
         slot_ids: [W, C] int32 the sources' lists of routed slots for this rank.
         weights: [W, C] their weights, or None.
         rows: the sources' rows.
-        where: ``origins`` and ``step``, or a ``table``: the index in ``rows`` of each source's row.
+        table: [W, R] int64 the index in ``rows`` of each source's row.
     """
     config, steps = call.config, call.steps
     found = steps.recv_row_index(
         counts,
         slot_ids,
         weights,
+        table=table,
         slots_per_row=1 if config.per_expert else config.num_slots,
         alignment=config.alignment,
         capacity=capacity_of(call, rank, tokens),
         load=tokens.load,
         totals_dtype=tokens.totals_dtype,
-        **where,
     )
     n = len(found.row_index)
     num_rows = n if tokens.num_rows is None else tokens.num_rows

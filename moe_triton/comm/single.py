@@ -46,7 +46,6 @@ class SingleTransport:
         self._limit = in_flight
         self._epochs: dict[str, list[int]] = {"dispatch": [], "combine": [], "gather": []}
         self._next = 0
-        self._origins: dict[torch.device, torch.Tensor] = {}
 
     @outside_autograd
     def prepare(self, call: Call, kind: str) -> None:
@@ -127,23 +126,12 @@ class SingleTransport:
         rows = as_rows(call, outputs.y[: len(recv_permutation.source)], count, fmt)
         config = call.config
         index = call.steps.combine_row_index(
-            recv_permutation.group_starts[None],
+            recv_permutation.group_starts,
             cast("RoutingPlan", outputs.plan),  # that of this rank, or of its handle
             outputs.expert_ids,
-            rank=0,
-            num_shared_ranks=0,
-            shared_ranks=(),
-            origins=self._origin(rows.device),
             capacity=config.capacity(0),
-            shared_capacity=config.capacity(0),
         )
         return finish_rows(call, outputs, rows, index, finish)
-
-    def _origin(self, device: torch.device) -> torch.Tensor:
-        """[1] int64 zero, allocated once because graphs replay kernels that read it."""
-        if device not in self._origins:
-            self._origins[device] = torch.zeros(1, dtype=torch.int64, device=device)
-        return self._origins[device]
 
     @phase("gather send")
     def all_gather_send(

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ..errors import MoeError
 from ..layout import (
-    DispatchHeader,
     ExchangeLayout,
     LocalPermutation,
     Norm,
@@ -128,24 +127,6 @@ class DeviceSteps(WindowSteps, Protocol):
     ) -> RoutingPlan:
         """Count the routed slots of each expert and sort them by expert."""
 
-    def stage_tokens(
-        self,
-        x: Tensor,
-        expert_ids: Tensor,
-        weights: Tensor | None,
-        smooth_scales: Tensor | None,
-        fmt: RowFormat,
-        plan: RoutingPlan,
-        rows: Tensor,
-        headers: Sequence[DispatchHeader],
-        /,
-        *,
-        experts_per_rank: int,
-        shared_targets: Sequence[int],
-        num_shared_ranks: int,
-    ) -> None:
-        """Quantise the tokens into this rank's window and write every rank's header."""
-
     def recv_permutation(
         self, counts: Tensor, /, alignment: int = 1, capacity: int | None = None
     ) -> RecvPermutation:
@@ -158,10 +139,8 @@ class DeviceSteps(WindowSteps, Protocol):
         weights: Tensor | None,
         /,
         *,
+        table: Tensor,
         slots_per_row: int,
-        origins: Tensor | None = None,
-        step: int = 1,
-        table: Tensor | None = None,
         alignment: int = 1,
         capacity: int | None = None,
         load: Tensor | None = None,
@@ -190,15 +169,9 @@ class DeviceSteps(WindowSteps, Protocol):
         expert_ids: Tensor,
         /,
         *,
-        rank: int,
-        num_shared_ranks: int,
-        shared_ranks: Sequence[int],
-        origins: Tensor,
-        step: int = 1,
         capacity: int | None = None,
-        shared_capacity: int | None = None,
     ) -> Tensor:
-        """Index the expert row of every slot of this rank's tokens."""
+        """Index the expert row of every slot of a rank that sends to itself alone."""
 
     def gather_quant(
         self,

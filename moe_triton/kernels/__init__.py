@@ -25,7 +25,6 @@ if __name__ == "moe_triton.kernels":
     from .recv_permutation import recv_permutation
     from .routing_plan import routing_plan
     from .row_index import combine_row_index, recv_row_index
-    from .stage_tokens import stage_tokens
     from .weighted_sum import add_rows, weighted_sum
 
     __all__ = [
@@ -49,7 +48,6 @@ if __name__ == "moe_triton.kernels":
         "recv_row_index",
         "routing_plan",
         "send_record",
-        "stage_tokens",
         "top_k_gating",
         "weighted_sum",
         "zero_padding",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from .routing import (
     NOWHERE,
-    DispatchHeader,
     LocalPermutation,
     Norm,
     RecvPermutation,
@@ -20,7 +19,6 @@ __all__ = [
     "FLOAT8",
     "NOWHERE",
     "QUANTS",
-    "DispatchHeader",
     "ExchangeLayout",
     "LocalPermutation",
     "Norm",

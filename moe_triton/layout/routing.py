@@ -1,4 +1,4 @@
-"""What the steps exchange: routing plans, headers, permutations, and the parts of a combine.
+"""What the steps exchange: routing plans, permutations, and the parts of a combine.
 
 Letters: T tokens of this rank, K experts per token, NS shared experts, H hidden size, E routed
 experts, W ranks, L experts of one rank, C slots one source may send to one rank, n rows received.
@@ -49,23 +49,6 @@ class RoutingCopies(NamedTuple):
     weights_copy: torch.Tensor | None = None
 
 
-class DispatchHeader(NamedTuple):
-    """Metadata of the rows that a source sends to one rank; [W] in front when stacked over sources.
-
-    Attributes:
-        num_tokens: [1] active tokens of the source; a shared expert gets each of them.
-        counts: [E] slots of the source for every expert, so that all ranks know all loads.
-        slot_ids: [C] slot ids of the rows for this rank: in (expert, slot id) order, or in token
-            order for a shared expert.
-        weights: [C] routing weights of these slots, 1 for a shared expert, or None.
-    """
-
-    num_tokens: torch.Tensor
-    counts: torch.Tensor
-    slot_ids: torch.Tensor
-    weights: torch.Tensor | None
-
-
 class RecvPermutation(NamedTuple):
     """Order of the received rows: by (local expert, source, slot id).
 
@@ -73,8 +56,8 @@ class RecvPermutation(NamedTuple):
 
     Attributes:
         source: [n] int64 rank that sent the row.
-        index_in_source: [n] int64 its index in that source's ``DispatchHeader.slot_ids``; 0 for
-            rows past the last expert, unused for padding; None for rows that came through windows.
+        index_in_source: [n] int64 its index among that source's slot ids for this rank; 0 for rows
+            past the last expert, unused for padding; None for rows that came through windows.
         recv_counts_cumsum: [L*W] inclusive prefix sums of the counts, without padding: Ascend's
             ep_recv_counts.
         offsets: [L] end of each local expert's rows, padding included.

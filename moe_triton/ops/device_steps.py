@@ -97,7 +97,6 @@ class _Guarded:
         self.send_record = guard(steps.send_record)
         self.recv_records = guard(steps.recv_records)
         self.routing_plan = guard(steps.routing_plan)
-        self.stage_tokens = guard(steps.stage_tokens)
         self.recv_permutation = guard(steps.recv_permutation)
         self.recv_row_index = guard(steps.recv_row_index)
         self.local_permutation = guard(steps.local_permutation)

@@ -27,7 +27,6 @@ from .records import recv_records, send_record
 from .recv_permutation import recv_permutation
 from .routing_plan import routing_plan
 from .row_index import combine_row_index, recv_row_index
-from .stage_tokens import stage_tokens
 from .weighted_sum import accumulator, add_rows, weighted_sum
 
 __all__ = [
@@ -54,7 +53,6 @@ __all__ = [
     "recv_row_index",
     "routing_plan",
     "send_record",
-    "stage_tokens",
     "top_k_gating",
     "weighted_sum",
     "zero_padding",

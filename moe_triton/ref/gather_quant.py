@@ -19,7 +19,7 @@ def gather_quant(
 ) -> None:
     """Quantise each token and write it to the row of each of its slots.
 
-    On one rank this replaces ``stage_tokens`` and ``gather_rows``.
+    On one rank this replaces windows.
 
     Args:
         x: [T, H] fp16, bf16, fp32 or fp64 tokens.

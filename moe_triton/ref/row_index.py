@@ -1,8 +1,6 @@
-"""Addresses of rows: those that a rank receives, and those that combine reads."""
+"""Indices of rows: those that a rank receives, and those that combine reads."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 
@@ -15,27 +13,22 @@ def recv_row_index(
     slot_ids: torch.Tensor,
     weights: torch.Tensor | None,
     *,
+    table: torch.Tensor,
     slots_per_row: int,
-    origins: torch.Tensor | None = None,
-    step: int = 1,
-    table: torch.Tensor | None = None,
     alignment: int = 1,
     capacity: int | None = None,
     load: torch.Tensor | None = None,
     totals_dtype: torch.dtype = torch.int64,
 ) -> RecvRowIndex:
-    """Order the rows that all sources sent this rank, with the address of each in the windows.
-
-    Row r of source s is at ``origins[s] + r * step``, or at ``table[s, r]``.
+    """Order the rows that all sources sent this rank, with the index of each.
 
     Args:
         counts: [L, W] int32 rows for each local expert from each source.
-        slot_ids: [W, C] int32 ``DispatchHeader.slot_ids`` of each source.
+        slot_ids: [W, C] int32 slot ids of each source's rows for this rank: in (expert, slot id)
+            order, or in token order for a shared expert.
         weights: [W, C] their weights, or None.
+        table: [W, R] int64 index of each source's row.
         slots_per_row: K + NS where the slots of a token share its row, or 1.
-        origins: [W] int64, or None with a table.
-        step: from one row of a source to the next.
-        table: [W, R] int64, or None.
         alignment: as in ``recv_permutation``.
         capacity: as in ``recv_permutation``.
         load: [L] int64, the rows of each local expert without padding are added to it; or None.
@@ -52,11 +45,9 @@ def recv_row_index(
     if slot_ids.numel():
         sent_ids = slot_ids[source, index_in_source]
     row = (sent_ids // slots_per_row).long().where(real, 0)
-    if table is not None:
+    row_index = source
+    if table.numel():
         row_index = table[source, row]
-    else:
-        assert origins is not None
-        row_index = origins[source] + row * step
     row_weights = None
     if weights is not None:
         row_weights = weights.new_zeros(len(real))
@@ -76,47 +67,23 @@ def combine_row_index(
     plan: RoutingPlan,
     expert_ids: torch.Tensor,
     *,
-    rank: int,
-    num_shared_ranks: int,
-    shared_ranks: Sequence[int],
-    origins: torch.Tensor,
-    step: int = 1,
     capacity: int | None = None,
-    shared_capacity: int | None = None,
 ) -> torch.Tensor:
-    """Address of the expert's row of each slot: row r of rank h is at ``origins[h] + r * step``.
+    """Index of the expert's row of each slot, on a rank that sends to itself alone.
 
     Args:
-        group_starts: [W, L, W + 1] int32 every rank's ``RecvPermutation.group_starts``; that of a
-            shared expert is the first of its rank.
+        group_starts: [E, 2] int32 ``RecvPermutation.group_starts``.
         plan: the plan of ``expert_ids``.
-        expert_ids: [T, K] int32 or int64 of this rank's tokens.
-        rank: this rank, the source of the tokens.
-        num_shared_ranks: S; the MoE ranks come after them.
-        shared_ranks: the rank that serves this rank's tokens, for each shared expert.
-        origins: [W] int64.
-        step: from one row of a rank to the next.
-        capacity: rows of a MoE rank: dispatch dropped the slots past them. None for no limit.
-        shared_capacity: as ``capacity``, of a rank with a shared expert.
+        expert_ids: [T, K] int32 or int64.
+        capacity: rows of the rank: dispatch dropped the slots past them. None for no limit.
 
     Returns:
-        [T, K + NS] int64, ``NOWHERE`` for a slot without a row.
+        [T, K] int64, ``NOWHERE`` for a slot without a row.
     """
-    ids, local = expert_ids.long(), group_starts.shape[1]
+    ids = expert_ids.long()
     position = plan.position_in_expert.view(ids.shape)
     sent = position != NOWHERE
-    expert = ids.where(sent, 0)
-    moe_rank = num_shared_ranks + expert // local
-    row = group_starts[moe_rank, expert % local, rank] + position
+    row = group_starts[ids.where(sent, 0), 0].long() + position
     if capacity is not None:
         sent = sent & (row < capacity)
-    routed = (origins[moe_rank] + row * step).where(sent, NOWHERE)
-    # A token is active if any of its slots is; shared experts get the active tokens in order.
-    active = (ids != NOWHERE).any(1, keepdim=True)
-    token = active.cumsum(0) - 1
-    shared = torch.tensor(shared_ranks, dtype=torch.long, device=ids.device)
-    shared_row = group_starts[shared, 0, rank] + token
-    if shared_capacity is not None:
-        active = active & (shared_row < shared_capacity)
-    shared_index = (origins[shared] + shared_row * step).where(active, NOWHERE)
-    return torch.cat([routed, shared_index], dim=1)
+    return row.where(sent, NOWHERE)

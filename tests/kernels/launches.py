@@ -15,7 +15,6 @@ import torch
 from moe_triton import kernels, ref
 from moe_triton.layout import (
     NOWHERE,
-    DispatchHeader,
     ExchangeLayout,
     Norm,
     Ring,
@@ -83,14 +82,13 @@ def _routing() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "recv_permutation", lambda: kernels.recv_permutation(counts, capacity=4096)
     yield "recv_permutation aligned", lambda: kernels.recv_permutation(counts, 128, capacity=4096)
     slot_ids, weights = torch.zeros((8, 4096), dtype=torch.int32), torch.zeros((8, 4096))
-    origins, table = torch.zeros(8, dtype=torch.int64), torch.zeros((8, 512), dtype=torch.int64)
-    for name, where in (("", {"origins": origins, "step": 449}), (" by table", {"table": table})):
-        yield (
-            f"recv_row_index{name}",
-            lambda where=where: kernels.recv_row_index(
-                counts, slot_ids, weights, slots_per_row=TOP_K, capacity=4096, **where
-            ),
-        )
+    table = torch.zeros((8, 512), dtype=torch.int64)
+    yield (
+        "recv_row_index",
+        lambda: kernels.recv_row_index(
+            counts, slot_ids, weights, table=table, slots_per_row=TOP_K, capacity=4096
+        ),
+    )
     load = torch.zeros(len(counts), dtype=torch.int64)
     yield (
         "recv_row_index with load",
@@ -111,15 +109,8 @@ def _routing() -> Iterator[tuple[str, Callable[[], object]]]:
         "local_permutation aligned",
         lambda: kernels.local_permutation(plan, ids, ones, alignment=16, capacity=rows),
     )
-    group_starts = torch.zeros((8, EXPERTS // 8, 9), dtype=torch.int32)
-    for name, shared in (("", ()), (" with shared experts", (0, 1))):
-        yield (
-            f"combine_row_index{name}",
-            lambda shared=shared: kernels.combine_row_index(
-                group_starts, plan, ids, rank=1, num_shared_ranks=0, shared_ranks=shared,
-                origins=origins, step=896,
-            ),
-        )  # fmt: skip
+    group_starts = torch.zeros((EXPERTS, 2), dtype=torch.int32)
+    yield "combine_row_index", lambda: kernels.combine_row_index(group_starts, plan, ids)
 
 
 def _moves(kind: str, hidden: int) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -169,26 +160,6 @@ def _moves(kind: str, hidden: int) -> Iterator[tuple[str, Callable[[], object]]]
             )
     one = torch.ones(1)
     yield f"affine, {kind}", lambda: kernels.quantize_affine(x, one, one)
-    fmt = formats(hidden)["int8"]
-    rows = torch.zeros((TOKENS * TOP_K, fmt.stride), dtype=torch.uint8)
-    headers = [
-        DispatchHeader(
-            torch.zeros(1, dtype=torch.int32),
-            torch.zeros(EXPERTS, dtype=torch.int32),
-            torch.zeros(TOKENS * TOP_K, dtype=torch.int32),
-            torch.zeros(TOKENS * TOP_K),
-        )
-        for _ in range(8)
-    ]
-    plan = ref.routing_plan(ids, EXPERTS)
-    for name, factors in (("int8", None), ("int8 with factors", smooth_scales)):
-        yield (
-            f"stage_tokens {name}, {kind}",
-            lambda factors=factors: kernels.stage_tokens(
-                x, ids, torch.ones(ids.shape), factors, fmt, plan, rows, headers,
-                experts_per_rank=EXPERTS // 8, shared_targets=[], num_shared_ranks=0,
-            ),
-        )  # fmt: skip
 
 
 def _sums(kind: str, hidden: int) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -11,7 +11,7 @@ import torch
 from lockstep_windows import DIGEST, Case, Group
 
 from moe_triton import kernels, ref
-from moe_triton.layout import NOWHERE, DispatchHeader, Norm, RowFormat
+from moe_triton.layout import NOWHERE, Norm, RowFormat
 from moe_triton.layout.windows import RECEIVED, SENT
 
 BF16 = torch.bfloat16
@@ -92,47 +92,31 @@ def test_gather_quant(quant, captured, device):
             assert torch.equal(bits(one), bits(other))
 
 
-def test_stage_tokens_and_gather_rows(captured, device):
+def test_encode_and_gather_rows(captured, device):
     fmt = RowFormat.quantized("int8", BF16, H)
-    x, ids = numbers(0, (T, H), 0, device, BF16), expert_ids(0, device)
-    weights, index = torch.rand((T, K), device=device), torch.arange(T, device=device)
+    x, index = numbers(0, (T, H), 0, device, BF16), torch.arange(T, device=device)
 
     def outputs():
         rows = torch.zeros((T, fmt.stride), dtype=torch.uint8, device=device)
-        headers = [
-            DispatchHeader(
-                torch.zeros(1, dtype=torch.int32, device=device),
-                torch.zeros(E, dtype=torch.int32, device=device),
-                torch.zeros(T * K, dtype=torch.int32, device=device),
-                torch.zeros(T * K, device=device),
-            )
-            for _ in range(W)
-        ]
         gathered = torch.zeros((T, H), dtype=torch.int8, device=device)
-        return rows, headers, gathered, torch.zeros(T, device=device)
+        return rows, gathered, torch.zeros(T, device=device)
 
-    def work(steps, rows, headers, gathered, scales):
-        plan = steps.routing_plan(ids, E)
-        sizes = {"experts_per_rank": E // W, "shared_targets": (), "num_shared_ranks": 0}
-        steps.stage_tokens(x, ids, weights, None, fmt, plan, rows, headers, **sizes)
+    def work(steps, rows, gathered, scales):
+        steps.encode(x, fmt, rows)
         steps.gather_rows(rows, index, fmt, gathered, scales)
 
     ours = outputs()
     replay = captured(lambda: work(kernels, *ours))
     for draw in DRAWS:
         x.copy_(numbers(draw, (T, H), 0, device))
-        ids.copy_(expert_ids(draw, device))
         index.copy_(torch.randperm(T, device=device))
-        # Memory after the slot ids and between rows stays untouched.
-        for one in (ours[0], *(part for header in ours[1] for part in header), *ours[2:]):
+        for one in ours:  # memory between rows stays untouched
             one.zero_()
         replay()
         expected = outputs()
         work(ref, *expected)
-        for one, other in zip(ours[1], expected[1], strict=True):
-            assert all(map(torch.equal, one, other))
-        for part in (0, 2, 3):
-            assert torch.equal(bits(ours[part]), bits(expected[part]))
+        for one, other in zip(ours, expected, strict=True):
+            assert torch.equal(bits(one), bits(other))
 
 
 @pytest.mark.parametrize("normalised", [False, True], ids=["sum", "norm"])
