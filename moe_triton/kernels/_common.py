@@ -81,23 +81,86 @@ def magnitude_bits(x):
 
 @triton.jit
 def int8_code(y, LOWEST: tl.constexpr):
-    """Clamp fp32 to [LOWEST, 127] and round half to even; NaN becomes 0.
+    """Clamp fp32 to [LOWEST, 127] and round half to even; NaN becomes 0."""
+    y = tl.where(y == y, y, 0.0)
+    return rounded_int8(tl.minimum(tl.maximum(y, LOWEST), 127.0))
+
+
+@triton.jit
+def rounded_int8(y):
+    """Round fp32 half to even, where that is an int8.
 
     The code is the lowest byte of an int32: NPUs narrow a tile of two dimensions in less memory
     than one of three.
     """
-    y = tl.where(y == y, y, 0.0)
-    y = tl.minimum(tl.maximum(y, LOWEST), 127.0)
     # Adding 1.5 * 2**23 leaves the rounded integer in the lowest bits of the sum.
     return (y + 12582912.0).to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def float8_code(y, MANTISSA: tl.constexpr):
-    """Round fp32 half to even to e4m3fn (MANTISSA 3) or e5m2 (2), as the byte in an int32.
+def half_rounded_int8(y, ARITHMETIC: tl.constexpr):
+    """Round fp32 to fp16 and then to an int8, each half to even; in an int32 or int8."""
+    # Adding 1.5 * 2**10 to fp16 leaves the rounded integer in the lowest bits of the sum.
+    if ARITHMETIC == "ptx":
+        code = tl.inline_asm_elementwise(
+            """
+            {
+                .reg .b32 low, high, magic;
+                mov.b32 magic, 0x66006600;
+                cvt.rn.f16x2.f32 low, $2, $1;
+                cvt.rn.f16x2.f32 high, $4, $3;
+                add.rn.f16x2 low, low, magic;
+                add.rn.f16x2 high, high, magic;
+                prmt.b32 $0, low, high, 0x6420;
+            }
+            """,
+            "=r,f,f,f,f",
+            [y],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        code = rounded_int8(y.to(tl.float16).to(tl.float32))
+    return code
 
-    |y| must be NaN, or above the largest value by a rounding error at most.
+
+@triton.jit
+def float8_code(y, MANTISSA: tl.constexpr, ARITHMETIC: tl.constexpr):
+    """Round fp32 half to even to e4m3fn (MANTISSA 3) or e5m2 (2), in an int32 or uint8.
+
+    |y| must be NaN, or above the largest value by a rounding error at most; in PTX a larger one
+    becomes the largest.
     """
+    if ARITHMETIC == "ptx":
+        FORMAT: tl.constexpr = "e4m3x2" if MANTISSA == 3 else "e5m2x2"
+        code = tl.inline_asm_elementwise(
+            """
+            {
+                .reg .b16 low, high;
+                cvt.rn.satfinite."""
+            + FORMAT
+            + """.f32 low, $2, $1;
+                cvt.rn.satfinite."""
+            + FORMAT
+            + """.f32 high, $4, $3;
+                mov.b32 $0, {low, high};
+            }
+            """,
+            "=r,f,f,f,f",
+            [y],
+            dtype=tl.uint8,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        code = _float8_bits(y, MANTISSA)
+    return code
+
+
+@triton.jit
+def _float8_bits(y, MANTISSA: tl.constexpr):
+    """``float8_code`` in integers."""
     SHIFT: tl.constexpr = 23 - MANTISSA
     MIN_EXPONENT: tl.constexpr = -6 if MANTISSA == 3 else -14  # of normal numbers
     bits = y.to(tl.int32, bitcast=True)
@@ -124,6 +187,33 @@ def divide(x, divisor):
     quotient = x // divisor
     quotient += (x - quotient * divisor) // divisor
     return quotient - (x - quotient * divisor < 0).to(tl.int32)
+
+
+@triton.jit
+def quotient(t, divisor, HALF: tl.constexpr, ARITHMETIC: tl.constexpr):
+    """Divide fp32 with the bits of a division, but without one for each ``t``, where fma is exact.
+
+    ``divisor`` is broadcast along the last axis of ``t``, at least 2**-92 and at most 2**122, and
+    |t| at most 2**8 of them. A quotient below 2**-20 may be off, and stays below. With HALF only
+    the quotient rounded to fp16 has the bits of a division.
+
+    Proof. Let r be 1 / divisor rounded, and q be t * r rounded, off by less than 1.5 units in its
+    last place. The remainder t - q * divisor is a multiple of the product of the last places of q
+    and divisor, so that at most its last bit is rounded away, and remainder * r is off by less
+    than 2**-22 of those units. Their sum is rounded right, unless t / divisor lies as near to the
+    middle of two numbers. Few t do, for each of the 2**23 mantissas of a divisor: a test goes
+    through all of them. With HALF, r is another number for few divisors; a test goes through these.
+    """
+    if HALF and ARITHMETIC == "ptx":
+        # Off by 2**-23 at most, of which a step of Newton's leaves the square.
+        near = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [divisor], dtype=tl.float32, is_pure=True, pack=1
+        )
+        reciprocal = tl.fma(tl.fma(near, 0.0 - divisor, 1.0), near, near)
+    else:
+        reciprocal = tl.div_rn(tl.full(divisor.shape, 1.0, tl.float32), divisor)
+    q = t * reciprocal
+    return tl.fma(tl.fma(q, 0.0 - divisor, t), reciprocal, q)
 
 
 @triton.jit

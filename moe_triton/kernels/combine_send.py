@@ -95,6 +95,9 @@ def _combine_send_kernel(
     LANES: tl.constexpr,
     ADJACENT: tl.constexpr,
     WHOLE: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ACROSS: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
 ):
     """Write the experts' rows and the records of a rank.
 
@@ -117,7 +120,7 @@ def _combine_send_kernel(
                 num_rows, hidden_units, group_units, num_groups, num_slots, factor_slots,
                 num_factors, x_units, out_units, scale_stride, tl.program_id(0),
                 tl.num_programs(0), SCHEME, MAX, MANTISSA, FACTORS, UNIT, ROWS, GROUPS, LANES,
-                ADJACENT, WHOLE,
+                ADJACENT, WHOLE, SLOTS, ACROSS, ARITHMETIC,
             )  # fmt: skip
     # Look again: a recv on another stream may have broken the group.
     if last_program(state_ptr, SENT) and not is_broken(problem_ptr):

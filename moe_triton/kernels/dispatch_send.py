@@ -181,6 +181,9 @@ def _dispatch_send_kernel(
     LANES: tl.constexpr,
     ADJACENT: tl.constexpr,
     WHOLE: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ACROSS: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
 ):
     """Write the routing, the rows and the records of a rank's tokens.
 
@@ -242,7 +245,7 @@ def _dispatch_send_kernel(
                 scale_ptr, num_tokens, num_rows, hidden_units, group_units, num_groups, num_slots,
                 factor_slots, num_factors, x_units, out_units, scale_stride,
                 program - plan_programs, tl.num_programs(0) - plan_programs, SCHEME, MAX, MANTISSA,
-                FACTORS, UNIT, ROWS, GROUPS, LANES, ADJACENT, WHOLE,
+                FACTORS, UNIT, ROWS, GROUPS, LANES, ADJACENT, WHOLE, SLOTS, ACROSS, ARITHMETIC,
             )  # fmt: skip
 
     # Look again: a recv on another stream may have broken the group.

@@ -56,6 +56,8 @@ class Policy:
         comparisons: maximum slots of a block times those that they are compared with at a time.
         gathers: whether a tile can gather rows from anywhere; else an indexed row is a tile.
         least: minimum elements of a block; masks cut what is past the end.
+        arithmetic: "plain" where an fma may round twice, "fma" where it rounds once, "ptx" where
+            inline PTX of sm_89 converts to float8 too.
     """
 
     tile: int
@@ -71,6 +73,7 @@ class Policy:
     comparisons: int
     gathers: bool = True
     least: int = 1
+    arithmetic: str = "plain"
 
 
 # Two programs: with one, tests would never stride from tile to tile.
@@ -89,7 +92,7 @@ INTERPRETER = Policy(
 )
 
 
-def gpu_policy(processors: int, lanes: int) -> Policy:
+def gpu_policy(processors: int, lanes: int, arithmetic: str = "fma") -> Policy:
     """For a GPU by its number of processors (multiprocessors, units, subslices) and warp size."""
     return Policy(
         2**13,
@@ -103,6 +106,7 @@ def gpu_policy(processors: int, lanes: int) -> Policy:
         own=16,
         ranked=256,
         comparisons=2**12,
+        arithmetic=arithmetic,
     )
 
 
@@ -113,7 +117,7 @@ def npu_policy(cores: int) -> Policy:
     element makes triton-ascend 3.2 fail.
     """
     return dataclasses.replace(
-        gpu_policy(cores, 32),
+        gpu_policy(cores, 32, "plain"),
         tile=2**11,
         block=2**11,
         num_programs=cores,
@@ -134,8 +138,19 @@ def policy(device: torch.device) -> Policy:
         return npu_policy(int(utils.get_device_properties(device.index or 0)["num_vectorcore"]))
     if device.type == "xpu":
         return gpu_policy(int(torch.xpu.get_device_properties(device).gpu_subslice_count), 32)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return gpu_policy(processors, 64 if torch.version.hip else 32)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return gpu_policy(properties.multi_processor_count, 64)
+    arithmetic = cuda_arithmetic(10 * properties.major + properties.minor)
+    return gpu_policy(properties.multi_processor_count, 32, arithmetic)
+
+
+def cuda_arithmetic(capability: int) -> str:
+    """``Policy.arithmetic`` of an NVIDIA GPU.
+
+    AMD's float8 differ from those of rows (gfx942), or do not saturate (gfx950).
+    """
+    return "ptx" if capability >= 89 else "fma"
 
 
 # Triton's own are constexpr functions, whose every call on the host costs microseconds.
@@ -223,7 +238,8 @@ def _token_tiles(limits: Policy, num_tokens: int, width: int, whole_rows: bool) 
         num_programs=max(min(num_tiles, limits.num_programs), 1),
         rows=1,
         block=block,
-        num_warps=max(min(block // 8, 1024) // limits.lanes, 1),
+        # A lane that holds its part of a row needs more than the 64 registers of 1024 lanes.
+        num_warps=max(min(block // (16 if fits else 8), 1024) // limits.lanes, 1),
     )
 
 

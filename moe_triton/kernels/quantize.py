@@ -39,9 +39,12 @@ from ._common import (
     WORDS,
     float8_code,
     from_float32,
+    half_rounded_int8,
     int8_code,
     load_rows,
     magnitude_bits,
+    quotient,
+    rounded_int8,
     to_float32,
 )
 
@@ -65,41 +68,81 @@ _SCHEMES: dict[str, tuple[tuple[torch.dtype, ...], bool, bool]] = {
 
 
 @triton.jit
-def _scaled_codes(t, factor, MANTISSA: tl.constexpr):
-    """Codes of t * factor, of int8 or float8, in an int32."""
-    if MANTISSA == 0:  # noqa: SIM108 - only one of them is compiled
-        codes = int8_code(t * factor, -127.0)
+def _scaled_codes(t, factor, MANTISSA: tl.constexpr, ARITHMETIC: tl.constexpr):
+    """Codes of t * factor, as int8 or float8; the factor is MAX / max |t|, or 0."""
+    if MANTISSA == 0:
+        # Of a group with inf or NaN too, whose int8 are 0. |t * factor| is below 127.5.
+        codes = rounded_int8(tl.where(factor == 0.0, 0.0, t) * factor)
     else:
-        codes = float8_code(t * factor, MANTISSA)
+        codes = float8_code(t * factor, MANTISSA, ARITHMETIC)
     return codes
 
 
 @triton.jit
-def _mx_codes(t, factor, MAX: tl.constexpr, MANTISSA: tl.constexpr):
+def _mx_codes(t, factor, MAX: tl.constexpr, MANTISSA: tl.constexpr, ARITHMETIC: tl.constexpr):
     """Saturated float8 codes of t * factor; NaN where the factor is NaN."""
-    y = tl.minimum(tl.maximum(t * factor, -MAX), MAX)
-    return tl.where(factor != factor, 0x7F, float8_code(y, MANTISSA))
+    if ARITHMETIC == "ptx":
+        codes = float8_code(t * factor, MANTISSA, ARITHMETIC)
+    else:
+        y = tl.minimum(tl.maximum(t * factor, -MAX), MAX)
+        codes = tl.where(factor != factor, 0x7F, float8_code(y, MANTISSA, ARITHMETIC))
+    return codes
 
 
 @triton.jit
-def _block8_codes(t, divisor):
-    """Codes of t / divisor, rounded to fp16 first; a divisor that lost bits passes 127."""
-    y = tl.div_rn(t, tl.broadcast_to(divisor, t.shape))
-    return int8_code(y.to(tl.float16).to(tl.float32), -127.0)
+def _rare_division(t, divisor):
+    """``t`` and ``divisor`` with the same codes, the divisor neither tiny nor inf or NaN."""
+    usable = divisor < float("inf")  # nor NaN
+    lift = tl.where(divisor < 2.0**-64, 2.0**64, 1.0)
+    # A divisor that was rounded to 0 makes 127 of the smallest number.
+    divisor = tl.where(divisor == 0.0, 2.0**-92, divisor * lift)
+    divisor = tl.where(usable, divisor, 1.0)
+    # A divisor that lost bits makes quotients above 127.
+    most = tl.where(usable, 127.0 * divisor, 0.0)
+    t = tl.where(t == t, t, 0.0) * lift
+    return tl.minimum(tl.maximum(t, -most), most), divisor
 
 
 @triton.jit
-def _quantize(t, factor, SCHEME: tl.constexpr, MAX: tl.constexpr, MANTISSA: tl.constexpr):
-    """[R, G, L] fp32 to codes in int32, with the [R, G, 1] factor of ``_factor_and_scale``."""
+def _divided_codes(t, divisor, HALF: tl.constexpr, ARITHMETIC: tl.constexpr):
+    """int8 codes of t / divisor, with HALF rounded to fp16 first; 0 where that is NaN."""
+    if ARITHMETIC == "plain":
+        y = tl.div_rn(t, tl.broadcast_to(divisor, t.shape))
+        if HALF:
+            y = y.to(tl.float16).to(tl.float32)
+        codes = int8_code(y, -127.0)
+    else:
+        usual = (divisor >= 2.0**-64) & (divisor < float("inf"))
+        # Along one axis after the other, as a flat tensor would move through shared memory.
+        if tl.min(tl.min(tl.min(usual.to(tl.int32), axis=2), axis=1), axis=0) == 0:
+            t, divisor = _rare_division(t, divisor)
+        y = quotient(t, divisor, HALF, ARITHMETIC)
+        if HALF:  # noqa: SIM108 - only one of them is compiled
+            codes = half_rounded_int8(y, ARITHMETIC)
+        else:
+            codes = rounded_int8(y)
+    return codes
+
+
+@triton.jit
+def _quantize(
+    t,
+    factor,
+    SCHEME: tl.constexpr,
+    MAX: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
+):
+    """[R, G, L] fp32 to codes of 8 or 32 bits, with the [R, G, 1] of ``_factor_and_scale``."""
     if (SCHEME == "per_row" or SCHEME == "group") or SCHEME == "group_pow2":
-        codes = _scaled_codes(t, factor, MANTISSA)
+        codes = _scaled_codes(t, factor, MANTISSA, ARITHMETIC)
     elif SCHEME == "per_row_div":
-        codes = int8_code(tl.div_rn(t, tl.broadcast_to(factor, t.shape)), -127.0)
+        codes = _divided_codes(t, factor, False, ARITHMETIC)
     elif SCHEME == "mx":
-        codes = _mx_codes(t, factor, MAX, MANTISSA)
+        codes = _mx_codes(t, factor, MAX, MANTISSA, ARITHMETIC)
     else:
         tl.static_assert(SCHEME == "block8", "unknown scheme of scaled rows")
-        codes = _block8_codes(t, factor)
+        codes = _divided_codes(t, factor, True, ARITHMETIC)
     return codes
 
 
@@ -190,9 +233,26 @@ def _smoothed(x, smooth_scales_ptr, row_start, cols, active, inside, FACTORS: tl
 
 
 @triton.jit
-def _largest(t, ROWS: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr):
-    """[ROWS, GROUPS] the bits of max |t| of each group."""
-    return tl.max(tl.reshape(magnitude_bits(t), [ROWS, GROUPS, LANES]), axis=2)
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _largest(
+    t,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LANES: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
+):
+    """[ROWS, GROUPS] the bits of max |t| of each group, NaN above all."""
+    if ARITHMETIC == "ptx":
+        # One instruction for each number; the interpreter would take a step for each.
+        grouped = tl.reshape(tl.abs(t), [ROWS, GROUPS, LANES])
+        largest = tl.reduce(grouped, 2, _larger).to(tl.int32, bitcast=True)
+    else:
+        largest = tl.max(tl.reshape(magnitude_bits(t), [ROWS, GROUPS, LANES]), axis=2)
+    return largest
 
 
 @triton.jit
@@ -257,6 +317,9 @@ def encode_tiles(
     LANES: tl.constexpr,
     ADJACENT: tl.constexpr,
     WHOLE: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ACROSS: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
 ) -> None:
     """The tiles of one program, of ``num_programs`` that share the work of ``_encode_kernel``."""
     BLOCK: tl.constexpr = GROUPS * LANES
@@ -264,15 +327,14 @@ def encode_tiles(
     PER_SLOT: tl.constexpr = expert_ids_ptr is not None
     hidden = hidden_units * UNIT
     group = group_units * UNIT
-    across = tl.cdiv(num_groups, GROUPS)
     lanes = tl.arange(0, BLOCK)
     if count_ptr is not None:
         num_tokens = tl.minimum(num_tokens, tl.load(count_ptr))
-    for tile in range(program, tl.cdiv(num_tokens, ROWS) * across, num_programs):
-        first_token = (tile // across) * ROWS
+    for tile in range(program, tl.cdiv(num_tokens, ROWS) * ACROSS, num_programs):
+        first_token = (tile // ACROSS) * ROWS
         token = first_token.to(tl.int64) + tl.arange(0, ROWS)
         active = token < num_tokens
-        first = (tile % across) * GROUPS
+        first = (tile % ACROSS) * GROUPS
         groups = first + tl.arange(0, GROUPS)
         if ADJACENT:
             cols = first * (LANES if WHOLE else group) + lanes
@@ -299,7 +361,7 @@ def encode_tiles(
             if SCALED:
                 if WHOLE:
                     t = _smoothed(x, smooth_scales_ptr, row_start, cols, active, inside, FACTORS)
-                    largest = _largest(t, ROWS, GROUPS, LANES)
+                    largest = _largest(t, ROWS, GROUPS, LANES, ARITHMETIC)
                 else:
                     largest = tl.zeros([ROWS, GROUPS], tl.int32)
                     for start in range(0, group, LANES):
@@ -310,10 +372,14 @@ def encode_tiles(
                             part, smooth_scales_ptr, row_start, start + cols, active, in_step,
                             FACTORS,
                         )  # fmt: skip
-                        largest = tl.maximum(largest, _largest(part, ROWS, GROUPS, LANES))
+                        of_part = _largest(part, ROWS, GROUPS, LANES, ARITHMETIC)
+                        largest = tl.maximum(largest, of_part)
                 factor, scale = _factor_and_scale(largest, SCHEME, MAX, MANTISSA)
                 if SCHEME != "mx":
-                    scale = from_float32(scale, scale_ptr.dtype.element_ty)
+                    if ARITHMETIC == "ptx":
+                        scale = scale.to(scale_ptr.dtype.element_ty)
+                    else:
+                        scale = from_float32(scale, scale_ptr.dtype.element_ty)
 
             for start in range(0, LANES if WHOLE else group, LANES):
                 if WHOLE:
@@ -333,12 +399,14 @@ def encode_tiles(
                         codes = int8_code(part, -128.0)
                     else:
                         grouped = tl.reshape(part, [ROWS, GROUPS, LANES])
-                        grouped = _quantize(grouped, factor[:, :, None], SCHEME, MAX, MANTISSA)
+                        grouped = _quantize(
+                            grouped, factor[:, :, None], SCHEME, MAX, MANTISSA, ARITHMETIC
+                        )
                         codes = tl.reshape(grouped, [ROWS, BLOCK])
                     codes = codes.to(out_ptr.dtype.element_ty)
-                for slot in range(own, own + 1 if PER_SLOT else num_slots):
+                for k in tl.static_range(SLOTS):
                     row = _destination(
-                        index_ptr, first_token, slot, num_slots, num_rows, num_tokens, ROWS
+                        index_ptr, first_token, own + k, num_slots, num_rows, num_tokens, ROWS
                     )
                     is_row = (row >= 0)[:, None]
                     out_at = (row * out_units * UNIT)[:, None] + (start + cols)[None, :]
@@ -394,6 +462,9 @@ def _encode_kernel(
     LANES: tl.constexpr,  # elements of a group that a tile holds
     ADJACENT: tl.constexpr,  # the columns of a tile are consecutive
     WHOLE: tl.constexpr,  # a tile holds whole groups
+    SLOTS: tl.constexpr,  # slots that share codes: all, or 1 if each has smooth factors of its own
+    ACROSS: tl.constexpr,  # tiles of a row
+    ARITHMETIC: tl.constexpr,  # of ``launch_config.Policy``
 ):
     """Write the codes and scales of each token to the rows of its slots.
 
@@ -431,6 +502,9 @@ def _encode_kernel(
         LANES,
         ADJACENT,
         WHOLE,
+        SLOTS,
+        ACROSS,
+        ARITHMETIC,
     )
 
 
@@ -579,6 +653,7 @@ def encode_launch(
     lanes = min(launch_config.next_power_of_2(group), launch_config.widest(x.device))
     indexed = indexed or expert_ids is not None
     tiles = launch_config.tiles(x.device, num_tokens, num_groups * lanes, indexed=indexed)
+    arithmetic = launch_config.policy(x.device).arithmetic
     whole = lanes >= group
     adjacent = num_groups == 1 or lanes <= group
     # Where groups fill their lanes the kernel needs no other size of them.
@@ -599,9 +674,17 @@ def encode_launch(
         "LANES": lanes,
         "ADJACENT": adjacent,
         "WHOLE": whole,
+        "SLOTS": num_slots if expert_ids is None else 1,
+        "ACROSS": launch_config.cdiv(num_groups, tiles.block // lanes),
+        "ARITHMETIC": arithmetic,
     }
-    # Making a float8 takes more registers than a lane of that many elements has.
-    num_warps = tiles.num_warps * (2 if mantissa else 1)
+    num_warps = tiles.num_warps
+    if arithmetic != "ptx":
+        # Making a float8 in integers takes more registers than a lane of that many elements has.
+        num_warps *= 2 if mantissa else 1
+    elif scaled and factors == "none" and fmt.scheme != "block8":
+        # What a warp does once for a tile weighs more than what it does for each element.
+        num_warps = max(num_warps // 2, 1)
     contiguous_ids = None if expert_ids is None else expert_ids.contiguous()
     return EncodeLaunch(
         x, smooth_scales, contiguous_ids, out_dtype, sizes, constants, tiles.num_programs, num_warps

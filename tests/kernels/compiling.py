@@ -1,24 +1,27 @@
 """Compile every launch for a GPU without having one. A program: tests run in the interpreter.
 
 A fake driver names the device, launchers get their policy for it, and launches are compiled but not
-run. Prints a JSON line for each kernel of each case.
+run. Prints a JSON line for each kernel of each case, in the order of ``launches.py``.
 
-    python tests/kernels/compiling.py TARGET [CASE]
+    python tests/kernels/compiling.py TARGET [--hot] [--only WORD ...] [--without WORD ...] [--text]
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import dataclasses
 import json
-import re
-import subprocess
+import multiprocessing
+import os
 import sys
-import tempfile
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
+import assembly
 import torch
-import triton
-from launches import launches
+from launches import HIDDEN, HOT, launches
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -54,90 +57,104 @@ class Device:
         return True
 
 
-def facts(compiled) -> dict:
-    """Facts of the assembly.
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A launch that was compiled.
 
-    ``order`` lists stores, barriers and memory fences in their order; ``approximate`` lists
-    operations that are not rounded as in IEEE 754.
+    Attributes:
+        kernel: name.
+        compiled: by Triton.
+        arguments: those given by name: constants and options.
+        num_programs: size of the grid.
     """
-    if "ptx" in compiled.asm:
-        text = compiled.asm["ptx"]
-        return {
-            "accesses": sorted(set(re.findall(r"\b(?:ld|st)\.global[.\w]*", text))),
-            "fma": len(re.findall(r"\bfma\.", text)),
-            "spills": spills_of_ptx(text, compiled.metadata.arch),
-            "approximate": re.findall(r"\b(?:div|rcp|sqrt|rsqrt)\.(?:full|approx)\S*", text),
-            "order": re.findall(
-                r"bar\.sync|st\.global\S*|\S*(?:acquire|release|acq_rel|relaxed)\S*", text
-            ),
-            "text": text,
-        }
-    text = compiled.asm["amdgcn"]
-    return {
-        "accesses": sorted(set(re.findall(r"\b(?:global|buffer)_(?:load|store)_\w+", text))),
-        # A rounded division has five fma, and ends in one v_div_fixup.
-        "fma": len(re.findall(r"\bv_(?:pk_)?(?:fma|fmac|mad)_f32", text))
-        - 5 * len(re.findall(r"\bv_div_fixup_f32", text)),
-        # Registers of 4 bytes. Scalar registers spill to lanes of vector registers, not to memory.
-        "spills": 4 * sum(map(int, re.findall(r"vgpr_spill_count: *(\d+)", text))),
-        "approximate": [],  # unknown: a rounded division begins with an approximate one
-        "order": re.findall(r"s_barrier|buffer_wbl2.*|buffer_inv.*", text),
-        "text": text,
-    }
+
+    kernel: str
+    compiled: Any
+    arguments: dict[str, Any]
+    num_programs: int
 
 
-def spills_of_ptx(text: str, arch: str) -> int:
-    """Bytes that ptxas spills."""
-    name = "ptxas-blackwell" if arch.startswith("sm_1") or arch == "sm100" else "ptxas"
-    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
-    assembler = folder / name if (folder / name).exists() else folder / "ptxas"
-    target = re.search(r"^\.target (\w+)", text, re.MULTILINE).group(1)
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
-        source.write(text)
-        source.flush()
-        assembled = subprocess.run(
-            [assembler, "-v", f"--gpu-name={target}", source.name, "-o", "/dev/null"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    return sum(map(int, re.findall(r"(\d+) bytes spill", assembled.stderr)))
-
-
-def main() -> None:
-    target = TARGETS[sys.argv[1]]
-    wanted = sys.argv[2] if len(sys.argv) > 2 else ""
+@contextlib.contextmanager
+def compiler(name: str) -> Iterator[Callable[[Callable[[], object]], list[Launch]]]:
+    """A function that returns the launches of a call, compiled for a target."""
+    target = TARGETS[name]
     driver.set_active(Device(target))
-    policy = launch_config.gpu_policy(PROCESSORS, target.warp_size)
+    arithmetic = "fma"
+    if target.backend == "cuda":
+        arithmetic = launch_config.cuda_arithmetic(target.arch)
+    policy = launch_config.gpu_policy(PROCESSORS, target.warp_size, arithmetic)
     clock = "globaltimer" if target.backend == "cuda" else "memrealtime"
-    launched = []
+    launched: list[Launch] = []
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
-        launched.append((self, compiled))
+        launched.append(Launch(self.__name__, compiled, kwargs, grid[0]))
         return compiled
+
+    def of_call(call):
+        launched.clear()
+        call()
+        return [*launched]
 
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(launch_config, "policy", return_value=policy),
         mock.patch("moe_triton.kernels._windows.clock_of", return_value=clock),
     ):
-        for case, call in launches():
-            if wanted not in case:
-                continue
-            launched.clear()
-            call()
-            for kernel, compiled in launched:
-                actual = facts(compiled)
-                text = actual.pop("text")
-                if wanted:
-                    sys.stderr.write(text)
-                line = json.dumps({"case": case, "kernel": kernel.__name__, **actual})
+        yield of_call
+
+
+def begin(target: str, cases: list[tuple[str, Callable[[], object]]], text: bool) -> None:
+    """What a process of the pool works on."""
+    _work.extend((target, cases, text))
+
+
+_work: list[Any] = []
+
+
+def lines_of(number: int) -> list[str]:
+    """JSON of each kernel of a case."""
+    target, cases, text = _work
+    case, call = cases[number]
+    lines = []
+    with compiler(target) as compiled:
+        for launch in compiled(call):
+            if text:
+                sys.stderr.write(assembly.text(launch.compiled))
+            facts = {"case": case, "kernel": launch.kernel, **assembly.facts(launch.compiled)}
+            if case in HOT:
+                facts["figures"] = assembly.figures(launch, HIDDEN)
+            lines.append(json.dumps(facts))
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("--hot", action="store_true", help="the hot launches")
+    parser.add_argument("--only", nargs="+", default=[""], help="cases with one of these words")
+    parser.add_argument("--without", nargs="+", default=[], help="cases with none of them")
+    parser.add_argument("--text", action="store_true", help="assembly to stderr")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    cases = [
+        (case, call)
+        for case, call in launches()
+        if any(word in case for word in options.only)
+        and not any(word in case for word in options.without)
+        and (case in HOT or not options.hot)
+    ]
+    # Forked: the cases are functions, which cannot be sent.
+    pool = multiprocessing.get_context("fork").Pool(
+        len(os.sched_getaffinity(0)), begin, (options.target, cases, options.text)
+    )
+    with pool:
+        for lines in pool.imap(lines_of, range(len(cases))):
+            for line in lines:
                 sys.stdout.write(line + "\n")
-                sys.stdout.flush()
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main()

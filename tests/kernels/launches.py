@@ -26,6 +26,23 @@ from moe_triton.layout import (
 )
 
 HIDDEN, EXPERTS, TOP_K, TOKENS = 7168, 256, 8, 64
+# Cases whose launches move most of the bytes of a layer: rows of 7168.
+HOT = (
+    *(
+        f"encode {name}, many"
+        for name in (
+            "bf16", "int8", "per_row_div", "e4m3", "e5m2", "group e4m3", "group_pow2 e4m3",
+            "mx e4m3", "block8 torch.bfloat16",
+        )
+    ),
+    "weighted_sum, wide",
+    "weighted_sum block8 torch.bfloat16, wide",
+    "weighted_sum and norm, wide",
+    "gather_rows bf16, wide",
+    "windows dispatch_send int8, wide",
+    "windows combine_recv bf16, wide",
+    "windows combine_recv bf16 and norm, aligned",
+)  # fmt: skip
 BF16, INT8, E4M3, E5M2 = torch.bfloat16, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2
 
 
@@ -51,6 +68,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     yield from _routing()
     yield from _moves("wide", HIDDEN)
     yield from _moves("odd", 33)
+    yield from _encodes("many", torch.zeros((4096, HIDDEN), dtype=BF16))
     yield from _sums("wide", HIDDEN)
     yield from _sums("odd", 33)
     yield from _experts()
@@ -119,6 +137,7 @@ def _moves(kind: str, hidden: int) -> Iterator[tuple[str, Callable[[], object]]]
     smooth_scales = torch.ones((EXPERTS, hidden))
     index = torch.arange(TOKENS * TOP_K).view(TOKENS, TOP_K)
     row_index = torch.arange(TOKENS)
+    yield from _encodes(kind, x)
     for name, fmt in formats(hidden).items():
         rows = torch.zeros((TOKENS * TOP_K, fmt.stride), dtype=torch.uint8)
         factors = torch.ones(1) if fmt.scheme == "static" else None
@@ -127,12 +146,6 @@ def _moves(kind: str, hidden: int) -> Iterator[tuple[str, Callable[[], object]]]
         if fmt.scale_offset is not None:
             shape = (len(out), fmt.num_scales) if fmt.block else (len(out),)
             scales = torch.zeros(shape, dtype=fmt.scale_dtype)
-        yield (
-            f"encode {name}, {kind}",
-            lambda fmt=fmt, rows=rows, factors=factors: kernels.encode(
-                x, fmt, rows[:TOKENS], factors
-            ),
-        )
         yield (
             f"gather_quant {name}, {kind}",
             lambda fmt=fmt, out=out, scales=scales, factors=factors: kernels.gather_quant(
@@ -160,6 +173,25 @@ def _moves(kind: str, hidden: int) -> Iterator[tuple[str, Callable[[], object]]]
             )
     one = torch.ones(1)
     yield f"affine, {kind}", lambda: kernels.quantize_affine(x, one, one)
+
+
+def _encodes(kind: str, x: torch.Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
+    hidden = x.shape[1]
+    block8 = {
+        f"block8 {dtype}": RowFormat.tight(INT8, hidden, "block8", dtype, 8)
+        for dtype in (BF16, torch.float16)
+        if hidden % 8 == 0
+    }
+    for name, fmt in (formats(hidden) | block8).items():
+        rows = torch.zeros((len(x), fmt.stride), dtype=torch.uint8)
+        factors = torch.ones(1) if fmt.scheme == "static" else None
+        tokens = x.half() if name == "block8 torch.float16" else x
+        yield (
+            f"encode {name}, {kind}",
+            lambda fmt=fmt, rows=rows, factors=factors, tokens=tokens: kernels.encode(
+                tokens, fmt, rows, factors
+            ),
+        )
 
 
 def _sums(kind: str, hidden: int) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -203,12 +235,6 @@ def _sums(kind: str, hidden: int) -> Iterator[tuple[str, Callable[[], object]]]:
         for dtype in (BF16, torch.float16):
             fmt = RowFormat.tight(INT8, hidden, "block8", dtype, 8)
             coded = torch.zeros((TOKENS * TOP_K, fmt.stride), dtype=torch.uint8)
-            yield (
-                f"encode block8 {dtype}, {kind}",
-                lambda fmt=fmt, coded=coded, dtype=dtype: kernels.encode(
-                    tokens.to(dtype), fmt, coded[:TOKENS]
-                ),
-            )
             yield (
                 f"weighted_sum block8 {dtype}, {kind}",
                 lambda fmt=fmt, coded=coded, dtype=dtype: kernels.weighted_sum(

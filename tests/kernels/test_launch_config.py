@@ -126,6 +126,7 @@ def policies(monkeypatch):
 
     class Properties:
         multi_processor_count = 132
+        major, minor = 9, 0
         gpu_subslice_count = 64
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
@@ -133,6 +134,18 @@ def policies(monkeypatch):
     launch_config.policy.cache_clear()
     yield
     launch_config.policy.cache_clear()
+
+
+def test_arithmetic_is_what_a_device_has(policies, monkeypatch):
+    cuda = launch_config.policy(torch.device("cuda", 0))
+    assert cuda.arithmetic == "ptx"
+    assert launch_config.cuda_arithmetic(89) == "ptx"
+    assert launch_config.cuda_arithmetic(86) == "fma"
+    assert launch_config.npu_policy(40).arithmetic == "plain"
+    assert launch_config.INTERPRETER.arithmetic == "plain"
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    launch_config.policy.cache_clear()
+    assert launch_config.policy(torch.device("cuda", 0)).arithmetic == "fma"
 
 
 @pytest.mark.parametrize("kind", ["cuda", "xpu"])
