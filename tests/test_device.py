@@ -12,7 +12,7 @@ import pytest
 import torch
 from lockstep_layer import bits, drive, experts
 
-from moe_triton import ExpertParallel, UnavailableError, set_backend, testing
+from moe_triton import ExpertParallel, UnavailableError, comm, set_backend, testing
 from moe_triton.compat import torch_npu
 from moe_triton.layout import NOWHERE
 
@@ -162,6 +162,23 @@ def test_a_graph_of_a_layer(world, quant):
                 assert torch.equal(got, eager)
                 assert not got[count:].any()
                 assert bool(got[:count].any())
+
+
+def test_all_to_all_v():
+    """Of the CPU's bits; with a capacity eagerly and in a graph."""
+    matrix = [[1, 2], [3, 0]]
+
+    def fn(ctx):
+        x = torch.arange(6, dtype=torch.int16, device=ctx.device).view(3, 2) + 10 * ctx.rank
+        group = {"group": ctx.ep_group, "rank": ctx.ep_rank}
+        rows, counts = comm.all_to_all_v(x, matrix[ctx.rank], **group)
+        given = torch.tensor(matrix[ctx.rank], device=ctx.device)
+        for _ in range(3):
+            some, received = comm.all_to_all_v(x, given, capacity=4, **group)
+            assert received.tolist() == counts
+        return [rows, some[: len(rows)]]
+
+    check_on_device(2, lambda ctx: [part.cpu() for part in fn(ctx)])
 
 
 def test_ranks_on_different_streams():

@@ -171,6 +171,7 @@ class RingProtocol:
         self._agreements: dict[tuple[object, ...], Agreement] = {}
         self._agreed: set[tuple[str, str]] = set()
         self._problems: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._notices: list[tuple[np.ndarray, torch.Tensor]] = []  # their memory, and the problems
         # Whether no peer reads slot 0 of the combine windows any more.
         self._combine_slot_free = True
         self._retired: list[_MemoryOf] = []  # combine windows that callers may hold rows of
@@ -440,8 +441,8 @@ class RingProtocol:
                 earlier call on a device.
             BrokenGroupError: the group is broken.
         """
-        for problem, notice in self._problems.values():
-            if self._waits.broken is None and int(notice):
+        for notice, problem in self._notices:
+            if self._waits.broken is None and notice[0]:
                 self._raise_problem(op, problem.tolist())
         self._waits.raise_if_broken(op)
 
@@ -480,11 +481,10 @@ class RingProtocol:
     def _problem(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """[PROBLEM_WORDS] int32 on a device and [1] in host memory, for all kinds."""
         if device not in self._problems:
-            pinned = device.type == "cuda"
-            self._problems[device] = (
-                torch.zeros(PROBLEM_WORDS, dtype=torch.int32, device=device),
-                torch.zeros(1, dtype=torch.int32, pin_memory=pinned),
-            )
+            problem = torch.zeros(PROBLEM_WORDS, dtype=torch.int32, device=device)
+            notice = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+            self._problems[device] = problem, notice
+            self._notices.append((notice.numpy(), problem))
         return self._problems[device]
 
     def _is_full(self, state: KindState) -> bool:

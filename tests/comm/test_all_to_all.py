@@ -11,6 +11,7 @@ import torch
 from harness import run_world
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_triton import (
     ArgumentMismatchError,
@@ -18,8 +19,10 @@ from moe_triton import (
     ArgumentValueError,
     MoeError,
     PeerAbortError,
+    ReceiveOverflowError,
     comm,
 )
+from moe_triton.comm import all_to_all, transport
 
 worlds = pytest.mark.parametrize("world", harness.WORLDS)
 WORLD = 3
@@ -98,7 +101,7 @@ def test_two_ranks(world):
         communicator = comm.default_communicator(comm.resolve("test", ctx.ep_group, ctx.ep_rank))
         return actual, communicator.transport_name
 
-    name = {"local": "local", "symmetric": "shm", "collective": "collective"}[world]
+    name = "shm" if world == "symmetric" else world
     assert run_world(world, 2, fn) == [([True] * 12, name)] * 2
 
 
@@ -188,6 +191,95 @@ def test_sizes_that_grow_and_shrink(world):
     assert run_world(world, WORLD, fn) == [[True] * len(columns)] * WORLD
 
 
+@worlds
+def test_with_a_capacity(world):
+    """Rows of odd and even sizes, counts of any kind, rows that stay here; exact bits."""
+
+    def fn(ctx):
+        for seed, columns in enumerate((1, 2, 3, 4, 6, 8, 24, 33)):
+            for matrix in (MATRICES["unequal"], MATRICES["nothing"], MATRICES["one receives"]):
+                mine = rows_of(ctx.ep_rank, matrix[ctx.ep_rank], columns, seed)
+                x = torch.from_numpy(np.concatenate([mine, mine[:1]]))
+                counts = matrix[ctx.ep_rank]
+                rows, received = comm.all_to_all_v(
+                    x,
+                    torch.tensor(counts) if seed % 2 else counts,
+                    capacity=10,
+                    group=ctx.ep_group,
+                    rank=ctx.ep_rank,
+                )
+                assert rows.shape == (10, columns)
+                assert received.dtype == torch.int64
+                assert received.tolist() == [row[ctx.ep_rank] for row in matrix]
+                wanted = expected(matrix, ctx.ep_rank, columns, seed)
+                assert np.array_equal(rows[: len(wanted)].numpy(), wanted)
+
+    run_world(world, WORLD, fn)
+
+
+@worlds
+def test_dtypes_with_a_capacity(world):
+    matrix = MATRICES["unequal"]
+
+    def fn(ctx):
+        for dtype in DTYPES:
+            raw = rows_of(ctx.ep_rank, matrix[ctx.ep_rank], 3 * dtype.itemsize)
+            x = torch.from_numpy(raw % 2).view(dtype).view(-1, 3, 1)
+            out, counts = comm.all_to_all_v(
+                x, matrix[ctx.ep_rank], capacity=8, group=ctx.ep_group, rank=ctx.ep_rank
+            )
+            assert (out.dtype, out.shape) == (dtype, (8, 3, 1))
+            bits = expected(matrix, ctx.ep_rank, 3 * dtype.itemsize) % 2
+            out = out[: int(counts.sum())].reshape(-1, 3)
+            assert np.array_equal(out.view(torch.uint8).numpy(), bits), dtype
+
+    run_world(world, WORLD, fn)
+
+
+@worlds
+def test_more_rows_than_the_capacity(world):
+    """All ranks name the one that would receive them; the next call works."""
+    matrix = [[0, 3, 0], [0, 0, 0], [0, 3, 0]]
+
+    def fn(ctx):
+        x = torch.zeros(4, 2)
+        group = {"group": ctx.ep_group, "rank": ctx.ep_rank}
+        with pytest.raises(ReceiveOverflowError) as caught:
+            comm.all_to_all_v(x, matrix[ctx.ep_rank], capacity=4, **group)
+        assert exchange(ctx, MATRICES["unequal"])
+        _, counts = comm.all_to_all_v(x, [1, 1, 1], capacity=4, **group)
+        assert counts.tolist() == [1, 1, 1]
+        return str(caught.value)
+
+    for text in run_world(world, WORLD, fn):
+        assert "rank 1" in text
+        assert "6" in text
+
+
+def test_no_value_is_read_with_a_capacity(monkeypatch):
+    """What a device would wait for; the ranks of a device take windows."""
+
+    class NoReads(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert "_local_scalar_dense" not in str(func), func
+            assert "nonzero" not in str(func), func
+            return func(*args, **(kwargs or {}))
+
+    for module in (comm, transport):
+        monkeypatch.setattr(module, "fixed_shapes", lambda _: True)
+
+    def fn(ctx):
+        x, counts = torch.arange(4).view(4, 1) + 10 * ctx.rank, torch.tensor([1, 2])
+        options = {"capacity": 4, "group": ctx.ep_group, "rank": ctx.ep_rank}
+        for _ in range(3):
+            with NoReads():
+                rows, received = comm.all_to_all_v(x, counts, **options)
+        return rows.flatten().tolist()[:2], received.tolist()
+
+    monkeypatch.setattr(all_to_all, "_check_counts", lambda x, counts, *_, **__: counts)
+    assert run_world("local", 2, fn) == [([0, 10], [1, 1]), ([1, 2], [2, 2])]
+
+
 def test_one_rank_alone():
     x = torch.arange(6).view(3, 2)
     out, counts = comm.all_to_all_v(x, [3])
@@ -197,6 +289,9 @@ def test_one_rank_alone():
     out, counts = comm.all_to_all_v(x[:0], [0])
     assert out.shape == (0, 2)
     assert counts == [0]
+    out, counts = comm.all_to_all_v(x, torch.tensor([2]), capacity=3)
+    assert torch.equal(out[:2], x[:2])
+    assert counts.tolist() == [2]
 
 
 @st.composite
@@ -275,6 +370,36 @@ def test_bad_arguments(world, rounds):
                     assert type(error) is PeerAbortError, name
                     assert error.rank == 1
                     assert got in error.reason
+
+
+WRONG = {
+    "more rows": (4, [4, 1, 1], ArgumentValueError, "capacity"),
+    "no rows": (0, [0, 0, 0], ArgumentValueError, "capacity"),
+    "capacity text": ("8", [4, 1, 1], ArgumentTypeError, "capacity"),
+    "capacity True": (True, [4, 1, 1], ArgumentTypeError, "capacity"),
+    "wrong sum": (8, [4, 2, 1], ArgumentValueError, "send_counts"),
+    "few counts": (8, torch.tensor([4, 2]), ArgumentValueError, "send_counts"),
+}
+
+
+@worlds
+def test_bad_arguments_with_a_capacity(world):
+    def fn(ctx):
+        group = {"group": ctx.ep_group, "rank": ctx.ep_rank}
+        for capacity, counts, kind, argument in WRONG.values():
+            given = (counts, capacity) if ctx.ep_rank == 1 else ([2, 2, 2], 8)
+            with pytest.raises(MoeError) as caught:
+                comm.all_to_all_v(X, given[0], capacity=given[1], **group)
+            if ctx.ep_rank == 1:
+                assert type(caught.value) is kind
+                assert caught.value.argument == argument
+            else:
+                assert type(caught.value) is PeerAbortError
+        with pytest.raises(ArgumentMismatchError, match="capacity"):
+            comm.all_to_all_v(X, [2, 2, 2], capacity=8 + ctx.ep_rank, **group)
+        comm.all_to_all_v(X, [2, 2, 2], capacity=8, **group)
+
+    run_world(world, WORLD, fn)
 
 
 @worlds

@@ -105,6 +105,9 @@ def bytes_for_all_ranks(ctx) -> None:
             for rank in range(world)
             for row in range(rank + ctx.rank)
         ]
+        rows, counts = comm.all_to_all_v(x, torch.tensor(mine), capacity=2 * world + 3)
+        assert counts.tolist() == [rank + ctx.rank for rank in range(world)]
+        assert torch.equal(rows[: len(received)], received)
         if ctx.rank == late:
             time.sleep(0.3)
         part = torch.full((3,), ctx.rank + 10 * late)
