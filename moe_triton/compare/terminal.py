@@ -129,9 +129,9 @@ def _table(outputs: list[OutputResult], width: int) -> Table:
             "equal": percent(errors.exact, errors.elements),
             "1 apart": str(errors.off_by_one),
             "max step": str(errors.max_step),
-            "Cosine": number(errors.cosine),
-            "MaxAbsErr": number(errors.max_abs),
-            "MaxRelErr": number(errors.max_relative),
+            "Cosine": number(errors.cosine, errors.elements),
+            "MaxAbsErr": number(errors.max_abs, errors.elements),
+            "MaxRelErr": number(errors.max_relative, errors.elements),
             "<0.001": percent(errors.below_thousandth, errors.elements),
             "<0.005": percent(errors.below_five_thousandths, errors.elements),
         }
@@ -170,15 +170,19 @@ def _by_operator(report: Report) -> Table:
 
 
 def percent(part: int, whole: int) -> str:
-    """A share in percent, which is 100 only if all are."""
+    """A share in percent, which is 100 only if all are; a dash of nothing."""
+    if whole == 0:
+        return "-"
     if part == whole:
         return "100 %"
-    share = 100 * part / max(whole, 1)
+    share = 100 * part / whole
     return f"{min(share, 99.99):.2f} %"
 
 
-def number(value: float) -> str:
-    """A number with up to 6 digits, as msprobe prints it, or NaN."""
+def number(value: float, elements: int = 1) -> str:
+    """A number with up to 6 digits, as msprobe prints it, or NaN; a dash of no elements."""
+    if elements == 0:
+        return "-"
     if math.isnan(value):
         return "NaN"
     return f"{value:.6g}"

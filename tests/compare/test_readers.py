@@ -77,6 +77,14 @@ def test_a_broken_tensor(dump, capsys, break_file, words):
     assert words in line
 
 
+def test_nothing_is_said_to_be_equal_where_nothing_was_read(dump, capsys):
+    for rank in range(4):
+        dump.file(rank, DISPATCH, 0, "expand_x").write_bytes(b"x")
+    assert main(["compare", str(dump.path)]) == 1
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "expand_x " in line]
+    assert rows[0] == ["expand_x", "0", "-", "-", "-", "out", "of", "rule"]
+
+
 @pytest.mark.parametrize(
     "text, words",
     [
