@@ -99,6 +99,26 @@ def test_bench_layer(run, tmp_path):
     assert "DeepEP V1 low latency" in printed
 
 
+SMALL = ["--hidden", 64, "--experts", 8, "--top-k", 2, "--samples", 3]
+
+
+@pytest.mark.parametrize(
+    "bench, options",
+    [("host", [*SMALL, "--rounds", 2]), ("transport", [*SMALL, "--tokens", 3, "--world-size", 2])],
+)
+def test_benches_with_a_plot_and_another_run_beside(run, tmp_path, bench, options):
+    pytest.importorskip("matplotlib", reason="plots are an extra")
+    command = ["moe-triton", "bench", bench, *options]
+    run(*command, "--json", "first.jsonl", "--plot", "plot.svg")
+    assert (tmp_path / "plot.svg").read_text(encoding="utf-8").startswith("<?xml")
+    assert "this run beside first.jsonl" in run(*command, "--compare", "first.jsonl")
+
+
+def test_bench_kernels(run):
+    options = ["--dry-run", "--tokens", 5, "--only", "weighted_sum"]
+    assert "checks passed on a CPU" in run("moe-triton", "bench", "kernels", *options)
+
+
 def test_compare(run, tmp_path):
     shutil.copytree(DUMP, tmp_path / "dump")
     printed = run("moe-triton", "compare", "dump", "--html", "report.html")
