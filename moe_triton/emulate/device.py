@@ -95,6 +95,18 @@ class NpuIsHost(TorchFunctionMode):
         return func(*arguments, **named)
 
 
+class _GeneratorType(type(torch._C.Generator)):  # type: ignore[misc]
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, torch._C.Generator)
+
+
+class _Generator(torch._C.Generator, metaclass=_GeneratorType):
+    """``torch.Generator``, which is no torch function, with the host for NPUs."""
+
+    def __new__(cls, device: Any = "cpu") -> Any:
+        return torch._C.Generator.__new__(torch._C.Generator, device=_device_argument(device))
+
+
 def _histc(func: Any, arguments: list[Any], named: dict[str, Any]) -> Tensor:
     """``torch.histc``, also of integers, which an NPU takes and the CPU does not."""
     tensor = arguments[0] if arguments else named.pop("input")
@@ -122,6 +134,10 @@ def _tensor_npu(
     # torch.compile infers the result outside the mode, so replace the device here too.
     host = HOST if device is None else _device_argument(device)
     return self.to(host, non_blocking=non_blocking, **options)
+
+
+def _record_stream(self: Tensor, s: Any) -> None:
+    """Do nothing: no stream of a CPU uses the memory after the call that uses it."""
 
 
 def _start_with_mode(start: Any) -> Any:
@@ -176,6 +192,8 @@ def install(runtime: ModuleType) -> None:
     _kernels.impl("empty.memory_format", _empty, "PrivateUse1")
     torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
     Tensor.npu = _tensor_npu  # type: ignore[attr-defined]
+    if _COPIES:
+        Tensor.record_stream = _record_stream  # type: ignore[method-assign]
     Tensor.is_npu = property(  # type: ignore[attr-defined]
         lambda tensor: tensor.device.type == HOST.type
     )
@@ -187,5 +205,6 @@ def install(runtime: ModuleType) -> None:
         setattr(torch.accelerator, name, getattr(runtime, its_name))
     torch._C._get_accelerator = _host  # type: ignore[assignment]
     threading.Thread.start = _start_with_mode(threading.Thread.start)  # type: ignore[method-assign]
+    torch.Generator = _Generator  # type: ignore[misc]
     torch.autocast.__init__ = _autocast_on_host(torch.autocast.__init__)  # type: ignore[method-assign]
     NpuIsHost().__enter__()

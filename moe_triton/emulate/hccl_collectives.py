@@ -23,7 +23,7 @@ _MOVE = (
 )
 _REDUCE = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "barrier")
 _NOT_IN_GLOO = (
-    *(torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu),
     *(torch.int16, torch.uint16, torch.uint32, torch.uint64),
 )
 _initialised: set[str] = set()

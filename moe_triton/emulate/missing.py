@@ -7,9 +7,10 @@ Without the option, asking for such a name raises. With it, a name that the prog
 from __future__ import annotations
 
 import dis
+import functools
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -22,7 +23,7 @@ from . import settings
 # The instructions of `module.name` and of imports. hasattr and getattr are calls, and a program
 # that uses them has an answer to a name that is not there.
 _ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD", "IMPORT_FROM")
-_PACKAGES = ("torch_npu", "torchair")
+_PACKAGES = ("torch_npu.", "torch.npu.", "torchair.")
 
 
 class NotEmulatedError(UnavailableError, AttributeError):
@@ -54,6 +55,11 @@ def not_emulated(module: str, name: str) -> Any:
         if _instruction(frame).opname in _ATTRIBUTE:
             return Placeholder(full_name)
     raise NotEmulatedError(full_name)
+
+
+def module_getattr(module: str) -> Callable[[str], Any]:
+    """``__getattr__`` of a stand-in module, by its name in programs: refuse all other names."""
+    return functools.partial(not_emulated, module)
 
 
 def refuse_call(name: str) -> Any:
@@ -169,7 +175,7 @@ class _MissingModules(MetaPathFinder, Loader):
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         """A module that an import statement names."""
         del path, target
-        if fullname.partition(".")[0] not in _PACKAGES:
+        if not f"{fullname}.".startswith(_PACKAGES):
             return None
         frame = _calling_frame()
         instruction = _instruction(frame)
@@ -186,8 +192,7 @@ class _MissingModules(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         """Let the module refuse all names."""
-        name = module.__name__
-        module.__getattr__ = lambda attribute: not_emulated(name, attribute)  # type: ignore[method-assign]
+        module.__getattr__ = module_getattr(module.__name__)  # type: ignore[method-assign]
 
 
 def install() -> None:

@@ -108,26 +108,30 @@ def re_routing_outputs(
     )
 
 
-def compute_expert_tokens(sorted_experts: Tensor, num_expert: int) -> Tensor:
+def compute_expert_tokens(sorted_expert_for_source_row: Tensor, num_expert: int) -> Tensor:
     """Count the entries of a sorted list up to each expert."""
     op = COMPUTE_EXPERT_TOKENS
-    checks.required(op, sorted_experts=sorted_experts)
+    checks.required(op, sorted_expert_for_source_row=sorted_expert_for_source_row)
     checks.integers(op, num_expert=num_expert)
-    checks.dtype(op, "sorted_experts", sorted_experts, (torch.int32,))
-    device = sorted_experts.device
-    checks.shape(op, "sorted_experts", sorted_experts, (None,), "(rows,)", device)
+    checks.dtype(op, "sorted_expert_for_source_row", sorted_expert_for_source_row, (torch.int32,))
+    device = sorted_expert_for_source_row.device
+    checks.shape(
+        op, "sorted_expert_for_source_row", sorted_expert_for_source_row, (None,), "(rows,)", device
+    )
     fits = 0 < num_expert <= _MAX_EXPERTS
     checks.value(op, "num_expert", fits, f"be in [1, {_MAX_EXPERTS}]", num_expert)
-    checks.indices(op, "sorted_experts", sorted_experts, 2**31 - 1)
+    checks.indices(op, "sorted_expert_for_source_row", sorted_expert_for_source_row, 2**31 - 1)
     if device.type == "cpu":
-        falls = (sorted_experts[1:] < sorted_experts[:-1]).nonzero()
+        falls = (sorted_expert_for_source_row[1:] < sorted_expert_for_source_row[:-1]).nonzero()
         first = int(falls[0]) if len(falls) else 0
-        got = f"{sorted_experts[first : first + 2].tolist()} at {first}"
-        checks.value(op, "sorted_experts", not len(falls), "not descend", got)
-    plan = steps_on(device).routing_plan(sorted_experts[:, None], int(num_expert))
+        got = f"{sorted_expert_for_source_row[first : first + 2].tolist()} at {first}"
+        checks.value(op, "sorted_expert_for_source_row", not len(falls), "not descend", got)
+    plan = steps_on(device).routing_plan(sorted_expert_for_source_row[:, None], int(num_expert))
     return plan.counts.cumsum(0, dtype=torch.int32)
 
 
-def compute_expert_tokens_outputs(*, sorted_experts: Tensor, num_expert: int) -> Tensor:
+def compute_expert_tokens_outputs(
+    *, sorted_expert_for_source_row: Tensor, num_expert: int
+) -> Tensor:
     """Fake output of ``compute_expert_tokens``."""
-    return sorted_experts.new_empty(max(num_expert, 0), dtype=torch.int32)
+    return sorted_expert_for_source_row.new_empty(max(num_expert, 0), dtype=torch.int32)

@@ -191,7 +191,7 @@ re_routing = Function(
 
 compute_expert_tokens = Function(
     COMPUTE_EXPERT_TOKENS,
-    "Tensor sorted_experts, int num_expert",
+    "Tensor sorted_expert_for_source_row, int num_expert",
     "Tensor",
     run=rerouting.compute_expert_tokens,
     outputs=rerouting.compute_expert_tokens_outputs,

@@ -196,12 +196,12 @@ def npu_moe_re_routing(
     return schemas.re_routing(**locals() | {"tokens_dtype": dtype_number(tokens_dtype)})
 
 
-def npu_moe_compute_expert_tokens(sorted_experts: Tensor, num_expert: int) -> Tensor:
+def npu_moe_compute_expert_tokens(sorted_expert_for_source_row: Tensor, num_expert: int) -> Tensor:
     """Prefix sums of the rows per expert, for rows that are sorted by expert.
 
     Args:
-        sorted_experts: (rows,) int32, the expert of each row, in ascending order. Ids from
-            num_expert on are not counted.
+        sorted_expert_for_source_row: (rows,) int32, the expert of each row, in ascending order.
+            Ids from num_expert on are not counted.
         num_expert: E, at most 2048.
 
     Returns:

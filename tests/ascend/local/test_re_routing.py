@@ -98,9 +98,10 @@ def test_many_rows(back_end):
 
 
 IDS = torch.tensor([0, 1, 1], dtype=torch.int32)
+ROWS_NAME = "sorted_expert_for_source_row"
 GOOD = {
     re_routing: {"tokens": TOKENS, "expert_token_num_per_rank": COUNTS},
-    expert_tokens: {"sorted_experts": IDS, "num_expert": 2},
+    expert_tokens: {ROWS_NAME: IDS, "num_expert": 2},
 }
 COUNTS_NAME = "expert_token_num_per_rank"
 BAD = {
@@ -133,14 +134,14 @@ BAD = {
     "scales A + 1": (re_routing, {"per_token_scales": torch.ones(6)}, 561002, "per_token_scales"),
     "prefix sums": (re_routing, {"expert_token_num_type": 0}, 561002, "expert_token_num_type"),
     "scatter": (re_routing, {"idx_type": 1}, 561002, "idx_type"),
-    "ends: no ids": (expert_tokens, {"sorted_experts": None}, 161001, "sorted_experts"),
-    "ends: int64": (expert_tokens, {"sorted_experts": IDS.long()}, 161002, "sorted_experts"),
+    "ends: no ids": (expert_tokens, {ROWS_NAME: None}, 161001, ROWS_NAME),
+    "ends: int64": (expert_tokens, {ROWS_NAME: IDS.long()}, 161002, ROWS_NAME),
     "ends: a word": (expert_tokens, {"num_expert": "2"}, 161002, "num_expert"),
-    "ends: 2-D": (expert_tokens, {"sorted_experts": IDS[None]}, 561002, "sorted_experts"),
+    "ends: 2-D": (expert_tokens, {ROWS_NAME: IDS[None]}, 561002, ROWS_NAME),
     "ends: E 0": (expert_tokens, {"num_expert": 0}, 561002, "num_expert"),
     "ends: E 2049": (expert_tokens, {"num_expert": 2049}, 561002, "num_expert"),
-    "ends: negative": (expert_tokens, {"sorted_experts": IDS - 1}, 561002, "sorted_experts"),
-    "ends: descending": (expert_tokens, {"sorted_experts": IDS.flip(0)}, 561002, "sorted_experts"),
+    "ends: negative": (expert_tokens, {ROWS_NAME: IDS - 1}, 561002, ROWS_NAME),
+    "ends: descending": (expert_tokens, {ROWS_NAME: IDS.flip(0)}, 561002, ROWS_NAME),
 }
 
 

@@ -32,7 +32,8 @@ def barriers(rank, group):
 def collectives(rank):
     """Collectives that hccl has and gloo lacks."""
     mine = torch.tensor([1.5, 2.0, 0.5, 4.0]).npu() * (rank + 1)
-    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.int16, torch.uint16):
+    float8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
+    for dtype in (*float8, torch.int16, torch.uint16):
         sent = mine.to(dtype)
         received = torch.empty(3 if rank == 0 else 5).to(dtype).npu()
         received_splits, sent_splits = ([2, 1], [2, 2]) if rank == 0 else ([2, 3], [1, 3])

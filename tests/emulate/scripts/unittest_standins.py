@@ -4,6 +4,7 @@ import csv
 import json
 import pathlib
 import pickle
+import sys
 import tempfile
 
 import torch
@@ -147,10 +148,37 @@ class TestStandIns(TestCase):
         register_asd_hook(None, None)
         assert collect_env.get_cann_version() == "not known"
         assert torch_npu._C._distributed_c10d.ProcessGroupHCCL is ProcessGroupHCCL
-        for module in (torch_npu._C, torch_npu.utils, torch_npu.profiler, torch_npu.npu):
-            name = module.__name__.replace("torch_npu.npu", r"torch\.npu")
+
+    def test_every_module_refuses_other_names_by_name(self):
+        modules = [
+            module
+            for name, module in sys.modules.items()
+            if name.startswith(("torch_npu", "torchair")) and module.__spec__.origin is not None
+        ]
+        assert torch.npu.memory in modules and torch_npu.testing.testcase in modules
+        for module in modules:
+            name = module.__name__.replace("torch_npu.npu", "torch.npu").replace(".", r"\.")
             with self.assertRaisesRegex(RuntimeError, rf"^{name}\.absent: is not emulated"):
                 module.absent  # noqa: B018 - asking for it is the test
+
+    def test_streams_are_told_apart(self):
+        default, other = torch.npu.default_stream(), torch.npu.Stream(priority=-1)
+        assert torch.npu.current_stream() == default and default.device == torch.device("npu:0")
+        assert other != default and other.npu_stream != default.npu_stream
+        with torch.npu.stream(other):
+            assert torch.npu.current_stream() == other and other.priority == -1
+            assert torch.npu.default_stream() == default
+        assert torch.npu.default_stream(1) != default
+        torch.ones(2).npu().record_stream(other)
+
+    def test_generators_of_npus(self):
+        for generator in (torch.Generator("npu:1"), torch.Generator(device=torch.device("npu"))):
+            first = torch.rand(3, generator=generator.manual_seed(3), device="npu")
+            assert torch.equal(torch.rand(3, generator=generator.manual_seed(3)), first)
+            assert isinstance(generator, torch.Generator)
+        assert isinstance(torch.default_generator, torch.Generator)
+        assert not isinstance(first, torch.Generator)
+        assert torch.Generator().device == torch.device("cpu")
 
 
 class TestCoverage(TestCase):

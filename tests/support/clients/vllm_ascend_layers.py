@@ -1,18 +1,20 @@
 """vllm-ascend's token dispatchers and its MoE method, unmodified, on 4 processes.
 
-Run by ``python tests/support/clients vllm-ascend CHECKOUT``, which starts it through npu-run with
-the checkout on its path, in an environment that has vLLM. The product is the only argument: A2, A3
-or A5. vLLM's state of a whole engine (configuration, groups, forward context) is replaced; the code
-under test is not.
+Run by ``run.py`` of this folder, which starts it through npu-run with the checkout on its path, in
+an environment that has vLLM. Arguments are the product, A2, A3 or A5, and a part of the names of
+the cases to run. vLLM's state of a whole engine (configuration, groups, forward context) is
+replaced; the code under test is not.
 """
 
 from __future__ import annotations
 
+import datetime as dt
 import itertools
 import socket
 import sys
 import traceback
 import types
+import typing
 from importlib.machinery import ModuleSpec
 from unittest import mock
 
@@ -44,44 +46,156 @@ class Layer:
         self.mask = torch.ones(N, dtype=torch.bool)
 
 
-def dequantized(x, scale):
-    """Rows of a dispatch in float32; scale is (rows, 1), or (rows, blocks of 32)."""
-    if x.dtype == torch.bfloat16:
-        return x.float()
-    block = 32 if scale.shape[1] > 1 else x.shape[1]
-    return x.float() * scale.float().repeat_interleave(block, dim=1)[:, : x.shape[1]]
+U = 2.0**-8  # the largest relative error of rounding to bfloat16
 
 
-def scale_by_expert(output, rank):
+class Format(typing.NamedTuple):
+    """A format of quantised rows: the dtype, and how many elements share a power of two.
+
+    Without such blocks a row has one scale, its largest magnitude over that of the dtype.
+    """
+
+    dtype: torch.dtype
+    block: int = 0
+
+    def values(self, x, scale):
+        """What rows of a dispatch stand for, in float32."""
+        assert x.dtype == self.dtype, x.dtype
+        if scale.dtype == torch.uint8:  # npu_dynamic_mx_quant returns the bytes
+            scale = scale.view(torch.float8_e8m0fnu)
+        block = self.block or x.shape[1]
+        return x.float() * scale.float().repeat_interleave(block, dim=1)[:, : x.shape[1]]
+
+    def bounds(self, x):
+        """The least and the largest value that each element of float32 rows may be rounded to.
+
+        They differ where an element lies halfway between two codes up to the error of float32.
+        """
+        if self.block:
+            largest = x.abs().unflatten(-1, (-1, self.block)).amax(-1, keepdim=True)
+            exponent = torch.frexp(largest).exponent - 1 - 8  # float8_e4m3fn ends below 2**9
+            scale = torch.ldexp(torch.ones(()), exponent).expand(*exponent.shape[:-1], self.block)
+            scale = scale.flatten(-2)
+        else:
+            scale = x.abs().amax(-1, keepdim=True) / self.most
+        rounded = [self._rounded(x * near / scale) * scale for near in (1 - 1e-6, 1 + 1e-6)]
+        return torch.minimum(*rounded), torch.maximum(*rounded)
+
+    @property
+    def most(self):
+        """The largest magnitude of a code."""
+        return 127 if self.dtype == torch.int8 else torch.finfo(self.dtype).max
+
+    def _rounded(self, codes):
+        if self.dtype == torch.int8:
+            return codes.round()
+        return codes.clamp(-self.most, self.most).to(self.dtype).float()
+
+
+INT8, E4M3 = Format(torch.int8), Format(torch.float8_e4m3fn)
+MX = Format(torch.float8_e4m3fn, 32)
+FORMATS = {
+    "NONE": None,
+    "W8A8": INT8,
+    "W4A8": INT8,
+    "W8A8FP": E4M3,
+    "W4A8MXFP": MX,
+    "W8A8MXFP": MX,
+}
+
+
+def format_of(dispatcher, quantisation):
+    """The format in which a dispatcher delivers rows; None for bfloat16."""
+    if (dispatcher, quantisation) == ("AllGather", "W8A8FP"):
+        return None  # vllm-ascend quantises behind this dispatcher
+    return FORMATS[quantisation]
+
+
+def scale_by_expert(output, fmt, rank):
     """Multiply each received row by 1 + its expert, in bfloat16: an expert that names itself."""
     counts = output.group_list.long()
     if output.group_list_type == 0:
         counts = counts.diff(prepend=counts.new_zeros(1))
     ends = counts.cumsum(0)
     rows = torch.zeros(output.hidden_states.shape, dtype=torch.bfloat16)
-    scale = output.dynamic_scale
     for expert, (end, count) in enumerate(zip(ends.tolist(), counts.tolist(), strict=True)):
         part = slice(end - count, end)
-        part_scale = scale.reshape(len(rows), -1)[part] if scale is not None else None
-        values = dequantized(output.hidden_states[part], part_scale)
-        rows[part] = ((1 + rank * L + expert) * values).bfloat16()
+        values = output.hidden_states[part]
+        if fmt is None:
+            assert values.dtype == torch.bfloat16, values.dtype
+        else:
+            values = fmt.values(values, output.dynamic_scale.reshape(len(rows), -1)[part])
+        rows[part] = ((1 + rank * L + expert) * values.float()).bfloat16()
     return rows
 
 
-def scaled_dense(layer):
-    """What ``scale_by_expert`` should sum up to."""
-    factors = ((1 + layer.ids.float()) * layer.weights).sum(1, keepdim=True)
-    return layer.x.float() * factors
+def scaled_bounds(layer, fmt, sent):
+    """The least and the largest value of what ``scale_by_expert`` should sum up to.
+
+    Args:
+        layer: one rank's tokens.
+        fmt: of the rows that dispatch delivers, or None.
+        sent: of the rows that combine sends, or None.
+    """
+    x = layer.x.float()
+    low, high = (x, x) if fmt is None else fmt.bounds(x)
+    factors = 1 + layer.ids.float().unsqueeze(-1)
+    rows = [factors * bound.unsqueeze(1) for bound in (low, high)]  # (N, K, H)
+    if sent is not None:
+        rows = [
+            sent.bounds(rows[0].bfloat16().float())[0],
+            sent.bounds(rows[1].bfloat16().float())[1],
+        ]
+    return [(bound * layer.weights.unsqueeze(-1)).sum(1) for bound in rows]
 
 
-def close(actual, wanted, tolerance):
-    """Compare relatively to the largest magnitude of a row."""
-    error = (actual.float() - wanted).abs().amax(-1) / wanted.abs().amax(-1).clamp_min(1e-6)
-    assert bool((error <= tolerance).all()), f"relative error {error.max().item():.4f}"
+def check_within(actual, low, high, error):
+    """Each element lies between the bounds, or beside them by no more than ``error``."""
+    beside = torch.maximum(low - actual, actual - high)
+    assert bool((beside <= error).all()), f"{(beside / error).max().item():.3f} times the bound"
 
 
-# Relative to the largest value of a row. float8 rounds to 1/16, and MX scales clip up to 1/8.
-TOLERANCE = {"NONE": 0.02, "W8A8": 0.03, "W4A8": 0.03, "W8A8FP": 0.08}
+def check_routing(logits, weights, ids):
+    """The K largest logits of each token, and their softmax."""
+    chosen = logits.gather(1, ids.long())
+    assert torch.equal(chosen.sort(descending=True).values, logits.topk(K).values), "other experts"
+    assert bool((ids.sort(1).values.diff(dim=1) > 0).all()), "an expert twice"
+    wanted = chosen.softmax(-1)
+    # In bfloat16 the probabilities, their sum and the quotient are rounded.
+    error = 4 * U * wanted if weights.dtype == torch.bfloat16 else 1e-5
+    assert bool(((weights.float() - wanted).abs() <= error).all()), "other weights"
+
+
+def dense_layer(x, weights, ids, w1, w2, fmt):
+    """A layer in float32, and how far one with roundings may be from it, element by element.
+
+    The bound follows each rounding to first order, and adds 10 % for the higher ones.
+
+    Args:
+        x: (N, H) tokens.
+        weights: (N, K) of their experts.
+        ids: (N, K) their experts.
+        w1: (E, H, 2 F) weights, those of the gates first.
+        w2: (E, F, H) weights.
+        fmt: in which both matrix products take their rows; None for bfloat16.
+    """
+    low, high = (x, x) if fmt is None else fmt.bounds(x)
+    gate_up = torch.einsum("nh,nkhf->nkf", (low + high) / 2, w1[ids])
+    gate_up_error = torch.einsum("nh,nkhf->nkf", (high - low) / 2, w1[ids].abs())
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate_error, up_error = (gate_up_error + U * gate_up.abs()).chunk(2, dim=-1)
+    sigmoid = gate.sigmoid()
+    silu, slope = gate * sigmoid, sigmoid * (1 + gate * (1 - sigmoid))
+    hidden = silu * up
+    error = (slope * up).abs() * gate_error + silu.abs() * up_error
+    error += 2 * U * hidden.abs()  # of the activation, and of its product
+    if fmt is not None:
+        error += hidden.abs().amax(-1, keepdim=True) / fmt.most / 2  # half a step
+    rows = torch.einsum("nkf,nkfh->nkh", hidden, w2[ids])
+    error = torch.einsum("nkf,nkfh->nkh", error, w2[ids].abs())
+    error += 2 * U * rows.abs()  # of a row, and of the sum or each rank's part of it
+    shares = weights.unsqueeze(-1)
+    return (rows * shares).sum(1), 1.1 * (error * shares).sum(1) + 1e-6
 
 
 class Client:
@@ -117,12 +231,16 @@ class Client:
             "is_hierarchical_communication_enabled": lambda: False,
             "should_skip_allreduce_across_dp_group": lambda _: self.ragged,
         }
+        # scale_alg of MX quantisation depends on the model, here on none in particular.
+        model = namespace(hf_text_config=None, architectures=None)
+        ascend_config = namespace(vllm_config=namespace(model_config=model))
         self.ragged = False
         self.patches = [
             *(mock.patch.object(token_dispatcher, name, new) for name, new in replaced.items()),
             mock.patch(
                 "vllm_ascend.ops.fused_moe.moe_utils.get_ep_group", lambda: group, create=True
             ),
+            mock.patch("vllm_ascend.ascend_config.get_ascend_config", lambda: ascend_config),
         ]
         for patch in self.patches:
             patch.start()
@@ -166,7 +284,8 @@ class Client:
         }
         dispatcher = classes[name](top_k=K, num_experts=E, num_local_experts=L)
         output = dispatcher.token_dispatch(self.dispatch_input(layer, quantisation))
-        return dispatcher.token_combine(scale_by_expert(output, self.rank), output.combine_metadata)
+        rows = scale_by_expert(output, format_of(name, quantisation), self.rank)
+        return dispatcher.token_combine(rows, output.combine_metadata)
 
     def check_dispatcher(self, name, quantisation, *, ragged=False):
         """One dispatcher against the dense computation."""
@@ -182,11 +301,14 @@ class Client:
         if name == "AllGather":  # every rank has all tokens, and its experts' share of the sums
             for field in ("x", "ids", "weights", "mask"):
                 setattr(layer, field, torch.cat([getattr(part, field) for part in layers]))
-        wanted, active = scaled_dense(layer), layer.mask.clone()
+        sent = MX if (name, quantisation) == ("MC2", "W8A8MXFP") else None
+        bounds, active = scaled_bounds(layer, format_of(name, quantisation), sent), layer.mask
         actual = self.run_dispatcher(name, quantisation, layer).float()
         if name == "AllGather":
             dist.all_reduce(actual)
-        close(actual[active], wanted[active], TOLERANCE.get(quantisation, 0.14))
+        # Two roundings to bfloat16: of the experts' rows, and of their sum (or each rank's part).
+        error = 2.02 * U * torch.maximum(*(bound.abs() for bound in bounds)) + 1e-6
+        check_within(actual[active], *(t[active] for t in (*bounds, error)))
 
     def moe_method(self, name):
         """The communication method with its dispatcher; prepare and finalize belong to vLLM."""
@@ -216,23 +338,24 @@ class Client:
             renormalize=True,
         )
         weights, ids = router._compute_routing(layer.x, layer.logits, torch.int32)
+        check_routing(layer.logits.float(), weights, ids)
         generator = torch.Generator().manual_seed(5)
         w1 = (torch.randn(E, H, 2 * F, generator=generator) / H**0.5).bfloat16()
         w2 = (torch.randn(E, F, H, generator=generator) / F**0.5).bfloat16()
-        gate_up = torch.einsum("nh,nkhf->nkf", layer.x.float(), w1.float()[ids.long()])
-        gate, up = gate_up.chunk(2, dim=-1)
-        hidden = torch.nn.functional.silu(gate) * up
-        rows = torch.einsum("nkf,nkfh->nkh", hidden, w2.float()[ids.long()])
-        wanted = (rows * weights.float().unsqueeze(-1)).sum(1)
 
         local = slice(self.rank * L, (self.rank + 1) * L)
         parts, scales = {"w1": w1[local], "w2": w2[local]}, {}
+        dense = [w1.float(), w2.float()]
         if quantisation == "W8A8":
-            for key, weight in parts.items():
-                scale = weight.float().abs().amax(1) / 127  # (L, N), one for each column
-                parts[key] = (weight.float() / scale.unsqueeze(1)).round().to(torch.int8)
-                scales[f"{key}_scale"] = [scale.bfloat16()]
-            parts = {key: [weight] for key, weight in parts.items()}
+            for index, key in enumerate(parts):
+                scale = (dense[index].abs().amax(1) / 127).bfloat16()  # one for each column
+                codes = (dense[index] / scale.float().unsqueeze(1)).round().clamp(-127, 127)
+                dense[index] = codes * scale.float().unsqueeze(1)
+                parts[key] = [codes[local].to(torch.int8)]
+                scales[f"{key}_scale"] = [scale[local]]
+        wanted, error = dense_layer(
+            layer.x.float(), weights.float(), ids.long(), *dense, fmt=FORMATS[quantisation]
+        )
         method = self.moe_method(name)
         context = namespace(
             moe_comm_method=method,
@@ -262,7 +385,7 @@ class Client:
             actual = method.fused_experts(experts_input).routed_out.float()
         if name == "AllGather":
             dist.all_reduce(actual)
-        close(actual, wanted, 0.03 if quantisation == "NONE" else 0.06)
+        check_within(actual, wanted, wanted, error)
 
 
 def cases(product):
@@ -297,9 +420,14 @@ def run_rank(rank, port, product, wanted):
     """All cases on one rank; rank 0 prints the results."""
     torch.npu.set_device(rank)
     dist.init_process_group(
-        "hccl", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD
+        "hccl",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=WORLD,
+        timeout=dt.timedelta(minutes=10),
     )
     client = Client(product, rank)
+    failures = 0
     for name, check in cases(product):
         if wanted and wanted not in name:
             continue
@@ -307,16 +435,19 @@ def run_rank(rank, port, product, wanted):
         try:
             with torch.inference_mode():
                 check(client)
-        except Exception:
+        except Exception:  # the other cases run on, and rank 0 hears of it
             error = traceback.format_exc()
         errors = [None] * WORLD
         dist.all_gather_object(errors, error)
+        failed = [error for error in errors if error]
+        failures += bool(failed)
         if rank == 0:
-            failed = [error for error in errors if error]
             print("FAIL" if failed else "PASS", product, name, flush=True)
             if failed:
                 print(failed[0], flush=True)
     dist.destroy_process_group()
+    if failures:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from moe_triton.emulate import children, device, hccl, missing, settings, torch_npu_ops
@@ -25,6 +23,4 @@ globals().update(torch_npu_ops.NAMES)
 
 from . import _C, contrib, profiler, utils  # noqa: E402 - they need the names above
 
-
-def __getattr__(name: str) -> Any:
-    return missing.not_emulated("torch_npu", name)
+__getattr__ = missing.module_getattr("torch_npu")

@@ -36,10 +36,7 @@ __all__ = [
     "supported_activities",
     "tensorboard_trace_handler",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    return missing.not_emulated("torch_npu.profiler", name)
+__getattr__ = missing.module_getattr("torch_npu.profiler")
 
 
 class ProfilerActivity(Enum):

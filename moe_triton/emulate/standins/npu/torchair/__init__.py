@@ -35,5 +35,4 @@ def patch_for_hcom() -> None:
     """Do nothing: collectives need no patch."""
 
 
-def __getattr__(name: str) -> Any:
-    return missing.not_emulated("torchair", name)
+__getattr__ = missing.module_getattr("torchair")

@@ -22,5 +22,4 @@ class ProcessGroupHCCL:
             self.hccl_config: dict[str, Any] = {}
 
 
-def __getattr__(name: str) -> Any:
-    return missing.not_emulated("torch_npu._C._distributed_c10d", name)
+__getattr__ = missing.module_getattr("torch_npu._C._distributed_c10d")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from moe_triton.emulate import missing
 
-
-def __getattr__(name: str) -> Any:
-    return missing.not_emulated("torch_npu.contrib", name)
+__getattr__ = missing.module_getattr("torch_npu.contrib")

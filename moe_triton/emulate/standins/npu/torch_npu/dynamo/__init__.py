@@ -2,4 +2,9 @@
 
 import torchair
 
+from moe_triton.emulate import missing
+
 __all__ = ["torchair"]
+
+
+__getattr__ = missing.module_getattr("torch_npu.dynamo")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_triton import profile
-from moe_triton.emulate import host_memory, settings
+from moe_triton.emulate import host_memory, missing, settings
 from moe_triton.emulate.device import HOST, on_host
 from moe_triton.errors import ArgumentValueError
 
@@ -158,3 +158,6 @@ def set_compile_mode(jit_compile: bool = False) -> None:
 
 def set_option(option: dict[str, Any]) -> None:
     """Do nothing: the options configure NPUs."""
+
+
+__getattr__ = missing.module_getattr("torch.npu.devices")

@@ -44,3 +44,6 @@ graph_task_group_begin = _refused("graph_task_group_begin")
 graph_task_group_end = _refused("graph_task_group_end")
 graph_task_update_begin = _refused("graph_task_update_begin")
 graph_task_update_end = _refused("graph_task_update_end")
+
+
+__getattr__ = missing.module_getattr("torch.npu.graphs")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moe_triton.emulate import host_memory
+from moe_triton.emulate import host_memory, missing
 from moe_triton.emulate.device import HOST, on_host
 
 _ON_CUDA = HOST.type == "cuda"
@@ -76,3 +76,6 @@ def set_per_process_memory_fraction(fraction: float, device: Any = None) -> None
     """Limit PyTorch's allocator on CUDA; nothing on the CPU."""
     if _ON_CUDA:
         torch.cuda.set_per_process_memory_fraction(fraction, on_host(device))
+
+
+__getattr__ = missing.module_getattr("torch.npu.memory")

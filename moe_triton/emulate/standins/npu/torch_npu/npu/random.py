@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_triton.emulate import missing
 from moe_triton.emulate.device import HOST, on_host
 
 from .devices import device_count
@@ -69,3 +70,6 @@ def seed() -> None:
 
 
 seed_all = seed
+
+
+__getattr__ = missing.module_getattr("torch.npu.random")

@@ -7,6 +7,7 @@ points in time. On CUDA these are the ones of ``torch.cuda``.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -14,12 +15,14 @@ from typing import Any
 
 import torch
 
+from moe_triton.emulate import missing
 from moe_triton.emulate.device import HOST, on_host
 
-from .devices import index_of
+from .devices import device_count, index_of
 
 _ON_CUDA = HOST.type == "cuda"
 _thread = threading.local()
+_stream_ids = itertools.count()
 
 
 def synchronize(device: Any = None) -> None:
@@ -34,6 +37,18 @@ class _Stream:
 
     def __init__(self, device: Any = None, priority: int = 0, **options: Any) -> None:  # noqa: ARG002 - the signature of torch_npu
         self.device_index = index_of(device)
+        self.priority = priority
+        self.stream_id = next(_stream_ids)
+
+    @property
+    def device(self) -> torch.device:
+        """The NPU."""
+        return torch.device("npu", self.device_index)
+
+    @property
+    def npu_stream(self) -> int:
+        """No handle of a runtime: only a number that tells streams apart, as ``stream_id``."""
+        return self.stream_id
 
     def synchronize(self) -> None:
         """Do nothing."""
@@ -95,9 +110,16 @@ Stream: Any = torch.cuda.Stream if _ON_CUDA else _Stream
 Event: Any = torch.cuda.Event if _ON_CUDA else _Event
 
 
+_default_streams: tuple[Any, ...] = (
+    () if _ON_CUDA else tuple(_Stream(index) for index in range(device_count()))
+)
+
+
 def default_stream(device: Any = None) -> Any:
     """The default stream of a device."""
-    return torch.cuda.default_stream(on_host(device)) if _ON_CUDA else _Stream(device)
+    if _ON_CUDA:
+        return torch.cuda.default_stream(on_host(device))
+    return _default_streams[index_of(device)]
 
 
 def current_stream(device: Any = None) -> Any:
@@ -125,3 +147,6 @@ def stream(stream: Any) -> Iterator[None]:
         yield
     finally:
         set_stream(before)
+
+
+__getattr__ = missing.module_getattr("torch.npu.streams")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch_npu
+from moe_triton.emulate import missing
 
 Test = TypeVar("Test", bound=Callable[..., None])
 
@@ -17,3 +18,6 @@ def skipIfUnsupportMultiNPU(npu_number_needed: int) -> Callable[[Test], Test]:
         torch_npu.npu.device_count() < npu_number_needed,
         f"needs {npu_number_needed} NPUs, see npu-run --devices",
     )
+
+
+__getattr__ = missing.module_getattr("torch_npu.testing.common_distributed")

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from moe_triton.emulate import missing
 from moe_triton.emulate.formats import Format, npu_format_cast_
 
 Test = TypeVar("Test")
@@ -46,3 +47,6 @@ def SupportedDevices(names: Sequence[str]) -> Callable[[Test], Test]:
     """Run a test on some products only; the emulated NPU counts as each of them."""
     del names
     return lambda test: test
+
+
+__getattr__ = missing.module_getattr("torch_npu.testing.common_utils")

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from moe_triton.emulate import missing
+
 
 def run_tests() -> None:
     """Run the tests of the main module; exits the process."""
@@ -120,3 +122,6 @@ def _holds_numbers(value: Any) -> bool:
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return all(map(_holds_numbers, value))
     return isinstance(value, torch.Tensor | np.ndarray | Number)
+
+
+__getattr__ = missing.module_getattr("torch_npu.testing.testcase")

@@ -19,5 +19,4 @@ def reset_thread_affinity() -> None:
     """Do nothing."""
 
 
-def __getattr__(name: str) -> Any:
-    return missing.not_emulated("torch_npu.utils", name)
+__getattr__ = missing.module_getattr("torch_npu.utils")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch_npu
+from moe_triton.emulate import missing
 
 
 def get_cann_version() -> str:
@@ -13,3 +14,6 @@ def get_cann_version() -> str:
 def get_torch_npu_version() -> str:
     """The version of the stand-in, which is that of torch."""
     return torch_npu.__version__
+
+
+__getattr__ = missing.module_getattr("torch_npu.utils.collect_env")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from moe_triton.emulate import missing
+
 
 class CompilerConfig:
     """Any name can be set and read, at any depth: scripts say how an NPU should compile."""
@@ -12,3 +14,6 @@ class CompilerConfig:
         section = CompilerConfig()
         setattr(self, name, section)
         return section
+
+
+__getattr__ = missing.module_getattr("torchair.configs.compiler_config")
