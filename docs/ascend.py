@@ -95,7 +95,8 @@ With every profile:
 - `quant_expand_x` and `comm_cmd_info` are handles for the second half of an operator; no other
   operator reads them.
 - int4 packed in int32, HiFloat8 and fp4 are refused with 161002; `quant_mode` 5 and
-  `comm_quant_mode` 3 and 4 with 561002.
+  `comm_quant_mode` 3 and 4 with 561002, except in combine_v2. There they round rows as MX does, and
+  send them in 16 bits.
 - Arguments that the documents reserve must have their defaults.
 """
 

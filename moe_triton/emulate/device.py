@@ -104,7 +104,8 @@ class _Generator(torch._C.Generator, metaclass=_GeneratorType):
     """``torch.Generator``, which is no torch function, with the host for NPUs."""
 
     def __new__(cls, device: Any = "cpu") -> Any:
-        return torch._C.Generator.__new__(torch._C.Generator, device=_device_argument(device))
+        host = _device_argument(device)
+        return torch._C.Generator.__new__(torch._C.Generator, device=host)  # type: ignore[call-arg]
 
 
 def _histc(func: Any, arguments: list[Any], named: dict[str, Any]) -> Tensor:
@@ -193,7 +194,7 @@ def install(runtime: ModuleType) -> None:
     torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
     Tensor.npu = _tensor_npu  # type: ignore[attr-defined]
     if _COPIES:
-        Tensor.record_stream = _record_stream  # type: ignore[method-assign]
+        Tensor.record_stream = _record_stream  # type: ignore[assignment,method-assign]
     Tensor.is_npu = property(  # type: ignore[attr-defined]
         lambda tensor: tensor.device.type == HOST.type
     )

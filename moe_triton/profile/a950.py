@@ -28,6 +28,7 @@ _V2 = replace(
     quant_modes=_MODES,
     float8=True,
     tp_world_sizes=(0, 1),
+    comm_quant_modes=(0, 2, 3, 4),
     refused=a3.V2.refused | {"elastic_info"},
 )
 _V2_FULLMESH_V1 = replace(_V2, in_combine=False)

@@ -12,6 +12,7 @@ from .limits import Limits
 from .product import Profile
 
 _ANY = Limits(top_k=range(1, 17), quant_modes=range(5), float8=True)
+_V2 = replace(_ANY, comm_quant_modes=(0, 2, 3, 4))
 _REPLICAS = Limits()
 
 PROFILE = Profile(
@@ -19,11 +20,11 @@ PROFILE = Profile(
     {
         "v1": {"": _ANY},
         "v2": {
-            "": _ANY,
-            "fullmesh": _ANY,
-            "fullmesh_v1": _ANY,
-            "fullmesh_v2": replace(_ANY, top_k=range(1, 13)),
-            "hierarchy": _ANY,
+            "": _V2,
+            "fullmesh": _V2,
+            "fullmesh_v1": _V2,
+            "fullmesh_v2": replace(_V2, top_k=range(1, 13)),
+            "hierarchy": _V2,
         },
         "rms": {"": _ANY},
         "split": {"": _ANY},

@@ -196,6 +196,7 @@ _950_V2 = A3_V2 | {
     "world_size": ((2, 3, 1024), (1, 1025)),
     "quant_mode": EVERY_MODE,
     "tp_world_size": WITHOUT_TP,
+    "comm_quant_mode": ((0, 2, 3, 4), (1, 5)),
     "elastic": NEVER,
 }
 PORTABLE_V1 = {fact: EITHER for fact in ARGUMENTS if fact.startswith("with")} | {
@@ -215,7 +216,7 @@ PORTABLE_V1 = {fact: EITHER for fact in ARGUMENTS if fact.startswith("with")} | 
     "quant_mode": EVERY_MODE,
     "comm_quant_mode": ((0, 2), (1, 3)),
 }
-PORTABLE_V2 = PORTABLE_V1 | {
+_WITHOUT_MX = PORTABLE_V1 | {
     "num_zero_experts": SOME,
     "num_copy_experts": SOME,
     "num_const_experts": SOME,
@@ -241,7 +242,8 @@ _950_SPLIT = A3_SPLIT | {
     "comm_type": ((2,), (0, 1, 3)),
     "token_nums_type": ((1,), (0, 2)),
 }
-PORTABLE_SPLIT = {fact: values for fact, values in PORTABLE_V2.items() if fact not in NOT_IN_SPLIT}
+PORTABLE_V2 = _WITHOUT_MX | {"comm_quant_mode": ((0, 2, 3, 4), (1, 5))}
+PORTABLE_SPLIT = {fact: values for fact, values in _WITHOUT_MX.items() if fact not in NOT_IN_SPLIT}
 PORTABLE_SPLIT |= {"comm_type": ((0, 1, 2), (-1, 3)), "token_nums_type": ((0, 1), (-1, 2))}
 UP_TO_12 = {"top_k": ((1, 12), (0, 13))}
 
@@ -253,7 +255,7 @@ RANGES = {
     ("portable", "v2", "fullmesh_v1"): PORTABLE_V2,
     ("portable", "v2", "fullmesh_v2"): PORTABLE_V2 | UP_TO_12,
     ("portable", "v2", "hierarchy"): PORTABLE_V2,
-    ("portable", "rms", ""): PORTABLE_V2,
+    ("portable", "rms", ""): _WITHOUT_MX,
     ("portable", "split", ""): PORTABLE_SPLIT,
     ("a2", "v1", ""): A2_V1,
     ("a2", "v1", "by environment"): A2_V1_HIERARCHY,

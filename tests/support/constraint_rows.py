@@ -481,7 +481,7 @@ QUANTISATION = [
     ),
     *(
         combine(f"row23-mode-{mode}", "comm_quant_mode", mode, base="hidden 8")
-        for mode in (1, 3, -2)
+        for mode in (1, 5, -2)
     ),
     combine("row23-mode-2-with-t-2", "comm_quant_mode", 2, base="pairs", blames="tp_world_size"),
     combine("row23-mode-2-with-h-4", "comm_quant_mode", 2, r"\b[24]\b", blames="expand_x"),

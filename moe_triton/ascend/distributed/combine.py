@@ -14,9 +14,11 @@ from ...errors import ArgumentTypeError
 from ...layout import Norm, RecvPermutation, RoutingPlan, ZeroComputationExperts
 from ...ops import checks
 from ...ops.device_steps import steps_on
+from ...ops.quantization import E8M0
 from ...profile import active_profile
 from ...topology import Topology
 from ..group_arguments import GroupArguments, ScaledDown
+from ..local.dynamic_quant import MX_BLOCK, quantize_mx_rows
 from ..op_names import COMBINE, COMBINE_ADD_RMS_NORM, COMBINE_V2, family
 from .checks import (
     check_tokens,
@@ -40,7 +42,8 @@ from .dispatch_metadata import (
 from .groups import OpGroups
 from .tensor_parallel import add_halves
 
-_RETURN_QUANT = {0: None, 2: "int8"}
+_RETURN_QUANT = {0: None, 2: "int8", 3: None, 4: None}
+_MX = {3: torch.float8_e5m2, 4: torch.float8_e4m3fn}  # comm_quant_mode
 
 
 class CombineOutput(NamedTuple):
@@ -220,7 +223,9 @@ def check_combine(
     hidden, device = expand_x.shape[1], expand_x.device
     per_rank = (topology.world_size,)
     checks.shape(op, "performance_info", performance_info, per_rank, "(W,)", device)
-    check_return_quant(op, comm_quant_mode, arguments, hidden)
+    check_return_quant(op, comm_quant_mode, arguments, hidden, mx=op == COMBINE_V2)
+    if comm_quant_mode in _MX:
+        expand_x = mx_rounded(expand_x, _MX[comm_quant_mode])
     rank = groups.group.rank
     capacity = topology.capacity(rank, max_tokens, top_k)
     num_rows = capacity * (2 if arguments.has_tp else 1)
@@ -347,13 +352,27 @@ def _is_expand_idx(op: str, index: torch.Tensor, num_ids: int) -> bool:
     return op == COMBINE or (op == COMBINE_ADD_RMS_NORM and index.numel() == num_ids)
 
 
-def check_return_quant(op: str, mode: int, arguments: GroupArguments, hidden: int) -> None:
-    """Check ``comm_quant_mode``."""
-    modes = [*_RETURN_QUANT]
+def mx_rounded(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[R, H] rows, rounded to MX of a float8 and back.
+
+    The dtype of the rows holds every value of MX, so that they can travel in it: the result is that
+    of rows that travel as MX.
+    """
+    codes, scales = quantize_mx_rows(rows, dtype)
+    factors = scales.view(E8M0).float().repeat_interleave(MX_BLOCK, dim=1)[:, : rows.shape[1]]
+    return (codes.float() * factors).to(rows.dtype)
+
+
+def check_return_quant(
+    op: str, mode: int, arguments: GroupArguments, hidden: int, *, mx: bool = False
+) -> None:
+    """Check ``comm_quant_mode``; ``mx`` says whether the op has the modes of MX."""
+    modes = [mode for mode in _RETURN_QUANT if mx or mode not in _MX]
     checks.value(op, "comm_quant_mode", mode in modes, f"be in {modes}", mode)
     if mode:
         contract = "be 0 when tp_world_size is 2"
         checks.value(op, "comm_quant_mode", not arguments.has_tp, contract, mode)
+    if _RETURN_QUANT[mode] is not None:
         contract = f"be 0 unless H is a multiple of {comm.RETURN_BLOCK}"
         got = f"{mode} with H = {hidden}"
         checks.value(op, "comm_quant_mode", hidden % comm.RETURN_BLOCK == 0, contract, got)

@@ -18,7 +18,7 @@ from .groups import expert_of_row, group_ends
 
 _MODES = ("pertoken", "pertensor", "perchannel")
 _MX = {quant.dtype: name for name, quant in QUANTS.items() if quant.scheme == "mx"}
-_MX_BLOCK = 32
+MX_BLOCK = 32
 
 
 def quantize_rows(
@@ -158,7 +158,7 @@ def dynamic_mx_quant(
     checks.value(op, "axis", -most <= axis < most, f"be in [{-most}, {most})", axis)
     rounds = round_mode == "rint"
     checks.value(op, "round_mode", rounds, 'be "rint" with a float8', repr(round_mode))
-    checks.value(op, "block_size", block_size == _MX_BLOCK, f"be {_MX_BLOCK}", block_size)
+    checks.value(op, "block_size", block_size == MX_BLOCK, f"be {MX_BLOCK}", block_size)
     checks.value(op, "scale_alg", not scale_alg, "be 0, the scales of OCP MX", scale_alg)
     checks.value(op, "dst_type_max", dst_type_max == 0, "be 0", dst_type_max)
     checks.value(op, "max_low_bound", max_low_bound == 0, "be 0", max_low_bound)
@@ -179,7 +179,7 @@ def dynamic_mx_quant_outputs(
     dtype = fake_dtype(dst_type, torch.float8_e4m3fn)
     shape = [*x.shape, 2]
     axis = axis % max(x.dim(), 1)
-    shape[axis] = -(-shape[axis] // (2 * _MX_BLOCK))
+    shape[axis] = -(-shape[axis] // (2 * MX_BLOCK))
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(shape, dtype=torch.uint8)
 
 

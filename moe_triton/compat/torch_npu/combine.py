@@ -159,7 +159,8 @@ def npu_moe_distribute_combine_v2(
         shared_expert_num: as in dispatch.
         shared_expert_rank_num: as in dispatch.
         global_bs: as in dispatch.
-        comm_quant_mode: as in ``npu_moe_distribute_combine``.
+        comm_quant_mode: as in ``npu_moe_distribute_combine``, and 3 and 4 as MX of float8_e5m2 and
+            float8_e4m3fn, with a power of two for every 32 elements; these need T = 1.
         comm_alg: as in dispatch.
         zero_expert_num: as in dispatch.
         copy_expert_num: as in dispatch.

@@ -214,3 +214,53 @@ def test_shapes_are_known_in_advance(name):
     for one, other in zip(real, meta, strict=True):
         assert (one is None) == (other is None)
         assert one is None or (one.shape, one.dtype) == (other.shape, other.dtype)
+
+
+def rounded_to_mx(rows, kind):
+    """Rows as MX holds them: codes times the power of two below each 32 elements' largest."""
+    blocks = rows.float().unflatten(1, (-1, 32))
+    most_exponent, most = (8, 448) if kind == E4M3 else (15, 57344)
+    exponent = torch.frexp(blocks.abs().amax(-1, keepdim=True)).exponent - 1 - most_exponent
+    scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
+    codes = (blocks / scale).clamp(-most, most).to(kind)
+    return (codes.float() * scale).flatten(1).to(rows.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("mode, kind", [(3, E5M2), (4, E4M3)], ids=["e5m2", "e4m3"])
+def test_combine_rounds_rows_to_mx(mode, kind, dtype):
+    def fn(ctx):
+        generator = torch.Generator().manual_seed(ctx.rank)
+        x = torch.randn(5, 96, generator=generator).to(dtype)
+        ids = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in x]).int()
+        weights = torch.rand(5, 2, generator=generator)
+        where = (ctx.ep_group, 2, ctx.ep_rank, 4)
+        rows, _, assist, _, counts, *_ = torch_npu.npu_moe_distribute_dispatch_v2(x, ids, *where)
+        rows[int(counts[-1]) :] = torch.nan
+        return [
+            torch_npu.npu_moe_distribute_combine_v2(
+                sent, ids, assist, counts, weights, *where, comm_quant_mode=mode
+            )
+            for sent, mode in ((rows, mode), (rounded_to_mx(rows, kind), 0), (rows, 0))
+        ]
+
+    for actual, wanted, unrounded in harness.run_world("local", 2, fn):
+        assert torch.equal(actual, wanted)
+        assert not torch.equal(actual, unrounded)
+
+
+def test_mx_is_refused_in_other_combines():
+    def fn(ctx):
+        x, ids = torch.ones(1, 32).half(), torch.zeros(1, 1, dtype=torch.int32)
+        where = (ctx.ep_group, 1, 0, 1)
+        rows, _, idx, _, counts, *_ = torch_npu.npu_moe_distribute_dispatch(x, ids, *where)
+        try:
+            torch_npu.npu_moe_distribute_combine(
+                rows, ids, idx, counts, torch.ones(1, 1), *where, comm_quant_mode=4
+            )
+        except ValueError as error:
+            return harness.describe(error)
+
+    (error,) = harness.run_world("local", 1, fn)
+    assert error["argument"] == "comm_quant_mode"
+    assert error["code"] == 561002

@@ -74,8 +74,8 @@ class Format(typing.NamedTuple):
         if self.block:
             largest = x.abs().unflatten(-1, (-1, self.block)).amax(-1, keepdim=True)
             exponent = torch.frexp(largest).exponent - 1 - 8  # float8_e4m3fn ends below 2**9
-            scale = torch.ldexp(torch.ones(()), exponent).expand(*exponent.shape[:-1], self.block)
-            scale = scale.flatten(-2)
+            scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
+            scale = scale.expand(*exponent.shape[:-1], self.block).flatten(-2)
         else:
             scale = x.abs().amax(-1, keepdim=True) / self.most
         rounded = [self._rounded(x * near / scale) * scale for near in (1 - 1e-6, 1 + 1e-6)]
