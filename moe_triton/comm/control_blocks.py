@@ -69,7 +69,10 @@ class ControlBlocks:
         self._words = words[: len(words) // 4 * 4].view(np.int32)
         starts = [block.data.data_ptr() - self._span.data_ptr() for block in blocks]
         first = (np.array(starts) + _HEAD_BYTES) // 4
-        self._flags = first[:, None] + np.arange(_FLAG_WORDS)
+        flags = first[:, None] + np.arange(3)
+        self._flags = [flags + index * _FLAG_WORDS for index in range(len(KINDS) * slots)]
+        # The text of this rank's handshake in each place: a loop repeats the same.
+        self._texts: dict[int, str] = {}
 
     # Who is there.
 
@@ -117,7 +120,7 @@ class ControlBlocks:
     def flags(self, kind: str, epoch: int) -> np.ndarray:
         """[W, 3] epoch, status and digest of all ranks in the slot of ``epoch``."""
         index = KINDS.index(kind) * self._slots + epoch % self._slots
-        found: np.ndarray = self._words[self._flags[:, :3] + index * _FLAG_WORDS]
+        found: np.ndarray = self._words[self._flags[index]]
         return found
 
     def flag(self, rank: int, kind: str, epoch: int) -> tuple[int, ...]:
@@ -146,8 +149,9 @@ class ControlBlocks:
         words = _words(address)
         if words[0] == epoch:
             status |= words[1] & OPENED
-        else:
+        elif self._texts.get(address) != text:
             words[2] = _write(address + _TEXT, text, _REASON - _TEXT)
+            self._texts[address] = text
         words[3] = _write(address + _REASON, reason, _ENTRY_BYTES - _REASON)
         for word, value in ((address + 4, status), (address, epoch)):
             atomics.store_release(word, value)

@@ -529,6 +529,8 @@ class RingProtocol:
         waited = [0.0] * self.size
         start = time.monotonic()
         expected = (epoch, DATA, operation.digest)
+        if atomics.LOADS_ACQUIRE and (self._control.flags(kind, epoch) == expected).all():
+            return waited, aborted
 
         def check(source: int, flag: tuple[int, ...]) -> None:
             if flag == expected or source in aborted:

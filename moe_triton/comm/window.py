@@ -288,7 +288,7 @@ class PeerWindows:
     @property
     def device(self) -> torch.device:
         """Of the memory."""
-        return self.steps.bases.device
+        return self.steps.device
 
     def serves(self, ring: Ring, device: torch.device) -> bool:
         """Whether calls made for ``ring`` fit, in the memory of ``device``."""

@@ -16,8 +16,6 @@ Source: the memory models of PTX and C++. ``moe_triton.layout.windows`` describe
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -25,7 +23,6 @@ import triton.language as tl
 from ..errors import ArgumentValueError
 from ..layout import Windows
 from ..layout import windows as words
-from ._checks import check_tensor
 
 RECORD_BYTES = tl.constexpr(words.RECORD_BYTES)
 EXTRA = tl.constexpr(words.EXTRA)
@@ -228,19 +225,10 @@ def end_recv(state_ptr, problem_ptr) -> None:
         tl.store(state_ptr + RECEIVED, next_epoch(state_ptr, RECEIVED))
 
 
-def check_windows(op: str, windows: Windows, device: torch.device) -> None:
-    """Raise unless the tensors of windows are what the kernels take for them."""
-    check = functools.partial(check_tensor, op, device=device, strided_columns=False)
-    check("windows.bases", windows.bases, dtypes=(torch.int64,), shape=(None,))
-    check("windows.state", windows.state, dtypes=(torch.int32,), shape=(words.STATE_WORDS,))
-    check("windows.problem", windows.problem, dtypes=(torch.int32,), shape=(words.PROBLEM_WORDS,))
-    slots, control, data_slots, data = windows.ring
-    for name, number in (("slots", slots), ("data_slots", data_slots)):
-        if number < 1 or number & (number - 1):
-            raise ArgumentValueError(op, f"windows.ring.{name}", "be a power of two", number)
-    if control % 16 or data % 16:
-        contract = "have slots of a multiple of 16 bytes"
-        raise ArgumentValueError(op, "windows.ring", contract, (control, data))
+def check_device(op: str, windows: Windows, device: torch.device) -> None:
+    """Raise unless windows are on the device of a step's tensors."""
+    if windows.device != device:
+        raise ArgumentValueError(op, "windows", f"be on {device}", windows.device)
 
 
 def clock_of(device: torch.device) -> str | None:
@@ -252,6 +240,6 @@ def clock_of(device: torch.device) -> str | None:
 
 def wait_arguments(windows: Windows, timeout: float) -> tuple[int, int, str | None]:
     """Severity of an abort, patience and clock of ``wait_records``."""
-    name = clock_of(windows.bases.device)
+    name = clock_of(windows.device)
     severity = words.BROKEN if windows.hard else words.SOFT
     return severity, int(timeout * _TICKS_PER_SECOND[name]), name

@@ -25,7 +25,7 @@ from ._checks import FLOATS, INDICES, check_tensor
 from ._common import narrow
 from ._windows import (
     RECEIVED,
-    check_windows,
+    check_device,
     control_start,
     end_recv,
     is_broken,
@@ -206,8 +206,8 @@ def combine_recv(
         ArgumentValueError: a shape, stride, device or scheme that does not fit.
         MissingArgumentError: a value of constant experts without their alphas.
     """
-    op, device, fmt = "combine_recv", windows.bases.device, layout.return_format
-    check_windows(op, windows, device)
+    op, device, fmt = "combine_recv", windows.device, layout.return_format
+    check_device(op, windows, device)
     check = functools.partial(check_tensor, op, device=device)
     num_tokens, num_slots = len(expert_ids), layout.num_slots
     check("expert_ids", expert_ids, dtypes=INDICES, shape=(None, layout.top_k))

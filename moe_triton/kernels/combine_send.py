@@ -24,7 +24,7 @@ from ._windows import (
     DATA_SLOT,
     RECORD_BYTES,
     SENT,
-    check_windows,
+    check_device,
     control_start,
     is_broken,
     last_program,
@@ -158,8 +158,8 @@ def combine_send(
         ArgumentTypeError: a wrong dtype.
         ArgumentValueError: a wrong shape, stride or device.
     """
-    op, device, fmt = "combine_send", windows.bases.device, layout.return_format
-    check_windows(op, windows, device)
+    op, device, fmt = "combine_send", windows.device, layout.return_format
+    check_device(op, windows, device)
     world, local = windows.world_size, layout.num_local_experts(windows.rank)
     check = functools.partial(check_tensor, op, device=device)
     check("group_starts", group_starts, dtypes=(torch.int32,), shape=(local, world + 1))

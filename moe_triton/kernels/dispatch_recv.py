@@ -29,7 +29,7 @@ from ._windows import (
     EXTRA,
     RECEIVED,
     RECORD_BYTES,
-    check_windows,
+    check_device,
     control_start,
     end_recv,
     is_broken,
@@ -344,8 +344,8 @@ def dispatch_recv(
         ArgumentTypeError: a wrong dtype.
         ArgumentValueError: a wrong shape, stride or device.
     """
-    op, device, fmt, rank = "dispatch_recv", windows.bases.device, layout.row_format, windows.rank
-    check_windows(op, windows, device)
+    op, device, fmt, rank = "dispatch_recv", windows.device, layout.row_format, windows.rank
+    check_device(op, windows, device)
     if num_rows < 0:
         raise ArgumentValueError(op, "num_rows", "be at least 0", num_rows)
     if totals_dtype not in (torch.int32, torch.int64):
@@ -532,8 +532,8 @@ def dispatch_totals(
         ArgumentTypeError: a wrong dtype.
         ArgumentValueError: a wrong shape, device or ring.
     """
-    op, device, world = "dispatch_totals", windows.bases.device, windows.world_size
-    check_windows(op, windows, device)
+    op, device, world = "dispatch_totals", windows.device, windows.world_size
+    check_device(op, windows, device)
     totals = torch.empty(world + 1, dtype=torch.int32, device=device)
     severity, patience, clock = wait_arguments(windows, timeout)
     _dispatch_totals_kernel[(1,)](

@@ -28,7 +28,7 @@ from ._windows import (
     NUM_ACTIVE,
     RECORD_BYTES,
     SENT,
-    check_windows,
+    check_device,
     control_start,
     is_broken,
     last_program,
@@ -288,7 +288,7 @@ def dispatch_send(
         MissingArgumentError: no weights for a layout that has some.
     """
     op, device, fmt = "dispatch_send", x.device, layout.row_format
-    check_windows(op, windows, device)
+    check_device(op, windows, device)
     shape = (len(x), layout.top_k)
     check = functools.partial(check_tensor, op, device=device)
     check("expert_ids", expert_ids, dtypes=INDICES, shape=shape)

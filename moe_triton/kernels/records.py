@@ -18,7 +18,6 @@ from . import launch_config
 from ._windows import (
     RECEIVED,
     SENT,
-    check_windows,
     control_start,
     end_recv,
     is_broken,
@@ -63,7 +62,6 @@ def send_record(windows: Windows, *, digest: int, status: int, extra: int = 0) -
         ArgumentTypeError: a wrong dtype.
         ArgumentValueError: a wrong shape, device or ring.
     """
-    check_windows("send_record", windows, windows.bases.device)
     _send_record_kernel[(1,)](
         windows.bases,
         windows.state,
@@ -124,7 +122,6 @@ def recv_records(windows: Windows, *, digest: int, timeout: float, peek: bool = 
         ArgumentTypeError: a wrong dtype.
         ArgumentValueError: a wrong shape, device or ring.
     """
-    check_windows("recv_records", windows, windows.bases.device)
     severity, patience, clock = wait_arguments(windows, timeout)
     _recv_records_kernel[(1,)](
         windows.bases,

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..errors import ArgumentTypeError, ArgumentValueError
 from .row_format import RowFormat, align
 
 # Words of a record.
@@ -246,6 +247,11 @@ class Windows:
         publish: stores an epoch in this rank's record at every rank, after all earlier stores, and
             wakes the ranks that wait for it. ``ref`` calls it; kernels store epochs themselves.
         views: of the blocks, which steps cache.
+
+    Raises:
+        ArgumentTypeError: a tensor of another dtype.
+        ArgumentValueError: a tensor of another shape or device, slots that are no power of two, or
+            not of a multiple of 16 bytes.
     """
 
     kind: int
@@ -261,10 +267,38 @@ class Windows:
     publish: Callable[[int], None] | None = None
     views: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
-    @property
+    def __post_init__(self) -> None:
+        """Check once what the steps of every call rely on."""
+        self._check_tensor("bases", torch.int64, len(self.bases))
+        self._check_tensor("state", torch.int32, STATE_WORDS)
+        self._check_tensor("problem", torch.int32, PROBLEM_WORDS)
+        slots, control, data_slots, data = self.ring
+        for name, number in (("slots", slots), ("data_slots", data_slots)):
+            if number < 1 or number & (number - 1):
+                raise ArgumentValueError("Windows", f"ring.{name}", "be a power of two", number)
+        if control % 16 or data % 16:
+            contract = "have slots of a multiple of 16 bytes"
+            raise ArgumentValueError("Windows", "ring", contract, (control, data))
+
+    def _check_tensor(self, name: str, dtype: torch.dtype, size: int) -> None:
+        tensor = getattr(self, name)
+        if tensor.dtype != dtype:
+            raise ArgumentTypeError("Windows", name, f"be {dtype}", tensor.dtype)
+        if tensor.shape != (size,) or not tensor.is_contiguous():
+            contract = f"be a contiguous tensor of shape ({size},)"
+            raise ArgumentValueError("Windows", name, contract, tuple(tensor.shape))
+        if tensor.device != self.bases.device:
+            raise ArgumentValueError("Windows", name, f"be on {self.device}", tensor.device)
+
+    @functools.cached_property
     def world_size(self) -> int:
         """W."""
         return len(self.bases)
+
+    @functools.cached_property
+    def device(self) -> torch.device:
+        """Of the blocks."""
+        return self.bases.device
 
 
 class SlotPositions(NamedTuple):
