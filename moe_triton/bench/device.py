@@ -24,6 +24,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 
 from .. import (
     ArgumentTypeError,
@@ -82,14 +83,20 @@ def run(arguments: argparse.Namespace) -> int:
 Options = dict[str, Any]
 
 
-def _layer(ctx: testing.RankContext, options: Options, timeout: float = _TIMEOUT) -> ExpertParallel:
+def _layer(ctx: testing.RankContext, options: Options) -> ExpertParallel:
+    return _layer_of(ctx, ctx.ep_group, options, _TIMEOUT)
+
+
+def _layer_of(
+    ctx: testing.RankContext, group: str | None, options: Options, timeout: float
+) -> ExpertParallel:
     if options["backend"] is not None:
         set_backend(options["backend"])
     device = torch.device(options["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return ExpertParallel(
-        ctx.ep_group,
+        group,
         rank=ctx.ep_rank,
         num_experts=SHAPE.experts,
         top_k=SHAPE.top_k,
@@ -109,7 +116,15 @@ def _round(ep: ExpertParallel, inputs: tuple[torch.Tensor, ...]) -> None:
     """Identity experts: each sum is the token times its weights."""
     received = ep.dispatch(*inputs)
     out = ep.combine(received.x, received.handle)
+    _finish(ep)
     layer_cases.check_sums(out, inputs[0], inputs[2], None)
+
+
+def _finish(ep: ExpertParallel) -> None:
+    """Wait for the device, and raise what it has found."""
+    if torch.device(ep.device).type != "cpu":
+        torch.accelerator.synchronize(ep.device)
+    ep.check()
 
 
 def _rendezvous(options: Options) -> str:
@@ -166,7 +181,7 @@ def _abort(ctx: testing.RankContext, options: Options) -> None:
         heard: type[MoeError] | None = None
         try:
             ep.dispatch(x if ctx.rank else x.double(), ids, weights)
-            ep.check()
+            _finish(ep)
         except MoeError as error:
             heard = type(error)
         if heard is not (PeerAbortError if ctx.rank else ArgumentTypeError):
@@ -178,7 +193,9 @@ def _abort(ctx: testing.RankContext, options: Options) -> None:
 @torch.no_grad()
 def _until_killed(ctx: testing.RankContext, options: Options, timeout: float) -> tuple[int, ...]:
     """The ranks that the error names."""
-    ep = _layer(ctx, options, timeout)
+    store = dist.PrefixStore("process group", ctx.store)  # symmetric memory needs a process group
+    dist.init_process_group("gloo", store=store, rank=ctx.rank, world_size=ctx.world_size)
+    ep = _layer_of(ctx, None, options, timeout)
     inputs = _inputs(ep, TOKENS, ctx.rank)
     _round(ep, inputs)
     ctx.store.set(f"running {ctx.rank}", "1")
