@@ -28,12 +28,6 @@ Rank r issues operations 0, 1, 2, ...; operation i is ``setup(i)``, later ``tear
 * *Drain*: an operation that ended in one of these ways stays undrained. ``setup(i + f)``, also an
   aborting one, first waits until the flags of i from all peers have been seen, which a complete
   ``teardown(i)`` proves by itself.
-* *Borrow* (zero-copy combine), where data are gathered: between setups a rank may write the data
-  of its next operation i at once, if fewer than f operations are in flight and operation i - f is
-  drained. That stays so until ``setup(i)``, so looking and writing can be one step. ``setup(i)``
-  then writes flags only, or aborts. Should i end with an abort or a raise, the place stays
-  borrowed: until its next setup with data the rank may write there again, which no peer reads. The
-  model allows it after any abort or raise, whether the place was borrowed before or not.
 
 What a rank writes for itself is left out: one rank writes and reads it, in the local order.
 
@@ -59,7 +53,6 @@ from typing import NamedTuple
 import pytest
 
 INT32_MAX = 2**31 - 1
-SCRAP = -2  # tag of what is written to a place that stayed borrowed
 VIOLATIONS = ("wrong data", "overrun", "bad slot", "deadlock")
 
 # How an operation can end. With a drain after "read" too, setup(i) always looks at the flags of
@@ -84,7 +77,6 @@ class Protocol:
         may_abort: any rank may abort any operation.
         may_abandon: any rank may drop its oldest pending operation at any time.
         gather: data are written once and read where they are; False is push.
-        may_borrow: any rank may write its next data ahead of the setup; only with ``gather``.
 
         ring: slots for each source; None is 2f.
         flag_first: the flag goes out before the data.
@@ -99,9 +91,6 @@ class Protocol:
         counts_unfinished: the teardown counter also steps over what ended without a teardown.
         plain_difference: epochs are subtracted without wrapping.
         c_remainder: the slot is the remainder of C and of Triton, with the sign of the epoch.
-        borrows_while_undrained: a place is borrowed although operation i - f is undrained.
-        borrows_when_full: a place is borrowed although f operations are in flight.
-        borrows_for_good: a place stays borrowed when its operation is set up.
     """
 
     world: int
@@ -112,7 +101,6 @@ class Protocol:
     may_abort: bool = False
     may_abandon: bool = False
     gather: bool = False
-    may_borrow: bool = False
 
     ring: int | None = None
     flag_first: bool = False
@@ -127,9 +115,6 @@ class Protocol:
     counts_unfinished: bool = True
     plain_difference: bool = False
     c_remainder: bool = False
-    borrows_while_undrained: bool = False
-    borrows_when_full: bool = False
-    borrows_for_good: bool = False
 
     @property
     def slots(self) -> int:
@@ -178,9 +163,6 @@ class Rank(NamedTuple):
     undrained: tuple[int, ...]  # operations whose flags must still be asked for
     turn: str  # half that may run: "setup", "teardown", "both", "none"
     aborting: bool  # the running setup writes aborts
-    borrowed: tuple[
-        int, ...
-    ] = ()  # whose place is borrowed: the next operation's, or one's that is over
     push: tuple[int, ...] = ()  # progress of the running setup with each rank, () between setups
     take: tuple[int, ...] = ()  # progress of the running teardown, () before its first step
 
@@ -215,7 +197,6 @@ class Move(NamedTuple):
     tag: int | None = None  # data written
     record: tuple[int, bool] | None = None  # flag record written
     forced: bool = False
-    borrows: bool = False
 
 
 class Step(NamedTuple):
@@ -252,7 +233,6 @@ def _end(protocol: Protocol, rank: Rank, how: str) -> Rank:
         lag=rank.lag + (how != "read" and not protocol.counts_unfinished),
         pending=rank.pending[1:],
         undrained=tuple(sorted((*rank.undrained, rank.over))) if owes else rank.undrained,
-        borrowed=(rank.over,) if how == "raised" and protocol.may_borrow else rank.borrowed,
         take=(),
     )
 
@@ -292,12 +272,10 @@ def _start_moves(protocol: Protocol, r: int, me: Rank, window: Window) -> Iterat
     if not paid:
         return
     for aborting in (False, True) if protocol.may_abort else (False,):
-        first = HALF if not aborting and me.borrowed == (me.sent,) else NOTHING
         begun = me._replace(
             undrained=tuple(d for d in me.undrained if d not in due),
             aborting=aborting,
-            borrowed=me.borrowed if aborting else (),
-            push=tuple(DONE if p == r else first for p in range(protocol.world)),
+            push=tuple(DONE if p == r else NOTHING for p in range(protocol.world)),
         )
         verb = "aborts operation" if aborting else "begins setup of operation"
         label = f"rank {r} {verb} {protocol.operation(r, me.sent)}"
@@ -337,45 +315,16 @@ def _push_moves(protocol: Protocol, r: int, me: Rank) -> Iterator[Move]:
         choices = [now]
         if all(progress == DONE for progress in push):
             owes = me.aborting and "aborted" in protocol.undrained
-            borrows = protocol.may_borrow and (me.aborting or protocol.borrows_for_good)
             ended = now._replace(
                 sent=me.sent + 1,
                 pending=(*me.pending, me.aborting),
                 undrained=(*me.undrained, me.sent) if owes else me.undrained,
                 aborting=False,
-                borrowed=(me.sent,) if borrows else now.borrowed,
                 push=(),
             )
             choices = list(_next(protocol, r, ended))
         for choice in choices:
             yield Move(label, choice, peers=peers, slot=slot, **write)
-
-
-def _lend_moves(protocol: Protocol, r: int, me: Rank) -> Iterator[Move]:
-    """Write data ahead of their setup, or something to a place that stayed borrowed."""
-    if not protocol.may_borrow or me.push:
-        return
-
-    def write(label: str, count: int, tag: int, borrowed: tuple[int, ...]) -> Move:
-        slot = protocol.slot(protocol.epoch(count))
-        label = f"rank {r} writes {label}, to its slot {slot}"
-        rank = me._replace(borrowed=borrowed)
-        return Move(label, rank, peers=_others(protocol, r), slot=slot, tag=tag, borrows=True)
-
-    for count in me.borrowed:
-        if count != me.sent:
-            # Once is enough, as nothing else comes to this place before the borrow ends.
-            yield write(f"once more where operation {count} borrowed a place", count, SCRAP, ())
-    if me.sent == protocol.issued(r) or me.borrowed == (me.sent,):
-        return
-    indebted = me.sent - protocol.in_flight in me.undrained
-    if (protocol.has_room(me) or protocol.borrows_when_full) and (
-        protocol.borrows_while_undrained or not indebted
-    ):
-        operation = protocol.operation(r, me.sent)
-        yield write(
-            f"data of operation {operation} ahead of its setup", me.sent, operation, (me.sent,)
-        )
 
 
 def _teardown_moves(
@@ -444,7 +393,7 @@ def _teardown_moves(
 
 def _moves(protocol: Protocol, reduced: bool, r: int, me: Rank, window: Window) -> list[Move]:
     """All moves of one rank: they depend on the rank and on its own window only."""
-    moves = list(_lend_moves(protocol, r, me))
+    moves: list[Move] = []
     if me.turn in ("setup", "both"):
         if me.push:
             moves += _push_moves(protocol, r, me)
@@ -508,28 +457,20 @@ def _steps(
 ) -> list[Step]:
     """Steps out of a state.
 
-    Three reductions besides `_canonical`, both only if ``reduced``:
+    Two reductions besides `_canonical`, both only if ``reduced``:
 
     * A teardown polls and reads all sources in one step, taken whenever it is possible. Polling and
       reading change nothing that others see, so the polls and reads of a run can all move down to
       the last of them: what was overwritten in between is an overrun there, and a wrong tag is as
       wrong.
     * If a rank has forced moves (`_is_forced`), only these are followed.
-    * A place is borrowed, or written again, only where a reader can still read what lies there.
-    Else it
-      is as if the setup wrote the data, or no rank did. A rank that may borrow has no forced moves.
     """
     actual = []
     for r, (rank, window) in enumerate(zip(*state, strict=True)):
         mine = moves(r, rank, window)
         if reduced:
-            mine = [
-                move
-                for move in mine
-                if not (move.borrows and _is_spent(protocol, state, r, move.slot, move.peers))
-            ]
             forced = [move for move in mine if _is_forced(protocol, state, r, move)]
-            if forced and not any(move.borrows for move in mine):
+            if forced:
                 # One write is enough, as writes to different peers commute; the others are
                 # alternatives (data or abort, what comes next) and all of them are followed.
                 kept = [move for move in forced if move.peers == forced[0].peers]
@@ -561,26 +502,20 @@ def _canonical(protocol: Protocol, state: State, order: Sequence[int] | None = N
     """One state for all that go on alike, where there is no last operation.
 
     Equal are states that differ by a shift of all operations (slots rotate along), by the names of
-    ranks (all may do the same), by data and flags that no later teardown or drain looks at, or by
-    the borrow of a place that no rank can read any more. Ranks are sorted without regard to ties,
-    which costs states, not truth; or put in ``order``.
+    ranks (all may do the same), or by data and flags that no later teardown or drain looks at.
+    Ranks are sorted without regard to ties, which costs states, not truth; or put in ``order``.
     """
     if protocol.rounds is not None:
         return state
     if order is None:
         ranks = state.ranks
-        order = sorted(range(len(ranks)), key=lambda r: (ranks[r][:8], sum(ranks[r].push)))
+        order = sorted(range(len(ranks)), key=lambda r: (ranks[r][:7], sum(ranks[r].push)))
     base = min(min((rank.over - rank.lag, *rank.undrained)) for rank in state.ranks)
     ranks = []
     windows = []
     for r in order:
         rank, window = state.ranks[r], state.windows[r]
         oldest = rank.over - rank.lag
-        borrowed = rank.borrowed
-        if borrowed and borrowed[0] < rank.sent:
-            slot = borrowed[0] % protocol.slots
-            if _is_spent(protocol, state, r, slot, _others(protocol, r)):
-                borrowed = ()
         windows.append(tuple([_forget(window[s], oldest, rank.undrained, base) for s in order]))
         ranks.append(
             rank._replace(
@@ -588,7 +523,6 @@ def _canonical(protocol: Protocol, state: State, order: Sequence[int] | None = N
                 over=rank.over - base,
                 undrained=rank.undrained
                 and tuple([undrained_epoch - base for undrained_epoch in rank.undrained]),
-                borrowed=borrowed and (borrowed[0] - base,),
                 push=rank.push and tuple([rank.push[p] for p in order]),
                 take=rank.take and tuple([rank.take[s] for s in order]),
             )
@@ -638,8 +572,6 @@ def explore(
     numbered = protocol.start or protocol.frozen_slot or protocol.skipped is not None
     if protocol.rounds is None and (numbered or protocol.drain_forgiven):
         raise ValueError(f"explore: {protocol} tells operations or ranks apart, it needs rounds")
-    if protocol.may_borrow and (protocol.flag_first or not protocol.gather):
-        raise ValueError(f"explore: {protocol} borrows, it needs gather and flags after data")
     moves = cache(partial(_moves, protocol, reduced))
     initial = _initial(protocol)
     parents: dict[State, State | None] = {initial: None}
@@ -698,9 +630,6 @@ def _case(name: str, *args: object, **rules: object) -> object:
     return pytest.param(Protocol(**rules), *args, id=name)
 
 
-BORROWING = {"gather": True, "may_borrow": True}
-
-
 def _report(result: Result) -> str:
     return "\n".join((f"{result.violation} after {result.states} states:", *result.trace))
 
@@ -729,28 +658,15 @@ def test_holds_when_operations_are_also_abandoned(world, in_flight, streams):
 
 
 @pytest.mark.parametrize("world, in_flight, streams", SIZES)
-def test_holds_when_data_are_gathered_and_lent(world, in_flight, streams):
-    protocol = Protocol(world, in_flight, streams, gather=True, may_borrow=True)
-    result = explore(protocol)
-    assert result.violation is None, _report(result)
-
-
-# Three ranks with f = 2 on one stream hold as well; their many states would be the slowest of all.
-@pytest.mark.parametrize(
-    "world, in_flight, streams",
-    [(2, 1, 1), (2, 2, 1), (2, 2, 2), (2, 3, 1), (2, 3, 2), (3, 1, 1), (3, 2, 2)],
-)
-def test_holds_when_data_are_lent_and_anything_is_rejected(world, in_flight, streams):
-    result = explore(
-        Protocol(world, in_flight, streams, may_abort=True, gather=True, may_borrow=True)
-    )
+def test_holds_when_data_are_gathered(world, in_flight, streams):
+    result = explore(Protocol(world, in_flight, streams, gather=True))
     assert result.violation is None, _report(result)
 
 
 @pytest.mark.parametrize("world, in_flight, streams", [(2, 1, 1), (2, 2, 1), (2, 2, 2), (3, 1, 1)])
-def test_holds_when_data_are_lent_and_operations_abandoned(world, in_flight, streams):
-    protocol = Protocol(world, in_flight, streams, may_abort=True, may_abandon=True)
-    result = explore(replace(protocol, gather=True, may_borrow=True))
+def test_holds_when_data_are_gathered_and_operations_abandoned(world, in_flight, streams):
+    protocol = Protocol(world, in_flight, streams, may_abort=True, may_abandon=True, gather=True)
+    result = explore(protocol)
     assert result.violation is None, _report(result)
 
 
@@ -782,19 +698,6 @@ def test_holds_when_every_setup_asks(protocol):
         _case("2-ranks-f2-abort", world=2, in_flight=2, rounds=5, may_abort=True),
         _case("3-ranks-f1", world=3, in_flight=1, rounds=3),
         _case("3-ranks-f1-abort-for-ever", world=3, in_flight=1, may_abort=True),
-        _case(
-            "2-ranks-f1-borrow",
-            world=2,
-            in_flight=1,
-            rounds=4,
-            may_abort=True,
-            may_abandon=True,
-            **BORROWING,
-        ),
-        _case("2-ranks-f2-borrow", world=2, in_flight=2, rounds=6, **BORROWING),
-        _case("2-ranks-f2-borrow-for-ever", world=2, in_flight=2, may_abort=True, **BORROWING),
-        _case("3-ranks-f1-borrow", world=3, in_flight=1, rounds=3, **BORROWING),
-        _case("3-ranks-f1-borrow-for-ever", world=3, in_flight=1, may_abort=True, **BORROWING),
     ],
 )
 def test_holds_without_reductions(protocol, streams):
@@ -810,7 +713,6 @@ def test_holds_without_reductions(protocol, streams):
         _case("2-ranks-f2", world=2, in_flight=2, rounds=7),
         _case("2-ranks-f3-ring-of-8", world=2, in_flight=3, rounds=10, ring=8),
         _case("3-ranks-f1", world=3, in_flight=1, rounds=5),
-        _case("2-ranks-f1-borrow", world=2, in_flight=1, rounds=5, may_abort=True, **BORROWING),
     ],
 )
 def test_holds_wherever_the_epochs_wrap(protocol, middle):
@@ -951,10 +853,9 @@ BUGS = [
     ),
     # The slot jumps where 2**32 is no multiple of the ring, so 2f must be a power of two.
     _case("ring-of-6-wraps", TORN, world=2, in_flight=3, rounds=8, start=INT32_MAX - 2),
-    # The same where data are gathered, and what can go wrong with a borrow.
+    # The same where data are gathered.
     _case("gather-ring-of-2f-1-at-f1", TORN, world=2, in_flight=1, rounds=3, ring=1, gather=True),
     _case("gather-ring-of-2f-1-at-f2", TORN, world=2, in_flight=2, rounds=5, ring=3, gather=True),
-    _case("borrow-in-ring-of-2f-1", TORN, world=2, in_flight=2, rounds=5, ring=3, **BORROWING),
     _case(
         "gather-flag-before-data",
         {"wrong data"},
@@ -991,53 +892,6 @@ BUGS = [
         may_abort=True,
         undrained=frozenset(),
         gather=True,
-    ),
-    _case(
-        "borrow-while-undrained-after-an-abort",
-        {"wrong data"},
-        world=2,
-        in_flight=1,
-        rounds=3,
-        may_abort=True,
-        borrows_while_undrained=True,
-        **BORROWING,
-    ),
-    _case(
-        "borrow-while-undrained-after-an-abandoned-teardown",
-        {"wrong data"},
-        world=2,
-        in_flight=1,
-        rounds=3,
-        may_abandon=True,
-        borrows_while_undrained=True,
-        **BORROWING,
-    ),
-    _case(
-        "borrow-past-f1",
-        {"wrong data"},
-        world=2,
-        in_flight=1,
-        rounds=3,
-        borrows_when_full=True,
-        **BORROWING,
-    ),
-    _case(
-        "borrow-past-f2",
-        {"wrong data"},
-        world=2,
-        in_flight=2,
-        rounds=5,
-        borrows_when_full=True,
-        **BORROWING,
-    ),
-    _case(
-        "written-after-the-setup",
-        {"wrong data"},
-        world=2,
-        in_flight=1,
-        rounds=2,
-        borrows_for_good=True,
-        **BORROWING,
     ),
 ]
 
@@ -1109,35 +963,6 @@ def test_planted_bug_is_found(protocol, kinds, reduced):
             unordered=True,
             gather=True,
         ),
-        _case(
-            "borrow-while-undrained-f1",
-            "wrong data",
-            world=3,
-            in_flight=1,
-            may_abort=True,
-            borrows_while_undrained=True,
-            **BORROWING,
-        ),
-        _case(
-            "borrow-while-undrained-f2",
-            "wrong data",
-            world=3,
-            in_flight=2,
-            may_abort=True,
-            borrows_while_undrained=True,
-            **BORROWING,
-        ),
-        _case(
-            "borrow-past-f", "wrong data", world=3, in_flight=2, borrows_when_full=True, **BORROWING
-        ),
-        _case(
-            "written-after-the-setup",
-            "wrong data",
-            world=3,
-            in_flight=2,
-            borrows_for_good=True,
-            **BORROWING,
-        ),
     ],
 )
 def test_planted_bug_is_found_with_three_ranks(protocol, kind):
@@ -1160,22 +985,5 @@ def test_trace_tells_the_story():
         "rank 0 writes abort of epoch 1 to rank 1, slot 1",
         "rank 0 begins setup of operation 2",
         "rank 0 writes data of operation 2 to rank 1, slot 0",
-        "rank 1 in teardown of operation 0 reads data of operation 2 of rank 0, slot 0",
-    )
-
-
-def test_trace_tells_the_story_of_a_loan():
-    protocol = Protocol(2, 1, rounds=3, may_abort=True, borrows_while_undrained=True, **BORROWING)
-    assert explore(protocol).trace == (
-        "rank 0 begins setup of operation 0",
-        "rank 0 writes data of operation 0 to its slot 0",
-        "rank 1 begins setup of operation 0",
-        "rank 1 writes data of operation 0 to its slot 0",
-        "rank 0 writes flag of epoch 0 to rank 1, slot 0",
-        "rank 1 writes flag of epoch 0 to rank 0, slot 0",
-        "rank 0 in teardown of operation 0 sees all flags and reads slot 0",
-        "rank 0 aborts operation 1",
-        "rank 0 writes abort of epoch 1 to rank 1, slot 1",
-        "rank 0 writes data of operation 2 ahead of its setup, to its slot 0",
         "rank 1 in teardown of operation 0 reads data of operation 2 of rank 0, slot 0",
     )
