@@ -10,6 +10,7 @@ from moe_triton.bench.tables import (
     TRANSFORMERS,
     TRANSPORT,
     TRANSPORT_COPIES,
+    VLLM,
     kernels,
     present,
     table,
@@ -20,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def sections():
     """The section of each page, from ``bench/results``."""
-    results = [_copies(), *_kernels(), *_overlap(), _transformers(), _load()]
+    results = [_copies(), *_kernels(), *_overlap(), _transformers(), *_vllm(), _load()]
     return {"README.md": _transport(), "docs/results.md": "\n\n".join(results)}
 
 
@@ -103,6 +104,26 @@ def _transformers():
         f"torch {row['torch']}, {row['date']}, revision {row['revision']}). Medians of "
         f"{row['samples']} samples of the slowest\nrank; `all_to_all` is transformers' own, over "
         "gloo.\n\n" + table(rows, TRANSFORMERS)
+    )
+
+
+def _vllm():
+    """A paragraph and a table, if results exist."""
+    if not (ROOT / "bench/results/vllm.jsonl").exists():
+        return
+    rows = _read("vllm")
+    row = rows[0]
+    yield (
+        f"vLLM {row['vllm']} on CPUs, serving a random Qwen3-MoE: {row['num_hidden_layers']} "
+        f"layers, hidden {row['hidden_size']}, top-{row['num_experts_per_tok']} of "
+        f"{row['num_experts']}\nexperts of {row['moe_intermediate_size']}, fp32, "
+        f"{row['sequences']} sequences a rank, on {row['cores']} cores ({row['device']}, torch "
+        f"{row['torch']},\n{row['date']}, revision {row['revision']}; load average before the "
+        f"run {row['load']:.1f}). Tokens of all ranks per second of\nthe slowest, medians of "
+        f"{row['samples']} samples: prompts of 96 tokens, or 32 new ones. One rank is stock vLLM, "
+        "which has no\nexchange for more on CPUs and stops. The shares are of the MoE layers in "
+        "the time, and of dispatch and\ncombine in theirs, waiting for slower ranks included.\n\n"
+        + table(rows, VLLM)
     )
 
 

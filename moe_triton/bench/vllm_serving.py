@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this bench."""
     parser.add_argument("--world-size", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--samples", type=int, default=5, help="of each batch")
-    output.add_arguments(parser, plot="tokens per second")
+    output.add_arguments(parser, plot="tokens per second", record=True)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     output.check_arguments(arguments)
     extras.require("vllm", "this bench", "bench")
     os.environ.update(SETTINGS)
-    rows = []
+    rows, load = [], os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as path:
         transformers_model.quiet()
         transformers_model.write_checkpoint(path)
@@ -70,9 +70,9 @@ def run(arguments: argparse.Namespace) -> int:
                 expected = ranks[0]["decode"]["tokens"]
             for rank in ranks:
                 assert rank["decode"]["tokens"] == expected, "the ranks generate other tokens"
-            rows += [summary(world, batch, ranks) for batch in BATCHES]
+            rows += [summary(world, batch, ranks) | {"load": load} for batch in BATCHES]
     output.show(rows, tables.VLLM)
-    output.finish(arguments, rows, plot)
+    output.finish(arguments, rows, plot, record="vllm")
     return 0
 
 
@@ -196,6 +196,8 @@ def summary(world: int, batch: str, ranks: Sequence[Measured]) -> dict[str, Any]
         "world_size": world,
         "batch": batch,
         **transformers_model.MODEL,
+        "sequences": SEQUENCES,
+        "samples": len(samples),
         "tokens_per_second": world * SEQUENCES * tokens / seconds,
         "exchange_share": exchange / layers,
         "layers_share": layers / sum(one[0] for sample in samples for one in sample),
