@@ -18,6 +18,6 @@ CLIENTS = {
 @pytest.mark.parametrize("engine", CLIENTS)
 def test_client(engine, ranks, tmp_path):
     script = engine_jobs.FOLDER / "deep_ep_clients" / CLIENTS[engine]
-    job = {"cases": [], "port": engine_jobs.free_ports()}
+    job = {"cases": [], "port": engine_jobs.free_ports(1)}
     environment = engine_jobs.SGLANG_AIDS if engine == "sglang" else {}
     engine_jobs.run([engine_jobs.python(engine), script], ranks, job, tmp_path, **environment)

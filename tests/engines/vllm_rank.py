@@ -2,9 +2,9 @@
 
     python vllm_rank.py JOB RANK
 
-JOB is a JSON file: "ranks", "port", "folder", and "cases", each with a "name", "engine" arguments
-of ``vllm.LLM``, and for each rank "prompts" and the "tokens" to generate for each. Results go to
-FOLDER/NAME.RANK.json.
+JOB is a JSON file: "ranks", "port", "ports" for each case, "folder", and "cases", each with a
+"name", "engine" arguments of ``vllm.LLM``, and for each rank "prompts" and the "tokens" to generate
+for each. Results go to FOLDER/NAME.RANK.json.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
                 "VLLM_DP_RANK_LOCAL": str(rank),
                 "VLLM_DP_SIZE": str(job["ranks"]),
                 "VLLM_DP_MASTER_IP": "127.0.0.1",
-                "VLLM_DP_MASTER_PORT": str(job["port"] + 100 * (number + 1)),
+                "VLLM_DP_MASTER_PORT": str(job["port"] + job["ports"] * (number + 1)),
             }
         result = generate(case, rank, lambda name=f"done {number}": meet(store, name, job["ranks"]))
         path = Path(job["folder"], f"{case['name']}.{rank}.json")

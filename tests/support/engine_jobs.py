@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +81,18 @@ def run(
                     stderr=subprocess.STDOUT,
                 )
             )
+    end = time.monotonic() + LIMIT
     try:
-        codes = [process.wait(LIMIT) for process in processes]
+        # One that fails leaves the others waiting.
+        while any(process.poll() is None for process in processes):
+            failed = any(process.poll() for process in processes)
+            if failed or time.monotonic() > end:
+                break
+            time.sleep(0.1)
     finally:
         for process in processes:
             process.kill()
+    codes = [process.wait() for process in processes]
     tails = "\n".join(log.read_text(encoding="utf-8")[-3000:] for log in logs)
     assert codes == [0] * ranks, tails
     return {
@@ -95,11 +104,19 @@ def run(
     }
 
 
-def free_ports() -> int:
-    """The first of a range of ports, of which one is free and the others hopefully."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return min(listener.getsockname()[1], 60000)
+def free_ports(count: int) -> int:
+    """The first of ``count`` free ports in a row, below those that the system hands out."""
+    draw = random.Random(os.getpid())
+    while True:
+        first = draw.randrange(10000, 32000 - count)
+        with contextlib.ExitStack() as stack:
+            try:
+                for port in range(first, first + count):
+                    listener = stack.enter_context(socket.socket())
+                    listener.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return first
 
 
 def merged(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

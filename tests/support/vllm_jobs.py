@@ -9,6 +9,7 @@ import engine_jobs
 
 ON = {"MOE_TRITON_VLLM": "1"}
 SPREAD = {"enable_expert_parallel": True}
+PORTS = 8
 PROMPTS = engine_jobs.prompts(8)
 # Stock vLLM's log-probabilities in fp32 do not depend on the batch, and ranks round as it does. The
 # rest is for CPUs whose compilers fuse products and sums otherwise.
@@ -42,7 +43,9 @@ def run(
 ) -> dict[str, list[dict[str, Any]]]:
     """The results of each case in rank order."""
     script = engine_jobs.FOLDER / "vllm_rank.py"
-    job = {"cases": cases, "port": engine_jobs.free_ports()}
+    # One for the ranks to meet, and for each case some that vLLM takes in a row.
+    port = engine_jobs.free_ports(PORTS * (len(cases) + 1))
+    job = {"cases": cases, "port": port, "ports": PORTS}
     return engine_jobs.run([engine, script], ranks, job, folder, **environment)
 
 
