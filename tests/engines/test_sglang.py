@@ -18,7 +18,8 @@ def engine():
 
 
 def case(name, path, ranks):
-    options = {"model_path": path}
+    # An engine that was shut down keeps its ports as long as its process lives.
+    options = {"model_path": path, "port": engine_jobs.free_ports(1)}
     if ranks > 1:
         options |= {
             "tp_size": ranks,

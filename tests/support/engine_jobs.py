@@ -106,9 +106,8 @@ def run(
 
 def free_ports(count: int) -> int:
     """The first of ``count`` free ports in a row, below those that the system hands out."""
-    draw = random.Random(os.getpid())
     while True:
-        first = draw.randrange(10000, 32000 - count)
+        first = random.SystemRandom().randrange(10000, 32000 - count)
         with contextlib.ExitStack() as stack:
             try:
                 for port in range(first, first + count):
