@@ -5,6 +5,7 @@ Layer 0 has masks, layer 1 uneven batches; both have int8 rows and a shared expe
 
 import json
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -85,5 +86,8 @@ if __name__ == "__main__":
     target.mkdir(parents=True, exist_ok=True)
     config = CONFIG | {"dump_path": str(target / "dump")}
     (target / "config.json").write_text(json.dumps(config))
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29631"}
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     mp.spawn(run, (target,), nprocs=RANKS)
