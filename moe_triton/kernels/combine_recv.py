@@ -231,7 +231,10 @@ def combine_recv(
     row_weights, _, *terms = launch.tensors
     severity, patience, clock = wait_arguments(windows, timeout)
     ring, replicas = windows.ring, layout.shared_replicas
-    _combine_recv_kernel[(launch.num_programs,)](
+    num_programs = launch_config.at_a_time(
+        device, launch.num_programs, launch.num_warps, registers=64 if norm is None else 128
+    )
+    _combine_recv_kernel[(num_programs,)](
         windows.state,
         windows.problem,
         windows.notice,

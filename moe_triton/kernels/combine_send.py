@@ -176,7 +176,10 @@ def combine_send(
         fmt.stride // fmt.scale_dtype.itemsize,
     )  # fmt: skip
     ring = windows.ring
-    _combine_send_kernel[(launch.num_programs,)](
+    num_programs = launch_config.at_a_time(
+        device, launch.num_programs, launch.num_warps, registers=80 if has_scales else 64
+    )
+    _combine_send_kernel[(num_programs,)](
         windows.bases,
         windows.state,
         windows.problem,

@@ -387,7 +387,9 @@ def dispatch_recv(
     line = launch_config.line(device, max(num_rows, 1))
     scale_word = None if scales is None else WORDS[fmt.scale_dtype.itemsize]
     num_tiles = world * triton.cdiv(layout.max_tokens, tiles.rows)
-    most = launch_config.policy(device).num_programs
+    most = launch_config.at_a_time(
+        device, launch_config.policy(device).num_programs, tiles.num_warps, registers=96
+    )
     ring = windows.ring
     _dispatch_recv_kernel[(max(min(num_tiles, most), 1),)](
         windows.bases,

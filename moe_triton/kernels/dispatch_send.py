@@ -326,7 +326,11 @@ def dispatch_send(
     work = triton.cdiv(max(ids.numel(), num_experts, 1), plan.own)
     plan_programs = min(work, plan.num_programs)
     ring = windows.ring
-    _dispatch_send_kernel[(plan_programs + launch.num_programs,)](
+    num_warps = max(launch.num_warps, plan.num_warps, token_warps)
+    row_programs = launch_config.at_a_time(
+        device, launch.num_programs, num_warps, registers=64 if smooth_scales is None else 128
+    )
+    _dispatch_send_kernel[(plan_programs + row_programs,)](
         windows.bases,
         windows.state,
         windows.problem,
@@ -369,7 +373,7 @@ def dispatch_send(
         BLOCK_E=min(launch_config.next_power_of_2(num_experts), launch_config.widest(device)),
         BLOCK_W=launch_config.next_power_of_2(windows.world_size),
         **launch.constants,
-        num_warps=max(launch.num_warps, plan.num_warps, token_warps),
+        num_warps=num_warps,
         enable_fp_fusion=False,
     )
     return SlotPositions(counts, position, active)

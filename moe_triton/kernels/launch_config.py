@@ -44,7 +44,10 @@ class Policy:
     Attributes:
         tile: maximum elements of a tile.
         block: maximum elements of a tile's row.
-        num_programs: maximum programs of a grid.
+        num_programs: maximum programs of a grid, of which each takes several tiles.
+        processors: of a GPU, whose grids have a program for each tile: a processor that is done
+            takes the next one, and no last wave of programs runs on some of them only. 0 for
+            others.
         busy: tiles that keep the device busy; rows share a tile if at least this many remain.
         lanes: of a warp.
         token_block: maximum elements of a tile that sums several rows of a token; 0 for tiles as
@@ -71,6 +74,7 @@ class Policy:
     own: int
     ranked: int
     comparisons: int
+    processors: int = 0
     gathers: bool = True
     least: int = 1
     arithmetic: str = "plain"
@@ -106,6 +110,7 @@ def gpu_policy(processors: int, lanes: int, arithmetic: str = "fma") -> Policy:
         own=16,
         ranked=256,
         comparisons=2**12,
+        processors=processors,
         arithmetic=arithmetic,
     )
 
@@ -122,6 +127,7 @@ def npu_policy(cores: int) -> Policy:
         block=2**11,
         num_programs=cores,
         busy=cores,
+        processors=0,
         token_block=2**11,
         gathers=False,
         least=16,
@@ -169,6 +175,29 @@ def _num_warps(limits: Policy, num_elements: int) -> int:
     return max(min(num_elements // (32 * limits.lanes), 256 // limits.lanes), 1)
 
 
+def _num_programs(limits: Policy, num_tiles: int) -> int:
+    """Size of the grid over tiles of which none waits for another."""
+    return max(min(num_tiles, 2**31 - 1 if limits.processors else limits.num_programs), 1)
+
+
+def at_a_time(
+    device: torch.device, num_programs: int, num_warps: int, *, registers: int = 64
+) -> int:
+    """Size of a grid whose programs wait or count each other: no more than run at a time.
+
+    Args:
+        device: where the kernel runs.
+        num_programs: wanted.
+        num_warps: of a program.
+        registers: maximum of a lane; a processor of a GPU has 2**16 at least.
+    """
+    limits = policy(device)
+    if not limits.processors:
+        return num_programs
+    of_processor = 2**16 // (registers * num_warps * limits.lanes)
+    return min(num_programs, limits.processors * max(of_processor, 1))
+
+
 def widest(device: torch.device) -> int:
     """Maximum elements of a tile's row: a kernel walks longer rows in steps of this."""
     return policy(device).block
@@ -199,9 +228,8 @@ def _tiles(limits: Policy, num_rows: int, width: int, indexed: bool) -> Launch:
         and across * cdiv(num_rows, 2 * rows) >= limits.busy
     ):
         rows *= 2
-    num_tiles = across * cdiv(num_rows, rows)
     return Launch(
-        num_programs=max(min(num_tiles, limits.num_programs), 1),
+        num_programs=_num_programs(limits, across * cdiv(num_rows, rows)),
         rows=rows,
         block=block,
         num_warps=_num_warps(limits, rows * block),
@@ -214,7 +242,7 @@ def token_tiles(
     """Tiles over [num_tokens, width] sums of several rows each.
 
     On accelerators a tile belongs to one token: a lane has 16 bytes of each of the token's rows in
-    flight. All programs fit the processors at once.
+    flight.
 
     Args:
         device: where the kernel runs.
@@ -235,7 +263,7 @@ def _token_tiles(limits: Policy, num_tokens: int, width: int, whole_rows: bool) 
     block = min(next_power_of_2(max(width, limits.least)), most)
     num_tiles = num_tokens * (1 if whole_rows else cdiv(width, block))
     return Launch(
-        num_programs=max(min(num_tiles, limits.num_programs), 1),
+        num_programs=_num_programs(limits, num_tiles),
         rows=1,
         block=block,
         # A lane that holds its part of a row needs more than the 64 registers of 1024 lanes.
@@ -284,7 +312,10 @@ class PlanLaunch:
         own: slots of a program that are compared with others; else slots of a block.
         others: slots that they are compared with at a time.
         experts: experts whose counts a program sums over the blocks.
-        num_programs: maximum programs of a grid.
+        num_programs: maximum programs of a grid, of which each takes several tiles.
+        processors: of a GPU, whose grids have a program for each tile: a processor that is done
+            takes the next one, and no last wave of programs runs on some of them only. 0 for
+            others.
         num_warps: of a program.
     """
 

@@ -358,6 +358,12 @@ def encode_tiles(
                 )  # fmt: skip
             row_start = smooth_row * hidden_units * UNIT
 
+            if index_ptr is not None:
+                # Ahead of the work that it would wait behind.
+                first_row = _destination(
+                    index_ptr, first_token, own, num_slots, num_rows, num_tokens, ROWS
+                )
+                next_row = first_row
             if SCALED:
                 if WHOLE:
                     t = _smoothed(x, smooth_scales_ptr, row_start, cols, active, inside, FACTORS)
@@ -405,9 +411,20 @@ def encode_tiles(
                         codes = tl.reshape(grouped, [ROWS, BLOCK])
                     codes = codes.to(out_ptr.dtype.element_ty)
                 for k in tl.static_range(SLOTS):
-                    row = _destination(
-                        index_ptr, first_token, own + k, num_slots, num_rows, num_tokens, ROWS
-                    )
+                    if index_ptr is None:
+                        row = _destination(
+                            None, first_token, own + k, num_slots, num_rows, num_tokens, ROWS
+                        )
+                    else:
+                        row = first_row
+                        if k > 0:
+                            row = next_row
+                        if k + 1 < SLOTS:
+                            # Before the stores, which would hold it back.
+                            next_row = _destination(
+                                index_ptr, first_token, own + k + 1, num_slots, num_rows,
+                                num_tokens, ROWS,
+                            )  # fmt: skip
                     is_row = (row >= 0)[:, None]
                     out_at = (row * out_units * UNIT)[:, None] + (start + cols)[None, :]
                     tl.store(out_ptr + out_at, codes, mask=part_mask & is_row)

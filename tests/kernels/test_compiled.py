@@ -26,6 +26,18 @@ MAY_CONTRACT = ("norm", "gating")
 DIVIDED = ("per_row_div", "encode block8", "combine_send block8")
 # A few registers: how many depends on the version of ptxas. More is a kernel that needs too many.
 FEW_BYTES = 16
+# Kernels whose programs wait or count each other: their launchers make a grid that runs at a time,
+# with this many registers a lane.
+REGISTERS = {
+    "combine_recv bf16 and norm": 128,
+    "combine_recv block8": 64,
+    "combine_recv bf16, wide": 64,
+    "dispatch_send int8": 64,
+    "dispatch_send group e4m3 with factors": 128,
+    "combine_send bf16": 64,
+    "combine_send block8": 80,
+    "dispatch_recv int8, wide": 96,
+}
 # Kernels that move rows, in accesses of 16 bytes.
 ROW_KERNELS = {
     "_add_rows_kernel",
@@ -111,6 +123,9 @@ def check_launch(target, launch):
             assert launch["fma"] == 0, launch
         allowed = {"rcp.approx.ftz.f32"} if "block8" in case else set()
         assert {*launch["approximate"]} <= allowed, launch
+    if target.startswith("sm"):
+        for words, most in REGISTERS.items():
+            assert words not in case or launch["registers"] <= most, launch
     # A lane of block8 loads the 8 codes that share a scale.
     if "wide" in case and launch["kernel"] in ROW_KERNELS and "weighted_sum block8" not in case:
         kinds = {"load": ("ld.", "load"), "store": ("st.", "store")}

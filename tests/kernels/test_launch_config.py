@@ -68,7 +68,20 @@ def test_a_warp_of_64_lanes_does_the_work_of_two(small_gpu):
 def test_a_token_is_summed_in_parts_that_fit_registers(small_gpu):
     parts = launch_config.token_tiles(small_gpu, 2, 7168)
     assert (parts.rows, parts.block, parts.num_programs) == (1, 1024, 14)
-    assert launch_config.token_tiles(small_gpu, 100, 7168).num_programs == 32
+    assert launch_config.token_tiles(small_gpu, 100, 7168).num_programs == 700
+
+
+def test_programs_that_wait_run_at_a_time(small_gpu):
+    # Of 2**16 registers, 64 for each of 256 lanes.
+    assert launch_config.at_a_time(small_gpu, 100, 4) == 4 * 4
+    assert launch_config.at_a_time(small_gpu, 100, 4, registers=128) == 4 * 2
+    assert launch_config.at_a_time(small_gpu, 5, 4) == 5
+    assert launch_config.at_a_time(small_gpu, 100, 32) == 4
+
+
+def test_a_grid_of_an_npu_is_small(npu):
+    assert launch_config.tiles(npu, 10**6, 7168).num_programs == 40
+    assert launch_config.at_a_time(npu, 7, 8) == 7
 
 
 def test_one_program_sums_a_whole_row(small_gpu):
