@@ -8,7 +8,7 @@ from typing import TypeVar, cast
 import torch
 
 from ..errors import MoeError, SequenceError
-from ..layout import RoutingPlan
+from ..layout import LocalPlan, RoutingPlan
 from .packing import write_packed
 from .row_exchange import (
     as_rows,
@@ -99,7 +99,7 @@ class SingleTransport:
             permutation.recv_permutation,
             permutation.slot_ids,
             permutation.totals,
-            plan,
+            LocalPlan(plan.counts, plan.position_in_expert, permutation.row_index),
         )
         return received, tokens
 
@@ -125,12 +125,15 @@ class SingleTransport:
         fmt = call.config.return_format
         rows = as_rows(call, outputs.y[: len(recv_permutation.source)], count, fmt)
         config = call.config
-        index = call.steps.combine_row_index(
-            recv_permutation.group_starts,
-            cast("RoutingPlan", outputs.plan),  # that of this rank, or of its handle
-            outputs.expert_ids,
-            capacity=config.capacity(0),
-        )
+        if isinstance(outputs.plan, LocalPlan):
+            index = outputs.plan.row_index
+        else:
+            index = call.steps.combine_row_index(
+                recv_permutation.group_starts,
+                cast("RoutingPlan", outputs.plan),  # made anew from tensors
+                outputs.expert_ids,
+                capacity=config.capacity(0),
+            )
         return finish_rows(call, outputs, rows, index, finish)
 
     @phase("gather send")

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Generic, ParamSpec, Protocol, TypeVar, cast
+from typing import Generic, ParamSpec, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from ..errors import MoeError
 from ..layout import (
     ExchangeLayout,
     LocalPermutation,
+    LocalPlan,
     Norm,
     ReceivedRows,
     RecvPermutation,
@@ -36,6 +37,9 @@ from .window import MoeConfig
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _Input = TypeVar("_Input")
+
+#: What combine needs of a dispatch: each has counts and positions.
+Plan: TypeAlias = RoutingPlan | SlotPositions | LocalPlan
 
 
 class WindowSteps(Protocol):
@@ -336,7 +340,7 @@ class Received:
     recv_permutation: RecvPermutation
     slot_ids: Tensor
     totals: Tensor
-    plan: RoutingPlan | SlotPositions
+    plan: Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,7 +360,7 @@ class CombineInput:
     y: Tensor
     recv_permutation: RecvPermutation
     expert_ids: Tensor
-    plan: RoutingPlan | SlotPositions
+    plan: Plan
     weights: Tensor | None
     borrowed: bool = False
 

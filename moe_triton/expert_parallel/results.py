@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..comm import CombineInput, DispatchInput, Pending
-from ..layout import RecvPermutation, RoutingPlan, SlotPositions
+from ..comm import CombineInput, DispatchInput, Pending, Plan
+from ..layout import RecvPermutation
 from ..ops import quantization
 
 
@@ -54,7 +54,7 @@ class Handle:
     weights: torch.Tensor | None
     row_weights: torch.Tensor
     recv_counts_cumsum: torch.Tensor
-    numbering: tuple[RoutingPlan | SlotPositions, RecvPermutation] | None
+    numbering: tuple[Plan, RecvPermutation] | None
     owner: str
 
     def unweighted(self) -> Handle:

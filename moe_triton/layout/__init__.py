@@ -5,6 +5,7 @@ from __future__ import annotations
 from .routing import (
     NOWHERE,
     LocalPermutation,
+    LocalPlan,
     Norm,
     RecvPermutation,
     RecvRowIndex,
@@ -21,6 +22,7 @@ __all__ = [
     "QUANTS",
     "ExchangeLayout",
     "LocalPermutation",
+    "LocalPlan",
     "Norm",
     "Quant",
     "ReceivedRows",

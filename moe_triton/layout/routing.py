@@ -35,6 +35,20 @@ class RoutingPlan(NamedTuple):
     sorted_slot_ids: torch.Tensor
 
 
+class LocalPlan(NamedTuple):
+    """A routing plan and the rows of its slots, on a rank that sends to itself alone.
+
+    Attributes:
+        counts: as in ``RoutingPlan``.
+        position_in_expert: as there.
+        row_index: [T, K] int64 row of each slot, or ``NOWHERE``.
+    """
+
+    counts: torch.Tensor
+    position_in_expert: torch.Tensor
+    row_index: torch.Tensor
+
+
 class RoutingCopies(NamedTuple):
     """Copies of a call's routing, made by the launches of its plan.
 
