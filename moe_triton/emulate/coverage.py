@@ -26,6 +26,7 @@ EXACTLY = (
         _npu("is_available", "device_count", "current_device", "set_device", "device"),
         "as many devices as `--devices` says, per thread",
     ),
+    Names(("torch.Generator", "torch.Tensor.record_stream"), "they take NPUs and their streams"),
     Names(
         ("torch_npu.npu_format_cast", "torch_npu.get_npu_format", "torch_npu.Format"),
         "the format is noted on the storage, and changes no value",

@@ -37,7 +37,8 @@ def install() -> None:
     device.NAMES.add("cuda")
     npu: Any = torch.npu  # type: ignore[attr-defined]
     for name in npu.__all__:
-        if not name.startswith("_"):
+        # torch.compile looks into torch.cuda.amp, which gets its two names below.
+        if not name.startswith("_") and name != "amp":
             setattr(torch.cuda, name, getattr(npu, name))
     torch.cuda.amp.autocast = npu.amp.autocast  # type: ignore[misc]
     torch.cuda.amp.GradScaler = npu.amp.GradScaler  # type: ignore[misc]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,8 +52,12 @@ def not_emulated(module: str, name: str) -> Any:
     full_name = f"{module}.{name}"
     if settings.MISSING in os.environ:
         frame = _calling_frame()
+        operation = _instruction(frame).opname
+        # `from package import name` asks for the name before it imports a module of that name.
+        if operation == "IMPORT_NAME" and importlib.util.find_spec(full_name) is not None:
+            raise NotEmulatedError(full_name)
         _record(full_name, frame)
-        if _instruction(frame).opname in _ATTRIBUTE:
+        if operation in _ATTRIBUTE:
             return Placeholder(full_name)
     raise NotEmulatedError(full_name)
 

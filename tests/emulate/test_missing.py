@@ -6,7 +6,7 @@ import pytest
 
 _SCRIPT = """\
 import torch, torch_npu
-from torch_npu import npu_first
+from torch_npu import npu_first; from torch_npu.contrib import transfer_to_npu
 import torch_npu.deep.inside
 from torch_npu.elsewhere import thing
 

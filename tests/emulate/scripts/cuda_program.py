@@ -16,6 +16,8 @@ for y in (layer(x), x.cuda(), x.to(torch.device("cuda")), torch.zeros(2).to("cud
     assert y.is_cuda and y.is_npu
 with torch.cuda.stream(torch.cuda.Stream()), torch.autocast("cuda", dtype=torch.bfloat16):
     assert layer(x).dtype == torch.bfloat16
+assert torch.cuda.amp.autocast_mode.autocast  # torch.compile looks for it
+assert isinstance(torch.cuda.amp.autocast(dtype=torch.bfloat16), torch.autocast)
 torch.cuda.synchronize()
 assert torch.cuda.memory_allocated() > 0
 
