@@ -138,7 +138,11 @@ class SymmetricMemory:
             raise OSError("the block does not begin where its allocation does")
         blocks = []
         for rank, handle in enumerate(handles):
-            data = memory.get_buffer(rank, (int(handle["bytes"]),), torch.uint8)
+            # The own tensor keeps its memory for callers that hold rows of it; buffers of torch's
+            # handle live as long as the handle does.
+            data = own.data
+            if rank != memory.rank:
+                data = memory.get_buffer(rank, (int(handle["bytes"]),), torch.uint8)
             blocks.append(Block(data, handle, mapping=memory))
         return blocks
 

@@ -37,6 +37,8 @@ class Memory:
     blocks: list[Block]
 
     def get_buffer(self, rank: int, sizes: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        # Torch's tensor does not own the memory, which callers may hold for longer.
+        assert rank != self.rank, "the rank's own block is its own tensor"
         return self.blocks[rank].data[: sizes[0]].view(dtype)
 
 
