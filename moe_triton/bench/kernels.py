@@ -43,8 +43,8 @@ RANKS = 8  # that share the device
 MOST_TOKENS_OF_RANKS = 4096
 # First model, one rank: minimum share of the copy, maximum time of a call in a graph.
 TARGETS: dict[tuple[str, int], dict[str, float]] = {
-    ("gather_quant int8", 4096): {"target_share": 0.85},
-    ("weighted_sum", 4096): {"target_share": 0.85},
+    ("gather_quant int8", 4096): {"target_share": 0.92},
+    ("weighted_sum", 4096): {"target_share": 0.92},
     ("dispatch int8", 128): {"target_us": 12},
     ("combine int8", 128): {"target_us": 9},
 }

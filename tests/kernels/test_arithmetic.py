@@ -1,6 +1,6 @@
 """Quantising with a GPU's arithmetic: its fma and conversions, modelled in numpy.
 
-That inline PTX means what the model says shows only a GPU, where ``test_quantize`` runs it.
+That inline PTX means what the model says shows only a GPU, where the special rows run it.
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ FORMATS = {
 
 @pytest.fixture(params=["fma", "ptx"])
 def arithmetic(request, monkeypatch, device):
-    """The interpreter with the arithmetic of a GPU."""
+    """The interpreter with the arithmetic of a GPU, or a GPU with its own."""
     if device.type != "cpu":
-        pytest.skip("a GPU has its own arithmetic")
+        if request.param != launch_config.policy(device).arithmetic:
+            pytest.skip("this GPU has other arithmetic")
+        return
     policy = dataclasses.replace(launch_config.INTERPRETER, arithmetic=request.param)
     monkeypatch.setattr(launch_config, "policy", lambda _: policy)
     gpu_arithmetic.install(monkeypatch)
@@ -71,8 +73,10 @@ def special_rows() -> torch.Tensor:
 def test_special_rows(name, dtype, arithmetic, device):
     payload, *rest = FORMATS[name]
     fmt = RowFormat.tight(payload, HIDDEN, *rest)
-    x = special_rows().to(dtype)
-    actual, expected = (torch.full((len(x), fmt.stride), 0xA5, dtype=torch.uint8) for _ in "ab")
+    x = special_rows().to(device, dtype)
+    actual, expected = (
+        torch.full((len(x), fmt.stride), 0xA5, dtype=torch.uint8, device=device) for _ in "ab"
+    )
     kernels.encode(x, fmt, actual)
     ref.encode(x, fmt, expected)
     for part in (fmt.payload, fmt.scales):
