@@ -54,6 +54,8 @@ _PAYLOADS = {
     torch.float8_e4m3fn: (448.0, 3),
     torch.float8_e5m2: (57344.0, 2),
 }
+# Inline PTX takes 4 elements of a lane, and a program has 256 lanes at most.
+_PTX_TILE = 4 * 256
 # scheme -> the payloads that it makes, and whether it has scales and takes smooth factors.
 _SCHEMES: dict[str, tuple[tuple[torch.dtype, ...], bool, bool]] = {
     "none": ((), False, False),
@@ -671,6 +673,8 @@ def encode_launch(
     indexed = indexed or expert_ids is not None
     tiles = launch_config.tiles(x.device, num_tokens, num_groups * lanes, indexed=indexed)
     arithmetic = launch_config.policy(x.device).arithmetic
+    if arithmetic == "ptx" and tiles.rows * tiles.block < _PTX_TILE:
+        arithmetic = "fma"
     whole = lanes >= group
     adjacent = num_groups == 1 or lanes <= group
     # Where groups fill their lanes the kernel needs no other size of them.

@@ -68,6 +68,8 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     yield from _routing()
     yield from _moves("wide", HIDDEN)
     yield from _moves("odd", 33)
+    yield from _encodes("tiny", torch.zeros((1, 1), dtype=BF16))
+    yield from _encodes("narrow", torch.zeros((3, 520), dtype=BF16))
     yield from _encodes("many", torch.zeros((4096, HIDDEN), dtype=BF16))
     yield from _sums("wide", HIDDEN)
     yield from _sums("odd", 33)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from moe_triton import kernels, ref
-from moe_triton.kernels import launch_config
+from moe_triton.kernels import launch_config, quantize
 from moe_triton.layout import RowFormat
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -43,6 +43,7 @@ def arithmetic(request, monkeypatch, device):
         return
     policy = dataclasses.replace(launch_config.INTERPRETER, arithmetic=request.param)
     monkeypatch.setattr(launch_config, "policy", lambda _: policy)
+    monkeypatch.setattr(quantize, "_PTX_TILE", 1)
     gpu_arithmetic.install(monkeypatch)
 
 
