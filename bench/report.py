@@ -113,6 +113,13 @@ def _vllm():
         return
     rows = _read("vllm")
     row = rows[0]
+    # Several processes get more of a busy machine than one.
+    busy = row["load"] > row["cores"]
+    caution = (
+        "\nThe machine had other work: rates of different numbers of ranks do not compare."
+        if busy
+        else ""
+    )
     yield (
         f"vLLM {row['vllm']} on CPUs, serving a random Qwen3-MoE: {row['num_hidden_layers']} "
         f"layers, hidden {row['hidden_size']}, top-{row['num_experts_per_tok']} of "
@@ -122,8 +129,8 @@ def _vllm():
         f"run {row['load']:.1f}). Tokens of all ranks per second of\nthe slowest, medians of "
         f"{row['samples']} samples: prompts of 96 tokens, or 32 new ones. One rank is stock vLLM, "
         "which has no\nexchange for more on CPUs and stops. The shares are of the MoE layers in "
-        "the time, and of dispatch and\ncombine in theirs, waiting for slower ranks included.\n\n"
-        + table(rows, VLLM)
+        "the time, and of dispatch and\ncombine in theirs, waiting for slower ranks included."
+        f"{caution}\n\n" + table(rows, VLLM)
     )
 
 
