@@ -18,7 +18,9 @@ import triton.language as tl
 from ..errors import ArgumentValueError
 from ._checks import FLOATS, INDICES, check_tensor
 from ._common import divide
-from .launch_config import tiles
+from .launch_config import line, tiles
+
+_MAX_TOKENS = 256  # of a block that keeps experts: an NPU takes 192 bytes of its 192 KB for each
 
 
 @triton.jit(do_not_specialize=["num_ids", "num_experts", "top_k", "rank", "world_size"])
@@ -153,7 +155,7 @@ def keep_experts(
     keep = torch.empty((num_tokens, top_k), dtype=torch.uint8, device=device)
     if keep.numel() == 0:
         return keep.view(torch.bool)
-    launch = tiles(device, 1, num_tokens)
+    launch = line(device, num_tokens)
     _keep_experts_kernel[(launch.num_programs,)](
         weights.contiguous(),
         threshold.contiguous(),
@@ -161,7 +163,7 @@ def keep_experts(
         keep,
         num_tokens,
         top_k,
-        BLOCK_T=launch.block,
+        BLOCK_T=min(launch.block, _MAX_TOKENS),
         num_warps=launch.num_warps,
         enable_fp_fusion=False,
     )

@@ -23,6 +23,7 @@ from ._checks import FLOATS, INDICES, check_tensor, with_memory
 from ._groups import check_load, find_row, sum_groups
 
 _NOWHERE = tl.constexpr(NOWHERE)
+_MAX_EXPERTS = 512  # of a block: with more, an NPU has no room to load the next one meanwhile
 
 
 @triton.jit(do_not_specialize=["num_experts", "num_slots", "capacity"])
@@ -139,7 +140,9 @@ def _aligned_permutation_kernel(
         inside = slot_id < num_slots
         position = tl.load(position_in_expert_ptr + slot_id, mask=inside, other=_NOWHERE)
         sent = position != _NOWHERE
-        expert = tl.load(expert_ids_ptr + slot_id, mask=sent, other=0)
+        expert = tl.load(expert_ids_ptr + slot_id, mask=inside, other=0)
+        # NPUs load masked lanes, too: what these read must exist.
+        expert = tl.where(sent, expert, 0)
         row = tl.load(group_starts_ptr + expert * 2, mask=sent, other=0) + position
         row = tl.where(sent & (row < capacity), row, _NOWHERE)
         tl.store(row_index_ptr + slot_id, row.to(tl.int64), mask=inside)
@@ -208,7 +211,7 @@ def _unaligned(
         num_experts,
         num_slots,
         num_rows,
-        EXPERTS=launch_config.line(device, num_experts).block,
+        EXPERTS=min(launch_config.line(device, num_experts).block, _MAX_EXPERTS),
         BLOCK=line.block,
         num_warps=line.num_warps,
     )

@@ -203,7 +203,9 @@ def _combine_row_index_kernel(
         inside = slot_id < num_slots
         position = tl.load(position_in_expert_ptr + slot_id, mask=inside, other=_NOWHERE)
         sent = position != _NOWHERE
-        expert = tl.load(expert_ids_ptr + slot_id, mask=sent, other=0).to(tl.int32)
+        # NPUs load masked lanes, too, unless the mask is of bounds.
+        expert = tl.load(expert_ids_ptr + slot_id, mask=inside, other=0)
+        expert = tl.where(sent, expert, 0).to(tl.int32)
         row = tl.load(group_starts_ptr + expert * 2, mask=sent, other=0) + position
         row = tl.where(sent & (row < capacity), row, _NOWHERE)
         tl.store(row_index_ptr + slot_id, row.to(tl.int64), mask=inside)

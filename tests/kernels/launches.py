@@ -1,8 +1,7 @@
 """Launches of every kernel: each format, sizes of real layers.
 
-Nothing runs here: ``compiling.py`` compiles the launches, and ``lowering.py`` lowers them with the
-compiler of triton-ascend. In a "wide" case rows begin at multiples of 16 bytes, so that accesses
-must be 128 bits wide.
+Nothing runs here: ``compiling.py`` compiles the launches for GPUs, and ``ascend/lowering.py`` for
+NPUs. In a "wide" case rows begin at multiples of 16 bytes, so that accesses must be 128 bits wide.
 """
 
 from __future__ import annotations
@@ -76,6 +75,37 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     yield from _experts()
     yield from _windows()
     yield from _shared_windows()
+
+
+def small_launches() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Sizes at which compilers of NPUs failed: one of everything, nothing, many short rows."""
+    one, none = torch.zeros((1, 1), dtype=torch.int32), torch.zeros((0, 1), dtype=torch.int32)
+    for name, ids in (("one slot", one), ("no slots", none)):
+        plan = ref.routing_plan(ids, 1)
+        weights = torch.ones(ids.shape)
+        yield f"routing_plan of {name}", lambda ids=ids: kernels.routing_plan(ids, 1)
+        for alignment in (1, 4):
+            yield (
+                f"local_permutation of {name}, aligned to {alignment}",
+                lambda plan=plan, ids=ids, weights=weights, alignment=alignment: (
+                    kernels.local_permutation(plan, ids, weights, alignment=alignment, capacity=4)
+                ),
+            )
+    yield (
+        "eplb of one slot",
+        lambda: kernels.eplb_map(one, torch.ones((1, 2), dtype=torch.int32), rank=0, world_size=1),
+    )
+    x = torch.zeros((4096, 64), dtype=BF16)
+    for scheme, dtype in (("static", INT8), ("per_row", INT8), ("per_row", E4M3)):
+        fmt = RowFormat.tight(dtype, 64, scheme)
+        rows = torch.zeros((len(x), fmt.stride), dtype=torch.uint8)
+        for shape in ((1,), (64,), (len(x), 64)):
+            yield (
+                f"encode {scheme} {dtype} with factors {shape}",
+                lambda fmt=fmt, rows=rows, shape=shape: kernels.encode(
+                    x, fmt, rows, torch.ones(shape)
+                ),
+            )
 
 
 def _ids(tokens: int = TOKENS) -> torch.Tensor:

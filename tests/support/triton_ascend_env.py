@@ -17,11 +17,12 @@ from pathlib import Path
 ENVIRONMENT = "MOE_TRITON_ASCEND"  # another place for it
 
 
-def python() -> Path | None:
-    """Its interpreter, or None where ``make`` could not install it."""
+def python(package: str = "triton") -> Path | None:
+    """Its interpreter, or None where ``make`` could not install it, or it lacks a package."""
     folder = os.environ.get(ENVIRONMENT) or Path(sys.prefix) / "ascend"
     actual = Path(folder) / "bin/python"
-    works = actual.exists() and any(Path(folder).glob("lib/*/site-packages/*_base.pth"))
+    packages = [path.parent for path in Path(folder).glob("lib/*/site-packages/*_base.pth")]
+    works = actual.exists() and any((path / package).exists() for path in packages)
     return actual if works else None
 
 
