@@ -12,8 +12,5 @@ info.__device_type__ = "A2"
 info.__spec__ = ModuleSpec(info.__name__, None)
 sys.modules[info.__name__] = info
 
-from vllm.v1.worker import lora_model_runner_mixin  # noqa: E402 - not before the product is known
-
-# vLLM 0.32.0 has the class under its older name.
-if not hasattr(lora_model_runner_mixin, "GPUInputBatch"):
-    lora_model_runner_mixin.GPUInputBatch = lora_model_runner_mixin.InputBatch
+# Its patches of vLLM's workers are for a newer vLLM, too, and of no use to the tests.
+sys.modules["vllm_ascend.patch.worker"] = types.ModuleType("vllm_ascend.patch.worker")
