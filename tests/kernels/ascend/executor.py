@@ -1,10 +1,10 @@
 """Run tests of kernels over Ascend's own IR on this CPU: a plugin of pytest.
 
-    PYTHONPATH=tests/kernels/ascend pytest -p executor --level linalg tests/kernels/test_pack.py
+    PYTHONPATH=tests/kernels/ascend pytest -p executor --level linalg tests/kernels/test_gather_rows.py
 
 Launches have the tiles of an NPU. Every launch is compiled by ``cpu.py`` and its programs run one
-after the other. The memory of each argument is copied between two pages that cannot be touched, its
-last byte just before the second: a kernel that reads or writes past its arguments raises OSError.
+after the other. The memory of each argument is copied between addresses that cannot be touched, its
+last byte just before them: a kernel that reads or writes past its arguments raises OSError.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[2]
 EXAMPLES = 3  # of each drawn test: most compile kernels of their own
 LEVELS = ("linalg", "hfusion")
+GUARD = 2**26  # bytes of addresses on each side of an argument, which take no memory
 LARGEST = 2**26  # bytes of an argument that is copied; tests of 64-bit addresses take gigabytes
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -40,18 +41,17 @@ libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 class Guarded:
-    """A copy of a tensor's memory between pages that cannot be touched."""
+    """A copy of a tensor's memory between addresses that cannot be touched."""
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
         self.storage = storage
         self.bytes = storage.nbytes()
-        page = mmap.PAGESIZE
-        self.size = (-(-self.bytes // page) + 2) * page
+        room = -(-self.bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        self.size = room + 2 * GUARD
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self.start = libc.mmap(None, self.size, mmap.PROT_READ | mmap.PROT_WRITE, private, -1, 0)
-        libc.mprotect(self.start, page, 0)
-        libc.mprotect(self.start + self.size - page, page, 0)
-        self.address = self.start + self.size - page - self.bytes
+        self.start = libc.mmap(None, self.size, 0, private, -1, 0)
+        libc.mprotect(self.start + GUARD, room, mmap.PROT_READ | mmap.PROT_WRITE)
+        self.address = self.start + GUARD + room - self.bytes
         ctypes.memmove(self.address, storage.data_ptr(), self.bytes)
 
     def take_back(self) -> None:
