@@ -32,7 +32,8 @@ INTERPRETED_FULL := $(INTERPRETED) tests/test_fixed_shapes.py \
 # Definitions, kernels, profiles and the layer: no compilers, no faults, no long draws.
 QUICK := tests/profile tests/eplb tests/kernels $(addprefix tests/test_,layers.py \
 	topology.py errors.py load.py fixed_shapes.py expert_parallel.py expert_parallel_rows.py \
-	docs.py readme.py) tests/bench/test_report.py --ignore=tests/kernels/test_compiled.py
+	docs.py readme.py) tests/bench/test_report.py --ignore=tests/kernels/test_compiled.py \
+	--ignore=tests/kernels/ascend
 
 # A job has a limit of its own.
 ENGINE_TESTS = -o faulthandler_timeout=1200 tests/engines $(PYTEST_ARGS)
