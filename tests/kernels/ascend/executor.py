@@ -1,6 +1,6 @@
 """Run tests of kernels over Ascend's own IR on this CPU: a plugin of pytest.
 
-    PYTHONPATH=tests/kernels/ascend pytest -p executor --level linalg tests/kernels/test_gather_rows.py
+    PYTHONPATH=tests/kernels/ascend pytest -p executor --level linalg tests/kernels/test_affine.py
 
 Launches have the tiles of an NPU. Every launch is compiled by ``cpu.py`` and its programs run one
 after the other. The memory of each argument is copied between addresses that cannot be touched, its
