@@ -57,10 +57,6 @@ def send_record(windows: Windows, *, digest: int, status: int, extra: int = 0) -
     """Send every rank a record without data.
 
     Arguments as in ``ref.send_record``.
-
-    Raises:
-        ArgumentTypeError: a wrong dtype.
-        ArgumentValueError: a wrong shape, device or ring.
     """
     _send_record_kernel[(1,)](
         windows.bases,
@@ -117,10 +113,6 @@ def recv_records(windows: Windows, *, digest: int, timeout: float, peek: bool = 
 
     Arguments as in ``ref.recv_records``. Time is that of a GPU's clock; the interpreter has none
     and takes 2**20 looks for a second.
-
-    Raises:
-        ArgumentTypeError: a wrong dtype.
-        ArgumentValueError: a wrong shape, device or ring.
     """
     severity, patience, clock = wait_arguments(windows, timeout)
     _recv_records_kernel[(1,)](
