@@ -42,42 +42,44 @@ def weighted_sum(
         out: [T, H] output, fp16, bf16, fp32 or fp64; sums of fp64 run in fp64.
         norm: residual to add before rounding, and RMSNorm of the unrounded sum, or None.
     """
-    hidden = fmt.hidden
+    hidden, slots = fmt.hidden, index.shape[1]
     most = min(len(index), max(BLOCK // max(hidden, 1), 1))
+    # Few tokens take all slots at a time: there calls cost more than their rows.
+    step = slots if slots * most * hidden <= BLOCK else 1
     # Reuse intermediates for all blocks: fresh memory costs page faults.
-    gathered = out.new_empty((most, hidden))
-    encoded = None if fmt.scale_offset is None else rows.new_empty((most, fmt.stride))
-    sums, terms = out.new_empty((2, most, hidden), dtype=accumulator(out.dtype))
+    gathered = out.new_empty((step * most, hidden))
+    encoded = None if fmt.scale_offset is None else rows.new_empty((step * most, fmt.stride))
+    sums = out.new_empty(((1 + step) * most, hidden), dtype=accumulator(out.dtype))
     columns = index.T.contiguous()
-    factors = weights.T.contiguous()[..., None] if weights is not None else columns[:0]
+    factors = columns[:0] if weights is None else weights.T.contiguous()
     missing = bool((index == NOWHERE).any())
     payload = fmt.payload(rows) if encoded is None else rows
     for tokens in blocks(len(index), hidden):
         n = tokens.stop - tokens.start
-        row, total, term = gathered[:n], sums[:n], terms[:n]
-        total.zero_()
-        for k, column in enumerate(columns):
-            source = column[tokens]
+        total, row, term = sums[:n].zero_(), gathered[: step * n], sums[most : most + step * n]
+        terms = term.view(step, n, hidden)
+        weighted, factor = terms[: len(factors)], factors[:, tokens, None].split(step)
+        of_slots = terms.unbind()
+        for i, source in enumerate(columns[:, tokens].reshape(-1).split(step * n)):
             present = source != NOWHERE if missing else None
             if present is None or bool(present.any()):
-                source = source if present is None else source.clamp(min=0)
+                readable = source if present is None else source.clamp(min=0)
                 if encoded is None:
-                    torch.index_select(payload, 0, source, out=row)
+                    torch.index_select(payload, 0, readable, out=row)
                 else:
-                    torch.index_select(payload, 0, source, out=encoded[:n])
-                    decode(encoded[:n], fmt, row)
+                    torch.index_select(payload, 0, readable, out=encoded[: step * n])
+                    decode(encoded[: step * n], fmt, row)
                 term.copy_(row)
-            if (
-                zero_computation is not None
-                and present is not None
-                and k < zero_computation.expert_ids.shape[1]
-            ):
-                present = present | _zero_computation_terms(zero_computation, k, tokens, term)
-            if k < len(factors):
-                term.mul_(factors[k][tokens])
             if present is not None:
-                term.masked_fill_(~present[:, None], 0.0)
-            total.add_(term)
+                present = present.view(step, n)
+                if zero_computation is not None:
+                    _add_zero_computation_terms(zero_computation, i * step, tokens, terms, present)
+            if i < len(factor):
+                weighted.mul_(factor[i])
+            if present is not None:
+                terms.masked_fill_(~present[..., None], 0.0)
+            for of_slot in of_slots:
+                total.add_(of_slot)
         if addend is not None:
             total.add_(addend[tokens])
         if norm is not None:
@@ -94,30 +96,44 @@ def _normalize(total: torch.Tensor, norm: Norm, tokens: slice) -> None:
     norm.y[tokens] = scaled.float() * norm.gamma.float()
 
 
-def _zero_computation_terms(
-    experts: ZeroComputationExperts, k: int, tokens: slice, term: torch.Tensor
-) -> torch.Tensor:
-    """Write the terms of copy and constant experts in slot k; return a mask of their tokens."""
-    ids = experts.expert_ids[tokens, k].long()
+def _add_zero_computation_terms(
+    experts: ZeroComputationExperts,
+    first: int,
+    tokens: slice,
+    terms: torch.Tensor,
+    present: torch.Tensor,
+) -> None:
+    """Write the terms of copy and constant experts in the slots from ``first`` on.
+
+    Args:
+        experts: the experts.
+        first: of the slots.
+        tokens: of the terms.
+        terms: [k, n, H].
+        present: [k, n] whether a slot has a term; updated.
+    """
+    # [k, n], without the unweighted slots.
+    ids = experts.expert_ids[tokens, first : first + len(terms)].T.long()
     copied = (ids >= experts.first_copy) & (ids < experts.first_constant)
     constant = (ids >= experts.first_constant) & (ids < experts.end)
-    present = copied | constant
-    if experts.tokens is None or not present.any():
-        return present
+    present[: len(ids)] |= copied | constant
+    if experts.tokens is None:
+        return
     own = experts.tokens[tokens]
-    term[copied] = own[copied].to(term.dtype)
-    if constant.any():
-        expert = ids[constant] - experts.first_constant
+    slot, token = copied.nonzero(as_tuple=True)
+    terms[slot, token] = own[token].to(terms.dtype)
+    slot, token = constant.nonzero(as_tuple=True)
+    if len(slot):
+        expert = ids[slot, token] - experts.first_constant
         assert experts.alpha_1 is not None
         assert experts.alpha_2 is not None
         assert experts.value is not None
-        first, second = (
-            (alpha[:, None] if alpha.dim() == 1 else alpha)[expert].to(term.dtype)
+        alpha_1, alpha_2 = (
+            (alpha[:, None] if alpha.dim() == 1 else alpha)[expert].to(terms.dtype)
             for alpha in (experts.alpha_1, experts.alpha_2)
         )
-        value = experts.value[expert].to(term.dtype)
-        term[constant] = first * own[constant].to(term.dtype) + second * value
-    return present
+        value = experts.value[expert].to(terms.dtype)
+        terms[slot, token] = alpha_1 * own[token].to(terms.dtype) + alpha_2 * value
 
 
 def add_rows(own: torch.Tensor, peer: torch.Tensor, out: torch.Tensor) -> None:
