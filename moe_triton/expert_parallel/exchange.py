@@ -6,6 +6,7 @@ This module computes values; ``gradients`` and ``custom_ops`` add autograd and c
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 
 import torch
@@ -32,6 +33,7 @@ from ..errors import (
 )
 from ..layout import NOWHERE, RecvPermutation, RoutingPlan
 from ..ops import checks, quantization
+from ..signatures import once_per_signature
 from .results import Handle
 
 OP = "ExpertParallel"
@@ -89,7 +91,11 @@ class Exchange:
         self.combines: dict[int, Pending[CombineInput]] = {}
         self._arguments = arguments
         self._calls: dict[str, Call] = {}
-        self._dispatched, self._combined = checks.Signatures(), checks.Signatures()
+        # Of the parts: of methods they would keep the object alive.
+        self._check_tokens = once_per_signature(
+            functools.partial(_check_tokens, config, device, quant_gradient)
+        )
+        self._check_rows = once_per_signature(functools.partial(_check_rows, config, device))
         self._steps, self.device = steps, device
         self.load: torch.Tensor | None = None
         if count_load:
@@ -125,7 +131,8 @@ class Exchange:
         """Send each token to the ranks of its experts; arguments as in ``ExpertParallel``."""
         op, config, call = DISPATCH, self.config, self._call(DISPATCH)
         try:
-            self._check_dispatch(op, x, topk_ids, topk_weights, scales)
+            self._check_tokens(x, topk_ids, topk_weights, scales)
+            self._check_ids(op, topk_ids)
         except MoeError as error:
             self.communicator.abort_peers("dispatch", op, error)
             raise
@@ -222,15 +229,10 @@ class Exchange:
         """
         op = COMBINE
         try:
-            checks.required(op, y=y)
             self._check_handle(op, handle)
             ids = handle.expert_ids
             plan, permutation = handle.numbering or self.numbering(ids, handle.recv_counts_cumsum)
-            signature = self._combined.of(y, len(permutation.source), addend, len(ids))
-            if signature not in self._combined:
-                self._check_y(op, y, len(permutation.source))
-                self.check_addend(addend, len(ids))
-                self._combined.add(signature)
+            self._check_rows(y, permutation.source.shape[0], addend, ids.shape[0])
         except MoeError as error:
             self.communicator.abort_peers("combine", op, error)
             raise
@@ -367,64 +369,73 @@ class Exchange:
 
     def check_addend(self, addend: torch.Tensor | None, num_tokens: int) -> None:
         """``addend`` is None or [T, H] of the object's dtype."""
-        if addend is None:
-            return
-        name, expected = "shared_expert_x", (num_tokens, self.config.hidden)
-        checks.dtype(COMBINE, name, addend, (self.config.dtype,))
-        checks.shape(COMBINE, name, addend, expected, "(T, H)", self.device)
+        _check_addend(self.config, self.device, addend, num_tokens)
 
     def _check_handle(self, op: str, handle: Handle) -> None:
         checks.required(op, handle=handle)
         if not isinstance(handle, Handle):
             raise ArgumentTypeError(op, "handle", "be that of a dispatch", type(handle).__name__)
-        contract = f"come from a dispatch of this object, {self.name}"
-        checks.value(op, "handle", handle.owner == self.name, contract, f"that of {handle.owner}")
+        if handle.owner != self.name:
+            contract = f"come from a dispatch of this object, {self.name}"
+            raise ArgumentValueError(op, "handle", contract, f"that of {handle.owner}")
 
-    def _check_y(self, op: str, y: torch.Tensor, num_rows: int) -> None:
-        checks.dtype(op, "y", y, (self.config.dtype,))
-        checks.shape(op, "y", y, (None, self.config.hidden), "(rows, H)", self.device)
-        contract = f"have at least the {num_rows} rows of dispatch"
-        checks.value(op, "y", len(y) >= num_rows, contract, f"shape {tuple(y.shape)}")
-
-    def _check_dispatch(
-        self,
-        op: str,
-        x: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor | None,
-        scales: torch.Tensor | None,
-    ) -> None:
-        signature = self._dispatched.of(x, topk_ids, topk_weights, scales)
-        if signature not in self._dispatched:
-            self._check_dispatch_metadata(op, x, topk_ids, topk_weights, scales)
-            self._dispatched.add(signature)
+    def _check_ids(self, op: str, topk_ids: torch.Tensor) -> None:
         if self.device.type == "cpu":
             active, num_experts = topk_ids != NOWHERE, self.config.topology.num_experts
             checks.expert_ids(
                 op, "topk_ids", topk_ids, num_experts, active=active, otherwise=" or -1 for none"
             )
 
-    def _check_dispatch_metadata(
-        self,
-        op: str,
-        x: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor | None,
-        scales: torch.Tensor | None,
-    ) -> None:
-        config, device = self.config, self.device
-        checks.required(op, x=x, topk_ids=topk_ids)
-        checks.dtype(op, "x", x, (config.dtype,))
-        checks.dtype(op, "topk_ids", topk_ids, (torch.int32, torch.int64))
-        checks.dtype(op, "topk_weights", topk_weights, (config.weight_dtype,))
-        checks.dtype(op, "scales", scales, (torch.float32,))
-        checks.shape(op, "x", x, (None, config.hidden), "(T, H)", device)
-        contract = f"have at most max_tokens = {config.max_tokens} rows"
-        checks.value(op, "x", len(x) <= config.max_tokens, contract, f"shape {tuple(x.shape)}")
-        expected = (len(x), config.top_k)
-        checks.shape(op, "topk_ids", topk_ids, expected, "(T, K)", device)
-        checks.shape(op, "topk_weights", topk_weights, expected, "(T, K)", device)
-        quantization.check_factors(op, scales, config.quant, config.topology, config.hidden, device)
-        if self._quant_gradient is not None:
-            contract = f"be None with quant_gradient={self._quant_gradient!r}"
-            checks.value(op, "scales", scales is None, contract, "factors")
+
+def _check_tokens(
+    config: MoeConfig,
+    device: torch.device,
+    quant_gradient: str | None,
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor | None,
+    scales: torch.Tensor | None,
+) -> None:
+    """Check all but the values of a dispatch's arguments."""
+    op = DISPATCH
+    checks.required(op, x=x, topk_ids=topk_ids)
+    checks.dtype(op, "x", x, (config.dtype,))
+    checks.dtype(op, "topk_ids", topk_ids, (torch.int32, torch.int64))
+    checks.dtype(op, "topk_weights", topk_weights, (config.weight_dtype,))
+    checks.dtype(op, "scales", scales, (torch.float32,))
+    checks.shape(op, "x", x, (None, config.hidden), "(T, H)", device)
+    contract = f"have at most max_tokens = {config.max_tokens} rows"
+    checks.value(op, "x", len(x) <= config.max_tokens, contract, f"shape {tuple(x.shape)}")
+    expected = (len(x), config.top_k)
+    checks.shape(op, "topk_ids", topk_ids, expected, "(T, K)", device)
+    checks.shape(op, "topk_weights", topk_weights, expected, "(T, K)", device)
+    quantization.check_factors(op, scales, config.quant, config.topology, config.hidden, device)
+    if quant_gradient is not None:
+        contract = f"be None with quant_gradient={quant_gradient!r}"
+        checks.value(op, "scales", scales is None, contract, "factors")
+
+
+def _check_rows(
+    config: MoeConfig,
+    device: torch.device,
+    y: torch.Tensor,
+    num_rows: int,
+    addend: torch.Tensor | None,
+    num_tokens: int,
+) -> None:
+    """Check the arguments of a combine of the ``num_rows`` rows of a dispatch."""
+    op = COMBINE
+    checks.required(op, y=y)
+    checks.dtype(op, "y", y, (config.dtype,))
+    checks.shape(op, "y", y, (None, config.hidden), "(rows, H)", device)
+    contract = f"have at least the {num_rows} rows of dispatch"
+    checks.value(op, "y", len(y) >= num_rows, contract, f"shape {tuple(y.shape)}")
+    _check_addend(config, device, addend, num_tokens)
+
+
+def _check_addend(
+    config: MoeConfig, device: torch.device, addend: torch.Tensor | None, num_tokens: int
+) -> None:
+    name, expected = "shared_expert_x", (num_tokens, config.hidden)
+    checks.dtype(COMBINE, name, addend, (config.dtype,))
+    checks.shape(COMBINE, name, addend, expected, "(T, H)", device)

@@ -40,6 +40,7 @@ from .weighted_sum import (
     load_row,
     sum_launch,
     sum_rows,
+    sum_tensors,
     tile_columns,
     tile_tokens,
     window_row,
@@ -228,7 +229,7 @@ def combine_recv(
     if layout.num_shared_experts and active is None:
         active = active_positions(ids)
     launch = sum_launch(fmt, num_slots, weights, zero_computation, addend, summed, norm)
-    row_weights, _, *terms = launch.tensors
+    row_weights, _, *terms = sum_tensors(weights, zero_computation, addend, summed, norm)
     severity, patience, clock = wait_arguments(windows, timeout)
     ring, replicas = windows.ring, layout.shared_replicas
     num_programs = launch_config.at_a_time(

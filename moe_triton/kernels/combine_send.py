@@ -32,7 +32,7 @@ from ._windows import (
     pointer,
     write_records,
 )
-from .quantize import check_encode, encode_launch, encode_tiles
+from .quantize import check_encode, encode_launch, encode_tensors, encode_tiles
 
 
 @triton.jit(
@@ -183,7 +183,7 @@ def combine_send(
         windows.bases,
         windows.state,
         windows.problem,
-        None if y is None else launch.x,
+        None if y is None else encode_tensors(rows, fmt)[0],
         count,
         group_starts.contiguous(),
         len(rows),

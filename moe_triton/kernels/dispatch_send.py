@@ -36,7 +36,7 @@ from ._windows import (
     pointer,
     write_records,
 )
-from .quantize import check_encode, encode_launch, encode_tiles
+from .quantize import check_encode, encode_launch, encode_tensors, encode_tiles
 from .routing_plan import compare_slots, copy_routing, count_experts, experts_of, routing_plan
 
 _NOWHERE = tl.constexpr(NOWHERE)
@@ -318,10 +318,12 @@ def dispatch_send(
         active = torch.empty(num_tokens, dtype=torch.int32, device=device)
     num_slots = layout.rows_per_token
     has_scales = fmt.scale_offset is not None
+    slot_ids = ids if per_slot else None
     launch = encode_launch(
-        x, fmt, smooth_scales, ids if per_slot else None, num_slots,
+        x, fmt, smooth_scales, slot_ids, num_slots,
         fmt.stride // fmt.dtype.itemsize, fmt.stride // fmt.scale_dtype.itemsize,
     )  # fmt: skip
+    rows, factors, slot_ids = encode_tensors(x, fmt, smooth_scales, slot_ids)
     tokens, token_slots, token_warps = _token_block(ids)
     work = triton.cdiv(max(ids.numel(), num_experts, 1), plan.own)
     plan_programs = min(work, plan.num_programs)
@@ -334,11 +336,11 @@ def dispatch_send(
         windows.bases,
         windows.state,
         windows.problem,
-        launch.x,
+        rows,
         ids,
         None if weights is None else weights.contiguous(),
-        launch.smooth_scales,
-        launch.expert_ids,
+        factors,
+        slot_ids,
         ids_copy,
         weights_copy,
         counts,

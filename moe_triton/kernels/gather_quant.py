@@ -18,7 +18,6 @@ import torch
 
 from ..errors import MissingArgumentError
 from ..layout import RowFormat
-from ._checks import INDICES, check_tensor
 from .quantize import encode_slots
 
 
@@ -40,18 +39,12 @@ def gather_quant(
         ArgumentValueError: a wrong shape, stride or device.
         MissingArgumentError: no ``expert_ids`` for factors of each expert, no factors for "static".
     """
-    op = "gather_quant"
-    check_tensor(op, "index", index, dtypes=INDICES, shape=(len(x), None), device=x.device)
     per_expert = smooth_scales is not None and smooth_scales.dim() == 2
-    if per_expert:
-        if expert_ids is None:
-            raise MissingArgumentError(op, "expert_ids", "choose the factors of each slot", None)
-        shape = (len(x), None)
-        check_tensor(op, "expert_ids", expert_ids, dtypes=INDICES, shape=shape, device=x.device)
-    if scales is not None and scales.dim() == 1:
-        scales = scales[:, None]
+    if per_expert and expert_ids is None:
+        contract = "choose the factors of each slot"
+        raise MissingArgumentError("gather_quant", "expert_ids", contract, None)
     encode_slots(
-        op,
+        "gather_quant",
         x,
         fmt,
         out,
@@ -59,5 +52,4 @@ def gather_quant(
         smooth_scales,
         index=index,
         expert_ids=expert_ids if per_expert else None,
-        num_slots=index.shape[1],
     )

@@ -15,9 +15,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import triton
+
+from ..signatures import once_per_signature
+
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +155,15 @@ def policy(device: torch.device) -> Policy:
         return gpu_policy(properties.multi_processor_count, 64)
     arithmetic = cuda_arithmetic(10 * properties.major + properties.minor)
     return gpu_policy(properties.multi_processor_count, 32, arithmetic)
+
+
+def planned(plan: Callable[..., _T]) -> Callable[..., _T]:
+    """Check and plan a launch once for each signature of its arguments.
+
+    Args:
+        plan: as for ``once_per_signature``; its first argument is a tensor on the launch's device.
+    """
+    return once_per_signature(plan, within=lambda first, *_: policy(first.device))
 
 
 def cuda_arithmetic(capability: int) -> str:

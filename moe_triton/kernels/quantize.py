@@ -34,7 +34,7 @@ import triton.language as tl
 from ..errors import ArgumentTypeError, ArgumentValueError, MissingArgumentError
 from ..layout import FLOAT8, RowFormat
 from . import launch_config
-from ._checks import FLOATS, check_tensor
+from ._checks import FLOATS, INDICES, check_tensor, with_adjacent_columns
 from ._common import (
     WORDS,
     float8_code,
@@ -564,7 +564,6 @@ def encode_slots(
     *,
     index: torch.Tensor | None = None,
     expert_ids: torch.Tensor | None = None,
-    num_slots: int = 1,
     count: torch.Tensor | None = None,
 ) -> None:
     """Write the codes and scales of each token to the row of each of its slots.
@@ -574,34 +573,28 @@ def encode_slots(
         x: [T, H] fp16, bf16, fp32 or fp64.
         fmt: the scheme, its dtypes and its block; its stride is not used.
         out: [A, H] of ``fmt.dtype``, written.
-        scales: [A, C] of ``fmt.scale_dtype``, written; None for a scheme without scales.
+        scales: [A, C] of ``fmt.scale_dtype``, or [A] where a row has one, written; None for a
+            scheme without scales.
         smooth_scales: [1], [H] or [T, H] fp32 factors, or with ``expert_ids`` [NS + E, H], or None.
-        index: [T, S] rows of ``out``, negative for a slot without one; None for t * S + slot.
+        index: [T, S] rows of ``out``, negative for a slot without one; None for row t of token t.
         expert_ids: [T, K] where slot k has the factors NS + expert_ids[t, k], and slot K + j
             those of shared expert j; or None.
-        num_slots: S.
         count: [1] int32 on the device: only this many tokens are written; None for all T.
     """
-    check_encode(op, x, fmt, smooth_scales, expert_ids is not None)
-    _check_outputs(op, x, fmt, out, scales)
-    if count is not None:
-        check_tensor(op, "count", count, dtypes=(torch.int32,), shape=(1,), device=x.device)
-    if len(x) == 0 or num_slots == 0 or out.numel() == 0:
+    launch = _plan_encode(x, op, fmt, out, scales, smooth_scales, index, expert_ids, count)
+    if launch is None:
         return
-    launch = encode_launch(
-        x, fmt, smooth_scales, expert_ids, num_slots, out.stride(0),
-        0 if scales is None else scales.stride(0), indexed=index is not None,
-    )  # fmt: skip
+    x, smooth_scales, expert_ids = encode_tensors(x, fmt, smooth_scales, expert_ids)
     _encode_kernel[(launch.num_programs,)](
-        launch.x,
-        launch.smooth_scales,
-        launch.expert_ids,
+        x,
+        smooth_scales,
+        expert_ids,
         None if index is None else index.contiguous(),
         count,
         out.view(launch.out_dtype),
         scales,
-        len(x),
-        len(out),
+        x.shape[0],
+        out.shape[0],
         *launch.sizes,
         **launch.constants,
         num_warps=launch.num_warps,
@@ -609,13 +602,41 @@ def encode_slots(
     )
 
 
+@launch_config.planned
+def _plan_encode(
+    x: torch.Tensor,
+    op: str,
+    fmt: RowFormat,
+    out: torch.Tensor,
+    scales: torch.Tensor | None,
+    smooth_scales: torch.Tensor | None,
+    index: torch.Tensor | None,
+    expert_ids: torch.Tensor | None,
+    count: torch.Tensor | None,
+) -> EncodeLaunch | None:
+    """Check the arguments of ``encode_slots`` and plan its launch; None with nothing to write."""
+    check = functools.partial(check_tensor, op, device=x.device)
+    check_encode(op, x, fmt, smooth_scales, expert_ids is not None)
+    if index is not None:
+        check("index", index, dtypes=INDICES, shape=(len(x), None))
+    if expert_ids is not None:
+        check("expert_ids", expert_ids, dtypes=INDICES, shape=(len(x), None))
+    _check_outputs(op, x, fmt, out, scales)
+    if count is not None:
+        check("count", count, dtypes=(torch.int32,), shape=(1,))
+    num_slots = 1 if index is None else index.shape[1]
+    if len(x) == 0 or num_slots == 0 or out.numel() == 0:
+        return None
+    return encode_launch(
+        x, fmt, smooth_scales, expert_ids, num_slots, out.stride(0),
+        0 if scales is None else scales.stride(0), indexed=index is not None,
+    )  # fmt: skip
+
+
 class EncodeLaunch(NamedTuple):
-    """Arguments of ``encode_tiles``, and its launch.
+    """Arguments of ``encode_tiles`` beside tensors, and its launch.
 
     Attributes:
-        x: the tokens, their columns adjacent, as integers for the scheme "none".
-        smooth_scales: the factors that the scheme uses, or None.
-        expert_ids: [T, K] where each slot has factors of its own, or None.
         out_dtype: of the codes as the kernel writes them.
         sizes: the integers after ``num_rows``.
         constants: the constexprs.
@@ -623,9 +644,6 @@ class EncodeLaunch(NamedTuple):
         num_warps: of a program.
     """
 
-    x: torch.Tensor
-    smooth_scales: torch.Tensor | None
-    expert_ids: torch.Tensor | None
     out_dtype: torch.dtype
     sizes: tuple[int, ...]
     constants: dict[str, Any]
@@ -644,13 +662,13 @@ def encode_launch(
     *,
     indexed: bool = False,
 ) -> EncodeLaunch:
-    """The launch that encodes [T, H] tokens; arguments as in ``encode_slots``.
+    """The launch that encodes [T, H] tokens, from the signature of its arguments alone.
 
+    Arguments as in ``encode_slots``, which go to the kernel as ``encode_tensors`` returns them;
     ``out_stride`` counts elements of the payload, ``scale_stride`` scales.
     """
     num_tokens, hidden = x.shape
-    # The rows of a tensor may lie apart, its columns may not.
-    x = x if x.stride(1) == 1 else x.contiguous()
+    row_stride = x.stride(0) if hidden <= 1 or x.stride(1) == 1 else hidden
     _, scaled, takes_factors = _SCHEMES[fmt.scheme]
     factors = "none"
     if smooth_scales is None or not takes_factors:
@@ -658,14 +676,12 @@ def encode_launch(
     else:
         one_row = "row" if smooth_scales.numel() > 1 else "one"
         factors = "rows" if smooth_scales.dim() == 2 else one_row
-        smooth_scales = smooth_scales.contiguous()
     top_k = 0 if expert_ids is None else expert_ids.shape[1]
     num_experts = 0 if smooth_scales is None else len(smooth_scales) - (num_slots - top_k)
     maximum, mantissa = _PAYLOADS.get(fmt.dtype, (0.0, 0))
     out_dtype = torch.uint8 if mantissa else fmt.dtype
     if fmt.scheme == "none":
         out_dtype = WORDS[x.element_size()]
-        x = x.view(out_dtype)
 
     group = min(fmt.block or hidden, hidden)
     num_groups = fmt.num_scales if scaled else 1
@@ -679,10 +695,10 @@ def encode_launch(
     adjacent = num_groups == 1 or lanes <= group
     # Where groups fill their lanes the kernel needs no other size of them.
     step = 0 if whole and adjacent else group
-    unit = math.gcd(16, hidden, step, x.stride(0), out_stride)
+    unit = math.gcd(16, hidden, step, row_stride, out_stride)
     sizes = (
         hidden // unit, step // unit, num_groups, num_slots, top_k, num_experts,
-        x.stride(0) // unit, out_stride // unit, scale_stride,
+        row_stride // unit, out_stride // unit, scale_stride,
     )  # fmt: skip
     constants = {
         "SCHEME": fmt.scheme,
@@ -706,10 +722,22 @@ def encode_launch(
     elif scaled and factors == "none" and fmt.scheme != "block8":
         # What a warp does once for a tile weighs more than what it does for each element.
         num_warps = max(num_warps // 2, 1)
-    contiguous_ids = None if expert_ids is None else expert_ids.contiguous()
-    return EncodeLaunch(
-        x, smooth_scales, contiguous_ids, out_dtype, sizes, constants, tiles.num_programs, num_warps
-    )
+    return EncodeLaunch(out_dtype, sizes, constants, tiles.num_programs, num_warps)
+
+
+def encode_tensors(
+    x: torch.Tensor,
+    fmt: RowFormat,
+    smooth_scales: torch.Tensor | None = None,
+    expert_ids: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Tokens, factors and ids as ``encode_tiles`` takes them; arguments as in ``encode_slots``."""
+    x = with_adjacent_columns(x)
+    if fmt.scheme == "none":
+        x = x.view(WORDS[x.element_size()])
+    if smooth_scales is None or not _SCHEMES[fmt.scheme][2]:
+        return x, None, None
+    return x, smooth_scales.contiguous(), None if expert_ids is None else expert_ids.contiguous()
 
 
 def check_encode(
@@ -743,11 +771,14 @@ def check_encode(
 def _check_outputs(
     op: str, x: torch.Tensor, fmt: RowFormat, out: torch.Tensor, scales: torch.Tensor | None
 ) -> None:
-    check = functools.partial(check_tensor, op, device=x.device, strided_columns=False)
+    check = functools.partial(check_tensor, op, device=x.device)
     scaled = _SCHEMES[fmt.scheme][1]
     if (scales is not None) != scaled:
         contract = f"be {'a tensor' if scaled else 'None'} for the scheme {fmt.scheme!r}"
         raise ArgumentValueError(op, "scales", contract, scales if scales is None else "a tensor")
-    check("out", out, dtypes=(fmt.dtype,), shape=(None, x.shape[1]))
+    check("out", out, dtypes=(fmt.dtype,), shape=(None, x.shape[1]), strided_columns=False)
     if scales is not None:
-        check("scales", scales, dtypes=(fmt.scale_dtype,), shape=(len(out), fmt.num_scales))
+        flat = scales.dim() == 1 and fmt.num_scales == 1
+        shape = (len(out),) if flat else (len(out), fmt.num_scales)
+        dtypes = (fmt.scale_dtype,)
+        check("scales", scales, dtypes=dtypes, shape=shape, strided_columns=flat)

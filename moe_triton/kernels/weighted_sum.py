@@ -30,7 +30,11 @@ from ..layout import Norm, RowFormat, ZeroComputationExperts
 from ._checks import FLOATS, INDICES, check_tensor, with_adjacent_columns
 from ._common import from_float32, narrow, to_float32, widen
 from ._windows import EXTRA, RECORD_BYTES
-from .launch_config import tiles, token_tiles
+from .launch_config import planned, tiles, token_tiles
+
+# Where there is no such thing, the kernel gets None for each of its tensors.
+_NO_EXPERTS = (None,) * len(ZeroComputationExperts._fields)
+_NO_NORM = (None,) * len(Norm._fields)
 
 # Optional parts of the sum are functions that the kernel calls under a constexpr condition, as a
 # launch of Triton 3.2 rejects functions as constexpr arguments.
@@ -480,47 +484,70 @@ def weighted_sum(
         ArgumentValueError: a shape, stride, device or scheme that does not fit.
         MissingArgumentError: a value of constant experts without their alphas.
     """
-    op = "weighted_sum"
-    _check_rows(op, rows, index, fmt, out)
-    check_terms(op, index.shape[1], weights, zero_computation, addend, out, norm)
-    num_tokens, hidden = out.shape
-    if out.numel() == 0:
+    launch = _plan_sum(
+        rows, index, fmt, weights, addend, out, *(zero_computation or _NO_EXPERTS),
+        *(norm or _NO_NORM),
+    )  # fmt: skip
+    if launch is None:
         return
-
-    payload = fmt.payload(rows)
-    scales = fmt.scales(rows) if fmt.scheme == "block8" else None
-    align = math.gcd(rows.stride(0), 16)
-    launch = sum_launch(fmt, index.shape[1], weights, zero_computation, addend, out, norm)
     _weighted_sum_kernel[(launch.num_programs,)](
-        payload,
-        scales,
+        rows.view(fmt.dtype),
+        fmt.scales(rows) if fmt.scheme == "block8" else None,
         index.contiguous(),
-        *launch.tensors,
-        num_tokens,
-        len(rows),
-        hidden,
-        rows.stride(0) // align,
+        *sum_tensors(weights, zero_computation, addend, out, norm),
+        out.shape[0],
+        rows.shape[0],
+        out.shape[1],
         *launch.sizes,
-        UNIT=align // payload.itemsize,
-        SCALES_UNIT=0 if scales is None else align // scales.itemsize,
         **launch.constants,
         num_warps=launch.num_warps,
         enable_fp_fusion=False,
     )
 
 
+@planned
+def _plan_sum(
+    rows: torch.Tensor,
+    index: torch.Tensor,
+    fmt: RowFormat,
+    weights: torch.Tensor | None,
+    addend: torch.Tensor | None,
+    out: torch.Tensor,
+    *more: Any,
+) -> SumLaunch | None:
+    """Check the arguments of ``weighted_sum`` and plan its launch; None with nothing to sum.
+
+    ``more`` are the fields of the zero-computation experts and of the norm.
+    """
+    op = "weighted_sum"
+    experts, normed = more[: len(_NO_EXPERTS)], more[len(_NO_EXPERTS) :]
+    zero_computation = None if experts[0] is None else ZeroComputationExperts(*experts)
+    norm = None if normed[0] is None else Norm(*normed)
+    _check_rows(op, rows, index, fmt, out)
+    check_terms(op, index.shape[1], weights, zero_computation, addend, out, norm)
+    if out.numel() == 0:
+        return None
+    launch = sum_launch(fmt, index.shape[1], weights, zero_computation, addend, out, norm)
+    unit = math.gcd(rows.stride(0), 16)
+    units = {
+        "UNIT": unit // fmt.dtype.itemsize,
+        "SCALES_UNIT": unit // fmt.scale_dtype.itemsize if fmt.scheme == "block8" else 0,
+    }
+    return launch._replace(
+        sizes=(rows.stride(0) // unit, *launch.sizes), constants=units | launch.constants
+    )
+
+
 class SumLaunch(NamedTuple):
-    """Arguments of ``sum_rows``, and its launch.
+    """Arguments of ``sum_rows`` beside tensors, and its launch.
 
     Attributes:
-        tensors: those from the weights to rstd.
         sizes: the numbers from the stride of the tokens on.
         constants: the constexprs, but for the units of rows.
         num_programs: size of the grid.
         num_warps: of a program.
     """
 
-    tensors: tuple[torch.Tensor | None, ...]
     sizes: tuple[int | float, ...]
     constants: dict[str, Any]
     num_programs: int
@@ -536,28 +563,23 @@ def sum_launch(
     out: torch.Tensor,
     norm: Norm | None,
 ) -> SumLaunch:
-    """The launch that sums ``num_slots`` rows of each token; arguments as in ``weighted_sum``."""
+    """The launch that sums ``num_slots`` rows of each token, from signatures alone.
+
+    Arguments as in ``weighted_sum``, which go to the kernel as ``sum_tensors`` returns them.
+    """
     num_tokens, hidden = out.shape
-    ids = tokens = alpha_1 = alpha_2 = value = None
+    ids = tokens = alpha_1 = None
     first_copy = first_constant = end = 0
     if zero_computation is not None and zero_computation.tokens is not None:
-        ids, first_copy, first_constant, end, tokens, alpha_1, alpha_2, value = zero_computation
-        ids = ids.contiguous()
-        alpha_1, alpha_2, value = map(_contiguous, (alpha_1, alpha_2, value))
-    residual, gamma, epsilon, y, rstd = norm or (None, None, 0.0, None, None)
-    tokens, addend, residual = map(_with_adjacent_columns, (tokens, addend, residual))
+        ids, first_copy, first_constant, end, tokens, alpha_1, _, _ = zero_computation
+    residual, _, epsilon, y, _ = norm or (None, None, 0.0, None, None)
     columns = weights if weights is not None else ids
     launch = token_tiles(out.device, num_tokens, hidden, whole_rows=norm is not None)
-    strided = (tokens, addend, out, residual, y)
     across = 1 if norm is not None else -(-hidden // launch.block)
     return SumLaunch(
         (
-            _contiguous(weights), ids, tokens, alpha_1, alpha_2, value, addend, out, residual,
-            gamma, y, rstd,
-        ),
-        (
-            *map(_row_stride, strided), first_copy, first_constant, end, 1.0 / max(hidden, 1),
-            epsilon, across,
+            *map(_row_stride, (tokens, addend, out, residual, y)), first_copy, first_constant, end,
+            1.0 / max(hidden, 1), epsilon, across,
         ),
         {
             "SLOTS": num_slots,
@@ -575,6 +597,25 @@ def sum_launch(
     )  # fmt: skip
 
 
+def sum_tensors(
+    weights: torch.Tensor | None,
+    zero_computation: ZeroComputationExperts | None,
+    addend: torch.Tensor | None,
+    out: torch.Tensor,
+    norm: Norm | None,
+) -> tuple[torch.Tensor | None, ...]:
+    """The tensors that ``sum_rows`` takes, from the weights to rstd."""
+    ids = tokens = alpha_1 = alpha_2 = value = None
+    if zero_computation is not None and zero_computation.tokens is not None:
+        ids, _, _, _, tokens, alpha_1, alpha_2, value = zero_computation
+    residual, gamma, _, y, rstd = norm or _NO_NORM
+    return (
+        _contiguous(weights), _contiguous(ids), _with_adjacent_columns(tokens),
+        _contiguous(alpha_1), _contiguous(alpha_2), _contiguous(value),
+        _with_adjacent_columns(addend), out, _with_adjacent_columns(residual), gamma, y, rstd,
+    )  # fmt: skip
+
+
 def _contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.contiguous()
 
@@ -584,7 +625,10 @@ def _with_adjacent_columns(x: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _row_stride(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.stride(0)
+    """The stride of the rows of ``_with_adjacent_columns``."""
+    if x is None:
+        return 0
+    return x.stride(0) if x.shape[1] <= 1 or x.stride(1) == 1 else x.shape[1]
 
 
 def _check_rows(

@@ -18,38 +18,6 @@ FLOATS = (torch.float16, torch.bfloat16)
 _MAX_NAME = 127
 
 
-class Signatures:
-    """Dtypes, shapes and devices of arguments that have passed all checks of these.
-
-    Args:
-        most: to remember; then it starts over, as sizes may change with every call.
-    """
-
-    def __init__(self, most: int = 4096) -> None:
-        self._passed: set[tuple[object, ...]] = set()
-        self._most = most
-
-    def of(self, *arguments: object) -> tuple[object, ...]:
-        """The signature of tensors, integers and None; that of anything else is always new."""
-        parts: list[object] = []
-        for argument in arguments:
-            if isinstance(argument, torch.Tensor):
-                parts += (argument.dtype, argument.shape, argument.device, argument.layout)
-            else:
-                known = argument is None or isinstance(argument, int)
-                parts.append(argument if known else object())
-        return tuple(parts)
-
-    def __contains__(self, signature: tuple[object, ...]) -> bool:
-        return signature in self._passed
-
-    def add(self, signature: tuple[object, ...]) -> None:
-        """Remember a signature that has passed."""
-        if len(self._passed) >= self._most:
-            self._passed.clear()
-        self._passed.add(signature)
-
-
 def required(op: str, **arguments: object) -> None:
     """No argument is None; ``MissingArgumentError``."""
     for name, value in arguments.items():

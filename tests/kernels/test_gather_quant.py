@@ -206,7 +206,7 @@ def test_an_index_out_of_range_fails_where_the_device_asserts(asserting, device)
         ({"out": torch.zeros((2, 5), dtype=torch.int8)}, r"out must have the shape \(\*, 4\)"),
         ({"out": torch.zeros((4, 2), dtype=torch.int8).T}, "out must be contiguous in its"),
         ({"scales": torch.zeros(2, dtype=torch.half)}, "scales must be one of"),
-        ({"scales": torch.zeros(3)}, r"scales must have the shape \(2, 1\)"),
+        ({"scales": torch.zeros(3)}, r"scales must have the shape \(2\)"),
         ({"scales": None}, "scales must be a tensor for the scheme 'per_row'"),
         ({"fmt": RowFormat(torch.int8, 4, 0, "static")}, "smooth_scales must hold the factors"),
     ],
