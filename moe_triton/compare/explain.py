@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import torch
 
 from ..record.operators import is_dispatch
-from .layouts import Rows
 from .metrics import differing
 from .outputs import Geometry, Region
 from .replay import Tensors
@@ -168,12 +167,6 @@ def _hypotheses(factors: dict[int, float], top_k: int) -> Iterator[tuple[str, di
     if shared and routed:
         first = factors | dict.fromkeys(shared, factors[routed[0]])
         yield "with the shared experts' rows weighted like slot 0", first
-
-
-def lost_rows(rows: Rows, other: Rows) -> list[int]:
-    """Rows of ``rows`` whose token is not among ``other``."""
-    known = set(map(tuple, other.key().tolist()))
-    return [i for i, key in enumerate(rows.key().tolist()) if tuple(key) not in known]
 
 
 def explains_sums(op: str, expected: Tensors) -> bool:
