@@ -165,7 +165,7 @@ def test_a_graph_of_a_layer(world, quant):
 
 
 def test_all_to_all_v():
-    """Of the CPU's bits; with a capacity eagerly and in a graph."""
+    """The bits of the CPU, with a capacity too, whose counts stay on the device."""
     matrix = [[1, 2], [3, 0]]
 
     def fn(ctx):
