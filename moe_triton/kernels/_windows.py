@@ -21,7 +21,6 @@ import triton
 import triton.language as tl
 
 from ..errors import ArgumentValueError
-from ..layout import Windows
 from ..layout import windows as words
 
 RECORD_BYTES = tl.constexpr(words.RECORD_BYTES)
@@ -225,10 +224,10 @@ def end_recv(state_ptr, problem_ptr) -> None:
         tl.store(state_ptr + RECEIVED, next_epoch(state_ptr, RECEIVED))
 
 
-def check_device(op: str, windows: Windows, device: torch.device) -> None:
+def check_device(op: str, bases: torch.Tensor, device: torch.device) -> None:
     """Raise unless windows are on the device of a step's tensors."""
-    if windows.device != device:
-        raise ArgumentValueError(op, "windows", f"be on {device}", windows.device)
+    if bases.device != device:
+        raise ArgumentValueError(op, "windows", f"be on {device}", bases.device)
 
 
 def clock_of(device: torch.device) -> str | None:
@@ -238,8 +237,8 @@ def clock_of(device: torch.device) -> str | None:
     return "memrealtime" if torch.version.hip else "globaltimer"
 
 
-def wait_arguments(windows: Windows, timeout: float) -> tuple[int, int, str | None]:
+def wait_arguments(device: torch.device, hard: bool, timeout: float) -> tuple[int, int, str | None]:
     """Severity of an abort, patience and clock of ``wait_records``."""
-    name = clock_of(windows.device)
-    severity = words.BROKEN if windows.hard else words.SOFT
+    name = clock_of(device)
+    severity = words.BROKEN if hard else words.SOFT
     return severity, int(timeout * _TICKS_PER_SECOND[name]), name

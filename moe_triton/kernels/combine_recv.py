@@ -13,19 +13,26 @@ Source: ``moe_triton.ref.combine_recv``.
 from __future__ import annotations
 
 import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from ..errors import ArgumentTypeError, ArgumentValueError
-from ..layout import ExchangeLayout, Norm, SlotPositions, Windows, ZeroComputationExperts
+from ..layout import (
+    ExchangeLayout,
+    Norm,
+    SlotPositions,
+    Windows,
+    WindowsSignature,
+    ZeroComputationExperts,
+)
 from . import launch_config
 from ._checks import FLOATS, INDICES, check_tensor
 from ._common import narrow
 from ._windows import (
     RECEIVED,
-    check_device,
     control_start,
     end_recv,
     is_broken,
@@ -35,9 +42,12 @@ from ._windows import (
 )
 from .dispatch_send import active_positions
 from .weighted_sum import (
+    NO_EXPERTS,
+    NO_NORM,
     check_row_format,
     check_terms,
     load_row,
+    of_fields,
     sum_launch,
     sum_rows,
     sum_tensors,
@@ -207,8 +217,63 @@ def combine_recv(
         ArgumentValueError: a shape, stride, device or scheme that does not fit.
         MissingArgumentError: a value of constant experts without their alphas.
     """
-    op, device, fmt = "combine_recv", windows.device, layout.return_format
-    check_device(op, windows, device)
+    plan = _plan(
+        windows.bases, expert_ids, positions.position_in_expert, weights, addend, out, layout,
+        windows.signature, digest, timeout, *(zero_computation or NO_EXPERTS), *(norm or NO_NORM),
+    )  # fmt: skip
+    ids, active = expert_ids.contiguous(), positions.active_position
+    if layout.num_shared_experts and active is None:
+        active = active_positions(ids)
+    row_weights, _, *terms = sum_tensors(weights, zero_computation, addend, out, norm)
+    _combine_recv_kernel[plan.grid](
+        windows.state,
+        windows.problem,
+        windows.notice,
+        windows.bases,
+        ids,
+        positions.position_in_expert,
+        active,
+        row_weights,
+        *terms,
+        *plan.sizes,
+        **plan.constants,
+    )
+
+
+class _Plan(NamedTuple):
+    """A launch of ``_combine_recv_kernel``.
+
+    Attributes:
+        grid: of the programs.
+        sizes: the arguments after the tensors.
+        constants: the constexprs and options.
+    """
+
+    grid: tuple[int]
+    sizes: tuple[int | float, ...]
+    constants: dict[str, Any]
+
+
+@launch_config.planned
+def _plan(
+    bases: torch.Tensor,
+    expert_ids: torch.Tensor,
+    position_in_expert: torch.Tensor,
+    weights: torch.Tensor | None,
+    addend: torch.Tensor | None,
+    out: torch.Tensor,
+    layout: ExchangeLayout,
+    windows: WindowsSignature,
+    digest: int,
+    timeout: float,
+    *more: Any,
+) -> _Plan:
+    """Check the arguments of ``combine_recv`` and plan its launch.
+
+    ``more`` are the fields of the zero-computation experts and of the norm.
+    """
+    op, device, fmt = "combine_recv", bases.device, layout.return_format
+    zero_computation, norm = of_fields(more)
     check = functools.partial(check_tensor, op, device=device)
     num_tokens, num_slots = len(expert_ids), layout.num_slots
     check("expert_ids", expert_ids, dtypes=INDICES, shape=(None, layout.top_k))
@@ -222,29 +287,15 @@ def combine_recv(
     if apart and not out.is_contiguous():
         raise ArgumentValueError(op, "out", "be contiguous for rows apart", out.stride())
     check_terms(op, num_slots, weights, zero_computation, addend, summed, norm)
-    position, active = positions.position_in_expert, positions.active_position
-    size = (expert_ids.numel(),)
-    check("positions.position_in_expert", position, dtypes=(torch.int32,), shape=size)
-    ids = expert_ids.contiguous()
-    if layout.num_shared_experts and active is None:
-        active = active_positions(ids)
+    name, size = "positions.position_in_expert", (expert_ids.numel(),)
+    check(name, position_in_expert, dtypes=(torch.int32,), shape=size)
     launch = sum_launch(fmt, num_slots, weights, zero_computation, addend, summed, norm)
-    row_weights, _, *terms = sum_tensors(weights, zero_computation, addend, summed, norm)
-    severity, patience, clock = wait_arguments(windows, timeout)
+    severity, patience, clock = wait_arguments(device, windows.hard, timeout)
     ring, replicas = windows.ring, layout.shared_replicas
     num_programs = launch_config.at_a_time(
         device, launch.num_programs, launch.num_warps, registers=64 if norm is None else 128
     )
-    _combine_recv_kernel[(num_programs,)](
-        windows.state,
-        windows.problem,
-        windows.notice,
-        windows.bases,
-        ids,
-        position,
-        active,
-        row_weights,
-        *terms,
+    sizes = (
         num_tokens,
         fmt.hidden,
         *launch.sizes,
@@ -266,11 +317,13 @@ def combine_recv(
         replicas,
         layout.capacity,
         layout.shared_capacity,
-        ROUTED=layout.top_k,
-        APART=apart,
-        CLOCK=clock,
-        BLOCK_W=launch_config.next_power_of_2(windows.world_size),
-        **launch.constants,
-        num_warps=launch.num_warps,
-        enable_fp_fusion=False,
     )
+    constants = launch.constants | {
+        "ROUTED": layout.top_k,
+        "APART": apart,
+        "CLOCK": clock,
+        "BLOCK_W": launch_config.next_power_of_2(windows.world_size),
+        "num_warps": launch.num_warps,
+        "enable_fp_fusion": False,
+    }
+    return _Plan((num_programs,), sizes, constants)

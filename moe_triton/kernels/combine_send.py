@@ -11,12 +11,13 @@ Source: ``moe_triton.ref.combine_send``.
 from __future__ import annotations
 
 import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ..layout import ExchangeLayout, Windows
+from ..layout import ExchangeLayout, Windows, WindowsSignature
 from . import launch_config
 from ._checks import check_tensor
 from ._common import TRITON_DTYPES
@@ -24,7 +25,6 @@ from ._windows import (
     DATA_SLOT,
     RECORD_BYTES,
     SENT,
-    check_device,
     control_start,
     is_broken,
     last_program,
@@ -158,52 +158,86 @@ def combine_send(
         ArgumentTypeError: a wrong dtype.
         ArgumentValueError: a wrong shape, stride or device.
     """
-    op, device, fmt = "combine_send", windows.device, layout.return_format
-    check_device(op, windows, device)
+    plan = _plan(windows.bases, y, group_starts, count, layout, windows.signature, digest)
+    rows = None
+    if y is not None:
+        rows, _, _ = encode_tensors(y[: plan.num_rows], layout.return_format)
+    _combine_send_kernel[plan.grid](
+        windows.bases,
+        windows.state,
+        windows.problem,
+        rows,
+        count,
+        group_starts.contiguous(),
+        *plan.sizes,
+        **plan.constants,
+    )
+
+
+class _Plan(NamedTuple):
+    """A launch of ``_combine_send_kernel``.
+
+    Attributes:
+        num_rows: of the experts, cut to the capacity.
+        grid: of the programs.
+        sizes: the arguments after the tensors.
+        constants: the constexprs and options.
+    """
+
+    num_rows: int
+    grid: tuple[int]
+    sizes: tuple[int, ...]
+    constants: dict[str, Any]
+
+
+@launch_config.planned
+def _plan(
+    bases: torch.Tensor,
+    y: torch.Tensor | None,
+    group_starts: torch.Tensor,
+    count: torch.Tensor | None,
+    layout: ExchangeLayout,
+    windows: WindowsSignature,
+    digest: int,
+) -> _Plan:
+    """Check the arguments of ``combine_send`` and plan its launch."""
+    op, device, fmt = "combine_send", bases.device, layout.return_format
     world, local = windows.world_size, layout.num_local_experts(windows.rank)
     check = functools.partial(check_tensor, op, device=device)
     check("group_starts", group_starts, dtypes=(torch.int32,), shape=(local, world + 1))
     if count is not None:
         check("count", count, dtypes=(torch.int32,), shape=(1,))
     has_scales = fmt.scale_offset is not None
-    rows = group_starts.new_empty((0, fmt.hidden), dtype=fmt.dtype) if y is None else y
+    rows = bases.new_empty((0, fmt.hidden), dtype=fmt.dtype)
     if y is not None:
-        rows = y[: layout.rank_capacity(windows.rank)]
         check("y", y, dtypes=(y.dtype,), shape=(None, fmt.hidden))
+        rows = y[: layout.rank_capacity(windows.rank)]
         check_encode(op, rows, fmt, None, per_slot=False)
     launch = encode_launch(
         rows, fmt, None, None, 1, fmt.stride // fmt.dtype.itemsize,
         fmt.stride // fmt.scale_dtype.itemsize,
     )  # fmt: skip
-    ring = windows.ring
     num_programs = launch_config.at_a_time(
         device, launch.num_programs, launch.num_warps, registers=80 if has_scales else 64
     )
-    _combine_send_kernel[(num_programs,)](
-        windows.bases,
-        windows.state,
-        windows.problem,
-        None if y is None else encode_tensors(rows, fmt)[0],
-        count,
-        group_starts.contiguous(),
+    sizes = (
         len(rows),
         local,
         windows.rank,
         world,
         digest,
-        ring.slots,
-        ring.control_bytes,
-        ring.data_slots,
-        ring.data_bytes,
+        *windows.ring,
         layout.combine_number_bytes,
         max(layout.experts_per_rank, 1),
         *launch.sizes,
         fmt.scale_offset or 0,
-        OUT=TRITON_DTYPES[launch.out_dtype],
-        SCALE=TRITON_DTYPES[fmt.scale_dtype] if has_scales else None,
-        LOCAL=launch_config.next_power_of_2(local),
-        BLOCK_W=launch_config.next_power_of_2(world),
-        **launch.constants,
-        num_warps=launch.num_warps,
-        enable_fp_fusion=False,
     )
+    constants = launch.constants | {
+        "OUT": TRITON_DTYPES[launch.out_dtype],
+        "SCALE": TRITON_DTYPES[fmt.scale_dtype] if has_scales else None,
+        "LOCAL": launch_config.next_power_of_2(local),
+        "BLOCK_W": launch_config.next_power_of_2(world),
+        "num_warps": launch.num_warps,
+        "enable_fp_fusion": False,
+    }
+    return _Plan(len(rows), (num_programs,), sizes, constants)

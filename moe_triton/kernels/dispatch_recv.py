@@ -14,14 +14,17 @@ Source: ``moe_triton.ref.dispatch_recv``.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from ..errors import ArgumentTypeError, ArgumentValueError
-from ..layout import NOWHERE, ExchangeLayout, ReceivedRows, Windows
+from ..layout import NOWHERE, ExchangeLayout, ReceivedRows, Windows, WindowsSignature
 from . import launch_config
 from ._common import TRITON_DTYPES, WORDS
 from ._groups import check_load
@@ -29,7 +32,6 @@ from ._windows import (
     EXTRA,
     RECEIVED,
     RECORD_BYTES,
-    check_device,
     control_start,
     end_recv,
     is_broken,
@@ -329,7 +331,7 @@ def _dispatch_recv_kernel(
 def dispatch_recv(
     windows: Windows,
     layout: ExchangeLayout,
-    num_rows: int,
+    num_rows: int | None,
     load: torch.Tensor | None,
     *,
     totals_dtype: torch.dtype,
@@ -344,60 +346,37 @@ def dispatch_recv(
         ArgumentTypeError: a wrong dtype.
         ArgumentValueError: a wrong shape, stride or device.
     """
-    op, device, fmt, rank = "dispatch_recv", windows.device, layout.row_format, windows.rank
-    check_device(op, windows, device)
-    if num_rows < 0:
-        raise ArgumentValueError(op, "num_rows", "be at least 0", num_rows)
-    if totals_dtype not in (torch.int32, torch.int64):
-        raise ArgumentTypeError(op, "totals_dtype", "be int32 or int64", totals_dtype)
-    world, local = windows.world_size, layout.num_local_experts(rank)
-    check_load(op, load, local, device)
-    room = min(num_rows, layout.rank_capacity(rank))
-
-    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    x = empty(num_rows, fmt.hidden, dtype=fmt.dtype)
+    if num_rows is None:
+        num_rows = int(dispatch_totals(windows, layout, digest=digest, timeout=timeout)[-1])
+    plan = _plan(
+        windows.bases, load, layout, windows.signature, num_rows, totals_dtype, digest, timeout
+    )
+    fmt, world, empty = layout.row_format, windows.world_size, plan.empty
+    local, room = plan.local, plan.room
     scales = weights = None
     if fmt.scale_offset is not None:
-        scales = empty(*fmt.scale_shape(num_rows), dtype=fmt.scale_dtype)
+        scales = empty(fmt.scale_shape(num_rows), dtype=fmt.scale_dtype)
     if layout.weight_dtype is not None:
         weights = empty(num_rows, dtype=layout.weight_dtype)
     received = ReceivedRows(
-        x=x,
+        x=empty((num_rows, fmt.hidden), dtype=fmt.dtype),
         scales=scales,
         weights=weights,
         source=empty(room, dtype=torch.int64),
         slot_ids=empty(room),
-        counts=empty(local, world),
+        counts=empty((local, world)),
         recv_counts_cumsum=empty(local * world),
         offsets=empty(local),
-        group_starts=empty(local, world + 1),
+        group_starts=empty((local, world + 1)),
         totals=empty(local, dtype=totals_dtype),
     )
-    first = layout.first_expert(rank)
-    shared = first < 0
-    top = 1 if shared else layout.top_k
-    word = math.gcd(4, fmt.hidden * fmt.dtype.itemsize)
-    words = x.view(torch.uint8).view(WORDS[word])
-    width = words.shape[1]
-    unit = math.gcd(16 // word, width)
-    severity, patience, clock = wait_arguments(windows, timeout)
-    tiles = launch_config.tiles(device, layout.max_tokens, width, indexed=True)
-    line = launch_config.line(device, max(num_rows, 1))
-    scale_word = None if scales is None else WORDS[fmt.scale_dtype.itemsize]
-    num_tiles = world * triton.cdiv(layout.max_tokens, tiles.rows)
-    most = launch_config.at_a_time(
-        device, launch_config.policy(device).num_programs, tiles.num_warps, registers=96
-    )
-    ring = windows.ring
-    _dispatch_recv_kernel[(max(min(num_tiles, most), 1),)](
+    _dispatch_recv_kernel[plan.grid](
         windows.bases,
         windows.state,
         windows.problem,
         windows.notice,
-        words,
-        None if scales is None or scale_word is None else scales.view(scale_word),
+        received.x.view(plan.word),
+        None if scales is None else scales.view(WORDS[fmt.scale_dtype.itemsize]),
         weights,
         received.source,
         received.slot_ids,
@@ -407,16 +386,77 @@ def dispatch_recv(
         received.group_starts,
         received.totals,
         load,
+        *plan.sizes,
+        **plan.constants,
+    )
+    return received
+
+
+class _Plan(NamedTuple):
+    """A launch of ``_dispatch_recv_kernel``.
+
+    Attributes:
+        empty: ``torch.empty`` for int32 on the device.
+        local: experts of this rank.
+        room: rows that are numbered.
+        word: dtype that moves the payload.
+        grid: of the programs.
+        sizes: the arguments after the tensors.
+        constants: the constexprs and options.
+    """
+
+    empty: Callable[..., torch.Tensor]
+    local: int
+    room: int
+    word: torch.dtype
+    grid: tuple[int]
+    sizes: tuple[int, ...]
+    constants: dict[str, Any]
+
+
+@launch_config.planned
+def _plan(
+    bases: torch.Tensor,
+    load: torch.Tensor | None,
+    layout: ExchangeLayout,
+    windows: WindowsSignature,
+    num_rows: int,
+    totals_dtype: torch.dtype,
+    digest: int,
+    timeout: float,
+) -> _Plan:
+    """Check the arguments of ``dispatch_recv`` and plan its launch."""
+    op, device, fmt, rank = "dispatch_recv", bases.device, layout.row_format, windows.rank
+    if num_rows < 0:
+        raise ArgumentValueError(op, "num_rows", "be at least 0", num_rows)
+    if totals_dtype not in (torch.int32, torch.int64):
+        raise ArgumentTypeError(op, "totals_dtype", "be int32 or int64", totals_dtype)
+    world, local = windows.world_size, layout.num_local_experts(rank)
+    check_load(op, load, local, device)
+    room = min(num_rows, layout.rank_capacity(rank))
+    first = layout.first_expert(rank)
+    shared = first < 0
+    top = 1 if shared else layout.top_k
+    row_bytes = fmt.hidden * fmt.dtype.itemsize
+    word = math.gcd(4, row_bytes)
+    width = row_bytes // word
+    unit = math.gcd(16 // word, width)
+    severity, patience, clock = wait_arguments(device, windows.hard, timeout)
+    tiles = launch_config.tiles(device, layout.max_tokens, width, indexed=True)
+    line = launch_config.line(device, max(num_rows, 1))
+    has_scales = fmt.scale_offset is not None
+    num_tiles = world * launch_config.cdiv(layout.max_tokens, tiles.rows)
+    most = launch_config.at_a_time(
+        device, launch_config.policy(device).num_programs, tiles.num_warps, registers=96
+    )
+    sizes = (
         rank,
         world,
         windows.kind,
         digest,
         severity,
         patience,
-        ring.slots,
-        ring.control_bytes,
-        ring.data_slots,
-        ring.data_bytes,
+        *windows.ring,
         layout.dispatch_number_bytes,
         layout.positions_start,
         layout.weights_start,
@@ -435,25 +475,29 @@ def dispatch_recv(
         layout.alignment,
         width // unit,
         width // unit,
-        0 if scales is None else fmt.num_scales,
-        SHARED=shared,
-        PER_SLOT=layout.per_expert,
-        PADDED=layout.alignment > 1,
-        WORD=TRITON_DTYPES[WORDS[word]],
-        SCALE=None if scale_word is None else TRITON_DTYPES[scale_word],
-        UNIT=unit,
-        TOP=top,
-        SLOTS=launch_config.next_power_of_2(top),
-        LOCAL=launch_config.next_power_of_2(local),
-        WORLD=launch_config.next_power_of_2(world),
-        ROWS=tiles.rows,
-        BLOCK=tiles.block,
-        SCALES=launch_config.next_power_of_2(fmt.num_scales),
-        LINE=line.block,
-        CLOCK=clock,
-        num_warps=tiles.num_warps,
+        fmt.num_scales if has_scales else 0,
     )
-    return received
+    constants = {
+        "SHARED": shared,
+        "PER_SLOT": layout.per_expert,
+        "PADDED": layout.alignment > 1,
+        "WORD": TRITON_DTYPES[WORDS[word]],
+        "SCALE": TRITON_DTYPES[WORDS[fmt.scale_dtype.itemsize]] if has_scales else None,
+        "UNIT": unit,
+        "TOP": top,
+        "SLOTS": launch_config.next_power_of_2(top),
+        "LOCAL": launch_config.next_power_of_2(local),
+        "WORLD": launch_config.next_power_of_2(world),
+        "ROWS": tiles.rows,
+        "BLOCK": tiles.block,
+        "SCALES": launch_config.next_power_of_2(fmt.num_scales),
+        "LINE": line.block,
+        "CLOCK": clock,
+        "num_warps": tiles.num_warps,
+    }
+    grid = (max(min(num_tiles, most), 1),)
+    empty = functools.partial(torch.empty, dtype=torch.int32, device=device)
+    return _Plan(empty, local, room, WORDS[word], grid, sizes, constants)
 
 
 @triton.jit(
@@ -529,15 +573,10 @@ def dispatch_totals(
     """Wait for the records of all ranks and count the rows that each rank receives.
 
     Arguments as in ``ref.dispatch_totals``; time as in ``recv_records``.
-
-    Raises:
-        ArgumentTypeError: a wrong dtype.
-        ArgumentValueError: a wrong shape, device or ring.
     """
-    op, device, world = "dispatch_totals", windows.device, windows.world_size
-    check_device(op, windows, device)
+    device, world = windows.device, windows.world_size
     totals = torch.empty(world + 1, dtype=torch.int32, device=device)
-    severity, patience, clock = wait_arguments(windows, timeout)
+    severity, patience, clock = wait_arguments(device, windows.hard, timeout)
     _dispatch_totals_kernel[(1,)](
         windows.bases,
         windows.state,

@@ -14,13 +14,21 @@ Source: ``moe_triton.ref.dispatch_send``.
 from __future__ import annotations
 
 import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from ..errors import ArgumentValueError, MissingArgumentError
-from ..layout import NOWHERE, ExchangeLayout, RoutingCopies, SlotPositions, Windows
+from ..layout import (
+    NOWHERE,
+    ExchangeLayout,
+    RoutingCopies,
+    SlotPositions,
+    Windows,
+    WindowsSignature,
+)
 from . import launch_config
 from ._checks import FLOATS, INDICES, check_tensor
 from ._common import TRITON_DTYPES
@@ -40,6 +48,7 @@ from .quantize import check_encode, encode_launch, encode_tensors, encode_tiles
 from .routing_plan import compare_slots, copy_routing, count_experts, experts_of, routing_plan
 
 _NOWHERE = tl.constexpr(NOWHERE)
+_NO_COPIES = (None,) * len(RoutingCopies._fields)
 
 
 @triton.jit
@@ -287,52 +296,29 @@ def dispatch_send(
         ArgumentValueError: a wrong shape, stride or device, or more tokens than the layout has.
         MissingArgumentError: no weights for a layout that has some.
     """
-    op, device, fmt = "dispatch_send", x.device, layout.row_format
-    check_device(op, windows, device)
-    shape = (len(x), layout.top_k)
-    check = functools.partial(check_tensor, op, device=device)
-    check("expert_ids", expert_ids, dtypes=INDICES, shape=shape)
-    if len(x) > layout.max_tokens:
-        raise ArgumentValueError(op, "x", f"have at most {layout.max_tokens} rows", len(x))
-    if weights is None and layout.weight_dtype is not None:
-        raise MissingArgumentError(op, "weights", "be a tensor for a layout with weights", None)
-    if copies is not None and copies.weights is not None:
-        weights = copies.weights
-    if weights is not None:
-        check("weights", weights, dtypes=FLOATS, shape=shape)
-    per_slot = layout.per_expert and smooth_scales is not None and smooth_scales.dim() == 2
-    check_encode(op, x, fmt, smooth_scales, per_slot)
-    num_tokens, num_experts, ids = len(x), layout.num_experts, expert_ids.contiguous()
-    plan = launch_config.plan_launch(device, ids.numel())
-    ids_copy = weights_copy = None
-    if plan.compare:
-        counts = torch.empty(num_experts, dtype=torch.int32, device=device)
-        position = torch.empty(ids.numel(), dtype=torch.int32, device=device)
-        if copies is not None:
-            ids_copy, weights_copy = _check_copies(op, copies, ids)
+    ids_copy, given_weights, weights_copy = copies or _NO_COPIES
+    if given_weights is None:
+        weights_copy = None
     else:
-        planned = routing_plan(ids, num_experts, copies)
+        weights = given_weights
+    plan = _plan(
+        x, expert_ids, weights, smooth_scales, ids_copy, weights_copy, windows.bases, layout,
+        windows.signature, digest,
+    )  # fmt: skip
+    ids = expert_ids.contiguous()
+    if plan.compare:
+        counts = torch.empty(layout.num_experts, dtype=torch.int32, device=x.device)
+        position = torch.empty(ids.numel(), dtype=torch.int32, device=x.device)
+    else:
+        planned = routing_plan(ids, layout.num_experts, copies)
         counts, position = planned.counts, planned.position_in_expert
+        ids_copy = weights_copy = None
     active = None
     if layout.num_shared_experts:
-        active = torch.empty(num_tokens, dtype=torch.int32, device=device)
-    num_slots = layout.rows_per_token
-    has_scales = fmt.scale_offset is not None
-    slot_ids = ids if per_slot else None
-    launch = encode_launch(
-        x, fmt, smooth_scales, slot_ids, num_slots,
-        fmt.stride // fmt.dtype.itemsize, fmt.stride // fmt.scale_dtype.itemsize,
-    )  # fmt: skip
-    rows, factors, slot_ids = encode_tensors(x, fmt, smooth_scales, slot_ids)
-    tokens, token_slots, token_warps = _token_block(ids)
-    work = triton.cdiv(max(ids.numel(), num_experts, 1), plan.own)
-    plan_programs = min(work, plan.num_programs)
-    ring = windows.ring
-    num_warps = max(launch.num_warps, plan.num_warps, token_warps)
-    row_programs = launch_config.at_a_time(
-        device, launch.num_programs, num_warps, registers=64 if smooth_scales is None else 128
-    )
-    _dispatch_send_kernel[(plan_programs + row_programs,)](
+        active = torch.empty(len(x), dtype=torch.int32, device=x.device)
+    slot_ids = ids if plan.per_slot else None
+    rows, factors, slot_ids = encode_tensors(x, layout.row_format, smooth_scales, slot_ids)
+    _dispatch_send_kernel[plan.grid](
         windows.bases,
         windows.state,
         windows.problem,
@@ -346,16 +332,83 @@ def dispatch_send(
         counts,
         position,
         active,
+        *plan.sizes,
+        **plan.constants,
+    )
+    return SlotPositions(counts, position, active)
+
+
+class _Plan(NamedTuple):
+    """A launch of ``_dispatch_send_kernel``.
+
+    Attributes:
+        compare: whether it plans the slots, or ``routing_plan`` does.
+        per_slot: whether each slot has smooth factors of its own.
+        grid: of the programs.
+        sizes: the arguments after the tensors.
+        constants: the constexprs and options.
+    """
+
+    compare: bool
+    per_slot: bool
+    grid: tuple[int]
+    sizes: tuple[int, ...]
+    constants: dict[str, Any]
+
+
+@launch_config.planned
+def _plan(
+    x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    weights: torch.Tensor | None,
+    smooth_scales: torch.Tensor | None,
+    ids_copy: torch.Tensor | None,
+    weights_copy: torch.Tensor | None,
+    bases: torch.Tensor,
+    layout: ExchangeLayout,
+    windows: WindowsSignature,
+    digest: int,
+) -> _Plan:
+    """Check the arguments of ``dispatch_send`` and plan its launch."""
+    op, device, fmt = "dispatch_send", x.device, layout.row_format
+    check_device(op, bases, device)
+    num_tokens, num_experts, num_slots = len(x), layout.num_experts, layout.rows_per_token
+    shape = (num_tokens, layout.top_k)
+    check = functools.partial(check_tensor, op, shape=shape, device=device)
+    check("expert_ids", expert_ids, dtypes=INDICES)
+    if num_tokens > layout.max_tokens:
+        raise ArgumentValueError(op, "x", f"have at most {layout.max_tokens} rows", num_tokens)
+    if weights is None and layout.weight_dtype is not None:
+        raise MissingArgumentError(op, "weights", "be a tensor for a layout with weights", None)
+    if weights is not None:
+        check("weights", weights, dtypes=FLOATS)
+    if ids_copy is not None:
+        check("copies.expert_ids", ids_copy, dtypes=(torch.int32,))
+    if weights is not None and weights_copy is not None:
+        check("copies.weights_copy", weights_copy, dtypes=(weights.dtype,))
+    per_slot = layout.per_expert and smooth_scales is not None and smooth_scales.dim() == 2
+    check_encode(op, x, fmt, smooth_scales, per_slot)
+    plan = launch_config.plan_launch(device, expert_ids.numel())
+    has_scales = fmt.scale_offset is not None
+    launch = encode_launch(
+        x, fmt, smooth_scales, expert_ids if per_slot else None, num_slots,
+        fmt.stride // fmt.dtype.itemsize, fmt.stride // fmt.scale_dtype.itemsize,
+    )  # fmt: skip
+    tokens, token_slots, token_warps = _token_block(expert_ids)
+    work = launch_config.cdiv(max(expert_ids.numel(), num_experts, 1), plan.own)
+    plan_programs = min(work, plan.num_programs)
+    num_warps = max(launch.num_warps, plan.num_warps, token_warps)
+    row_programs = launch_config.at_a_time(
+        device, launch.num_programs, num_warps, registers=64 if smooth_scales is None else 128
+    )
+    sizes = (
         num_tokens,
         layout.top_k,
         num_experts,
         windows.rank,
         windows.world_size,
         digest,
-        ring.slots,
-        ring.control_bytes,
-        ring.data_slots,
-        ring.data_bytes,
+        *windows.ring,
         layout.dispatch_number_bytes,
         layout.positions_start,
         layout.weights_start,
@@ -364,30 +417,19 @@ def dispatch_send(
         num_tokens * num_slots,
         *launch.sizes,
         fmt.scale_offset or 0,
-        COMPARE=plan.compare,
-        WEIGHT=None if layout.weight_dtype is None else TRITON_DTYPES[layout.weight_dtype],
-        OUT=TRITON_DTYPES[launch.out_dtype],
-        SCALE=TRITON_DTYPES[fmt.scale_dtype] if has_scales else None,
-        OWN=plan.own,
-        OTHERS=plan.others,
-        TOKENS=tokens,
-        TOKEN_SLOTS=token_slots,
-        BLOCK_E=min(launch_config.next_power_of_2(num_experts), launch_config.widest(device)),
-        BLOCK_W=launch_config.next_power_of_2(windows.world_size),
-        **launch.constants,
-        num_warps=num_warps,
-        enable_fp_fusion=False,
     )
-    return SlotPositions(counts, position, active)
-
-
-def _check_copies(
-    op: str, copies: RoutingCopies, ids: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The outputs for copies of the ids and of the weights."""
-    check = functools.partial(check_tensor, op, shape=tuple(ids.shape), device=ids.device)
-    check("copies.expert_ids", copies.expert_ids, dtypes=(torch.int32,))
-    if copies.weights is None or copies.weights_copy is None:
-        return copies.expert_ids, None
-    check("copies.weights_copy", copies.weights_copy, dtypes=(copies.weights.dtype,))
-    return copies.expert_ids, copies.weights_copy
+    constants = launch.constants | {
+        "COMPARE": plan.compare,
+        "WEIGHT": None if layout.weight_dtype is None else TRITON_DTYPES[layout.weight_dtype],
+        "OUT": TRITON_DTYPES[launch.out_dtype],
+        "SCALE": TRITON_DTYPES[fmt.scale_dtype] if has_scales else None,
+        "OWN": plan.own,
+        "OTHERS": plan.others,
+        "TOKENS": tokens,
+        "TOKEN_SLOTS": token_slots,
+        "BLOCK_E": min(launch_config.next_power_of_2(num_experts), launch_config.widest(device)),
+        "BLOCK_W": launch_config.next_power_of_2(windows.world_size),
+        "num_warps": num_warps,
+        "enable_fp_fusion": False,
+    }
+    return _Plan(plan.compare, per_slot, (plan_programs + row_programs,), sizes, constants)

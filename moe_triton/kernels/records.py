@@ -114,7 +114,7 @@ def recv_records(windows: Windows, *, digest: int, timeout: float, peek: bool = 
     Arguments as in ``ref.recv_records``. Time is that of a GPU's clock; the interpreter has none
     and takes 2**20 looks for a second.
     """
-    severity, patience, clock = wait_arguments(windows, timeout)
+    severity, patience, clock = wait_arguments(windows.device, windows.hard, timeout)
     _recv_records_kernel[(1,)](
         windows.bases,
         windows.state,

@@ -33,8 +33,8 @@ from ._windows import EXTRA, RECORD_BYTES
 from .launch_config import planned, tiles, token_tiles
 
 # Where there is no such thing, the kernel gets None for each of its tensors.
-_NO_EXPERTS = (None,) * len(ZeroComputationExperts._fields)
-_NO_NORM = (None,) * len(Norm._fields)
+NO_EXPERTS = (None,) * len(ZeroComputationExperts._fields)
+NO_NORM = (None,) * len(Norm._fields)
 
 # Optional parts of the sum are functions that the kernel calls under a constexpr condition, as a
 # launch of Triton 3.2 rejects functions as constexpr arguments.
@@ -485,8 +485,8 @@ def weighted_sum(
         MissingArgumentError: a value of constant experts without their alphas.
     """
     launch = _plan_sum(
-        rows, index, fmt, weights, addend, out, *(zero_computation or _NO_EXPERTS),
-        *(norm or _NO_NORM),
+        rows, index, fmt, weights, addend, out, *(zero_computation or NO_EXPERTS),
+        *(norm or NO_NORM),
     )  # fmt: skip
     if launch is None:
         return
@@ -520,9 +520,7 @@ def _plan_sum(
     ``more`` are the fields of the zero-computation experts and of the norm.
     """
     op = "weighted_sum"
-    experts, normed = more[: len(_NO_EXPERTS)], more[len(_NO_EXPERTS) :]
-    zero_computation = None if experts[0] is None else ZeroComputationExperts(*experts)
-    norm = None if normed[0] is None else Norm(*normed)
+    zero_computation, norm = of_fields(more)
     _check_rows(op, rows, index, fmt, out)
     check_terms(op, index.shape[1], weights, zero_computation, addend, out, norm)
     if out.numel() == 0:
@@ -535,6 +533,15 @@ def _plan_sum(
     }
     return launch._replace(
         sizes=(rows.stride(0) // unit, *launch.sizes), constants=units | launch.constants
+    )
+
+
+def of_fields(fields: tuple[Any, ...]) -> tuple[ZeroComputationExperts | None, Norm | None]:
+    """The zero-computation experts and the norm of their fields."""
+    experts, norm = fields[: len(NO_EXPERTS)], fields[len(NO_EXPERTS) :]
+    return (
+        None if experts[0] is None else ZeroComputationExperts(*experts),
+        None if norm[0] is None else Norm(*norm),
     )
 
 
@@ -608,7 +615,7 @@ def sum_tensors(
     ids = tokens = alpha_1 = alpha_2 = value = None
     if zero_computation is not None and zero_computation.tokens is not None:
         ids, _, _, _, tokens, alpha_1, alpha_2, value = zero_computation
-    residual, gamma, _, y, rstd = norm or _NO_NORM
+    residual, gamma, _, y, rstd = norm or NO_NORM
     return (
         _contiguous(weights), _contiguous(ids), _with_adjacent_columns(tokens),
         _contiguous(alpha_1), _contiguous(alpha_2), _contiguous(value),

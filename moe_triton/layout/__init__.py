@@ -14,7 +14,14 @@ from .routing import (
     ZeroComputationExperts,
 )
 from .row_format import FLOAT8, QUANTS, Quant, RowFormat, align
-from .windows import ExchangeLayout, ReceivedRows, Ring, SlotPositions, Windows
+from .windows import (
+    ExchangeLayout,
+    ReceivedRows,
+    Ring,
+    SlotPositions,
+    Windows,
+    WindowsSignature,
+)
 
 __all__ = [
     "FLOAT8",
@@ -34,6 +41,7 @@ __all__ = [
     "RowFormat",
     "SlotPositions",
     "Windows",
+    "WindowsSignature",
     "ZeroComputationExperts",
     "align",
 ]

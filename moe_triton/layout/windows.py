@@ -132,6 +132,13 @@ class ExchangeLayout:
     per_expert: bool = False
     weight_dtype: torch.dtype | None = None
 
+    def __hash__(self) -> int:
+        return self._hash  # of many fields, and every launch looks its plan up
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in dataclasses.fields(self)))
+
     @functools.cached_property
     def num_slots(self) -> int:
         """K + NS."""
@@ -220,10 +227,24 @@ class ExchangeLayout:
 
         ``windows.own`` is required, and a return format without scales.
         """
-        assert windows.own is not None
-        start, stride = windows.ring.data_start(0), self.return_format.stride
-        rows = windows.own[start : start + num_rows * stride].view(num_rows, stride)
-        return self.return_format.payload(rows)
+        fmt, key = self.return_format, ("output rows", self.return_format)
+        if key not in windows.views:
+            assert windows.own is not None
+            start, count = windows.ring.data_start(0), windows.ring.data_bytes // fmt.stride
+            slot = windows.own[start : start + count * fmt.stride]
+            windows.views[key] = fmt.payload(slot.view(count, fmt.stride))
+        rows: torch.Tensor = windows.views[key]
+        return rows[:num_rows]
+
+
+class WindowsSignature(NamedTuple):
+    """What launches are planned from; the attributes of ``Windows``."""
+
+    kind: int
+    rank: int
+    world_size: int
+    ring: Ring
+    hard: bool
 
 
 @dataclasses.dataclass(eq=False)
@@ -299,6 +320,11 @@ class Windows:
     def device(self) -> torch.device:
         """Of the blocks."""
         return self.bases.device
+
+    @functools.cached_property
+    def signature(self) -> WindowsSignature:
+        """All that does not change but the memory."""
+        return WindowsSignature(self.kind, self.rank, self.world_size, self.ring, self.hard)
 
 
 class SlotPositions(NamedTuple):
