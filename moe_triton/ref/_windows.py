@@ -1,11 +1,12 @@
 """Windows in host memory, as NumPy and PyTorch see them: records, numbers, rows.
 
-One tensor spans the windows of all ranks, so that a step reads and writes those of all peers at
-once; only the writes of numbers walk through the peers.
+One tensor spans the windows of all ranks, so that a step reads those of all peers at once. Views
+are made once: making one costs as much as moving some kilobytes.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from ..layout.windows import (
     DATA_SLOT,
     DIGEST,
     EPOCH,
+    EXTRA,
     KIND,
     LATE,
     MISMATCH,
@@ -45,6 +47,9 @@ def wrap(epoch: int) -> int:
     return (epoch + 2**31) % 2**32 - 2**31
 
 
+_FINE = struct.Struct("=3i")  # epoch, status and digest of a record
+
+
 class HostWindows:
     """Views of one rank's ``Windows``. Offsets in ``words`` are those of int32."""
 
@@ -59,15 +64,18 @@ class HostWindows:
         self.words = self.bytes[: len(self.bytes) // 4 * 4].view(np.int32)
         self.offsets: np.ndarray = windows.bases.numpy() - windows.span.data_ptr()
         self.own = int(self.offsets[self.rank])
+        self._word_offsets, self._row_offsets = self.offsets // 4, self.offsets // 16
         self.state: np.ndarray = windows.state.numpy()
         self.problem: np.ndarray = windows.problem.numpy()
         self.notice: np.ndarray = windows.notice.numpy()
-        # Where this rank's records lie at each rank, and those of each rank at this one.
         self._world_size = world = windows.world_size
-        self._sent_records = self.offsets // 4 + self.rank * RECORD_WORDS
-        self._received_records = self.own // 4 + np.arange(world) * RECORD_WORDS
-        self._sent_numbers = self.offsets // 4 + world * RECORD_WORDS
-        self._received_numbers = self.own // 4 + world * RECORD_WORDS
+        # In each control slot, the words of this rank's records at each rank and of each rank's at
+        # this one.
+        sent = (self._word_offsets + self.rank * RECORD_WORDS)[:, None] + _WORD[1:]
+        received = (self.own // 4 + np.arange(world) * RECORD_WORDS)[:, None] + _WORD
+        controls = [self.control(slot) for slot in range(self.ring.slots)]
+        self._sent_records = [sent + control for control in controls]
+        self._received_records = [received + control for control in controls]
 
     @property
     def broken(self) -> bool:
@@ -78,9 +86,13 @@ class HostWindows:
         """The epoch that the next step of ``SENT`` or ``RECEIVED`` works on."""
         return wrap(int(self.state[half]) + 1)
 
+    def control_slot(self, epoch: int) -> int:
+        """The control slot of an epoch."""
+        return epoch & (self.ring.slots - 1)
+
     def control(self, epoch: int) -> int:
         """Words before the control slot of an epoch."""
-        return (epoch & (self.ring.slots - 1)) * self.ring.control_bytes // 4
+        return self.control_slot(epoch) * self.ring.control_bytes // 4
 
     def data_slot(self, epoch: int) -> int:
         """The data slot of a dispatch."""
@@ -90,10 +102,24 @@ class HostWindows:
         """The data slot of combine rows that are copied."""
         return (int(self.state[DATA_SLOT]) + 1) & (self.ring.data_slots - 1)
 
-    def data(self, rank: int, slot: int, start: int, num_bytes: int) -> torch.Tensor:
-        """[num_bytes] uint8 of a rank's data slot."""
-        first = int(self.offsets[rank]) + self.ring.data_start(slot) + start
+    def data(self, slot: int, start: int, num_bytes: int) -> torch.Tensor:
+        """[num_bytes] uint8 of a data slot of this rank."""
+        first = self.own + self.ring.data_start(slot) + start
         return self.span[first : first + num_bytes]
+
+    def own_rows(self, fmt: RowFormat, slot: int, start: int) -> torch.Tensor:
+        """[N, stride] uint8: all rows in a data slot of this rank, after ``start`` bytes."""
+
+        def make() -> torch.Tensor:
+            count = (self.ring.data_bytes - start) // fmt.stride
+            return self.data(slot, start, count * fmt.stride).view(count, fmt.stride)
+
+        return self.cached(("own rows", fmt, slot, start), make)
+
+    def elements(self, itemsize: int) -> np.ndarray:
+        """The span as floating-point numbers of some bytes each."""
+        size = len(self.bytes) // itemsize * itemsize
+        return self.cached(("elements", itemsize), lambda: self.bytes[:size].view(f"f{itemsize}"))
 
     def rows(self, fmt: RowFormat) -> torch.Tensor:
         """[N, stride] uint8: a row beginning every 16 bytes of the span."""
@@ -105,9 +131,12 @@ class HostWindows:
 
     def row_origins(self, slots: np.ndarray | int, start: int) -> np.ndarray:
         """[W] int64 index in ``rows`` of each rank's first row in a data slot of its own."""
-        ring = self.ring
-        data = ring.slots * ring.control_bytes + slots * ring.data_bytes + start
-        return (self.offsets + data) // 16
+        units = (self.ring.data_start(0) + start) // 16
+        return self._row_offsets + (slots * (self.ring.data_bytes // 16) + units)
+
+    def data_words(self, slot: int) -> np.ndarray:
+        """[W] index in ``words`` of each rank's data slot."""
+        return self._word_offsets + self.ring.data_start(slot) // 4
 
     def cached(self, key: tuple[Any, ...], make: Callable[[], _T]) -> _T:
         """``make()``, once."""
@@ -132,31 +161,36 @@ class HostWindows:
             extra: word of the record.
             status: of the record.
         """
-        control = self.control(epoch)
         if numbers is not None:
-            first = self._sent_numbers + (control + self.rank * number_bytes // 4)
             width = numbers.shape[-1]
+            targets = self._sent_numbers(epoch, number_bytes, width)
             if numbers.ndim == 1:
-                for start in first.tolist():
-                    self.words[start : start + width] = numbers
+                for target in targets:
+                    target[:] = numbers
             else:
-                self.words[first[:, None] + np.arange(width)] = numbers
-        record = self._sent_records + control
-        self.words[record[:, None] + _WORD[1:]] = (status, digest, extra)
+                for target, of_rank in zip(targets, numbers, strict=True):
+                    target[:] = of_rank
+        self.words[self._sent_records[self.control_slot(epoch)]] = (status, digest, extra)
         self._publish(epoch)
         self.state[SENT] = epoch
+
+    def _sent_numbers(self, epoch: int, number_bytes: int, width: int) -> list[np.ndarray]:
+        """This rank's numbers at each rank, views of [width]."""
+        control = self.control(epoch)
+
+        def make() -> list[np.ndarray]:
+            before = control + self._world_size * RECORD_WORDS + self.rank * number_bytes // 4
+            starts = (self._word_offsets + before).tolist()
+            return [self.words[start : start + width] for start in starts]
+
+        return self.cached(("sent numbers", control, number_bytes, width), make)
 
     # Receiving.
 
     def records(self, epoch: int, digest: int) -> np.ndarray | None:
         """[W, 4] the records of an epoch, or None after a problem, which is reported."""
-        at = self._received_records + self.control(epoch)
-        records = self.words[at[:, None] + _WORD]
-        if (
-            (records[:, EPOCH] == epoch).all()
-            and not records[:, STATUS].any()
-            and (records[:, DIGEST] == digest).all()
-        ):
+        records = self.words.take(self._received_records[self.control_slot(epoch)])
+        if records[:, :EXTRA].tobytes() == _FINE.pack(epoch, 0, digest) * self._world_size:
             return records
         self._report(records, epoch, digest)
         return None
@@ -185,11 +219,11 @@ class HostWindows:
         if not self.broken:
             self.state[RECEIVED] = epoch
 
-    def numbers(self, epoch: int, number_bytes: int, first: int, count: int) -> np.ndarray:
-        """[W, count] numbers of all sources, from number ``first`` on."""
-        start = self._received_numbers + self.control(epoch) + first
-        at = start + np.arange(self._world_size) * (number_bytes // 4)
-        return self.words[at[:, None] + np.arange(count)]
+    def numbers(self, epoch: int, number_bytes: int) -> np.ndarray:
+        """[W, N] numbers of all sources, a view."""
+        world = self._world_size
+        start = self.own // 4 + self.control(epoch) + world * RECORD_WORDS
+        return self.words[start : start + world * number_bytes // 4].reshape(world, -1)
 
 
 def host(windows: Windows) -> HostWindows:

@@ -74,17 +74,16 @@ def _row_index(
     positions: SlotPositions,
 ) -> np.ndarray:
     """[T, K + NS] int64 index in ``HostWindows.rows`` of each slot's row, or ``NOWHERE``."""
-    local, ids = layout.experts_per_rank, expert_ids.numpy()
-    step = layout.return_format.stride // 16
-    starts = memory.numbers(epoch, layout.combine_number_bytes, 0, max(local, 1))
+    local, shared = layout.experts_per_rank, layout.num_shared_ranks
+    ids, step = expert_ids.numpy(), layout.return_format.stride // 16
+    starts = memory.numbers(epoch, layout.combine_number_bytes)
     origins = memory.row_origins(records[:, EXTRA].astype(np.int64), 0)
     position = positions.position_in_expert.numpy().reshape(ids.shape)
-    sent = position != NOWHERE
-    # The holder and its expert as one number; any for a slot that is not sent.
-    group = np.where(sent, ids + layout.num_shared_ranks * local, 0)
-    row = starts.reshape(-1)[group] + position
-    sent &= row < layout.capacity
-    index = np.where(sent, origins[group // local] + row.astype(np.int64) * step, NOWHERE)
+    # The last expert for a slot that is not sent: negative ids are large as unsigned integers.
+    expert = np.minimum(ids.view(f"u{ids.itemsize}"), layout.num_experts - 1)
+    row = starts[shared:, :local].astype(np.int64).reshape(-1)[expert] + position
+    index = np.repeat(origins[shared:], local)[expert] + row * step
+    index[(position == NOWHERE) | (row >= layout.capacity)] = NOWHERE
     if not layout.num_shared_experts:
         return index
     given = positions.active_position
@@ -92,5 +91,5 @@ def _row_index(
     holders = np.array(layout.shared_ranks_of(memory.rank))
     row = starts[holders, 0] + active[:, None]
     sent = (active[:, None] != NOWHERE) & (row < layout.shared_capacity)
-    shared = np.where(sent, origins[holders] + row.astype(np.int64) * step, NOWHERE)
-    return np.concatenate([index, shared], axis=1)
+    shared_index = np.where(sent, origins[holders] + row.astype(np.int64) * step, NOWHERE)
+    return np.concatenate([index, shared_index], axis=1)

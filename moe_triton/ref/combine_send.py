@@ -38,19 +38,13 @@ def combine_send(
     if y is not None:
         slot = memory.next_data_slot()
         y = y[: layout.rank_capacity(memory.rank)]
-        rows = memory.data(memory.rank, slot, 0, len(y) * fmt.stride)
-        encode(y, fmt, rows.view(len(y), fmt.stride), count=count)
+        encode(y, fmt, memory.own_rows(fmt, slot, 0)[: y.shape[0]], count=count)
     epoch, number_bytes = memory.next_epoch(SENT), layout.combine_number_bytes
     starts = group_starts.numpy()
-    numbers = np.concatenate([starts[:, :-1], np.diff(starts)]).T  # [W, 2 L]
-    if len(starts) < layout.experts_per_rank:  # of a shared rank: its counts come after L numbers
-        numbers = _spread(numbers, layout.experts_per_rank)
+    local, wide = len(starts), layout.experts_per_rank
+    numbers = np.zeros((windows.world_size, 2 * wide), np.int32)
+    numbers[:, :local] = starts[:, :-1].T
+    # Also on a shared rank, of one expert, the counts come after as many numbers.
+    numbers[:, wide : wide + local] = (starts[:, 1:] - starts[:, :-1]).T
     memory.send(epoch, numbers, number_bytes, digest=digest, extra=slot)
     memory.state[DATA_SLOT] = slot
-
-
-def _spread(numbers: np.ndarray, local: int) -> np.ndarray:
-    """[W, 2] as [W, 2 L] of a rank with L experts."""
-    wide = np.zeros((len(numbers), 2 * local), np.int32)
-    wide[:, ::local] = numbers
-    return wide

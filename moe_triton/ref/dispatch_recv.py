@@ -41,8 +41,7 @@ def dispatch_totals(
     epoch = memory.next_epoch(RECEIVED)
     if memory.broken or memory.records(epoch, digest) is None:
         return torch.from_numpy(totals)
-    number_bytes = layout.dispatch_number_bytes
-    numbers = memory.numbers(epoch, number_bytes, 0, layout.num_experts + 1)
+    numbers = memory.numbers(epoch, layout.dispatch_number_bytes)[:, : layout.num_experts + 1]
     experts = numbers[:, :-1].sum(0)
     totals[shared_ranks:world] = experts.reshape(world - shared_ranks, -1).sum(1)
     if shared_ranks:
@@ -62,7 +61,7 @@ def _padded(rows: np.ndarray, alignment: int) -> np.ndarray:
 def dispatch_recv(
     windows: Windows,
     layout: ExchangeLayout,
-    num_rows: int,
+    num_rows: int | None,
     load: torch.Tensor | None,
     *,
     totals_dtype: torch.dtype,
@@ -76,65 +75,61 @@ def dispatch_recv(
     Args:
         windows: of dispatch.
         layout: of the call.
-        num_rows: rows of the result.
+        num_rows: rows of the result; None for as many as come.
         load: [L] int64, the rows of each local expert without padding are added to it; or None.
         totals_dtype: int32 or int64, of ``totals``.
         digest: as in ``recv_records``.
         timeout: as in ``recv_records``.
     """
-    memory, world = host(windows), windows.world_size
-    fmt, rank = layout.row_format, memory.rank
-    local, room = layout.num_local_experts(rank), min(num_rows, layout.rank_capacity(rank))
-    x = torch.empty((num_rows, fmt.hidden), dtype=fmt.dtype)
-    scales = None
-    if fmt.scale_offset is not None:
-        scales = torch.empty(fmt.scale_shape(num_rows), dtype=fmt.scale_dtype)
+    memory, fmt = host(windows), layout.row_format
     epoch = memory.next_epoch(RECEIVED)
     records = None if memory.broken else memory.records(epoch, digest)
     if records is None:
         memory.received(epoch)
-        return _void(layout, world, local, room, x, scales, totals_dtype)
+        return _void(memory, layout, num_rows or 0, totals_dtype)
 
-    counts = _counts(memory, layout, epoch)
-    rows = counts.sum(1, dtype=np.int32)
-    padded = _padded(rows, layout.alignment)
-    groups = np.concatenate([counts, (padded - rows)[:, None]], axis=1)
+    groups = _groups(memory, layout, epoch)
+    counts = np.array(groups[:, :-1], order="C")
     starts = groups.cumsum(dtype=np.int32).reshape(groups.shape) - groups
-    offsets = np.minimum(padded.cumsum(dtype=np.int32), room)
-    found = _rows(memory, layout, epoch, records, starts)
-    if len(found.row) and int(found.row.max()) >= room:
-        found = _Rows(*(values[found.row < room] for values in found))
+    ends = starts[:, -1] + groups[:, -1]
+    most = layout.rank_capacity(memory.rank)
+    if num_rows is None:
+        num_rows = min(int(ends[-1]), most)
+    room = min(num_rows, most)
+    offsets = np.minimum(ends, room)
+    rows = _rows(memory, layout, epoch, records, starts)
+    if ends[-1] > room:
+        rows = _Rows(*(values[rows.row < room] for values in rows))
     source = np.full(room, NOWHERE, np.int64)
+    source[rows.row] = rows.source
     slot_ids = np.full(room, NOWHERE, np.int32)
-    source[found.row] = found.source
-    slot_ids[found.row] = found.token * layout.num_slots + found.slot
+    slot_ids[rows.row] = rows.slot_id
 
-    sent = found.token
-    if layout.per_expert:
-        sent = sent * layout.num_slots + found.slot
     origins = memory.row_origins(memory.data_slot(epoch), layout.rows_start)
-    index = np.zeros(int(offsets[-1]), np.int64)
-    index[found.row] = origins[found.source] + sent.astype(np.int64) * (fmt.stride // 16)
-    _gather(memory, fmt, index, x, scales)
-    if len(found.row) < len(index):
+    sent = rows.slot_id if layout.per_expert else rows.token
+    index = np.zeros(offsets[-1], np.int64)
+    index[rows.row] = origins[rows.source] + sent * (fmt.stride // 16)
+    x, scales = _gather(memory, fmt, index, num_rows)
+    if len(rows.row) < len(index):
         padding = torch.from_numpy((source[: len(index)] == NOWHERE).nonzero()[0])
         for table in (x.view(torch.uint8), scales):
             if table is not None:
                 table[padding] = 0
+    totals = counts.sum(1)
     if load is not None:
-        load += torch.from_numpy(rows)
+        load += torch.from_numpy(totals)
     memory.received(epoch)
     return ReceivedRows(
         x=x,
         scales=scales,
-        weights=_weights(memory, layout, epoch, found, num_rows),
+        weights=_weights(memory, layout, epoch, rows, num_rows),
         source=torch.from_numpy(source),
         slot_ids=torch.from_numpy(slot_ids),
         counts=torch.from_numpy(counts),
         recv_counts_cumsum=torch.from_numpy(counts.cumsum(dtype=np.int32)),
         offsets=torch.from_numpy(offsets),
         group_starts=torch.from_numpy(starts),
-        totals=torch.from_numpy(rows.astype(_NUMPY[totals_dtype])),
+        totals=torch.from_numpy(totals.astype(_NUMPY[totals_dtype], copy=False)),
     )
 
 
@@ -144,27 +139,29 @@ class _Rows(NamedTuple):
     Attributes:
         source: rank that sent the row.
         token: of the row at its source.
-        slot: of the token.
+        slot_id: of the row at its source, token * (K + NS) + slot.
         row: of the result.
     """
 
     source: np.ndarray
     token: np.ndarray
-    slot: np.ndarray
+    slot_id: np.ndarray
     row: np.ndarray
 
 
-def _counts(memory: HostWindows, layout: ExchangeLayout, epoch: int) -> np.ndarray:
-    """[L, W] int32 rows for each local expert from each source."""
-    first = layout.first_expert(memory.rank)
-    number_bytes = layout.dispatch_number_bytes
+def _groups(memory: HostWindows, layout: ExchangeLayout, epoch: int) -> np.ndarray:
+    """[L, W + 1] int32 rows for each local expert from each source, then those of its padding."""
+    first, rank = layout.first_expert(memory.rank), memory.rank
+    numbers = memory.numbers(epoch, layout.dispatch_number_bytes)
+    groups = np.zeros((layout.num_local_experts(rank), len(numbers) + 1), np.int32)
     if first >= 0:
-        numbers = memory.numbers(epoch, number_bytes, first, layout.experts_per_rank)
-        return np.ascontiguousarray(numbers.T)
-    active = memory.numbers(epoch, number_bytes, layout.num_experts, 1).T
-    replicas = layout.shared_replicas
-    served = np.arange(active.shape[1]) % replicas == memory.rank % replicas
-    return np.where(served, active, 0).astype(np.int32)
+        groups[:, :-1] = numbers[:, first : first + layout.experts_per_rank].T
+    else:
+        served = slice(rank % layout.shared_replicas, -1, layout.shared_replicas)
+        groups[0, served] = numbers[served.start :: served.step, layout.num_experts]
+    if layout.alignment > 1:
+        groups[:, -1] = -groups.sum(1) % layout.alignment
+    return groups
 
 
 def _rows(
@@ -184,94 +181,86 @@ def _rows(
         starts: [L, W + 1] first row of each (local expert, source).
     """
     num_tokens, first = records[:, EXTRA], layout.first_expert(memory.rank)
-    data = memory.offsets // 4 + memory.ring.data_start(memory.data_slot(epoch)) // 4
+    data = memory.data_words(memory.data_slot(epoch))
     if first < 0:
-        served = np.arange(len(records)) % layout.shared_replicas == (
-            memory.rank % layout.shared_replicas
-        )
-        number = np.arange(int(num_tokens.max()))
+        replicas = layout.shared_replicas
+        number = np.arange(num_tokens.max())
         position = memory.words[(data + layout.active_start // 4)[:, None] + number]
+        served = np.arange(len(records)) % replicas == memory.rank % replicas
         sent = (number < num_tokens[:, None]) & (position >= 0) & served[:, None]
         source, token = sent.nonzero()
-        shared = layout.top_k + memory.rank // layout.shared_replicas
+        slot = layout.top_k + memory.rank // replicas
         row = starts[0, source] + position[source, token]
-        return _Rows(source, token, np.full_like(token, shared), row)
-    slots = num_tokens * layout.top_k
-    number = np.arange(int(slots.max()))
-    ids = memory.words[data[:, None] + number]
-    ids -= first
+        return _Rows(source, token, token * layout.num_slots + slot, row)
+    num_ids = num_tokens * layout.top_k
+    number = np.arange(num_ids.max())
+    expert = memory.words[data[:, None] + number] - np.int32(first)
     # Negative ids are large as unsigned integers.
-    sent = (ids.view(np.uint32) < layout.experts_per_rank) & (number < slots[:, None])
+    sent = (expert.view(np.uint32) < layout.experts_per_rank) & (number < num_ids[:, None])
     source, at = sent.nonzero()
-    position = memory.words[data[source] + (layout.positions_start // 4) + at]
-    row = starts[ids[source, at], source] + position
-    return _Rows(source, at // layout.top_k, at % layout.top_k, row)
+    position = memory.words[data[source] + (layout.positions_start // 4 + at)]
+    row = starts[expert[source, at], source] + position
+    token = at // layout.top_k
+    return _Rows(source, token, at + token * layout.num_shared_experts, row)
 
 
 def _gather(
-    memory: HostWindows,
-    fmt: RowFormat,
-    index: np.ndarray,
-    x: torch.Tensor,
-    scales: torch.Tensor | None,
-) -> None:
-    """Gather payload and scales of the rows at an index."""
+    memory: HostWindows, fmt: RowFormat, index: np.ndarray, num_rows: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gather payload and scales of the rows at an index; others follow up to ``num_rows``."""
+    x = torch.empty((num_rows, fmt.hidden), dtype=fmt.dtype)
     n, where = len(index), torch.from_numpy(index)
-    if fmt.dtype in FLOAT8:  # torch cannot select every float8: use its bytes.
-        x = x.view(torch.uint8)
-    payload = memory.cached(("payload", fmt), lambda: fmt.payload(memory.rows(fmt)).view(x.dtype))
-    torch.index_select(payload, 0, where, out=x[:n])
-    if scales is not None:
-        table = memory.cached(("scales", fmt), lambda: fmt.scales(memory.rows(fmt)))
-        torch.index_select(table, 0, where, out=scales[:n].view(n, fmt.num_scales))
+    # torch cannot select every float8: use its bytes.
+    bits = torch.uint8 if fmt.dtype in FLOAT8 else fmt.dtype
+    payload = memory.cached(("payload", fmt), lambda: fmt.payload(memory.rows(fmt)).view(bits))
+    torch.index_select(payload, 0, where, out=x.view(bits)[:n])
+    if fmt.scale_offset is None:
+        return x, None
+    scales = torch.empty(fmt.scale_shape(num_rows), dtype=fmt.scale_dtype)
+    table = memory.cached(("scales", fmt), lambda: fmt.scales(memory.rows(fmt)))
+    torch.index_select(table, 0, where, out=scales[:n].view(n, fmt.num_scales))
+    return x, scales
 
 
 def _weights(
-    memory: HostWindows, layout: ExchangeLayout, epoch: int, found: _Rows, num_rows: int
+    memory: HostWindows, layout: ExchangeLayout, epoch: int, rows: _Rows, num_rows: int
 ) -> torch.Tensor | None:
     """[num_rows] weights of the rows, 0 without one."""
     if layout.weight_dtype is None:
         return None
     weights = torch.zeros(num_rows, dtype=layout.weight_dtype)
     if layout.first_expert(memory.rank) < 0:
-        weights.numpy()[found.row] = 1.0
+        weights.numpy()[rows.row] = 1.0
         return weights
-    itemsize = layout.weight_dtype.itemsize
-    table = memory.cached(
-        ("weights", itemsize),
-        lambda: memory.bytes[: len(memory.bytes) // itemsize * itemsize].view(f"f{itemsize}"),
-    )
+    size = layout.weight_dtype.itemsize
     start = memory.ring.data_start(memory.data_slot(epoch)) + layout.weights_start
-    first = (memory.offsets + start) // itemsize
-    weights.numpy()[found.row] = table[
-        first[found.source] + found.token * layout.top_k + found.slot
-    ]
+    first = (memory.offsets + start) // size
+    slot = rows.slot_id - rows.token * layout.num_shared_experts
+    weights.numpy()[rows.row] = memory.elements(size)[first[rows.source] + slot]
     return weights
 
 
 def _void(
-    layout: ExchangeLayout,
-    world: int,
-    local: int,
-    room: int,
-    x: torch.Tensor,
-    scales: torch.Tensor | None,
-    totals_dtype: torch.dtype,
+    memory: HostWindows, layout: ExchangeLayout, num_rows: int, totals_dtype: torch.dtype
 ) -> ReceivedRows:
     """The result after a problem: no rows."""
-    weights = None
+    fmt, world = layout.row_format, layout.world_size
+    local = layout.num_local_experts(memory.rank)
+    room = min(num_rows, layout.rank_capacity(memory.rank))
+    scales = weights = None
+    if fmt.scale_offset is not None:
+        scales = torch.empty(fmt.scale_shape(num_rows), dtype=fmt.scale_dtype)
     if layout.weight_dtype is not None:
-        weights = torch.empty(len(x), dtype=layout.weight_dtype)
-    empty = x.new_empty
+        weights = torch.empty(num_rows, dtype=layout.weight_dtype)
     return ReceivedRows(
-        x,
+        torch.empty((num_rows, fmt.hidden), dtype=fmt.dtype),
         scales,
         weights,
-        empty(room, dtype=torch.int64),
-        empty(room, dtype=torch.int32),
+        torch.empty(room, dtype=torch.int64),
+        torch.empty(room, dtype=torch.int32),
         torch.zeros((local, world), dtype=torch.int32),
         torch.zeros(local * world, dtype=torch.int32),
         torch.zeros(local, dtype=torch.int32),
-        empty((local, world + 1), dtype=torch.int32),
+        torch.empty((local, world + 1), dtype=torch.int32),
         torch.zeros(local, dtype=totals_dtype),
     )

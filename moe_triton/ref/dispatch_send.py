@@ -47,10 +47,7 @@ def dispatch_send(
             copies.weights_copy.copy_(copies.weights)
     num_experts, ids = layout.num_experts, expert_ids.numpy()
     counts, positions = count_slots(ids.reshape(-1), num_experts)
-    num_active, active = 0, None
-    if layout.num_shared_experts:
-        active = active_positions(ids)
-        num_active = int((active != NOWHERE).sum())
+    active = active_positions(ids) if layout.num_shared_experts else None
     sent = SlotPositions(
         torch.from_numpy(counts[:num_experts]),
         torch.from_numpy(positions),
@@ -61,22 +58,24 @@ def dispatch_send(
         return sent
     epoch = memory.next_epoch(SENT)
     slot = memory.data_slot(epoch)
-    words, first = memory.words, (memory.own + memory.ring.data_start(slot)) // 4
-    words[first : first + ids.size] = ids.reshape(-1)
-    first += layout.positions_start // 4
-    words[first : first + ids.size] = positions
+    words, start = memory.words, memory.own + memory.ring.data_start(slot)
+    at = start // 4
+    words[at : at + ids.size] = ids.reshape(-1)
+    at += layout.positions_start // 4
+    words[at : at + ids.size] = positions
     if active is not None:
-        first += layout.positions_start // 4
-        words[first : first + len(active)] = active
+        at += layout.positions_start // 4
+        words[at : at + len(active)] = active
     if layout.weight_dtype is not None:
         assert weights is not None
-        start, size = layout.weights_start, weights.numel() * layout.weight_dtype.itemsize
-        area = memory.data(memory.rank, slot, start, size)
-        area.view(layout.weight_dtype).view(weights.shape).copy_(weights)
+        size = layout.weight_dtype.itemsize
+        at = (start + layout.weights_start) // size
+        given = weights.detach().to(layout.weight_dtype).numpy().reshape(-1)
+        memory.elements(size)[at : at + ids.size] = given
     _write_rows(memory, layout, slot, x, expert_ids, smooth_scales)
-    counts[num_experts] = num_active
-    number_bytes = layout.dispatch_number_bytes
-    memory.send(epoch, counts, number_bytes, digest=digest, extra=len(x))
+    # The last number is that of the active tokens.
+    counts[num_experts] = 0 if active is None else (active != NOWHERE).sum()
+    memory.send(epoch, counts, layout.dispatch_number_bytes, digest=digest, extra=x.shape[0])
     return sent
 
 
@@ -91,11 +90,12 @@ def count_slots(ids: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarr
     expert = np.minimum(ids.view(f"u{ids.itemsize}"), num_experts).astype(np.int32)
     counts = np.bincount(expert, minlength=num_experts + 1).astype(np.int32)
     order = expert.argsort(kind="stable")
-    starts = counts.cumsum(dtype=np.int32)
-    starts -= counts
+    first = (counts.cumsum(dtype=np.int32) - counts).take(expert)
     positions = np.empty(len(ids), np.int32)
-    positions[order] = np.arange(len(ids), dtype=np.int32) - starts[expert[order]]
-    positions[expert == num_experts] = NOWHERE
+    positions[order] = np.arange(len(ids), dtype=np.int32)
+    positions -= first
+    if counts[num_experts]:
+        positions[expert == num_experts] = NOWHERE
     return counts, positions
 
 
@@ -115,8 +115,7 @@ def _write_rows(
 ) -> None:
     """Write the rows of the tokens, or of their slots."""
     fmt, num_slots = layout.row_format, layout.rows_per_token
-    size = len(x) * num_slots * fmt.stride
-    rows = memory.data(memory.rank, slot, layout.rows_start, size).view(-1, fmt.stride)
+    rows = memory.own_rows(fmt, slot, layout.rows_start)[: x.shape[0] * num_slots]
     if not layout.per_expert:
         encode(x, fmt, rows, smooth_scales)
         return
