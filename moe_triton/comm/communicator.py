@@ -73,7 +73,6 @@ class Communicator:
         """One of "single", "local", "shm", "symm_mem", "collective"; None before the rendezvous."""
         return None if self._connected is None else self._connected.name
 
-    @outside_autograd
     def transport(self, op: str, call: Call | None = None, kind: str = "dispatch") -> Transport:
         """The transport; the first call connects all ranks.
 
@@ -176,6 +175,7 @@ class Communicator:
             self._connected.close()
             self._connected = None
 
+    @outside_autograd
     def _connect(self, op: str) -> Transport:
         assert self._rendezvous is not None
         connected: Transport | None = None

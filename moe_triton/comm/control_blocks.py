@@ -1,11 +1,14 @@
 """Control blocks: host memory of every rank in which its peers read how far it has come.
 
     head        whether the rank has left; the rank, plus one, that it waited for in vain
-    flags       [kinds, slots] epoch, status, digest of the arguments, nothing; int32
+    bells       [kinds, slots] flags of an epoch so far; int32, and only in the block of rank 0
+    flags       [kinds, slots] epoch, status, digest of the arguments, microseconds; int32
     handshakes  [kinds, slots] epoch, status, bytes of the text, bytes of the reason; text; reason
 
-A rank alone writes its block, and releases each message by the word that its peers poll. The epoch
-of a flag or handshake says which operation it belongs to; slots are those of the ring.
+A rank alone writes its block, bells apart, and releases each message by the word that its peers
+poll. The epoch of a flag or handshake says which operation it belongs to; slots are those of the
+ring. A flag stands for a handshake, too, whose text is still that of the slot. Ranks sleep on the
+bell, so that they wake once, for the last flag, and not for each of them.
 """
 
 from __future__ import annotations
@@ -15,11 +18,14 @@ import ctypes
 import dataclasses
 import os
 import select
+import struct
+import time
 from collections.abc import Sequence
 
 import numpy as np
 
-from ..layout.windows import ABORT
+from ..layout import align
+from ..layout.windows import ABORT, DATA
 from . import atomics, futex
 from .memory import Block
 from .window import host_span, num_slots
@@ -31,6 +37,7 @@ _HEAD_BYTES = 16
 _BLAMED = 4  # byte of the second word of the head
 _FLAG_WORDS = 4
 _FLAG_BYTES = 4 * _FLAG_WORDS
+_EXPECTED = struct.Struct("=3i")  # of a flag, all but the time
 _ENTRY_BYTES, _TEXT, _REASON = 4096, 16, 3072
 
 
@@ -45,7 +52,12 @@ class Handshake:
 
 def control_bytes(in_flight: int) -> int:
     """Size of a control block."""
-    return _HEAD_BYTES + len(KINDS) * num_slots(in_flight) * (_FLAG_BYTES + _ENTRY_BYTES)
+    places = len(KINDS) * num_slots(in_flight)
+    return _flags_start(places) + places * (_FLAG_BYTES + _ENTRY_BYTES)
+
+
+def _flags_start(places: int) -> int:
+    return _HEAD_BYTES + align(4 * places)
 
 
 class ControlBlocks:
@@ -60,19 +72,27 @@ class ControlBlocks:
     """
 
     def __init__(self, blocks: list[Block], rank: int, slots: int, pids: list[int] | None) -> None:
-        self.blocks, self.rank = blocks, rank
-        self._slots = slots
+        self.blocks, self.rank, self._size = blocks, rank, len(blocks)
+        self._slots, places = slots, len(KINDS) * slots
+        self._first = {kind: index * slots for index, kind in enumerate(KINDS)}
         self._pid, self._pidfds = os.getpid(), _open_pidfds(pids, rank)
+        self._heads = [block.data.data_ptr() for block in blocks]
         # One tensor over all blocks: their words, and where the flags of each rank begin.
         self._span = host_span([block.data for block in blocks])
         words: np.ndarray = self._span.numpy()
         self._words = words[: len(words) // 4 * 4].view(np.int32)
-        starts = [block.data.data_ptr() - self._span.data_ptr() for block in blocks]
-        first = (np.array(starts) + _HEAD_BYTES) // 4
-        flags = first[:, None] + np.arange(3)
-        self._flags = [flags + index * _FLAG_WORDS for index in range(len(KINDS) * slots)]
-        # The text of this rank's handshake in each place: a loop repeats the same.
-        self._texts: dict[int, str] = {}
+        starts = [head - self._span.data_ptr() for head in self._heads]
+        self._flags_start = _flags_start(places)
+        first = (np.array(starts) + self._flags_start) // 4
+        flags = first[:, None] + np.arange(_FLAG_WORDS)
+        self._flags = [flags + place * _FLAG_WORDS for place in range(places)]
+        self._expected = [flags[:, :3] for flags in self._flags]
+        # In each place the address and the words of this rank's flag, and the address of the bell.
+        own = [self._heads[rank] + self._flags_start + at * _FLAG_BYTES for at in range(places)]
+        bells = [self._heads[0] + _HEAD_BYTES + 4 * place for place in range(places)]
+        self._own_flags = list(zip(own, map(_words, own), bells, strict=True))
+        # The text of this rank's handshake in each place, None after an abort: a loop repeats it.
+        self._texts: list[str | None] = [None] * places
 
     # Who is there.
 
@@ -80,14 +100,14 @@ class ControlBlocks:
         """Mark this rank as gone for its peers, and close the descriptors. Idempotent."""
         # A forked child drops copies of all objects without being a rank.
         if os.getpid() == self._pid:
-            atomics.store_release(self._head(self.rank), 1)
+            atomics.store_release(self._heads[self.rank], 1)
         with contextlib.ExitStack() as stack:
             while self._pidfds:
                 stack.callback(os.close, self._pidfds.popitem()[1])
 
     def is_gone(self, rank: int) -> bool:
         """Whether a peer has left, or its process has ended."""
-        if atomics.load_acquire(self._head(rank)):
+        if atomics.load_acquire(self._heads[rank]):
             return True
         if rank not in self._pidfds:
             return False
@@ -97,61 +117,81 @@ class ControlBlocks:
 
     def blame(self, rank: int | None) -> None:
         """Let the peers know for whom this rank waited in vain; None when it came after all."""
-        atomics.store_release(self._head(self.rank) + _BLAMED, 0 if rank is None else rank + 1)
+        atomics.store_release(self._heads[self.rank] + _BLAMED, 0 if rank is None else rank + 1)
 
     def culprits(self, ranks: Sequence[int]) -> tuple[int, ...]:
         """Those of ``ranks`` that failed first: a survivor stands for the rank that it blames."""
         blamed = {}
         for rank in ranks:
-            other = atomics.load_acquire(self._head(rank) + _BLAMED) - 1
+            other = atomics.load_acquire(self._heads[rank] + _BLAMED) - 1
             blamed[rank] = rank if other in (-1, self.rank) else other
         return tuple(sorted(set(blamed.values())))
 
-    def _head(self, rank: int) -> int:
-        return self.blocks[rank].data.data_ptr()
+    def _place(self, kind: str, epoch: int) -> int:
+        return self._first[kind] + epoch % self._slots
 
     # Flags.
 
     def flag_address(self, rank: int, kind: str, epoch: int) -> int:
         """Of the flag's epoch, which peers poll."""
-        index = KINDS.index(kind) * self._slots + epoch % self._slots
-        return self._head(rank) + _HEAD_BYTES + index * _FLAG_BYTES
+        start = self._flags_start + self._place(kind, epoch) * _FLAG_BYTES
+        return self._heads[rank] + start
+
+    def bell(self, kind: str, epoch: int) -> int:
+        """Address of the word that changes with every flag of ``epoch``."""
+        return self._own_flags[self._place(kind, epoch)][2]
+
+    def all_posted(self, kind: str, epoch: int, digest: int) -> bool:
+        """Whether the flags of all ranks say that they have sent data for equal arguments."""
+        if not atomics.LOADS_ACQUIRE:
+            self._acquire(kind, epoch)
+        found = self._words.take(self._expected[self._place(kind, epoch)])
+        return found.tobytes() == _EXPECTED.pack(epoch, DATA, digest) * self._size
 
     def flags(self, kind: str, epoch: int) -> np.ndarray:
-        """[W, 3] epoch, status and digest of all ranks in the slot of ``epoch``."""
-        index = KINDS.index(kind) * self._slots + epoch % self._slots
-        found: np.ndarray = self._words[self._flags[index]]
-        return found
+        """[W, 4] the flags of all ranks in the slot of ``epoch``; acquires what they release."""
+        if not atomics.LOADS_ACQUIRE:
+            self._acquire(kind, epoch)
+        return self._words.take(self._flags[self._place(kind, epoch)])
 
-    def flag(self, rank: int, kind: str, epoch: int) -> tuple[int, ...]:
-        """Epoch, status and digest in the slot of ``epoch``."""
-        return tuple(_words(self.flag_address(rank, kind, epoch))[:3])
+    def _acquire(self, kind: str, epoch: int) -> None:
+        for rank in range(self._size):
+            atomics.load_acquire(self.flag_address(rank, kind, epoch))
 
     def post_flag(self, kind: str, epoch: int, status: int, digest: int) -> None:
         """Write this rank's flag; releases what it wrote before."""
-        address = self.flag_address(self.rank, kind, epoch)
-        words = _words(address)
-        words[1], words[2] = status, digest
-        atomics.store_release(address, epoch)
-        futex.wake(address)
+        address, words, bell = self._own_flags[self._place(kind, epoch)]
+        words[1:] = [status, digest, clock()]
+        atomics.fetch_add(address, atomics.wrap(epoch - words[0]))
+        posted = atomics.fetch_add(bell, 1) + 1
+        if posted == self._size:
+            atomics.fetch_add(bell, -posted)
+        if posted == self._size or status == ABORT:
+            futex.wake(bell)
 
     # Handshakes.
 
     def handshake_address(self, rank: int, kind: str, epoch: int) -> int:
         """Of the handshake's epoch, before its status; peers poll both."""
-        index = KINDS.index(kind) * self._slots + epoch % self._slots
-        entries = _HEAD_BYTES + len(KINDS) * self._slots * _FLAG_BYTES
-        return self._head(rank) + entries + index * _ENTRY_BYTES
+        entries = self._flags_start + len(KINDS) * self._slots * _FLAG_BYTES
+        return self._heads[rank] + entries + self._place(kind, epoch) * _ENTRY_BYTES
+
+    def post_text(self, kind: str, epoch: int, text: str) -> None:
+        """Make ``text`` that of the slot, for the flag that follows and that peers wait for."""
+        if self._texts[self._place(kind, epoch)] != text:
+            self.post_handshake(kind, epoch, DATA, text, "")
 
     def post_handshake(self, kind: str, epoch: int, status: int, text: str, reason: str) -> None:
         """Write this rank's message about ``epoch``; an earlier text for the epoch stays."""
-        address = self.handshake_address(self.rank, kind, epoch)
+        address, place = self.handshake_address(self.rank, kind, epoch), self._place(kind, epoch)
         words = _words(address)
         if words[0] == epoch:
             status |= words[1] & OPENED
-        elif self._texts.get(address) != text:
+        elif self._texts[place] != text:
             words[2] = _write(address + _TEXT, text, _REASON - _TEXT)
-            self._texts[address] = text
+            self._texts[place] = text
+        if status & ABORT:
+            self._texts[place] = None
         words[3] = _write(address + _REASON, reason, _ENTRY_BYTES - _REASON)
         for word, value in ((address + 4, status), (address, epoch)):
             atomics.store_release(word, value)
@@ -160,10 +200,15 @@ class ControlBlocks:
     def handshake(self, rank: int, kind: str, epoch: int) -> Handshake | None:
         """The message of ``rank`` about ``epoch``, or None before it is posted."""
         address = self.handshake_address(rank, kind, epoch)
-        if atomics.load_acquire(address) != epoch:
-            return None
-        status = atomics.load_acquire(address + 4)
+        # Look at the flag first: a handshake of its own precedes it.
+        flagged = atomics.load_acquire(self.flag_address(rank, kind, epoch)) == epoch
         words = _words(address)
+        if atomics.load_acquire(address) != epoch:
+            if not flagged:
+                return None
+            text = ctypes.string_at(address + _TEXT, words[2]).decode()
+            return Handshake(DATA, text, "")
+        status = atomics.load_acquire(address + 4)
         text = ctypes.string_at(address + _TEXT, words[2]).decode()
         reason = ctypes.string_at(address + _REASON, words[3]).decode(errors="replace")
         return Handshake(status, text, reason)
@@ -179,6 +224,16 @@ class ControlBlocks:
             if message is not None and message.status & ABORT:
                 return message
         return None
+
+
+def clock() -> int:
+    """The time of flags, in microseconds modulo 2**32; threads and processes of a host share it."""
+    return atomics.wrap(time.monotonic_ns() // 1000)
+
+
+def seconds_since(start: int, posted: np.ndarray) -> np.ndarray:
+    """Seconds from ``start`` to other times of ``clock``, 0 for earlier ones."""
+    return np.maximum(posted - np.int32(start), 0) * 1e-6
 
 
 def _words(address: int) -> ctypes.Array[ctypes.c_int32]:

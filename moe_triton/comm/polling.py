@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +11,6 @@ from typing import Generic, TypeVar
 from . import futex
 
 _YIELDS = 20  # polls that only give up the core
-_YIELDS_ON_WORD = 5  # the same before sleeping on a word, where ranks share cores
 _FIRST_SLEEP, _LONGEST_SLEEP = 20e-6, 200e-6  # seconds
 _SLICE = 5e-3  # longest sleep on one word: the waiter also looks for aborts and dead peers
 _SPIN = 50e-6  # seconds
@@ -70,10 +68,8 @@ class Backoff:
         while time.monotonic() < self._spin_until:
             if word.value != seen:
                 return
-        if not self._spin_until and self.polls < _YIELDS_ON_WORD:
-            self.polls += 1
-            os.sched_yield()
-        elif not futex.wait(address, seen, min(self.remaining, _SLICE)):
+        # Never yield: where others want the core, that may give it up for milliseconds.
+        if not futex.wait(address, seen, min(self.remaining, _SLICE)):
             self.pause()
 
 

@@ -14,20 +14,20 @@ Where the host does not wait, ranks learn of an abort, a time-out or arguments t
 later call, each rank in another one. All of them then break the group, at the same epoch of every
 rank, and ``recover()`` is the way on.
 
-Each rank also posts a *handshake* for every call in its control block: the arguments that must
-agree, or the reason for its abort. Peers read these for a new configuration and after an abort. New
-windows take a second handshake, so that either all ranks use them or none.
+A call with new arguments, and an abort, also take a *handshake* in the control block: the arguments
+that must agree, or the reason of the abort. Flags repeat the arguments of the last handshake in
+their slot. New windows take a second handshake, so that either all ranks use them or none.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-import time
 import weakref
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -56,25 +56,39 @@ from ..layout.windows import (
     WHAT,
 )
 from . import atomics
-from .control_blocks import KINDS, ControlBlocks
+from .control_blocks import KINDS, ControlBlocks, clock, seconds_since
 from .groups import Group
-from .memory import HOST, Block, CollectiveMemory, Memory
+from .memory import Block, CollectiveMemory, Memory
 from .peer_wait import PeerWait
 from .transport import WindowSteps, capturing
 from .window import PeerWindows, num_slots, union
 from .window_opener import WindowOpener, mismatch, release_blocks
 
 
-class Agreement(NamedTuple):
-    """The arguments of a call, equal on all ranks.
+class Terms(NamedTuple):
+    """What the ranks of an operation have to agree on, and what it needs.
 
     Attributes:
-        text: JSON of the names and values.
+        text: JSON of the arguments' names and values.
         digest: CRC-32 of the text, which travels with every flag and record.
+        ring: of the windows, at least.
+        device: of the windows' memory.
     """
 
     text: str
     digest: int
+    ring: Ring
+    device: torch.device
+
+    @classmethod
+    @functools.lru_cache(maxsize=1024)
+    def of(cls, ring: Ring, device: torch.device, *arguments: tuple[str, object]) -> Terms:
+        """Those of ``arguments``, pairs of names and printable values."""
+        named = dict(arguments)
+        if device.type != "cpu":
+            named["device"] = device.type
+        text = json.dumps({"arguments": named})
+        return cls(text, atomics.wrap(zlib.crc32(text.encode())), ring, device)
 
 
 @dataclasses.dataclass
@@ -103,6 +117,7 @@ class KindState:
     Attributes:
         last: the epoch of the last setup. Teardowns follow in order, from the oldest in flight.
         windows: all ranks' windows, None until the first call that needs them.
+        agreed: terms that these windows serve and that all ranks have agreed on.
         steps: of the last call that used the windows.
         in_flight: epochs set up and not yet torn down, oldest first.
         owed: epochs that ended early and are owed their receive step, oldest first.
@@ -110,6 +125,7 @@ class KindState:
 
     last: int = 0
     windows: PeerWindows | None = None
+    agreed: set[Terms] = dataclasses.field(default_factory=set)
     steps: WindowSteps | None = None
     in_flight: dict[int, EpochState] = dataclasses.field(default_factory=dict)
     owed: dict[int, EpochState] = dataclasses.field(default_factory=dict)
@@ -168,7 +184,6 @@ class RingProtocol:
         self._waits = PeerWait(group, name, self, self._control, timeout)
         self._opener = WindowOpener(group, self._control, self._waits, memory, device_memory)
         self._kinds = {kind: KindState() for kind in KINDS}
-        self._agreements: dict[tuple[object, ...], Agreement] = {}
         self._agreed: set[tuple[str, str]] = set()
         self._problems: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         self._notices: list[tuple[np.ndarray, torch.Tensor]] = []  # their memory, and the problems
@@ -222,28 +237,16 @@ class RingProtocol:
         return epoch
 
     def handshake(
-        self,
-        kind: str,
-        epoch: int,
-        op: str,
-        arguments: Mapping[str, Any],
-        ring: Ring,
-        steps: WindowSteps | None,
-        device: torch.device = HOST,
-    ) -> tuple[PeerWindows, int]:
-        """Post this call's arguments; where they are new, compare those of all ranks.
+        self, kind: str, epoch: int, op: str, terms: Terms, steps: WindowSteps | None
+    ) -> PeerWindows:
+        """The windows of all ranks for a call; where its terms are new, compare all ranks'.
 
         Args:
             kind: of operation.
             epoch: of this call.
             op: for error messages.
-            arguments: names and printable values that must be equal on all ranks.
-            ring: what the call needs; windows that are smaller are replaced.
+            terms: of this call; windows that do not serve it are replaced.
             steps: of the call; None for a kind without records, for which hosts wait.
-            device: of the windows' memory.
-
-        Returns:
-            The windows of all ranks, and the digest of the arguments.
 
         Raises:
             ArgumentMismatchError: the ranks' arguments differ.
@@ -253,10 +256,24 @@ class RingProtocol:
                 graph is being captured.
         """
         state = self._kinds[kind]
-        agreement = self._agreement(arguments, device)
-        known = (kind, agreement.text)
+        if terms in state.agreed:
+            self._control.post_text(kind, epoch, terms.text)
+        else:
+            self._agree(kind, epoch, op, terms)
+            state.agreed.add(terms)
+        windows = state.windows
+        assert windows is not None
+        operation = state.in_flight[epoch]
+        operation.digest, operation.windows = terms.digest, windows
+        operation.steps = state.steps = steps
+        return windows
+
+    def _agree(self, kind: str, epoch: int, op: str, terms: Terms) -> None:
+        """Compare arguments that are new, and replace windows that do not serve the call."""
+        state, ring, device = self._kinds[kind], terms.ring, terms.device
+        known = (kind, terms.text)
         windows, own = state.windows, None
-        text = agreement.text
+        text = terms.text
         fits = windows is not None and windows.serves(ring, device)
         if not (fits and known in self._agreed) and capturing(device):
             reason = "a graph cannot capture the first call with new arguments or larger windows"
@@ -268,11 +285,11 @@ class RingProtocol:
             text = json.dumps({**json.loads(text), "window": own.handle})
         self._control.post_handshake(kind, epoch, DATA, text, "")
         if own is not None:
-            blocks = self._opener.open_all(kind, epoch, op, agreement.text, own)
-            if kind == "combine" and state.windows is not None:
-                self._retired.append(_MemoryOf(state.windows.blocks[self.rank].data))
+            blocks = self._opener.open_all(kind, epoch, op, terms.text, own)
+            if kind == "combine" and windows is not None:
+                self._retired.append(_MemoryOf(windows.blocks[self.rank].data))
             problem, notice = self._problem(own.data.device)
-            windows = state.windows = PeerWindows(
+            state.windows = PeerWindows(
                 blocks,
                 ring,
                 self.rank,
@@ -282,27 +299,13 @@ class RingProtocol:
                 notice=notice,
                 hard=not self.host_waits(device),
             )
+            state.agreed.clear()
             # All ranks have opened all of them. Each rank removes all names, so that none is left
             # if a rank dies.
             release_blocks(blocks)
         elif known not in self._agreed:
-            self._opener.compare_arguments(kind, epoch, op, agreement.text)
+            self._opener.compare_arguments(kind, epoch, op, terms.text)
         self._agreed.add(known)
-        assert windows is not None
-        operation = state.in_flight[epoch]
-        operation.digest, operation.windows = agreement.digest, windows
-        operation.steps = state.steps = steps
-        return windows, agreement.digest
-
-    def _agreement(self, arguments: Mapping[str, Any], device: torch.device) -> Agreement:
-        key = (*arguments.items(), device.type)
-        if key not in self._agreements:
-            if device.type != "cpu":
-                arguments = {**arguments, "device": device.type}
-            text = json.dumps({"arguments": arguments})
-            digest = atomics.wrap(zlib.crc32(text.encode()))
-            self._agreements[key] = Agreement(text, digest)
-        return self._agreements[key]
 
     def signal(self, kind: str, epoch: int, status: int = DATA) -> None:
         """Write this rank's flag of ``epoch``; releases what it wrote before."""
@@ -419,8 +422,9 @@ class RingProtocol:
     def in_combine_window(self, rows: torch.Tensor) -> bool:
         """Whether rows lie in this rank's combine window, or in one that was replaced by it."""
         windows = self._kinds["combine"].windows
-        self._retired = [memory for memory in self._retired if not memory.is_freed]
-        return (windows is not None and windows.holds(self.rank, rows)) or any(
+        if self._retired:
+            self._retired = [memory for memory in self._retired if not memory.is_freed]
+        return (windows is not None and windows.holds(rows)) or any(
             memory.holds(rows) for memory in self._retired
         )
 
@@ -499,7 +503,7 @@ class RingProtocol:
         while (epoch := next(iter(state.owed), None)) is not None:
             if atomics.wrap(epoch - last) > 0:
                 break
-            for _ in self._poll_flags(kind, op, epoch):
+            for _ in self._arrivals(kind, op, epoch):
                 pass
             self._receive_nothing(state.owed[epoch])
             del state.owed[epoch]
@@ -523,68 +527,39 @@ class RingProtocol:
         """Wait for all flags of ``epoch``; raise on an abort whose cause is known.
 
         Returns:
-            Seconds until each flag arrived, and the ranks whose flag is an abort.
+            Seconds until each flag was posted, and the ranks whose flag is an abort.
         """
-        aborted: list[int] = []
-        waited = [0.0] * self.size
-        start = time.monotonic()
-        expected = (epoch, DATA, operation.digest)
-        if atomics.LOADS_ACQUIRE and (self._control.flags(kind, epoch) == expected).all():
-            return waited, aborted
+        if self._control.all_posted(kind, epoch, operation.digest):
+            return [0.0] * self.size, []
+        start, aborted = clock(), []
+        for flags, arrived in self._arrivals(kind, op, epoch, retry=(kind, epoch)):
+            for source in arrived:
+                _, status, digest, _ = flags[source]
+                if status == ABORT or digest != operation.digest:
+                    self._raise_abort_cause(kind, epoch, op, source)
+                if status == ABORT:
+                    aborted.append(source)
+        return seconds_since(start, flags[:, 3]).tolist(), aborted
 
-        def check(source: int, flag: tuple[int, ...]) -> None:
-            if flag == expected or source in aborted:
-                return
-            if flag[1] == ABORT or flag[2] != operation.digest:
-                self._raise_abort_cause(kind, epoch, op, source)
-            if flag[1] == ABORT:
-                aborted.append(source)
-
-        flags = self._control.flags(kind, epoch)
-        if not (flags[:, 0] == epoch).all():
-            for source in (flags[:, 0] == epoch).nonzero()[0].tolist():
-                atomics.load_acquire(self._control.flag_address(source, kind, epoch))
-                check(source, self._control.flag(source, kind, epoch))
-        for source in self._poll_flags(kind, op, epoch, retry=(kind, epoch)):
-            waited[source] = time.monotonic() - start
-            check(source, self._control.flag(source, kind, epoch))
-        flags = self._control.flags(kind, epoch)
-        if not (flags == expected).all():
-            for source, flag in enumerate(flags.tolist()):
-                check(source, tuple(flag))
-        return waited, aborted
-
-    def _poll_flags(
+    def _arrivals(
         self, kind: str, op: str, epoch: int, retry: tuple[str, int] | None = None
-    ) -> Iterator[int]:
-        """Yield each rank that was missing at first, when its flag of ``epoch`` appears.
+    ) -> Iterator[tuple[np.ndarray, list[int]]]:
+        """Yield the flags of ``epoch`` and the ranks whose flag is new, until all are there.
 
-        With none missing nothing is yielded, and peers' earlier writes are visible all the same.
+        Peers' earlier writes are visible then.
         """
-        ahead = self._control.flags(kind, epoch)[:, 0] - np.int32(epoch)
-        arrived = ahead >= 0
-        if not atomics.LOADS_ACQUIRE:
-            for source in arrived.nonzero()[0].tolist():
-                atomics.load_acquire(self._control.flag_address(source, kind, epoch))
-        if ahead.any():
-            for source in (ahead > 0).nonzero()[0].tolist():
-                self._raise_overrun(op, source, atomics.wrap(epoch + int(ahead[source])), epoch)
-            late = (~arrived).nonzero()[0].tolist()
-            yield from self._poll_missing(kind, op, epoch, late, retry)
-
-    def _poll_missing(
-        self, kind: str, op: str, epoch: int, late: list[int], retry: tuple[str, int] | None
-    ) -> Iterator[int]:
-        missing = {source: self._control.flag_address(source, kind, epoch) for source in late}
+        missing = dict.fromkeys(range(self.size), self._control.bell(kind, epoch))
         for _ in self._waits.polls(op, kind, epoch, missing, retry):
-            for source, address in list(missing.items()):
-                if atomics.wrap(atomics.load_relaxed(address) - epoch) < 0:
-                    continue
-                seen = atomics.load_acquire(address)
-                if atomics.wrap(seen - epoch) > 0:
-                    self._raise_overrun(op, source, seen, epoch)
+            flags = self._control.flags(kind, epoch)
+            ahead = flags[:, 0] - np.int32(epoch)
+            if (ahead > 0).any():
+                source = int(ahead.argmax())
+                self._raise_overrun(op, source, int(flags[source, 0]), epoch)
+            arrived = [source for source in missing if ahead[source] == 0]
+            for source in arrived:
                 del missing[source]
-                yield source
+            if arrived:
+                yield flags, arrived
 
     def _raise_overrun(self, op: str, source: int, seen: int, epoch: int) -> None:
         """The ranks' epochs differ for good: another wait cannot repair this."""

@@ -7,6 +7,7 @@ devices of several processes. ``ring_protocol`` says who waits for whom.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -14,9 +15,9 @@ import torch
 
 from ..errors import ArgumentValueError, MoeError, ReceiveOverflowError, RoutingMismatchError
 from ..layout import NOWHERE, ReceivedRows, RecvPermutation, SlotPositions
-from ..layout.windows import DATA, RECORD_BYTES
+from ..layout.windows import DATA
 from .packing import write_packed
-from .ring_protocol import RingProtocol
+from .ring_protocol import RingProtocol, Terms
 from .row_exchange import copies_of
 from .transport import (
     Call,
@@ -72,14 +73,13 @@ class SymmetricTransport:
         """Allocate the windows of ``kind`` by an operation without data."""
         protocol, op = self._protocol, call.op
         if kind in ("gather", "exchange"):
-            ring = bytes_ring(protocol.size, 0, protocol.in_flight)
+            terms = self._terms_of_bytes(call, call.arguments, 0)
         else:
-            ring = call.config.ring(kind, protocol.in_flight)
+            terms = _terms(call, kind, protocol.in_flight)
+        digest = terms.digest
         epoch = protocol.acquire(kind, op)
         try:
-            windows, digest = protocol.handshake(
-                kind, epoch, op, call.arguments, ring, call.steps, call.device
-            )
+            windows = protocol.handshake(kind, epoch, op, terms, call.steps)
             call.steps.send_record(windows.steps, digest=digest, status=DATA)
         except BaseException as error:
             protocol.abort(kind, epoch, error)
@@ -96,15 +96,8 @@ class SymmetricTransport:
         protocol, config = self._protocol, call.config
         epoch = protocol.acquire("dispatch", call.op)
         try:
-            windows, digest = protocol.handshake(
-                "dispatch",
-                epoch,
-                call.op,
-                call.arguments,
-                config.ring("dispatch", protocol.in_flight),
-                call.steps,
-                call.device,
-            )
+            terms = _terms(call, "dispatch", protocol.in_flight)
+            windows = protocol.handshake("dispatch", epoch, call.op, terms, call.steps)
             copies, own = copies_of(tokens)
             positions = call.steps.dispatch_send(
                 windows.steps,
@@ -114,13 +107,13 @@ class SymmetricTransport:
                 tokens.weights if config.with_weights else None,
                 tokens.smooth_scales,
                 copies,
-                digest=digest,
+                digest=terms.digest,
             )
         except BaseException as error:
             protocol.abort("dispatch", epoch, error)
             raise
         protocol.signal("dispatch", epoch)
-        return Pending(self, call, own, epoch, _Sent(windows, digest, positions))
+        return Pending(self, call, own, epoch, _Sent(windows, terms.digest, positions))
 
     @phase("dispatch recv")
     def dispatch_recv(self, pending: Pending[DispatchInput]) -> Received:
@@ -139,7 +132,8 @@ class SymmetricTransport:
         windows, layout = sent.windows.steps, call.config.layout
         timeout = self._protocol.kernel_timeout(sent.windows.device)
         num_rows, limit = tokens.num_rows, call.config.max_rows
-        if num_rows is None or (limit is not None and not capturing(call.device)):
+        unknown = num_rows is None and call.fixed_shapes
+        if unknown or (limit is not None and not capturing(call.device)):
             totals = call.steps.dispatch_totals(
                 windows, layout, digest=sent.digest, timeout=timeout
             ).tolist()
@@ -164,15 +158,8 @@ class SymmetricTransport:
         try:
             self._check_rows(call, inputs)
             in_a_row = not protocol.combine_slot_free
-            windows, digest = protocol.handshake(
-                "combine",
-                epoch,
-                call.op,
-                call.arguments,
-                config.ring("combine", protocol.in_flight, in_a_row=in_a_row),
-                call.steps,
-                call.device,
-            )
+            terms = _terms(call, "combine", protocol.in_flight, in_a_row)
+            windows = protocol.handshake("combine", epoch, call.op, terms, call.steps)
             y = self._rows_to_send(call, windows, inputs)
             protocol.claim_combine_slot(epoch)
             permutation = inputs.recv_permutation
@@ -182,13 +169,13 @@ class SymmetricTransport:
                 y,
                 permutation.group_starts,
                 permutation.offsets[-1:] if call.fixed_shapes else None,
-                digest=digest,
+                digest=terms.digest,
             )
         except BaseException as error:
             protocol.abort("combine", epoch, error)
             raise
         protocol.signal("combine", epoch)
-        return Pending(self, call, inputs, epoch, _Sent(windows, digest))
+        return Pending(self, call, inputs, epoch, _Sent(windows, terms.digest))
 
     def _check_rows(self, call: Call, inputs: CombineInput) -> None:
         """Refuse rows that the combine after their ``output_rows`` has overwritten."""
@@ -200,13 +187,10 @@ class SymmetricTransport:
         self, call: Call, windows: PeerWindows, inputs: CombineInput
     ) -> torch.Tensor | None:
         """[n, H] rows to copy into the window; None where they have been written there."""
-        y = inputs.y[: inputs.recv_permutation.source.numel()]
-        if not windows.holds(self._rank, y):
-            return y
-        place = call.config.layout.output_rows(windows.steps, len(y))
-        if (y.data_ptr(), y.stride()) == (place.data_ptr(), place.stride()):
+        if windows.in_place(inputs.y, call.config.return_format):
             return None
-        return y.clone()  # source and target might overlap
+        y = inputs.y[: inputs.recv_permutation.source.shape[0]]
+        return y.clone() if windows.holds(y) else y  # source and target might overlap
 
     @phase("combine recv")
     def combine_recv(
@@ -242,15 +226,13 @@ class SymmetricTransport:
 
     def _check_returns(self, call: Call, inputs: CombineInput, sent: _Sent, epoch: int) -> None:
         """Raise unless every rank returns as many rows as this one sent it, expert by expert."""
-        windows, layout = sent.windows, call.config.layout
-        world, local = layout.world_size, layout.experts_per_rank
-        start = windows.ring.record(epoch, 0) + world * RECORD_BYTES
-        data = windows.blocks[self._rank].data[start : start + world * layout.combine_number_bytes]
-        counts = data.view(torch.int32).view(world, -1)[:, local : 2 * local]
-        first = layout.num_shared_ranks
-        returned, sent_counts = counts[first:].reshape(-1), inputs.plan.counts
-        if not torch.equal(returned, sent_counts):
-            expert = int((returned != sent_counts).nonzero()[0])
+        layout, plan = call.config.layout, inputs.plan
+        local, first = layout.experts_per_rank, layout.num_shared_ranks
+        numbers = sent.windows.numbers(epoch, layout.combine_number_bytes)
+        counts = numbers[:, local : 2 * local]
+        returned, sent_counts = counts[first:].reshape(-1), plan.counts.numpy()
+        if (returned != sent_counts).any():
+            expert = int((returned != sent_counts).argmax())
             raise RoutingMismatchError(
                 call.op,
                 first + expert // local,
@@ -293,10 +275,11 @@ class SymmetricTransport:
         """Write parts into this rank's slot of ``num_bytes``; returns the epoch."""
         protocol, op, device = self._protocol, call.op, call.device
         records = None if protocol.host_waits(device) else call.steps
-        ring = bytes_ring(protocol.size, num_bytes, protocol.in_flight)
+        terms = self._terms_of_bytes(call, arguments, num_bytes)
+        digest = terms.digest
         epoch = protocol.acquire(kind, op)
         try:
-            windows, digest = protocol.handshake(kind, epoch, op, arguments, ring, records, device)
+            windows = protocol.handshake(kind, epoch, op, terms, records)
             write_packed(windows.data(self._rank, protocol.slot(epoch)), parts)
             if records is not None:
                 records.send_record(windows.steps, digest=digest, status=DATA)
@@ -305,6 +288,11 @@ class SymmetricTransport:
             raise
         protocol.signal(kind, epoch)
         return epoch, _Sent(windows, digest, records=records)
+
+    def _terms_of_bytes(self, call: Call, arguments: Mapping[str, object], num_bytes: int) -> Terms:
+        """The terms of an operation whose data slots hold ``num_bytes``."""
+        ring = bytes_ring(self._protocol.size, num_bytes, self._protocol.in_flight)
+        return Terms.of(ring, call.device, *arguments.items())
 
     def _read_bytes(
         self,
@@ -401,6 +389,13 @@ class SymmetricTransport:
         self._protocol.close()
 
 
+@functools.lru_cache(maxsize=1024)
+def _terms(call: Call, kind: str, in_flight: int, in_a_row: bool = False) -> Terms:
+    """The terms of a dispatch or combine; calls are few, and compared by identity."""
+    ring = call.config.ring(kind, in_flight, in_a_row=in_a_row)
+    return Terms.of(ring, call.device, *call.arguments.items())
+
+
 def _check_overflow(call: Call, totals: list[int]) -> None:
     """Raise on every rank alike when any rank receives more rows than the call allows."""
     limit = call.config.max_rows
@@ -412,8 +407,7 @@ def _check_overflow(call: Call, totals: list[int]) -> None:
 
 def _received(call: Call, rows: ReceivedRows, positions: SlotPositions) -> Received:
     source, slot_ids = rows.source, rows.slot_ids
-    if not call.fixed_shapes:
-        n = int(rows.offsets[-1])
+    if not call.fixed_shapes and (n := rows.offsets.numpy()[-1]) < source.shape[0]:
         source, slot_ids = source[:n], slot_ids[:n]
     permutation = RecvPermutation(
         source, None, rows.recv_counts_cumsum, rows.offsets, rows.group_starts

@@ -69,7 +69,7 @@ class WindowSteps(Protocol):
         self,
         windows: Windows,
         layout: ExchangeLayout,
-        num_rows: int,
+        num_rows: int | None,
         load: Tensor | None,
         /,
         *,
@@ -248,7 +248,7 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Call:
     """Name, sizes and device steps of one operation.
 

@@ -151,10 +151,19 @@ class MoeConfig:
 
     def ring(self, kind: str, in_flight: int, *, in_a_row: bool = False) -> Ring:
         """The ring of "dispatch" or "combine"; for ``in_a_row`` see ``combine_slots``."""
-        slots = num_slots(in_flight)
-        if kind == "dispatch":
-            return self.layout.dispatch_ring(slots)
-        return self.layout.combine_ring(slots, combine_slots(in_flight, in_a_row=in_a_row))
+        key = (kind, in_flight, in_a_row)
+        if key not in self._rings:
+            slots, layout = num_slots(in_flight), self.layout
+            data_slots = combine_slots(in_flight, in_a_row=in_a_row)
+            combine = kind == "combine"
+            self._rings[key] = (
+                layout.combine_ring(slots, data_slots) if combine else layout.dispatch_ring(slots)
+            )
+        return self._rings[key]
+
+    @functools.cached_property
+    def _rings(self) -> dict[tuple[str, int, bool], Ring]:
+        return {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +262,9 @@ class PeerWindows:
         hard: bool,
     ) -> None:
         self.blocks = blocks
-        device = blocks[rank].data.device
+        own = blocks[rank].data
+        self._own = range(own.data_ptr(), own.data_ptr() + own.numel())
+        device = own.device
         state = torch.zeros(STATE_WORDS, dtype=torch.int32, device=device)
         state[[SENT, RECEIVED]] = epoch
         addresses = [block.data.data_ptr() for block in blocks]
@@ -265,7 +276,7 @@ class PeerWindows:
             state=state,
             problem=problem,
             notice=notice,
-            own=blocks[rank].data,
+            own=own,
             hard=hard,
         )
         if device.type == "cpu":
@@ -276,6 +287,7 @@ class PeerWindows:
             records = (offsets + RECORD_BYTES * rank) // 4
             # No method of this object: it would keep itself, and so the memory, alive.
             self.steps.publish = functools.partial(_publish, words, records, ring)
+            self._numbers = words[offsets[rank] // 4 :]
         else:
             # Calls may use another stream than the one that has written the state.
             torch.get_device_module(device).current_stream(device).synchronize()
@@ -302,7 +314,23 @@ class PeerWindows:
         start = self.ring.data_start(slot)
         return self.blocks[owner].data[start : start + self.ring.data_bytes]
 
-    def holds(self, owner: int, tensor: torch.Tensor) -> bool:
-        """Whether a tensor lies in the window of ``owner``."""
-        block = self.blocks[owner].data
-        return 0 <= tensor.data_ptr() - block.data_ptr() < block.numel()
+    def numbers(self, epoch: int, num_bytes: int) -> np.ndarray:
+        """[W, N] int32 numbers of all ranks for this one, of ``num_bytes`` each; a view.
+
+        Only in host memory.
+        """
+        world = self.steps.world_size
+        start = self.ring.record(epoch, world) // 4
+        return self._numbers[start : start + world * num_bytes // 4].reshape(world, -1)
+
+    def holds(self, rows: torch.Tensor) -> bool:
+        """Whether a tensor lies in the window of this rank."""
+        return rows.data_ptr() in self._own
+
+    def in_place(self, rows: torch.Tensor, fmt: RowFormat) -> bool:
+        """Whether rows lie where ``ExchangeLayout.output_rows`` does."""
+        return (
+            rows.data_ptr() == self._own.start + self.ring.data_start(0)
+            and fmt.scale_offset is None
+            and rows.stride() == (fmt.stride // fmt.dtype.itemsize, 1)
+        )

@@ -30,7 +30,6 @@ from moe_triton import (
     testing,
 )
 from moe_triton.comm import PackedReader
-from moe_triton.comm.control_blocks import ControlBlocks
 from moe_triton.comm.ring_protocol import RingProtocol
 from moe_triton.layout.windows import EPOCH
 from moe_triton.ops import steps_on
@@ -223,7 +222,7 @@ def test_two_hundred_rounds_of_four_ranks():
 # Losses. A rank is lost where it would call a method for the first time from the third round on.
 
 POINTS = {
-    "before its handshake": (ControlBlocks, "post_handshake", "dispatch"),
+    "before its handshake": (RingProtocol, "handshake", "dispatch"),
     "after its record of dispatch": (RingProtocol, "signal", "dispatch"),
     "before its rows are received": (RingProtocol, "wait", "dispatch"),
     "before combine": (RingProtocol, "acquire", "combine"),

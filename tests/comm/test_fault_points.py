@@ -29,7 +29,6 @@ from moe_triton import (
     comm,
     testing,
 )
-from moe_triton.comm.control_blocks import ControlBlocks
 from moe_triton.comm.message_exchange import MessageExchange
 from moe_triton.comm.rendezvous import Rendezvous
 from moe_triton.comm.ring_protocol import RingProtocol
@@ -132,7 +131,7 @@ def arm(owner, name: str, applies, number: int) -> None:
 
 # Where a rank is lost: the method that it no longer calls.
 POINTS = {
-    "before its handshake": (ControlBlocks, "post_handshake", lambda kind, *_: kind == "dispatch"),
+    "before its handshake": (RingProtocol, "handshake", lambda kind, *_: kind == "dispatch"),
     "before its flags of dispatch": (RingProtocol, "signal", lambda kind, *_: kind == "dispatch"),
     "after its flags of dispatch": (RingProtocol, "wait", lambda kind, *_: kind == "dispatch"),
     "before its slot is free": (RingProtocol, "release", lambda kind, *_: kind == "dispatch"),

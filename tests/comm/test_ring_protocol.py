@@ -35,7 +35,7 @@ from moe_triton.comm.control_blocks import ControlBlocks, control_bytes
 from moe_triton.comm.groups import Group
 from moe_triton.comm.local import LocalMemory
 from moe_triton.comm.memory import Memory
-from moe_triton.comm.ring_protocol import RingProtocol
+from moe_triton.comm.ring_protocol import RingProtocol, Terms
 from moe_triton.comm.shm import PosixMemory
 from moe_triton.comm.window import bytes_ring
 from moe_triton.layout.windows import DATA, RECEIVED
@@ -77,7 +77,8 @@ def payload(source: int, target: int, number: int) -> torch.Tensor:
 def handshake(protocol: RingProtocol, kind: str, epoch: int, slot_bytes: int = 0, **arguments):
     """The handshake of a call with room for ``payload`` or for ``slot_bytes``."""
     ring = bytes_ring(protocol.size, slot_bytes or protocol.size * PAYLOAD, protocol.in_flight)
-    return protocol.handshake(kind, epoch, OP, arguments, ring, ref)
+    terms = Terms.of(ring, torch.device("cpu"), *arguments.items())
+    return protocol.handshake(kind, epoch, OP, terms, ref), terms.digest
 
 
 def setup(protocol: RingProtocol, number: int = 0, *, kind="exchange", slot_bytes=0, **arguments):

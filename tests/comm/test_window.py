@@ -157,6 +157,6 @@ def test_which_calls_windows_serve():
 
 def test_windows_hold_their_own_tensors():
     windows, _ = open_windows(2, bytes_ring(2, 100, 1))
-    assert windows.holds(0, windows.data(0, 1)[3:])
-    assert not windows.holds(1, windows.data(0, 1)[3:])
-    assert not windows.holds(0, torch.zeros(4))
+    assert windows.holds(windows.data(0, 1)[3:])
+    assert not windows.holds(windows.data(1, 1)[3:])
+    assert not windows.holds(torch.zeros(4))
