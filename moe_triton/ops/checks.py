@@ -9,6 +9,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from ..errors import ArgumentNameError, ArgumentTypeError, ArgumentValueError, MissingArgumentError
@@ -181,20 +182,23 @@ def expert_ids(
     """
     if ids.device.type != "cpu" or ids.numel() == 0:
         return
-    wrong = (ids < 0) | (ids >= num_experts + num_zero_computation)
+    # In NumPy, whose calls cost less than PyTorch's: the tensors are small. Negative ids are large
+    # as unsigned integers.
+    values = ids.detach().numpy()
+    unsigned = values.view(f"u{values.itemsize}")
+    wrong, routed = unsigned >= num_experts + num_zero_computation, unsigned < num_experts
     if active is not None:
-        wrong &= active
+        wrong &= active.numpy()
+        routed &= active.numpy()
     if wrong.any():
-        token, slot = wrong.nonzero()[0].tolist()
-        got = f"{int(ids[token, slot])} for token {token}, slot {slot}"
+        token, slot = np.argwhere(wrong)[0].tolist()
+        got = f"{values[token, slot]} for token {token}, slot {slot}"
         contract = f"be in [0, {num_experts + num_zero_computation}){otherwise}"
         raise ArgumentValueError(op, name, contract, got)
-    routed = ids < num_experts
-    if active is not None:
-        routed &= active
-    ordered = ids.where(routed, -1).sort(dim=1).values
+    ordered = np.where(routed, values, -1)
+    ordered.sort(axis=1)
     repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
     if repeated.any():
-        token, slot = repeated.nonzero()[0].tolist()
-        got = f"{int(ordered[token, slot])} twice for token {token}"
+        token, slot = np.argwhere(repeated)[0].tolist()
+        got = f"{ordered[token, slot]} twice for token {token}"
         raise ArgumentValueError(op, name, "name distinct experts for each token", got)
