@@ -162,28 +162,27 @@ class HostWindows:
             status: of the record.
         """
         if numbers is not None:
-            width = numbers.shape[-1]
-            targets = self._sent_numbers(epoch, number_bytes, width)
+            key = (self.control_slot(epoch), number_bytes, numbers.shape[-1])
             if numbers.ndim == 1:
-                for target in targets:
+                # Long, and the same for all: copied to each.
+                for target in self.cached(("targets", *key), lambda: self._targets(*key)):
                     target[:] = numbers
             else:
-                for target, of_rank in zip(targets, numbers, strict=True):
-                    target[:] = of_rank
+                self.words[self.cached(("places", *key), lambda: self._places(*key))] = numbers
         self.words[self._sent_records[self.control_slot(epoch)]] = (status, digest, extra)
         self._publish(epoch)
         self.state[SENT] = epoch
 
-    def _sent_numbers(self, epoch: int, number_bytes: int, width: int) -> list[np.ndarray]:
-        """This rank's numbers at each rank, views of [width]."""
-        control = self.control(epoch)
+    def _places(self, slot: int, number_bytes: int, width: int) -> np.ndarray:
+        """[W, width] index in ``words`` of this rank's numbers at each rank."""
+        before = self.control(slot) + self._world_size * RECORD_WORDS
+        start = self._word_offsets + (before + self.rank * number_bytes // 4)
+        return start[:, None] + np.arange(width)
 
-        def make() -> list[np.ndarray]:
-            before = control + self._world_size * RECORD_WORDS + self.rank * number_bytes // 4
-            starts = (self._word_offsets + before).tolist()
-            return [self.words[start : start + width] for start in starts]
-
-        return self.cached(("sent numbers", control, number_bytes, width), make)
+    def _targets(self, slot: int, number_bytes: int, width: int) -> list[np.ndarray]:
+        """The same words, a view of each rank's."""
+        starts = self._places(slot, number_bytes, 1)[:, 0].tolist()
+        return [self.words[start : start + width] for start in starts]
 
     # Receiving.
 

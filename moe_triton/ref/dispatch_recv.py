@@ -228,16 +228,16 @@ def _weights(
     """[num_rows] weights of the rows, 0 without one."""
     if layout.weight_dtype is None:
         return None
-    weights = torch.zeros(num_rows, dtype=layout.weight_dtype)
-    if layout.first_expert(memory.rank) < 0:
-        weights.numpy()[rows.row] = 1.0
-        return weights
     size = layout.weight_dtype.itemsize
-    start = memory.ring.data_start(memory.data_slot(epoch)) + layout.weights_start
-    first = (memory.offsets + start) // size
-    slot = rows.slot_id - rows.token * layout.num_shared_experts
-    weights.numpy()[rows.row] = memory.elements(size)[first[rows.source] + slot]
-    return weights
+    weights = np.zeros(num_rows, f"f{size}")
+    if layout.first_expert(memory.rank) < 0:
+        weights[rows.row] = 1.0
+    else:
+        start = memory.ring.data_start(memory.data_slot(epoch)) + layout.weights_start
+        first = (memory.offsets + start) // size
+        slot = rows.slot_id - rows.token * layout.num_shared_experts
+        weights[rows.row] = memory.elements(size)[first[rows.source] + slot]
+    return torch.from_numpy(weights)
 
 
 def _void(
