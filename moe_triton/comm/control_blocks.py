@@ -148,11 +148,12 @@ class ControlBlocks:
         found = self._words.take(self._expected[self._place(kind, epoch)])
         return found.tobytes() == _EXPECTED.pack(epoch, DATA, digest) * self._size
 
-    def flags(self, kind: str, epoch: int) -> np.ndarray:
-        """[W, 4] the flags of all ranks in the slot of ``epoch``; acquires what they release."""
+    def flags(self, kind: str, epoch: int) -> list[list[int]]:
+        """The four words of each rank's flag for ``epoch``; acquires what they release."""
         if not atomics.LOADS_ACQUIRE:
             self._acquire(kind, epoch)
-        return self._words.take(self._flags[self._place(kind, epoch)])
+        found: list[list[int]] = self._words.take(self._flags[self._place(kind, epoch)]).tolist()
+        return found
 
     def _acquire(self, kind: str, epoch: int) -> None:
         for rank in range(self._size):
@@ -229,11 +230,6 @@ class ControlBlocks:
 def clock() -> int:
     """The time of flags, in microseconds modulo 2**32; threads and processes of a host share it."""
     return atomics.wrap(time.monotonic_ns() // 1000)
-
-
-def seconds_since(start: int, posted: np.ndarray) -> np.ndarray:
-    """Seconds from ``start`` to other times of ``clock``, 0 for earlier ones."""
-    return np.maximum(posted - np.int32(start), 0) * 1e-6
 
 
 def _words(address: int) -> ctypes.Array[ctypes.c_int32]:

@@ -90,7 +90,7 @@ class PeerWait:
         try:
             while missing:
                 # Read before the poll: a change after the poll then ends the pause at once.
-                rank, address = next(iter(missing.items()))
+                address = next(iter(missing.values()))
                 seen = atomics.load_relaxed(address)
                 yield
                 if not missing:
@@ -115,7 +115,7 @@ class PeerWait:
                         next_board = now + _BOARD_INTERVAL
                     next_check = now + _LIVENESS_INTERVAL
                 late = now >= backoff.deadline
-                if rank in missing:
+                if address in missing.values():
                     backoff.pause_on(address, seen)
         finally:
             if posted:

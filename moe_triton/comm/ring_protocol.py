@@ -56,7 +56,7 @@ from ..layout.windows import (
     WHAT,
 )
 from . import atomics
-from .control_blocks import KINDS, ControlBlocks, clock, seconds_since
+from .control_blocks import KINDS, ControlBlocks, clock
 from .groups import Group
 from .memory import Block, CollectiveMemory, Memory
 from .peer_wait import PeerWait
@@ -539,11 +539,11 @@ class RingProtocol:
                     self._raise_abort_cause(kind, epoch, op, source)
                 if status == ABORT:
                     aborted.append(source)
-        return seconds_since(start, flags[:, 3]).tolist(), aborted
+        return [max(atomics.wrap(posted - start), 0) * 1e-6 for *_, posted in flags], aborted
 
     def _arrivals(
         self, kind: str, op: str, epoch: int, retry: tuple[str, int] | None = None
-    ) -> Iterator[tuple[np.ndarray, list[int]]]:
+    ) -> Iterator[tuple[list[list[int]], list[int]]]:
         """Yield the flags of ``epoch`` and the ranks whose flag is new, until all are there.
 
         Peers' earlier writes are visible then.
@@ -551,11 +551,12 @@ class RingProtocol:
         missing = dict.fromkeys(range(self.size), self._control.bell(kind, epoch))
         for _ in self._waits.polls(op, kind, epoch, missing, retry):
             flags = self._control.flags(kind, epoch)
-            ahead = flags[:, 0] - np.int32(epoch)
-            if (ahead > 0).any():
-                source = int(ahead.argmax())
-                self._raise_overrun(op, source, int(flags[source, 0]), epoch)
-            arrived = [source for source in missing if ahead[source] == 0]
+            arrived = []
+            for source in missing:
+                if (seen := flags[source][0]) == epoch:
+                    arrived.append(source)
+                elif atomics.wrap(seen - epoch) > 0:
+                    self._raise_overrun(op, source, seen, epoch)
             for source in arrived:
                 del missing[source]
             if arrived:

@@ -7,7 +7,6 @@ devices of several processes. ``ring_protocol`` says who waits for whom.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -389,11 +388,14 @@ class SymmetricTransport:
         self._protocol.close()
 
 
-@functools.lru_cache(maxsize=1024)
 def _terms(call: Call, kind: str, in_flight: int, in_a_row: bool = False) -> Terms:
-    """The terms of a dispatch or combine; calls are few, and compared by identity."""
-    ring = call.config.ring(kind, in_flight, in_a_row=in_a_row)
-    return Terms.of(ring, call.device, *call.arguments.items())
+    """The terms of a dispatch or combine."""
+    key = (kind, in_flight, in_a_row)
+    if key not in call.derived:
+        ring = call.config.ring(kind, in_flight, in_a_row=in_a_row)
+        call.derived[key] = Terms.of(ring, call.device, *call.arguments.items())
+    terms: Terms = call.derived[key]
+    return terms
 
 
 def _check_overflow(call: Call, totals: list[int]) -> None:

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Generic, ParamSpec, Protocol, TypeAlias, TypeVar, cast
+from typing import Any, Generic, ParamSpec, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -248,7 +248,7 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Call:
     """Name, sizes and device steps of one operation.
 
@@ -265,6 +265,11 @@ class Call:
     arguments: Mapping[str, object]
     steps: DeviceSteps
     device: torch.device
+
+    @functools.cached_property
+    def derived(self) -> dict[object, Any]:
+        """What transports have made of it, by keys of their own; many calls are repeated."""
+        return {}
 
     @property
     def fixed_shapes(self) -> bool:
