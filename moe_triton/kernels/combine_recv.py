@@ -42,8 +42,6 @@ from ._windows import (
 )
 from .dispatch_send import active_positions
 from .weighted_sum import (
-    NO_EXPERTS,
-    NO_NORM,
     check_row_format,
     check_terms,
     load_row,
@@ -219,7 +217,7 @@ def combine_recv(
     """
     plan = _plan(
         windows.bases, expert_ids, positions.position_in_expert, weights, addend, out, layout,
-        windows.signature, digest, timeout, *(zero_computation or NO_EXPERTS), *(norm or NO_NORM),
+        windows.signature, digest, timeout, *(zero_computation or ()), *(norm or ()),
     )  # fmt: skip
     ids, active = expert_ids.contiguous(), positions.active_position
     if layout.num_shared_experts and active is None:
@@ -270,7 +268,7 @@ def _plan(
 ) -> _Plan:
     """Check the arguments of ``combine_recv`` and plan its launch.
 
-    ``more`` are the fields of the zero-computation experts and of the norm.
+    ``more`` are the fields of the zero-computation experts and of the norm, where there are any.
     """
     op, device, fmt = "combine_recv", bases.device, layout.return_format
     zero_computation, norm = of_fields(more)

@@ -32,9 +32,8 @@ from ._common import from_float32, narrow, to_float32, widen
 from ._windows import EXTRA, RECORD_BYTES
 from .launch_config import planned, tiles, token_tiles
 
-# Where there is no such thing, the kernel gets None for each of its tensors.
-NO_EXPERTS = (None,) * len(ZeroComputationExperts._fields)
-NO_NORM = (None,) * len(Norm._fields)
+# Where there is none, the kernel gets None for each of its tensors.
+_NO_NORM = (None,) * len(Norm._fields)
 
 # Optional parts of the sum are functions that the kernel calls under a constexpr condition, as a
 # launch of Triton 3.2 rejects functions as constexpr arguments.
@@ -485,8 +484,7 @@ def weighted_sum(
         MissingArgumentError: a value of constant experts without their alphas.
     """
     launch = _plan_sum(
-        rows, index, fmt, weights, addend, out, *(zero_computation or NO_EXPERTS),
-        *(norm or NO_NORM),
+        rows, index, fmt, weights, addend, out, *(zero_computation or ()), *(norm or ()),
     )  # fmt: skip
     if launch is None:
         return
@@ -517,7 +515,7 @@ def _plan_sum(
 ) -> SumLaunch | None:
     """Check the arguments of ``weighted_sum`` and plan its launch; None with nothing to sum.
 
-    ``more`` are the fields of the zero-computation experts and of the norm.
+    ``more`` are the fields of the zero-computation experts and of the norm, where there are any.
     """
     op = "weighted_sum"
     zero_computation, norm = of_fields(more)
@@ -537,12 +535,10 @@ def _plan_sum(
 
 
 def of_fields(fields: tuple[Any, ...]) -> tuple[ZeroComputationExperts | None, Norm | None]:
-    """The zero-computation experts and the norm of their fields."""
-    experts, norm = fields[: len(NO_EXPERTS)], fields[len(NO_EXPERTS) :]
-    return (
-        None if experts[0] is None else ZeroComputationExperts(*experts),
-        None if norm[0] is None else Norm(*norm),
-    )
+    """The zero-computation experts and the norm of their fields, of which either may be missing."""
+    of_norm = len(Norm._fields) if len(fields) % len(ZeroComputationExperts._fields) else 0
+    experts, norm = fields[: len(fields) - of_norm], fields[len(fields) - of_norm :]
+    return ZeroComputationExperts(*experts) if experts else None, Norm(*norm) if norm else None
 
 
 class SumLaunch(NamedTuple):
@@ -615,7 +611,7 @@ def sum_tensors(
     ids = tokens = alpha_1 = alpha_2 = value = None
     if zero_computation is not None and zero_computation.tokens is not None:
         ids, _, _, _, tokens, alpha_1, alpha_2, value = zero_computation
-    residual, gamma, _, y, rstd = norm or NO_NORM
+    residual, gamma, _, y, rstd = norm or _NO_NORM
     return (
         _contiguous(weights), _contiguous(ids), _with_adjacent_columns(tokens),
         _contiguous(alpha_1), _contiguous(alpha_2), _contiguous(value),

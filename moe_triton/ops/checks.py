@@ -188,8 +188,9 @@ def expert_ids(
     unsigned = values.view(f"u{values.itemsize}")
     wrong, routed = unsigned >= num_experts + num_zero_computation, unsigned < num_experts
     if active is not None:
-        wrong &= active.numpy()
-        routed &= active.numpy()
+        checked = active.numpy()
+        wrong &= checked
+        routed &= checked
     if wrong.any():
         token, slot = np.argwhere(wrong)[0].tolist()
         got = f"{values[token, slot]} for token {token}, slot {slot}"
