@@ -218,18 +218,6 @@ def host_span(blocks: list[torch.Tensor]) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-def _publish(words: np.ndarray, records: np.ndarray, ring: Ring, epoch: int) -> None:
-    """Store the epoch in a rank's records; ``RingProtocol.signal`` releases it.
-
-    Args:
-        words: int32 of the memory that spans all windows.
-        records: [W] index of the rank's record in the first slot of each window.
-        ring: of each window.
-        epoch: that has been sent.
-    """
-    words[records + (epoch & (ring.slots - 1)) * (ring.control_bytes // 4)] = epoch
-
-
 class PeerWindows:
     """The windows of all ranks for one kind of operation, as this rank has mapped them.
 
@@ -281,13 +269,7 @@ class PeerWindows:
         )
         if device.type == "cpu":
             self.steps.span = host_span([block.data for block in blocks])
-            span = self.steps.span.numpy()
-            words = span[: len(span) // 4 * 4].view(np.int32)
-            offsets = np.array(addresses) - self.steps.span.data_ptr()
-            records = (offsets + RECORD_BYTES * rank) // 4
-            # No method of this object: it would keep itself, and so the memory, alive.
-            self.steps.publish = functools.partial(_publish, words, records, ring)
-            self._numbers = words[offsets[rank] // 4 :]
+            self._words = own.numpy().view(np.int32)
         else:
             # Calls may use another stream than the one that has written the state.
             torch.get_device_module(device).current_stream(device).synchronize()
@@ -321,7 +303,7 @@ class PeerWindows:
         """
         world = self.steps.world_size
         start = self.ring.record(epoch, world) // 4
-        return self._numbers[start : start + world * num_bytes // 4].reshape(world, -1)
+        return self._words[start : start + world * num_bytes // 4].reshape(world, -1)
 
     def holds(self, rows: torch.Tensor) -> bool:
         """Whether a tensor lies in the window of this rank."""

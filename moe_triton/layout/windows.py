@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -265,8 +264,6 @@ class Windows:
             wait within the call, and so would raise at different ones.
         span: uint8 host memory from the lowest block to the end of the highest, of which only the
             blocks may be accessed; None on devices. ``ref`` needs it.
-        publish: stores an epoch in this rank's record at every rank, after all earlier stores, and
-            wakes the ranks that wait for it. ``ref`` calls it; kernels store epochs themselves.
         views: of the blocks, which steps cache.
 
     Raises:
@@ -285,7 +282,6 @@ class Windows:
     own: torch.Tensor | None = None
     hard: bool = False
     span: torch.Tensor | None = None
-    publish: Callable[[int], None] | None = None
     views: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -55,9 +55,8 @@ class HostWindows:
 
     def __init__(self, windows: Windows) -> None:
         assert windows.span is not None
-        assert windows.publish is not None, "windows in host memory need a function that publishes"
         # Not the windows themselves, which keep these views: a cycle would keep the memory, too.
-        self.ring, self.rank, self._publish = windows.ring, windows.rank, windows.publish
+        self.ring, self.rank = windows.ring, windows.rank
         self._kind, self._hard, self._views = windows.kind, windows.hard, dict[Any, Any]()
         self.span = windows.span
         self.bytes: np.ndarray = windows.span.numpy()
@@ -71,7 +70,7 @@ class HostWindows:
         self._world_size = world = windows.world_size
         # In each control slot, the words of this rank's records at each rank and of each rank's at
         # this one.
-        sent = (self._word_offsets + self.rank * RECORD_WORDS)[:, None] + _WORD[1:]
+        sent = (self._word_offsets + self.rank * RECORD_WORDS)[:, None] + _WORD
         received = (self.own // 4 + np.arange(world) * RECORD_WORDS)[:, None] + _WORD
         controls = [self.control(slot) for slot in range(self.ring.slots)]
         self._sent_records = [sent + control for control in controls]
@@ -151,7 +150,7 @@ class HostWindows:
         self, epoch: int, numbers: np.ndarray | None, number_bytes: int, *, digest: int, extra: int,
         status: int = 0,
     ) -> None:  # fmt: skip
-        """Write this rank's records, publish them, and end the send.
+        """Write this rank's records, which the host's flag releases, and end the send.
 
         Args:
             epoch: of the records.
@@ -169,8 +168,7 @@ class HostWindows:
                     target[:] = numbers
             else:
                 self.words[self.cached(("places", *key), lambda: self._places(*key))] = numbers
-        self.words[self._sent_records[self.control_slot(epoch)]] = (status, digest, extra)
-        self._publish(epoch)
+        self.words[self._sent_records[self.control_slot(epoch)]] = (epoch, status, digest, extra)
         self.state[SENT] = epoch
 
     def _places(self, slot: int, number_bytes: int, width: int) -> np.ndarray:

@@ -154,15 +154,9 @@ class Group:
             state[DATA_SLOT] = 0
             notice = torch.zeros(1, dtype=torch.int32)
 
-            def publish(epoch: int, rank: int = rank) -> None:
-                for peer in blocks:
-                    start = ring.record(epoch, rank)
-                    peer[start : start + 4].view(torch.int32)[0] = epoch
-
             span_of = span if self.device.type == "cpu" else None
             windows = Windows(
                 number, rank, ring, bases, state, problems[rank], notice, block, hard, span_of,
-                publish,
             )  # fmt: skip
             opened.append(windows)
         return opened
