@@ -281,7 +281,7 @@ def _plan(
     if fmt.scheme == "none" and fmt.dtype != out.dtype:
         raise ArgumentTypeError(op, "out", f"be of the rows' dtype {fmt.dtype}", out.dtype)
     check_row_format(op, fmt)
-    summed = out.view(-1, fmt.hidden)[:num_tokens] if apart else out
+    summed = out[:, 0] if apart else out
     if apart and not out.is_contiguous():
         raise ArgumentValueError(op, "out", "be contiguous for rows apart", out.stride())
     check_terms(op, num_slots, weights, zero_computation, addend, summed, norm)

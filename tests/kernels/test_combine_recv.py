@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from lockstep_windows import DIGEST, Case, Group
+
+from moe_triton import kernels
+from moe_triton.errors import ArgumentValueError
 
 
 def test_rows_apart(steps, device):
@@ -19,3 +23,16 @@ def test_rows_apart(steps, device):
         )  # fmt: skip
         sent = (mine.ids >= 0) & (mine.ids < group.case.num_experts)
         assert torch.equal(out, mine.x[:, None] * sent[:, :, None])
+
+
+def test_rows_apart_with_gaps_are_refused(device):
+    group = Group(Case(with_weights=False), device)
+    windows, layout = group.windows["combine"][0], group.layout
+    (mine, *_), (places, *_), _ = group.exchanged(kernels)
+    num_tokens, num_slots = mine.ids.shape
+    out = torch.empty((num_tokens, num_slots + 1, 40), dtype=mine.x.dtype, device=device)
+    with pytest.raises(ArgumentValueError, match="combine_recv: out must be contiguous"):
+        kernels.combine_recv(
+            windows, layout, mine.ids, places, None, None, None, out[:, :-1], None, digest=DIGEST,
+            timeout=0,
+        )  # fmt: skip
