@@ -30,7 +30,7 @@ from moe_triton import (
     UnavailableError,
     ref,
 )
-from moe_triton.comm import window_opener
+from moe_triton.comm import atomics, futex, window_opener
 from moe_triton.comm.control_blocks import ControlBlocks, control_bytes
 from moe_triton.comm.groups import Group
 from moe_triton.comm.local import LocalMemory
@@ -675,6 +675,50 @@ def test_an_overrun_is_an_error():
     assert numbers in str(error)
     assert "call recover() on all ranks" in str(error)
     assert isinstance(error_of(exchange, first), BrokenGroupError)
+
+
+def test_a_known_call_wakes_its_ranks_once(monkeypatch):
+    """The last flag does; no other flag, and no handshake once all slots have its text."""
+    protocols = agreed(3)
+    for number in range(protocols[0].slots):
+        assert together(protocols, lambda c, n=number: exchange(c, n)) == [None] * 3
+    wakes: list[int] = []
+    wake = futex.wake
+    monkeypatch.setattr(futex, "wake", lambda address: (wakes.append(address), wake(address)))
+    for number in range(1, 4):
+        assert together(protocols, lambda c, n=number: exchange(c, n)) == [None] * 3
+    epochs = [protocols[0].last_epochs()["exchange"] - ago for ago in (2, 1, 0)]
+    assert wakes == [protocols[0]._control.bell("exchange", epoch) for epoch in epochs]
+
+
+def test_a_wait_tells_when_each_flag_was_posted():
+    first, *others = agreed(3)
+    epoch = setup(first, 1)
+    results: list[list[float]] = []
+    thread = threading.Thread(target=lambda: results.append(first.wait("exchange", epoch, OP)))
+    thread.start()
+    for protocol in others:
+        time.sleep(0.05)
+        setup(protocol, 1)
+    thread.join()
+    (waited,) = results
+    assert waited[0] == 0.0
+    assert waited[2] - 0.05 >= waited[1] > 0.0
+
+
+def test_flags_are_acquired_where_a_load_does_not(monkeypatch):
+    """As on 64-bit Arm."""
+    protocols = agreed(2)
+    acquired: list[int] = []
+    load = atomics.load_acquire
+    monkeypatch.setattr(atomics, "LOADS_ACQUIRE", False)
+    monkeypatch.setattr(atomics, "load_acquire", lambda at: (acquired.append(at), load(at))[1])
+    epochs = [setup(protocol, 1) for protocol in protocols]
+    for protocol, epoch in zip(protocols, epochs, strict=True):
+        acquired.clear()
+        teardown(protocol, epoch, 1)
+        flags = [protocol._control.flag_address(rank, "exchange", epoch) for rank in range(2)]
+        assert acquired[:2] == flags
 
 
 def test_ranks_that_disagree_on_known_arguments():
