@@ -252,16 +252,14 @@ class SymmetricTransport:
         self, call: Call, parts: Sequence[torch.Tensor], num_bytes: int
     ) -> Pending[None]:
         """Write the parts into this rank's window."""
-        epoch, sent = self._send_bytes(call, "gather", call.arguments, num_bytes, parts)
-        return Pending(self, call, None, epoch, sent)
+        return self._send_bytes(call, "gather", call.arguments, num_bytes, parts)
 
     @phase("gather recv")
     def all_gather_recv(
         self, pending: Pending[None], consume: Callable[[list[torch.Tensor]], _T]
     ) -> _T:
         """Wait for all ranks and read their windows."""
-        sent = self._wait("gather", pending)
-        return self._read_bytes(pending.call.op, "gather", pending.epoch, sent, consume)
+        return self._read_bytes("gather", pending, consume)
 
     def _send_bytes(
         self,
@@ -270,8 +268,8 @@ class SymmetricTransport:
         arguments: Mapping[str, object],
         num_bytes: int,
         parts: Sequence[torch.Tensor],
-    ) -> tuple[int, _Sent]:
-        """Write parts into this rank's slot of ``num_bytes``; returns the epoch."""
+    ) -> Pending[None]:
+        """Write parts into this rank's slot of ``num_bytes``."""
         protocol, op, device = self._protocol, call.op, call.device
         records = None if protocol.host_waits(device) else call.steps
         terms = self._terms_of_bytes(call, arguments, num_bytes)
@@ -286,7 +284,7 @@ class SymmetricTransport:
             protocol.abort(kind, epoch, error)
             raise
         protocol.signal(kind, epoch)
-        return epoch, _Sent(windows, digest, records=records)
+        return Pending(self, call, None, epoch, _Sent(windows, digest, records=records))
 
     def _terms_of_bytes(self, call: Call, arguments: Mapping[str, object], num_bytes: int) -> Terms:
         """The terms of an operation whose data slots hold ``num_bytes``."""
@@ -295,26 +293,24 @@ class SymmetricTransport:
 
     def _read_bytes(
         self,
-        op: str,
         kind: str,
-        epoch: int,
-        sent: _Sent,
+        pending: Pending[None],
         consume: Callable[[list[torch.Tensor]], _T],
     ) -> _T:
-        """``consume`` of the slots of all ranks, after the wait.
+        """Wait for all ranks; ``consume`` of their slots.
 
         The sizes of what they hold are read by the host, which therefore waits for a device.
         """
-        protocol, windows = self._protocol, sent.windows
-        slot, ranks = protocol.slot(epoch), range(protocol.size)
+        protocol, sent = self._protocol, self._wait(kind, pending)
+        windows, slot = sent.windows, protocol.slot(pending.epoch)
         try:
             if sent.records is not None:
                 timeout = protocol.kernel_timeout(windows.device)
                 sent.records.recv_records(windows.steps, digest=sent.digest, timeout=timeout)
-                protocol.synchronize(op, windows.device)
-            return consume([windows.data(owner, slot) for owner in ranks])
+                protocol.synchronize(pending.call.op, windows.device)
+            return consume([windows.data(owner, slot) for owner in range(protocol.size)])
         finally:
-            protocol.release(kind, epoch)
+            protocol.release(kind, pending.epoch)
 
     def _wait(self, kind: str, pending: Pending[_Input]) -> _Sent:
         sent = pending.state
@@ -367,9 +363,8 @@ class SymmetricTransport:
         read: Callable[[list[torch.Tensor]], _T],
     ) -> _T:
         """Show ``part`` to all ranks; ``read`` gets theirs."""
-        epoch, sent = self._send_bytes(call, "exchange", arguments, num_bytes, [part])
-        self._protocol.wait("exchange", epoch, call.op)
-        return self._read_bytes(call.op, "exchange", epoch, sent, read)
+        pending = self._send_bytes(call, "exchange", arguments, num_bytes, [part])
+        return self._read_bytes("exchange", pending, read)
 
     def window_bytes(self, kind: str) -> int:
         """Bytes of this rank's windows, all slots and records included."""
