@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from ..errors import ArgumentValueError
+from ..layout import WindowsSignature
 from ..layout import windows as words
 
 RECORD_BYTES = tl.constexpr(words.RECORD_BYTES)
@@ -224,10 +225,10 @@ def end_recv(state_ptr, problem_ptr) -> None:
         tl.store(state_ptr + RECEIVED, next_epoch(state_ptr, RECEIVED))
 
 
-def check_device(op: str, bases: torch.Tensor, device: torch.device) -> None:
+def check_device(op: str, windows: WindowsSignature, device: torch.device) -> None:
     """Raise unless windows are on the device of a step's tensors."""
-    if bases.device != device:
-        raise ArgumentValueError(op, "windows", f"be on {device}", bases.device)
+    if windows.device != device:
+        raise ArgumentValueError(op, "windows", f"be on {device}", windows.device)
 
 
 def clock_of(device: torch.device) -> str | None:

@@ -216,8 +216,8 @@ def combine_recv(
         MissingArgumentError: a value of constant experts without their alphas.
     """
     plan = _plan(
-        windows.bases, expert_ids, positions.position_in_expert, weights, addend, out, layout,
-        windows.signature, digest, timeout, *(zero_computation or ()), *(norm or ()),
+        windows.signature, layout, expert_ids, positions.position_in_expert, weights, addend, out,
+        digest, timeout, *(zero_computation or ()), *(norm or ()),
     )  # fmt: skip
     ids, active = expert_ids.contiguous(), positions.active_position
     if layout.num_shared_experts and active is None:
@@ -254,14 +254,13 @@ class _Plan(NamedTuple):
 
 @launch_config.planned
 def _plan(
-    bases: torch.Tensor,
+    windows: WindowsSignature,
+    layout: ExchangeLayout,
     expert_ids: torch.Tensor,
     position_in_expert: torch.Tensor,
     weights: torch.Tensor | None,
     addend: torch.Tensor | None,
     out: torch.Tensor,
-    layout: ExchangeLayout,
-    windows: WindowsSignature,
     digest: int,
     timeout: float,
     *more: Any,
@@ -270,7 +269,7 @@ def _plan(
 
     ``more`` are the fields of the zero-computation experts and of the norm, where there are any.
     """
-    op, device, fmt = "combine_recv", bases.device, layout.return_format
+    op, device, fmt = "combine_recv", windows.device, layout.return_format
     zero_computation, norm = of_fields(more)
     check = functools.partial(check_tensor, op, device=device)
     num_tokens, num_slots = len(expert_ids), layout.num_slots

@@ -158,7 +158,7 @@ def combine_send(
         ArgumentTypeError: a wrong dtype.
         ArgumentValueError: a wrong shape, stride or device.
     """
-    plan = _plan(windows.bases, y, group_starts, count, layout, windows.signature, digest)
+    plan = _plan(windows.signature, layout, y, group_starts, count, digest)
     rows = None
     if y is not None:
         rows, _, _ = encode_tensors(y[: plan.num_rows], layout.return_format)
@@ -192,23 +192,22 @@ class _Plan(NamedTuple):
 
 @launch_config.planned
 def _plan(
-    bases: torch.Tensor,
+    windows: WindowsSignature,
+    layout: ExchangeLayout,
     y: torch.Tensor | None,
     group_starts: torch.Tensor,
     count: torch.Tensor | None,
-    layout: ExchangeLayout,
-    windows: WindowsSignature,
     digest: int,
 ) -> _Plan:
     """Check the arguments of ``combine_send`` and plan its launch."""
-    op, device, fmt = "combine_send", bases.device, layout.return_format
+    op, device, fmt = "combine_send", windows.device, layout.return_format
     world, local = windows.world_size, layout.num_local_experts(windows.rank)
     check = functools.partial(check_tensor, op, device=device)
     check("group_starts", group_starts, dtypes=(torch.int32,), shape=(local, world + 1))
     if count is not None:
         check("count", count, dtypes=(torch.int32,), shape=(1,))
     has_scales = fmt.scale_offset is not None
-    rows = bases.new_empty((0, fmt.hidden), dtype=fmt.dtype)
+    rows = torch.empty((0, fmt.hidden), dtype=fmt.dtype, device=device)
     if y is not None:
         check("y", y, dtypes=(y.dtype,), shape=(None, fmt.hidden))
         rows = y[: layout.rank_capacity(windows.rank)]

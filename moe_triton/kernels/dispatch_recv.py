@@ -348,9 +348,7 @@ def dispatch_recv(
     """
     if num_rows is None:
         num_rows = int(dispatch_totals(windows, layout, digest=digest, timeout=timeout)[-1])
-    plan = _plan(
-        windows.bases, load, layout, windows.signature, num_rows, totals_dtype, digest, timeout
-    )
+    plan = _plan(windows.signature, layout, num_rows, load, totals_dtype, digest, timeout)
     fmt, world, empty = layout.row_format, windows.world_size, plan.empty
     local, room = plan.local, plan.room
     scales = weights = None
@@ -416,17 +414,16 @@ class _Plan(NamedTuple):
 
 @launch_config.planned
 def _plan(
-    bases: torch.Tensor,
-    load: torch.Tensor | None,
-    layout: ExchangeLayout,
     windows: WindowsSignature,
+    layout: ExchangeLayout,
     num_rows: int,
+    load: torch.Tensor | None,
     totals_dtype: torch.dtype,
     digest: int,
     timeout: float,
 ) -> _Plan:
     """Check the arguments of ``dispatch_recv`` and plan its launch."""
-    op, device, fmt, rank = "dispatch_recv", bases.device, layout.row_format, windows.rank
+    op, device, fmt, rank = "dispatch_recv", windows.device, layout.row_format, windows.rank
     if num_rows < 0:
         raise ArgumentValueError(op, "num_rows", "be at least 0", num_rows)
     if totals_dtype not in (torch.int32, torch.int64):

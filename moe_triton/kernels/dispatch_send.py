@@ -302,8 +302,8 @@ def dispatch_send(
     else:
         weights = given_weights
     plan = _plan(
-        x, expert_ids, weights, smooth_scales, ids_copy, weights_copy, windows.bases, layout,
-        windows.signature, digest,
+        windows.signature, layout, x, expert_ids, weights, smooth_scales, ids_copy, weights_copy,
+        digest,
     )  # fmt: skip
     ids = expert_ids.contiguous()
     if plan.compare:
@@ -358,20 +358,19 @@ class _Plan(NamedTuple):
 
 @launch_config.planned
 def _plan(
+    windows: WindowsSignature,
+    layout: ExchangeLayout,
     x: torch.Tensor,
     expert_ids: torch.Tensor,
     weights: torch.Tensor | None,
     smooth_scales: torch.Tensor | None,
     ids_copy: torch.Tensor | None,
     weights_copy: torch.Tensor | None,
-    bases: torch.Tensor,
-    layout: ExchangeLayout,
-    windows: WindowsSignature,
     digest: int,
 ) -> _Plan:
     """Check the arguments of ``dispatch_send`` and plan its launch."""
     op, device, fmt = "dispatch_send", x.device, layout.row_format
-    check_device(op, bases, device)
+    check_device(op, windows, device)
     num_tokens, num_experts, num_slots = len(x), layout.num_experts, layout.rows_per_token
     shape = (num_tokens, layout.top_k)
     check = functools.partial(check_tensor, op, shape=shape, device=device)

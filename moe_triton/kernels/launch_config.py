@@ -161,7 +161,7 @@ def planned(plan: Callable[..., _T]) -> Callable[..., _T]:
     """Check and plan a launch once for each signature of its arguments.
 
     Args:
-        plan: as for ``once_per_signature``; its first argument is a tensor on the launch's device.
+        plan: as for ``once_per_signature``; its first argument has the device of the launch.
     """
     return once_per_signature(plan, within=lambda first, *_: policy(first.device))
 

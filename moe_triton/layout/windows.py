@@ -244,6 +244,7 @@ class WindowsSignature(NamedTuple):
     world_size: int
     ring: Ring
     hard: bool
+    device: torch.device
 
 
 @dataclasses.dataclass(eq=False)
@@ -320,7 +321,9 @@ class Windows:
     @functools.cached_property
     def signature(self) -> WindowsSignature:
         """All that does not change but the memory."""
-        return WindowsSignature(self.kind, self.rank, self.world_size, self.ring, self.hard)
+        return WindowsSignature(
+            self.kind, self.rank, self.world_size, self.ring, self.hard, self.device
+        )
 
 
 class SlotPositions(NamedTuple):
