@@ -9,16 +9,6 @@ import torch
 BLOCK = 2**17  # elements of a block, so that fp32 intermediates stay in a core's L2 cache
 
 
-def exclusive_cumsum(counts: torch.Tensor, dim: int = 0) -> torch.Tensor:
-    """Exclusive prefix sums, in the dtype of ``counts``."""
-    return counts.cumsum(dim, dtype=counts.dtype) - counts
-
-
-def fitted(values: torch.Tensor, size: int, fill: int) -> torch.Tensor:
-    """Cut or pad [n] to [size]."""
-    return torch.nn.functional.pad(values[:size], (0, max(size - len(values), 0)), value=fill)
-
-
 def blocks(num_rows: int, row_elements: int) -> Iterator[slice]:
     """Slices of the rows of one block each."""
     rows = max(BLOCK // max(row_elements, 1), 1)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from ..layout import NOWHERE, RoutingCopies, RoutingPlan
-from ._common import exclusive_cumsum
+
+_UNSIGNED = {4: np.uint32, 8: np.uint64}
 
 
 def routing_plan(
@@ -22,12 +24,21 @@ def routing_plan(
         copies.expert_ids.copy_(expert_ids)
         if copies.weights is not None and copies.weights_copy is not None:
             copies.weights_copy.copy_(copies.weights)
-    ids = expert_ids.reshape(-1).long()
-    ids = ids.where((ids >= 0) & (ids < num_experts), num_experts)
-    counts = torch.bincount(ids, minlength=num_experts + 1).int()
-    order = torch.argsort(ids, stable=True)
-    position = torch.arange(ids.numel(), dtype=torch.int32, device=ids.device)
-    position_in_expert = torch.empty_like(position)
-    position_in_expert[order] = position - exclusive_cumsum(counts)[ids[order]]
-    position_in_expert.masked_fill_(ids == num_experts, NOWHERE)
-    return RoutingPlan(counts[:num_experts], position_in_expert, order.int())
+    # numpy: its calls cost a tenth of torch's, and it sorts short integers by radix.
+    ids = expert_ids.reshape(-1).numpy()
+    ids = np.minimum(
+        ids.view(_UNSIGNED[ids.dtype.itemsize]), num_experts
+    )  # negative ones are large
+    ids = ids.astype(np.uint16 if num_experts < 2**16 else np.int64)
+    counts = np.bincount(ids, minlength=num_experts + 1)
+    order = ids.argsort(kind="stable")
+    position = np.arange(len(ids), dtype=np.int32)
+    position -= (counts.cumsum() - counts).repeat(counts)
+    position[len(ids) - counts[num_experts] :] = NOWHERE
+    position_in_expert = np.empty_like(position)
+    position_in_expert[order] = position
+    return RoutingPlan(
+        torch.from_numpy(counts[:num_experts].astype(np.int32)),
+        torch.from_numpy(position_in_expert),
+        torch.from_numpy(order.astype(np.int32)),
+    )
