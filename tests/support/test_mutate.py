@@ -92,6 +92,21 @@ def result(outcome):
     return mutate.Result(outcome, "", 0.0)
 
 
+@pytest.mark.parametrize("busy, outcome", [(False, mutate.CAUGHT), (True, mutate.BROKEN)])
+def test_a_busy_machine_notices_nothing(busy, outcome, monkeypatch):
+    mutant = mutate.Mutant("launch_config", "Example", "        rows *= 2\n", "        rows *= 4\n")
+
+    def run_tests(folder, tests):
+        changed = mutant.new in (folder / mutant.path).read_text(encoding="utf-8")
+        return (1, "Timeout (0:04:00)!\n") if changed or busy else (0, "")
+
+    monkeypatch.setattr(mutate, "run_tests", run_tests)
+    actual = mutate.try_mutant(mutant)
+    assert actual.outcome == outcome
+    assert "a test did not end" in actual.why
+    assert ("also without the mutant" in actual.why) == busy
+
+
 def test_what_the_runner_complains_of():
     actual = {mutant: result(mutate.CAUGHT) for mutant in MUTANTS if not mutant.excuse}
     assert not mutate.complaints(actual)
