@@ -82,6 +82,13 @@ def test_backward_is_not_counted():
         assert torch.equal(ep.load, rows([0], [0]))
 
 
+def test_rows_without_room_are_not_counted():
+    with layer(max_recv_tokens=3) as ep:
+        with pytest.raises(moe_triton.ReceiveOverflowError):
+            ep.dispatch(*batch(0, 0))
+        assert not ep.load.any()
+
+
 def test_without_counting():
     with layer(count_load=False) as ep:
         ep.dispatch(*batch(0, 0))

@@ -7,17 +7,17 @@ from typing import TypeVar, cast
 
 import torch
 
-from ..errors import MoeError, SequenceError
-from ..layout import LocalPlan, RoutingPlan
+from ..errors import MoeError, ReceiveOverflowError, SequenceError
+from ..layout import LocalPermutation, RoutingPlan
 from .packing import write_packed
 from .row_exchange import (
     as_rows,
     capacity_of,
     check_overflow,
+    copies_of,
     finish_rows,
     new_rows,
     padded,
-    plan_tokens,
     row_count,
 )
 from .transport import (
@@ -64,24 +64,27 @@ class SingleTransport:
 
     def _permute(self, call: Call, tokens: DispatchInput) -> tuple[Received, DispatchInput]:
         config, steps = call.config, call.steps
-        plan, tokens = plan_tokens(call, tokens)
-        ids = tokens.expert_ids
-        check_overflow(call, lambda _: plan.counts)
-        weights = None if tokens.weights is None else tokens.weights.to(config.weight_dtype)
-        capacity = capacity_of(call, 0, tokens)
+        copies, own = copies_of(tokens)
         permutation = steps.local_permutation(
-            plan,
-            ids,
-            weights,
+            tokens.expert_ids,
+            config.topology.num_experts,
+            tokens.weights,
+            copies,
             alignment=config.alignment,
-            capacity=capacity,
+            capacity=capacity_of(call, 0, tokens),
             load=tokens.load,
             totals_dtype=tokens.totals_dtype,
         )
-        n = len(permutation.slot_ids)
+        try:
+            check_overflow(call, lambda _: permutation.counts)
+        except ReceiveOverflowError:
+            if tokens.load is not None:
+                tokens.load.sub_(permutation.counts)  # of rows that are not delivered
+            raise
+        n = permutation.slot_ids.shape[0]
         num_rows = n if tokens.num_rows is None else tokens.num_rows
         x, scales = new_rows(call, tokens, num_rows)
-        fmt = config.row_format
+        fmt, ids = config.row_format, own.expert_ids
         steps.gather_quant(
             tokens.x, permutation.row_index, fmt, tokens.smooth_scales, ids, x, scales
         )
@@ -95,13 +98,13 @@ class SingleTransport:
             x,
             scales,
             padded(permutation.weights, num_rows),
-            plan.counts[:, None],
+            permutation.counts[:, None],
             permutation.recv_permutation,
             permutation.slot_ids,
             permutation.totals,
-            LocalPlan(plan.counts, plan.position_in_expert, permutation.row_index),
+            permutation,
         )
-        return received, tokens
+        return received, own
 
     @phase("dispatch recv")
     def dispatch_recv(self, pending: Pending[DispatchInput]) -> Received:
@@ -125,7 +128,7 @@ class SingleTransport:
         fmt = call.config.return_format
         rows = as_rows(call, outputs.y[: len(recv_permutation.source)], count, fmt)
         config = call.config
-        if isinstance(outputs.plan, LocalPlan):
+        if isinstance(outputs.plan, LocalPermutation):
             index = outputs.plan.row_index
         else:
             index = call.steps.combine_row_index(

@@ -20,7 +20,6 @@ from ..errors import MoeError
 from ..layout import (
     ExchangeLayout,
     LocalPermutation,
-    LocalPlan,
     Norm,
     ReceivedRows,
     RecvPermutation,
@@ -39,7 +38,7 @@ _T = TypeVar("_T")
 _Input = TypeVar("_Input")
 
 #: What combine needs of a dispatch: each has counts and positions.
-Plan: TypeAlias = RoutingPlan | SlotPositions | LocalPlan
+Plan: TypeAlias = RoutingPlan | SlotPositions | LocalPermutation
 
 
 class WindowSteps(Protocol):
@@ -154,9 +153,10 @@ class DeviceSteps(WindowSteps, Protocol):
 
     def local_permutation(
         self,
-        plan: RoutingPlan,
         expert_ids: Tensor,
+        num_experts: int,
         weights: Tensor | None,
+        copies: RoutingCopies | None,
         /,
         *,
         alignment: int = 1,
@@ -164,7 +164,7 @@ class DeviceSteps(WindowSteps, Protocol):
         load: Tensor | None = None,
         totals_dtype: torch.dtype = torch.int64,
     ) -> LocalPermutation:
-        """Number the rows of a rank that sends to itself alone."""
+        """Plan the tokens of a rank that sends to itself alone, and number their rows."""
 
     def combine_row_index(
         self,

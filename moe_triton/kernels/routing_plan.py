@@ -259,7 +259,12 @@ def routing_plan(
     """
     op, device = "routing_plan", expert_ids.device
     check_tensor(op, "expert_ids", expert_ids, dtypes=INDICES, shape=(None, None), device=device)
-    copy_tensors = _copy_tensors(op, expert_ids, copies)
+    copy_tensors: _Copies = (None, None, None)
+    if copies is not None:
+        check_copies(op, expert_ids, *copies)
+        copy_tensors = copies.expert_ids, None, None
+        if copies.weights is not None and copies.weights_copy is not None:
+            copy_tensors = copies.expert_ids, copies.weights.contiguous(), copies.weights_copy
     ids = expert_ids.contiguous().view(-1)
     num_slots = ids.numel()
     counts = torch.empty(num_experts, dtype=torch.int32, device=device)
@@ -274,18 +279,22 @@ def routing_plan(
     return plan
 
 
-def _copy_tensors(op: str, expert_ids: torch.Tensor, copies: RoutingCopies | None) -> _Copies:
-    """Copy of the ids, weights and copy of the weights, for the kernels; each may be None."""
-    if copies is None:
-        return None, None, None
-    shape = tuple(expert_ids.shape)
-    check = functools.partial(check_tensor, op, shape=shape, device=expert_ids.device)
-    check("copies.expert_ids", copies.expert_ids, dtypes=(torch.int32,))
-    if copies.weights is None or copies.weights_copy is None:
-        return copies.expert_ids, None, None
-    check("copies.weights", copies.weights, dtypes=FLOATS)
-    check("copies.weights_copy", copies.weights_copy, dtypes=(copies.weights.dtype,))
-    return copies.expert_ids, copies.weights.contiguous(), copies.weights_copy
+def check_copies(
+    op: str,
+    expert_ids: torch.Tensor,
+    ids_copy: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    weights_copy: torch.Tensor | None,
+) -> None:
+    """Check the fields of ``RoutingCopies``; a copy is made where there is something to copy."""
+    check = functools.partial(
+        check_tensor, op, shape=tuple(expert_ids.shape), device=expert_ids.device
+    )
+    if ids_copy is not None:
+        check("copies.expert_ids", ids_copy, dtypes=(torch.int32,))
+    if weights is not None and weights_copy is not None:
+        check("copies.weights", weights, dtypes=FLOATS)
+        check("copies.weights_copy", weights_copy, dtypes=(weights.dtype,))
 
 
 def _plan_by_comparison(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from .routing import (
     NOWHERE,
     LocalPermutation,
-    LocalPlan,
     Norm,
     RecvPermutation,
     RecvRowIndex,
@@ -29,7 +28,6 @@ __all__ = [
     "QUANTS",
     "ExchangeLayout",
     "LocalPermutation",
-    "LocalPlan",
     "Norm",
     "Quant",
     "ReceivedRows",

@@ -35,20 +35,6 @@ class RoutingPlan(NamedTuple):
     sorted_slot_ids: torch.Tensor
 
 
-class LocalPlan(NamedTuple):
-    """A routing plan and the rows of its slots, on a rank that sends to itself alone.
-
-    Attributes:
-        counts: as in ``RoutingPlan``.
-        position_in_expert: as there.
-        row_index: [T, K] int64 row of each slot, or ``NOWHERE``.
-    """
-
-    counts: torch.Tensor
-    position_in_expert: torch.Tensor
-    row_index: torch.Tensor
-
-
 class RoutingCopies(NamedTuple):
     """Copies of a call's routing, made by the launches of its plan.
 
@@ -71,7 +57,8 @@ class RecvPermutation(NamedTuple):
     Attributes:
         source: [n] int64 rank that sent the row.
         index_in_source: [n] int64 its index among that source's slot ids for this rank; 0 for rows
-            past the last expert, unused for padding; None for rows that came through windows.
+            past the last expert, unused for padding; None where the rows are known without it:
+            those through windows, and of a rank that sends to itself alone.
         recv_counts_cumsum: [L*W] inclusive prefix sums of the counts, without padding: Ascend's
             ep_recv_counts.
         offsets: [L] end of each local expert's rows, padding included.
@@ -104,16 +91,20 @@ class RecvRowIndex(NamedTuple):
 
 
 class LocalPermutation(NamedTuple):
-    """Permutation of a rank's tokens by its own experts.
+    """Plan and permutation of a rank's tokens by its own experts.
 
     Attributes:
+        counts: [E] slots of each expert.
+        position_in_expert: as in ``RoutingPlan``.
         recv_permutation: the order of the rows, all from rank 0.
         slot_ids: [n] slot id token * K + slot of each row, or ``NOWHERE`` for padding.
         row_index: [T, K] int64 row of each slot, or ``NOWHERE`` where it is not sent.
         weights: [n] routing weight of each row, 0 for padding; or None.
-        totals: [E] rows of each expert, without padding.
+        totals: [E] ``counts`` in the dtype that the caller wants.
     """
 
+    counts: torch.Tensor
+    position_in_expert: torch.Tensor
     recv_permutation: RecvPermutation
     slot_ids: torch.Tensor
     row_index: torch.Tensor

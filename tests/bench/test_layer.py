@@ -153,4 +153,4 @@ def test_launches_are_counted():
     assert done.returncode == 0, done.stderr
     backend, counts = done.stdout.strip().split(" ", 1)
     assert backend == "interpret"
-    assert counts == "{'dispatch': 3, 'combine': 1}"
+    assert counts == "{'dispatch': 2, 'combine': 1}"

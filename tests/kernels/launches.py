@@ -81,14 +81,13 @@ def small_launches() -> Iterator[tuple[str, Callable[[], object]]]:
     """Sizes at which compilers of NPUs failed: one of everything, nothing, many short rows."""
     one, none = torch.zeros((1, 1), dtype=torch.int32), torch.zeros((0, 1), dtype=torch.int32)
     for name, ids in (("one slot", one), ("no slots", none)):
-        plan = ref.routing_plan(ids, 1)
         weights = torch.ones(ids.shape)
         yield f"routing_plan of {name}", lambda ids=ids: kernels.routing_plan(ids, 1)
         for alignment in (1, 4):
             yield (
                 f"local_permutation of {name}, aligned to {alignment}",
-                lambda plan=plan, ids=ids, weights=weights, alignment=alignment: (
-                    kernels.local_permutation(plan, ids, weights, alignment=alignment, capacity=4)
+                lambda ids=ids, weights=weights, alignment=alignment: kernels.local_permutation(
+                    ids, 1, weights, alignment=alignment, capacity=4
                 ),
             )
     yield (
@@ -149,15 +148,28 @@ def _routing() -> Iterator[tuple[str, Callable[[], object]]]:
     ids, ones = _ids(), torch.ones((TOKENS, TOP_K))
     plan = ref.routing_plan(ids, EXPERTS)
     rows = TOKENS * TOP_K
-    yield "local_permutation", lambda: kernels.local_permutation(plan, ids, ones, capacity=rows)
     load = torch.zeros(EXPERTS, dtype=torch.int64)
-    yield (
-        "local_permutation with load",
-        lambda load=load: kernels.local_permutation(plan, ids, None, capacity=rows, load=load),
-    )
+    for name, tokens in (("tile", TOKENS), ("blocks", 4096)):
+        yield (
+            f"local_permutation {name}",
+            lambda tokens=tokens: kernels.local_permutation(
+                _ids(tokens), EXPERTS, torch.ones((tokens, TOP_K)), capacity=rows
+            ),
+        )
+        yield (
+            f"local_permutation {name} with copies and load",
+            lambda tokens=tokens: kernels.local_permutation(
+                _ids(tokens).long(),
+                EXPERTS,
+                torch.ones((tokens, TOP_K)),
+                _copies(tokens),
+                capacity=rows,
+                load=load,
+            ),
+        )
     yield (
         "local_permutation aligned",
-        lambda: kernels.local_permutation(plan, ids, ones, alignment=16, capacity=rows),
+        lambda: kernels.local_permutation(ids, EXPERTS, ones, alignment=16, capacity=rows),
     )
     group_starts = torch.zeros((EXPERTS, 2), dtype=torch.int32)
     yield "combine_row_index", lambda: kernels.combine_row_index(group_starts, plan, ids)
