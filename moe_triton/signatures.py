@@ -15,6 +15,7 @@ import torch
 
 _T = TypeVar("_T")
 _NEW = object()
+_STRIDED = torch.strided
 MOST = 4096  # signatures to remember; then they start over, as sizes may change with every call
 
 
@@ -33,9 +34,9 @@ def once_per_signature(
     @functools.wraps(function)
     def remembered(*arguments: Any) -> _T:
         parts = [
-            (part.dtype, part.shape, part.device, part.layout is torch.strided and part.stride())
-            if isinstance(part, torch.Tensor)
-            else part
+            part
+            if part is None or not isinstance(part, torch.Tensor)
+            else (part.dtype, part.shape, part.device, part.layout is _STRIDED and part.stride())
             for part in arguments
         ]
         if within is not None:

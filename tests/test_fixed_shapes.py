@@ -263,7 +263,6 @@ def test_launches_of_a_rank_alone(monkeypatch):
         listed.launched.clear()
         with listed:
             received = ep.dispatch(*batch)
-        listed.launched.remove("ne")  # a check of ids, on the CPU alone
         assert listed.launched == ["local_permutation", "gather_quant"]
         listed.launched.clear()
         with listed:

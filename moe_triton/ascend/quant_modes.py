@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -219,4 +218,4 @@ def split_scales(received: Received, quantization: RowQuantization, hidden: int)
     columns = scales.view(num_rows, row_shape.numel())
     x[:n] = received.x[:n, :hidden]
     columns.view(torch.uint8)[:n] = received.x[:n, hidden:]
-    return dataclasses.replace(received, x=x.view(quantization.dtype), scales=scales)
+    return received._replace(x=x.view(quantization.dtype), scales=scales)

@@ -239,7 +239,7 @@ class CollectiveTransport:
         if (load := tokens.load) is not None:
             load += counts.sum(1)
         num_rows = len(row_index) if tokens.num_rows is None else tokens.num_rows
-        x, scales = new_rows(call, tokens, num_rows)
+        x, scales = new_rows(call, num_rows)
         call.steps.gather_rows(
             messages.rows(stride),
             torch.from_numpy(row_index).to(device),

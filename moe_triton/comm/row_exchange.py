@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -25,11 +24,11 @@ def copies_of(tokens: DispatchInput) -> tuple[RoutingCopies | None, DispatchInpu
     ids, weights = tokens.expert_ids, tokens.weights
     if not tokens.copy_routing:
         return None, tokens
-    own_ids = torch.empty(ids.shape, dtype=torch.int32, device=ids.device)
+    own_ids = torch.empty(*ids.shape, dtype=torch.int32, device=ids.device)
     own_weights = None
     if weights is not None:
-        own_weights = torch.empty(ids.shape, dtype=weights.dtype, device=ids.device)
-    own = dataclasses.replace(tokens, expert_ids=own_ids, weights=own_weights, copy_routing=False)
+        own_weights = torch.empty(*ids.shape, dtype=weights.dtype, device=ids.device)
+    own = tokens._replace(expert_ids=own_ids, weights=own_weights, copy_routing=False)
     return RoutingCopies(own_ids, weights, own_weights), own
 
 
@@ -68,20 +67,18 @@ def row_count(call: Call, recv_permutation: RecvPermutation) -> torch.Tensor | N
     return recv_permutation.offsets[-1:] if call.fixed_shapes else None
 
 
-def new_rows(
-    call: Call, tokens: DispatchInput, num_rows: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def new_rows(call: Call, num_rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Allocate dispatch's output rows and their scales."""
-    fmt = call.config.row_format
-    x = tokens.x.new_empty((num_rows, call.config.hidden), dtype=fmt.dtype)
+    fmt, device = call.config.row_format, call.device
+    x = torch.empty(num_rows, fmt.hidden, dtype=fmt.dtype, device=device)
     if fmt.scale_offset is None:
         return x, None
-    return x, x.new_empty(fmt.scale_shape(num_rows), dtype=fmt.scale_dtype)
+    return x, torch.empty(*fmt.scale_shape(num_rows), dtype=fmt.scale_dtype, device=device)
 
 
 def padded(weights: torch.Tensor | None, num_rows: int) -> torch.Tensor | None:
     """[n] as [num_rows], garbage after the n-th."""
-    if weights is None or len(weights) == num_rows:
+    if weights is None or weights.shape[0] == num_rows:
         return weights
     longer = weights.new_empty(num_rows)
     longer[: len(weights)] = weights
@@ -121,18 +118,22 @@ def finish_rows(
         apart = outputs.y.new_empty((*index.shape, config.hidden))
         call.steps.gather_rows(rows, index.reshape(-1), fmt, apart.view(-1, config.hidden))
         return apart
-    out = outputs.y.new_empty((len(index), config.hidden))
+    out = torch.empty(index.shape[0], config.hidden, dtype=outputs.y.dtype, device=call.device)
     weights, special, addend = outputs.weights, finish.special, finish.addend
     call.steps.weighted_sum(rows, index, fmt, weights, special, addend, out, finish.norm)
     return out
 
 
 def as_rows(
-    call: Call, y: torch.Tensor, count: torch.Tensor | None, fmt: RowFormat
+    call: Call, y: torch.Tensor, recv_permutation: RecvPermutation | None, fmt: RowFormat
 ) -> torch.Tensor:
-    """[n, stride] uint8 rows of a format; a view of y where y has it already."""
+    """[n, stride] uint8 rows of a format; a view of y where y has it already.
+
+    Of received rows, only those that ``recv_permutation`` numbers are made.
+    """
     if fmt.scheme == "none" and y.stride(1) == 1 and y.shape[1] * y.itemsize == fmt.stride:
         return y.view(torch.uint8)
-    rows = torch.empty((len(y), fmt.stride), dtype=torch.uint8, device=y.device)
+    rows = torch.empty(y.shape[0], fmt.stride, dtype=torch.uint8, device=y.device)
+    count = None if recv_permutation is None else row_count(call, recv_permutation)
     call.steps.encode(y, fmt, rows, count=count)
     return rows

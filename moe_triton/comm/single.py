@@ -47,7 +47,6 @@ class SingleTransport:
         self._epochs: dict[str, list[int]] = {"dispatch": [], "combine": [], "gather": []}
         self._next = 0
 
-    @outside_autograd
     def prepare(self, call: Call, kind: str) -> None:
         """Nothing to allocate or to compare."""
 
@@ -83,7 +82,7 @@ class SingleTransport:
             raise
         n = permutation.slot_ids.shape[0]
         num_rows = n if tokens.num_rows is None else tokens.num_rows
-        x, scales = new_rows(call, tokens, num_rows)
+        x, scales = new_rows(call, num_rows)
         fmt, ids = config.row_format, own.expert_ids
         steps.gather_quant(
             tokens.x, permutation.row_index, fmt, tokens.smooth_scales, ids, x, scales
@@ -98,7 +97,7 @@ class SingleTransport:
             x,
             scales,
             padded(permutation.weights, num_rows),
-            permutation.counts[:, None],
+            permutation.counts.unsqueeze(1),
             permutation.recv_permutation,
             permutation.slot_ids,
             permutation.totals,
@@ -124,10 +123,10 @@ class SingleTransport:
         self._release("combine", pending)
         call, outputs = pending.call, pending.data
         recv_permutation = outputs.recv_permutation
-        count = row_count(call, recv_permutation)
-        fmt = call.config.return_format
-        rows = as_rows(call, outputs.y[: len(recv_permutation.source)], count, fmt)
-        config = call.config
+        y, num_rows = outputs.y, recv_permutation.source.shape[0]
+        if y.shape[0] > num_rows:
+            y = y[:num_rows]
+        rows = as_rows(call, y, recv_permutation, call.config.return_format)
         if isinstance(outputs.plan, LocalPermutation):
             index = outputs.plan.row_index
         else:
@@ -135,7 +134,7 @@ class SingleTransport:
                 recv_permutation.group_starts,
                 cast("RoutingPlan", outputs.plan),  # made anew from tensors
                 outputs.expert_ids,
-                capacity=config.capacity(0),
+                capacity=call.config.capacity(0),
             )
         return finish_rows(call, outputs, rows, index, finish)
 
@@ -171,7 +170,6 @@ class SingleTransport:
         self._epochs[kind].pop(0)
         pending.waited = [0.0]
 
-    @outside_autograd
     def output_rows(self, config: MoeConfig, num_rows: int) -> None:
         """None: combine reads the experts' rows from any memory."""
 

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, ParamSpec, Protocol, TypeAlias, TypeVar, cast
+from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -277,8 +277,7 @@ class Call:
         return fixed_shapes(self.device)
 
 
-@dataclasses.dataclass(frozen=True)
-class DispatchInput:
+class DispatchInput(NamedTuple):
     """The input of a dispatch.
 
     Attributes:
@@ -323,8 +322,7 @@ class Traffic:
     bytes_saved: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Received:
+class Received(NamedTuple):
     """The output of a dispatch.
 
     Attributes:
@@ -348,8 +346,7 @@ class Received:
     plan: Plan
 
 
-@dataclasses.dataclass(frozen=True)
-class CombineInput:
+class CombineInput(NamedTuple):
     """The input of a combine.
 
     Attributes:
@@ -370,8 +367,7 @@ class CombineInput:
     borrowed: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class CombineEpilogue:
+class CombineEpilogue(NamedTuple):
     """Work on the returned rows of a combine.
 
     Attributes:
@@ -439,10 +435,10 @@ def phase(name: str) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
 
         @functools.wraps(method)
         def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+            if not torch.autograd._profiler_enabled():
+                return inner(*args, **kwargs)
             transport, subject = cast("tuple[Transport, Call | Pending[object]]", args[:2])
             call = subject.call if isinstance(subject, Pending) else subject
-            if not torch.autograd._profiler_enabled():
-                return inner(*args, **kwargs)  # a range costs 10 us also without a profiler
             with profiled(call.op, name, transport.group_name):
                 return inner(*args, **kwargs)
 

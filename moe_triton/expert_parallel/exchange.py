@@ -132,7 +132,8 @@ class Exchange:
         op, config, call = DISPATCH, self.config, self._call(DISPATCH)
         try:
             self._check_tokens(x, topk_ids, topk_weights, scales)
-            self._check_ids(op, topk_ids)
+            num_experts, none = config.topology.num_experts, " or -1 for none"
+            checks.expert_ids(op, "topk_ids", topk_ids, num_experts, absent=NOWHERE, otherwise=none)
         except MoeError as error:
             self.communicator.abort_peers("dispatch", op, error)
             raise
@@ -266,12 +267,12 @@ class Exchange:
         key = id(handle.expert_ids)
         if key in self.borrowed:
             return self.borrowed[key][1]
-        num_rows = len(handle.row_weights)  # those of Dispatched.x
+        num_rows = handle.row_weights.shape[0]  # those of Dispatched.x
         transport = self.communicator.transport(op)
         rows = None if self.borrowed else transport.output_rows(self.config, num_rows)
         if rows is None:
-            shape = (num_rows, self.config.hidden)
-            return torch.empty(shape, dtype=self.config.dtype, device=self.device)
+            hidden, dtype = self.config.hidden, self.config.dtype
+            return torch.empty(num_rows, hidden, dtype=dtype, device=self.device)
         # Autograd forbids experts to write to a view of the window, but not to a detached one.
         rows = rows.detach()
         self.borrowed[key] = (handle, rows)
@@ -372,19 +373,12 @@ class Exchange:
         _check_addend(self.config, self.device, addend, num_tokens)
 
     def _check_handle(self, op: str, handle: Handle) -> None:
-        checks.required(op, handle=handle)
         if not isinstance(handle, Handle):
+            checks.required(op, handle=handle)
             raise ArgumentTypeError(op, "handle", "be that of a dispatch", type(handle).__name__)
         if handle.owner != self.name:
             contract = f"come from a dispatch of this object, {self.name}"
             raise ArgumentValueError(op, "handle", contract, f"that of {handle.owner}")
-
-    def _check_ids(self, op: str, topk_ids: torch.Tensor) -> None:
-        if self.device.type == "cpu":
-            active, num_experts = topk_ids != NOWHERE, self.config.topology.num_experts
-            checks.expert_ids(
-                op, "topk_ids", topk_ids, num_experts, active=active, otherwise=" or -1 for none"
-            )
 
 
 def _check_tokens(

@@ -266,14 +266,18 @@ def local_permutation(
         ArgumentTypeError: another dtype.
         ArgumentValueError: a wrong shape, or an alignment below 1.
     """
+    ids_copy, _, weights_copy = copies or _NO_COPIES
     launch = _plan(
-        expert_ids, num_experts, weights, alignment, capacity, load, *(copies or _NO_COPIES)
+        expert_ids, num_experts, weights, alignment, capacity, load, ids_copy, weights_copy
     )
     totals = torch.empty(num_experts, dtype=totals_dtype, device=expert_ids.device)
     if weights is not None:
         weights = with_memory(weights.contiguous())
     if launch is not None:
-        return _compare(launch, expert_ids, weights, copies, capacity, load, totals)
+        if weights is None:
+            weights_copy = None
+        outputs = ids_copy, weights_copy, load, totals
+        return _compare(launch, expert_ids, weights, capacity, *outputs)
     plan = routing_plan(expert_ids, num_experts, copies)
     if alignment == 1:
         return _unaligned(plan, expert_ids, weights, capacity, load, totals)
@@ -295,7 +299,8 @@ def _plan(
     alignment: int,
     capacity: int | None,
     load: torch.Tensor | None,
-    *copies: torch.Tensor | None,
+    ids_copy: torch.Tensor | None,
+    weights_copy: torch.Tensor | None,
 ) -> _Launch | None:
     """Check the arguments of ``local_permutation``; None where the plan is a step of its own."""
     op, device, shape = "local_permutation", expert_ids.device, tuple(expert_ids.shape)
@@ -305,7 +310,7 @@ def _plan(
     if alignment < 1:
         raise ArgumentValueError(op, "alignment", "be at least 1", alignment)
     check_load(op, load, num_experts, device)
-    check_copies(op, expert_ids, *copies)
+    check_copies(op, expert_ids, ids_copy, weights, weights_copy)
     num_slots = expert_ids.numel()
     plan = launch_config.plan_launch(device, num_slots)
     if alignment > 1 or not plan.compare:
@@ -325,15 +330,13 @@ def _compare(
     launch: _Launch,
     expert_ids: torch.Tensor,
     weights: torch.Tensor | None,
-    copies: RoutingCopies | None,
     capacity: int | None,
+    ids_copy: torch.Tensor | None,
+    weights_copy: torch.Tensor | None,
     load: torch.Tensor | None,
     totals: torch.Tensor,
 ) -> LocalPermutation:
     device, num_experts, num_slots = expert_ids.device, totals.shape[0], expert_ids.numel()
-    ids_copy, _, weights_copy = copies or _NO_COPIES
-    if weights is None:
-        weights_copy = None
     counts = torch.empty(num_experts, dtype=torch.int32, device=device)
     position_in_expert = torch.empty(num_slots, dtype=torch.int32, device=device)
     ends = _ends(num_experts, device)

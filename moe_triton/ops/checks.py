@@ -167,6 +167,7 @@ def expert_ids(
     *,
     num_zero_computation: int = 0,
     active: torch.Tensor | None = None,
+    absent: int | None = None,
     otherwise: str = "",
 ) -> None:
     """On the CPU: active ids name experts, and no token names a routed expert twice.
@@ -178,6 +179,7 @@ def expert_ids(
         num_experts: E, the routed experts.
         num_zero_computation: experts after those.
         active: [T, K] bool, the slots to check; None for all.
+        absent: an id that is not checked, for a slot without an expert; not with ``active``.
         otherwise: other values that an id may have, for error messages.
     """
     if ids.device.type != "cpu" or ids.numel() == 0:
@@ -187,8 +189,8 @@ def expert_ids(
     values = ids.detach().numpy()
     unsigned = values.view(f"u{values.itemsize}")
     wrong, routed = unsigned >= num_experts + num_zero_computation, unsigned < num_experts
-    if active is not None:
-        checked = active.numpy()
+    if active is not None or absent is not None:
+        checked = values != absent if active is None else active.numpy()
         wrong &= checked
         routed &= checked
     if wrong.any():

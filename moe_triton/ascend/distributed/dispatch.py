@@ -87,7 +87,7 @@ class CheckedDispatch:
         if received.scales is None:
             return received
         scales = quantization.as_e8m0(self.quantization.quant, received.scales)
-        return dataclasses.replace(received, scales=scales)
+        return received._replace(scales=scales)
 
 
 def check_dispatch(

@@ -392,8 +392,8 @@ class CombineTeardown:
         index, addend = self._check_shapes(op)
         check_expand_idx(op, index, plan)
         # Mask and weights come only now: the rows in flight do not depend on them.
-        pending_op.pending.data = dataclasses.replace(
-            pending_op.pending.data, expert_ids=ids, plan=plan, weights=weights
+        pending_op.pending.data = pending_op.pending.data._replace(
+            expert_ids=ids, plan=plan, weights=weights
         )
         with torn_down(op, communicator, "combine", pending_op) as transport:
             out = transport.combine_recv(pending_op.pending, CombineEpilogue(addend=addend))
