@@ -47,8 +47,6 @@ ENVIRONMENT: dict[str, str] = {
     "torch.distributed is initialised",
     "LOCAL_RANK": "set by torchrun: the GPU of a rank of `moe-triton bench layer`",
     "RANK": "set by torchrun: folder of a record whose calls do not say their rank",
-    "GLOO_SOCKET_IFNAME": "network interface of the connections between hosts, as for gloo; unset, "
-    "that of the host's name",
     "HCCL_BUFFSIZE": "MB of a group's communication buffer on Ascend; the profiles a2, a3 and 950 "
     "check it where it is set",
     "HCCL_INTRA_PCIE_ENABLE": "1, together with HCCL_INTRA_ROCE_ENABLE=0: hierarchical algorithm "

@@ -1,40 +1,29 @@
 """Dispatch and combine over torch.distributed, for ranks that share no memory.
 
 Each operation is one exchange of messages (``message_exchange``): setup starts it, teardown waits
-for it. A token is sent once to each rank that wants it, so n routed slots share m rows. The host
-plans and numbers the rows; where tensors are on a device, only rows stay there.
+for it. A token is sent once to each rank that wants it, so n routed slots share m rows.
 
-    dispatch  note: [L] counts, [W] totals where rows are limited, [n, P] slot ids, which of the m
-              rows each is, and weights; payload: [m] rows
-    combine   payload: [n] rows in the order in which dispatch brought them
-    gather    payload: the parts, as ``packing`` lays them
-    exchange  payload: rows
+    dispatch  [L] counts, [W] totals where rows are limited, [R] which of the m rows each row of the
+              source is, counted from 1, [n, P] slot ids and weights, padding to 16 bytes, [m] rows
+    combine   [n] rows in the order in which dispatch brought them
+    gather    the parts, as ``packing`` lays them
+    exchange  rows
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from ..errors import MoeError, RoutingMismatchError
-from ..layout import NOWHERE, RoutingPlan
+from ..layout import NOWHERE, RoutingPlan, align
 from .groups import Group
 from .message_exchange import MessageExchange, Messages, Operation
 from .packing import packed_bytes, write_packed
-from .row_exchange import (
-    as_rows,
-    capacity_of,
-    finish_rows,
-    new_rows,
-    padded,
-    plan_tokens,
-    refuse_overflow,
-    row_count,
-)
+from .row_exchange import as_rows, check_overflow, finish_rows, plan_tokens, receive
 from .transport import (
     Call,
     CombineEpilogue,
@@ -50,31 +39,6 @@ from .window import MoeConfig
 
 _T = TypeVar("_T")
 _Input = TypeVar("_Input")
-
-
-def _array(tensor: torch.Tensor) -> np.ndarray:
-    """Its values; the memory itself where that is the host's."""
-    array: np.ndarray = tensor.cpu().numpy()
-    return array
-
-
-def _words_of_weight(config: MoeConfig) -> int:
-    """int32 words of a weight that travels with its slot; 0 where none does."""
-    return config.weight_dtype.itemsize // 4 if config.with_weights else 0
-
-
-class _Slots(NamedTuple):
-    """The routed slots of this rank's tokens in the order of ranks, for each in that of a dispatch.
-
-    Attributes:
-        ids: [n] int32.
-        weights: [n, P - 2] int32, the words of their weights.
-        counts: [W] slots for each rank.
-    """
-
-    ids: np.ndarray
-    weights: np.ndarray
-    counts: list[int]
 
 
 class CollectiveTransport:
@@ -116,46 +80,46 @@ class CollectiveTransport:
     def _compose_dispatch(
         self, call: Call, epoch: int, tokens: DispatchInput, plan: RoutingPlan
     ) -> Operation:
-        config, topology = call.config, call.config.topology
+        config, topology, device = call.config, call.config.topology, call.device
         rows = self._encode(call, epoch, tokens)
-        expert_counts = _array(plan.counts)
-        slots = self._slots(call, tokens, plan, expert_counts)
-        # A source's rows for all ranks, numbered by (rank, row): those that a slot wants are sent.
-        num_rows, stride = rows.shape
-        row = slots.ids if config.per_expert else slots.ids // config.num_slots
-        wanted = np.arange(self._size).repeat(slots.counts) * num_rows + row
-        is_sent = np.zeros(self._size * num_rows, dtype=bool)
-        is_sent[wanted] = True
-        sent = is_sent.nonzero()[0]
-        counts = is_sent.reshape(self._size, num_rows).sum(1)
-        number = np.empty(len(is_sent), dtype=np.int32)  # at its rank
-        number[sent] = np.arange(len(sent)) - (counts.cumsum() - counts).repeat(counts)
-        columns = slots.ids[:, None], number[wanted][:, None], slots.weights
-        pairs = np.concatenate(columns, axis=1)
-        index = sent % num_rows if num_rows else sent
+        slot_ids, weights, num_slots = self._slots(call, tokens, plan)
+        slots = torch.tensor(num_slots, dtype=torch.int32, device=device)
+        target = torch.arange(self._size, device=device).repeat_interleave(slots)
+        wanted = torch.zeros((self._size, len(rows)), dtype=torch.bool, device=device)
+        wanted[target, config.row_of(slot_ids)] = True
+        numbers = wanted.cumsum(1, dtype=torch.int32)
+        num_rows = numbers[:, -1].tolist() if len(rows) else [0] * self._size
+        index = wanted.nonzero()[:, 1]
         if config.per_expert:  # its rows are sorted by slot first
             index = index % config.num_slots * len(tokens.x) + index // config.num_slots
+        pairs = slot_ids
+        if weights is not None:
+            words = weights.view(torch.int32).view(len(slot_ids), weights.itemsize // 4)
+            pairs = torch.cat([slot_ids[:, None], words], dim=1)
 
-        limited = [] if config.max_rows is None else [np.array(slots.counts)]
-        of_experts = expert_counts.reshape(-1, topology.experts_per_rank)
-        notes, first = [], 0
-        for rank, count in enumerate(slots.counts, -topology.num_shared_ranks):
-            local = np.array([count]) if rank < 0 else of_experts[rank]
-            notes.append([local, *limited, pairs[first : first + count].reshape(-1)])
-            first += count
-        listed = counts.tolist()
-        operation = self._exchange.compose(
-            "dispatch",
-            epoch,
-            call.arguments,
-            call.device,
-            [count * stride for count in listed],
-            notes,
-            stride,
-        )
-        if len(index):
-            places = operation.places(index, listed, stride)
-            torch.index_select(rows, 0, places, out=operation.payload.view(-1, stride))
+        counts = plan.counts.split(topology.experts_per_rank)
+        lists = [[slots[:0]] * topology.num_shared_ranks + [*counts], numbers.unbind()]
+        if config.max_rows is not None:
+            lists.insert(1, [slots] * self._size)
+        lists.append([part.reshape(-1) for part in pairs.split(num_slots)])
+        starts, sizes, heads = [], [], []
+        for rank, (n, m) in enumerate(zip(num_slots, num_rows, strict=True)):
+            used = n > 0 or config.max_rows is not None
+            start = align(4 * sum(len(one[rank]) for one in lists)) if used else 0
+            starts.append(start)
+            sizes.append(start + m * rows.shape[1])
+            heads.append((n, m, len(rows) if used else 0))
+        operation = self._compose(call, "dispatch", epoch, sizes, heads)
+        for rank, part in enumerate(operation.parts):
+            if len(part):
+                pieces = [one[rank] for one in lists]
+                out = part[: starts[rank]].view(torch.int32)[: sum(map(len, pieces))]
+                torch.cat(pieces, out=out)
+        targets = zip(operation.parts, starts, index.split(num_rows), strict=True)
+        for part, start, chosen in targets:
+            if len(chosen):
+                out = part[start:].view(len(chosen), -1)
+                torch.index_select(rows, 0, chosen, out=out)
         return operation
 
     def _encode(self, call: Call, epoch: int, tokens: DispatchInput) -> torch.Tensor:
@@ -181,86 +145,78 @@ class CollectiveTransport:
         return rows.view(num_rows, fmt.stride)
 
     def _slots(
-        self, call: Call, tokens: DispatchInput, plan: RoutingPlan, expert_counts: np.ndarray
-    ) -> _Slots:
+        self, call: Call, tokens: DispatchInput, plan: RoutingPlan
+    ) -> tuple[torch.Tensor, torch.Tensor | None, list[int]]:
+        """The routed slots in the order of ranks, for each rank in that of a dispatch.
+
+        Returns:
+            [n] int32 slot ids; [n] weights or None; [W] slots for each rank.
+        """
         config, topology = call.config, call.config.topology
-        counts = expert_counts.reshape(-1, topology.experts_per_rank).sum(1).tolist()
-        counts = [0] * topology.num_shared_ranks + counts
-        routed = ids = _array(plan.sorted_slot_ids)[: sum(counts)]
-        if topology.num_shared_experts:
-            active = (_array(tokens.expert_ids) != NOWHERE).any(1).nonzero()[0] * config.num_slots
-            first = active.astype(np.int32) + config.top_k
-            shared = [first + expert for expert in range(topology.num_shared_experts)]
-            ids = np.concatenate([*shared, ids + ids // config.top_k * topology.num_shared_experts])
-            for rank in topology.shared_ranks_of(self._rank):
-                counts[rank] = len(active)
-        weights = np.empty((len(ids), _words_of_weight(config)), dtype=np.int32)
+        num_slots = plan.counts.view(-1, topology.experts_per_rank).sum(1).tolist()
+        num_slots = [0] * topology.num_shared_ranks + num_slots
+        slot_ids = plan.sorted_slot_ids[: sum(num_slots)]
+        weights = None
         if config.with_weights:
             assert tokens.weights is not None
-            values = _array(tokens.weights.to(config.weight_dtype)).reshape(-1)
-            num_shared = len(ids) - len(routed)
-            weights[:num_shared] = np.ones(1, values.dtype).view(np.int32)
-            weights[num_shared:] = values[routed, None].view(np.int32)
-        return _Slots(ids, weights, counts)
+            weights = tokens.weights.reshape(-1)[slot_ids].to(config.weight_dtype)
+        if not topology.num_shared_experts:
+            return slot_ids, weights, num_slots
+        slot_ids = slot_ids + slot_ids // config.top_k * topology.num_shared_experts
+        active = (tokens.expert_ids != NOWHERE).any(1).nonzero()[:, 0].int() * config.num_slots
+        shared = [active + config.top_k + shared for shared in range(topology.num_shared_experts)]
+        for rank in topology.shared_ranks_of(self._rank):
+            num_slots[rank] = len(active)
+        if weights is not None:
+            ones = weights.new_ones(len(active) * topology.num_shared_experts)
+            weights = torch.cat([ones, weights])
+        return torch.cat([*shared, slot_ids]), weights, num_slots
 
     @phase("dispatch recv")
     def dispatch_recv(self, pending: Pending[DispatchInput]) -> Received:
         """Wait for the rows, and gather those of each expert."""
         call, config, device = pending.call, pending.call.config, pending.call.device
-        plan, tokens = pending.state, pending.data
+        plan = pending.state
         assert isinstance(plan, RoutingPlan)
         messages = self._receive(pending, "dispatch")
-        words, starts = messages.notes, messages.note_starts
-        num_local = config.topology.num_local_experts(self._rank)
-        of_sources = words[starts[:, None] + np.arange(num_local)]
-        starts = starts + num_local
-        if config.max_rows is not None:
-            totals = words[starts[:, None] + np.arange(self._size)]
-            refuse_overflow(call, totals.sum(0).tolist())
-            starts = starts + self._size
-        counts = torch.from_numpy(of_sources.T.copy()).to(device)
-        capacity = capacity_of(call, self._rank, tokens)
-        permutation = call.steps.recv_permutation(counts, config.alignment, capacity)
-        assert permutation.index_in_source is not None
-        source, index = _array(permutation.source), _array(permutation.index_in_source)
-        nowhere = None
-        if config.alignment > 1 or capacity is not None:
-            nowhere = source == NOWHERE
-            source, index = np.where(nowhere, 0, source), np.where(nowhere, 0, index)
-        columns = np.arange(2 + _words_of_weight(config))
-        pairs = words[(starts[source] + index * len(columns))[:, None] + columns]
-        stride = config.row_format.stride
-        slot_ids, row_weights = pairs[:, 0].copy(), pairs[:, 2:].copy()
-        row_index = messages.starts[source] // 16 + pairs[:, 1] * (stride // 16)
-        if nowhere is not None:
-            slot_ids[nowhere] = row_index[nowhere] = NOWHERE
-            row_weights[nowhere] = 0
-
-        if (load := tokens.load) is not None:
-            load += counts.sum(1)
-        num_rows = len(row_index) if tokens.num_rows is None else tokens.num_rows
-        x, scales = new_rows(call, num_rows)
-        call.steps.gather_rows(
-            messages.rows(stride),
-            torch.from_numpy(row_index).to(device),
-            config.row_format,
-            x,
-            scales,
-            row_count(call, permutation),
-        )
+        num_slots, _, num_rows = zip(*(head.words for head in messages.heads), strict=True)
+        is_shared = config.topology.is_shared_rank(self._rank)
+        local = 0 if is_shared else config.topology.experts_per_rank
+        before = local + (0 if config.max_rows is None else self._size)
+        width = 1 + (config.weight_dtype.itemsize // 4 if config.with_weights else 0)
+        lists = messages.words([0] * self._size, before + max(num_rows))
+        pairs = messages.words([4 * (before + n) for n in num_rows], width * max(num_slots))
+        pairs = pairs.view(self._size, -1, width) if pairs.numel() else pairs[..., None]
         weights = None
         if config.with_weights:
-            weights = torch.from_numpy(row_weights).view(config.weight_dtype)[:, 0].to(device)
-            weights = padded(weights, num_rows)
-        return Received(
-            x,
-            scales,
-            weights,
-            counts,
-            permutation,
-            torch.from_numpy(slot_ids).to(device),
-            counts.sum(1, dtype=tokens.totals_dtype),
+            words = pairs[:, :, 1:].clone(memory_format=torch.contiguous_format)
+            weights = words.view(-1).view(config.weight_dtype).view(self._size, max(num_slots))
+        if config.max_rows is not None:
+            totals = lists[:, local:before]
+            check_overflow(call, lambda rank: totals[:, rank])
+        slots = torch.tensor([num_slots], dtype=torch.int32, device=device)
+        counts = slots if is_shared else lists[:, :local].T.where(slots > 0, 0).contiguous()
+
+        stride = config.row_format.stride
+        # A payload lists its rows from 1 on; they follow its lists.
+        starts = [
+            start + (align(4 * (before + rows + width * slots)) if head.num_bytes else 0)
+            for start, head, rows, slots in zip(
+                messages.starts, messages.heads, num_rows, num_slots, strict=True
+            )
+        ]
+        origins = torch.tensor([[start // 16 - stride // 16] for start in starts], device=device)
+        table = lists[:, before:] * (stride // 16) + origins
+        return receive(
+            call,
+            self._rank,
+            pending.data,
             plan,
+            counts,
+            pairs[:, :, 0].contiguous(),
+            weights,
+            messages.rows(stride),
+            table,
         )
 
     @phase("combine send")
@@ -274,20 +230,19 @@ class CollectiveTransport:
         )
 
     def _compose_combine(self, call: Call, epoch: int, inputs: CombineInput) -> Operation:
-        fmt, source = call.config.return_format, _array(inputs.recv_permutation.source)
-        order = source.astype(np.int32).argsort(kind="stable")  # negative sources of padding first
-        padding, *counts = np.bincount(source + 1, minlength=self._size + 1).tolist()
-        sizes = [count * fmt.stride for count in counts]
-        operation = self._exchange.compose(
-            "combine", epoch, call.arguments, call.device, sizes, unit=fmt.stride
-        )
-        if len(order) > padding:
-            places = operation.places(order[padding:], counts, fmt.stride)
-            rows = operation.payload.view(-1, fmt.stride)
-            if fmt.scale_offset is None:
-                torch.index_select(inputs.y, 0, places, out=fmt.payload(rows))
-            else:
-                call.steps.encode(inputs.y[places], fmt, rows)
+        fmt, source = call.config.return_format, inputs.recv_permutation.source
+        order = source.argsort(stable=True)  # padding, whose source is negative, comes first
+        padding, *num_rows = torch.bincount(source + 1, minlength=self._size + 1).tolist()
+        sizes = [n * fmt.stride for n in num_rows]
+        operation = self._compose(call, "combine", epoch, sizes, [(n, n, 0) for n in num_rows])
+        parts = order[padding:].split(num_rows)
+        for part, index in zip(operation.parts, parts, strict=True):
+            if len(index):
+                rows = part.view(len(index), fmt.stride)
+                if fmt.scale_offset is None:
+                    torch.index_select(inputs.y, 0, index, out=fmt.payload(rows))
+                else:
+                    call.steps.encode(inputs.y[index], fmt, rows)
         return operation
 
     @phase("combine recv")
@@ -300,29 +255,32 @@ class CollectiveTransport:
         of a shared expert in that of the tokens that take part.
         """
         call, inputs = pending.call, pending.data
-        topology, plan, ids = call.config.topology, inputs.plan, _array(inputs.expert_ids)
-        counts, position = _array(plan.counts), _array(plan.position_in_expert).reshape(ids.shape)
+        topology, plan, ids = call.config.topology, inputs.plan, inputs.expert_ids.long()
         messages = self._receive(pending, "combine")
         stride = call.config.return_format.stride
-        step, origins = stride // 16, messages.starts // 16
-        counts = counts.reshape(-1, topology.experts_per_rank)
+        step, device = stride // 16, ids.device
+        counts = plan.counts.view(-1, topology.experts_per_rank)
         ends = counts.cumsum(1)
         sent = [0] * topology.num_shared_ranks + ends[:, -1].tolist()
+        origins = torch.tensor([start // 16 for start in messages.starts], device=device)
         first = (ends - counts) * step + origins[topology.num_shared_ranks :, None]
-        index = first.take(ids, mode="clip") + position * step
-        index[position == NOWHERE] = NOWHERE
+        position = plan.position_in_expert.view(ids.shape)
+        absent = position == NOWHERE
+        index = first.view(-1)[ids.masked_fill(absent, 0)] + position * step
+        index.masked_fill_(absent, NOWHERE)
         if topology.num_shared_experts:
-            active = (ids != NOWHERE).any(1, keepdims=True)
-            holders = [*topology.shared_ranks_of(self._rank)]
+            holders = topology.shared_ranks_of(self._rank)
+            active = (ids != NOWHERE).any(1, keepdim=True)
+            token = active.cumsum(0)
             for rank in holders:
                 sent[rank] = int(active.sum())
-            shared = origins[holders] + (active.cumsum(0) - 1) * step
-            index = np.concatenate([index, np.where(active, shared, NOWHERE)], axis=1)
-        for rank, (mine, size) in enumerate(zip(sent, messages.sizes.tolist(), strict=True)):
-            if mine * stride != size:
-                raise RoutingMismatchError(call.op, rank, "its experts", mine, size // stride)
-        places = torch.from_numpy(index).to(call.device)
-        return finish_rows(call, inputs, messages.rows(stride), places, epilogue)
+            shared = (origins[[*holders]] + (token - 1) * step).where(active, NOWHERE)
+            index = torch.cat([index, shared], dim=1)
+        for rank, (mine, head) in enumerate(zip(sent, messages.heads, strict=True)):
+            returned = head.words[0]
+            if mine != returned:
+                raise RoutingMismatchError(call.op, rank, "its experts", mine, returned)
+        return finish_rows(call, inputs, messages.rows(stride), index, epilogue)
 
     @phase("gather send")
     def all_gather_send(
@@ -336,10 +294,9 @@ class CollectiveTransport:
         def compose(epoch: int) -> Operation:
             size = packed_bytes([part.numel() * part.element_size() for part in parts])
             operation = self._compose(call, "gather", epoch, [size] * self._size)
-            first, *others = operation.parts()
-            write_packed(first, parts)
-            for part in others:
-                part.copy_(first)
+            write_packed(operation.parts[0], parts)
+            for part in operation.parts[1:]:
+                part.copy_(operation.parts[0])
             return operation
 
         return Pending(self, call, None, self._send(call, "gather", compose))
@@ -368,7 +325,7 @@ class CollectiveTransport:
         arguments = {"op": op, "row_bytes": x.shape[1]}
         sizes = [count * x.shape[1] for count in counts]
         operation = self._exchange.compose("exchange", epoch, arguments, x.device, sizes)
-        for part, rows in zip(operation.parts(), x.split(counts), strict=True):
+        for part, rows in zip(operation.parts, x.split(counts), strict=True):
             part.view(rows.shape).copy_(rows)
         self._exchange.start("exchange", epoch, operation)
         return self._exchange.receive(op, "exchange", epoch).payloads()
@@ -389,8 +346,15 @@ class CollectiveTransport:
         """Free the buffers and close the connections."""
         self._exchange.close()
 
-    def _compose(self, call: Call, kind: str, epoch: int, sizes: list[int]) -> Operation:
-        return self._exchange.compose(kind, epoch, call.arguments, call.device, sizes)
+    def _compose(
+        self,
+        call: Call,
+        kind: str,
+        epoch: int,
+        sizes: list[int],
+        words: list[tuple[int, int, int]] | None = None,
+    ) -> Operation:
+        return self._exchange.compose(kind, epoch, call.arguments, call.device, sizes, words)
 
     def _send(self, call: Call, kind: str, compose: Callable[[int], Operation]) -> int:
         """Start an operation, or tell the peers why this rank cannot; returns its epoch."""

@@ -1,30 +1,35 @@
-"""All-to-alls of messages: a head and a note for the host, and a payload of any size.
+"""All-to-alls of messages: a head that every rank can read, and a payload of any size.
 
-    head     int64: key, bytes of the message, status, digest of the arguments, bytes of the note
-             and of the payload, first byte of the payload, time sent
-    note     what the host of the receiver has to know
-    payload  what only its device need read
+    head  status, digest of the arguments, bytes of the payload, three words that depend on
+          the operation, a mark, time sent; int64
 
-Between hosts a message travels as one piece over the ranks' own connections (``mesh``). A group of
-NCCL, RCCL or HCCL demands equal sizes: there a message takes ``_RECORD`` bytes, whatever the
-arguments, and payloads, with notes that do not fit, follow in a second all-to-all, which starts
-when the host has read the first. So no graph can hold these operations, and all ranks must issue
-all setups and teardowns, and the group's other collectives, in one order. Between hosts they may
-set up a combine before or after a dispatch.
+gloo accepts messages shorter than the memory that waits for them. Each rank waits with ``_ROOM``
+bytes in all, whatever the arguments, so neither sizes nor an agreement have to travel first, and a
+rank that aborts sends heads alone. Larger payloads, and all payloads in the memory of a device,
+whose NCCL, RCCL or HCCL demand exact sizes, follow in a second all-to-all, which starts when the
+heads have come. On a device the host reads the heads, so no graph can hold these operations.
+
+gloo matches collectives by the order in which a group issues them, and ranks may set up a combine
+before or after a dispatch. So each kind has a gloo connection of its own, apart from the caller's
+groups, and second messages have one more. On the caller's NCCL, RCCL or HCCL group all ranks must
+issue all setups and teardowns, and the group's other collectives, in one order.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import ctypes
 import dataclasses
-import functools
+import datetime as dt
 import hashlib
 import json
+import struct
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -41,21 +46,42 @@ from ..layout import align
 from .failure_detection import FailureDetection, Verdict
 from .groups import Group
 from .memory import HOST
-from .mesh import Incoming, Mesh
 from .polling import Backoff, bounded
 from .transport import capturing
 from .wait_board import Deadlock, WaitBoard
 
+_Connection: TypeAlias = Any  # dist.ProcessGroup or a bare dist.ProcessGroupGloo
+
 KINDS = ("dispatch", "combine", "gather", "exchange")
-_KEY, _TOTAL, _STATUS, _DIGEST, _NOTE, _SIZE, _FIRST, _SENT = range(8)  # words of a head
-_WORDS = np.arange(8)
-_HEAD = 64  # bytes of a head
-_STATEMENT = slice(_STATUS, _NOTE)  # equal on all ranks where all is well
+_REST = "rest"  # the connection of second messages
+_HEAD = struct.Struct("8q")
 _DATA, _ABORT = 1, 2  # status
-_RECORD = 1 << 14  # bytes of a message where sizes must be equal
-_MORE = 1 << 62  # in the key there: a second message follows
+_INLINE, _MORE = 1, 2  # marks: the payload follows the head; some payload of this sender does not
+_ROOM = 1 << 26  # bytes for the messages of all ranks in one operation; used only where written
+_FOREVER = dt.timedelta(days=1)  # teardown counts the time-out, not the collective
 _LOOK = 0.2  # seconds between looks for ranks that gave up
 _STORE_LIMIT = 0.5  # seconds for one access to the store
+
+
+class Head(NamedTuple):
+    """What a message begins with; see the module."""
+
+    status: int
+    digest: int
+    num_bytes: int = 0
+    words: tuple[int, int, int] = (0, 0, 0)
+    marks: int = _INLINE
+    sent: int = 0
+
+    def pack(self) -> bytes:
+        """Its bytes."""
+        return _HEAD.pack(*self[:3], *self.words, *self[4:])
+
+    @classmethod
+    def unpack(cls, data: Any) -> Head:
+        """The head that begins with these bytes."""
+        status, digest, num_bytes, first, second, third, marks, sent = _HEAD.unpack_from(data)
+        return cls(status, digest, num_bytes, (first, second, third), marks, sent)
 
 
 @dataclasses.dataclass
@@ -64,83 +90,66 @@ class Operation:
 
     Attributes:
         device: of the payloads.
-        heads: [W, 8] int64 for each rank.
-        notes: [W] int32 arrays for each rank.
-        memory: uint8 of the messages, in the host's memory: first those for the other ranks.
-        starts: [W] first byte of the message for each rank in it.
-        payload: uint8 memory of all payloads, to be filled before ``start``.
-        firsts: [W] first byte of each payload in it.
-        wait: waits for the messages until a time; returns whether they have come.
-        incoming: what has come over the mesh.
-        record: [W, _RECORD] uint8, what has come over the device's group.
+        connection: carries the heads.
+        heads: [W] for each rank.
+        parts: [W] uint8 payloads for each rank, to be filled before ``start``.
+        outgoing: [bytes] heads and inline payloads for the other ranks.
+        splits: [W] bytes of ``outgoing`` for each rank.
+        incoming: [W, room] messages of all ranks.
+        rest: [bytes] the payloads that are not inline.
+        work: the collective; None before ``start``.
     """
 
     device: torch.device
-    heads: np.ndarray
-    notes: Sequence[Sequence[np.ndarray]]
-    memory: torch.Tensor
-    starts: list[int]
-    payload: torch.Tensor
-    firsts: list[int]
-    wait: Callable[[float], bool] = lambda _: False
-    incoming: Incoming | None = None
-    record: torch.Tensor | None = None
-
-    def parts(self) -> list[torch.Tensor]:
-        """[W] the payload for each rank."""
-        sizes = self.heads[:, _SIZE].tolist()
-        pairs = zip(self.firsts, sizes, strict=True)
-        return [self.payload[first : first + size] for first, size in pairs]
-
-    def places(self, rows: np.ndarray, counts: Sequence[int], stride: int) -> torch.Tensor:
-        """Index that fills ``payload`` with rows in one gather, if all sizes are whole rows.
-
-        Heads and notes take rows too, into which row 0 goes; ``start`` overwrites these.
-
-        Args:
-            rows: [n] rows in the order of the ranks.
-            counts: [W] how many go to each.
-            stride: bytes of a row.
-        """
-        index = np.zeros(len(self.payload) // stride, dtype=np.int64)
-        begin = 0
-        for first, count in zip(self.firsts, counts, strict=True):
-            at = first // stride
-            index[at : at + count] = rows[begin : begin + count]
-            begin += count
-        return torch.from_numpy(index).to(self.device)
+    connection: _Connection
+    heads: list[Head]
+    parts: list[torch.Tensor]
+    outgoing: torch.Tensor
+    splits: list[int]
+    incoming: torch.Tensor
+    rest: torch.Tensor
+    work: dist.Work | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Messages:
-    """What all ranks have sent, valid until the memory is used again.
+    """The payloads of all ranks, valid until the memory is used again.
 
     Attributes:
-        notes: int32 in the memory of the host, which holds the notes of all ranks.
-        note_starts: [W] where each begins.
-        data: uint8 that holds all payloads, a multiple of 16 bytes and not empty.
+        heads: [W] of each source.
+        data: [bytes] uint8 that holds all payloads, a multiple of 16 bytes and not empty.
         starts: [W] first byte of each, a multiple of 16 where all sizes are.
-        sizes: [W] their bytes.
         waited: [W] seconds waited for each rank: exact for the last one, and for the others by the
             clocks of their hosts.
     """
 
-    notes: np.ndarray
-    note_starts: np.ndarray
+    heads: list[Head]
     data: torch.Tensor
-    starts: np.ndarray
-    sizes: np.ndarray
+    starts: list[int]
     waited: list[float]
 
     def payloads(self) -> list[torch.Tensor]:
         """[W] the bytes of each source."""
-        pairs = zip(self.starts.tolist(), self.sizes.tolist(), strict=True)
-        return [self.data[start : start + size] for start, size in pairs]
+        pairs = zip(self.starts, self.heads, strict=True)
+        return [self.data[start : start + head.num_bytes] for start, head in pairs]
 
     def rows(self, stride: int) -> torch.Tensor:
         """[N, stride] overlapping rows, one at every 16 bytes."""
         count = max((len(self.data) - stride) // 16 + 1, 0)
         return self.data.as_strided((count, stride), (16, 1))
+
+    def words(self, offsets: Sequence[int], count: int) -> torch.Tensor:
+        """[W, count] int32 from these bytes of each payload on; garbage after its end."""
+        words = self.data.view(torch.int32)
+        first = [(start + at) // 4 for start, at in zip(self.starts, offsets, strict=True)]
+        pitch = first[1] - first[0]
+        # Messages of equal sizes lie evenly: a view will do.
+        even = pitch > 0 and first == [*range(first[0], first[-1] + 1, pitch)]
+        if even and first[-1] + count <= len(words):
+            return words.as_strided((len(first), count), (pitch, 1), first[0])
+        index = torch.tensor(first, device=words.device)[:, None]
+        index = index + torch.arange(count, device=words.device)
+        return words[index.clamp_(max=len(words) - 1)]
 
 
 class MessageExchange:
@@ -174,22 +183,23 @@ class MessageExchange:
         self._group, self._store = group, store
         self._timeout, self._limit = timeout, in_flight
         self._broken: str | None = None
-        self._mesh: Mesh | None = None
         self._epochs = dict.fromkeys(KINDS, 0)
         self._board = WaitBoard(group, name, self)
         self._in_flight: dict[str, dict[int, Operation]] = {kind: {} for kind in KINDS}
         self._undrained: dict[str, list[Operation]] = {kind: [] for kind in KINDS}
         self._buffers: dict[tuple[str, int, torch.device], torch.Tensor] = {}
-        self._sent: dict[tuple[str, int], Incoming] = {}
-        self._room = dict.fromkeys(KINDS, 0)  # bytes that the messages of others have taken
         self._digests: dict[str, int] = {}
-        self._digested: tuple[Mapping[str, Any] | None, str, int] = (None, "", 0)
         self._failures = FailureDetection(store, self.rank, self.size, timeout)
+        self._options = dist.AllToAllOptions()
+        self._options.timeout = _FOREVER
         self._device_group = device_group
         # Where an abort before the first call of a kind meets the peers' call.
         self._devices = dict.fromkeys(KINDS, _device_of(device_group))
+        self._gloo: dict[str, dist.ProcessGroupGloo] = {}
+        self._works: collections.deque[dist.Work] = collections.deque(maxlen=4 * in_flight + 4)
         if device_group is None:
-            self._connect(op)
+            for lane in (*KINDS, _REST):
+                self._connect(op, lane)
 
     def __del__(self) -> None:
         self.close()
@@ -214,10 +224,8 @@ class MessageExchange:
 
     def close(self) -> None:
         """Free the buffers and close the connections."""
-        if self._mesh is not None:
-            self._mesh.close(at_once=self._broken is not None)
         self._buffers.clear()
-        self._device_group = None
+        self._disconnect()
 
     def buffer(self, role: str, epoch: int, num_bytes: int, device: torch.device) -> torch.Tensor:
         """Bytes that are free again after as many operations as may be in flight."""
@@ -244,7 +252,7 @@ class MessageExchange:
         self._devices[kind] = device
         while self._undrained[kind]:
             operation = self._undrained[kind].pop(0)
-            self._wait(op, f"{kind} {self._epochs[kind]}", operation.wait)
+            self._wait(op, kind, self._epochs[kind], operation.work, operation.connection)
         self._board.begin()
         self._epochs[kind] += 1
         return self._epochs[kind]
@@ -262,8 +270,7 @@ class MessageExchange:
         arguments: Mapping[str, Any],
         device: torch.device,
         sizes: Sequence[int],
-        notes: Sequence[Sequence[np.ndarray]] = (),
-        unit: int = 16,
+        words: Sequence[tuple[int, int, int]] | None = None,
     ) -> Operation:
         """Make memory for the payloads to each rank.
 
@@ -273,92 +280,77 @@ class MessageExchange:
             arguments: what must be equal on all ranks, as names and printable values.
             device: of the payloads.
             sizes: [W] their bytes.
-            notes: [W] int32 arrays for the host of each rank; or none.
-            unit: payloads begin at multiples of this, itself a multiple of 16.
+            words: [W] what the heads say to each rank.
         """
         digest = self._digest(arguments, device)
-        return self._compose(kind, epoch, device, (_DATA, digest), sizes, notes, unit)
+        return self._compose(kind, epoch, device, _DATA, digest, sizes, words)
 
     def _compose(
         self,
         kind: str,
         epoch: int,
         device: torch.device,
-        statement: tuple[int, int],
+        status: int,
+        digest: int,
         sizes: Sequence[int],
-        notes: Sequence[Sequence[np.ndarray]] = (),
-        unit: int = 16,
+        words: Sequence[tuple[int, int, int]] | None,
     ) -> Operation:
-        by_group, inline = self._goes_by_group(device), in_host_memory(device)
-        notes = notes or [()] * self.size
-        note_bytes = [4 * sum(map(len, note)) for note in notes]
-        key = KINDS.index(kind) << 32 | epoch
-        if not by_group:
-            firsts = [align(_HEAD + note, unit) for note in note_bytes]
-            totals = [align(first + size, unit) for first, size in zip(firsts, sizes, strict=True)]
-        else:
-            fit = align(_HEAD + max(note_bytes)) <= _RECORD
-            firsts = [0 if fit else align(note, unit) for note in note_bytes]
-            totals, inline = [_RECORD] * self.size, False
-            key |= _MORE if any(firsts) or any(sizes) else 0
-        heads = np.zeros((self.size, len(_WORDS)), dtype=np.int64)
-        heads[:, _KEY], heads[:, _TOTAL] = key, totals
-        heads[:, _STATEMENT] = statement
-        heads[:, _NOTE], heads[:, _SIZE], heads[:, _FIRST] = note_bytes, sizes, firsts
-
-        starts, start = [0] * self.size, 0
-        for rank in (*range(self.rank), *range(self.rank + 1, self.size), self.rank):
-            starts[rank] = start
-            start += totals[rank]
-        slot = kind, epoch % self._limit
-        if slot in self._sent and self._sent[slot].unsent:
-            del self._buffers[kind, slot[1], HOST]  # a peer is still to read from it
-        memory = self.buffer(kind, epoch, start + self._room[kind], HOST)
-        if inline:
-            payload = memory[:start]
-            firsts = [first + at for first, at in zip(firsts, starts, strict=True)]
-        else:
-            ends = (heads[:, _FIRST] + heads[:, _SIZE]).cumsum()
-            firsts = (ends - heads[:, _SIZE]).tolist()
-            payload = self.buffer(f"{kind} payload", epoch, int(ends[-1]), device)
-        heads[:, _SENT] = time.time_ns()
-        return Operation(device, heads, notes, memory, starts, payload, firsts)
+        connection, at = self._lane(kind, device)
+        host = at.type == "cpu"
+        room = align(_ROOM // self.size) if host else _HEAD.size
+        limit = room - _HEAD.size if in_host_memory(device) else 0
+        splits = [_HEAD.size + (size if size <= limit else 0) for size in sizes]
+        splits[self.rank] = 0
+        incoming = self.buffer(f"{kind} in", epoch, self.size * room, at).view(-1, room)
+        outgoing = self.buffer(f"{kind} out", epoch, sum(splits), at)
+        rest_size = sum(size for size in sizes if size > limit)
+        rest = self.buffer(f"{kind} rest", epoch, rest_size, device)
+        more, sent = _MORE if rest_size else 0, time.time_ns()
+        memory = memoryview(outgoing.numpy()) if host else bytearray(len(outgoing))  # type: ignore[arg-type]
+        heads, parts, start, rest_start = [], [], 0, 0
+        for rank, size in enumerate(sizes):
+            inline = size <= limit
+            extra = words[rank] if words else (0, 0, 0)
+            head = Head(status, digest, size, extra, (_INLINE if inline else 0) | more, sent)
+            heads.append(head)
+            if rank != self.rank:
+                memory[start : start + _HEAD.size] = head.pack()
+            if not inline:
+                parts.append(rest[rest_start : rest_start + size])
+                rest_start += size
+            elif rank == self.rank:
+                parts.append(incoming[rank, _HEAD.size : _HEAD.size + size])
+            else:
+                parts.append(outgoing[start + _HEAD.size : start + _HEAD.size + size])
+            start += splits[rank]
+        if not host:
+            outgoing.copy_(torch.frombuffer(memory, dtype=torch.uint8))
+        return Operation(device, connection, heads, parts, outgoing, splits, incoming, rest)
 
     def start(self, kind: str, epoch: int, operation: Operation) -> None:
-        """Send what ``compose`` made, once its payload is filled; does not wait."""
-        heads, notes, starts = operation.heads, operation.notes, operation.starts
-        raw, by_group = operation.memory.numpy(), self._goes_by_group(operation.device)
-        longs, words = raw.view(np.int64), raw.view(np.int32)
-        for head, note, start in zip(heads, notes, starts, strict=True):
-            longs[start // 8 : start // 8 + len(head)] = head
-            if not (by_group and head[_FIRST]):
-                _write(words, (start + _HEAD) // 4, note)
-        if by_group:
-            self._start_by_group(operation)
+        """Send what ``compose`` made, once its parts are filled; does not wait."""
+        # The own message is in its place already, behind the room of the rank before.
+        room = operation.incoming.shape[1]
+        rooms, first = [room] * self.size, 0
+        rooms[self.rank] = 0
+        if self.rank == 0:
+            first = 1
         else:
-            if not in_host_memory(operation.device):
-                for part, start, head in zip(operation.parts(), starts, heads, strict=True):
-                    at = start + int(head[_FIRST])
-                    operation.memory[at : at + len(part)].copy_(part)
-            mesh = self._connect("connect")
-            totals = heads[:, _TOTAL].tolist()
-            kept = starts[self.rank] + totals[self.rank]
-            incoming = operation.incoming = Incoming(operation.memory, kept, self.size)
-            incoming.starts[self.rank] = starts[self.rank]
-            view = raw.data
-            pairs = zip(starts, totals, strict=True)
-            messages = [view[start : start + total] for start, total in pairs]
-            mesh.exchange(int(heads[0, _KEY]), messages, incoming)
-            self._sent[kind, epoch % self._limit] = incoming
-            operation.wait = functools.partial(mesh.wait, incoming)
+            rooms[self.rank - 1] += room
+        output = operation.incoming[first:].view(-1)
+        operation.work = self._all_to_all(
+            operation.connection, output, operation.outgoing, rooms, operation.splits
+        )
         self._in_flight[kind][epoch] = operation
 
     def abort(self, kind: str, epoch: int, error: BaseException) -> None:
         """Post why this rank cannot take part, and send heads that say so."""
         reason = error.problem if isinstance(error, MoeError) else repr(error)
         self._post(_abort_key(kind, epoch, self.rank), reason)
-        device, nothing = self._devices[kind], [0] * self.size
-        self.start(kind, epoch, self._compose(kind, epoch, device, (_ABORT, 0), nothing))
+        operation = self._compose(
+            kind, epoch, self._devices[kind], _ABORT, 0, [0] * self.size, None
+        )
+        self.start(kind, epoch, operation)
         self._undrained[kind].append(self._in_flight[kind].pop(epoch))
 
     def receive(self, op: str, kind: str, epoch: int) -> Messages:
@@ -375,142 +367,95 @@ class MessageExchange:
         operation = self._in_flight[kind][epoch]
         began = time.monotonic()
         deadline = began + self._timeout
-        self._wait(op, f"{kind} {epoch}", operation.wait, deadline)
+        self._wait(op, kind, epoch, operation.work, operation.connection, deadline)
         seconds = time.monotonic() - began
-        if operation.record is None:
-            assert operation.incoming is not None
-            data, starts = operation.incoming.memory, np.array(operation.incoming.starts)
-            own_end = operation.starts[self.rank] + int(operation.heads[self.rank, _TOTAL])
-            self._room[kind] = max(self._room[kind], data.numel() - own_end)
-        else:
-            data = operation.record.view(-1).cpu()
-            starts = np.arange(self.size) * _RECORD
-        raw = data.numpy()
-        heads = raw.view(np.int64)[starts[:, None] // 8 + _WORDS]
-        if (heads[:, _STATEMENT] != heads[self.rank, _STATEMENT]).any():
+        incoming, room = operation.incoming, operation.incoming.shape[1]
+        raw = incoming[:, : _HEAD.size]
+        data = (raw if raw.device.type == "cpu" else raw.cpu()).numpy()
+        heads = [
+            operation.heads[rank] if rank == self.rank else Head.unpack(data[rank])
+            for rank in range(self.size)
+        ]
+        error = self._disagreement(op, kind, epoch, heads)
+        if error is not None:
             del self._in_flight[kind][epoch]
-            raise self._disagreement(op, kind, epoch, heads)
-        sent = heads[:, _SENT].tolist()
-        last = max(sent) - seconds * 1e9  # when the wait began, by the clock of the last rank
-        waited = [min(max((one - last) * 1e-9, 0.0), seconds) for one in sent]
-        if operation.record is None and not in_host_memory(operation.device):
-            data = data.to(operation.device)
-        messages = Messages(
-            raw.view(np.int32),
-            (starts + _HEAD) // 4,
-            data,
-            starts + heads[:, _FIRST],
-            heads[:, _SIZE],
-            waited,
-        )
-        if (heads[:, _KEY] & _MORE).any():
-            messages = self._receive_by_group(op, kind, epoch, messages, heads, deadline)
+            raise error
+        last = max(head.sent for head in heads)
+        waited = [min(max(seconds - (last - head.sent) * 1e-9, 0.0), seconds) for head in heads]
+        starts = [rank * room + _HEAD.size for rank in range(self.size)]
+        messages = Messages(heads, incoming.view(-1), starts, waited)
+        if any(head.marks & _MORE for head in heads):
+            messages = self._receive_rest(op, kind, epoch, messages, deadline)
         del self._in_flight[kind][epoch]
         return messages
 
-    # Over the group of a device.
-
-    def _goes_by_group(self, device: torch.device) -> bool:
-        return self._device_group is not None and not in_host_memory(device)
-
-    def _start_by_group(self, operation: Operation) -> None:
-        # The own message, too, goes by way of the group: all splits are equal.
-        records = operation.memory[: self.size * _RECORD].view(self.size, _RECORD)
-        order = [start // _RECORD for start in operation.starts]
-        outgoing = records[order].to(operation.device)
-        operation.record = torch.empty_like(outgoing)
-        work = dist.all_to_all_single(
-            operation.record, outgoing, group=self._device_group, async_op=True
-        )
-        operation.wait = functools.partial(_wait_for, work)
-        for head, note, first in zip(
-            operation.heads, operation.notes, operation.firsts, strict=True
-        ):
-            if head[_FIRST]:  # the note did not fit
-                at, words = first - int(head[_FIRST]), np.empty(head[_NOTE] // 4, dtype=np.int32)
-                _write(words, 0, note)
-                part = torch.from_numpy(words).view(torch.uint8)
-                operation.payload[at : at + len(part)].copy_(part)
-
-    def _receive_by_group(
-        self,
-        op: str,
-        kind: str,
-        epoch: int,
-        messages: Messages,
-        heads: np.ndarray,
-        deadline: float,
+    def _receive_rest(
+        self, op: str, kind: str, epoch: int, messages: Messages, deadline: float
     ) -> Messages:
-        """Exchange the second messages: payloads, behind the notes that did not fit."""
-        operation = self._in_flight[kind][epoch]
-        own_sizes = operation.heads[:, _FIRST] + operation.heads[:, _SIZE]
-        sizes = heads[:, _FIRST] + heads[:, _SIZE]
-        ends = np.cumsum(sizes)
-        starts, total = ends - sizes, int(ends[-1])
-        data = self.buffer(f"{kind} all", epoch, max(align(total), 16), operation.device)
-        work = dist.all_to_all_single(
-            data[:total],
-            operation.payload[: int(own_sizes.sum())],
-            sizes.tolist(),
-            own_sizes.tolist(),
-            group=self._device_group,
-            async_op=True,
+        """Exchange the sized payloads, and put the inline ones behind them."""
+        operation, heads = self._in_flight[kind][epoch], messages.heads
+        device = operation.device
+        sizes, own_sizes = (
+            [0 if head.marks & _INLINE else head.num_bytes for head in ours]
+            for ours in (heads, operation.heads)
         )
-        wait = functools.partial(_wait_for, work)
-        self._wait(op, f"the rows of {kind} {epoch}", wait, deadline)
-        notes, note_starts, lengths = messages.notes, messages.note_starts, heads[:, _NOTE] // 4
-        if heads[:, _FIRST].any():
-            pieces = [notes[at : at + n] for at, n in zip(note_starts, lengths, strict=True)]
-            for rank in heads[:, _FIRST].nonzero()[0]:
-                note = data[starts[rank] : starts[rank] + heads[rank, _NOTE]]
-                pieces[rank] = note.cpu().numpy().view(np.int32)
-            notes, note_starts = np.concatenate(pieces), np.cumsum(lengths) - lengths
-        return dataclasses.replace(
-            messages,
-            notes=notes,
-            note_starts=note_starts,
-            data=data,
-            starts=starts + heads[:, _FIRST],
-        )
+        rest = sum(sizes)
+        end = align(rest)
+        total = end + sum(align(head.num_bytes) for head in heads if head.marks & _INLINE)
+        data = self.buffer(f"{kind} all", epoch, max(total, 16), device)
+        connection, at = self._lane(_REST, device)
+        direct = at.type == device.type and in_host_memory(device) == (at.type == "cpu")
+        output = data[:rest] if direct else torch.empty(rest, dtype=torch.uint8, device=at)
+        work = self._all_to_all(connection, output, operation.rest.to(at), sizes, own_sizes)
+        self._wait(op, kind, epoch, work, connection, deadline, part="the rows of ")
+        if not direct:
+            data[:rest].copy_(output)
+        starts, start = [], 0
+        for head, size, payload in zip(heads, sizes, messages.payloads(), strict=True):
+            if head.marks & _INLINE:
+                data[end : end + head.num_bytes].copy_(payload)
+                starts.append(end)
+                end += align(head.num_bytes)
+            else:
+                starts.append(start)
+                start += size
+        return dataclasses.replace(messages, data=data, starts=starts)
 
     # Agreement.
 
     def _digest(self, arguments: Mapping[str, Any], device: torch.device) -> int:
         """64 bits that stand for the arguments, which the store has under them."""
-        last, kind, digest = self._digested
-        if last is arguments and kind == device.type:
-            return digest
         text = f"{arguments!r} {device.type}"
         if text not in self._digests:
-            named = arguments
             if not in_host_memory(device):
-                named = {**arguments, "device": device.type}
-            data = json.dumps(named)
+                arguments = {**arguments, "device": device.type}
+            data = json.dumps(arguments)
             raw = hashlib.blake2b(data.encode(), digest_size=8).digest()
             digest = int.from_bytes(raw, "big", signed=True)
             self._post(f"arguments/{digest}", data)
             self._digests[text] = digest
-        self._digested = (arguments, device.type, self._digests[text])
         return self._digests[text]
 
-    def _disagreement(self, op: str, kind: str, epoch: int, heads: np.ndarray) -> MoeError:
+    def _disagreement(self, op: str, kind: str, epoch: int, heads: list[Head]) -> MoeError | None:
         """The error of ranks that cannot do this operation together."""
-        statements = heads[:, _STATEMENT].tolist()
-        for rank, (status, _) in enumerate(statements):
-            if status == _ABORT:
+        own = heads[self.rank].digest
+        if all(head.status == _DATA and head.digest == own for head in heads):
+            return None
+        for rank, head in enumerate(heads):
+            if head.status == _ABORT:
                 reason = self._lookup(_abort_key(kind, epoch, rank))
                 return PeerAbortError(op, rank, reason or "the store does not tell why")
-        own = statements[self.rank][1]
-        rank, other = next((rank, one) for rank, (_, one) in enumerate(statements) if one != own)
-        texts = [self._lookup(f"arguments/{digest}") for digest in (own, other)]
-        if None not in texts:
+        for rank, head in enumerate(heads):
+            if head.digest == own:
+                continue
+            texts = [self._lookup(f"arguments/{digest}") for digest in (own, head.digest)]
+            if None in texts:
+                return ArgumentMismatchError(op, "the arguments", own, head.digest, rank=rank)
             mine, theirs = (json.loads(text or "") for text in texts)
             for name in [*mine, *theirs]:
-                if mine.get(name) != theirs.get(name):
-                    return ArgumentMismatchError(
-                        op, name, mine.get(name), theirs.get(name), rank=rank
-                    )
-        return ArgumentMismatchError(op, "the arguments", own, other, rank=rank)
+                if (one := mine.get(name)) != (other := theirs.get(name)):
+                    return ArgumentMismatchError(op, name, one, other, rank=rank)
+        return None
 
     def _post(self, key: str, text: str) -> None:
         """Put a text into the store; without the store, peers still learn that it is there."""
@@ -525,83 +470,160 @@ class MessageExchange:
 
     # Connections and waits.
 
-    def _connect(self, op: str) -> Mesh:
-        """The connections between the hosts, to which all ranks come."""
-        if self._mesh is None:
-            try:
-                self._mesh = Mesh(self._store, self.rank, self.size, self._timeout)
-            except (OSError, RuntimeError) as error:
-                problem = f"a rank of group {self._group.name!r} was lost while it connected"
-                raise PeerTimeoutError(op, (), problem) from error
-        return self._mesh
+    def _connect(self, op: str, lane: str) -> None:
+        """Open one of this transport's own gloo connections; all ranks come to it."""
+        store, limit = dist.PrefixStore(lane, self._store), dt.timedelta(seconds=self._timeout)
+        try:
+            self._gloo[lane] = dist.ProcessGroupGloo(store, self.rank, self.size, limit)
+        except RuntimeError as error:
+            problem = f"a rank of group {self._group.name!r} was lost while it connected"
+            raise PeerTimeoutError(op, (), problem) from error
+
+    def _lane(self, lane: str, device: torch.device) -> tuple[_Connection, torch.device]:
+        """What carries the messages of tensors on a device, and where it takes them from."""
+        if self._device_group is not None and not in_host_memory(device):
+            return self._device_group, device
+        if lane not in self._gloo:
+            self._connect("connect", lane)
+        return self._gloo[lane], HOST
+
+    def _all_to_all(
+        self,
+        connection: _Connection,
+        output: torch.Tensor,
+        data: torch.Tensor,
+        output_splits: list[int],
+        splits: list[int],
+    ) -> dist.Work:
+        work: dist.Work | None
+        if isinstance(connection, dist.ProcessGroupGloo):
+            bare: _Connection = connection
+            work = bare.alltoall_base(output, data, output_splits, splits, self._options)
+            self._works.append(work)
+        else:
+            work = dist.all_to_all_single(
+                output, data, output_splits, splits, group=connection, async_op=True
+            )
+        assert work is not None
+        return work
 
     def _wait(
-        self, op: str, place: str, wait: Callable[[float], bool], deadline: float | None = None
+        self,
+        op: str,
+        kind: str,
+        epoch: int,
+        work: dist.Work | None,
+        connection: _Connection,
+        deadline: float | None = None,
+        *,
+        part: str = "",
     ) -> None:
-        """Wait until messages have come; looks at times for ranks that gave up elsewhere.
+        """Wait until a collective is done; looks at times for ranks that gave up elsewhere.
 
         Args:
             op: for error messages.
-            place: the operation, and the part of it, in words.
-            wait: of the operation.
+            kind: of the operation that it belongs to.
+            epoch: of that operation.
+            work: the collective.
+            connection: that carries it.
             deadline: end of the wait, by the monotonic clock; None for a whole time-out from now.
+            part: of the operation, in words.
 
         Raises:
             PeerTimeoutError: it failed, was late, or a rank gave up; the group is broken.
         """
+        assert work is not None
         began = time.monotonic()
         deadline = began + self._timeout if deadline is None else deadline
-        *_, kind, number = place.split()
-        cause: Exception | None = None
+        cause: RuntimeError | None = None
         deadlock: Deadlock | None = None
         late = posted = False
-        while deadlock is None:
+        while cause is None and deadlock is None and not late:
+            done = work.is_completed()
             try:
-                if wait(min(deadline, time.monotonic() + _LOOK)):
-                    if posted:
-                        self._board.clear()
-                    return
-            except (OSError, RuntimeError) as error:
-                cause = error
-            late = cause is None and time.monotonic() >= deadline
-            if late:
-                break
-            if not posted:
-                self._board.post(kind, int(number))
-                posted = True
-            # First, as a peer that found out has reported too, and its post stays.
-            deadlock = self._board.find_deadlock(kind, int(number), range(self.size))
-            if cause is not None or self._failures.reported():
-                break
+                _wait_once(work, connection, min(deadline, time.monotonic() + _LOOK))
+                if posted:
+                    self._board.clear()
+                return
+            except RuntimeError as error:
+                if done:
+                    cause = error
+                elif work.is_completed():
+                    continue
+                elif time.monotonic() >= deadline:
+                    late = True
+                else:
+                    if not posted:
+                        self._board.post(kind, epoch)
+                        posted = True
+                    # First, as a peer that found out has reported too, and its post stays.
+                    deadlock = self._board.find_deadlock(kind, epoch, range(self.size))
+                    if deadlock is None and self._failures.reported():
+                        break
         waited = time.monotonic() - began
+        place = f"{part}{kind} {epoch}"
         if deadlock is None:
-            closed = set if self._mesh is None else self._mesh.closed
-            verdict = self._failures.give_up(place, waited, late, closed)
+            verdict = self._failures.give_up(place, waited, late, lambda: self._closed(connection))
         else:
             verdict = Verdict((deadlock.rank,), deadlock.problem)
             self._failures.conclude(place, waited, late, verdict)
         self._broken = verdict.problem
-        self.close()
+        self._disconnect()
         message = f"{verdict.problem}, in group {self._group.name!r}"
         raise PeerTimeoutError(op, verdict.ranks, message) from cause
 
+    def _closed(self, connection: _Connection) -> set[int]:
+        """The ranks to which a gloo connection is closed; sending to others does not wait."""
+        closed: set[int] = set()
+        if isinstance(connection, dist.ProcessGroupGloo):
+            bare: _Connection = connection
+            for rank in range(self.size):
+                if rank != self.rank:
+                    try:
+                        bare.send([torch.zeros(1, dtype=torch.uint8)], rank, 0)
+                    except RuntimeError:
+                        closed.add(rank)
+        return closed
 
-def _wait_for(work: dist.Work, until: float) -> bool:
-    """Wait for a collective until a time; NCCL aborts one whose own wait times out."""
+    def _disconnect(self) -> None:
+        """Drop the connections, without waiting for collectives that are pending.
+
+        The destructor of a connection does wait, so a thread keeps it until they have ended.
+        """
+        connections, works = [*self._gloo.values()], [*self._works]
+        self._gloo.clear()
+        self._works.clear()
+        self._device_group = None
+        works = [work for work in works if not work.is_completed()]
+        if not works:
+            return
+        try:
+            threading.Thread(target=_outlast, args=(connections, works), daemon=True).start()
+        except RuntimeError:  # the interpreter ends
+            for connection in connections:
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
+
+
+def _outlast(connections: list[dist.ProcessGroupGloo], works: list[dist.Work]) -> None:
+    for work in works:
+        with contextlib.suppress(RuntimeError):
+            work.wait()
+    connections.clear()
+
+
+def _wait_once(work: dist.Work, connection: _Connection, until: float) -> None:
+    """Wait for a time; ``RuntimeError`` if the collective failed or is not done by then."""
+    if isinstance(connection, dist.ProcessGroupGloo):
+        # gloo takes a zero time-out for none at all.
+        work.wait(dt.timedelta(seconds=max(until - time.monotonic(), 0.001)))
+        return
+    # NCCL aborts a collective whose wait times out, so ask it instead.
     backoff = Backoff(until - time.monotonic())
     while not work.is_completed():
         if backoff.expired:
-            return False
+            raise RuntimeError("not done yet")
         backoff.pause()
     work.wait()
-    return True
-
-
-def _write(words: np.ndarray, at: int, note: Sequence[np.ndarray]) -> None:
-    """Write the parts of a note one after the other."""
-    for part in note:
-        words[at : at + len(part)] = part
-        at += len(part)
 
 
 def _abort_key(kind: str, epoch: int, rank: int) -> str:
@@ -609,7 +631,7 @@ def _abort_key(kind: str, epoch: int, rank: int) -> str:
 
 
 def in_host_memory(device: torch.device) -> bool:
-    """Whether sockets send and receive the tensors of a device as they are."""
+    """Whether gloo sends and receives the tensors of a device as they are."""
     return device.type == "cpu"
 
 

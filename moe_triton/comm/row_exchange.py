@@ -13,6 +13,7 @@ from .transport import (
     CombineEpilogue,
     CombineInput,
     DispatchInput,
+    Received,
     Traffic,
     capturing,
 )
@@ -76,6 +77,53 @@ def new_rows(call: Call, num_rows: int) -> tuple[torch.Tensor, torch.Tensor | No
     return x, torch.empty(*fmt.scale_shape(num_rows), dtype=fmt.scale_dtype, device=device)
 
 
+def receive(
+    call: Call,
+    rank: int,
+    tokens: DispatchInput,
+    plan: RoutingPlan,
+    counts: torch.Tensor,
+    slot_ids: torch.Tensor,
+    weights: torch.Tensor | None,
+    rows: torch.Tensor,
+    table: torch.Tensor,
+) -> Received:
+    """Gather the rows that all ranks sent into the outputs of dispatch.
+
+    Args:
+        call: the call.
+        rank: this rank.
+        tokens: its input.
+        plan: of its tokens.
+        counts: [L, W] int32 rows for each local expert from each source.
+        slot_ids: [W, C] int32 the sources' lists of routed slots for this rank.
+        weights: [W, C] their weights, or None.
+        rows: the sources' rows.
+        table: [W, R] int64 the index in ``rows`` of each source's row.
+    """
+    config, steps = call.config, call.steps
+    found = steps.recv_row_index(
+        counts,
+        slot_ids,
+        weights,
+        table=table,
+        slots_per_row=1 if config.per_expert else config.num_slots,
+        alignment=config.alignment,
+        capacity=capacity_of(call, rank, tokens),
+        load=tokens.load,
+        totals_dtype=tokens.totals_dtype,
+    )
+    n = len(found.row_index)
+    num_rows = n if tokens.num_rows is None else tokens.num_rows
+    x, scales = new_rows(call, num_rows)
+    count = row_count(call, found.recv_permutation)
+    steps.gather_rows(rows, found.row_index, config.row_format, x, scales, count)
+    weights = padded(found.weights, num_rows)
+    return Received(
+        x, scales, weights, counts, found.recv_permutation, found.slot_ids, found.totals, plan
+    )
+
+
 def padded(weights: torch.Tensor | None, num_rows: int) -> torch.Tensor | None:
     """[n] as [num_rows], garbage after the n-th."""
     if weights is None or weights.shape[0] == num_rows:
@@ -94,14 +142,8 @@ def check_overflow(call: Call, counts_of: Callable[[int], torch.Tensor]) -> None
     if limit is None or capturing(call.device):
         return
     totals = [counts_of(rank).sum() for rank in range(call.config.topology.world_size)]
-    refuse_overflow(call, torch.stack(totals).tolist())
-
-
-def refuse_overflow(call: Call, totals: list[int]) -> None:
-    """Raise if the [W] rows that any rank receives are more than the call allows."""
-    limit = call.config.max_rows
-    for rank, rows in enumerate(totals):
-        if limit is not None and rows > limit:
+    for rank, rows in enumerate(torch.stack(totals).tolist()):
+        if rows > limit:
             raise ReceiveOverflowError(call.op, rank, rows, limit)
 
 
