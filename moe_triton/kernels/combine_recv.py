@@ -44,6 +44,7 @@ from .dispatch_send import active_positions
 from .weighted_sum import (
     check_row_format,
     check_terms,
+    in_row,
     load_row,
     of_fields,
     sum_launch,
@@ -164,6 +165,7 @@ def _combine_recv_kernel(
                     token = number.to(tl.int64)
                     start = tile % across * BLOCK_H
                     here = start + cols
+                    columns = in_row(start, hidden, SCHEME, GROUP, BLOCK_H)
                     for k in tl.static_range(SLOTS):
                         row_ptr, scales_ptr, present = window_row(
                             k, token, active, expert_ids_ptr, positions_ptr, active_ptr, bases_ptr,
@@ -172,11 +174,11 @@ def _combine_recv_kernel(
                             capacity, shared_capacity, ROUTED, SCHEME, BLOCK_T, DTYPE,
                         )  # fmt: skip
                         row = load_row(
-                            row_ptr, scales_ptr, present, start, here, hidden, SCHEME, GROUP,
-                            BLOCK_H, DTYPE, ACC,
+                            row_ptr, scales_ptr, present, start, here, columns, hidden, SCHEME,
+                            GROUP, BLOCK_H, DTYPE, ACC,
                         )  # fmt: skip
                         out = out_ptr + (token * SLOTS + k) * hidden + here
-                        tl.store(out, narrow(row, DTYPE), mask=active & (here < hidden))
+                        tl.store(out, narrow(row, DTYPE), mask=active & columns)
             else:
                 sum_rows(
                     None, None, None, weights_ptr, expert_ids_ptr, tokens_ptr, alpha_1_ptr,

@@ -345,6 +345,8 @@ def encode_tiles(
             # LANES is a power of two. NPUs walk a remainder element by element.
             cols = (first + lanes // LANES) * group + (lanes & (LANES - 1))
             inside = (cols < hidden) & ((lanes & (LANES - 1)) < group)
+            # They load elements one by one, also where the mask is false.
+            cols, token = tl.where(inside, cols, 0), tl.where(active, token, 0)
         mask = active[:, None] & inside[None, :]
         x_at = (token * x_units * UNIT)[:, None] + cols[None, :]
         if WHOLE:

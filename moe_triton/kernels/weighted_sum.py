@@ -51,6 +51,22 @@ def tile_columns(SCHEME: tl.constexpr, GROUP: tl.constexpr, BLOCK_H: tl.constexp
 
 
 @triton.jit
+def in_row(
+    start, hidden, SCHEME: tl.constexpr, GROUP: tl.constexpr, BLOCK_H: tl.constexpr
+) -> tl.tensor:
+    """Which columns of the tile from ``start`` a row has, shaped as ``tile_columns``.
+
+    Groups are whole: NPUs mask rows of a tile, and would store all columns for another mask.
+    """
+    if SCHEME == "block8":
+        group = start // GROUP + tl.arange(0, BLOCK_H // GROUP)[:, None]
+        inside = tl.broadcast_to(group < hidden // GROUP, [BLOCK_H // GROUP, GROUP])
+    else:
+        inside = start + tl.arange(0, BLOCK_H) < hidden
+    return inside
+
+
+@triton.jit
 def tile_tokens(first, SCHEME: tl.constexpr, BLOCK_T: tl.constexpr) -> tl.tensor:
     """Tokens of a tile, int32, shaped to meet its columns.
 
@@ -73,6 +89,7 @@ def load_row(
     present,  # whether the slot has a row
     start,
     here,  # the columns from start
+    columns,  # which of them a row has
     hidden,
     SCHEME: tl.constexpr,
     GROUP: tl.constexpr,
@@ -81,11 +98,11 @@ def load_row(
     ACC: tl.constexpr,
 ) -> tl.tensor:
     """Part of a row, decoded, in ACC; zeros where the slot has no row."""
-    x = tl.load(row_ptr + here, mask=present & (here < hidden), other=0)
+    x = tl.load(row_ptr + here, mask=present & columns, other=0)
     x = widen(x, ACC)
     if SCHEME == "block8":
         group = start // GROUP + tl.arange(0, BLOCK_H // GROUP)[:, None]
-        mask = present & (group * GROUP < hidden)
+        mask = present & (group < hidden // GROUP)
         scale = tl.load(scales_ptr + group, mask=mask, other=0.0)
         x = widen(narrow(x * widen(scale, ACC), DTYPE), ACC)
     return x
@@ -98,6 +115,7 @@ def _zero_computation_term(
     expert,
     own,  # part of the token itself
     here,
+    columns,  # which of them a row has
     alpha_1_ptr,
     alpha_2_ptr,
     value_ptr,
@@ -114,8 +132,9 @@ def _zero_computation_term(
     present = present | copied
     if value_ptr is not None:
         constant = (expert >= first_constant) & (expert < end)
-        inside = constant & (here < hidden)
-        number = (expert - first_constant).to(tl.int64)
+        inside = constant & columns
+        # NPUs load a number where its mask is false, too.
+        number = tl.where(constant, expert - first_constant, 0).to(tl.int64)
         value = tl.load(value_ptr + number * hidden + here, mask=inside, other=0.0)
         if WIDE_ALPHA:
             alpha_1 = tl.load(alpha_1_ptr + number * hidden + here, mask=inside, other=0.0)
@@ -158,9 +177,9 @@ def _store_rstd(rstd_ptr, squares, active, one_by_hidden, epsilon, BLOCK_T: tl.c
 
 
 @triton.jit
-def _store_normed(y_ptr, gamma_ptr, total, rstd, here, hidden, inside, DTYPE: tl.constexpr):
+def _store_normed(y_ptr, gamma_ptr, total, rstd, here, columns, inside, DTYPE: tl.constexpr):
     """Store part of the normed row: rounded before gamma, and after."""
-    gamma = tl.load(gamma_ptr + here, mask=here < hidden, other=0.0)
+    gamma = tl.load(gamma_ptr + here, mask=columns, other=0.0)
     scaled = to_float32(narrow(total * rstd, DTYPE))
     tl.store(y_ptr, narrow(scaled * to_float32(gamma), DTYPE), mask=inside)
 
@@ -335,7 +354,8 @@ def sum_rows(
                 )
             for start in range(tile % across * BLOCK_H, hidden, across * BLOCK_H):
                 here = start + cols
-                inside = active & (here < hidden)
+                columns = in_row(start, hidden, SCHEME, GROUP, BLOCK_H)
+                inside = active & columns
                 total = tl.zeros(inside.shape, ACC)
                 if tokens_ptr is not None:
                     own = tl.load(tokens_ptr + token * tokens_stride + here, mask=inside, other=0.0)
@@ -359,15 +379,16 @@ def sum_rows(
                         if SCHEME == "block8":
                             row_scales_ptr = scales_ptr + row * row_step * SCALES_UNIT
                     term = load_row(
-                        row_ptr, row_scales_ptr, present, start, here, hidden, SCHEME, GROUP,
-                        BLOCK_H, DTYPE, ACC,
+                        row_ptr, row_scales_ptr, present, start, here, columns, hidden, SCHEME,
+                        GROUP, BLOCK_H, DTYPE, ACC,
                     )  # fmt: skip
                     if k < TOP_K:
                         if tokens_ptr is not None:
                             expert = tl.load(ids_ptr + token * TOP_K + k, mask=active, other=-1)
                             term, present = _zero_computation_term(
-                                term, present, expert, own, here, alpha_1_ptr, alpha_2_ptr,
-                                value_ptr, hidden, first_copy, first_constant, end, WIDE_ALPHA, ACC,
+                                term, present, expert, own, here, columns, alpha_1_ptr,
+                                alpha_2_ptr, value_ptr, hidden, first_copy, first_constant, end,
+                                WIDE_ALPHA, ACC,
                             )  # fmt: skip
                         if weights_ptr is not None:
                             # Load 0 for a slot without a term: its weight may be NaN.
@@ -390,7 +411,7 @@ def sum_rows(
                     tl.store(out, narrow(total, DTYPE), mask=inside)
                     if NORM:
                         y = y_ptr + token * y_stride + here
-                        _store_normed(y, gamma_ptr, total, rstd, here, hidden, inside, DTYPE)
+                        _store_normed(y, gamma_ptr, total, rstd, here, columns, inside, DTYPE)
 
 
 @triton.jit(
@@ -610,7 +631,9 @@ def sum_tensors(
     """The tensors that ``sum_rows`` takes, from the weights to rstd."""
     ids = tokens = alpha_1 = alpha_2 = value = None
     if zero_computation is not None and zero_computation.tokens is not None:
-        ids, _, _, _, tokens, alpha_1, alpha_2, value = zero_computation
+        ids, _, first_constant, end, tokens, alpha_1, alpha_2, value = zero_computation
+        if first_constant == end:  # no address of an empty tensor, which an NPU would load from
+            alpha_1 = alpha_2 = value = None
     residual, gamma, _, y, rstd = norm or _NO_NORM
     return (
         _contiguous(weights), _contiguous(ids), _with_adjacent_columns(tokens),

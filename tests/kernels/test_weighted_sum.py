@@ -165,6 +165,15 @@ def test_every_shape_of_tile_with_block8_rows(H, dtype, launch, device):
     case.check()
 
 
+def test_no_constant_experts(device):
+    case = Drawn(4, 5, 3, 0, 16, BF16, device=device).with_zero_computation()
+    none = case.numbers(0)
+    case.zero_computation = case.zero_computation._replace(
+        end=8, alpha_1=none, alpha_2=none, value=case.numbers(0, 16)
+    )
+    case.check()
+
+
 @pytest.mark.parametrize("hidden", [7168, 8193, 2**17 + 3])
 def test_long_rows(hidden, device):
     Drawn(2, 2, 2, 0, hidden, BF16, N=3, device=device).with_norm().check()
