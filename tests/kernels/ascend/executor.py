@@ -21,6 +21,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import pytest
 import recording
 import torch
@@ -104,6 +105,13 @@ class Libraries:
         self.folder.cleanup()
 
 
+def leave_out(reason: str) -> None:
+    """Skip the test, or of a drawn one this example."""
+    if hypothesis.currently_in_test_context():
+        hypothesis.reject()
+    pytest.skip(reason)
+
+
 def _word(value: object, kind: str) -> int:
     """A number as the 8 bytes of an argument."""
     if kind == "fp32":
@@ -122,7 +130,6 @@ class Executor:
         from triton.runtime.interpreter import InterpretedFunction
 
         has_npu_tiles = recording.use_npu_tiles()
-        interpret = InterpretedFunction.run
         executor = self
 
         @functools.cache
@@ -132,8 +139,8 @@ class Executor:
         def run(interpreted, *arguments, grid, warmup, **options):
             if has_npu_tiles():
                 executor.run(compiled(interpreted), arguments, grid, options)
-            else:  # no launch of an NPU
-                interpret(interpreted, *arguments, grid=grid, warmup=warmup, **options)
+            else:
+                leave_out("tiles that no NPU has")
 
         InterpretedFunction.run = run
 
@@ -141,7 +148,7 @@ class Executor:
         """Run all programs of a launch."""
         launch, bound = recording.described(kernel, arguments, {"debug": False, **options})
         if not recording.lowered(launch):
-            pytest.skip("triton-ascend takes no float64")
+            leave_out("triton-ascend takes no float64")
         entry = self.libraries.entry(launch)
         copies: dict[int, Guarded] = {}
         words = []
@@ -159,11 +166,20 @@ class Executor:
                 copies[key] = Guarded(storage)
             words.append(copies[key].address + value.data_ptr() - key)
         sizes = grid(bound) if callable(grid) else grid
-        failed = entry((ctypes.c_int64 * len(words))(*words), *(*sizes, 1, 1)[:3])
+        touched = entry((ctypes.c_int64 * len(words))(*words), *(*sizes, 1, 1)[:3])
         for copy in copies.values():
             copy.take_back()
-        if failed:
-            raise OSError(f"{launch} touches memory outside its arguments")
+        if touched:
+            kinds = launch["signature"].items()
+            pointers = [
+                (abs(touched - word), touched - word, name)
+                for word, (name, kind) in zip(words, kinds, strict=True)
+                if kind.startswith("*")
+            ]
+            _, offset, name = min(pointers)
+            raise OSError(
+                f"{launch} touches memory outside its arguments, about {offset} bytes from {name}"
+            )
         self.launched[launch["kernel"]] += 1
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
