@@ -9,10 +9,12 @@ A program, for an environment where triton is triton-ascend. It reads the launch
 
     ascend/bin/python lowering.py TARGET,... < launches.jsonl
 
-    {"kernel": ..., "Ascend910B3": {"error": "", "bytes": 98304, "given_up": [], "loops": {...}}}
+    {"kernel": ..., "Ascend910B3": {"error": "", "rewritten": 0, "bytes": 98304, "given_up": [],
+        "loops": {...}}}
 
-``bytes`` is the planned size of the UB, ``given_up`` what the compiler gave up to make it fit, and
-``loops`` counts the loops of ``loops_of``.
+``rewritten`` counts the stores of ``rewritten_stores``, ``bytes`` is the planned size of the UB,
+``given_up`` what the compiler gave up to make it fit, and ``loops`` counts the loops of
+``loops_of``.
 """
 
 from __future__ import annotations
@@ -108,6 +110,17 @@ def linalg(launch: dict, options: dict[str, object]) -> str:
     return re.sub(r', mix_mode\s*=\s*"[^"]*"', "", str(module))
 
 
+def rewritten_stores(text: str) -> int:
+    """How many masked stores of Linalg load a whole tile, select, and store all of it.
+
+    triton-ascend does that for a mask that is not a range along each axis. Elements outside the
+    mask may be those of another program, whose store may be lost.
+    """
+    copied = re.findall(r"memref\.copy (%reinterpret_cast\w*),", text)
+    store = r"materialize_in_destination %\S+ in writable (%reinterpret_cast\w*) "
+    return len({*copied} & {*re.findall(store, text)})
+
+
 def binaries() -> Path:
     """The folder of ascendnpu-ir's programs."""
     return Path(importlib.util.find_spec("ascendnpuir").origin).parent / "bin"
@@ -196,11 +209,12 @@ def compiled(launch: dict, names: list[str]) -> dict:
     texts: dict[bool, str] = {}
     for name in names:
         target = TARGETS[name]
-        facts: dict = {"error": "", "bytes": 0, "given_up": [], "loops": {}}
+        facts: dict = {"error": "", "rewritten": 0, "bytes": 0, "given_up": [], "loops": {}}
         result[name] = facts
         try:
             if target.is_950 not in texts:
                 texts[target.is_950] = linalg(launch, target.lowering)
+            facts["rewritten"] = rewritten_stores(texts[target.is_950])
             text, said = hivm(texts[target.is_950], name)
         except BaseException as error:
             stderr = (getattr(error, "stderr", None) or b"")[-2000:].decode(errors="replace")

@@ -38,20 +38,34 @@ It does not show that the object is right or fast, how the chip rounds, nor that
 holds: no kernel has run on an NPU. CANN has a bishengir-compile of its own, which may plan memory
 differently.
 
-Left out: steps over windows, as triton-ascend has no atomics of the scope of the system, and
-float64.
+Left out: steps over windows, which [GPUs](../gpu.md#steps-over-windows) have to themselves, and
+float64, which triton-ascend refuses.
 """
 LOOPS = """
 ## Loops over elements
 
 Launches of a 910B3 in which a loop of at least 16 steps loads, stores or compares one element a
 step, by kernel and the longest loop of each kind. Scattered accesses are such loops on a 910B, and
-so are comparisons of int64 ids. Until remainders and divisions were written for NPUs
-(`divide` in `kernels/_common.py`), `aligned_permutation`, `recv_permutation`, `recv_row_index` and
-`eplb_map` had a loop more for each remainder (`remsi`), and most of them one for a division.
+so are comparisons of int64 ids. A division that stands in one is scalar, and exact.
 
 | kernel | ids | loops of a launch |
 | --- | --- | --- |
+"""
+BEFORE = """
+A 910B divides vectors of int32 in fp32, which is wrong from 2**24 on. `divide` in
+`kernels/_common.py` is exact; plain `//` is left for counts of ranks and lanes, which are small.
+
+Before that, at revision abb684c, the index kernels with other loops than now, counted in the same
+launches of `launches.py`:
+
+| kernel | steps | before | now |
+| --- | ---: | --- | --- |
+| `aligned_permutation_kernel` | 512 | 7, one with `//` and one with `%` | 6 |
+| `block_starts_kernel` | | did not fit the UB | none |
+| `combine_row_index_kernel` | 512 | 2 | 1 |
+| `eplb_map_kernel` | 512 | 2, one with `//` and `%` | 2, one with `//` |
+| `recv_permutation_kernel` | 1024 | 4, one with `//` and one with `%` | 3 |
+| `recv_row_index_kernel` | 1024 | 7, two with `//` and one with `%` | 6, one with `//` |
 """
 
 
@@ -112,6 +126,7 @@ def text(results: list[dict], num_launches: int) -> str:
         *memory(results),
         *LOOPS.splitlines(),
         *loops(results),
+        *BEFORE.rstrip().splitlines(),
     ]
     return "\n".join(lines) + "\n"
 

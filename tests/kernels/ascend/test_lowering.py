@@ -47,6 +47,13 @@ def launch_of(result: dict) -> dict:
     return {key: result[key] for key in ("module", "kernel", "signature", "constants")}
 
 
+def probe(kernel: str, *names: str) -> dict:
+    """A launch of a kernel of ``probe_kernels``."""
+    kinds = {name: "*i64" if name == "bases_ptr" else "*i32" for name in names}
+    constants = {} if kernel == "exchange_kernel" else {"BLOCK": 16}
+    return {"module": "probe_kernels", "kernel": kernel, "signature": kinds, "constants": constants}
+
+
 def check(results: list[dict], targets: list[str]) -> None:
     """Every launch compiles and fits, with its buffers doubled."""
     for result in results:
@@ -54,6 +61,7 @@ def check(results: list[dict], targets: list[str]) -> None:
             facts = result[name]
             launch = launch_of(result)
             assert not facts["error"], f"{name}: {launch}:\n{facts['error']}"
+            assert not facts["rewritten"], f"{name}: {launch}: stores more than its mask"
             assert 0 < facts["bytes"] <= TARGETS[name].ub_bytes, f"{name}: {launch}: {facts}"
             # One expert of over 512 sources fills the buffer: the next one has to wait.
             wide = launch["kernel"] == "_groups_kernel" and launch["constants"]["EXPERTS"] == 1
@@ -77,6 +85,27 @@ def test_an_a3_has_the_buffers_of_a_910b():
     check(results, names)
     for result in results:
         assert result[names[0]]["bytes"] == result[names[1]]["bytes"]
+
+
+@compiles
+def test_what_compilers_refuse_or_make_other_than_it_says():
+    """Parts of steps over windows, and a store. Once this fails, kernels may use them on NPUs."""
+    launches = [
+        probe("addresses_kernel", "bases_ptr", "out_ptr"),
+        probe("word_kernel", "bases_ptr", "out_ptr"),
+        probe("gather_numbers_kernel", "x_ptr", "index_ptr", "out_ptr"),
+        probe("exchange_kernel", "out_ptr"),
+        probe("masked_kernel", "out_ptr"),
+    ]
+    results = compiled(launches, ["Ascend910B3"])
+    *refused, exchange, masked = (result["Ascend910B3"] for result in results)
+    said = ("incorrect number of indices", "expected result type with offset = 0", "but got int32")
+    for facts, words in zip(refused, said, strict=True):
+        assert words in facts["error"]
+    # No step of HIVM is left of the exchange, which sends a record.
+    assert not exchange["error"]
+    assert exchange["bytes"] == 0
+    assert masked["rewritten"] == 1
 
 
 @compiles
