@@ -10,6 +10,7 @@ from pathlib import Path
 
 import harness
 import pytest
+import shm_names
 import torch
 
 from moe_triton import (
@@ -224,7 +225,7 @@ def test_one_rank_has_no_room_for_windows(lacking, choice, provider, texts, brok
     """All ranks try the next provider without waiting for a time-out, and leave no files."""
 
     def fn(ctx):
-        files = set(Path("/dev/shm").glob("moe_triton-*"))
+        before = shm_names.names()
         began = time.monotonic()
         with pytest.MonkeyPatch.context() as patch:
             for memory in (MemfdMemory, PosixMemory):
@@ -248,7 +249,7 @@ def test_one_rank_has_no_room_for_windows(lacking, choice, provider, texts, brok
             assert ep.transport == "shm"
             round_trip(ep)
         barrier(ctx, "over")
-        assert set(Path("/dev/shm").glob("moe_triton-*")) <= files
+        assert not shm_names.left(before)
 
     harness.run_world("auto", 3, fn)
 

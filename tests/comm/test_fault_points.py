@@ -17,6 +17,7 @@ from pathlib import Path
 
 import harness
 import pytest
+import shm_names
 import torch
 import torch.distributed as dist
 
@@ -36,7 +37,7 @@ from moe_triton.comm.shm import MemfdMemory, PosixMemory
 
 WORLD, VICTIM, SURVIVORS = 3, 1, (0, 2)
 SIZES = {"num_experts": 6, "top_k": 2, "hidden": 16, "max_tokens": 8}
-TIMEOUT = 1.5  # seconds
+TIMEOUT = 2.5  # seconds
 LIMIT = 60.0  # seconds for a whole test
 
 KILL, STOP = int(signal.SIGKILL), int(signal.SIGSTOP)
@@ -57,18 +58,11 @@ def losses(points, always: set[tuple[str, int]]):
     return pytest.mark.parametrize("point, number", cases)
 
 
-def named_files() -> set[str]:
-    return {path.name for path in Path("/dev/shm").glob("moe_triton-*")}
-
-
 @pytest.fixture(autouse=True)
 def nothing_in_dev_shm():
-    before = named_files()
+    before = shm_names.names()
     yield
-    end = time.monotonic() + 5  # for what others do on this machine meanwhile
-    while named_files() - before and time.monotonic() < end:
-        time.sleep(0.1)
-    assert named_files() <= before
+    assert not shm_names.left(before)
 
 
 def open_files() -> int:
@@ -223,11 +217,19 @@ def wait_for(ranks, key: str, count: int) -> None:
         time.sleep(0.01)
 
 
+def together(ctx, fn, *args):
+    """``fn(ctx, *args)`` once all ranks have started, which may take longer than the time-out."""
+    ctx.store.add("started", 1)
+    while ctx.store.add("started", 0) < WORLD:
+        time.sleep(0.01)
+    return fn(ctx, *args)
+
+
 def results_after(fn, args, number, joining=join) -> list:
     """The results of all ranks: a lost one is restarted, or continued, once its peers raised."""
 
     def call():
-        with testing.start_processes(WORLD, fn, args=args) as ranks:
+        with testing.start_processes(WORLD, together, args=(fn, *args)) as ranks:
             wait_for(ranks, "report_of", len(SURVIVORS))
             if number == KILL:
                 ranks.restart(VICTIM, joining, args=())

@@ -9,10 +9,10 @@ from __future__ import annotations
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import harness
 import pytest
+import shm_names
 import torch
 
 from moe_triton import BrokenGroupError, ExpertParallel, PeerTimeoutError, testing
@@ -75,9 +75,9 @@ def wait_until(condition, timeout=30.0):
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind():
-    before = {path.name for path in Path("/dev/shm").glob("moe_triton-*")}
+    before = shm_names.names()
     yield
-    assert {path.name for path in Path("/dev/shm").glob("moe_triton-*")} <= before
+    assert not shm_names.left(before)
 
 
 def late(ctx):

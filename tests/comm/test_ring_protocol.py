@@ -12,9 +12,9 @@ import os
 import subprocess
 import threading
 import time
-from pathlib import Path
 
 import pytest
+import shm_names
 import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
@@ -408,10 +408,6 @@ def refuse_to_open() -> None:
     raise OSError(24, "Too many open files")
 
 
-def named_files() -> set[str]:
-    return {path.name for path in Path("/dev/shm").glob("moe_triton-*")}
-
-
 @pytest.mark.parametrize("in_flight", [1, 2])
 @pytest.mark.parametrize("with_window", [False, True])
 def test_windows_that_one_rank_cannot_open(with_window, in_flight):
@@ -487,13 +483,13 @@ def test_a_rank_that_fails_after_all_have_opened_the_windows():
 
 
 def test_new_windows_lose_their_names_within_the_call():
-    before = named_files()
+    before = shm_names.names()
     protocols = connect(3, memory=PosixMemory())
     for protocol in protocols:
         for block in protocol._control.blocks:
             block.release()
     epochs = together(protocols, setup)
-    assert named_files() == before
+    assert not shm_names.left(before)
     for protocol, epoch in zip(protocols, epochs, strict=True):
         teardown(protocol, epoch)
 
@@ -504,7 +500,7 @@ def test_a_rank_that_fails_leaves_the_names_of_its_peers():
     for protocol in protocols:
         for block in protocol._control.blocks:
             block.release()
-    before, refused = named_files(), threading.Event()
+    before, refused = shm_names.names(), threading.Event()
 
     def refuse_and_tell():
         refused.set()
@@ -521,7 +517,7 @@ def test_a_rank_that_fails_leaves_the_names_of_its_peers():
     for rank in (0, 2):
         assert isinstance(results[rank], PeerAbortError)
         assert results[rank].rank == 1
-    assert named_files() == before
+    assert not shm_names.left(before)
 
 
 def test_peers_remove_the_names_of_a_lost_rank():
@@ -529,13 +525,13 @@ def test_peers_remove_the_names_of_a_lost_rank():
     for protocol in protocols:
         for block in protocol._control.blocks:
             block.release()
-    before, over = named_files(), threading.Event()
+    before, over = shm_names.names(), threading.Event()
     stalled = Hooked(protocols[1]._opener.memory, lambda: over.wait(10))
     protocols[1]._opener.memory = stalled
     thread = threading.Thread(target=lambda: error_of(exchange, protocols[1]), daemon=True)
     thread.start()
     assert error_of(exchange, protocols[0]).ranks == (1,)
-    assert named_files() == before
+    assert not shm_names.left(before)
     over.set()
     thread.join(10)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import harness
 import pytest
+import shm_names
 import torch
 
 from moe_triton.comm.shm import MemfdMemory, PosixMemory
@@ -32,10 +33,6 @@ def open_files() -> list[str]:
     return [name for name in actual if "moe_triton-" in name]
 
 
-def named_files() -> set[str]:
-    return {path.name for path in Path("/dev/shm").glob("moe_triton-*")}
-
-
 def mappings() -> int:
     """Mappings of our blocks in this process."""
     gc.collect()
@@ -44,9 +41,10 @@ def mappings() -> int:
 
 @pytest.fixture(autouse=True)
 def nothing_is_left():
-    before = named_files(), open_files(), mappings()
+    names, before = shm_names.names(), (open_files(), mappings())
     yield
-    assert (named_files(), open_files(), mappings()) == before
+    assert (open_files(), mappings()) == before
+    assert not shm_names.left(names)
 
 
 @memories
@@ -88,9 +86,9 @@ def test_a_block_outlives_its_release_and_its_peers(memory):
 
 
 def test_a_memfd_has_no_name():
-    before = named_files()
+    before = shm_names.names()
     block = MemfdMemory().allocate(4096)
-    assert named_files() == before
+    assert not shm_names.left(before)
     peer = MemfdMemory().open(block.handle)
     assert len(open_files()) == 3  # the handle's, and one for each mapping
     block.release()
@@ -99,21 +97,22 @@ def test_a_memfd_has_no_name():
 
 
 def test_a_posix_block_has_a_name_for_its_user_only():
-    before = named_files()
+    before = shm_names.names()
     block = PosixMemory().allocate(4096)
-    (name,) = named_files() - before
+    name = Path(block.handle["path"]).name
+    assert name in shm_names.names()
     assert Path("/dev/shm", name).stat().st_mode & 0o777 == 0o600
     block.release()
-    assert named_files() == before
+    assert not shm_names.left(before)
 
 
 def test_peers_remove_the_name_of_a_dead_rank():
-    before = named_files()
+    before = shm_names.names()
     block = PosixMemory().allocate(4096)
     peers = [PosixMemory().open(block.handle) for _ in range(2)]
     for peer in peers:
         peer.release()
-    assert named_files() == before
+    assert not shm_names.left(before)
 
 
 def test_a_descriptor_number_that_was_used_again_is_refused():
@@ -210,11 +209,11 @@ def test_processes_share_a_block(name):
             time.sleep(1e-3)
         values = sorted(set(block.data.tolist()))
         del block, opened
-        return values, named_files(), open_files()
+        return values, shm_names.names(), open_files()
 
-    before = named_files()
+    before = shm_names.names()
     results = harness.run_world("shm", 3, fn)
     assert [values for values, _, _ in results] == [[3], [1], [2]]
     for _, names, files in results:
-        assert names == before
+        assert not names & shm_names.left(before)
         assert files == []

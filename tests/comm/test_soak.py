@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import shm_names
 import torch
 
 from moe_triton import ExpertParallel, testing
@@ -71,10 +72,10 @@ def soak(ctx, *, rounds):
 
 
 def run(rounds):
-    before = names("/dev/shm")
+    before = shm_names.names()
     work = functools.partial(soak, rounds=rounds)
     growth = testing.run_processes(WORLD, work, transport="symmetric")
-    assert names("/dev/shm") <= before
+    assert not shm_names.left(before)
     assert [files for _, files in growth] == [0] * WORLD
     return max(grown for grown, _ in growth)
 
