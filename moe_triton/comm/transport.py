@@ -156,7 +156,7 @@ class DeviceSteps(WindowSteps, Protocol):
         expert_ids: Tensor,
         num_experts: int,
         weights: Tensor | None,
-        copies: RoutingCopies | None,
+        copies: RoutingCopies | None = None,
         /,
         *,
         alignment: int = 1,
