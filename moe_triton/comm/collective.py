@@ -1,7 +1,8 @@
 """Dispatch and combine over torch.distributed, for ranks that share no memory.
 
 Each operation is one exchange of messages (``message_exchange``): setup starts it, teardown waits
-for it. A token is sent once to each rank that wants it, so n routed slots share m rows.
+for it. A token is sent once to each rank that wants it, so n routed slots share m rows. The host
+makes the indices, and the device the rows.
 
     dispatch  [L] counts, [W] totals where rows are limited, [R] which of the m rows each row of the
               source is, counted from 1, [n, P] slot ids and weights, padding to 16 bytes, [m] rows
@@ -15,13 +16,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from ..errors import MoeError, RoutingMismatchError
 from ..layout import NOWHERE, RoutingPlan, align
 from .groups import Group
-from .message_exchange import MessageExchange, Messages, Operation
+from .memory import on_host
+from .message_exchange import WORDS, MessageExchange, Messages, Operation
 from .packing import packed_bytes, write_packed
 from .row_exchange import as_rows, check_overflow, finish_rows, plan_tokens, receive
 from .transport import (
@@ -80,47 +83,43 @@ class CollectiveTransport:
     def _compose_dispatch(
         self, call: Call, epoch: int, tokens: DispatchInput, plan: RoutingPlan
     ) -> Operation:
-        config, topology, device = call.config, call.config.topology, call.device
+        config, topology = call.config, call.config.topology
         rows = self._encode(call, epoch, tokens)
-        slot_ids, weights, num_slots = self._slots(call, tokens, plan)
-        slots = torch.tensor(num_slots, dtype=torch.int32, device=device)
-        target = torch.arange(self._size, device=device).repeat_interleave(slots)
-        wanted = torch.zeros((self._size, len(rows)), dtype=torch.bool, device=device)
-        wanted[target, config.row_of(slot_ids)] = True
-        numbers = wanted.cumsum(1, dtype=torch.int32)
-        num_rows = numbers[:, -1].tolist() if len(rows) else [0] * self._size
-        index = wanted.nonzero()[:, 1]
+        (num_sources, stride), world = rows.shape, self._size
+        counts = on_host(plan.counts).reshape(-1, topology.experts_per_rank)
+        slots, num_slots = self._slots(call, tokens, on_host(plan.sorted_slot_ids), counts.sum(1))
+        target = np.arange(world).repeat(num_slots)
+        wanted = np.zeros((world, num_sources), dtype=bool)
+        wanted[target, config.row_of(slots[:, 0])] = True
+        numbers = wanted.cumsum(1, dtype=np.int32)
+        num_rows = wanted.sum(1)
+        index = wanted.nonzero()[1]
         if config.per_expert:  # its rows are sorted by slot first
             index = index % config.num_slots * len(tokens.x) + index // config.num_slots
-        pairs = slot_ids
-        if weights is not None:
-            words = weights.view(torch.int32).view(len(slot_ids), weights.itemsize // 4)
-            pairs = torch.cat([slot_ids[:, None], words], dim=1)
 
-        counts = plan.counts.split(topology.experts_per_rank)
-        lists = [[slots[:0]] * topology.num_shared_ranks + [*counts], numbers.unbind()]
+        local, before = topology.experts_per_rank, self._list_words(config)
+        lists = np.zeros((world, before + num_sources), dtype=np.int32)
+        lists[topology.num_shared_ranks :, :local] = counts
         if config.max_rows is not None:
-            lists.insert(1, [slots] * self._size)
-        lists.append([part.reshape(-1) for part in pairs.split(num_slots)])
-        starts, sizes, heads = [], [], []
-        for rank, (n, m) in enumerate(zip(num_slots, num_rows, strict=True)):
-            used = n > 0 or config.max_rows is not None
-            start = align(4 * sum(len(one[rank]) for one in lists)) if used else 0
-            starts.append(start)
-            sizes.append(start + m * rows.shape[1])
-            heads.append((n, m, len(rows) if used else 0))
-        operation = self._compose(call, "dispatch", epoch, sizes, heads)
-        for rank, part in enumerate(operation.parts):
-            if len(part):
-                pieces = [one[rank] for one in lists]
-                out = part[: starts[rank]].view(torch.int32)[: sum(map(len, pieces))]
-                torch.cat(pieces, out=out)
-        targets = zip(operation.parts, starts, index.split(num_rows), strict=True)
-        for part, start, chosen in targets:
-            if len(chosen):
-                out = part[start:].view(len(chosen), -1)
-                torch.index_select(rows, 0, chosen, out=out)
+            lists[:, local:before] = num_slots
+        lists[:, before:] = numbers
+        width = slots.shape[1]
+        row_starts = align(4 * (lists.shape[1] + width * num_slots))
+        heads = num_slots, num_rows, [num_sources] * world
+        operation = self._compose(call, "dispatch", epoch, row_starts + num_rows * stride, heads)
+        first = operation.starts // 4
+        operation.write_words(first[:, None] + np.arange(lists.shape[1]), lists)
+        # The slots for a rank lie one after the other.
+        gaps = first + lists.shape[1] - (num_slots.cumsum() - num_slots) * width
+        at = (gaps.repeat(num_slots) + np.arange(len(slots)) * width)[:, None] + np.arange(width)
+        operation.write_words(at, slots)
+        operation.write_rows(operation.starts + row_starts, rows, index, num_rows.tolist())
         return operation
+
+    def _list_words(self, config: MoeConfig) -> int:
+        """Words of a dispatch's payload before the numbers of its rows."""
+        totals = 0 if config.max_rows is None else self._size
+        return config.topology.experts_per_rank + totals
 
     def _encode(self, call: Call, epoch: int, tokens: DispatchInput) -> torch.Tensor:
         """[R, stride] uint8 rows of the tokens; with factors of each expert, by slot and token."""
@@ -145,32 +144,40 @@ class CollectiveTransport:
         return rows.view(num_rows, fmt.stride)
 
     def _slots(
-        self, call: Call, tokens: DispatchInput, plan: RoutingPlan
-    ) -> tuple[torch.Tensor, torch.Tensor | None, list[int]]:
-        """The routed slots in the order of ranks, for each rank in that of a dispatch.
+        self, call: Call, tokens: DispatchInput, slot_ids: np.ndarray, num_slots: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The slots that are sent, in the order of ranks, for each rank in that of a dispatch.
+
+        Args:
+            call: the call.
+            tokens: its input.
+            slot_ids: the routed slots as flat positions, sorted by expert; others follow.
+            num_slots: how many of them go to each rank of routed experts.
 
         Returns:
-            [n] int32 slot ids; [n] weights or None; [W] slots for each rank.
+            [n, P] int32 slot ids and, where they are sent along, the words of the weights; [W]
+            slots for each rank.
         """
         config, topology = call.config, call.config.topology
-        num_slots = plan.counts.view(-1, topology.experts_per_rank).sum(1).tolist()
-        num_slots = [0] * topology.num_shared_ranks + num_slots
-        slot_ids = plan.sorted_slot_ids[: sum(num_slots)]
-        weights = None
+        num_slots = np.concatenate([np.zeros(topology.num_shared_ranks, np.int64), num_slots])
+        slot_ids = slot_ids[: num_slots.sum()]
+        weights = np.empty((len(slot_ids), 0), dtype=np.int32)
         if config.with_weights:
             assert tokens.weights is not None
-            weights = tokens.weights.reshape(-1)[slot_ids].to(config.weight_dtype)
-        if not topology.num_shared_experts:
-            return slot_ids, weights, num_slots
-        slot_ids = slot_ids + slot_ids // config.top_k * topology.num_shared_experts
-        active = (tokens.expert_ids != NOWHERE).any(1).nonzero()[:, 0].int() * config.num_slots
-        shared = [active + config.top_k + shared for shared in range(topology.num_shared_experts)]
-        for rank in topology.shared_ranks_of(self._rank):
-            num_slots[rank] = len(active)
-        if weights is not None:
-            ones = weights.new_ones(len(active) * topology.num_shared_experts)
-            weights = torch.cat([ones, weights])
-        return torch.cat([*shared, slot_ids]), weights, num_slots
+            numbers = on_host(tokens.weights.to(config.weight_dtype)).reshape(-1, 1)
+            weights = numbers[slot_ids].view(np.int32)
+        if topology.num_shared_experts:
+            num_shared = topology.num_shared_experts
+            slot_ids = slot_ids + slot_ids // config.top_k * num_shared
+            tokens_sent = (on_host(tokens.expert_ids) != NOWHERE).any(1).nonzero()[0]
+            active = (tokens_sent * config.num_slots).astype(np.int32)
+            shared = [active + config.top_k + shared for shared in range(num_shared)]
+            slot_ids = np.concatenate([*shared, slot_ids])
+            num_slots[[*topology.shared_ranks_of(self._rank)]] = len(active)
+            if config.with_weights:
+                ones = np.ones((len(active) * num_shared, 1), dtype=numbers.dtype)
+                weights = np.concatenate([ones.view(np.int32), weights])
+        return np.concatenate([slot_ids[:, None], weights], axis=1), num_slots
 
     @phase("dispatch recv")
     def dispatch_recv(self, pending: Pending[DispatchInput]) -> Received:
@@ -179,44 +186,35 @@ class CollectiveTransport:
         plan = pending.state
         assert isinstance(plan, RoutingPlan)
         messages = self._receive(pending, "dispatch")
-        num_slots, _, num_rows = zip(*(head.words for head in messages.heads), strict=True)
-        is_shared = config.topology.is_shared_rank(self._rank)
-        local = 0 if is_shared else config.topology.experts_per_rank
-        before = local + (0 if config.max_rows is None else self._size)
+        num_slots, _, num_sources = messages.heads[:, WORDS].T
+        local, before = config.topology.experts_per_rank, self._list_words(config)
         width = 1 + (config.weight_dtype.itemsize // 4 if config.with_weights else 0)
-        lists = messages.words([0] * self._size, before + max(num_rows))
-        pairs = messages.words([4 * (before + n) for n in num_rows], width * max(num_slots))
-        pairs = pairs.view(self._size, -1, width) if pairs.numel() else pairs[..., None]
+        ends = 4 * (before + num_sources)
+        lists = messages.words(np.zeros_like(ends), before + int(num_sources.max()))
+        slots = messages.words(ends, width * int(num_slots.max())).reshape(self._size, -1, width)
         weights = None
         if config.with_weights:
-            words = pairs[:, :, 1:].clone(memory_format=torch.contiguous_format)
-            weights = words.view(-1).view(config.weight_dtype).view(self._size, max(num_slots))
+            words = torch.from_numpy(np.ascontiguousarray(slots[:, :, 1:]))
+            weights = words.view(config.weight_dtype)[:, :, 0].to(device)
         if config.max_rows is not None:
-            totals = lists[:, local:before]
-            check_overflow(call, lambda rank: totals[:, rank])
-        slots = torch.tensor([num_slots], dtype=torch.int32, device=device)
-        counts = slots if is_shared else lists[:, :local].T.where(slots > 0, 0).contiguous()
+            check_overflow(call, lists[:, local:before].sum(0).tolist())
+        is_shared = config.topology.is_shared_rank(self._rank)
+        counts = num_slots[None].astype(np.int32) if is_shared else lists[:, :local].T.copy()
 
-        stride = config.row_format.stride
         # A payload lists its rows from 1 on; they follow its lists.
-        starts = [
-            start + (align(4 * (before + rows + width * slots)) if head.num_bytes else 0)
-            for start, head, rows, slots in zip(
-                messages.starts, messages.heads, num_rows, num_slots, strict=True
-            )
-        ]
-        origins = torch.tensor([[start // 16 - stride // 16] for start in starts], device=device)
-        table = lists[:, before:] * (stride // 16) + origins
+        step = config.row_format.stride // 16
+        origins = (messages.starts + align(ends + 4 * width * num_slots)) // 16 - step
+        table = lists[:, before:].astype(np.int64) * step + origins[:, None]
         return receive(
             call,
             self._rank,
             pending.data,
             plan,
-            counts,
-            pairs[:, :, 0].contiguous(),
+            torch.from_numpy(counts).to(device),
+            torch.from_numpy(slots[:, :, 0].copy()).to(device),
             weights,
-            messages.rows(stride),
-            table,
+            messages.rows(config.row_format.stride),
+            torch.from_numpy(table).to(device),
         )
 
     @phase("combine send")
@@ -230,19 +228,16 @@ class CollectiveTransport:
         )
 
     def _compose_combine(self, call: Call, epoch: int, inputs: CombineInput) -> Operation:
-        fmt, source = call.config.return_format, inputs.recv_permutation.source
-        order = source.argsort(stable=True)  # padding, whose source is negative, comes first
-        padding, *num_rows = torch.bincount(source + 1, minlength=self._size + 1).tolist()
+        fmt, permutation = call.config.return_format, inputs.recv_permutation
+        source = on_host(permutation.source)
+        # Padding, whose source is negative, comes first.
+        padding, *num_rows = np.bincount(source + 1, minlength=self._size + 1).tolist()
+        index = source.argsort(kind="stable")[padding:]
         sizes = [n * fmt.stride for n in num_rows]
-        operation = self._compose(call, "combine", epoch, sizes, [(n, n, 0) for n in num_rows])
-        parts = order[padding:].split(num_rows)
-        for part, index in zip(operation.parts, parts, strict=True):
-            if len(index):
-                rows = part.view(len(index), fmt.stride)
-                if fmt.scale_offset is None:
-                    torch.index_select(inputs.y, 0, index, out=fmt.payload(rows))
-                else:
-                    call.steps.encode(inputs.y[index], fmt, rows)
+        heads = num_rows, [0] * self._size, [0] * self._size
+        operation = self._compose(call, "combine", epoch, sizes, heads)
+        rows = as_rows(call, inputs.y, permutation, fmt)
+        operation.write_rows(operation.starts, rows, index, num_rows)
         return operation
 
     @phase("combine recv")
@@ -255,32 +250,32 @@ class CollectiveTransport:
         of a shared expert in that of the tokens that take part.
         """
         call, inputs = pending.call, pending.data
-        topology, plan, ids = call.config.topology, inputs.plan, inputs.expert_ids.long()
+        topology, plan, ids = call.config.topology, inputs.plan, on_host(inputs.expert_ids)
         messages = self._receive(pending, "combine")
-        stride = call.config.return_format.stride
-        step, device = stride // 16, ids.device
-        counts = plan.counts.view(-1, topology.experts_per_rank)
+        step = call.config.return_format.stride // 16
+        origins, returned = messages.starts // 16, messages.heads[:, WORDS][:, 0]
+        counts = on_host(plan.counts).reshape(-1, topology.experts_per_rank)
         ends = counts.cumsum(1)
-        sent = [0] * topology.num_shared_ranks + ends[:, -1].tolist()
-        origins = torch.tensor([start // 16 for start in messages.starts], device=device)
+        sent = np.zeros_like(returned)
+        sent[topology.num_shared_ranks :] = ends[:, -1]
         first = (ends - counts) * step + origins[topology.num_shared_ranks :, None]
-        position = plan.position_in_expert.view(ids.shape)
+        position = on_host(plan.position_in_expert).reshape(ids.shape)
         absent = position == NOWHERE
-        index = first.view(-1)[ids.masked_fill(absent, 0)] + position * step
-        index.masked_fill_(absent, NOWHERE)
+        index = first.reshape(-1)[np.where(absent, 0, ids)] + position.astype(np.int64) * step
+        index[absent] = NOWHERE
         if topology.num_shared_experts:
-            holders = topology.shared_ranks_of(self._rank)
-            active = (ids != NOWHERE).any(1, keepdim=True)
-            token = active.cumsum(0)
-            for rank in holders:
-                sent[rank] = int(active.sum())
-            shared = (origins[[*holders]] + (token - 1) * step).where(active, NOWHERE)
-            index = torch.cat([index, shared], dim=1)
-        for rank, (mine, head) in enumerate(zip(sent, messages.heads, strict=True)):
-            returned = head.words[0]
-            if mine != returned:
-                raise RoutingMismatchError(call.op, rank, "its experts", mine, returned)
-        return finish_rows(call, inputs, messages.rows(stride), index, epilogue)
+            holders = [*topology.shared_ranks_of(self._rank)]
+            active = (ids != NOWHERE).any(1)
+            sent[holders] = active.sum()
+            row = origins[holders] + (active.cumsum()[:, None] - 1) * step
+            index = np.concatenate([index, np.where(active[:, None], row, NOWHERE)], axis=1)
+        if (sent != returned).any():
+            rank = int((sent != returned).argmax())
+            raise RoutingMismatchError(
+                call.op, rank, "its experts", int(sent[rank]), int(returned[rank])
+            )
+        rows = messages.rows(call.config.return_format.stride)
+        return finish_rows(call, inputs, rows, torch.from_numpy(index).to(call.device), epilogue)
 
     @phase("gather send")
     def all_gather_send(
@@ -294,9 +289,10 @@ class CollectiveTransport:
         def compose(epoch: int) -> Operation:
             size = packed_bytes([part.numel() * part.element_size() for part in parts])
             operation = self._compose(call, "gather", epoch, [size] * self._size)
-            write_packed(operation.parts[0], parts)
-            for part in operation.parts[1:]:
-                part.copy_(operation.parts[0])
+            first, *others = operation.parts()
+            write_packed(first, parts)
+            for part in others:
+                part.copy_(first)
             return operation
 
         return Pending(self, call, None, self._send(call, "gather", compose))
@@ -325,7 +321,7 @@ class CollectiveTransport:
         arguments = {"op": op, "row_bytes": x.shape[1]}
         sizes = [count * x.shape[1] for count in counts]
         operation = self._exchange.compose("exchange", epoch, arguments, x.device, sizes)
-        for part, rows in zip(operation.parts, x.split(counts), strict=True):
+        for part, rows in zip(operation.parts(), x.split(counts), strict=True):
             part.view(rows.shape).copy_(rows)
         self._exchange.start("exchange", epoch, operation)
         return self._exchange.receive(op, "exchange", epoch).payloads()
@@ -351,8 +347,8 @@ class CollectiveTransport:
         call: Call,
         kind: str,
         epoch: int,
-        sizes: list[int],
-        words: list[tuple[int, int, int]] | None = None,
+        sizes: Sequence[int] | np.ndarray,
+        words: Sequence[Sequence[int] | np.ndarray] | int = 0,
     ) -> Operation:
         return self._exchange.compose(kind, epoch, call.arguments, call.device, sizes, words)
 

@@ -10,10 +10,17 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias
 
+import numpy as np
 import torch
 
 HOST = torch.device("cpu")
 Handle: TypeAlias = "dict[str, int | str]"
+
+
+def on_host(tensor: torch.Tensor) -> np.ndarray:
+    """The numbers of a tensor; of one on a device, a copy."""
+    array: np.ndarray = tensor.cpu().numpy()
+    return array
 
 
 @dataclasses.dataclass

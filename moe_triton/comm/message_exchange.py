@@ -1,13 +1,14 @@
 """All-to-alls of messages: a head that every rank can read, and a payload of any size.
 
-    head  status, digest of the arguments, bytes of the payload, three words that depend on
-          the operation, a mark, time sent; int64
+    head  status, digest of the arguments, bytes of the payload, marks, time sent, three words that
+          depend on the operation; int64
 
-gloo accepts messages shorter than the memory that waits for them. Each rank waits with ``_ROOM``
-bytes in all, whatever the arguments, so neither sizes nor an agreement have to travel first, and a
-rank that aborts sends heads alone. Larger payloads, and all payloads in the memory of a device,
-whose NCCL, RCCL or HCCL demand exact sizes, follow in a second all-to-all, which starts when the
-heads have come. On a device the host reads the heads, so no graph can hold these operations.
+Payloads begin at multiples of 16 bytes, and the bytes between them are sent too. gloo accepts
+messages shorter than the memory that waits for them. Each rank waits with ``_ROOM`` bytes in all,
+whatever the arguments, so neither sizes nor an agreement have to travel first, and a rank that
+aborts sends heads alone. Larger payloads, and all payloads in the memory of a device, whose NCCL,
+RCCL or HCCL demand exact sizes, follow in a second all-to-all, which starts when the heads have
+come. On a device the host reads the heads, so no graph can hold these operations.
 
 gloo matches collectives by the order in which a group issues them, and ranks may set up a combine
 before or after a dispatch. So each kind has a gloo connection of its own, apart from the caller's
@@ -24,12 +25,12 @@ import dataclasses
 import datetime as dt
 import hashlib
 import json
-import struct
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -45,7 +46,7 @@ from ..errors import (
 from ..layout import align
 from .failure_detection import FailureDetection, Verdict
 from .groups import Group
-from .memory import HOST
+from .memory import HOST, on_host
 from .polling import Backoff, bounded
 from .transport import capturing
 from .wait_board import Deadlock, WaitBoard
@@ -54,34 +55,15 @@ _Connection: TypeAlias = Any  # dist.ProcessGroup or a bare dist.ProcessGroupGlo
 
 KINDS = ("dispatch", "combine", "gather", "exchange")
 _REST = "rest"  # the connection of second messages
-_HEAD = struct.Struct("8q")
+_STATUS, _DIGEST, NUM_BYTES, _MARKS, _SENT = range(5)  # columns of heads
+WORDS = slice(5, 8)
+_HEAD = 64  # bytes
 _DATA, _ABORT = 1, 2  # status
 _INLINE, _MORE = 1, 2  # marks: the payload follows the head; some payload of this sender does not
 _ROOM = 1 << 26  # bytes for the messages of all ranks in one operation; used only where written
 _FOREVER = dt.timedelta(days=1)  # teardown counts the time-out, not the collective
 _LOOK = 0.2  # seconds between looks for ranks that gave up
 _STORE_LIMIT = 0.5  # seconds for one access to the store
-
-
-class Head(NamedTuple):
-    """What a message begins with; see the module."""
-
-    status: int
-    digest: int
-    num_bytes: int = 0
-    words: tuple[int, int, int] = (0, 0, 0)
-    marks: int = _INLINE
-    sent: int = 0
-
-    def pack(self) -> bytes:
-        """Its bytes."""
-        return _HEAD.pack(*self[:3], *self.words, *self[4:])
-
-    @classmethod
-    def unpack(cls, data: Any) -> Head:
-        """The head that begins with these bytes."""
-        status, digest, num_bytes, first, second, third, marks, sent = _HEAD.unpack_from(data)
-        return cls(status, digest, num_bytes, (first, second, third), marks, sent)
 
 
 @dataclasses.dataclass
@@ -91,24 +73,66 @@ class Operation:
     Attributes:
         device: of the payloads.
         connection: carries the heads.
-        heads: [W] for each rank.
-        parts: [W] uint8 payloads for each rank, to be filled before ``start``.
+        heads: [W, 8] int64 for each rank.
+        incoming: [W, room] messages of all ranks; the own one is in its place from the start.
         outgoing: [bytes] heads and inline payloads for the other ranks.
         splits: [W] bytes of ``outgoing`` for each rank.
-        incoming: [W, room] messages of all ranks.
         rest: [bytes] the payloads that are not inline.
+        rest_splits: [W] bytes of ``rest`` for each rank.
+        data: [bytes] uint8 that holds all payloads, which are to be filled before ``start``.
+        starts: [W] int64 first byte of each.
         work: the collective; None before ``start``.
     """
 
     device: torch.device
     connection: _Connection
-    heads: list[Head]
-    parts: list[torch.Tensor]
+    heads: np.ndarray
+    incoming: torch.Tensor
     outgoing: torch.Tensor
     splits: list[int]
-    incoming: torch.Tensor
     rest: torch.Tensor
+    rest_splits: list[int]
+    data: torch.Tensor
+    starts: np.ndarray
     work: dist.Work | None = None
+
+    def parts(self) -> list[torch.Tensor]:
+        """[W] the payloads for each rank."""
+        return _parts(self.data, self.starts, self.heads)
+
+    def write_words(self, positions: np.ndarray, words: np.ndarray) -> None:
+        """Write int32 words to payloads; positions count the words of ``data``."""
+        data = self.data.view(torch.int32)
+        if data.device.type == "cpu":
+            data.numpy()[positions] = words
+        else:
+            at, values = (torch.from_numpy(array).to(data.device) for array in (positions, words))
+            data.index_copy_(0, at, values)
+
+    def write_rows(
+        self, starts: np.ndarray, rows: torch.Tensor, index: np.ndarray, counts: Sequence[int]
+    ) -> None:
+        """Write rows to payloads.
+
+        Args:
+            starts: [W] byte of ``data`` where those for each rank begin.
+            rows: [R, stride] uint8.
+            index: [n] int64 rows to write, those for rank 0 first.
+            counts: [W] rows for each rank.
+        """
+        stride = rows.shape[1]
+        firsts = (np.cumsum(counts) - counts).tolist()
+        spans = [span for span in zip(starts.tolist(), firsts, counts, strict=True) if span[2]]
+        if self.data.device.type == "cpu":
+            data, source = self.data.numpy(), rows.numpy()
+            for start, first, count in spans:
+                out = data[start : start + count * stride].reshape(count, stride)
+                source.take(index[first : first + count], 0, out, "clip")  # no other writes to out
+        else:
+            chosen = torch.from_numpy(index).to(rows.device)
+            for start, first, count in spans:
+                part = self.data[start : start + count * stride].view(count, stride)
+                torch.index_select(rows, 0, chosen[first : first + count], out=part)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,40 +140,39 @@ class Messages:
     """The payloads of all ranks, valid until the memory is used again.
 
     Attributes:
-        heads: [W] of each source.
+        heads: [W, 8] int64 of each source.
         data: [bytes] uint8 that holds all payloads, a multiple of 16 bytes and not empty.
-        starts: [W] first byte of each, a multiple of 16 where all sizes are.
+        starts: [W] int64 first byte of each, a multiple of 16.
         waited: [W] seconds waited for each rank: exact for the last one, and for the others by the
             clocks of their hosts.
     """
 
-    heads: list[Head]
+    heads: np.ndarray
     data: torch.Tensor
-    starts: list[int]
+    starts: np.ndarray
     waited: list[float]
 
     def payloads(self) -> list[torch.Tensor]:
         """[W] the bytes of each source."""
-        pairs = zip(self.starts, self.heads, strict=True)
-        return [self.data[start : start + head.num_bytes] for start, head in pairs]
+        return _parts(self.data, self.starts, self.heads)
 
     def rows(self, stride: int) -> torch.Tensor:
         """[N, stride] overlapping rows, one at every 16 bytes."""
         count = max((len(self.data) - stride) // 16 + 1, 0)
         return self.data.as_strided((count, stride), (16, 1))
 
-    def words(self, offsets: Sequence[int], count: int) -> torch.Tensor:
+    def words(self, offsets: np.ndarray, count: int) -> np.ndarray:
         """[W, count] int32 from these bytes of each payload on; garbage after its end."""
         words = self.data.view(torch.int32)
-        first = [(start + at) // 4 for start, at in zip(self.starts, offsets, strict=True)]
-        pitch = first[1] - first[0]
-        # Messages of equal sizes lie evenly: a view will do.
-        even = pitch > 0 and first == [*range(first[0], first[-1] + 1, pitch)]
-        if even and first[-1] + count <= len(words):
-            return words.as_strided((len(first), count), (pitch, 1), first[0])
-        index = torch.tensor(first, device=words.device)[:, None]
-        index = index + torch.arange(count, device=words.device)
-        return words[index.clamp_(max=len(words) - 1)]
+        first = (self.starts + offsets) // 4
+        # In host memory, messages of equal sizes lie evenly: a view will do.
+        pitch = int(first[-1] - first[0]) // (len(first) - 1 or 1)
+        even = (first == first[0] + np.arange(len(first)) * pitch).all()
+        if words.device.type == "cpu" and even and first[-1] + count <= words.shape[0]:
+            shape, strides = (len(first), count), (4 * pitch, 4)
+            return np.ndarray(shape, np.int32, words.numpy(), 4 * int(first[0]), strides)
+        index = np.minimum(first[:, None] + np.arange(count), words.shape[0] - 1)
+        return on_host(words[torch.from_numpy(index).to(words.device)])
 
 
 class MessageExchange:
@@ -188,7 +211,7 @@ class MessageExchange:
         self._in_flight: dict[str, dict[int, Operation]] = {kind: {} for kind in KINDS}
         self._undrained: dict[str, list[Operation]] = {kind: [] for kind in KINDS}
         self._buffers: dict[tuple[str, int, torch.device], torch.Tensor] = {}
-        self._digests: dict[str, int] = {}
+        self._digests: dict[tuple[Any, ...], int] = {}
         self._failures = FailureDetection(store, self.rank, self.size, timeout)
         self._options = dist.AllToAllOptions()
         self._options.timeout = _FOREVER
@@ -230,9 +253,12 @@ class MessageExchange:
     def buffer(self, role: str, epoch: int, num_bytes: int, device: torch.device) -> torch.Tensor:
         """Bytes that are free again after as many operations as may be in flight."""
         key = (role, epoch % self._limit, device)
-        if key not in self._buffers or self._buffers[key].numel() < num_bytes:
-            self._buffers[key] = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        return self._buffers[key][:num_bytes]
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.shape[0] < num_bytes:
+            # A quarter more, so that it grows only a few times.
+            size = num_bytes if buffer is None else max(num_bytes, buffer.shape[0] * 5 // 4)
+            buffer = self._buffers[key] = torch.empty(size, dtype=torch.uint8, device=device)
+        return buffer[:num_bytes]
 
     # One operation: begin, compose, start, receive; or begin, abort.
 
@@ -269,8 +295,8 @@ class MessageExchange:
         epoch: int,
         arguments: Mapping[str, Any],
         device: torch.device,
-        sizes: Sequence[int],
-        words: Sequence[tuple[int, int, int]] | None = None,
+        sizes: Sequence[int] | np.ndarray,
+        words: Sequence[Sequence[int] | np.ndarray] | int = 0,
     ) -> Operation:
         """Make memory for the payloads to each rank.
 
@@ -280,55 +306,65 @@ class MessageExchange:
             arguments: what must be equal on all ranks, as names and printable values.
             device: of the payloads.
             sizes: [W] their bytes.
-            words: [W] what the heads say to each rank.
+            words: [3, W] what the heads say to each rank.
         """
         digest = self._digest(arguments, device)
-        return self._compose(kind, epoch, device, _DATA, digest, sizes, words)
+        heads = self._heads(_DATA, digest, sizes)
+        heads[:, WORDS] = np.asarray(words).T
+        return self._compose(kind, epoch, device, heads)
 
-    def _compose(
-        self,
-        kind: str,
-        epoch: int,
-        device: torch.device,
-        status: int,
-        digest: int,
-        sizes: Sequence[int],
-        words: Sequence[tuple[int, int, int]] | None,
-    ) -> Operation:
+    def _heads(self, status: int, digest: int, sizes: Sequence[int] | np.ndarray) -> np.ndarray:
+        heads = np.zeros((self.size, _HEAD // 8), dtype=np.int64)
+        heads[:, :NUM_BYTES] = status, digest
+        heads[:, NUM_BYTES] = sizes
+        heads[:, _SENT] = time.time_ns()
+        return heads
+
+    def _compose(self, kind: str, epoch: int, device: torch.device, heads: np.ndarray) -> Operation:
         connection, at = self._lane(kind, device)
+        here = in_host_memory(device)
         host = at.type == "cpu"
-        room = align(_ROOM // self.size) if host else _HEAD.size
-        limit = room - _HEAD.size if in_host_memory(device) else 0
-        splits = [_HEAD.size + (size if size <= limit else 0) for size in sizes]
+        room = align(_ROOM // self.size) if host else _HEAD
+        sizes = align(heads[:, NUM_BYTES])
+        inline = sizes <= (room - _HEAD if here else 0)
+        rest_splits = np.where(inline, 0, sizes)
+        heads[:, _MARKS] = inline * _INLINE + (not inline.all()) * _MORE
+
+        # Incoming messages, then outgoing ones, and in host memory the rest.
+        splits = sizes - rest_splits + _HEAD
         splits[self.rank] = 0
-        incoming = self.buffer(f"{kind} in", epoch, self.size * room, at).view(-1, room)
-        outgoing = self.buffer(f"{kind} out", epoch, sum(splits), at)
-        rest_size = sum(size for size in sizes if size > limit)
-        rest = self.buffer(f"{kind} rest", epoch, rest_size, device)
-        more, sent = _MORE if rest_size else 0, time.time_ns()
-        memory = memoryview(outgoing.numpy()) if host else bytearray(len(outgoing))  # type: ignore[arg-type]
-        heads, parts, start, rest_start = [], [], 0, 0
-        for rank, size in enumerate(sizes):
-            inline = size <= limit
-            extra = words[rank] if words else (0, 0, 0)
-            head = Head(status, digest, size, extra, (_INLINE if inline else 0) | more, sent)
-            heads.append(head)
-            if rank != self.rank:
-                memory[start : start + _HEAD.size] = head.pack()
-            if not inline:
-                parts.append(rest[rest_start : rest_start + size])
-                rest_start += size
-            elif rank == self.rank:
-                parts.append(incoming[rank, _HEAD.size : _HEAD.size + size])
-            else:
-                parts.append(outgoing[start + _HEAD.size : start + _HEAD.size + size])
-            start += splits[rank]
+        ends = splits.cumsum()
+        starts = self.size * room + ends - splits
+        starts[self.rank] = self.rank * room
+        rest_ends = rest_splits.cumsum()
+        first, rest_bytes = self.size * room, int(rest_ends[-1])
+        end = first + int(ends[-1])
+        memory = self.buffer(kind, epoch, end + (rest_bytes if here else 0), at)
+        numbers = memory.numpy()[:end] if host else np.empty(end, dtype=np.uint8)
+        numbers.view(np.int64)[(starts // 8)[:, None] + np.arange(_HEAD // 8)] = heads
         if not host:
-            outgoing.copy_(torch.frombuffer(memory, dtype=torch.uint8))
-        return Operation(device, connection, heads, parts, outgoing, splits, incoming, rest)
+            memory.copy_(torch.from_numpy(numbers))
+        if here:
+            data, rest = memory, memory[end:]
+            starts = np.where(inline, starts + _HEAD, end + rest_ends - rest_splits)
+        else:
+            data = rest = self.buffer(f"{kind} rest", epoch, rest_bytes, device)
+            starts = rest_ends - rest_splits
+        return Operation(
+            device,
+            connection,
+            heads,
+            memory[:first].view(-1, room),
+            memory[first:end],
+            splits.tolist(),
+            rest,
+            rest_splits.tolist(),
+            data,
+            starts,
+        )
 
     def start(self, kind: str, epoch: int, operation: Operation) -> None:
-        """Send what ``compose`` made, once its parts are filled; does not wait."""
+        """Send what ``compose`` made, once its payloads are filled; does not wait."""
         # The own message is in its place already, behind the room of the rank before.
         room = operation.incoming.shape[1]
         rooms, first = [room] * self.size, 0
@@ -347,9 +383,8 @@ class MessageExchange:
         """Post why this rank cannot take part, and send heads that say so."""
         reason = error.problem if isinstance(error, MoeError) else repr(error)
         self._post(_abort_key(kind, epoch, self.rank), reason)
-        operation = self._compose(
-            kind, epoch, self._devices[kind], _ABORT, 0, [0] * self.size, None
-        )
+        heads = self._heads(_ABORT, 0, [0] * self.size)
+        operation = self._compose(kind, epoch, self._devices[kind], heads)
         self.start(kind, epoch, operation)
         self._undrained[kind].append(self._in_flight[kind].pop(epoch))
 
@@ -370,21 +405,16 @@ class MessageExchange:
         self._wait(op, kind, epoch, operation.work, operation.connection, deadline)
         seconds = time.monotonic() - began
         incoming, room = operation.incoming, operation.incoming.shape[1]
-        raw = incoming[:, : _HEAD.size]
-        data = (raw if raw.device.type == "cpu" else raw.cpu()).numpy()
-        heads = [
-            operation.heads[rank] if rank == self.rank else Head.unpack(data[rank])
-            for rank in range(self.size)
-        ]
+        heads = incoming[:, :_HEAD].cpu().numpy().view(np.int64)
         error = self._disagreement(op, kind, epoch, heads)
         if error is not None:
             del self._in_flight[kind][epoch]
             raise error
-        last = max(head.sent for head in heads)
-        waited = [min(max(seconds - (last - head.sent) * 1e-9, 0.0), seconds) for head in heads]
-        starts = [rank * room + _HEAD.size for rank in range(self.size)]
+        since = seconds - (heads[:, _SENT].max() - heads[:, _SENT]) * 1e-9
+        waited = since.clip(0.0, seconds).tolist()
+        starts = np.arange(self.size) * room + _HEAD
         messages = Messages(heads, incoming.view(-1), starts, waited)
-        if any(head.marks & _MORE for head in heads):
+        if (heads[:, _MARKS] & _MORE).any():
             messages = self._receive_rest(op, kind, epoch, messages, deadline)
         del self._in_flight[kind][epoch]
         return messages
@@ -395,62 +425,60 @@ class MessageExchange:
         """Exchange the sized payloads, and put the inline ones behind them."""
         operation, heads = self._in_flight[kind][epoch], messages.heads
         device = operation.device
-        sizes, own_sizes = (
-            [0 if head.marks & _INLINE else head.num_bytes for head in ours]
-            for ours in (heads, operation.heads)
-        )
-        rest = sum(sizes)
-        end = align(rest)
-        total = end + sum(align(head.num_bytes) for head in heads if head.marks & _INLINE)
-        data = self.buffer(f"{kind} all", epoch, max(total, 16), device)
+        sizes = align(heads[:, NUM_BYTES])
+        inline = (heads[:, _MARKS] & _INLINE) != 0
+        rest_splits, inline_sizes = np.where(inline, 0, sizes), np.where(inline, sizes, 0)
+        rest = int(rest_splits.sum())
+        data = self.buffer(f"{kind} all", epoch, max(int(sizes.sum()), 16), device)
         connection, at = self._lane(_REST, device)
         direct = at.type == device.type and in_host_memory(device) == (at.type == "cpu")
         output = data[:rest] if direct else torch.empty(rest, dtype=torch.uint8, device=at)
-        work = self._all_to_all(connection, output, operation.rest.to(at), sizes, own_sizes)
+        work = self._all_to_all(
+            connection, output, operation.rest.to(at), rest_splits.tolist(), operation.rest_splits
+        )
         self._wait(op, kind, epoch, work, connection, deadline, part="the rows of ")
         if not direct:
             data[:rest].copy_(output)
-        starts, start = [], 0
-        for head, size, payload in zip(heads, sizes, messages.payloads(), strict=True):
-            if head.marks & _INLINE:
-                data[end : end + head.num_bytes].copy_(payload)
-                starts.append(end)
-                end += align(head.num_bytes)
-            else:
-                starts.append(start)
-                start += size
-        return dataclasses.replace(messages, data=data, starts=starts)
+        starts = np.where(
+            inline,
+            rest + inline_sizes.cumsum() - inline_sizes,
+            rest_splits.cumsum() - rest_splits,
+        )
+        moved = dataclasses.replace(messages, data=data, starts=starts)
+        for rank in inline.nonzero()[0]:
+            moved.payloads()[rank].copy_(messages.payloads()[rank])
+        return moved
 
     # Agreement.
 
     def _digest(self, arguments: Mapping[str, Any], device: torch.device) -> int:
         """64 bits that stand for the arguments, which the store has under them."""
-        text = f"{arguments!r} {device.type}"
-        if text not in self._digests:
+        key = (device.type, *arguments.items())
+        if key not in self._digests:
             if not in_host_memory(device):
                 arguments = {**arguments, "device": device.type}
             data = json.dumps(arguments)
             raw = hashlib.blake2b(data.encode(), digest_size=8).digest()
             digest = int.from_bytes(raw, "big", signed=True)
             self._post(f"arguments/{digest}", data)
-            self._digests[text] = digest
-        return self._digests[text]
+            self._digests[key] = digest
+        return self._digests[key]
 
-    def _disagreement(self, op: str, kind: str, epoch: int, heads: list[Head]) -> MoeError | None:
+    def _disagreement(self, op: str, kind: str, epoch: int, heads: np.ndarray) -> MoeError | None:
         """The error of ranks that cannot do this operation together."""
-        own = heads[self.rank].digest
-        if all(head.status == _DATA and head.digest == own for head in heads):
+        own = int(heads[self.rank, _DIGEST])
+        if (heads[:, :NUM_BYTES] == (_DATA, own)).all():
             return None
-        for rank, head in enumerate(heads):
-            if head.status == _ABORT:
+        for rank, status in enumerate(heads[:, _STATUS]):
+            if status == _ABORT:
                 reason = self._lookup(_abort_key(kind, epoch, rank))
                 return PeerAbortError(op, rank, reason or "the store does not tell why")
-        for rank, head in enumerate(heads):
-            if head.digest == own:
+        for rank, digest in enumerate(heads[:, _DIGEST].tolist()):
+            if digest == own:
                 continue
-            texts = [self._lookup(f"arguments/{digest}") for digest in (own, head.digest)]
+            texts = [self._lookup(f"arguments/{one}") for one in (own, digest)]
             if None in texts:
-                return ArgumentMismatchError(op, "the arguments", own, head.digest, rank=rank)
+                return ArgumentMismatchError(op, "the arguments", own, digest, rank=rank)
             mine, theirs = (json.loads(text or "") for text in texts)
             for name in [*mine, *theirs]:
                 if (one := mine.get(name)) != (other := theirs.get(name)):
@@ -624,6 +652,12 @@ def _wait_once(work: dist.Work, connection: _Connection, until: float) -> None:
             raise RuntimeError("not done yet")
         backoff.pause()
     work.wait()
+
+
+def _parts(data: torch.Tensor, starts: np.ndarray, heads: np.ndarray) -> list[torch.Tensor]:
+    """[W] the payloads in ``data``."""
+    pairs = zip(starts.tolist(), heads[:, NUM_BYTES].tolist(), strict=True)
+    return [data[start : start + size] for start, size in pairs]
 
 
 def _abort_key(kind: str, epoch: int, rank: int) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from ..errors import ReceiveOverflowError
@@ -15,7 +13,6 @@ from .transport import (
     DispatchInput,
     Received,
     Traffic,
-    capturing,
 )
 from .window import MoeConfig
 
@@ -133,18 +130,18 @@ def padded(weights: torch.Tensor | None, num_rows: int) -> torch.Tensor | None:
     return longer
 
 
-def check_overflow(call: Call, counts_of: Callable[[int], torch.Tensor]) -> None:
+def check_overflow(call: Call, totals: list[int]) -> None:
     """Raise on every rank alike when any rank receives more rows than the call allows.
 
-    A captured graph cannot be asked: it leaves out rows without room.
+    Args:
+        call: the call.
+        totals: rows that each rank receives.
     """
     limit = call.config.max_rows
-    if limit is None or capturing(call.device):
-        return
-    totals = [counts_of(rank).sum() for rank in range(call.config.topology.world_size)]
-    for rank, rows in enumerate(torch.stack(totals).tolist()):
-        if rows > limit:
-            raise ReceiveOverflowError(call.op, rank, rows, limit)
+    if limit is not None:
+        for rank, rows in enumerate(totals):
+            if rows > limit:
+                raise ReceiveOverflowError(call.op, rank, rows, limit)
 
 
 def finish_rows(

@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ from ..layout import ExchangeLayout, Ring, RowFormat, Windows, align
 from ..layout.windows import RECEIVED, RECORD_BYTES, SENT, STATE_WORDS
 from ..topology import Topology
 from .memory import Block
+
+_Ids = TypeVar("_Ids", np.ndarray, torch.Tensor)
 
 RETURN_BLOCK = 8  # elements that share a scale in quantised combine rows
 
@@ -106,9 +109,9 @@ class MoeConfig:
         """Of the routing weights: float32, for float64 float64."""
         return torch.promote_types(self.dtype, torch.float32)
 
-    def row_of(self, slot_ids: torch.Tensor) -> torch.Tensor:
-        """The row of its source that each slot id, token * (K + NS) + slot, names; int64."""
-        return (slot_ids if self.per_expert else slot_ids // self.num_slots).long()
+    def row_of(self, slot_ids: _Ids) -> _Ids:
+        """The row of its source that each slot id, token * (K + NS) + slot, names."""
+        return slot_ids if self.per_expert else slot_ids // self.num_slots
 
     def capacity(self, rank: int) -> int:
         """A: the most rows that ``rank`` receives, padding included."""

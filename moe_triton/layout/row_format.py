@@ -5,9 +5,12 @@ Letters: H hidden size.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
+
+_Bytes = TypeVar("_Bytes", int, np.ndarray)
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -42,7 +45,7 @@ QUANTS = {
 }
 
 
-def align(num_bytes: int, to: int = 16) -> int:
+def align(num_bytes: _Bytes, to: int = 16) -> _Bytes:
     """``num_bytes`` rounded up to a multiple of ``to``."""
     return -(-num_bytes // to) * to
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from ..layout import NOWHERE, RecvRowIndex, RoutingPlan
@@ -35,30 +36,30 @@ def recv_row_index(
         totals_dtype: int32 or int64, of ``totals``.
     """
     permutation = recv_permutation(counts, alignment, capacity)
+    totals = counts.sum(1)
     if load is not None:
-        load += counts.sum(1)
+        load += totals
     assert permutation.index_in_source is not None
-    real = permutation.source != NOWHERE
-    source = permutation.source.where(real, 0)
-    index_in_source = permutation.index_in_source.where(real, 0)
-    sent_ids = index_in_source.int()
-    if slot_ids.numel():
-        sent_ids = slot_ids[source, index_in_source]
-    row = (sent_ids // slots_per_row).long().where(real, 0)
+    # numpy: its calls cost a tenth of torch's.
+    source, at = permutation.source.numpy(), permutation.index_in_source.numpy()
+    absent = source == NOWHERE
+    source, at = np.where(absent, 0, source), np.where(absent, 0, at)
+    sent_ids = slot_ids.numpy()[source, at] if slot_ids.numel() else at.astype(np.int32)
     row_index = source
     if table.numel():
-        row_index = table[source, row]
+        row_index = table.numpy()[source, np.where(absent, 0, sent_ids // slots_per_row)]
     row_weights = None
     if weights is not None:
-        row_weights = weights.new_zeros(len(real))
+        row_weights = weights.new_zeros(len(source))
         if weights.numel():
-            row_weights = weights[source, index_in_source].where(real, 0)
+            row_weights = weights[torch.from_numpy(source), torch.from_numpy(at)]
+            row_weights.masked_fill_(torch.from_numpy(absent), 0)
     return RecvRowIndex(
         permutation,
-        sent_ids.where(real, NOWHERE).int(),
-        row_index.where(real, NOWHERE),
+        torch.from_numpy(np.where(absent, np.int32(NOWHERE), sent_ids)),
+        torch.from_numpy(np.where(absent, NOWHERE, row_index)),
         row_weights,
-        counts.sum(1, dtype=totals_dtype),
+        totals.to(totals_dtype),
     )
 
 
