@@ -123,6 +123,7 @@ class Executor:
     """Takes the place of Triton's interpreter for launches of an NPU."""
 
     def __init__(self, level: str) -> None:
+        self.level = level
         self.libraries = Libraries(level)
         self.launched: collections.Counter[str] = collections.Counter()
 
@@ -184,9 +185,14 @@ class Executor:
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         drops = pytest.mark.skip(reason="triton-ascend drops device_assert")
+        folds = pytest.mark.xfail(
+            reason="ascendnpu-ir takes 0.0 + x for x, also for -0.0", strict=True
+        )
         for item in items:
             if "asserting" in getattr(item, "fixturenames", ()):
                 item.add_marker(drops)
+            if item.name == "test_no_negative_zero[kernels]" and self.level == "hfusion":
+                item.add_marker(folds)
 
     def pytest_terminal_summary(self, terminalreporter) -> None:
         terminalreporter.write_line(f"launches: {json.dumps(self.launched)}")
