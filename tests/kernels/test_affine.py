@@ -42,6 +42,15 @@ def test_each_step_is_rounded(function, device):
     assert function(x, one(1, device), one(0.48, device)).item() == 66
 
 
+def test_products_and_sums_are_rounded(device):
+    """Products and sums whose last bit decides over the code."""
+    random = torch.Generator().manual_seed(5)
+    x = (torch.randn(64, 64, generator=random) * 40).to(device)
+    for scale, offset in torch.randn(8, 2, 1, generator=random).to(device):
+        actual = kernels.quantize_affine(x, scale, offset)
+        assert torch.equal(actual, ref.quantize_affine(x, scale, offset))
+
+
 @hypothesis.given(
     rows=st.integers(0, 5),
     hidden=st.integers(1, 40),

@@ -66,7 +66,27 @@ def special_rows() -> torch.Tensor:
     # Quotients on and beside the middle of two codes.
     middles = (torch.arange(HIDDEN) + 0.5).float().view(torch.int32)
     x[13] = (middles + torch.arange(HIDDEN, dtype=torch.int32) % 3 - 1).view(torch.float32)
-    return x
+    return torch.cat([x, middles_of_rounded_divisors()])
+
+
+def middles_of_rounded_divisors() -> torch.Tensor:
+    """Rows whose divisors were rounded, with quotients beside the middle of two codes.
+
+    Each group of 8 has the same divisor. Numbers where a product with a reciprocal is not the
+    quotient come first.
+    """
+    codes = torch.arange(-126, 127).float() + 0.5
+    rows = []
+    for largest in (0.7, 3.0, 9.7, 77.0, 100.0):
+        divisor = torch.tensor(largest) / 127
+        near = (codes * divisor).view(torch.int32)[:, None] + torch.arange(-1, 2, dtype=torch.int32)
+        near = near.view(torch.float32).flatten()
+        off = (near * (1 / divisor)).round() != (near / divisor).round()
+        assert off.any()
+        row = near[off.int().argsort(descending=True, stable=True)[:HIDDEN]]
+        row[::8] = largest
+        rows.append(row)
+    return torch.stack(rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -80,6 +100,11 @@ def test_special_rows(name, dtype, arithmetic, device):
     )
     kernels.encode(x, fmt, actual)
     ref.encode(x, fmt, expected)
+    # A tile takes the way of rare divisors if one of its rows does.
+    for row, together in zip(x.split(1), actual.split(1), strict=True):
+        alone = torch.full_like(together, 0xA5)
+        kernels.encode(row, fmt, alone)
+        assert torch.equal(alone, together)
     for part in (fmt.payload, fmt.scales):
         found, wanted = part(actual), part(expected)
         if found.dtype.is_floating_point:

@@ -10,6 +10,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+NAN = np.int32(0x7FFFFFFF).view(np.float32)  # of all sums and products
 FLOAT8 = {"e4m3x2": torch.float8_e4m3fn, "e5m2x2": torch.float8_e5m2}
 
 
@@ -62,8 +63,19 @@ def install(monkeypatch) -> None:
         rounded = torch.from_numpy(np.ascontiguousarray(x.data)).bfloat16().view(torch.int16)
         return interpreter.TensorHandle(rounded.numpy().view(np.uint16), tl.bfloat16)
 
+    def with_one_nan(method):
+        def compute(*operands):
+            result = method(*operands)
+            if result.dtype.scalar == tl.float32:
+                result.data = np.where(np.isnan(result.data), NAN, result.data)
+            return result
+
+        return compute
+
     monkeypatch.setattr(builder, "create_fp_trunc", create_fp_trunc)
-    monkeypatch.setattr(builder, "create_fma", create_fma)
+    monkeypatch.setattr(builder, "create_fma", with_one_nan(create_fma))
+    for name in ("create_fadd", "create_fsub", "create_fmul", "create_fdiv"):
+        monkeypatch.setattr(builder, name, with_one_nan(getattr(builder, name)))
     monkeypatch.setattr(builder, "create_inline_asm", _InlineAsm)
 
 
