@@ -161,11 +161,11 @@ class CollectiveTransport:
         config, topology = call.config, call.config.topology
         num_slots = np.concatenate([np.zeros(topology.num_shared_ranks, np.int64), num_slots])
         slot_ids = slot_ids[: num_slots.sum()]
-        weights = np.empty((len(slot_ids), 0), dtype=np.int32)
+        columns = []
         if config.with_weights:
             assert tokens.weights is not None
             numbers = on_host(tokens.weights.to(config.weight_dtype)).reshape(-1, 1)
-            weights = numbers[slot_ids].view(np.int32)
+            columns = [numbers[slot_ids].view(np.int32)]
         if topology.num_shared_experts:
             num_shared = topology.num_shared_experts
             slot_ids = slot_ids + slot_ids // config.top_k * num_shared
@@ -176,8 +176,8 @@ class CollectiveTransport:
             num_slots[[*topology.shared_ranks_of(self._rank)]] = len(active)
             if config.with_weights:
                 ones = np.ones((len(active) * num_shared, 1), dtype=numbers.dtype)
-                weights = np.concatenate([ones.view(np.int32), weights])
-        return np.concatenate([slot_ids[:, None], weights], axis=1), num_slots
+                columns = [np.concatenate([ones.view(np.int32), *columns])]
+        return np.concatenate([slot_ids[:, None], *columns], axis=1), num_slots
 
     @phase("dispatch recv")
     def dispatch_recv(self, pending: Pending[DispatchInput]) -> Received:

@@ -19,7 +19,7 @@ Handle: TypeAlias = "dict[str, int | str]"
 
 def on_host(tensor: torch.Tensor) -> np.ndarray:
     """The numbers of a tensor; of one on a device, a copy."""
-    array: np.ndarray = tensor.cpu().numpy()
+    array: np.ndarray = tensor.detach().cpu().numpy()
     return array
 
 
