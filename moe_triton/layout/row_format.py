@@ -112,7 +112,7 @@ class RowFormat(NamedTuple):
 
     def payload(self, rows: torch.Tensor) -> torch.Tensor:
         """[.., stride] uint8 -> [.., H] of ``dtype``, a view."""
-        return rows.view(self.dtype)[..., : self.hidden]
+        return rows.view(self.dtype).narrow(-1, 0, self.hidden)
 
     def scales(self, rows: torch.Tensor) -> torch.Tensor:
         """[.., stride] uint8 -> [.., num_scales] of ``scale_dtype``, a view."""

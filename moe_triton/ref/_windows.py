@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from ..layout import RowFormat, Windows
+from ..layout import FLOAT8, RowFormat, Windows
 from ..layout.windows import (
     ABORTED,
     BROKEN,
@@ -106,12 +106,15 @@ class HostWindows:
         first = self.own + self.ring.data_start(slot) + start
         return self.span[first : first + num_bytes]
 
-    def own_rows(self, fmt: RowFormat, slot: int, start: int) -> torch.Tensor:
-        """[N, stride] uint8: all rows in a data slot of this rank, after ``start`` bytes."""
+    def own_rows(
+        self, fmt: RowFormat, slot: int, start: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Payload and scales of all rows in a data slot of this rank, after ``start`` bytes."""
 
-        def make() -> torch.Tensor:
+        def make() -> tuple[torch.Tensor, torch.Tensor | None]:
             count = (self.ring.data_bytes - start) // fmt.stride
-            return self.data(slot, start, count * fmt.stride).view(count, fmt.stride)
+            rows = self.data(slot, start, count * fmt.stride).view(count, fmt.stride)
+            return fmt.payload(rows), None if fmt.scale_offset is None else fmt.scales(rows)
 
         return self.cached(("own rows", fmt, slot, start), make)
 
@@ -124,6 +127,11 @@ class HostWindows:
         """[N, stride] uint8: a row beginning every 16 bytes of the span."""
         return self.cached(("rows", fmt), lambda: self._every_row(fmt.stride))
 
+    def payload(self, fmt: RowFormat) -> torch.Tensor:
+        """[N, H] the payload of ``rows``; its bytes where torch cannot select the dtype."""
+        bits = torch.uint8 if fmt.dtype in FLOAT8 else fmt.dtype
+        return self.cached(("payload", fmt), lambda: fmt.payload(self.rows(fmt)).view(bits))
+
     def _every_row(self, stride: int) -> torch.Tensor:
         count = max((self.span.numel() - stride) // 16 + 1, 0)
         return self.span.as_strided((count, stride), (16, 1))
@@ -134,8 +142,8 @@ class HostWindows:
         return self._row_offsets + (slots * (self.ring.data_bytes // 16) + units)
 
     def data_words(self, slot: int) -> np.ndarray:
-        """[W] index in ``words`` of each rank's data slot."""
-        return self._word_offsets + self.ring.data_start(slot) // 4
+        """[W, 1] index in ``words`` of each rank's data slot."""
+        return (self._word_offsets + self.ring.data_start(slot) // 4)[:, None]
 
     def cached(self, key: tuple[Any, ...], make: Callable[[], _T]) -> _T:
         """``make()``, once."""

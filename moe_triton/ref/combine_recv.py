@@ -16,7 +16,7 @@ from ..layout import (
 from ..layout.windows import EXTRA, RECEIVED
 from ._windows import HostWindows, host
 from .dispatch_send import active_positions
-from .weighted_sum import weighted_sum
+from .weighted_sum import sum_payload
 
 
 def combine_recv(
@@ -55,13 +55,13 @@ def combine_recv(
     epoch = memory.next_epoch(RECEIVED)
     records = None if memory.broken else memory.records(epoch, digest)
     if records is not None:
-        index = torch.from_numpy(_row_index(memory, layout, epoch, records, expert_ids, positions))
-        rows = memory.rows(fmt)
+        index = _row_index(memory, layout, epoch, records, expert_ids, positions)
+        rows = memory.rows(fmt) if fmt.scale_offset is not None else memory.payload(fmt)
         if out.dim() == 3:
-            flat, each = out.view(-1, fmt.hidden), index.view(-1, 1)
-            weighted_sum(rows, each, fmt, None, None, None, flat)
+            flat, each = out.view(-1, fmt.hidden), index.reshape(-1, 1)
+            sum_payload(rows, each, fmt, None, None, None, flat)
         else:
-            weighted_sum(rows, index, fmt, weights, zero_computation, addend, out, norm)
+            sum_payload(rows, index, fmt, weights, zero_computation, addend, out, norm)
     memory.received(epoch)
 
 
@@ -75,15 +75,16 @@ def _row_index(
 ) -> np.ndarray:
     """[T, K + NS] int64 index in ``HostWindows.rows`` of each slot's row, or ``NOWHERE``."""
     local, shared = layout.experts_per_rank, layout.num_shared_ranks
-    ids, step = expert_ids.numpy(), layout.return_format.stride // 16
+    ids, step = expert_ids.numpy(), np.int64(layout.return_format.stride // 16)
     starts = memory.numbers(epoch, layout.combine_number_bytes)
     origins = memory.row_origins(records[:, EXTRA].astype(np.int64), 0)
     position = positions.position_in_expert.numpy().reshape(ids.shape)
-    # The last expert for a slot that is not sent: negative ids are large as unsigned integers.
-    expert = np.minimum(ids.view(f"u{ids.itemsize}"), layout.num_experts - 1)
-    row = starts[shared:, :local].astype(np.int64).reshape(-1)[expert] + position
-    index = np.repeat(origins[shared:], local)[expert] + row * step
-    index[(position == NOWHERE) | (row >= layout.capacity)] = NOWHERE
+    # A slot that is not sent takes the first expert or the last.
+    of_experts = starts[shared:, :local]
+    row = of_experts.reshape(-1).take(ids, mode="clip") + position
+    first = (origins[shared:, None] + of_experts * step).take(ids, mode="clip")
+    index = first + position * step
+    index[(position < 0) | (row >= layout.capacity)] = NOWHERE
     if not layout.num_shared_experts:
         return index
     given = positions.active_position

@@ -8,7 +8,7 @@ import torch
 from ..layout import ExchangeLayout, Windows
 from ..layout.windows import DATA_SLOT, SENT
 from ._windows import host
-from .quantize import encode
+from .quantize import encode_apart
 
 
 def combine_send(
@@ -37,14 +37,16 @@ def combine_send(
     slot, fmt = 0, layout.return_format
     if y is not None:
         slot = memory.next_data_slot()
-        y = y[: layout.rank_capacity(memory.rank)]
-        encode(y, fmt, memory.own_rows(fmt, slot, 0)[: y.shape[0]], count=count)
+        most = layout.rank_capacity(memory.rank)
+        n = min(y.shape[0], most) if count is None else min(y.shape[0], most, int(count))
+        payload, scales = memory.own_rows(fmt, slot, 0)
+        encode_apart(y[:n], fmt, payload[:n], None if scales is None else scales[:n])
     epoch, number_bytes = memory.next_epoch(SENT), layout.combine_number_bytes
     starts = group_starts.numpy()
     local, wide = len(starts), layout.experts_per_rank
     numbers = np.zeros((windows.world_size, 2 * wide), np.int32)
     numbers[:, :local] = starts[:, :-1].T
     # Also on a shared rank, of one expert, the counts come after as many numbers.
-    numbers[:, wide : wide + local] = (starts[:, 1:] - starts[:, :-1]).T
+    np.subtract(starts[:, 1:].T, starts[:, :-1].T, out=numbers[:, wide : wide + local])
     memory.send(epoch, numbers, number_bytes, digest=digest, extra=slot)
     memory.state[DATA_SLOT] = slot

@@ -139,12 +139,14 @@ class _Rows(NamedTuple):
     Attributes:
         source: rank that sent the row.
         token: of the row at its source.
+        slot: of the row at its source, token * K + slot; of no meaning for a shared expert.
         slot_id: of the row at its source, token * (K + NS) + slot.
         row: of the result.
     """
 
     source: np.ndarray
     token: np.ndarray
+    slot: np.ndarray
     slot_id: np.ndarray
     row: np.ndarray
 
@@ -180,40 +182,41 @@ def _rows(
         records: [W, 4].
         starts: [L, W + 1] first row of each (local expert, source).
     """
-    num_tokens, first = records[:, EXTRA], layout.first_expert(memory.rank)
+    num_tokens, first = records[:, EXTRA, None], layout.first_expert(memory.rank)
     data = memory.data_words(memory.data_slot(epoch))
     if first < 0:
         replicas = layout.shared_replicas
         number = np.arange(num_tokens.max())
-        position = memory.words[(data + layout.active_start // 4)[:, None] + number]
+        position = memory.words.take(data + (layout.active_start // 4 + number))
         served = np.arange(len(records)) % replicas == memory.rank % replicas
-        sent = (number < num_tokens[:, None]) & (position >= 0) & served[:, None]
+        sent = (number < num_tokens) & (position >= 0) & served[:, None]
         source, token = sent.nonzero()
-        slot = layout.top_k + memory.rank // replicas
+        slot_id = token * layout.num_slots + (layout.top_k + memory.rank // replicas)
         row = starts[0, source] + position[source, token]
-        return _Rows(source, token, token * layout.num_slots + slot, row)
-    num_ids = num_tokens * layout.top_k
-    number = np.arange(num_ids.max())
-    expert = memory.words[data[:, None] + number] - np.int32(first)
+        return _Rows(source, token, slot_id, slot_id, row)
+    num_slots = num_tokens * layout.top_k
+    number = np.arange(num_slots.max())
+    places = data + number
+    expert = memory.words.take(places) - np.int32(first)
     # Negative ids are large as unsigned integers.
-    sent = (expert.view(np.uint32) < layout.experts_per_rank) & (number < num_ids[:, None])
-    source, at = sent.nonzero()
-    position = memory.words[data[source] + (layout.positions_start // 4 + at)]
-    row = starts[expert[source, at], source] + position
-    token = at // layout.top_k
-    return _Rows(source, token, at + token * layout.num_shared_experts, row)
+    sent = (expert.view(np.uint32) < layout.experts_per_rank) & (number < num_slots)
+    source, slot = sent.nonzero()
+    position = memory.words.take(places[sent] + layout.positions_start // 4)
+    row = starts[expert[sent], source] + position
+    token = slot // layout.top_k
+    slot_id = slot + token * layout.num_shared_experts
+    return _Rows(source, token, slot, slot_id, row)
 
 
 def _gather(
     memory: HostWindows, fmt: RowFormat, index: np.ndarray, num_rows: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Gather payload and scales of the rows at an index; others follow up to ``num_rows``."""
-    x = torch.empty((num_rows, fmt.hidden), dtype=fmt.dtype)
-    n, where = len(index), torch.from_numpy(index)
-    # torch cannot select every float8: use its bytes.
-    bits = torch.uint8 if fmt.dtype in FLOAT8 else fmt.dtype
-    payload = memory.cached(("payload", fmt), lambda: fmt.payload(memory.rows(fmt)).view(bits))
-    torch.index_select(payload, 0, where, out=x.view(bits)[:n])
+    n, where, payload = len(index), torch.from_numpy(index), memory.payload(fmt)
+    x = torch.empty((num_rows, fmt.hidden), dtype=payload.dtype)
+    torch.index_select(payload, 0, where, out=x if n == num_rows else x[:n])
+    if fmt.dtype in FLOAT8:
+        x = x.view(fmt.dtype)
     if fmt.scale_offset is None:
         return x, None
     scales = torch.empty(fmt.scale_shape(num_rows), dtype=fmt.scale_dtype)
@@ -235,8 +238,7 @@ def _weights(
     else:
         start = memory.ring.data_start(memory.data_slot(epoch)) + layout.weights_start
         first = (memory.offsets + start) // size
-        slot = rows.slot_id - rows.token * layout.num_shared_experts
-        weights[rows.row] = memory.elements(size)[first[rows.source] + slot]
+        weights[rows.row] = memory.elements(size).take(first[rows.source] + rows.slot)
     return torch.from_numpy(weights)
 
 

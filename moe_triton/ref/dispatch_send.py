@@ -8,7 +8,7 @@ import torch
 from ..layout import NOWHERE, ExchangeLayout, RoutingCopies, SlotPositions, Windows
 from ..layout.windows import SENT
 from ._windows import HostWindows, host
-from .quantize import encode
+from .quantize import encode_apart
 
 
 def dispatch_send(
@@ -70,8 +70,7 @@ def dispatch_send(
         assert weights is not None
         size = layout.weight_dtype.itemsize
         at = (start + layout.weights_start) // size
-        given = weights.detach().to(layout.weight_dtype).numpy().reshape(-1)
-        memory.elements(size)[at : at + ids.size] = given
+        memory.elements(size)[at : at + ids.size] = weights.detach().numpy().reshape(-1)
     _write_rows(memory, layout, slot, x, expert_ids, smooth_scales)
     # The last number is that of the active tokens.
     counts[num_experts] = 0 if active is None else (active != NOWHERE).sum()
@@ -115,18 +114,20 @@ def _write_rows(
 ) -> None:
     """Write the rows of the tokens, or of their slots."""
     fmt, num_slots = layout.row_format, layout.rows_per_token
-    rows = memory.own_rows(fmt, slot, layout.rows_start)[: x.shape[0] * num_slots]
-    if not layout.per_expert:
-        encode(x, fmt, rows, smooth_scales)
-        return
-    if smooth_scales is None or smooth_scales.dim() == 1:
-        encode(x.repeat_interleave(num_slots, 0), fmt, rows, smooth_scales)
-        return
-    top_k, num_shared = layout.top_k, layout.num_shared_experts
+    count = x.shape[0] * num_slots
+    payload, scales = memory.own_rows(fmt, slot, layout.rows_start)
+    payload, scales = payload[:count], None if scales is None else scales[:count]
+    if layout.per_expert:
+        x = x.repeat_interleave(num_slots, 0)
+        if smooth_scales is not None and smooth_scales.dim() == 2:
+            smooth_scales = smooth_scales[_factors(layout, expert_ids)]
+    encode_apart(x, fmt, payload, scales, smooth_scales)
+
+
+def _factors(layout: ExchangeLayout, expert_ids: torch.Tensor) -> torch.Tensor:
+    """[T * (K + NS)] index of each slot's factors among those of all experts."""
+    num_shared = layout.num_shared_experts
     # Clamp: slots that are not sent get the factors of some expert.
-    expert = expert_ids.long().clamp(0, layout.num_experts - 1)
-    slots = rows.unflatten(0, (len(x), num_slots))
-    for k in range(top_k):
-        encode(x, fmt, slots[:, k], smooth_scales[num_shared + expert[:, k]])
-    for shared in range(num_shared):
-        encode(x, fmt, slots[:, top_k + shared], smooth_scales[shared])
+    routed = num_shared + expert_ids.long().clamp(0, layout.num_experts - 1)
+    shared = torch.arange(num_shared).expand(len(expert_ids), -1)
+    return torch.cat([routed, shared], dim=1).flatten()

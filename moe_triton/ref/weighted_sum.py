@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
-from ..layout import NOWHERE, Norm, RowFormat, ZeroComputationExperts
+from ..layout import Norm, RowFormat, ZeroComputationExperts
 from ._common import BLOCK, blocks
 from .quantize import decode
+
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -42,49 +45,65 @@ def weighted_sum(
         out: [T, H] output, fp16, bf16, fp32 or fp64; sums of fp64 run in fp64.
         norm: residual to add before rounding, and RMSNorm of the unrounded sum, or None.
     """
-    hidden, slots = fmt.hidden, index.shape[1]
-    most = min(len(index), max(BLOCK // max(hidden, 1), 1))
-    # Few tokens take all slots at a time: there calls cost more than their rows.
-    step = slots if slots * most * hidden <= BLOCK else 1
-    # Reuse intermediates for all blocks: fresh memory costs page faults.
-    gathered = out.new_empty((step * most, hidden))
-    encoded = None if fmt.scale_offset is None else rows.new_empty((step * most, fmt.stride))
-    sums = out.new_empty(((1 + step) * most, hidden), dtype=accumulator(out.dtype))
-    columns = index.T.contiguous()
-    factors = columns[:0] if weights is None else weights.T.contiguous()
-    missing = bool((index == NOWHERE).any())
-    payload = fmt.payload(rows) if encoded is None else rows
-    for tokens in blocks(len(index), hidden):
-        n = tokens.stop - tokens.start
-        total, row, term = sums[:n].zero_(), gathered[: step * n], sums[most : most + step * n]
-        terms = term.view(step, n, hidden)
-        weighted, factor = terms[: len(factors)], factors[:, tokens, None].split(step)
-        of_slots = terms.unbind()
-        for i, source in enumerate(columns[:, tokens].reshape(-1).split(step * n)):
-            present = source != NOWHERE if missing else None
-            if present is None or bool(present.any()):
-                readable = source if present is None else source.clamp(min=0)
-                if encoded is None:
-                    torch.index_select(payload, 0, readable, out=row)
-                else:
-                    torch.index_select(payload, 0, readable, out=encoded[: step * n])
-                    decode(encoded[: step * n], fmt, row)
-                term.copy_(row)
-            if present is not None:
-                present = present.view(step, n)
-                if zero_computation is not None:
-                    _add_zero_computation_terms(zero_computation, i * step, tokens, terms, present)
-            if i < len(factor):
-                weighted.mul_(factor[i])
-            if present is not None:
-                terms.masked_fill_(~present[..., None], 0.0)
-            for of_slot in of_slots:
-                total.add_(of_slot)
+    payload = fmt.payload(rows) if fmt.scale_offset is None else rows
+    sum_payload(payload, index.numpy(), fmt, weights, zero_computation, addend, out, norm)
+
+
+def sum_payload(
+    payload: torch.Tensor,
+    index: np.ndarray,
+    fmt: RowFormat,
+    weights: torch.Tensor | None,
+    zero_computation: ZeroComputationExperts | None,
+    addend: torch.Tensor | None,
+    out: torch.Tensor,
+    norm: Norm | None = None,
+) -> None:
+    """``weighted_sum`` of the payload of rows, or of encoded rows."""
+    hidden, columns = fmt.hidden, index.T
+    slots, num_tokens = columns.shape
+    most = min(num_tokens, max(BLOCK // max(hidden, 1), 1))
+    # Reused for all blocks: fresh memory costs page faults.
+    terms = np.empty((slots * most, hidden), _NUMPY[accumulator(out.dtype)])
+    missing = np.minimum.reduce(columns, None, initial=0) < 0
+    factors = None if weights is None else weights.detach().numpy().T[..., None]
+    for tokens in blocks(num_tokens, hidden):
+        source = columns[:, tokens]
+        present = torch.from_numpy(source >= 0) if missing else None
+        term = terms[: source.size]
+        of_slots = term.reshape(*source.shape, hidden)
+        if present is None or bool(present.any()):
+            readable = torch.from_numpy(np.maximum(source, 0).reshape(-1))
+            row = torch.index_select(payload, 0, readable)
+            if fmt.scale_offset is not None:
+                row, encoded = out.new_empty((source.size, hidden)), row
+                decode(encoded, fmt, row)
+            torch.from_numpy(term).copy_(row)
+        if present is not None and zero_computation is not None:
+            of_experts = torch.from_numpy(of_slots)
+            _add_zero_computation_terms(zero_computation, tokens, of_experts, present)
+        if factors is not None:
+            factor = factors[:, tokens]
+            torch.from_numpy(of_slots[: len(factor)]).mul_(torch.from_numpy(factor))
+        if present is not None:
+            of_slots[~present.numpy()] = 0.0
+        total = torch.from_numpy(_in_order(of_slots))
         if addend is not None:
             total.add_(addend[tokens])
         if norm is not None:
             _normalize(total.add_(norm.residual[tokens]), norm, tokens)
         out[tokens] = total
+
+
+def _in_order(terms: np.ndarray) -> np.ndarray:
+    """Sum [k, n, H] to [n, H], from 0 and in ascending order."""
+    # numpy does so for rows, but adds the numbers of a single column pairwise.
+    total: np.ndarray = (
+        np.add.reduce(terms, 0, initial=0.0)
+        if terms[0].size > 1
+        else 0.0 + np.add.accumulate(terms, 0)[-1]
+    )
+    return total
 
 
 def _normalize(total: torch.Tensor, norm: Norm, tokens: slice) -> None:
@@ -98,22 +117,19 @@ def _normalize(total: torch.Tensor, norm: Norm, tokens: slice) -> None:
 
 def _add_zero_computation_terms(
     experts: ZeroComputationExperts,
-    first: int,
     tokens: slice,
     terms: torch.Tensor,
     present: torch.Tensor,
 ) -> None:
-    """Write the terms of copy and constant experts in the slots from ``first`` on.
+    """Write the terms of copy and constant experts.
 
     Args:
         experts: the experts.
-        first: of the slots.
         tokens: of the terms.
         terms: [k, n, H].
         present: [k, n] whether a slot has a term; updated.
     """
-    # [k, n], without the unweighted slots.
-    ids = experts.expert_ids[tokens, first : first + len(terms)].T.long()
+    ids = experts.expert_ids[tokens].T.long()  # without the unweighted slots
     copied = (ids >= experts.first_copy) & (ids < experts.first_constant)
     constant = (ids >= experts.first_constant) & (ids < experts.end)
     present[: len(ids)] |= copied | constant
