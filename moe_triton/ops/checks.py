@@ -179,7 +179,7 @@ def expert_ids(
         num_experts: E, the routed experts.
         num_zero_computation: experts after those.
         active: [T, K] bool, the slots to check; None for all.
-        absent: an id that is not checked, for a slot without an expert; not with ``active``.
+        absent: a negative id of a slot without an expert, not checked; not with ``active``.
         otherwise: other values that an id may have, for error messages.
     """
     if ids.device.type != "cpu" or ids.numel() == 0:
@@ -188,19 +188,22 @@ def expert_ids(
     # as unsigned integers.
     values = ids.detach().numpy()
     unsigned = values.view(f"u{values.itemsize}")
-    wrong, routed = unsigned >= num_experts + num_zero_computation, unsigned < num_experts
-    if active is not None or absent is not None:
-        checked = values != absent if active is None else active.numpy()
+    wrong = unsigned >= num_experts + num_zero_computation
+    checked = None if active is None else active.numpy()
+    if checked is not None:
         wrong &= checked
-        routed &= checked
+    elif absent is not None:
+        wrong &= values != absent
     if wrong.any():
         token, slot = np.argwhere(wrong)[0].tolist()
         got = f"{values[token, slot]} for token {token}, slot {slot}"
         contract = f"be in [0, {num_experts + num_zero_computation}){otherwise}"
         raise ArgumentValueError(op, name, contract, got)
-    ordered = np.where(routed, values, -1)
-    ordered.sort(axis=1)
-    repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    ordered = np.sort(values if checked is None else np.where(checked, values, -1))
+    repeated = ordered[:, 1:] == ordered[:, :-1]
+    if repeated.any():
+        later = ordered[:, 1:]
+        repeated &= (later >= 0) & (later < num_experts)
     if repeated.any():
         token, slot = np.argwhere(repeated)[0].tolist()
         got = f"{ordered[token, slot]} twice for token {token}"
