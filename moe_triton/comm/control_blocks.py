@@ -87,6 +87,7 @@ class ControlBlocks:
         flags = first[:, None] + np.arange(_FLAG_WORDS)
         self._flags = [flags + place * _FLAG_WORDS for place in range(places)]
         self._expected = [flags[:, :3] for flags in self._flags]
+        self._posted = [flags[:, 3] for flags in self._flags]
         # In each place the address and the words of this rank's flag, and the address of the bell.
         own = [self._heads[rank] + self._flags_start + at * _FLAG_BYTES for at in range(places)]
         bells = [self._heads[0] + _HEAD_BYTES + 4 * place for place in range(places)]
@@ -155,6 +156,13 @@ class ControlBlocks:
         found: list[list[int]] = self._words.take(self._flags[self._place(kind, epoch)]).tolist()
         return found
 
+    def seconds_until_posted(self, kind: str, epoch: int, start: int) -> list[float]:
+        """Seconds from a time of ``clock`` to that of each rank's flag, at least 0."""
+        posted = self._words.take(self._posted[self._place(kind, epoch)])
+        microseconds = np.maximum(posted - np.int32(start), 0)  # wraps as the clock does
+        seconds: list[float] = (microseconds * 1e-6).tolist()
+        return seconds
+
     def _acquire(self, kind: str, epoch: int) -> None:
         for rank in range(self._size):
             atomics.load_acquire(self.flag_address(rank, kind, epoch))
@@ -162,7 +170,7 @@ class ControlBlocks:
     def post_flag(self, kind: str, epoch: int, status: int, digest: int) -> None:
         """Write this rank's flag; releases what it wrote before."""
         address, words, bell = self._own_flags[self._place(kind, epoch)]
-        words[1:] = [status, digest, clock()]
+        words[1], words[2], words[3] = status, digest, clock()
         atomics.fetch_add(address, atomics.wrap(epoch - words[0]))
         posted = atomics.fetch_add(bell, 1) + 1
         if posted == self._size:

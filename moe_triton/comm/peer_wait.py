@@ -59,6 +59,10 @@ class PeerWait:
             self.broken = self.retry = None
             self._control.blame(None)
 
+    def pause_on(self, address: int, seen: int) -> None:
+        """One pause, for some milliseconds at most, before any polls; as ``Backoff.pause_on``."""
+        Backoff(self.timeout, spin=self._spin).pause_on(address, seen)
+
     def polls(
         self,
         op: str,

@@ -529,17 +529,22 @@ class RingProtocol:
         Returns:
             Seconds until each flag was posted, and the ranks whose flag is an abort.
         """
+        bell = self._control.bell(kind, epoch)
+        seen = atomics.load_relaxed(bell)
         if self._control.all_posted(kind, epoch, operation.digest):
             return [0.0] * self.size, []
         start, aborted = clock(), []
-        for flags, arrived in self._arrivals(kind, op, epoch, retry=(kind, epoch)):
-            for source in arrived:
-                _, status, digest, _ = flags[source]
-                if status == ABORT or digest != operation.digest:
-                    self._raise_abort_cause(kind, epoch, op, source)
-                if status == ABORT:
-                    aborted.append(source)
-        return [max(atomics.wrap(posted - start), 0) * 1e-6 for *_, posted in flags], aborted
+        # The last flag ends this sleep, and mostly the wait.
+        self._waits.pause_on(bell, seen)
+        if not self._control.all_posted(kind, epoch, operation.digest):
+            for flags, arrived in self._arrivals(kind, op, epoch, retry=(kind, epoch)):
+                for source in arrived:
+                    _, status, digest, _ = flags[source]
+                    if status == ABORT or digest != operation.digest:
+                        self._raise_abort_cause(kind, epoch, op, source)
+                    if status == ABORT:
+                        aborted.append(source)
+        return self._control.seconds_until_posted(kind, epoch, start), aborted
 
     def _arrivals(
         self, kind: str, op: str, epoch: int, retry: tuple[str, int] | None = None

@@ -125,7 +125,7 @@ class SymmetricTransport:
             raise
         protocol.release("dispatch", pending.epoch)
         assert sent.positions is not None
-        return _received(call, rows, sent.positions)
+        return _received(call, rows, pending.data.num_rows, sent.positions)
 
     def _receive_rows(self, call: Call, tokens: DispatchInput, sent: _Sent) -> ReceivedRows:
         windows, layout = sent.windows.steps, call.config.layout
@@ -229,8 +229,9 @@ class SymmetricTransport:
         local, first = layout.experts_per_rank, layout.num_shared_ranks
         numbers = sent.windows.numbers(epoch, layout.combine_number_bytes)
         counts = numbers[:, local : 2 * local]
-        returned, sent_counts = counts[first:].reshape(-1), plan.counts.numpy()
-        if (returned != sent_counts).any():
+        returned, sent_counts = counts[first:], plan.counts.numpy()
+        if returned.tobytes() != sent_counts.tobytes():
+            returned = returned.reshape(-1)
             expert = int((returned != sent_counts).argmax())
             raise RoutingMismatchError(
                 call.op,
@@ -326,7 +327,7 @@ class SymmetricTransport:
         needed = config.ring("combine", self._protocol.in_flight)
         if windows is None or config.return_format.scale_offset is not None:
             return None
-        if not windows.serves(needed, windows.device):
+        if not windows.ring.holds(needed):
             return None
         return config.layout.output_rows(windows.steps, num_rows)
 
@@ -402,9 +403,13 @@ def _check_overflow(call: Call, totals: list[int]) -> None:
                 raise ReceiveOverflowError(call.op, rank, rows, limit)
 
 
-def _received(call: Call, rows: ReceivedRows, positions: SlotPositions) -> Received:
+def _received(
+    call: Call, rows: ReceivedRows, num_rows: int | None, positions: SlotPositions
+) -> Received:
+    """The rows, of which ``num_rows`` have been allocated; None for exactly those that came."""
     source, slot_ids = rows.source, rows.slot_ids
-    if not call.fixed_shapes and (n := rows.offsets.numpy()[-1]) < source.shape[0]:
+    if num_rows is not None and not call.fixed_shapes:
+        n = int(rows.offsets.numpy()[-1])
         source, slot_ids = source[:n], slot_ids[:n]
     permutation = RecvPermutation(
         source, None, rows.recv_counts_cumsum, rows.offsets, rows.group_starts
