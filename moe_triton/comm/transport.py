@@ -413,12 +413,17 @@ def outside_autograd(method: Callable[_P, _T]) -> Callable[_P, _T]:
 
     @functools.wraps(method)
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        # Of torch's contexts without their Python.
+        if torch.is_inference_mode_enabled():
+            with torch._C._InferenceMode(False):
+                return wrapped(*args, **kwargs)
+        if not torch.is_grad_enabled():
             return method(*args, **kwargs)
-        # That of inference_mode(False), without its Python; it restores the mode of gradients too.
-        with torch._C._InferenceMode(False):
-            torch._C._set_grad_enabled(False)
+        torch._C._set_grad_enabled(False)
+        try:
             return method(*args, **kwargs)
+        finally:
+            torch._C._set_grad_enabled(True)
 
     return wrapped
 
