@@ -90,8 +90,8 @@ def dispatch_recv(
 
     groups = _groups(memory, layout, epoch)
     counts = np.array(groups[:, :-1], order="C")
-    starts = groups.cumsum(dtype=np.int32).reshape(groups.shape) - groups
-    ends = starts[:, -1] + groups[:, -1]
+    of_groups = groups.cumsum(dtype=np.int32).reshape(groups.shape)
+    starts, ends = of_groups - groups, of_groups[:, -1]
     most = layout.rank_capacity(memory.rank)
     if num_rows is None:
         num_rows = min(int(ends[-1]), most)
