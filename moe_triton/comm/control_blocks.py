@@ -139,7 +139,7 @@ class ControlBlocks:
         return self._heads[rank] + start
 
     def bell(self, kind: str, epoch: int) -> int:
-        """Address of the word that changes with every flag of ``epoch``."""
+        """Address of the number of flags of ``epoch``, which is 0 again once all are posted."""
         return self._own_flags[self._place(kind, epoch)][2]
 
     def all_posted(self, kind: str, epoch: int, digest: int) -> bool:

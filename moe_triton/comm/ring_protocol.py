@@ -529,13 +529,10 @@ class RingProtocol:
         Returns:
             Seconds until each flag was posted, and the ranks whose flag is an abort.
         """
-        bell = self._control.bell(kind, epoch)
-        seen = atomics.load_relaxed(bell)
-        if self._control.all_posted(kind, epoch, operation.digest):
-            return [0.0] * self.size, []
-        start, aborted = clock(), []
-        # The last flag ends this sleep, and mostly the wait.
-        self._waits.pause_on(bell, seen)
+        bell, start, aborted = self._control.bell(kind, epoch), clock(), []
+        if posted := atomics.load_relaxed(bell):  # not by all
+            # The last flag ends this sleep, and mostly the wait.
+            self._waits.pause_on(bell, posted)
         if not self._control.all_posted(kind, epoch, operation.digest):
             for flags, arrived in self._arrivals(kind, op, epoch, retry=(kind, epoch)):
                 for source in arrived:
