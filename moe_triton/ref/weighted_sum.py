@@ -97,12 +97,12 @@ def sum_payload(
 
 def _in_order(terms: np.ndarray) -> np.ndarray:
     """Sum [k, n, H] to [n, H], from 0 and in ascending order."""
-    # numpy does so for rows, but adds the numbers of a single column pairwise.
-    total: np.ndarray = (
-        np.add.reduce(terms, 0, initial=0.0)
-        if terms[0].size > 1
-        else 0.0 + np.add.accumulate(terms, 0)[-1]
-    )
+    total: np.ndarray
+    with np.errstate(all="ignore"):  # sums of infinities
+        if terms[0].size > 1:
+            total = np.add.reduce(terms, 0, initial=0.0)
+        else:  # numpy would add the numbers of a single column pairwise
+            total = 0.0 + np.add.accumulate(terms, 0)[-1]
     return total
 
 

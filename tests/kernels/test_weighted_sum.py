@@ -224,6 +224,13 @@ def test_adds_in_ascending_order(steps, device):
     x = torch.tensor([[2.0**24], [1.0]], device=device)
     out = plain(x, [[0, 1, 1], [1, 1, 0]], steps=steps)
     assert out.flatten().tolist() == [2.0**24, 2.0**24 + 2]
+    # A single number, of so many slots that pairs of them would sum to more.
+    assert plain(x, [[0, *[1] * 15]], steps=steps).item() == 2.0**24
+
+
+def test_adds_infinities(steps, device):
+    x = torch.tensor([[INF, INF], [-INF, 1.0]], device=device)
+    assert str(plain(x, [[0, 1]], steps=steps).tolist()) == "[[nan, inf]]"
 
 
 def test_rounds_once_and_to_even(steps, device):
