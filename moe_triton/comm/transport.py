@@ -413,7 +413,7 @@ def outside_autograd(method: Callable[_P, _T]) -> Callable[_P, _T]:
 
     @functools.wraps(method)
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        # Of torch's contexts without their Python.
+        # As torch's contexts do, without their Python.
         if torch.is_inference_mode_enabled():
             with torch._C._InferenceMode(False):
                 return wrapped(*args, **kwargs)

@@ -138,8 +138,8 @@ class HostWindows:
 
     def row_origins(self, slots: np.ndarray | int, start: int) -> np.ndarray:
         """[W] int64 index in ``rows`` of each rank's first row in a data slot of its own."""
-        units = (self.ring.data_start(0) + start) // 16
-        return self._row_offsets + (slots * (self.ring.data_bytes // 16) + units)
+        first, step = (self.ring.data_start(0) + start) // 16, np.int64(self.ring.data_bytes // 16)
+        return self._row_offsets + (slots * step + first)
 
     def data_words(self, slot: int) -> np.ndarray:
         """[W, 1] index in ``words`` of each rank's data slot."""

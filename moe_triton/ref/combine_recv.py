@@ -77,7 +77,7 @@ def _row_index(
     local, shared = layout.experts_per_rank, layout.num_shared_ranks
     ids, step = expert_ids.numpy(), np.int64(layout.return_format.stride // 16)
     starts = memory.numbers(epoch, layout.combine_number_bytes)
-    origins = memory.row_origins(records[:, EXTRA].astype(np.int64), 0)
+    origins = memory.row_origins(records[:, EXTRA], 0)
     position = positions.position_in_expert.numpy().reshape(ids.shape)
     # A slot that is not sent takes the first expert or the last.
     of_experts = starts[shared:, :local]
