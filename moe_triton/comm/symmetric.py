@@ -12,12 +12,12 @@ from typing import TypeVar
 
 import torch
 
-from ..errors import ArgumentValueError, MoeError, ReceiveOverflowError, RoutingMismatchError
+from ..errors import ArgumentValueError, MoeError, RoutingMismatchError
 from ..layout import NOWHERE, ReceivedRows, RecvPermutation, SlotPositions
 from ..layout.windows import DATA
 from .packing import write_packed
 from .ring_protocol import RingProtocol, Terms
-from .row_exchange import copies_of
+from .row_exchange import check_overflow, copies_of
 from .transport import (
     Call,
     CombineEpilogue,
@@ -137,7 +137,7 @@ class SymmetricTransport:
                 windows, layout, digest=sent.digest, timeout=timeout
             ).tolist()
             self._protocol.raise_if_broken(call.op)
-            _check_overflow(call, totals[:-1])
+            check_overflow(call, totals[:-1])
             num_rows = totals[-1] if num_rows is None else num_rows
         return call.steps.dispatch_recv(
             windows,
@@ -392,15 +392,6 @@ def _terms(call: Call, kind: str, in_flight: int, in_a_row: bool = False) -> Ter
         call.derived[key] = Terms.of(ring, call.device, *call.arguments.items())
     terms: Terms = call.derived[key]
     return terms
-
-
-def _check_overflow(call: Call, totals: list[int]) -> None:
-    """Raise on every rank alike when any rank receives more rows than the call allows."""
-    limit = call.config.max_rows
-    if limit is not None:
-        for rank, rows in enumerate(totals):
-            if rows > limit:
-                raise ReceiveOverflowError(call.op, rank, rows, limit)
 
 
 def _received(
