@@ -99,10 +99,10 @@ def _in_order(terms: np.ndarray) -> np.ndarray:
     """Sum [k, n, H] to [n, H], from 0 and in ascending order."""
     total: np.ndarray
     with np.errstate(all="ignore"):  # sums of infinities
-        if terms[0].size > 1:
-            total = np.add.reduce(terms, 0, initial=0.0)
-        else:  # numpy would add the numbers of a single column pairwise
+        if len(terms) and terms[0].size == 1:  # numpy would add a single column pairwise
             total = 0.0 + np.add.accumulate(terms, 0)[-1]
+        else:
+            total = np.add.reduce(terms, 0, initial=0.0)
     return total
 
 

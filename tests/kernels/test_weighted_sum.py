@@ -155,6 +155,16 @@ def test_every_shape_of_tile(H, dtype, launch, device):
     case.check()
 
 
+@pytest.mark.parametrize("H", [1, 24])
+@pytest.mark.parametrize("T", [1, 3])
+def test_no_slots(T, H, device):
+    """The sum is 0, or what is added to it."""
+    case = Drawn(0, T, 0, 0, H, BF16, device=device)
+    case.check()
+    case.addend = case.numbers(T, H)
+    case.check()
+
+
 @pytest.mark.parametrize("H", [8, 16, 24])
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_every_shape_of_tile_with_block8_rows(H, dtype, launch, device):
