@@ -194,8 +194,9 @@ class CollectiveTransport:
         slots = messages.words(ends, width * int(num_slots.max())).reshape(self._size, -1, width)
         weights = None
         if config.with_weights:
-            words = torch.from_numpy(slots[:, :, 1:].reshape(-1)).view(config.weight_dtype)
-            weights = words.view(slots.shape[:2]).to(device)
+            # In numpy: torch takes no such view of nothing.
+            numbers = slots[:, :, 1:].flatten().view(f"f{config.weight_dtype.itemsize}")
+            weights = torch.from_numpy(numbers).view(slots.shape[:2]).to(device)
         if config.max_rows is not None:
             check_overflow(call, lists[:, local:before].sum(0).tolist())
         is_shared = config.topology.is_shared_rank(self._rank)
