@@ -127,7 +127,8 @@ class Operation:
             data, source = self.data.numpy(), rows.numpy()
             for start, first, count in spans:
                 out = data[start : start + count * stride].reshape(count, stride)
-                source.take(index[first : first + count], 0, out, "clip")  # no other writes to out
+                # To raise for a wrong index, numpy would copy the rows twice.
+                source.take(index[first : first + count], 0, out, "clip")
         else:
             chosen = torch.from_numpy(index).to(rows.device)
             for start, first, count in spans:
@@ -445,8 +446,10 @@ class MessageExchange:
             rest_splits.cumsum() - rest_splits,
         )
         moved = dataclasses.replace(messages, data=data, starts=starts)
+        pairs = [*zip(moved.payloads(), messages.payloads(), strict=True)]
         for rank in inline.nonzero()[0]:
-            moved.payloads()[rank].copy_(messages.payloads()[rank])
+            target, payload = pairs[rank]
+            target.copy_(payload)
         return moved
 
     # Agreement.

@@ -415,8 +415,9 @@ def outside_autograd(method: Callable[_P, _T]) -> Callable[_P, _T]:
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         # As torch's contexts do, without their Python.
         if torch.is_inference_mode_enabled():
-            with torch._C._InferenceMode(False):
-                return wrapped(*args, **kwargs)
+            with torch._C._InferenceMode(False):  # restores the mode of gradients, too
+                torch._C._set_grad_enabled(False)
+                return method(*args, **kwargs)
         if not torch.is_grad_enabled():
             return method(*args, **kwargs)
         torch._C._set_grad_enabled(False)

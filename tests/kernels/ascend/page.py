@@ -39,9 +39,9 @@ holds: no kernel has run on an NPU. CANN has a bishengir-compile of its own, whi
 differently.
 
 `make test-full` also compiles two of these texts for the CPU, Linalg and HFusion, which HIVM is
-made from, and runs the kernels' tests over them. No store or load leaves its tensor, and all
-results are those of the definition, but for one sign: ascendnpu-ir takes 0.0 + x for x, so that a
-sum of nothing but -0.0 is -0.0.
+made from, and runs the kernels' tests over them. No access leaves the memory of its arguments, and
+all results are those of the definition, but for one sign: ascendnpu-ir takes 0.0 + x for x, so that
+a sum of nothing but -0.0 is -0.0.
 
 Left out: steps over windows, which [GPUs](../gpu.md#steps-over-windows) have to themselves, and
 float64, which triton-ascend refuses.
