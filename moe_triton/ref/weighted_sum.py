@@ -64,6 +64,7 @@ def sum_payload(
     slots, num_tokens = columns.shape
     most = min(num_tokens, max(BLOCK // max(hidden, 1), 1))
     # Reused for all blocks: fresh memory costs page faults.
+    gathered = payload.new_empty((slots * most, payload.shape[1]))
     terms = np.empty((slots * most, hidden), _NUMPY[accumulator(out.dtype)])
     missing = np.minimum.reduce(columns, None, initial=0) < 0
     factors = None if weights is None else weights.detach().numpy().T[..., None]
@@ -74,7 +75,7 @@ def sum_payload(
         of_slots = term.reshape(*source.shape, hidden)
         if present is None or bool(present.any()):
             readable = torch.from_numpy(np.maximum(source, 0).reshape(-1))
-            row = torch.index_select(payload, 0, readable)
+            row = torch.index_select(payload, 0, readable, out=gathered[: source.size])
             if fmt.scale_offset is not None:
                 row, encoded = out.new_empty((source.size, hidden)), row
                 decode(encoded, fmt, row)
