@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import gc
 import importlib.util
 import os
 import sys
@@ -172,6 +173,12 @@ class Evidence:
 
 def _counts(count) -> str:
     return ", ".join(f"{count[outcome]} {outcome}" for outcome in ("passed", "skipped"))
+
+
+def pytest_collection_finish():
+    """Keep the garbage collector from walking torch and all tests again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_teardown(item):
