@@ -65,6 +65,7 @@ class Policy:
         comparisons: maximum slots of a block times those that they are compared with at a time.
         gathers: whether a tile can gather rows from anywhere; else an indexed row is a tile.
         least: minimum elements of a block; masks cut what is past the end.
+        padded: how many times smaller a tile is whose groups leave lanes idle.
         arithmetic: "plain" where an fma may round twice, "fma" where it rounds once, "ptx" where
             inline PTX of sm_89 converts to float8 too.
     """
@@ -83,6 +84,7 @@ class Policy:
     processors: int = 0
     gathers: bool = True
     least: int = 1
+    padded: int = 1
     arithmetic: str = "plain"
 
 
@@ -124,8 +126,8 @@ def gpu_policy(processors: int, lanes: int, arithmetic: str = "fma") -> Policy:
 def npu_policy(cores: int) -> Policy:
     """For an NPU by its number of vector cores: 40 of a 910B3 and B4, 48 of a 910B1, B2 and A3.
 
-    Codes of a row with factors take 60 bytes an element, and 192 KB must hold them. A block of one
-    element makes triton-ascend 3.2 fail.
+    Codes of a row with factors take 60 bytes an element, float8 of groups that leave lanes idle up
+    to 300, and 192 KB must hold them. A block of one element makes triton-ascend 3.2 fail.
     """
     return dataclasses.replace(
         gpu_policy(cores, 32, "plain"),
@@ -137,6 +139,7 @@ def npu_policy(cores: int) -> Policy:
         token_block=2**11,
         gathers=False,
         least=16,
+        padded=4,
     )
 
 
@@ -213,12 +216,20 @@ def at_a_time(
     return min(num_programs, limits.processors * max(of_processor, 1))
 
 
-def widest(device: torch.device) -> int:
+def widest(device: torch.device, *, padded: bool = False) -> int:
     """Maximum elements of a tile's row: a kernel walks longer rows in steps of this."""
-    return policy(device).block
+    limits = policy(device)
+    return limits.block // (limits.padded if padded else 1)
 
 
-def tiles(device: torch.device, num_rows: int, width: int, *, indexed: bool = False) -> Launch:
+def tiles(
+    device: torch.device,
+    num_rows: int,
+    width: int,
+    *,
+    indexed: bool = False,
+    padded: bool = False,
+) -> Launch:
     """Tiles over [num_rows, width] elements.
 
     Args:
@@ -227,19 +238,23 @@ def tiles(device: torch.device, num_rows: int, width: int, *, indexed: bool = Fa
         width: elements of a row that several tiles may share, or of a step where one program walks
             a row.
         indexed: whether rows are addressed by an index.
+        padded: whether groups of a row leave lanes idle.
     """
-    return _tiles(policy(device), num_rows, width, indexed)
+    return _tiles(policy(device), num_rows, width, indexed, padded)
 
 
 @functools.lru_cache(maxsize=4096)
-def _tiles(limits: Policy, num_rows: int, width: int, indexed: bool) -> Launch:
-    block = min(next_power_of_2(max(width, limits.least)), limits.block)
+def _tiles(
+    limits: Policy, num_rows: int, width: int, indexed: bool = False, padded: bool = False
+) -> Launch:
+    share = limits.padded if padded else 1
+    block = min(next_power_of_2(max(width, limits.least)), limits.block // share)
     across = cdiv(max(width, 1), block)
     rows = 1
     while (
         (limits.gathers or not indexed)
         and rows < num_rows
-        and 2 * rows * block <= limits.tile
+        and 2 * rows * block <= limits.tile // share
         and across * cdiv(num_rows, 2 * rows) >= limits.busy
     ):
         rows *= 2
@@ -271,7 +286,7 @@ def token_tiles(
 @functools.lru_cache(maxsize=4096)
 def _token_tiles(limits: Policy, num_tokens: int, width: int, whole_rows: bool) -> Launch:
     if not limits.token_block:
-        return _tiles(limits, num_tokens, min(width, limits.block) if whole_rows else width, False)
+        return _tiles(limits, num_tokens, min(width, limits.block) if whole_rows else width)
     # A row that fits stays in registers; a longer one is read twice, in small steps.
     fits = whole_rows and width <= limits.block
     most = limits.block if fits else limits.token_block

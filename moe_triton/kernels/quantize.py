@@ -688,8 +688,12 @@ def encode_launch(
     group = min(fmt.block or hidden, hidden)
     num_groups = fmt.num_scales if scaled else 1
     lanes = min(launch_config.next_power_of_2(group), launch_config.widest(x.device))
+    padded = num_groups > 1 and lanes > group
+    lanes = min(lanes, launch_config.widest(x.device, padded=padded))
     indexed = indexed or expert_ids is not None
-    tiles = launch_config.tiles(x.device, num_tokens, num_groups * lanes, indexed=indexed)
+    tiles = launch_config.tiles(
+        x.device, num_tokens, num_groups * lanes, indexed=indexed, padded=padded
+    )
     arithmetic = launch_config.policy(x.device).arithmetic
     if arithmetic == "ptx" and tiles.rows * tiles.block < _PTX_TILE:
         arithmetic = "fma"

@@ -9,7 +9,7 @@ import torch
 
 from moe_triton import kernels, ref
 from moe_triton.errors import MoeError
-from moe_triton.kernels import quantize
+from moe_triton.kernels import launch_config, quantize
 from moe_triton.layout import RowFormat
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -112,6 +112,21 @@ def test_groups(T, H, group, device):
     x = tokens(T, H, torch.bfloat16, device)
     for dtype in PAYLOADS:
         check(x, tight(dtype, H, "group", block=group), factors((T, H), device))
+
+
+@pytest.mark.parametrize("group", [100, 300, 600])
+def test_groups_that_leave_lanes_of_an_npu_idle(group, device, monkeypatch):
+    """In small tiles: the masks of a whole one and its float8 would not fit the buffer."""
+    limits = launch_config.npu_policy(2)
+    monkeypatch.setattr(launch_config, "policy", lambda device: limits)
+    x = tokens(9, 2100, torch.bfloat16, device)
+    for dtype in PAYLOADS:
+        fmt = tight(dtype, 2100, "group", block=group)
+        launch = quantize.encode_launch(x, fmt, None, None, 1, 2100, 4)
+        constants = launch.constants
+        assert constants["ROWS"] * constants["GROUPS"] * constants["LANES"] <= 512
+        for smooth_scales in (None, factors((9, 2100), device)):
+            check(x, fmt, smooth_scales)
 
 
 @pytest.mark.parametrize("group", [3000, 9000])

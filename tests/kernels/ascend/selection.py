@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Hashable, Iterable
 
@@ -13,6 +12,8 @@ def class_of(launch: dict) -> tuple[str, str]:
     words = [str(value) for value in constants.values() if isinstance(value, str)]
     if constants.get("MANTISSA"):
         words.append("e4m3" if constants["MANTISSA"] == 3 else "e5m2")
+    if constants.get("ADJACENT") is False:
+        words.append("idle lanes")
     return launch["kernel"], ", ".join(words)
 
 
@@ -26,34 +27,3 @@ def size(launch: dict) -> tuple[int, int]:
 def largest(launches: Iterable[dict], key: Callable[[dict], Hashable]) -> list[dict]:
     """The largest launch of each key."""
     return [*{key(launch): launch for launch in sorted(launches, key=size)}.values()]
-
-
-def covering(launches: Iterable[dict], *, coarse: bool = False) -> list[dict]:
-    """Some of the launches that cover what all of them do, large ones first.
-
-    That is each type of the arguments of each kernel, and each value of its constants, where sizes
-    are 1 or more; or if ``coarse`` each kernel and each string.
-    """
-    chosen: list[dict] = []
-    seen: set[tuple] = set()
-    for launch in sorted(launches, key=size, reverse=True):
-        new = _pieces(launch, coarse=coarse) - seen
-        if new:
-            seen |= new
-            chosen.append(launch)
-    return chosen
-
-
-def _pieces(launch: dict, *, coarse: bool) -> set[tuple]:
-    kernel, constants = launch["kernel"], launch["constants"]
-    if coarse:
-        strings = {(kernel, value) for value in constants.values() if isinstance(value, str)}
-        return strings | {(kernel,)}
-    values = {
-        name: min(value, 2) if type(value) is int else json.dumps(value)
-        for name, value in constants.items()
-    }
-    return {
-        *((kernel, name, value) for name, value in values.items()),
-        *((kernel, name, kind) for name, kind in launch["signature"].items()),
-    }

@@ -1,7 +1,6 @@
 """Launches of an NPU compile, and fit its buffers, as far as that goes without CANN.
 
-The quick run compiles launches that together have every constant and type of each kernel, of which
-those with the largest tiles come first. The long run compiles all.
+The quick run compiles the largest launch of each class, the long run all.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import pytest
 import recording
 import triton_ascend_env
 from lowering import TARGETS, loops_of, planned_bytes
-from selection import class_of, covering, largest
+from selection import class_of, largest
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[2]
@@ -70,21 +69,19 @@ def check(results: list[dict], targets: list[str]) -> None:
 
 
 @compiles
-@pytest.mark.parametrize("target, coarse", [("Ascend910B3", False), ("Ascend950PR_9589", True)])
-def test_launches_fit(target, coarse):
-    launches = covering(recording.read(), coarse=coarse)
+def test_the_largest_launch_of_each_class_fits():
+    launches = page.launches()
     assert {launch["kernel"] for launch in launches} >= {"_encode_kernel", "_weighted_sum_kernel"}
-    check(compiled(launches, [target]), [target])
+    check(compiled(launches, ["Ascend910B3"]), ["Ascend910B3"])
 
 
 @compiles
-def test_an_a3_has_the_buffers_of_a_910b():
-    """Largest launches: the compiler, the chip's instructions and its UB are those of a 910B."""
-    names = ["Ascend910B3", "Ascend910_9392"]
-    results = compiled(largest(recording.read(), lambda launch: launch["kernel"]), names)
-    check(results, names)
+def test_the_largest_launch_of_each_kernel_fits_all_chips():
+    """An A3 has the compiler, the instructions and the UB of a 910B."""
+    results = compiled(largest(recording.read(), lambda launch: launch["kernel"]), [*TARGETS])
+    check(results, [*TARGETS])
     for result in results:
-        assert result[names[0]]["bytes"] == result[names[1]]["bytes"]
+        assert result["Ascend910B3"]["bytes"] == result["Ascend910_9392"]["bytes"]
 
 
 @compiles
@@ -160,17 +157,23 @@ HIVM = """
 """  # noqa: E501 - as the compiler writes it
 
 
-def test_a_selection_has_large_tiles_and_all_constants():
+def test_the_largest_tile_of_each_class_is_chosen():
     kinds = {"x_ptr": "*bf16", "num": "i32"}
-    launches = [
-        {"kernel": "_k", "signature": kinds, "constants": {"S": scheme, "B": block, "M": 3}}
-        for scheme, block in (("a", 16), ("a", 2048), ("b", 64), ("b", 2048))
+    sizes = [
+        ("a", 16, True),
+        ("a", 2048, True),
+        ("a", 64, False),
+        ("b", 2048, True),
+        ("b", 64, True),
     ]
-    sizes = [(launch["constants"]["S"], launch["constants"]["B"]) for launch in covering(launches)]
-    assert sizes == [("a", 2048), ("b", 2048)]
-    coarse = covering(launches, coarse=True)
-    assert [launch["constants"]["B"] for launch in coarse] == [2048, 2048]
-    assert [launch["constants"]["B"] for launch in largest(launches, class_of)] == [2048, 2048]
+    constants = [dict(zip(("S", "B", "ADJACENT"), size, strict=True)) for size in sizes]
+    launches = [{"kernel": "_k", "signature": kinds, "constants": these} for these in constants]
+    chosen = [launch["constants"] for launch in largest(launches, class_of)]
+    assert sorted(tuple(one.values()) for one in chosen) == [
+        ("a", 64, False),
+        ("a", 2048, True),
+        ("b", 2048, True),
+    ]
 
 
 def test_the_planned_size_is_where_the_last_buffer_ends():
