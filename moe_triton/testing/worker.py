@@ -361,6 +361,7 @@ class _Member:
                 tp_group = _new_group(layout.tp_ranks(rank))
         self._rank, self._ep_group, self._tp_group = rank, ep_group, tp_group
         self._transport = ""
+        self._num_groups = _num_groups()
 
     def context(self, call_number: int) -> RankContext:
         """The context of a call."""
@@ -383,8 +384,11 @@ class _Member:
         self._transport = transport
 
     def intact(self) -> bool:
-        """Whether the process groups are still those of the world."""
-        return dist.group.WORLD is self._group
+        """Whether the process groups are still those of the world, and no others were left.
+
+        Each group over gloo has a thread that wakes a hundred times a second.
+        """
+        return dist.group.WORLD is self._group and _num_groups() == self._num_groups
 
     def leave(self) -> None:
         """Close the library's communicators, then the process groups below them."""
@@ -393,6 +397,10 @@ class _Member:
             comm.unregister_group(self.world.name)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _num_groups() -> int:
+    return len(dist.distributed_c10d._world.pg_map)
 
 
 def _new_group(ranks: list[int]) -> str:

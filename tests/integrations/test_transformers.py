@@ -43,6 +43,13 @@ def no_root_on_path():
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_processes():
+    """End the ranks, where transformers keeps the groups of its meshes, each with its threads."""
+    yield
+    testing.close_pool()
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """``checkpoint(family)``: the path of its checkpoint, the same values in every run."""

@@ -83,6 +83,18 @@ def test_a_world_that_a_function_destroyed_is_made_again():
     assert testing.run_processes(2, add) == [(pid, 2.0) for pid in before]
 
 
+def test_groups_that_a_function_left_are_gone():
+    def leave(ctx):
+        return dist.new_group().group_name
+
+    name, _ = testing.run_processes(2, leave)
+
+    def kept(ctx):
+        return name in dist.distributed_c10d._world.pg_names.values()
+
+    assert testing.run_processes(2, kept) == [False, False]
+
+
 def test_a_failed_call_leaves_nothing_behind():
     before = pids(2)
 
