@@ -23,8 +23,10 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime as dt
+import functools
 import hashlib
 import json
+import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -503,9 +505,12 @@ class MessageExchange:
 
     def _connect(self, op: str, lane: str) -> None:
         """Open one of this transport's own gloo connections; all ranks come to it."""
-        store, limit = dist.PrefixStore(lane, self._store), dt.timedelta(seconds=self._timeout)
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._timeout = dt.timedelta(seconds=self._timeout)
+        options._devices = [_gloo_device(os.getpid())]
+        store = dist.PrefixStore(lane, self._store)
         try:
-            self._gloo[lane] = dist.ProcessGroupGloo(store, self.rank, self.size, limit)
+            self._gloo[lane] = dist.ProcessGroupGloo(store, self.rank, self.size, options)
         except RuntimeError as error:
             problem = f"a rank of group {self._group.name!r} was lost while it connected"
             raise PeerTimeoutError(op, (), problem) from error
@@ -633,6 +638,12 @@ class MessageExchange:
         except RuntimeError:  # the interpreter ends
             for connection in connections:
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
+
+
+@functools.cache
+def _gloo_device(pid: int) -> Any:  # noqa: ARG001 (a fork does not have its parent's thread)
+    """One thread for the sockets of all connections: it wakes a hundred times a second."""
+    return dist.ProcessGroupGloo.create_default_device()
 
 
 def _outlast(connections: list[dist.ProcessGroupGloo], works: list[dist.Work]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import random
 import time
+from pathlib import Path
 
 import harness
 import pytest
@@ -60,6 +62,24 @@ def test_a_process_group_that_has_gloo_for_the_cpu(backend):
         assert not collective.only_on_device(group)
     finally:
         dist.destroy_process_group()
+
+
+def test_objects_share_the_thread_of_gloos_sockets():
+    """Such a thread wakes a hundred times a second, and each object has five connections."""
+
+    def fn(ctx):
+        def threads() -> int:
+            names = [file.read_text() for file in Path("/proc/self/task").glob("*/comm")]
+            return names.count("gloo_tcp_loop\n")
+
+        before = threads()
+        with contextlib.ExitStack() as stack:
+            for _ in range(3):
+                options = {"num_experts": WORLD, "top_k": 1, "hidden": 8, "max_tokens": 1}
+                stack.enter_context(ExpertParallel(ctx.ep_group, **options))
+            return threads() - before
+
+    assert all(more <= 1 for more in harness.run_world("collective", WORLD, fn))
 
 
 def test_a_process_group_without_gloo():
