@@ -80,7 +80,7 @@ def test_sometimes():
 """
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.full), "2"])
 def test_evidence_page(tmp_path, workers):
     """Written by green runs only: a run that failed is repeated."""
     (tmp_path / "test_page.py").write_text(_PAGE_TEST, encoding="utf-8")

@@ -57,8 +57,15 @@ def test_transformers_generate(number, tmp_path):
     assert output_of("transformers_generate.py", arguments, tmp_path) == outputs[number]
 
 
-@pytest.mark.parametrize("number", [0, 1], ids=["threads", "processes"])
-@pytest.mark.parametrize("script", ["aclnn_dispatch_combine.py", "eplb_chain.py"])
+@pytest.mark.parametrize(
+    "script, number",
+    [
+        pytest.param("aclnn_dispatch_combine.py", 0, id="aclnn-threads"),
+        pytest.param("aclnn_dispatch_combine.py", 1, id="aclnn-processes", marks=pytest.mark.full),
+        pytest.param("eplb_chain.py", 0, id="eplb-threads"),
+        pytest.param("eplb_chain.py", 1, id="eplb-processes"),
+    ],
+)
 def test_on_16_ranks(script, number, tmp_path):
     commands, (output,) = shown(script)
     assert len(commands) == 2
