@@ -47,7 +47,7 @@ help: ## list the targets
 demo: $(VENV)/.test ## a MoE layer over 8 processes, checked against the dense layer
 	$(BIN)/moe-triton demo
 
-test: $(VENV)/.test $(ASCEND)/.tried ## the tests, about 20 minutes on two cores
+test: $(VENV)/.test $(ASCEND)/.tried ## the tests, about 25 minutes on two cores
 	$(PYTEST) $(PYTEST_ARGS)
 	$(if $(PYTEST_ARGS),,MOE_TRITON_BACKEND=interpret $(PYTEST) $(INTERPRETED))
 
